@@ -1,0 +1,30 @@
+# Every target sets up its environment by itself; a second run reuses it.
+# On Linux without CUDA, `make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"` saves gigabytes.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := demo
+
+demo: $(READY)
+	$(BIN)/lightning-spectral demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-runs

@@ -1,0 +1,63 @@
+"""Curvature exponents of a network's layers, measured while it trains.
+
+Per layer: singular values sigma_k of the gradient, exact curvature h_k of the loss along them, and the exponents
+alpha (h ~ sigma^alpha), gamma (sigma_k ~ k^-gamma) and s (sorted h ~ rank^-s). Source: arXiv 2606.02596.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "LayerSpectrum": "record",
+    "MeasurementError": "errors",
+    "PowerLawFit": "fits",
+    "SecondDerivativeError": "errors",
+    "SingularTriplets": "svd",
+    "SpectralProbe": "callbacks.probe",
+    "SpectralReport": "record",
+    "SpectralWarning": "errors",
+    "directional_curvature": "measure",
+    "fit_power_law": "fits",
+    "fit_rank_decay": "fits",
+    "fit_rank_models": "fits",
+    "measure_spectra": "measure",
+    "participation_ratio": "fits",
+    "top_singular_triplets": "svd",
+    "zeta_bound": "fits",
+}
+
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from lightning_spectral.callbacks.probe import SpectralProbe as SpectralProbe
+    from lightning_spectral.errors import MeasurementError as MeasurementError
+    from lightning_spectral.errors import SecondDerivativeError as SecondDerivativeError
+    from lightning_spectral.errors import SpectralWarning as SpectralWarning
+    from lightning_spectral.fits import PowerLawFit as PowerLawFit
+    from lightning_spectral.fits import fit_power_law as fit_power_law
+    from lightning_spectral.fits import fit_rank_decay as fit_rank_decay
+    from lightning_spectral.fits import fit_rank_models as fit_rank_models
+    from lightning_spectral.fits import participation_ratio as participation_ratio
+    from lightning_spectral.fits import zeta_bound as zeta_bound
+    from lightning_spectral.measure import directional_curvature as directional_curvature
+    from lightning_spectral.measure import measure_spectra as measure_spectra
+    from lightning_spectral.record import LayerSpectrum as LayerSpectrum
+    from lightning_spectral.record import SpectralReport as SpectralReport
+    from lightning_spectral.svd import SingularTriplets as SingularTriplets
+    from lightning_spectral.svd import top_singular_triplets as top_singular_triplets
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

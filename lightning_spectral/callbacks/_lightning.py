@@ -1,0 +1,54 @@
+"""The one place that knows both Lightning packages, and where they differ from what is public."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+PACKAGES = ("pytorch_lightning", "lightning.pytorch")
+
+
+def _callback_classes() -> tuple[type, ...]:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(importlib.import_module(package).Callback)
+        except ModuleNotFoundError as error:
+            if not package.startswith(str(error.name)):
+                raise
+    if not found:
+        raise ImportError("SpectralProbe needs Lightning: pip install pytorch-lightning, or pip install lightning")
+    return tuple(found)
+
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as _Callback
+
+    class AnyCallback(_Callback):
+        """A Callback."""
+
+else:
+
+    class AnyCallback(*_callback_classes()):
+        """A Callback of each Lightning package that is installed, so that every Trainer and CLI accepts it."""
+
+
+def optimizer_steps(trainer: Any) -> int:
+    """Optimizer steps taken, once per batch with any number of optimizers: the step axis of Lightning's loggers.
+
+    `Trainer.global_step`, the public count, adds the optimizers up; it serves where Lightning's own counter moved.
+    """
+    loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+
+
+def dummy_logger(trainer: Any) -> Any:
+    """A logger of the Trainer's own package that swallows everything."""
+    package = "lightning.pytorch" if type(trainer).__module__.startswith("lightning.") else "pytorch_lightning"
+    return importlib.import_module(f"{package}.loggers.logger").DummyLogger()
+
+
+def sharded(trainer: Any) -> str | None:
+    """The name of the Trainer's strategy if it splits parameters over processes."""
+    name = type(trainer.strategy).__name__
+    return name if any(part in name for part in ("FSDP", "DeepSpeed", "ModelParallel")) else None

@@ -1,0 +1,235 @@
+"""`SpectralProbe`: measure curvature along gradient directions while a network trains, and log it."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lightning_spectral.callbacks._lightning import AnyCallback, dummy_logger, optimizer_steps, sharded
+from lightning_spectral.errors import SpectralWarning
+from lightning_spectral.kinds import Kind
+from lightning_spectral.layers import LayerSelection, NoMatrixError, check_kinds, find_layers
+from lightning_spectral.loss import LossFunction, resolve_loss
+from lightning_spectral.measure import check_options, measure_quietly
+from lightning_spectral.quiet import Mode, Precision
+from lightning_spectral.record import LAYER_KEYS, REPORT_KEYS, SpectralReport
+
+PROBE_KEYS: dict[str, str] = {
+    "probe_seconds": "wall time of the probe",
+    "failed_probes": "probes since the start that measured nothing",
+}
+LOGGED_LAYERS = 24
+"""How many layers `log_layers="auto"` logs one by one: what a chart shows apart."""
+
+
+class SpectralProbe(AnyCallback):
+    """Measure alpha, gamma, s and the participation ratios of every layer each N optimizer steps, and log them.
+
+    The probe runs before the step, on the batch about to be trained on and, with gradient accumulation, on the first
+    micro-batch of a window; gradient and curvature are those of one loss on that batch. Training goes on as if it had
+    not been there: weights, buffers, optimizer, gradients, metrics and random states are bit-identical. What it cannot
+    measure it logs as NaN, with a count, and warns about once per cause; it never stops training.
+
+    Every logger of the Trainer gets one dict per probe: `<prefix>/<quantity>_median` over all layers,
+    `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts.
+
+    In distributed training each process measures its own batch, and the first one logs.
+
+    Args:
+        every_n_steps: probe before optimizer step 0, N, 2 N, ...
+        top_k: directions per layer.
+        curvature: the method for h: "exact", double backward.
+        layers: glob patterns on names of layers, or a callable; None: all matrices but embeddings.
+        kinds: glob pattern -> kind of layer, where the inferred one is wrong.
+        fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
+            apart; or pattern -> their three numbers of rows.
+        mode: "eval" or "train": BatchNorm's statistics and dropout in the measurement.
+        max_samples: measure on the first so many samples of the batch; None: on all.
+        precision: "float32" or "float64", the lowest precision to compute in, whatever the Trainer's.
+        loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
+            automatic optimization.
+        log_layers: "auto", up to 24 layers evenly over depth; "all"; "none"; or glob patterns.
+        prefix: first part of the logged keys. Two probes in one Trainer need two.
+        history_size: how many of the last reports are kept in `history`.
+
+    Raises:
+        ValueError: at construction, for an option out of range; when fitting starts, for a pattern without a layer.
+
+    >>> probe = SpectralProbe(every_n_steps=500, max_samples=256)
+    >>> probe.should_measure(1000), probe.should_measure(1001), probe.last_report
+    (True, False, None)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        top_k: int = 20,
+        curvature: str = "exact",
+        layers: LayerSelection = None,
+        *,
+        kinds: Mapping[str, Kind] | None = None,
+        fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
+        mode: Mode = "eval",
+        max_samples: int | None = None,
+        precision: Precision = "float32",
+        loss_fn: LossFunction | None = None,
+        log_layers: str | Sequence[str] = "auto",
+        prefix: str = "spectral",
+        history_size: int = 100,
+    ) -> None:
+        super().__init__()
+        check_options(top_k=top_k, curvature=curvature, mode=mode, max_samples=max_samples, precision=precision)
+        check_kinds(kinds or {})
+        self.every_n_steps = _at_least_one("every_n_steps", every_n_steps)
+        self.history: deque[SpectralReport] = deque(maxlen=_at_least_one("history_size", history_size))
+        if not prefix or prefix != prefix.strip("/"):
+            raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
+        self.prefix = prefix
+        self.log_layers = log_layers
+        self.loss_fn = loss_fn
+        self.options: dict[str, Any] = {
+            "top_k": top_k,
+            "curvature": curvature,
+            "layers": layers,
+            "kinds": kinds,
+            "fused_qkv": fused_qkv,
+            "mode": mode,
+            "max_samples": max_samples,
+            "precision": precision,
+        }
+        self.probes = 0
+        self.failed_probes = 0
+        self._disabled = False
+        self._last_report: SpectralReport | None = None
+        self._window: int | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """Tells this probe's state in a checkpoint from another probe's."""
+        return f"SpectralProbe{{'prefix': {self.prefix!r}}}"
+
+    @property
+    def last_report(self) -> SpectralReport | None:
+        """The last report, also after a resume; None before the first probe."""
+        return self._last_report
+
+    def should_measure(self, step: int) -> bool:
+        """Whether to probe before optimizer step ``step``, counted from 0. Override for another schedule."""
+        return step % self.every_n_steps == 0
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check what depends on the module, before the first step: a pattern without a layer, a loss not known."""
+        self._window = None
+        self._disabled = False
+        if strategy := sharded(trainer):
+            self._disable(f"{strategy} splits parameters over processes, where the probe cannot measure")
+            return
+        try:
+            resolve_loss(pl_module, self.loss_fn)
+        except ValueError as error:
+            self._disable(str(error))
+            return
+        try:
+            find_layers(pl_module, **{name: self.options[name] for name in ("layers", "kinds", "fused_qkv")})
+        except NoMatrixError as error:
+            self._warn_once(str(error))
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Probe, if it is time, before the step on this batch."""
+        step = optimizer_steps(trainer)
+        if self._disabled or step == self._window:
+            return
+        self._window = step
+        if not self.should_measure(step):
+            return
+        started = time.perf_counter()
+        report = self._measure(trainer, pl_module, batch, step)
+        self.probes += 1
+        self.failed_probes += report is None
+        scalars = self._scalars(report) | {"probe_seconds": time.perf_counter() - started}
+        self._log(trainer, {f"{self.prefix}/{key}": value for key, value in scalars.items()}, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and last report, as plain values that load with weights_only=True."""
+        return {
+            "every_n_steps": self.every_n_steps,
+            "probes": self.probes,
+            "failed_probes": self.failed_probes,
+            "last_report": None if self._last_report is None else self._last_report.to_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`. The schedule given at construction counts; one that differs is told."""
+        if state_dict["every_n_steps"] != self.every_n_steps:
+            self._warn_once(
+                f"the checkpoint was written with every_n_steps={state_dict['every_n_steps']}; "
+                f"going on with {self.every_n_steps}"
+            )
+        self.probes, self.failed_probes = state_dict["probes"], state_dict["failed_probes"]
+        saved = state_dict["last_report"]
+        self._last_report = None if saved is None else SpectralReport.from_dict(saved)
+
+    def _measure(self, trainer: Any, module: Any, batch: Any, step: int) -> SpectralReport | None:
+        try:
+            report = measure_quietly(module, batch, self.loss_fn, dummy_logger=dummy_logger(trainer), **self.options)
+        except Exception as error:
+            # Whatever goes wrong in here, the training run is not ours to end.
+            self._warn_once(f"nothing was measured at step {step}: {type(error).__name__}: {error}")
+            return None
+        report = report.at(step=step, epoch=trainer.current_epoch)
+        for text in report.problems():
+            self._warn_once(text)
+        self._last_report = report
+        self.history.append(report)
+        return report
+
+    def _scalars(self, report: SpectralReport | None) -> dict[str, float]:
+        failed = {"failed_probes": float(self.failed_probes)}
+        if report is not None:
+            return report.scalars(self._logged_layers(list(report.layers))) | failed
+        nan = float("nan")
+        keys = [f"{key.name}_median" for key in LAYER_KEYS if key.median]
+        return dict.fromkeys((*keys, *REPORT_KEYS), nan) | failed
+
+    def _logged_layers(self, names: list[str]) -> list[str]:
+        if self.log_layers == "all" or (self.log_layers == "auto" and len(names) <= LOGGED_LAYERS):
+            return names
+        if self.log_layers == "none":
+            return []
+        if self.log_layers == "auto":
+            self._warn_once(f"logging {LOGGED_LAYERS} of {len(names)} layers one by one; log_layers chooses which")
+            return [names[round(i * (len(names) - 1) / (LOGGED_LAYERS - 1))] for i in range(LOGGED_LAYERS)]
+        patterns = [self.log_layers] if isinstance(self.log_layers, str) else self.log_layers
+        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def _log(self, trainer: Any, scalars: dict[str, float], step: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            try:
+                logger.log_metrics(scalars, step=step)
+            except Exception as error:
+                self._warn_once(f"{type(logger).__name__} could not log: {error}")
+
+    def _disable(self, why: str) -> None:
+        self._disabled = True
+        self._warn_once(f"SpectralProbe is off: {why}")
+
+    def _warn_once(self, text: str) -> None:
+        # Steps, sizes and values change from probe to probe; the cause does not.
+        cause = re.sub(r"\d[\d.e+-]*|\bnan\b|\binf\b", "#", text)
+        if cause not in self._warned:
+            self._warned.add(cause)
+            warnings.warn(text, SpectralWarning, stacklevel=2)
+
+
+def _at_least_one(option: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{option} must be a whole number of at least 1, got {value!r}")
+    return value

@@ -1,0 +1,63 @@
+"""Curvature by double backward: exact for every network whose operations have second derivatives, and the reference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.curvature.problem import Curvatures, Problem
+from lightning_spectral.layers import MatrixLayer, matrix_direction
+from lightning_spectral.svd import SingularTriplets
+
+
+class ExactCurvature:
+    """h_k = <D, H D> with D = u_k v_k^T: one Hessian-vector product per layer and direction on one retained graph."""
+
+    name = "exact"
+    differentiates_gradients = True
+
+    def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
+        """Measure each layer in turn; one that has no second derivative does not stop the others."""
+        gradients = problem.gradients(keep_graph=True)
+        h, failed = {}, {}
+        for name, triplets in directions.items():
+            try:
+                h[name] = _layer(problem.layers[name], problem.parameters[name], gradients[name], triplets)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                h[name] = torch.full((len(triplets),), float("nan"), dtype=torch.float64)
+                failed[name] = second_derivative_message(error)
+        return Curvatures(h, failed)
+
+
+def _layer(layer: MatrixLayer, leaf: Tensor, gradient: Tensor | None, triplets: SingularTriplets) -> Tensor:
+    # The Hessian of a loss that is linear in this matrix is zero, and autograd has no graph for it.
+    if gradient is None or not gradient.requires_grad:
+        return torch.zeros(len(triplets), dtype=torch.float64)
+    h_k = []
+    for u, v in zip(triplets.u.T, triplets.v.T, strict=True):
+        direction = matrix_direction(layer, u, v, leaf)
+        (product,) = torch.autograd.grad(gradient, leaf, direction, retain_graph=True, allow_unused=True)
+        h_k.append(direction.new_zeros(()) if product is None else _dot(direction, product))
+    return torch.stack(h_k).cpu() if h_k else torch.zeros(0, dtype=torch.float64)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    # Apple GPUs have no float64.
+    return (a * b).sum() if a.device.type == "mps" else (a.double() * b.double()).sum()
+
+
+def second_derivative_message(error: RuntimeError) -> str:
+    """Name the operation that stopped a double backward, and what to do about it."""
+    text = " ".join(str(error).split())
+    found = re.search(r"derivative for '?(?:aten::)?(\w+)'?", text) or re.search(r"'(?:aten::)?(\w+)'", text)
+    if "checkpoint" in text.lower():
+        operation, remedy = "reentrant checkpointing", "use torch.utils.checkpoint with use_reentrant=False"
+    else:
+        operation = found.group(1).removesuffix("_backward") if found else "an operation"
+        remedy = "measure layers whose gradient does not pass it (layers=...), or give a loss_fn without it"
+    return f"{operation} has no second derivative ({text[:160]}); {remedy}"

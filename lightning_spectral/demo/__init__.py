@@ -1,0 +1,1 @@
+"""Two small real networks, trained with a `SpectralProbe` each: `lightning-spectral demo`."""

@@ -1,0 +1,123 @@
+"""Train both networks with a probe, an offline W&B run and a CSV log each, and print what the probes saw."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_spectral.callbacks import SpectralProbe
+from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
+from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
+from lightning_spectral.record import SpectralReport
+from lightning_spectral.report import kind_table, layer_table
+
+TABLE_WIDTH = 120
+"""Narrowest table in which no row wraps."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training run of the demo.
+
+    Attributes:
+        name: of its folder and W&B run.
+        title: of its tables.
+        module: what is trained.
+        data: what it is trained on.
+        batch_size: samples per step.
+        steps: optimizer steps.
+        every_n_steps: spacing of the probes.
+        max_samples: samples a probe measures on.
+    """
+
+    name: str
+    title: str
+    module: pl.LightningModule
+    data: Dataset[Tensor] | Dataset[tuple[Tensor, ...]]
+    batch_size: int
+    steps: int
+    every_n_steps: int
+    max_samples: int
+
+
+def experiments(steps_factor: float = 1.0) -> list[Experiment]:
+    """The two runs; a factor below 1 shortens them."""
+
+    def scaled(steps: int) -> int:
+        return max(1, round(steps * steps_factor))
+
+    length = 64
+    pl.seed_everything(0, verbose=False)
+    resnet = DigitsResNet()
+    gpt = CharacterGPT(len(CHARACTERS), length)
+    return [
+        Experiment("resnet-digits", "ReLU ResNet on digits", resnet, digits(), 512, scaled(60), scaled(12), 512),
+        Experiment("gpt-python", "GPT on Python source", gpt, PythonSource(length), 64, scaled(400), scaled(80), 64),
+    ]
+
+
+def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[str, SpectralReport]:
+    """Train, probe and print; return the last report of each run by its name.
+
+    Args:
+        folder: where the logs go.
+        steps_factor: shortens the runs, for a test.
+    """
+    folder = Path(folder)
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    # W&B's own summary of every key would bury the tables.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    planned = experiments(steps_factor)
+    reports, runs = {}, {}
+    for experiment in planned:
+        console.print(f"\n[bold]{experiment.title}[/bold], {experiment.steps} steps")
+        reports[experiment.name], runs[experiment.name] = _train(experiment, folder)
+    for experiment in planned:
+        _show(console, experiment.title, reports[experiment.name])
+    for name, path in runs.items():
+        console.print(f"\n{name}: W&B run in {path}", soft_wrap=True)
+        console.print(f"  see it in this terminal:  wandb leet run {path}", soft_wrap=True)
+    return reports
+
+
+def _train(experiment: Experiment, folder: Path) -> tuple[SpectralReport, Path]:
+    probe = SpectralProbe(every_n_steps=experiment.every_n_steps, max_samples=experiment.max_samples)
+    home = folder / experiment.name
+    home.mkdir(parents=True, exist_ok=True)
+    wandb_logger = WandbLogger(name=experiment.name, project="lightning-spectral-demo", save_dir=home, offline=True)
+    trainer = pl.Trainer(
+        max_steps=experiment.steps + 1,
+        logger=[CSVLogger(home, name="csv"), wandb_logger],
+        callbacks=[probe],
+        log_every_n_steps=5,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    loader = DataLoader(experiment.data, experiment.batch_size, shuffle=True, drop_last=True)
+    trainer.fit(experiment.module, loader)
+    run_folder = Path(wandb_logger.experiment.dir).parent
+    wandb_logger.experiment.finish()
+    if probe.last_report is None:
+        raise RuntimeError(f"{experiment.name}: the probe measured nothing; its warnings say why")
+    return probe.last_report, run_folder
+
+
+def _show(console: Console, title: str, report: SpectralReport) -> None:
+    where = f"{title}, step {report.step}, loss {report.loss:.3f}, {report.n_samples} samples"
+    console.print()
+    console.print(layer_table(report, where))
+    console.print(kind_table(report, "median per kind of layer, beside the paper's"))

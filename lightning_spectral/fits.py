@@ -1,0 +1,298 @@
+"""Power laws and participation ratios of spectra, as pure functions in float64.
+
+Source: A. Calvo, Spectral Asymptotics of Neural Network Loss Landscapes, arXiv 2606.02596 (2026).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+RankModel = Literal["power_law", "exponential", "lognormal"]
+
+MIN_POINTS = 3
+"""Fewest points a line is fitted to: with two the residual, and so r2 and the standard error, mean nothing."""
+
+Values = Tensor | Sequence[float]
+
+
+@dataclass(frozen=True)
+class PowerLawFit:
+    """A power law y ~ exp(intercept) * x^exponent, fitted by ordinary least squares on log y against log x.
+
+    Attributes:
+        exponent: the slope; NaN where fewer than 3 points were usable or all x are equal.
+        intercept: log y at x = 1.
+        stderr: standard error of the slope, sqrt(RSS / (n - 2) / sum (log x - mean)^2).
+        r2: 1 - RSS / TSS in logarithms; NaN where all y are equal.
+        n_used: points in the fit.
+        n_dropped: points left out of it.
+        dropped: how many were left out for which reason; the counts add up to ``n_dropped``.
+    """
+
+    exponent: float
+    intercept: float
+    stderr: float
+    r2: float
+    n_used: int
+    n_dropped: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RankModelFit:
+    """One model of log sigma against the rank k: its coefficients (a, b or a, b, c), RSS and BIC."""
+
+    coefficients: tuple[float, ...]
+    rss: float
+    bic: float
+
+
+@dataclass(frozen=True)
+class RankModels:
+    """The rank models of one spectrum, compared by BIC.
+
+    Attributes:
+        winner: the model with the lowest BIC; None where there were too few points for any.
+        bic: BIC of each model; NaN where it had too few points.
+        fits: coefficients and residuals of each model.
+        n_used: points in the fits.
+        n_dropped: points left out because they are not positive and finite.
+    """
+
+    winner: RankModel | None
+    bic: Mapping[RankModel, float]
+    fits: Mapping[RankModel, RankModelFit]
+    n_used: int
+    n_dropped: int
+
+
+def fit_power_law(x: Values, y: Values, *, exclude: Mapping[str, Tensor] | None = None) -> PowerLawFit:
+    """Fit y ~ exp(intercept) * x^exponent over the points with x, y > 0 and finite.
+
+    Args:
+        x: (n,) abscissae.
+        y: (n,) ordinates.
+        exclude: reason -> (n,) boolean mask of points to leave out for that reason. A point is
+            counted once, under the first reason that holds; the fit's own come after these.
+
+    Returns:
+        The fit with its diagnostics. Exponent and the rest are NaN where fewer than 3 points remain.
+
+    Raises:
+        ValueError: if x and y are not one-dimensional and of one length.
+
+    Source: arXiv 2606.02596; alpha is the exponent of curvature h on singular value sigma.
+
+    >>> fit = fit_power_law([1.0, 2.0, 4.0, -1.0], [3.0, 12.0, 48.0, 5.0])
+    >>> round(fit.exponent, 6), fit.n_used, fit.dropped
+    (2.0, 3, {'not positive': 1})
+    """
+    x_n, y_n = _vector(x, "x"), _vector(y, "y")
+    if x_n.shape != y_n.shape:
+        raise ValueError(f"x and y must have one length, got {len(x_n)} and {len(y_n)}")
+    keep, dropped = _usable(x_n, y_n, exclude or {})
+    return _least_squares(x_n[keep].log(), y_n[keep].log(), dropped)
+
+
+def fit_rank_decay(values: Values, *, exclude: Mapping[str, Tensor] | None = None) -> PowerLawFit:
+    """Fit values ~ k^-exponent, k the rank of a value among the usable ones in decreasing order.
+
+    The abscissa of the fit is 1 / k, so the exponent is positive for a decaying spectrum. Of gradient
+    singular values it is gamma; of positive directional curvatures it is s: sorted by curvature,
+    not in the order of sigma.
+
+    Args:
+        values: (n,) in any order.
+        exclude: as in `fit_power_law`.
+
+    Source: arXiv 2606.02596.
+
+    >>> round(fit_rank_decay([1.0, 1 / 9, 1 / 4]).exponent, 6)
+    2.0
+    """
+    values_n = _vector(values, "values")
+    keep, dropped = _usable(values_n, values_n, exclude or {})
+    kept = values_n[keep].sort(descending=True).values
+    ranks = torch.arange(1, len(kept) + 1, dtype=torch.float64)
+    return _least_squares(-ranks.log(), kept.log(), dropped)
+
+
+def fit_rank_models(sigma: Values) -> RankModels:
+    """Compare three models of a spectrum's decay by BIC = n log(RSS / n) + p log n.
+
+    Power law, log sigma = a + b log k (p = 2); exponential, a + b k (p = 2); log-normal in rank,
+    a + b log k + c (log k)^2 (p = 3). Values that are not positive and finite are left out.
+
+    Args:
+        sigma: (n,) singular values; they are sorted in decreasing order.
+
+    Source: arXiv 2606.02596.
+
+    >>> fit_rank_models([2.0**-k for k in range(8)]).winner
+    'exponential'
+    """
+    values = _vector(sigma, "sigma")
+    keep, dropped = _usable(values, values, {})
+    log_sigma = values[keep].sort(descending=True).values.log()
+    n = len(log_sigma)
+    k = torch.arange(1, n + 1, dtype=torch.float64)
+    one = torch.ones_like(k)
+    designs: dict[RankModel, list[Tensor]] = {
+        "power_law": [one, k.log()],
+        "exponential": [one, k],
+        "lognormal": [one, k.log(), k.log().square()],
+    }
+    fits = {name: _rank_model(columns, log_sigma) for name, columns in designs.items()}
+    bic = {name: fit.bic for name, fit in fits.items()}
+    valid = [name for name in designs if not math.isnan(bic[name])]
+    winner: RankModel | None = None
+    if valid:
+        winner = min(valid, key=lambda name: bic[name])
+    return RankModels(winner, bic, fits, n, sum(dropped.values()))
+
+
+def participation_ratio(values: Values) -> float:
+    """(sum v)^2 / sum v^2 over the positive values: how many directions hold the total.
+
+    1 for one direction, n for n equal ones; NaN where no value is positive. For a gradient, pass sigma^2.
+
+    >>> participation_ratio([2.0, 2.0, 2.0, -1.0])
+    3.0
+    """
+    p = _shares(values)
+    return float("nan") if p is None else 1.0 / float(p.square().sum())
+
+
+def entropy_rank(values: Values) -> float:
+    """exp(-sum p log p), p the shares of the positive values in their sum; NaN where there is none.
+
+    >>> round(entropy_rank([1.0, 1.0, 0.0]), 6)
+    2.0
+    """
+    p = _shares(values)
+    return float("nan") if p is None else math.exp(-float(torch.special.xlogy(p, p).sum()))
+
+
+def directions_holding(values: Values, share: float) -> int:
+    """The smallest number of positive values that hold at least this share of their sum; 0 where there is none.
+
+    >>> directions_holding([90.0, 6.0, 4.0], 0.95)
+    2
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share}")
+    p = _shares(values)
+    if p is None:
+        return 0
+    held = p.sort(descending=True).values.cumsum(0)
+    # A sum of shares that is short of `share` by rounding alone counts as reaching it.
+    return min(int((held < share * (1 - 1e-12)).sum()) + 1, len(p))
+
+
+def zeta_bound(s: float, n: int | None = None) -> float:
+    """The participation ratio of a spectrum k^-s: zeta(s)^2 / zeta(2 s), an upper bound on that of the curvature.
+
+    Args:
+        s: decay exponent, alpha * gamma. At s <= 1 the infinite sum diverges and the bound is infinite.
+        n: sum over the first n ranks instead, what a window of n directions obeys; finite for every s.
+
+    Returns:
+        The bound; NaN for s = NaN and for n < 1.
+
+    Source: arXiv 2606.02596.
+
+    >>> round(zeta_bound(2.0), 12), zeta_bound(1.0), round(zeta_bound(0.0, n=7), 12)
+    (2.5, inf, 7.0)
+    """
+    if math.isnan(s) or (n is not None and n < 1):
+        return float("nan")
+    if n is not None:
+        return participation_ratio((-s * torch.arange(1, n + 1, dtype=torch.float64).log()).softmax(0))
+    if s <= 1:
+        return float("inf")
+    exponents = torch.tensor([s, 2 * s], dtype=torch.float64)
+    zeta_s, zeta_2s = torch.special.zeta(exponents, torch.ones_like(exponents)).tolist()
+    return cast(float, zeta_s**2 / zeta_2s)
+
+
+def noise_floor(sigma: Tensor, shape: tuple[int, int], groups: int, eps: float) -> float:
+    """sigma_1 * max(m, n) * eps: a singular value at or below it is rounding noise of the gradient.
+
+    Args:
+        sigma: (K,) singular values, the largest first.
+        shape: (m, n) of the matrix.
+        groups: how many blocks of rows are matrices of their own.
+        eps: machine epsilon of the gradient's floating-point type.
+    """
+    largest = float(sigma[0]) if sigma.numel() else 0.0
+    return largest * max(shape[0] // groups, shape[1]) * eps
+
+
+def _vector(values: Values, name: str) -> Tensor:
+    vector = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, got shape {tuple(vector.shape)}")
+    return vector
+
+
+def _usable(x: Tensor, y: Tensor, exclude: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
+    """Which points can be fitted, and how many cannot for which reason."""
+    reasons = dict(exclude)
+    reasons["not finite"] = ~(x.isfinite() & y.isfinite())
+    reasons["not positive"] = ~((x > 0) & (y > 0))
+    keep = torch.ones_like(x, dtype=torch.bool)
+    dropped = {}
+    for reason, mask in reasons.items():
+        hit = keep & mask
+        if count := int(hit.sum()):
+            dropped[reason] = count
+        keep &= ~hit
+    return keep, dropped
+
+
+def _least_squares(x: Tensor, y: Tensor, dropped: Mapping[str, int]) -> PowerLawFit:
+    n, n_dropped, nan = len(x), sum(dropped.values()), float("nan")
+    dx, dy = x - x.mean(), y - y.mean()
+    sxx, syy = float(dx.square().sum()), float(dy.square().sum())
+    if n < MIN_POINTS or sxx == 0:
+        return PowerLawFit(nan, nan, nan, nan, n, n_dropped, dict(dropped))
+    slope = float(dx @ dy) / sxx
+    rss = float((dy - slope * dx).square().sum())
+    return PowerLawFit(
+        exponent=slope,
+        intercept=float(y.mean()) - slope * float(x.mean()),
+        stderr=math.sqrt(rss / (n - 2) / sxx),
+        r2=1 - rss / syy if syy > 0 else nan,
+        n_used=n,
+        n_dropped=n_dropped,
+        dropped=dict(dropped),
+    )
+
+
+def _rank_model(columns: list[Tensor], log_sigma: Tensor) -> RankModelFit:
+    n, p, nan = len(log_sigma), len(columns), float("nan")
+    if n <= p:
+        return RankModelFit((nan,) * p, nan, nan)
+    design_np = torch.stack(columns, 1)
+    coefficients = torch.linalg.lstsq(design_np, log_sigma[:, None]).solution[:, 0]
+    rss = float((log_sigma - design_np @ coefficients).square().sum())
+    # An exact fit leaves rounding noise, which would decide between nested models; below it all fits are equal.
+    rounding = n * (n * torch.finfo(torch.float64).eps * float(log_sigma.abs().max().clamp(min=1))) ** 2
+    bic = n * math.log(max(rss, rounding) / n) + p * math.log(n)
+    return RankModelFit(tuple(coefficients.tolist()), rss, bic)
+
+
+def _shares(values: Values) -> Tensor | None:
+    """The positive finite values over their sum; scaled first, so that 1e-200 and 1e200 neither vanish nor overflow."""
+    vector = _vector(values, "values")
+    positive = vector[vector.isfinite() & (vector > 0)]
+    if not len(positive):
+        return None
+    scaled = positive / positive.max()
+    return scaled / scaled.sum()

@@ -1,0 +1,273 @@
+"""Which parameters of a network are matrices: their names, kinds, and their two-dimensional view and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from lightning_spectral.kinds import CONVOLUTIONS, KINDS, TRANSPOSED, Kind, infer_kinds, is_transposed_linear
+
+
+@dataclass(frozen=True)
+class MatrixLayer:
+    """One matrix of a network: a parameter, or rows of it, seen as W (m, n).
+
+    A linear layer is (out_features, in_features); a convolution, transposed or not, is
+    (out_channels, in_channels / groups * kernel).
+
+    Attributes:
+        name: the parameter's qualified name; with ``.q``, ``.k``, ``.v`` appended for a part of a fused projection.
+        parameter: the qualified name of the parameter that holds it.
+        module: the qualified name of the module that owns the parameter.
+        kind: one of `KINDS`.
+        shape: (m, n) of the matrix; for a grouped convolution the rows of all groups.
+        groups: into how many equal blocks of rows the matrix falls, each a matrix of its own.
+        rows: first and last-plus-one row in the parameter's whole matrix.
+        transposed: the parameter holds input channels first.
+        aliases: other qualified names of the same tied parameter.
+    """
+
+    name: str
+    parameter: str
+    module: str
+    kind: Kind
+    shape: tuple[int, int]
+    groups: int = 1
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+    aliases: tuple[str, ...] = ()
+
+    def to_matrix(self, tensor: Tensor) -> Tensor:
+        """The matrix (m, n) within a tensor of the parameter's shape."""
+        matrix = self._output_first(tensor).flatten(1) if self.transposed else tensor.flatten(1)
+        return matrix if self.rows is None else matrix[slice(*self.rows)]
+
+    def to_tensor(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `to_matrix`: a tensor of ``like``'s shape, zero outside this layer's rows."""
+        if self.rows is not None:
+            whole = matrix.new_zeros(self._output_first(like).shape[0], matrix.shape[1])
+            whole[slice(*self.rows)] = matrix
+            matrix = whole
+        if not self.transposed:
+            return matrix.reshape(like.shape)
+        g, kernel = self.groups, like.shape[2:]
+        ins, outs = like.shape[0] // g, like.shape[1]
+        return matrix.reshape(g, outs, ins, *kernel).transpose(1, 2).reshape(like.shape)
+
+    def _output_first(self, tensor: Tensor) -> Tensor:
+        """A transposed convolution's (in, out / groups, ...) as (out, in / groups, ...)."""
+        if not self.transposed:
+            return tensor
+        g, kernel = self.groups, tensor.shape[2:]
+        ins, outs = tensor.shape[0] // g, tensor.shape[1]
+        return tensor.reshape(g, ins, outs, *kernel).transpose(1, 2).reshape(g * outs, ins, *kernel)
+
+
+class NoMatrixError(ValueError):
+    """A network without a matrix that is trained."""
+
+
+LayerSelection = str | Sequence[str] | Callable[[MatrixLayer], bool] | None
+
+
+@dataclass(frozen=True)
+class LayerSet:
+    """The matrices to measure, in the order of the network, and those left out with the reason."""
+
+    layers: dict[str, MatrixLayer]
+    skipped: dict[str, str]
+
+
+def find_layers(
+    model: nn.Module,
+    *,
+    layers: LayerSelection = None,
+    kinds: Mapping[str, Kind] | None = None,
+    fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
+) -> LayerSet:
+    """The matrix parameters of a network.
+
+    Args:
+        model: any module.
+        layers: which to take. None: all but embeddings. Glob patterns: those whose name, or whose parameter's,
+            or module's name one of them matches, embeddings too. A callable: those `MatrixLayer` it accepts.
+        kinds: glob pattern -> kind, over the kind inferred from the module structure. The first match counts.
+        fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be
+            measured apart; or pattern -> the three numbers of rows. `nn.MultiheadAttention` is split by itself.
+
+    Raises:
+        NoMatrixError: if the network has no matrix parameter that is trained.
+        ValueError: if a pattern matches nothing, a kind is unknown, or rows of a fused projection do not add up.
+    """
+    found, skipped = matrix_parameters(model)
+    if not found:
+        raise NoMatrixError(
+            f"{type(model).__name__} has no matrix to measure: needed is a Linear, convolution, attention or other "
+            f"two-dimensional parameter that is trained; found {_summary(model, skipped)}"
+        )
+    found = _split_fused(found, fused_qkv, skipped)
+    found = _with_kinds(found, kinds or {}, skipped)
+    chosen = _select(found, layers, skipped)
+    return LayerSet(chosen, skipped)
+
+
+def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[str, str]]:
+    """Every trained parameter that is a matrix, fused projections whole; and those that are not, with the reason."""
+    owners = dict(model.named_modules(remove_duplicate=False))
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    kinds = infer_kinds(model)
+    found, skipped = {}, {}
+    for parameter, aliases in names.items():
+        # A tied weight goes by its use as a layer, not as a look-up table.
+        name = min(aliases, key=lambda alias: kinds.get(alias) == "embedding")
+        if isinstance(parameter, nn.UninitializedParameter):
+            skipped[name] = "its lazy module has not seen a batch yet"
+            continue
+        if parameter.ndim < 2:
+            continue
+        others = tuple(alias for alias in aliases if alias != name)
+        layer = _as_matrix(name, parameter, owners[name.rpartition(".")[0]], kinds.get(name, "dense"), others)
+        if isinstance(layer, str):
+            skipped[name] = layer
+        elif not parameter.requires_grad:
+            skipped[name] = "frozen"
+        elif not parameter.is_floating_point():
+            skipped[name] = f"its entries are {parameter.dtype}, not real floating point"
+        else:
+            found[name] = layer
+    return found, skipped
+
+
+def _as_matrix(
+    name: str, parameter: Tensor, owner: nn.Module, kind: Kind, aliases: tuple[str, ...]
+) -> MatrixLayer | str:
+    """The parameter as a matrix, or the reason why it is none."""
+    module = name.rpartition(".")[0]
+    shape, groups, transposed = parameter.shape, 1, False
+    if isinstance(owner, TRANSPOSED) and parameter.ndim > 2:
+        groups, transposed = owner.groups, True
+        matrix = (shape[1] * groups, shape[0] // groups * shape[2:].numel())
+    elif isinstance(owner, CONVOLUTIONS) and parameter.ndim > 2:
+        groups, matrix = owner.groups, (shape[0], shape[1:].numel())
+    elif is_transposed_linear(owner):
+        transposed, matrix = True, (shape[1], shape[0])
+    elif parameter.ndim == 2 and (isinstance(owner, nn.Linear) or min(shape) > 1):
+        matrix = (shape[0], shape[1])
+    elif parameter.ndim == 2:
+        return f"a vector of {shape.numel()} entries stored as {tuple(shape)}"
+    else:
+        return f"{parameter.ndim}-dimensional parameter of a {type(owner).__name__}, which has no agreed matrix view"
+    return MatrixLayer(name, name, module, kind, matrix, groups, None, transposed, aliases)
+
+
+def _split_fused(
+    found: Mapping[str, MatrixLayer], fused: Sequence[str] | Mapping[str, Sequence[int]], skipped: Mapping[str, str]
+) -> dict[str, MatrixLayer]:
+    sizes = dict(fused) if isinstance(fused, Mapping) else dict.fromkeys(_patterns(fused), ())
+    unused = set(sizes)
+    out: dict[str, MatrixLayer] = {}
+    for name, layer in found.items():
+        matches = [pattern for pattern in sizes if _matches(layer, pattern)]
+        unused -= set(matches)
+        if not matches and not (layer.kind == "attention_qkv" and name.endswith("in_proj_weight")):
+            out[name] = layer
+            continue
+        rows = tuple(sizes[matches[0]]) if matches else ()
+        rows = rows or (layer.shape[0] // 3,) * 3
+        if len(rows) != 3 or min(rows) < 1 or sum(rows) != layer.shape[0] or layer.groups != 1:
+            raise ValueError(
+                f"fused_qkv: the {layer.shape[0]} rows of {name} cannot be split into query, key and value of "
+                f"{list(rows)} rows; give a mapping from its pattern to their three numbers"
+            )
+        first = 0
+        for part, size in zip("qkv", rows, strict=True):
+            out[f"{name}.{part}"] = replace(
+                layer,
+                name=f"{name}.{part}",
+                kind="attention_qkv",
+                shape=(size, layer.shape[1]),
+                rows=(first, first + size),
+            )
+            first += size
+    _all_used("fused_qkv", unused, found, skipped)
+    return out
+
+
+def _with_kinds(
+    found: Mapping[str, MatrixLayer], kinds: Mapping[str, Kind], skipped: Mapping[str, str]
+) -> dict[str, MatrixLayer]:
+    check_kinds(kinds)
+    unused, out = set(kinds), {}
+    for name, layer in found.items():
+        matches = [pattern for pattern in kinds if _matches(layer, pattern)]
+        unused -= set(matches)
+        out[name] = replace(layer, kind=kinds[matches[0]]) if matches else layer
+    _all_used("kinds", unused, found, skipped)
+    return out
+
+
+def check_kinds(kinds: Mapping[str, Kind]) -> None:
+    """Raise ValueError for a kind that does not exist."""
+    for pattern, kind in kinds.items():
+        if kind not in KINDS:
+            raise ValueError(f"kinds: {kind!r} (for {pattern!r}) is no kind of layer; take one of {', '.join(KINDS)}")
+
+
+def _select(
+    found: Mapping[str, MatrixLayer], selection: LayerSelection, skipped: dict[str, str]
+) -> dict[str, MatrixLayer]:
+    if selection is None:
+        reason = "an embedding, left out by default"
+        chosen = {name: layer for name, layer in found.items() if layer.kind != "embedding"}
+    elif callable(selection):
+        reason = "not selected by layers"
+        chosen = {name: layer for name, layer in found.items() if selection(layer)}
+    else:
+        patterns, reason = _patterns(selection), "not selected by layers"
+        unused = {p for p in patterns if not any(_matches(layer, p) for layer in found.values())}
+        _all_used("layers", unused, found, skipped)
+        chosen = {name: layer for name, layer in found.items() if any(_matches(layer, p) for p in patterns)}
+    skipped.update({name: reason for name in found if name not in chosen})
+    return chosen
+
+
+def _patterns(selection: str | Iterable[str]) -> list[str]:
+    return [selection] if isinstance(selection, str) else list(selection)
+
+
+def _names(parameter: str) -> tuple[str, str]:
+    return parameter, parameter.rpartition(".")[0]
+
+
+def _matches(layer: MatrixLayer, pattern: str) -> bool:
+    names = {layer.name, layer.module}
+    for parameter in (layer.parameter, *layer.aliases):
+        names.update(_names(parameter))
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _all_used(option: str, unused: Iterable[str], found: Iterable[str], skipped: Iterable[str]) -> None:
+    """Raise for patterns that match no layer. One that matches a frozen layer is no mistake: it may thaw later."""
+    others = [alias for name in skipped for alias in _names(name)]
+    if missing := sorted(p for p in unused if not any(fnmatchcase(name, p) for name in others)):
+        names = list(found)
+        shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+        raise ValueError(f"{option}: {', '.join(map(repr, missing))} matches no layer; the layers are {shown}")
+
+
+def _summary(model: nn.Module, skipped: Mapping[str, str]) -> str:
+    if skipped:
+        return "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
+    count = sum(1 for _ in model.parameters())
+    return f"{count} parameters, none with two or more dimensions" if count else "no parameters"
+
+
+def matrix_direction(layer: MatrixLayer, u: Tensor, v: Tensor, like: Tensor) -> Tensor:
+    """u v^T in the parameter's shape. u: (m,), v: (n,)."""
+    return layer.to_tensor(torch.outer(u, v).to(like.dtype), like)

@@ -1,0 +1,94 @@
+"""Which loss is measured: the user's function, the module's ``spectral_loss``, or its ``training_step``."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_spectral.errors import MeasurementError
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+REMEDY = "pass loss_fn(model, batch) -> scalar, or give the module a method spectral_loss(batch)"
+
+
+def resolve_loss(model: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
+    """The loss to measure. In order: ``loss_fn``, ``model.spectral_loss(batch)``, ``model.training_step``.
+
+    training_step is taken for automatic optimization only: with manual optimization a call would step the optimizer.
+
+    Raises:
+        ValueError: if the module offers none of them.
+    """
+    if loss_fn is not None:
+        if not callable(loss_fn):
+            raise ValueError(f"loss_fn must be a callable (model, batch) -> scalar, got {type(loss_fn).__name__}")
+        return loss_fn
+    if callable(getattr(model, "spectral_loss", None)):
+        return lambda module, batch: module.spectral_loss(batch)  # type: ignore[operator]
+    name = type(model).__name__
+    if not callable(getattr(model, "training_step", None)):
+        raise ValueError(f"{name} has no training_step, so its loss is not known; {REMEDY}")
+    if not getattr(model, "automatic_optimization", True):
+        raise ValueError(f"{name} optimizes manually, so its training_step cannot be called to measure; {REMEDY}")
+    if "dataloader_iter" in inspect.signature(model.training_step).parameters:  # type: ignore[arg-type]
+        raise ValueError(f"{name}.training_step takes dataloader_iter and would consume batches; {REMEDY}")
+    return _training_step_loss
+
+
+def _training_step_loss(module: nn.Module, batch: Any) -> Tensor:
+    step: Any = module.training_step
+    arguments = inspect.signature(step).parameters.values()
+    takes_two = len(arguments) > 1 or any(a.kind is a.VAR_POSITIONAL for a in arguments)
+    output: Any = step(batch, 0) if takes_two else step(batch)
+    return cast(Tensor, output.get("loss") if isinstance(output, dict) else output)
+
+
+def mute(shadow: nn.Module, original: nn.Module, dummy_logger: Any = None) -> None:
+    """Keep a shadow's training_step from logging: its ``log`` calls, and loggers it reaches through the trainer."""
+    originals = dict(original.named_modules())
+    trainers: dict[int, Any] = {}
+    for name, module in shadow.named_modules():
+        if not hasattr(module, "training_step"):
+            continue
+        for method in ("log", "log_dict", "print"):
+            if hasattr(module, method):
+                module.__dict__[method] = _nothing
+        trainer = getattr(originals.get(name), "_trainer", None)
+        if trainer is not None and "_trainer" in module.__dict__:
+            module.__dict__["_trainer"] = trainers.setdefault(id(trainer), _without_loggers(trainer, dummy_logger))
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _without_loggers(trainer: Any, dummy_logger: Any) -> Any:
+    """A shallow copy of the Trainer: what a step reads is there, what it sets or logs does not reach the real one."""
+    quiet = copy.copy(trainer)
+    quiet.loggers = [dummy_logger] * len(trainer.loggers) if dummy_logger is not None else []
+    return quiet
+
+
+def checked_loss(value: Any) -> Tensor:
+    """The loss, if curvature can be measured of it.
+
+    Raises:
+        MeasurementError: if it is no scalar tensor, is NaN or infinite, or does not depend on any parameter.
+    """
+    if not isinstance(value, Tensor):
+        raise MeasurementError(f"the loss must be a scalar tensor, got {type(value).__name__}; {REMEDY}")
+    if value.numel() != 1:
+        raise MeasurementError(f"the loss must be a scalar, got shape {tuple(value.shape)}; reduce it with .mean()")
+    if not bool(torch.isfinite(value).all()):
+        raise MeasurementError(f"the loss is {value.item()}, so its gradient and curvature mean nothing")
+    if not value.requires_grad:
+        raise MeasurementError(
+            "the loss has no gradient: it was computed under no_grad, detached, or not from the module it was given"
+        )
+    return value.reshape(())

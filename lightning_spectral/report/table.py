@@ -1,0 +1,68 @@
+"""A report as tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_spectral.analysis import compare_kinds
+from lightning_spectral.record import LayerSpectrum, SpectralReport
+
+GOOD_FIT = 0.9
+"""Below this r2 an alpha is shown dimmed: log h is then no straight line in log sigma."""
+
+
+def layer_table(report: SpectralReport, title: str = "") -> Table:
+    """A row per layer: exponents, fits and participation ratio. Values of fits with r2 below 0.9 are dim."""
+    table = Table(title=title or None, title_justify="left")
+    for column in ("layer", "kind", "shape"):
+        table.add_column(column, overflow="fold", no_wrap=column != "layer")
+    for column in ("alpha ± se", "r2", "gamma", "s", "α·γ", "error", "PR_h", "zeta", "points"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in report.layers.values():
+        table.add_row(*_row(layer), style="dim" if layer.alpha.r2 < GOOD_FIT else "")
+    return table
+
+
+def kind_table(report: SpectralReport, title: str = "") -> Table:
+    """A row per kind of layer: medians of this report beside the paper's alpha."""
+    table = Table(title=title or None, title_justify="left")
+    table.add_column("kind", no_wrap=True)
+    for column in ("layers", "alpha", "gamma", "s", "error", "PR_h"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("alpha in the paper")
+    for row in compare_kinds(report):
+        numbers = (_fixed(row.alpha), _fixed(row.gamma), _fixed(row.s), _percent(row.transfer_error))
+        table.add_row(row.kind, str(row.layers), *numbers, _fixed(row.pr_curvature), row.paper_alpha)
+    return table
+
+
+def _row(layer: LayerSpectrum) -> list[str]:
+    m, n = layer.shape
+    used, all_points = layer.alpha.n_used, len(layer.sigma)
+    return [
+        escape(layer.name.removesuffix(".weight")),
+        layer.kind,
+        f"{m}x{n}" + (f" /{layer.groups}" if layer.groups > 1 else ""),
+        f"{_fixed(layer.alpha.exponent)} ± {_fixed(layer.alpha.stderr)}",
+        _fixed(layer.alpha.r2),
+        _fixed(layer.gamma.exponent),
+        _fixed(layer.s.exponent),
+        _fixed(layer.alpha_gamma),
+        _percent(layer.transfer_error),
+        _fixed(layer.pr_curvature),
+        _fixed(layer.zeta_bound),
+        f"{used}/{all_points}",
+    ]
+
+
+def _fixed(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return "inf" if math.isinf(value) else f"{value:.2f}"
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
