@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "LayerSpectrum": "record",
+    "LayerSpectrum": "spectrum",
     "MeasurementError": "errors",
     "PowerLawFit": "fits",
     "SecondDerivativeError": "errors",
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from lightning_spectral.fits import zeta_bound as zeta_bound
     from lightning_spectral.measure import directional_curvature as directional_curvature
     from lightning_spectral.measure import measure_spectra as measure_spectra
-    from lightning_spectral.record import LayerSpectrum as LayerSpectrum
     from lightning_spectral.record import SpectralReport as SpectralReport
+    from lightning_spectral.spectrum import LayerSpectrum as LayerSpectrum
     from lightning_spectral.svd import SingularTriplets as SingularTriplets
     from lightning_spectral.svd import top_singular_triplets as top_singular_triplets
 

@@ -150,10 +150,8 @@ def fit_rank_models(sigma: Values) -> RankModels:
     }
     fits = {name: _rank_model(columns, log_sigma) for name, columns in designs.items()}
     bic = {name: fit.bic for name, fit in fits.items()}
-    valid = [name for name in designs if not math.isnan(bic[name])]
-    winner: RankModel | None = None
-    if valid:
-        winner = min(valid, key=lambda name: bic[name])
+    ranking: list[RankModel] = sorted((name for name in designs if not math.isnan(bic[name])), key=bic.__getitem__)
+    winner = ranking[0] if ranking else None
     return RankModels(winner, bic, fits, n, sum(dropped.values()))
 
 
@@ -235,7 +233,9 @@ def noise_floor(sigma: Tensor, shape: tuple[int, int], groups: int, eps: float) 
 
 
 def _vector(values: Values, name: str) -> Tensor:
-    vector = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    # Lists are read in float64 at once: torch's default would round them to float32 first.
+    vector = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+    vector = vector.detach().to("cpu", torch.float64)
     if vector.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {tuple(vector.shape)}")
     return vector

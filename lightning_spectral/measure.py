@@ -19,7 +19,8 @@ from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, MatrixLayer, find_layers, matrix_parameters
 from lightning_spectral.loss import LossFunction, mute, resolve_loss
 from lightning_spectral.quiet import MODES, PRECISIONS, Mode, Precision, copy_batch, quiet
-from lightning_spectral.record import LayerSpectrum, SpectralReport
+from lightning_spectral.record import SpectralReport
+from lightning_spectral.spectrum import LayerSpectrum
 from lightning_spectral.svd import SingularTriplets, top_singular_triplets
 
 

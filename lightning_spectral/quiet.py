@@ -208,21 +208,16 @@ def _random_states(model: nn.Module) -> Iterator[None]:
 def _buffers_and_flags(model: nn.Module) -> Iterator[None]:
     """Guard the original against a loss that reaches it past the shadow, through a closure."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, _version(buffer), buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         for module, training in flags:
             module.training = training
-        with torch.no_grad():
-            for buffer, version, before in buffers:
-                if _version(buffer) != version:
-                    buffer.copy_(before)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; an inference tensor does not count, and nothing here writes to one."""
-    return 0 if tensor.is_inference() else tensor._version
+        # BatchNorm writes its statistics without raising their version, so there is no telling whether it did;
+        # through .data this write raises none either.
+        for buffer, before in buffers:
+            buffer.data.copy_(before)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from lightning_spectral.layers import LayerSelection, NoMatrixError, check_kinds
 from lightning_spectral.loss import LossFunction, resolve_loss
 from lightning_spectral.measure import check_options, measure_quietly
 from lightning_spectral.quiet import Mode, Precision
-from lightning_spectral.record import LAYER_KEYS, REPORT_KEYS, SpectralReport
+from lightning_spectral.record import REPORT_KEYS, SpectralReport
+from lightning_spectral.spectrum import LAYER_KEYS
 
 PROBE_KEYS: dict[str, str] = {
     "probe_seconds": "wall time of the probe",

@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_spectral.analysis import compare_kinds
-from lightning_spectral.record import LayerSpectrum, SpectralReport
+from lightning_spectral.record import SpectralReport
+from lightning_spectral.spectrum import LayerSpectrum
 
 GOOD_FIT = 0.9
 """Below this r2 an alpha is shown dimmed: log h is then no straight line in log sigma."""

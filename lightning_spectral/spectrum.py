@@ -1,0 +1,214 @@
+"""The spectrum of one layer with every fit: the record a measurement is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.encoding import number, numbers, plain
+from lightning_spectral.fits import (
+    MIN_POINTS,
+    PowerLawFit,
+    RankModel,
+    RankModelFit,
+    RankModels,
+    directions_holding,
+    entropy_rank,
+    fit_power_law,
+    fit_rank_decay,
+    fit_rank_models,
+    noise_floor,
+    participation_ratio,
+    zeta_bound,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpectrum:
+    """The gradient spectrum of one layer and the curvature along it, with every fit.
+
+    Attributes:
+        name: qualified name of the parameter, with ``.q``, ``.k``, ``.v`` for a part of a fused projection.
+        kind: conv, attention_qkv, attention_out, mlp_up, mlp_down, embedding, head or dense.
+        shape: (m, n) of the matrix.
+        groups: how many blocks of rows are matrices of their own (grouped convolution).
+        sigma: (K,) leading singular values of the gradient, decreasing; loss per unit of weight.
+        h: (K,) curvatures u_k v_k^T H u_k v_k^T; loss per squared unit of weight. Rayleigh quotients, not
+            eigenvalues, of the Hessian block H. NaN where sigma is rounding noise or nothing could be measured.
+        noise_floor: sigma_1 * max(m, n) * eps(dtype); a sigma_k at or below it is rounding noise.
+        alpha: h ~ sigma^alpha over the k with h_k > 0.
+        gamma: sigma_k ~ k^-gamma.
+        s: the positive h, sorted, ~ rank^-s.
+        transfer_error: abs(s - alpha * gamma) / abs(s).
+        pr_curvature: participation ratio of the positive h.
+        pr_gradient: participation ratio of sigma^2.
+        entropy_rank_curvature, entropy_rank_gradient: exp(entropy) of the same.
+        directions_95_curvature, directions_99_curvature, directions_95_gradient, directions_99_gradient: how many
+            directions hold 95 % and 99 % of the positive h, or of sigma^2, within the window of K.
+        zeta_bound: zeta(alpha gamma)^2 / zeta(2 alpha gamma), the bound on pr_curvature; infinite for alpha gamma <= 1.
+        zeta_bound_window: the same with sums over the positive h measured, which a window of K directions obeys.
+        n_usable: directions above the noise floor.
+        n_negative: of them, those with h < 0.
+        n_repeated: of them, those whose sigma equals a neighbour's to rounding: u_k, v_k, h_k are not unique.
+        rank_models: power law, exponential and log-normal in rank of the usable sigma.
+        note: why something is NaN; empty where all is well.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    groups: int
+    sigma: Tensor
+    h: Tensor
+    noise_floor: float
+    alpha: PowerLawFit
+    gamma: PowerLawFit
+    s: PowerLawFit
+    transfer_error: float
+    pr_curvature: float
+    pr_gradient: float
+    entropy_rank_curvature: float
+    entropy_rank_gradient: float
+    directions_95_curvature: int
+    directions_99_curvature: int
+    directions_95_gradient: int
+    directions_99_gradient: int
+    zeta_bound: float
+    zeta_bound_window: float
+    n_usable: int
+    n_negative: int
+    n_repeated: int
+    rank_models: RankModels
+    note: str = ""
+
+    @property
+    def alpha_gamma(self) -> float:
+        """alpha * gamma, which the transfer relation says is s."""
+        return self.alpha.exponent * self.gamma.exponent
+
+    @classmethod
+    def from_spectrum(
+        cls,
+        sigma: Tensor,
+        h: Tensor,
+        *,
+        name: str,
+        kind: str = "dense",
+        shape: tuple[int, int],
+        groups: int = 1,
+        eps: float = torch.finfo(torch.float32).eps,
+        note: str = "",
+    ) -> LayerSpectrum:
+        """Fit everything there is to fit to singular values (K,) and curvatures (K,).
+
+        Args:
+            sigma: decreasing, not negative.
+            h: in the order of sigma.
+            name, kind, shape, groups, note: as in the attributes.
+            eps: machine epsilon of the gradient, for the noise floor.
+        """
+        sigma, h = (t.detach().to("cpu", torch.float64) for t in (sigma, h))
+        if sigma.shape != h.shape or sigma.ndim != 1:
+            raise ValueError(f"sigma and h must be (K,), got {tuple(sigma.shape)} and {tuple(h.shape)}")
+        floor = noise_floor(sigma, shape, groups, eps)
+        usable = sigma > floor
+        noise = {"below the noise floor": ~usable}
+        positive = h[usable & (h > 0)]
+        energy = sigma[usable].square()
+        alpha = fit_power_law(sigma, h, exclude=noise)
+        gamma = fit_rank_decay(sigma, exclude=noise)
+        s = fit_rank_decay(h, exclude=noise)
+        product = alpha.exponent * gamma.exponent
+        if not note and alpha.n_used < MIN_POINTS:
+            note = (
+                f"{int(usable.sum())} directions above the noise floor, {len(positive)} of them with h > 0; "
+                f"a fit of alpha needs {MIN_POINTS}"
+            )
+        return cls(
+            name=name,
+            kind=kind,
+            shape=shape,
+            groups=groups,
+            sigma=sigma,
+            h=torch.where(usable, h, torch.full_like(h, float("nan"))),
+            noise_floor=floor,
+            alpha=alpha,
+            gamma=gamma,
+            s=s,
+            transfer_error=abs(s.exponent - product) / abs(s.exponent) if s.exponent else float("nan"),
+            pr_curvature=participation_ratio(positive),
+            pr_gradient=participation_ratio(energy),
+            entropy_rank_curvature=entropy_rank(positive),
+            entropy_rank_gradient=entropy_rank(energy),
+            directions_95_curvature=directions_holding(positive, 0.95),
+            directions_99_curvature=directions_holding(positive, 0.99),
+            directions_95_gradient=directions_holding(energy, 0.95),
+            directions_99_gradient=directions_holding(energy, 0.99),
+            zeta_bound=zeta_bound(product),
+            zeta_bound_window=zeta_bound(product, len(positive)),
+            n_usable=int(usable.sum()),
+            n_negative=int((h[usable] < 0).sum()),
+            n_repeated=_repeated(sigma[usable], floor),
+            rank_models=fit_rank_models(sigma[usable]),
+            note=note,
+        )
+
+    def scalars(self) -> dict[str, float]:
+        """The logged quantities of `LAYER_KEYS` by name."""
+        return {key.name: float(key.value(self)) for key in LAYER_KEYS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-able values: NaN as None, infinity as "inf"."""
+        return plain(self)  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerSpectrum:
+        """The inverse of `to_dict`."""
+        values = {f.name: data[f.name] for f in fields(cls)}
+        for name in ("sigma", "h"):
+            values[name] = torch.tensor([number(x) for x in values[name]], dtype=torch.float64)
+        for name in ("alpha", "gamma", "s"):
+            values[name] = PowerLawFit(**numbers(values[name], skip=("dropped",)))
+        models = values["rank_models"]
+        bic: dict[RankModel, float] = {name: number(models["bic"][name]) for name in models["bic"]}
+        coefficients = {k: tuple(number(x) for x in fit["coefficients"]) for k, fit in models["fits"].items()}
+        fits = {k: RankModelFit(c, number(models["fits"][k]["rss"]), bic[k]) for k, c in coefficients.items()}
+        values["rank_models"] = RankModels(models["winner"], bic, fits, models["n_used"], models["n_dropped"])
+        values["shape"] = tuple(values["shape"])
+        return cls(**numbers(values, skip=("name", "kind", "note", "shape", "sigma", "h")))
+
+
+@dataclass(frozen=True)
+class LoggedKey:
+    """A quantity logged per layer: its name, its meaning, how to read it, and whether its median is logged."""
+
+    name: str
+    meaning: str
+    value: Callable[[LayerSpectrum], float]
+    median: bool = False
+
+
+LAYER_KEYS: tuple[LoggedKey, ...] = (
+    LoggedKey("alpha", "slope of log h on log sigma", lambda x: x.alpha.exponent, median=True),
+    LoggedKey("alpha_stderr", "standard error of alpha", lambda x: x.alpha.stderr),
+    LoggedKey("r2_alpha", "r2 of the fit of alpha", lambda x: x.alpha.r2, median=True),
+    LoggedKey("gamma", "minus the slope of log sigma_k on log k", lambda x: x.gamma.exponent, median=True),
+    LoggedKey("s", "minus the slope of log sorted positive h on log rank", lambda x: x.s.exponent, median=True),
+    LoggedKey("transfer_error", "abs(s - alpha gamma) / abs(s)", lambda x: x.transfer_error, median=True),
+    LoggedKey("pr_curvature", "participation ratio of positive h", lambda x: x.pr_curvature, median=True),
+    LoggedKey("pr_gradient", "participation ratio of sigma^2", lambda x: x.pr_gradient, median=True),
+    LoggedKey("zeta_bound", "zeta(alpha gamma)^2 / zeta(2 alpha gamma)", lambda x: x.zeta_bound, median=True),
+    LoggedKey("zeta_bound_window", "the same over the measured window", lambda x: x.zeta_bound_window, median=True),
+    LoggedKey("negative_curvature", "directions with h < 0", lambda x: x.n_negative),
+    LoggedKey("points", "points in the fit of alpha", lambda x: x.alpha.n_used),
+)
+
+
+def _repeated(sigma: Tensor, floor: float) -> int:
+    equal = (sigma[:-1] - sigma[1:]) <= floor
+    padding = torch.zeros(1, dtype=torch.bool)
+    return int((torch.cat([equal, padding]) | torch.cat([padding, equal])).sum()) if len(sigma) > 1 else 0

@@ -1,0 +1,80 @@
+"""The first samples of batches of every shape users have."""
+
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from lightning_spectral import MeasurementError
+from lightning_spectral.batch import batch_size, map_leaves, take_samples
+
+X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclass(frozen=True)
+class Example:
+    x: torch.Tensor
+    name: str = "n"
+
+
+class Encoding(UserDict):
+    """Like Hugging Face's BatchEncoding: a UserDict with attributes beside its items."""
+
+    def __init__(self, data, encodings=None):
+        super().__init__(data)
+        self.encodings = encodings
+
+
+BATCHES = {
+    "tensor": X,
+    "tuple": (X, Y),
+    "list": [X, Y],
+    "dict": {"x": X, "y": Y, "scale": 2.0},
+    "ordered_dict": OrderedDict(x=X, y=Y),
+    "defaultdict": defaultdict(list, x=X),
+    "namedtuple": Pair(X, Y),
+    "dataclass": Example(X),
+    "encoding": Encoding({"input_ids": Y, "mask": X}, encodings="kept"),
+    "nested": ({"a": [X, (Y,)]}, Example(X), None),
+    "names": (X, [f"file{i}" for i in range(6)], torch.tensor(3.0)),
+}
+
+
+def tensors(batch):
+    found = []
+    map_leaves(batch, lambda leaf: found.append(leaf) if isinstance(leaf, torch.Tensor) else None)
+    return found
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_first_samples(name):
+    batch = BATCHES[name]
+    assert batch_size(batch) == 6
+    cut = take_samples(batch, 4)
+    assert type(cut) is type(batch)
+    assert [t.shape for t in tensors(cut)] == [(4, *t.shape[1:]) if t.ndim else t.shape for t in tensors(batch)]
+    for whole, part in zip(tensors(batch), tensors(cut), strict=True):
+        assert torch.equal(part, whole[:4] if whole.ndim else whole)
+    assert batch_size(batch) == 6
+    assert take_samples(batch, 6) is batch
+
+
+def test_what_stands_beside_the_tensors_is_kept():
+    assert take_samples(BATCHES["encoding"], 2).encodings == "kept"
+    assert take_samples(BATCHES["dict"], 2)["scale"] == 2.0
+    assert take_samples(BATCHES["dataclass"], 2).name == "n"
+    assert take_samples(BATCHES["names"], 2)[1] == ["file0", "file1"]
+
+
+@pytest.mark.parametrize("batch", [(X, torch.zeros(5)), "text", None, {"a": 1}, torch.tensor(1.0)])
+def test_batches_without_a_common_leading_dimension(batch):
+    assert batch_size(batch) is None
+    with pytest.raises(MeasurementError, match="max_samples: the batch cannot be cut.*set max_samples=None"):
+        take_samples(batch, 2)
+
+
+def test_the_message_names_the_sizes():
+    with pytest.raises(MeasurementError, match=r"batch\['x'\]: 6, batch\['mask'\]: 3"):
+        take_samples({"x": X, "mask": torch.ones(3, 3)}, 2)

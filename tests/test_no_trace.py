@@ -1,0 +1,126 @@
+"""Training with a probe is bit-identical to training without it."""
+
+import random
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from modules import GPT, ConvNet, fit
+from pytorch_lightning.loggers import CSVLogger
+
+from lightning_spectral import SpectralProbe, measure_spectra
+
+
+class Recorder(pl.Callback):
+    """Everything a probe could change, after each batch."""
+
+    def __init__(self):
+        self.trail = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.trail.append(
+            {
+                "state": {name: value.clone() for name, value in module.state_dict().items()},
+                "grad": {n: None if p.grad is None else p.grad.clone() for n, p in module.named_parameters()},
+                "metric": {k: v.clone() for k, v in module.accuracy.metric_state.items()},
+                "flags": [m.training for m in module.modules()],
+                "random": (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()),
+                "generator": module.generator.get_state(),
+                "attributes": (module.steps_seen, module.average.clone(), len(module.losses)),
+                "logged": dict(trainer.callback_metrics),
+                "batch": [t.clone() for t in batch],
+            }
+        )
+
+
+def train(module_class, accumulate, folder, callbacks):
+    pl.seed_everything(7, verbose=False)
+    module, recorder = module_class(), Recorder()
+    logger = CSVLogger(folder)
+    trainer = fit(module, [*callbacks, recorder], steps=50, logger=logger, accumulate_grad_batches=accumulate)
+    optimizer = trainer.optimizers[0].state_dict()
+    rows = (folder / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    return recorder.trail, optimizer, rows
+
+
+def user_rows(rows):
+    """The logged rows without the probe's columns and without rows that hold only those."""
+    header = rows[0].split(",")
+    keep = [i for i, key in enumerate(header) if not key.startswith("spectral/")]
+    cut = [[row.split(",")[i] for i in keep] for row in rows]
+    step = [header[i] for i in keep].index("step")
+    return [row for row in cut if any(cell for i, cell in enumerate(row) if i != step)]
+
+
+def assert_identical(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, np.ndarray):
+        assert np.array_equal(a, b), path
+    elif isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            assert_identical(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_identical(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("module_class", [ConvNet, GPT])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_training_is_bit_identical(module_class, accumulate, mode, tmp_path):
+    probe = SpectralProbe(every_n_steps=5, top_k=4, mode=mode)
+    plain = train(module_class, accumulate, tmp_path / "plain", [])
+    probed = train(module_class, accumulate, tmp_path / "probed", [probe])
+    assert (probe.probes, probe.failed_probes) == (10, 0)
+    assert len(plain[0]) >= 50
+    assert_identical(plain[0], probed[0])
+    assert_identical(plain[1], probed[1])
+    assert user_rows(plain[2]) == user_rows(probed[2])
+    assert any(key.startswith("spectral/") for key in probed[2][0].split(","))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+def test_an_interrupt_leaves_the_model_as_it_was():
+    module = ConvNet()
+    module.train()
+    module.net[1].eval()
+    flags = [m.training for m in module.modules()]
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    batch = (torch.randn(4, 1, 8, 8),)
+    states = torch.get_rng_state(), random.getstate()
+
+    def interrupted(model, batch):
+        # Past the copy it is given, on the module itself: what a closure may do.
+        module.train()
+        module(batch[0])
+        torch.rand(3), random.random()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_spectra(module, batch, interrupted)
+    assert [m.training for m in module.modules()] == flags
+    assert_identical(before, dict(module.state_dict()))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+def test_hooks_and_gradients_of_the_original_are_not_touched():
+    module, calls = ConvNet(), []
+    batch = torch.randn(8, 1, 8, 8), torch.randint(0, 5, (8,))
+    torch.nn.functional.cross_entropy(module(batch[0]), batch[1]).backward()
+    grads = {n: p.grad.clone() for n, p in module.named_parameters()}
+    module.net[0].weight.register_hook(lambda g: calls.append(1))
+    module.net[0].weight.register_post_accumulate_grad_hook(lambda p: calls.append(2))
+    module.net[0].register_full_backward_hook(lambda *_: calls.append(3))
+    measure_spectra(module, batch, lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]), top_k=3)
+    assert calls == []
+    assert_identical(grads, {n: p.grad for n, p in module.named_parameters()})

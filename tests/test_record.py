@@ -1,0 +1,121 @@
+"""Reports to dicts, JSON and DataFrames, and back."""
+
+import builtins
+import json
+import math
+
+import pytest
+import torch
+from cases import CASES
+from torch import nn
+
+from lightning_spectral import LayerSpectrum, SpectralReport, measure_spectra
+from lightning_spectral.analysis import compare_kinds
+from lightning_spectral.record import REPORT_KEYS
+from lightning_spectral.spectrum import LAYER_KEYS
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+
+
+@pytest.fixture
+def report():
+    model, batch = next(c for c in CASES if c.name == "gpt_block_tied").build()
+    model.block.up.weight.requires_grad_(False)
+    return measure_spectra(model, batch, CASES[-2].loss, top_k=5).at(step=7, epoch=1)
+
+
+def test_json_round_trip(report, tmp_path):
+    assert any(math.isnan(layer.zeta_bound) or math.isinf(layer.zeta_bound) for layer in report.layers.values())
+    for back in (SpectralReport.from_json(report.to_json()), SpectralReport.from_dict(report.to_dict())):
+        assert back.to_json() == report.to_json()
+        for name, layer in report.layers.items():
+            assert torch.equal(torch.nan_to_num(back.layers[name].h), torch.nan_to_num(layer.h))
+            assert back.layers[name].sigma.dtype is torch.float64
+            assert repr(back.layers[name].alpha) == repr(layer.alpha)
+            assert repr(back.layers[name].rank_models) == repr(layer.rank_models)
+            assert back.layers[name].shape == layer.shape
+    path = tmp_path / "report.json"
+    report.to_json(path)
+    assert SpectralReport.from_json(path).step == SpectralReport.from_json(str(path)).step == 7
+
+
+def test_json_is_standard(report):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    json.loads(report.to_json(), parse_constant=refuse)
+
+
+def test_json_of_a_layer_without_a_direction():
+    empty = LayerSpectrum.from_spectrum(torch.zeros(0), torch.zeros(0), name="w", shape=(3, 3), note="why")
+    assert math.isnan(empty.transfer_error)
+    assert LayerSpectrum.from_dict(empty.to_dict()).to_dict() == empty.to_dict()
+
+
+@pytest.mark.parametrize("data", [{}, {"format": "lightning-spectral-report", "version": 99}])
+def test_data_that_is_no_report(data):
+    with pytest.raises(ValueError, match="expected a lightning-spectral-report of version 1"):
+        SpectralReport.from_dict(data)
+
+
+def test_pandas(report):
+    frame = report.to_pandas()
+    assert list(frame.index) == list(report.layers)
+    assert frame.loc["head.weight", "alpha"] == report.layers["head.weight"].alpha.exponent
+    assert {"kind", "m", "n", "note"} <= set(frame.columns)
+
+
+def test_pandas_that_is_not_installed(report, monkeypatch):
+    real = builtins.__import__
+
+    def without_pandas(name, *args, **kwargs):
+        if name == "pandas":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_pandas)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        report.to_pandas()
+
+
+def test_scalars_have_one_name_per_quantity(report):
+    scalars = report.scalars()
+    for key in LAYER_KEYS:
+        assert scalars[f"head.weight/{key.name}"] == pytest.approx(key.value(report.layers["head.weight"]), nan_ok=True)
+        if key.median:
+            assert f"{key.name}_median" in scalars
+            assert f"kind/head/{key.name}_median" in scalars
+    assert set(REPORT_KEYS) <= scalars.keys()
+    assert not any(key.startswith("head") for key in report.scalars([]))
+    assert scalars["layers_measured"] + scalars["layers_failed"] == len(report.layers)
+
+
+def test_medians_leave_nan_out():
+    k = torch.arange(1, 6, dtype=torch.float64)
+    layers = {
+        name: LayerSpectrum.from_spectrum(k**-1, k**-slope, name=name, kind=kind, shape=(9, 9))
+        for name, slope, kind in (("a", 1.0, "conv"), ("b", 2.0, "conv"), ("c", 4.0, "head"))
+    }
+    layers["d"] = LayerSpectrum.from_spectrum(torch.zeros(0), torch.zeros(0), name="d", shape=(9, 9), note="dead")
+    report = SpectralReport(layers, {}, 1.0, 8, "exact", "eval", "float32", 5, 0.1)
+    medians = report.medians()
+    assert medians["alpha_median"] == pytest.approx(2.0)
+    assert medians["kind/conv/alpha_median"] == pytest.approx(1.5)
+    assert math.isnan(medians["kind/dense/alpha_median"])
+    assert report.failed == {"d": "dead"}
+    assert report.problems() == ["d: dead"]
+    summary = {row.kind: row for row in compare_kinds(report)}
+    assert summary["conv"].alpha == pytest.approx(1.5)
+    assert summary["conv"].layers == 2
+    assert "1.94 to 2.17" in summary["conv"].paper_alpha
+
+
+def test_repr_says_what_is_inside(report):
+    assert repr(report).startswith(f"SpectralReport({len(report.layers)} layers at step 7, loss ")
+
+
+def test_skipped_and_chosen_layers_cover_every_matrix(report):
+    assert report.skipped == {"block.up.weight": "frozen"}
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    only = measure_spectra(model, torch.randn(9, 6), lambda m, x: m(x).square().mean(), layers="0")
+    assert only.skipped == {"1.weight": "not selected by layers"}

@@ -1,0 +1,60 @@
+"""Slow and obvious versions of what the package computes: dense Hessians, one SVD per block."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_spectral.layers import MatrixLayer
+
+
+def dense_hessian(model, batch, loss, parameter: str, *, train: bool = False) -> torch.Tensor:
+    """The Hessian block of one parameter, (numel, numel)."""
+    model = copy.deepcopy(model).train(train)
+    value = dict(model.named_parameters(remove_duplicate=False))[parameter].detach()
+    owners = [(m, leaf) for m in model.modules() for leaf, p in m._parameters.items() if p is not None]
+    places = [(m, leaf) for m, leaf in owners if m._parameters[leaf].data_ptr() == value.data_ptr()]
+
+    def at(weight):
+        for module, leaf in places:
+            module._parameters.pop(leaf, None)
+            setattr(module, leaf, weight)
+        return loss(model, batch)
+
+    with sdpa_kernel([SDPBackend.MATH]):
+        hessian = torch.autograd.functional.hessian(at, value)
+    return hessian.reshape(value.numel(), value.numel())
+
+
+def gradient(model, batch, loss, parameter: str, *, train: bool = False) -> torch.Tensor:
+    model = copy.deepcopy(model).train(train)
+    leaf = dict(model.named_parameters(remove_duplicate=False))[parameter]
+    return torch.autograd.grad(loss(model, batch), leaf)[0]
+
+
+def matrix_entries(layer: MatrixLayer, shape: torch.Size) -> torch.Tensor:
+    """For each entry of the layer's matrix (m, n), its position in the flattened parameter, by counting."""
+    index = torch.arange(shape.numel()).reshape(shape)
+    if layer.transposed:
+        ins, outs = shape[0] // layer.groups, shape[1]
+        rows = [
+            index[g * ins : (g + 1) * ins, o].flatten() for g in range(layer.groups) for o in range(outs)
+        ]
+        return torch.stack(rows)
+    matrix = index.reshape(shape[0], -1)
+    return matrix if layer.rows is None else matrix[layer.rows[0] : layer.rows[1]]
+
+
+def block_triplets(matrix: torch.Tensor, groups: int, k: int):
+    """(sigma, matrix direction) of the k leading triplets over all blocks of rows, each by its own SVD."""
+    rows = matrix.shape[0] // groups
+    found = []
+    for g in range(groups):
+        u, sigma, vh = torch.linalg.svd(matrix[g * rows : (g + 1) * rows], full_matrices=False)
+        for i in range(len(sigma)):
+            direction = torch.zeros_like(matrix)
+            direction[g * rows : (g + 1) * rows] = torch.outer(u[:, i], vh[i])
+            found.append((float(sigma[i]), direction))
+    return sorted(found, key=lambda pair: -pair[0])[:k]
