@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.batch import batch_size, take_samples
-from lightning_spectral.curvature import Curvatures, Problem, curvature_method
+from lightning_spectral.curvature import Curvatures, Gradients, Problem, curvature_method
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning
 from lightning_spectral.fits import noise_floor
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, MatrixLayer, find_layers, matrix_parameters
 from lightning_spectral.loss import LossFunction, mute, resolve_loss
 from lightning_spectral.quiet import MODES, PRECISIONS, Mode, Precision, copy_batch, quiet
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.record import SpectralReport, by_cause
 from lightning_spectral.spectrum import LayerSpectrum
 from lightning_spectral.svd import SingularTriplets, top_singular_triplets
 
@@ -130,9 +130,8 @@ def measure_quietly(
         measured = method(problem, {name: t.first(_usable(problem, name, t)) for name, t in triplets.items()})
     failed |= measured.failed
     if len(failed) == len(found.layers):
-        error = SecondDerivativeError if measured.failed else MeasurementError
-        told = [f"{name}: {why}" for name, why in failed.items()]
-        raise error("; ".join(told[:3]) + (f"; and {len(told) - 3} layers more" if len(told) > 3 else ""))
+        error = SecondDerivativeError if measured.failed or gradients.failed else MeasurementError
+        raise error("; ".join(by_cause(failed)))
     return SpectralReport(
         layers={name: _spectrum(problem, name, triplets.get(name), measured, failed) for name in found.layers},
         skipped=found.skipped,
@@ -195,7 +194,7 @@ def directional_curvature(
     with _problem(model, batch, loss_fn, chosen, mode, precision) as (problem, _):
         measured = curvature_method(method)(problem, directions)
     if measured.failed:
-        raise SecondDerivativeError("; ".join(f"{name}: {why}" for name, why in measured.failed.items()))
+        raise SecondDerivativeError("; ".join(by_cause(measured.failed)))
     return measured.h
 
 
@@ -245,14 +244,18 @@ def _problem(
         yield Problem(lambda: loss(shadow.module, copy_batch(batch, precision)), layers, leaves), notes
 
 
-def _triplets(
-    problem: Problem, gradients: Mapping[str, Tensor | None], top_k: int
-) -> tuple[dict[str, SingularTriplets], dict[str, str]]:
+def _triplets(problem: Problem, gradients: Gradients, top_k: int) -> tuple[dict[str, SingularTriplets], dict[str, str]]:
     triplets, failed = {}, {}
-    for name, gradient in gradients.items():
+    for name, gradient in gradients.values.items():
         layer = problem.layers[name]
+        if gradient is None and name in gradients.failed:
+            failed[name] = gradients.failed[name]
+            continue
         if gradient is None:
-            failed[name] = "the loss does not depend on it (a loss_fn must use the module it is given)"
+            failed[name] = (
+                "the loss does not depend on it; a loss_fn must use the module it is given, "
+                "and checkpointing must not be reentrant"
+            )
             continue
         try:
             triplets[name] = top_singular_triplets(layer.to_matrix(gradient.detach()), top_k, groups=layer.groups)

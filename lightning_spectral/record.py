@@ -16,6 +16,9 @@ from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum
 if TYPE_CHECKING:
     import pandas
 
+NAMES_SHOWN = 6
+"""How many layers a message names."""
+
 FORMAT, FORMAT_VERSION = "lightning-spectral-report", 1
 
 REPORT_KEYS: dict[str, str] = {
@@ -65,7 +68,7 @@ class SpectralReport:
 
     def problems(self) -> list[str]:
         """What could not be measured or copied, a line each."""
-        return [f"{name}: {why}" for name, why in self.failed.items()] + list(self.warnings)
+        return [*by_cause(self.failed), *self.warnings]
 
     def by_kind(self) -> dict[str, list[LayerSpectrum]]:
         """The layers of each kind."""
@@ -148,6 +151,23 @@ class SpectralReport:
         alpha = self.medians()["alpha_median"]
         where = "" if self.step is None else f" at step {self.step}"
         return f"SpectralReport({len(self.layers)} layers{where}, loss {self.loss:.4g}, median alpha {alpha:.3g})"
+
+
+def by_cause(failed: Mapping[str, str]) -> list[str]:
+    """A line per cause that names the layers it struck.
+
+    >>> by_cause({"a": "frozen", "b": "dead", "c": "frozen"})
+    ['a, c: frozen', 'b: dead']
+    """
+    layers: dict[str, list[str]] = {}
+    for name, why in failed.items():
+        layers.setdefault(why, []).append(name)
+    return [
+        ", ".join(names[:NAMES_SHOWN])
+        + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+        + f": {why}"
+        for why, names in layers.items()
+    ]
 
 
 def median(values: list[float]) -> float:

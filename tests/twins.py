@@ -39,9 +39,7 @@ def matrix_entries(layer: MatrixLayer, shape: torch.Size) -> torch.Tensor:
     index = torch.arange(shape.numel()).reshape(shape)
     if layer.transposed:
         ins, outs = shape[0] // layer.groups, shape[1]
-        rows = [
-            index[g * ins : (g + 1) * ins, o].flatten() for g in range(layer.groups) for o in range(outs)
-        ]
+        rows = [index[g * ins : (g + 1) * ins, o].flatten() for g in range(layer.groups) for o in range(outs)]
         return torch.stack(rows)
     matrix = index.reshape(shape[0], -1)
     return matrix if layer.rows is None else matrix[layer.rows[0] : layer.rows[1]]

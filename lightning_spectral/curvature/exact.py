@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.problem import Curvatures, Problem
+from lightning_spectral.curvature.problem import Curvatures, Problem, cause_of
 from lightning_spectral.layers import MatrixLayer, matrix_direction
 from lightning_spectral.svd import SingularTriplets
 
@@ -24,13 +23,17 @@ class ExactCurvature:
         gradients = problem.gradients(keep_graph=True)
         h, failed = {}, {}
         for name, triplets in directions.items():
+            if name in gradients.failed:
+                failed[name] = gradients.failed[name]
+                h[name] = _nothing(triplets)
+                continue
             try:
-                h[name] = _layer(problem.layers[name], problem.parameters[name], gradients[name], triplets)
+                h[name] = _layer(problem.layers[name], problem.parameters[name], gradients.values[name], triplets)
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                h[name] = torch.full((len(triplets),), float("nan"), dtype=torch.float64)
-                failed[name] = second_derivative_message(error)
+                h[name] = _nothing(triplets)
+                failed[name] = cause_of(error)
         return Curvatures(h, failed)
 
 
@@ -51,13 +54,5 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum() if a.device.type == "mps" else (a.double() * b.double()).sum()
 
 
-def second_derivative_message(error: RuntimeError) -> str:
-    """Name the operation that stopped a double backward, and what to do about it."""
-    text = " ".join(str(error).split())
-    found = re.search(r"derivative for '?(?:aten::)?(\w+)'?", text) or re.search(r"'(?:aten::)?(\w+)'", text)
-    if "checkpoint" in text.lower():
-        operation, remedy = "reentrant checkpointing", "use torch.utils.checkpoint with use_reentrant=False"
-    else:
-        operation = found.group(1).removesuffix("_backward") if found else "an operation"
-        remedy = "measure layers whose gradient does not pass it (layers=...), or give a loss_fn without it"
-    return f"{operation} has no second derivative ({text[:160]}); {remedy}"
+def _nothing(triplets: SingularTriplets) -> Tensor:
+    return torch.full((len(triplets),), float("nan"), dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,10 +10,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_spectral.curvature.opaque import leaves_behind, watch_custom_functions
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.loss import checked_loss
 from lightning_spectral.svd import SingularTriplets
+
+REMEDY = "measure layers whose gradient does not pass it (layers=...), or give a loss_fn without it"
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Gradients of one loss.
+
+    Attributes:
+        values: layer name -> gradient in the parameter's shape; None where the loss does not depend on it, and where
+            ``failed``.
+        failed: layer name -> why its gradient, or the derivative of that, cannot be had.
+    """
+
+    values: dict[str, Tensor | None]
+    failed: dict[str, str]
 
 
 class Problem:
@@ -30,24 +48,26 @@ class Problem:
         self.evaluate = evaluate
         self.layers = layers
         self.parameters = parameters
-        self._gradients: dict[str, Tensor | None] | None = None
+        self._gradients: Gradients | None = None
         self._loss: float | None = None
 
-    def gradients(self, *, keep_graph: bool) -> dict[str, Tensor | None]:
-        """Layer name -> gradient in the parameter's shape; None where the loss does not depend on it.
-
-        With keep_graph they can be differentiated again.
-        """
+    def gradients(self, *, keep_graph: bool) -> Gradients:
+        """The gradient of the loss in every layer's parameter; with keep_graph it can be differentiated again."""
         if self._gradients is None:
             loss = checked_loss(self.evaluate())
             self._loss = float(loss.detach())
             leaves = {id(leaf): leaf for leaf in self.parameters.values()}
-            try:
-                values = torch.autograd.grad(loss, list(leaves.values()), create_graph=keep_graph, allow_unused=True)
-            except RuntimeError as error:
-                raise MeasurementError(f"the gradient of the loss cannot be computed: {_first_line(error)}") from error
-            by_leaf = dict(zip(leaves, values, strict=True))
-            self._gradients = {name: by_leaf[id(leaf)] for name, leaf in self.parameters.items()}
+            with watch_custom_functions(loss) as opaque:
+                values, failed = _differentiate(loss, leaves, keep_graph)
+            if keep_graph:
+                for node, function in opaque.items():
+                    for leaf in leaves_behind(node) & leaves.keys():
+                        failed.setdefault(leaf, cut_by(function))
+            names = {name: id(leaf) for name, leaf in self.parameters.items()}
+            self._gradients = Gradients(
+                {name: values.get(leaf) for name, leaf in names.items()},
+                {name: failed[leaf] for name, leaf in names.items() if leaf in failed},
+            )
         return self._gradients
 
     @property
@@ -83,5 +103,41 @@ class Curvature(Protocol):
         ...
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _differentiate(
+    loss: Tensor, leaves: Mapping[int, Tensor], keep_graph: bool
+) -> tuple[dict[int, Tensor | None], dict[int, str]]:
+    try:
+        values = torch.autograd.grad(
+            loss, list(leaves.values()), create_graph=keep_graph, retain_graph=True, allow_unused=True
+        )
+        return dict(zip(leaves, values, strict=True)), {}
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        # One at a time, so that what stands in the way of some layers does not stop the others.
+        found: dict[int, Tensor | None] = {}
+        failed = {}
+        for key, leaf in leaves.items():
+            try:
+                found[key] = torch.autograd.grad(
+                    loss, leaf, create_graph=keep_graph, retain_graph=True, allow_unused=True
+                )[0]
+            except RuntimeError as error:
+                failed[key] = cause_of(error)
+        return found, failed
+
+
+def cause_of(error: RuntimeError) -> str:
+    """What stopped a backward pass, the operation's name first, and what to do about it."""
+    text = " ".join(str(error).split())
+    if "checkpoint" in text.lower():
+        return "reentrant checkpointing works with .backward() alone; use torch.utils.checkpoint(use_reentrant=False)"
+    found = re.search(r"derivative for '?(?:aten::)?(\w+)'?", text)
+    if not found:
+        return f"its backward pass failed: {text[:200]}"
+    return f"{found.group(1).removesuffix('_backward').lstrip('_')} has no second derivative ({text[:120]}); {REMEDY}"
+
+
+def cut_by(function: str) -> str:
+    """What an opaque custom function does to a second derivative, and what to do about it."""
+    return f"the custom autograd function {function} has no second derivative; {REMEDY}"

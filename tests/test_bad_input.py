@@ -1,0 +1,356 @@
+"""What cannot be measured: a clear error from `measure_spectra`, one warning and NaN from a probe."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from modules import fit
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
+
+from lightning_spectral import (
+    MeasurementError,
+    SecondDerivativeError,
+    SpectralProbe,
+    SpectralWarning,
+    measure_spectra,
+)
+
+X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net(*extra):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5), *extra)
+
+
+def square(model, x):
+    return model(x).square().mean()
+
+
+class NaNGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("nan")
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+class FusedKernel(Once):
+    """A backward outside autograd, as a fused kernel's is, without saying so."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad.detach() * ctx.saved_tensors[0].detach()
+
+
+class FusedLoss(torch.autograd.Function):
+    """A mean square that computes its gradient in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(2 * x / x.numel())
+        return x.square().mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+class Scale(torch.autograd.Function):
+    """A linear function of its own, whose second derivative is zero and right."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Residual(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.first, self.last = function, nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(y + self.function.apply(y))
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.last = nn.EmbeddingBag(10, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.bag(x.abs().mul(5).long().clamp(max=9)))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.last(F.gelu(checkpoint(self.inner, self.first(x), use_reentrant=True)))
+
+
+def ctc(model, x):
+    log_p = model(x).reshape(8, 4, 5).log_softmax(-1)
+    return F.ctc_loss(log_p, torch.ones(4, 2, dtype=torch.long), torch.full((4,), 8), torch.full((4,), 2))
+
+
+def nan_gradient(model, x):
+    return square(lambda y: NaNGradient.apply(model(y)), x)
+
+
+# name: model, loss, options, error of measure_spectra, what its message says, what the probe's warning says besides
+NOTHING_MEASURED = {
+    "not_a_tensor": (net, lambda m, x: 1.0, {}, MeasurementError, "loss must be a scalar tensor, got float"),
+    "not_scalar": (net, lambda m, x: m(x), {}, MeasurementError, r"must be a scalar, got shape \(32, 5\); reduce it"),
+    "nan": (net, lambda m, x: square(m, x) * float("nan"), {}, MeasurementError, "the loss is nan"),
+    "infinite": (net, lambda m, x: square(m, x) * float("inf"), {}, MeasurementError, "the loss is inf"),
+    "detached": (net, lambda m, x: square(m, x).detach(), {}, MeasurementError, "the loss has no gradient"),
+    "nan_gradient": (net, nan_gradient, {}, MeasurementError, "0.weight: .* 48 of 48 entries are NaN or infinite"),
+    "ctc": (
+        net, ctc, {}, SecondDerivativeError,
+        "0.weight, 2.weight: ctc_loss has no second derivative .*layers=.* loss_fn",
+    ),
+    "fused_loss": (
+        net, lambda m, x: FusedLoss.apply(m(x)), {}, SecondDerivativeError,
+        "custom autograd function FusedLoss has no second derivative",
+    ),
+    "closure": (
+        net, lambda m, x: square(net(), x), {}, MeasurementError,
+        "0.weight, 2.weight: the loss does not depend on it; a loss_fn must use the module it is given",
+    ),
+    "batch": (
+        net, lambda m, b: square(m, b[0]), {"max_samples": 4, "batch": (X, torch.ones(7))}, MeasurementError,
+        r"max_samples: the batch cannot be cut .*\(found batch\[0\]: 32, batch\[1\]: 7\); set max_samples=None",
+    ),
+    "error_in_the_loss": (net, lambda m, x: m(x[:, :3]).sum(), {}, RuntimeError, "mat1 and mat2 shapes"),
+}  # fmt: skip
+
+# name: model, loss, options, layers that fail, what is said of the first of them
+SOME_MEASURED = {
+    "embedding_bag": (Bag, square, {"layers": "*"}, ["bag.weight"], "embedding_bag has no second derivative"),
+    "reentrant": (
+        Checkpointed, square, {}, ["first.weight", "inner.weight"], "reentrant checkpointing .*use_reentrant=False",
+    ),
+    "once_differentiable": (
+        lambda: Residual(Once), square, {}, ["first.weight"], "custom autograd function Once has no second",
+    ),
+    "fused_kernel": (
+        lambda: Residual(FusedKernel), square, {}, ["first.weight"], "custom autograd function FusedKernel has no",
+    ),
+    "few_directions": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), square, {}, ["2.weight"],
+        "2 directions above the noise floor, 2 of them with h > 0; a fit of alpha needs 3",
+    ),
+    "zero_gradient": (
+        lambda: nn.ModuleDict({"used": nn.Linear(6, 5), "dead": nn.Linear(6, 5)}),
+        lambda m, x: square(m["used"], x) + 0 * square(m["dead"], x), {}, ["dead.weight"],
+        "0 directions above the noise floor",
+    ),
+    "unused": (
+        lambda: nn.ModuleDict({"used": nn.Linear(6, 5), "idle": nn.Linear(6, 5)}),
+        lambda m, x: square(m["used"], x), {}, ["idle.weight"], "the loss does not depend on it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOTHING_MEASURED)
+def test_error_where_nothing_can_be_measured(name):
+    model, loss, options, error, message = NOTHING_MEASURED[name]
+    options = dict(options)
+    with pytest.raises(error, match=message):
+        measure_spectra(model(), options.pop("batch", X), loss, **options)
+
+
+@pytest.mark.parametrize("name", SOME_MEASURED)
+def test_warning_where_some_layers_cannot_be_measured(name):
+    model, loss, options, failing, message = SOME_MEASURED[name]
+    with pytest.warns(SpectralWarning) as caught:
+        report = measure_spectra(model(), X, loss, **options)
+    assert list(report.failed) == failing
+    assert [str(w.message).split(":")[0] for w in caught] == failing
+    assert caught[0].message.args[0].startswith(f"{failing[0]}: ")
+    with pytest.warns(SpectralWarning, match=message):
+        warnings.warn(report.failed[failing[0]], SpectralWarning, stacklevel=1)
+    for name, layer in report.layers.items():
+        assert math.isnan(layer.alpha.exponent) == (name in failing)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+def test_a_linear_custom_function_is_no_obstacle():
+    model = net()
+    plain = measure_spectra(model, X, lambda m, x: 2 * square(lambda y: 2 * m(y), x))
+    custom = measure_spectra(model, X, lambda m, x: Scale.apply(square(lambda y: Scale.apply(m(y)), x)))
+    for name, layer in plain.layers.items():
+        torch.testing.assert_close(custom.layers[name].h, layer.h, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.ReLU(), {}, "ReLU has no matrix to measure"),
+        (net(), {"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        (net(), {"top_k": 2.5}, "top_k must be a whole number of at least 1, got 2.5"),
+        (net(), {"max_samples": 0}, "max_samples must be None or a whole number of at least 1, got 0"),
+        (net(), {"curvature": "lanczos"}, "curvature must be one of 'exact', got 'lanczos'"),
+        (net(), {"mode": "test"}, "mode must be one of 'eval', 'train', got 'test'"),
+        (net(), {"precision": "16"}, "precision must be one of 'float32', 'float64', got '16'"),
+        (net(), {"layers": "conv*"}, r"layers: 'conv\*' matches no layer; the layers are 0.weight, 2.weight"),
+        (net(), {"layers": lambda layer: False}, "no layer is left to measure .0.weight: not selected"),
+        (net(), {"loss_fn": None}, "Sequential has no training_step, so its loss is not known; pass loss_fn"),
+        (net(), {"loss_fn": "mse"}, "loss_fn must be a callable .* got str"),
+    ],
+)
+def test_options_and_models_out_of_range(model, options, message):
+    options = {"loss_fn": square, **options}
+    with pytest.raises(ValueError, match=message):
+        measure_spectra(model, X, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps must be a whole number of at least 1, got 0"),
+        ({"every_n_steps": True}, "every_n_steps must be a whole number"),
+        ({"history_size": -1}, "history_size must be a whole number"),
+        ({"top_k": 0}, "top_k"),
+        ({"curvature": "lanczos"}, "curvature must be one of"),
+        ({"mode": "test"}, "mode"),
+        ({"precision": "half"}, "precision"),
+        ({"max_samples": -3}, "max_samples"),
+        ({"kinds": {"*": "convolution"}}, "no kind of layer"),
+        ({"prefix": "/a"}, "prefix must be a name"),
+        ({"prefix": ""}, "prefix must be a name"),
+    ],
+)
+def test_probe_options_raise_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        SpectralProbe(**options)
+
+
+class Wrapped(pl.LightningModule):
+    """Trains on a loss of its own, whatever the probe is given."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def training_step(self, batch, batch_idx):
+        return sum(p.square().sum() for p in self.inner.parameters())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+class Recorder(pl.loggers.logger.DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        if any(key.startswith("spectral/") for key in metrics):
+            self.rows.append((step, metrics))
+
+
+def probe_while_training(model, loss, options):
+    options = dict(options)
+    data = TensorDataset(X) if "batch" not in options else Ragged(*options.pop("batch"))
+    probe = SpectralProbe(every_n_steps=1, loss_fn=lambda m, b: loss(m.inner, b), **options)
+    logger, module = Recorder(), Wrapped(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(module, [probe], steps=3, logger=logger, data=data, batch_size=None)
+    assert trainer.global_step == 3
+    assert [step for step, _ in logger.rows] == [0, 1, 2]
+    return probe, logger.rows, [str(w.message) for w in caught if issubclass(w.category, SpectralWarning)]
+
+
+class Ragged(torch.utils.data.Dataset):
+    """Hands out one and the same batch."""
+
+    def __init__(self, *batch):
+        self.batch = batch
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return self.batch
+
+
+class Whole(Ragged):
+    def __getitem__(self, i):
+        return self.batch[0]
+
+
+@pytest.mark.parametrize("name", NOTHING_MEASURED)
+def test_probe_goes_on_where_nothing_can_be_measured(name, monkeypatch):
+    model, loss, options, _, message = NOTHING_MEASURED[name]
+    monkeypatch.setitem(globals(), "TensorDataset", Whole)
+    probe, rows, told = probe_while_training(model(), loss, options)
+    assert (probe.probes, probe.failed_probes, probe.last_report) == (3, 3, None)
+    assert len(told) == 1
+    with pytest.warns(SpectralWarning, match=message.replace("0.weight, 2", "inner.0.weight, inner.2")):
+        warnings.warn(told[0], SpectralWarning, stacklevel=1)
+    for i, (_, metrics) in enumerate(rows):
+        assert math.isnan(metrics["spectral/alpha_median"])
+        assert metrics["spectral/failed_probes"] == i + 1
+
+
+@pytest.mark.parametrize("name", SOME_MEASURED)
+def test_probe_logs_nan_and_a_count_where_some_layers_cannot_be_measured(name, monkeypatch):
+    model, loss, options, failing, message = SOME_MEASURED[name]
+    monkeypatch.setitem(globals(), "TensorDataset", Whole)
+    probe, rows, told = probe_while_training(model(), loss, options)
+    assert probe.failed_probes == 0
+    assert [text.split(":")[0] for text in told] == [f"inner.{layer}" for layer in failing]
+    with pytest.warns(SpectralWarning, match=message):
+        warnings.warn(told[0], SpectralWarning, stacklevel=1)
+    for _, metrics in rows:
+        assert metrics["spectral/layers_failed"] == len(failing)
+        for layer in failing:
+            assert math.isnan(metrics[f"spectral/inner.{layer}/alpha"])
+        assert not math.isnan(metrics["spectral/alpha_median"])
+
+
+def test_probe_of_a_module_without_matrices():
+    probe = SpectralProbe(every_n_steps=1, loss_fn=square)
+    with pytest.warns(SpectralWarning, match="no matrix to measure"):
+        trainer = fit(Wrapped(nn.LayerNorm(6)), [probe], steps=2, data=Whole(X), batch_size=None)
+    assert (trainer.global_step, probe.failed_probes) == (2, 2)
+
+
+def test_probe_pattern_that_matches_nothing_is_told_before_the_first_step():
+    probe = SpectralProbe(layers="conv*", loss_fn=square)
+    module = Wrapped(net())
+    before = module.inner[0].weight.clone()
+    with pytest.raises(ValueError, match=r"layers: 'conv\*' matches no layer; the layers are inner.0.weight"):
+        fit(module, [probe], steps=2, data=Whole(X), batch_size=None)
+    assert torch.equal(before, module.inner[0].weight)
