@@ -1,0 +1,100 @@
+"""The demo in small, its data, its tables, and the command line."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from lightning_spectral import LayerSpectrum, SpectralReport
+from lightning_spectral.cli import main
+from lightning_spectral.demo import run as demo
+from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
+from lightning_spectral.report import kind_table, layer_table
+
+
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+def test_demo_trains_measures_logs_and_prints(tmp_path, capsys):
+    reports = demo.run(tmp_path, steps_factor=0.02)
+    printed = capsys.readouterr().out
+    assert {name: len(report.layers) for name, report in reports.items()} == {"resnet-digits": 9, "gpt-python": 9}
+    for name, report in reports.items():
+        assert report.step > 0
+        rows = (tmp_path / name / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+        assert "spectral/alpha_median" in rows[0]
+        for layer in report.layers:
+            assert layer.removesuffix(".weight") in printed
+        command = re.search(rf"wandb leet run (\S*{name}\S*)", printed)
+        assert list(Path(command.group(1)).glob("run-*.wandb"))
+    for word in ("attention_qkv", "mlp_up", "conv", "head", "192x64", "1.94 to 2.17", "alpha in the paper"):
+        assert word in printed
+
+
+def test_digits_are_standardised():
+    images, labels = digits().tensors
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.mean().abs() < 1e-6
+    assert set(labels.tolist()) == set(range(10))
+
+
+def test_python_source_is_text():
+    data = PythonSource(64, limit=10_000)
+    assert len(data) == 156
+    assert data[0].shape == (65,)
+    assert torch.equal(data[1][0], data[0][-1])
+    text = "".join(CHARACTERS[i] for i in data.text)
+    assert "import" in text
+    assert data.text.max() < len(CHARACTERS)
+
+
+def text_of(table, width=140):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()
+
+
+def test_tables_show_what_is_missing_and_escape_names():
+    k = torch.arange(1, 21, dtype=torch.float64)
+    layers = [
+        LayerSpectrum.from_spectrum(k**-1, k**-2, name="a[bold].weight", kind="conv", shape=(64, 288), groups=2),
+        LayerSpectrum.from_spectrum(
+            torch.zeros(0), torch.zeros(0), name="b.weight", kind="head", shape=(5, 5), note="x"
+        ),
+        LayerSpectrum.from_spectrum(k**-1, k**-0.5, name="c.weight", kind="dense", shape=(64, 64)),
+    ]
+    report = SpectralReport({x.name: x for x in layers}, {}, 1.0, 8, "exact", "eval", "float32", 20, 0.1)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text_of(layer_table(report)).splitlines()]
+    rows = [row for row in rows if row]
+    expected = ["a[bold]", "conv", "64x288 /2", "2.00 ± 0.00", "1.00", "1.00", "2.00", "2.00", "0.0 %"]
+    assert rows[0][:9] == expected
+    assert rows[0][10:] == ["2.50", "20/20"]
+    assert rows[1] == ["b", "head", "5x5", "- ± -", "-", "-", "-", "-", "-", "-", "-", "0/0"]
+    assert rows[2][10] == "inf"
+    kinds = text_of(kind_table(report))
+    assert "1.94 to 2.17" in kinds
+    assert math.isnan(report.layers["b.weight"].alpha.exponent)
+
+
+def test_command_line(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "demo" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    folders = []
+    monkeypatch.setattr(demo, "run", folders.append)
+    assert main(["demo", "--output", "here"]) == 0
+    assert folders == ["here"]
+
+
+def test_command_line_without_scikit_learn(capsys, monkeypatch):
+    def missing(folder):
+        raise ImportError('the digits need scikit-learn: pip install "lightning-spectral[demo]"')
+
+    monkeypatch.setattr(demo, "run", missing)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err.startswith("lightning-spectral demo: the digits need scikit-learn")

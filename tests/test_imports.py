@@ -1,0 +1,93 @@
+"""The import rule: arrows point one way, and measuring needs neither Lightning nor W&B."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_spectral
+
+ROOT = Path(lightning_spectral.__file__).parent
+
+# module -> what of this package it may import. A package stands for its modules.
+ALLOWED = {
+    "errors": set(),
+    "fits": set(),
+    "encoding": set(),
+    "kinds": set(),
+    "layers": {"kinds"},
+    "svd": {"errors"},
+    "batch": {"errors"},
+    "quiet": {"batch"},
+    "loss": {"errors"},
+    "curvature": {"curvature", "errors", "layers", "loss", "svd"},
+    "spectrum": {"encoding", "fits"},
+    "record": {"encoding", "spectrum"},
+    "measure": {
+        "batch", "curvature", "errors", "fits", "kinds", "layers", "loss", "quiet", "record", "spectrum", "svd",
+    },
+    "analysis": {"record"},
+    "report": {"analysis", "record", "report", "spectrum"},
+    "callbacks": {"callbacks", "errors", "kinds", "layers", "loss", "measure", "quiet", "record", "spectrum"},
+    "demo": {"callbacks", "demo", "record", "report"},
+    "cli": {"", "demo"},
+    "__init__": {"callbacks", "errors", "fits", "measure", "record", "spectrum", "svd"},
+}  # fmt: skip
+LIGHTNING = {"callbacks", "demo"}
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        yield path.relative_to(ROOT).parts[0].removesuffix(".py"), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: str(value).rpartition("lightning_spectral/")[2])
+def test_imports_point_one_way(name, path):
+    for imported in imports(path):
+        top, _, rest = imported.partition(".")
+        if top == "lightning_spectral":
+            assert rest.partition(".")[0] in ALLOWED[name], f"{name} may not import {imported}"
+        if top in ("pytorch_lightning", "lightning"):
+            assert name in LIGHTNING, f"{name} may not import {imported}"
+        assert top != "wandb", f"{name} may not import wandb"
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_measuring_works_without_lightning_and_wandb():
+    done = run_python(
+        "import sys\n"
+        "for name in ('pytorch_lightning', 'lightning', 'wandb', 'torchmetrics', 'sklearn', 'pandas'):\n"
+        "    sys.modules[name] = None\n"
+        "import torch\n"
+        "from lightning_spectral import measure_spectra\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6))\n"
+        "print(measure_spectra(model, torch.randn(64, 6), lambda m, x: m(x).square().mean()))\n"
+        "try:\n    from lightning_spectral import SpectralProbe\nexcept ImportError as error:\n    print(error)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SpectralReport(2 layers" in done.stdout
+    assert "SpectralProbe needs Lightning: pip install pytorch-lightning" in done.stdout
+
+
+def test_public_names_are_there_and_lazy():
+    for name in lightning_spectral.__all__:
+        assert getattr(lightning_spectral, name).__doc__
+    assert set(lightning_spectral.__all__) <= set(dir(lightning_spectral))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        lightning_spectral.nothing  # noqa: B018
+    done = run_python("import sys, lightning_spectral; print('torch' in sys.modules)")
+    assert done.stdout.strip() == "False"
