@@ -40,7 +40,7 @@ class Stateful(pl.LightningModule):
         self.accuracy(logits, labels)
         self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
         self.log("loss", loss, on_step=True, on_epoch=True)
-        self.logger.log_metrics({"by_hand": float(loss)}, step=self.trainer.global_step)
+        self.logger.log_metrics({"by_hand": loss.item()}, step=self.trainer.global_step)
         self.log("noise", random.random() + np.random.rand() + torch.rand((), generator=self.generator))
         return loss
 

@@ -1,7 +1,10 @@
 """The demo in small, its data, its tables, and the command line."""
 
+import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,18 @@ from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
 from lightning_spectral.report import kind_table, layer_table
 
 
+def wandb_summary(run):
+    """The last values of an offline run, as W&B itself reads them from its file."""
+    wandb = Path(sys.executable).with_name("wandb")
+    done = subprocess.run(
+        [wandb, "leet", "inspect", "--summary", "--json", run], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)["summary"]
+
+
 @pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 def test_demo_trains_measures_logs_and_prints(tmp_path, capsys):
-    reports = demo.run(tmp_path, steps_factor=0.02)
+    reports = demo.run(tmp_path, steps_factor=0.0025)
     printed = capsys.readouterr().out
     assert {name: len(report.layers) for name, report in reports.items()} == {"resnet-digits": 9, "gpt-python": 9}
     for name, report in reports.items():
@@ -27,7 +39,9 @@ def test_demo_trains_measures_logs_and_prints(tmp_path, capsys):
         for layer in report.layers:
             assert layer.removesuffix(".weight") in printed
         command = re.search(rf"wandb leet run (\S*{name}\S*)", printed)
-        assert list(Path(command.group(1)).glob("run-*.wandb"))
+        summary = wandb_summary(command.group(1))
+        assert summary["spectral/alpha_median"] == pytest.approx(report.medians()["alpha_median"], rel=1e-6)
+        assert summary["spectral/head.weight/gamma"] == pytest.approx(report.layers["head.weight"].gamma.exponent)
     for word in ("attention_qkv", "mlp_up", "conv", "head", "192x64", "1.94 to 2.17", "alpha in the paper"):
         assert word in printed
 

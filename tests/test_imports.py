@@ -52,7 +52,9 @@ def imports(path):
             yield node.module or ""
 
 
-@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: str(value).rpartition("lightning_spectral/")[2])
+@pytest.mark.parametrize(
+    ("name", "path"), list(modules()), ids=lambda value: str(value).rpartition("lightning_spectral/")[2]
+)
 def test_imports_point_one_way(name, path):
     for imported in imports(path):
         top, _, rest = imported.partition(".")

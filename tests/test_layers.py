@@ -95,7 +95,9 @@ def test_kinds_where_weights_are_stored_transposed():
 
 def test_kinds_of_torch_modules():
     model = nn.Sequential(
-        nn.Embedding(10, 8), nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 32), 1), nn.Linear(8, 10)
+        nn.Embedding(10, 8),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 32, batch_first=True), 1),
+        nn.Linear(8, 10),
     )
     assert kinds_of(model) == {
         "1.layers.0.self_attn.in_proj_weight.q": "attention_qkv",

@@ -449,6 +449,7 @@ def test_lightning_cli_builds_the_probe_from_a_config(package, tmp_path, monkeyp
 
     cli = importlib.import_module(f"{package}.cli")
     module = importlib.import_module(package)
+    monkeypatch.setattr("sys.argv", ["train"])
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "config.yaml"
     config.write_text(

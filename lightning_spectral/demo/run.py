@@ -75,9 +75,7 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
     folder = Path(folder)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    _hush_lightning()
     # W&B's own summary of every key would bury the tables.
     os.environ.setdefault("WANDB_SILENT", "true")
     planned = experiments(steps_factor)
@@ -91,6 +89,14 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
         console.print(f"\n{name}: W&B run in {path}", soft_wrap=True)
         console.print(f"  see it in this terminal:  wandb leet run {path}", soft_wrap=True)
     return reports
+
+
+def _hush_lightning() -> None:
+    """Leave the progress bar, and of Lightning's notes on hardware and workers nothing."""
+    for package in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.ERROR)
+    for message in ("does not have many workers", "smaller than the logging interval", "LeafSpec"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
 def _train(experiment: Experiment, folder: Path) -> tuple[SpectralReport, Path]:

@@ -1,0 +1,58 @@
+"""The README's snippets run, its table of keys is the code's, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import yaml
+from modules import ConvNet
+from torch.utils.data import DataLoader
+
+from lightning_spectral import SpectralProbe, SpectralReport
+from lightning_spectral.callbacks.probe import PROBE_KEYS
+from lightning_spectral.record import REPORT_KEYS
+from lightning_spectral.spectrum import LAYER_KEYS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def fences(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope = {"model": ConvNet(), "train_loader": DataLoader(ConvNet.data(), 48)}
+    snippets = fences("python")
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(compile(snippet.replace("max_steps=300", "max_steps=2"), "README.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    assert "alpha" in printed
+    assert "PowerLawFit(exponent=" in printed
+    assert SpectralReport.from_json(Path("spectra.json")).n_samples == 512
+    assert isinstance(scope["trainer"], pl.Trainer)
+    assert scope["probe"].probes == 1
+
+
+def test_yaml_snippet_builds_a_probe():
+    (snippet,) = fences("yaml")
+    (callback,) = yaml.safe_load(snippet)["trainer"]["callbacks"]
+    assert callback["class_path"] == "lightning_spectral.SpectralProbe"
+    assert SpectralProbe(**callback["init_args"]).every_n_steps == 100
+
+
+def test_every_logged_key_is_documented():
+    for key in LAYER_KEYS:
+        assert f"`{key.name}`" in README, key.name
+    for key in (*REPORT_KEYS, *PROBE_KEYS):
+        assert f"`spectral/{key}`" in README, key
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {line.split()[1] for block in fences("bash") for line in block.splitlines() if line.startswith("make ")}
+    assert {"demo", "test"} <= named <= targets
