@@ -62,7 +62,7 @@ def _row(layer: LayerSpectrum) -> list[str]:
 def _fixed(value: float) -> str:
     if math.isnan(value):
         return "-"
-    return "inf" if math.isinf(value) else f"{value:.2f}"
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.1e}"
 
 
 def _percent(value: float) -> str:
