@@ -18,10 +18,7 @@ from lightning_spectral.callbacks import SpectralProbe
 from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.report import kind_table, layer_table
-
-TABLE_WIDTH = 120
-"""Narrowest table in which no row wraps."""
+from lightning_spectral.report import print_report
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,6 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
     """
     folder = Path(folder)
     console = Console()
-    console.width = max(console.width, TABLE_WIDTH)
     _hush_lightning()
     # W&B's own summary of every key would bury the tables.
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -84,7 +80,7 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
         console.print(f"\n[bold]{experiment.title}[/bold], {experiment.steps} steps")
         reports[experiment.name], runs[experiment.name] = _train(experiment, folder)
     for experiment in planned:
-        _show(console, experiment.title, reports[experiment.name])
+        print_report(reports[experiment.name], experiment.title, console)
     for name, path in runs.items():
         console.print(f"\n{name}: W&B run in {path}", soft_wrap=True)
         console.print(f"  see it in this terminal:  wandb leet run {path}", soft_wrap=True)
@@ -120,10 +116,3 @@ def _train(experiment: Experiment, folder: Path) -> tuple[SpectralReport, Path]:
     if probe.last_report is None:
         raise RuntimeError(f"{experiment.name}: the probe measured nothing; its warnings say why")
     return probe.last_report, run_folder
-
-
-def _show(console: Console, title: str, report: SpectralReport) -> None:
-    where = f"{title}, step {report.step}, loss {report.loss:.3f}, {report.n_samples} samples"
-    console.print()
-    console.print(layer_table(report, where))
-    console.print(kind_table(report, "median per kind of layer, beside the paper's"))

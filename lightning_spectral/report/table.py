@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,9 +17,34 @@ GOOD_FIT = 0.9
 """Below this r2 an alpha is shown dimmed: log h is then no straight line in log sigma."""
 
 
+TABLE_WIDTH = 112
+"""Width that a row needs. In a narrower terminal lines wrap, where a table made to fit would lose its figures."""
+
+
+def print_report(report: SpectralReport, title: str = "", console: Console | None = None) -> None:
+    """Print a report to the terminal: a row per layer, then a row per kind of layer beside the paper's alpha.
+
+    Args:
+        report: what was measured.
+        title: above the tables; by default the step, the loss and the number of samples.
+        console: rich's console; by default one for standard output.
+    """
+    console = console or Console()
+    width = max(console.width, TABLE_WIDTH)
+    where = "" if report.step is None else f"step {report.step}, "
+    console.print()
+    heading = (
+        f"{title or 'spectral report'}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode"
+    )
+    for table in (layer_table(report, heading), kind_table(report, "median per kind of layer, beside the paper's")):
+        console.print(table, width=width, crop=False)
+    for text in report.problems():
+        console.print(escape(text), style="yellow", soft_wrap=True)
+
+
 def layer_table(report: SpectralReport, title: str = "") -> Table:
     """A row per layer: exponents, fits and participation ratio. Values of fits with r2 below 0.9 are dim."""
-    table = Table(title=title or None, title_justify="left")
+    table = _table(title)
     for column in ("layer", "kind", "shape"):
         table.add_column(column, overflow="fold", no_wrap=column != "layer")
     for column in ("alpha ± se", "r2", "gamma", "s", "α·γ", "error", "PR_h", "zeta", "points"):
@@ -29,7 +56,7 @@ def layer_table(report: SpectralReport, title: str = "") -> Table:
 
 def kind_table(report: SpectralReport, title: str = "") -> Table:
     """A row per kind of layer: medians of this report beside the paper's alpha."""
-    table = Table(title=title or None, title_justify="left")
+    table = _table(title)
     table.add_column("kind", no_wrap=True)
     for column in ("layers", "alpha", "gamma", "s", "error", "PR_h"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -38,6 +65,10 @@ def kind_table(report: SpectralReport, title: str = "") -> Table:
         numbers = (_fixed(row.alpha), _fixed(row.gamma), _fixed(row.s), _percent(row.transfer_error))
         table.add_row(row.kind, str(row.layers), *numbers, _fixed(row.pr_curvature), row.paper_alpha)
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 def _row(layer: LayerSpectrum) -> list[str]:
