@@ -80,7 +80,7 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
         console.print(f"\n[bold]{experiment.title}[/bold], {experiment.steps} steps")
         reports[experiment.name], runs[experiment.name] = _train(experiment, folder)
     for experiment in planned:
-        print_report(reports[experiment.name], experiment.title, console)
+        print_report(reports[experiment.name], experiment.title)
     for name, path in runs.items():
         console.print(f"\n{name}: W&B run in {path}", soft_wrap=True)
         console.print(f"  see it in this terminal:  wandb leet run {path}", soft_wrap=True)

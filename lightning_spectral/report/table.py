@@ -21,23 +21,20 @@ TABLE_WIDTH = 112
 """Width that a row needs. In a narrower terminal lines wrap, where a table made to fit would lose its figures."""
 
 
-def print_report(report: SpectralReport, title: str = "", console: Console | None = None) -> None:
+def print_report(report: SpectralReport, title: str = "spectral report") -> None:
     """Print a report to the terminal: a row per layer, then a row per kind of layer beside the paper's alpha.
 
     Args:
         report: what was measured.
-        title: above the tables; by default the step, the loss and the number of samples.
-        console: rich's console; by default one for standard output.
+        title: above the tables, before the step, the loss and the number of samples.
     """
-    console = console or Console()
-    width = max(console.width, TABLE_WIDTH)
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     where = "" if report.step is None else f"step {report.step}, "
     console.print()
-    heading = (
-        f"{title or 'spectral report'}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode"
-    )
+    heading = f"{title}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode"
     for table in (layer_table(report, heading), kind_table(report, "median per kind of layer, beside the paper's")):
-        console.print(table, width=width, crop=False)
+        console.print(table)
     for text in report.problems():
         console.print(escape(text), style="yellow", soft_wrap=True)
 
