@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_spectral.errors import MeasurementError
 
@@ -36,7 +37,18 @@ def take_samples(batch: Any, n: int) -> Any:
             f"dimension (found {found}); set max_samples=None, or have the loss cut the batch"
         )
     size = next(iter(sizes.values()))
+    if isinstance(batch, PackedSequence) or _is_list_of_samples(batch, size):
+        raise MeasurementError(
+            f"max_samples: the batch, a {type(batch).__name__} of {len(batch)}, keeps its samples apart by other means "
+            "than a leading dimension; set max_samples=None, or have the loss cut the batch"
+        )
     return batch if size <= n else _cut(batch, size, n)
+
+
+def _is_list_of_samples(batch: Any, size: int) -> bool:
+    """Whether this is a sequence with a tensor per sample, as detection models take, and no tuple of whole batches."""
+    tensors = isinstance(batch, (list, tuple)) and all(isinstance(item, Tensor) for item in batch)
+    return tensors and len(batch) > size
 
 
 def _children(value: Any) -> dict[Any, Any] | None:

@@ -260,7 +260,9 @@ def _least_squares(x: Tensor, y: Tensor, dropped: Mapping[str, int]) -> PowerLaw
     n, n_dropped, nan = len(x), sum(dropped.values()), float("nan")
     dx, dy = x - x.mean(), y - y.mean()
     sxx, syy = float(dx.square().sum()), float(dy.square().sum())
-    if n < MIN_POINTS or sxx == 0:
+    # Abscissae that differ by rounding alone have no slope.
+    spread = float(dx.abs().max()) if n else 0.0
+    if n < MIN_POINTS or spread <= n * torch.finfo(torch.float64).eps * float(x.abs().max().clamp(min=1)):
         return PowerLawFit(nan, nan, nan, nan, n, n_dropped, dict(dropped))
     slope = float(dx @ dy) / sxx
     rss = float((dy - slope * dx).square().sum())

@@ -33,7 +33,7 @@ def infer_kinds(model: nn.Module) -> dict[str, Kind]:
 
     Attention is known by `nn.MultiheadAttention` or by the names of its projections. In a block that contains
     attention, two linear layers d -> f and f -> d with f > d are the up and down layers of an MLP. A linear layer
-    with a head's name, and the last one that has no other kind, is a head. The rest is dense.
+    with a head's name is a head, or else the last one that is trained. The rest is dense.
     """
     return _KindInference(model).kinds
 
@@ -43,9 +43,22 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def owner_of(model: nn.Module, parameter: str) -> tuple[str, nn.Module]:
+    """(qualified name, module) of the owner; for a parametrized weight, of the module whose weight it makes."""
+    path = parameter.rpartition(".")[0].partition(".parametrizations.")[0]
+    path = "" if path.startswith("parametrizations.") else path
+    return path, model.get_submodule(path)
+
+
 def _place(parameter: str) -> tuple[str, str]:
     """(parent path, layer name) of a parameter's module; positions in a container belong to the container's name."""
-    parts = parameter.split(".")[:-1]
+    parts = parameter.partition(".parametrizations.")[0].split(".")
+    parts = parts if ".parametrizations." in parameter else parts[:-1]
+    for i, part in enumerate(parts):
+        # An adapter, and the layer it adapts, go by that layer's name.
+        if part == "base_layer" or part.startswith("lora_"):
+            parts = parts[:i]
+            break
     while parts and (parts[-1].isdigit() or parts[-1] == "_orig_mod"):
         parts.pop()
     return ".".join(parts[:-1]), parts[-1].lower() if parts else ""
@@ -56,6 +69,7 @@ class _KindInference:
 
     def __init__(self, model: nn.Module) -> None:
         self.kinds: dict[str, Kind] = {}
+        self.frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
         self.linear: dict[str, tuple[int, int]] = {}
         self.blocks: set[str] = set()
         self._by_type(model)
@@ -64,12 +78,12 @@ class _KindInference:
         self._heads()
 
     def _by_type(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if isinstance(parameter, nn.UninitializedParameter) or parameter.ndim < 2:
                 continue
-            owner_name, _, leaf = name.rpartition(".")
-            owner, above = modules[owner_name], modules[owner_name.rpartition(".")[0]]
+            leaf = name.rpartition(".")[2]
+            owner_name, owner = owner_of(model, name)
+            above = model.get_submodule(owner_name.rpartition(".")[0])
             if isinstance(owner, EMBEDDINGS):
                 self.kinds[name] = "embedding"
             elif isinstance(owner, CONVOLUTIONS + TRANSPOSED):
@@ -135,5 +149,6 @@ class _KindInference:
             # A name counts for the layer itself, not for a container of several (VGG's `classifier.0`, `.3`, `.6`).
             own = name.split(".")[-2].lower() if "." in name else ""
             self.kinds[name] = "head" if HEAD_NAME.fullmatch(own) else "dense"
-        if rest:
-            self.kinds[rest[-1]] = "head"
+        trained = [name for name in rest if name not in self.frozen]
+        if trained and not any(self.kinds[name] == "head" for name in trained):
+            self.kinds[trained[-1]] = "head"

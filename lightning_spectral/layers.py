@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.kinds import CONVOLUTIONS, KINDS, TRANSPOSED, Kind, infer_kinds, is_transposed_linear
+from lightning_spectral.kinds import CONVOLUTIONS, KINDS, TRANSPOSED, Kind, infer_kinds, is_transposed_linear, owner_of
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,6 @@ def find_layers(
 
 def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[str, str]]:
     """Every trained parameter that is a matrix, fused projections whole; and those that are not, with the reason."""
-    owners = dict(model.named_modules(remove_duplicate=False))
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -132,7 +132,7 @@ def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[st
         if parameter.ndim < 2:
             continue
         others = tuple(alias for alias in aliases if alias != name)
-        layer = _as_matrix(name, parameter, owners[name.rpartition(".")[0]], kinds.get(name, "dense"), others)
+        layer = _as_matrix(model, name, parameter, kinds.get(name, "dense"), others)
         if isinstance(layer, str):
             skipped[name] = layer
         elif not parameter.requires_grad:
@@ -145,10 +145,12 @@ def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[st
 
 
 def _as_matrix(
-    name: str, parameter: Tensor, owner: nn.Module, kind: Kind, aliases: tuple[str, ...]
+    model: nn.Module, name: str, parameter: Tensor, kind: Kind, aliases: tuple[str, ...]
 ) -> MatrixLayer | str:
     """The parameter as a matrix, or the reason why it is none."""
-    module = name.rpartition(".")[0]
+    module, owner = owner_of(model, name)
+    if name.rpartition(".")[2] != "weight" and parameter.numel() == max(parameter.shape):
+        return f"a vector of {parameter.numel()} entries stored as {tuple(parameter.shape)}"
     shape, groups, transposed = parameter.shape, 1, False
     if isinstance(owner, TRANSPOSED) and parameter.ndim > 2:
         groups, transposed = owner.groups, True
@@ -157,10 +159,8 @@ def _as_matrix(
         groups, matrix = owner.groups, (shape[0], shape[1:].numel())
     elif is_transposed_linear(owner):
         transposed, matrix = True, (shape[1], shape[0])
-    elif parameter.ndim == 2 and (isinstance(owner, nn.Linear) or min(shape) > 1):
-        matrix = (shape[0], shape[1])
     elif parameter.ndim == 2:
-        return f"a vector of {shape.numel()} entries stored as {tuple(shape)}"
+        matrix = (shape[0], shape[1])
     else:
         return f"{parameter.ndim}-dimensional parameter of a {type(owner).__name__}, which has no agreed matrix view"
     return MatrixLayer(name, name, module, kind, matrix, groups, None, transposed, aliases)
@@ -210,6 +210,13 @@ def _with_kinds(
         out[name] = replace(layer, kind=kinds[matches[0]]) if matches else layer
     _all_used("kinds", unused, found, skipped)
     return out
+
+
+def check_selection(option: str, patterns: Any, *, only_patterns: bool = False) -> None:
+    """Raise ValueError unless this is a pattern or several of them, or, where they may be, None or a callable."""
+    several = isinstance(patterns, (Sequence, Mapping)) and all(isinstance(pattern, str) for pattern in patterns)
+    if not (several or (not only_patterns and (patterns is None or callable(patterns)))):
+        raise ValueError(f"{option} takes glob patterns, got {patterns!r}")
 
 
 def check_kinds(kinds: Mapping[str, Kind]) -> None:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.shadow import Silent
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 REMEDY = "pass loss_fn(model, batch) -> scalar, or give the module a method spectral_loss(batch)"
 
 
-def resolve_loss(model: nn.Module, loss_fn: LossFunction | None) -> LossFunction:
+def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int = 0) -> LossFunction:
     """The loss to measure. In order: ``loss_fn``, ``model.spectral_loss(batch)``, ``model.training_step``.
 
-    training_step is taken for automatic optimization only: with manual optimization a call would step the optimizer.
+    training_step is given ``batch_idx``. It is taken for automatic optimization only: with manual optimization a call
+    would step the optimizer.
 
     Raises:
         ValueError: if the module offers none of them.
@@ -38,41 +40,45 @@ def resolve_loss(model: nn.Module, loss_fn: LossFunction | None) -> LossFunction
         raise ValueError(f"{name} optimizes manually, so its training_step cannot be called to measure; {REMEDY}")
     if "dataloader_iter" in inspect.signature(model.training_step).parameters:  # type: ignore[arg-type]
         raise ValueError(f"{name}.training_step takes dataloader_iter and would consume batches; {REMEDY}")
-    return _training_step_loss
+    return lambda module, batch: _training_step_loss(module, batch, batch_idx)
 
 
-def _training_step_loss(module: nn.Module, batch: Any) -> Tensor:
+def _training_step_loss(module: nn.Module, batch: Any, batch_idx: int) -> Tensor:
     step: Any = module.training_step
     arguments = inspect.signature(step).parameters.values()
     takes_two = len(arguments) > 1 or any(a.kind is a.VAR_POSITIONAL for a in arguments)
-    output: Any = step(batch, 0) if takes_two else step(batch)
+    output: Any = step(batch, batch_idx) if takes_two else step(batch)
     return cast(Tensor, output.get("loss") if isinstance(output, dict) else output)
 
 
-def mute(shadow: nn.Module, original: nn.Module, dummy_logger: Any = None) -> None:
-    """Keep a shadow's training_step from logging: its ``log`` calls, and loggers it reaches through the trainer."""
-    originals = dict(original.named_modules())
-    trainers: dict[int, Any] = {}
-    for name, module in shadow.named_modules():
+def stand_ins(model: nn.Module) -> dict[int, Any]:
+    """What takes the place of the Trainers that a module's parts hold: id -> a copy whose loggers are silent."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        trainer = module.__dict__.get("_trainer")
+        if trainer is not None and id(trainer) not in found:
+            quiet = copy.copy(trainer)
+            quiet.loggers = [Silent() for _ in trainer.loggers]
+            found[id(trainer)] = quiet
+    return found
+
+
+def mute(shadow: nn.Module, original: nn.Module, replaced: Mapping[int, Any]) -> None:
+    """Keep a shadow's training_step from logging, and attach it to the stand-in of its Trainer."""
+    originals = dict(original.named_modules(remove_duplicate=False))
+    for name, module in shadow.named_modules(remove_duplicate=False):
         if not hasattr(module, "training_step"):
             continue
         for method in ("log", "log_dict", "print"):
             if hasattr(module, method):
                 module.__dict__[method] = _nothing
-        trainer = getattr(originals.get(name), "_trainer", None)
-        if trainer is not None and "_trainer" in module.__dict__:
-            module.__dict__["_trainer"] = trainers.setdefault(id(trainer), _without_loggers(trainer, dummy_logger))
+        trainer = originals[name].__dict__.get("_trainer") if name in originals else None
+        if trainer is not None:
+            module.__dict__["_trainer"] = replaced[id(trainer)]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
-
-
-def _without_loggers(trainer: Any, dummy_logger: Any) -> Any:
-    """A shallow copy of the Trainer: what a step reads is there, what it sets or logs does not reach the real one."""
-    quiet = copy.copy(trainer)
-    quiet.loggers = [dummy_logger] * len(trainer.loggers) if dummy_logger is not None else []
-    return quiet
 
 
 def checked_loss(value: Any) -> Tensor:

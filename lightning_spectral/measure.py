@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.batch import batch_size, take_samples
-from lightning_spectral.curvature import Curvatures, Gradients, Problem, curvature_method
+from lightning_spectral.curvature import Curvatures, Gradients, Problem, curvature_method, unverified
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning
 from lightning_spectral.fits import noise_floor
 from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import LayerSelection, MatrixLayer, find_layers, matrix_parameters
-from lightning_spectral.loss import LossFunction, mute, resolve_loss
+from lightning_spectral.layers import LayerSelection, MatrixLayer, check_selection, find_layers, matrix_parameters
+from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
 from lightning_spectral.quiet import MODES, PRECISIONS, Mode, Precision, copy_batch, quiet
 from lightning_spectral.record import SpectralReport, by_cause
 from lightning_spectral.spectrum import LayerSpectrum
@@ -45,8 +45,8 @@ def measure_spectra(
     buffers, ``.grad``, metrics and counters, and all random states.
 
     Args:
-        model: any module, a LightningModule included. A loss_fn must use the module it is given, a copy that shares
-            the weights, and not this one.
+        model: any module, a LightningModule included. A loss_fn must use the module it is given, a copy,
+            and not this one.
         batch: what the loss takes, on the model's device.
         loss_fn: (model, batch) -> scalar. None: ``model.spectral_loss(batch)``, else ``model.training_step(batch, 0)``.
         top_k: directions per layer, K.
@@ -107,15 +107,17 @@ def measure_quietly(
     mode: Mode,
     max_samples: int | None,
     precision: Precision,
-    dummy_logger: Any = None,
+    batch_idx: int = 0,
 ) -> SpectralReport:
     """`measure_spectra` without warnings, for callers that read the report's ``failed`` and ``warnings`` themselves.
 
     Args:
-        dummy_logger: stands in for the Trainer's loggers inside training_step; the rest as in `measure_spectra`.
+        batch_idx: what training_step is told; the rest as in `measure_spectra`.
     """
     started = time.perf_counter()
     check_options(top_k=top_k, curvature=curvature, mode=mode, max_samples=max_samples, precision=precision)
+    check_selection("layers", layers)
+    check_selection("fused_qkv", fused_qkv, only_patterns=True)
     model = unwrapped(model)
     found = find_layers(model, layers=layers, kinds=kinds, fused_qkv=fused_qkv)
     if not found.layers:
@@ -124,11 +126,12 @@ def measure_quietly(
     if max_samples is not None:
         batch = take_samples(batch, max_samples)
     method = curvature_method(curvature)
-    with _problem(model, batch, loss_fn, found.layers, mode, precision, dummy_logger) as (problem, notes):
+    with _problem(model, batch, loss_fn, found.layers, mode, precision, batch_idx) as (problem, notes):
         gradients = problem.gradients(keep_graph=method.differentiates_gradients)
         triplets, failed = _triplets(problem, gradients, top_k)
         measured = method(problem, {name: t.first(_usable(problem, name, t)) for name, t in triplets.items()})
     failed |= measured.failed
+    notes += by_cause({name: unverified(function) for name, function in gradients.trusted.items()})
     if len(failed) == len(found.layers):
         error = SecondDerivativeError if measured.failed or gradients.failed else MeasurementError
         raise error("; ".join(by_cause(failed)))
@@ -232,12 +235,13 @@ def _problem(
     layers: Mapping[str, MatrixLayer],
     mode: Mode,
     precision: Precision,
-    dummy_logger: Any = None,
+    batch_idx: int = 0,
 ) -> Iterator[tuple[Problem, list[str]]]:
     """The loss on a shadow of the model, ready to be differentiated; all traces are gone at the end."""
-    loss = resolve_loss(model, loss_fn)
-    with quiet(model, mode=mode, precision=precision) as shadow:
-        mute(shadow.module, model, dummy_logger)
+    loss = resolve_loss(model, loss_fn, batch_idx)
+    replaced = stand_ins(model)
+    with quiet(model, mode=mode, precision=precision, stand_ins=replaced) as shadow:
+        mute(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
         notes = [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in shadow.shared.items()]

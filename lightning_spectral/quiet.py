@@ -1,186 +1,108 @@
 """The context in which a measurement runs and leaves no trace.
 
-A measurement never touches the network it is given. It runs on a shadow: modules, buffers, metrics, counters and
-other attributes are copies; parameters are new autograd leaves on the same storage, so no hook, ``.grad`` or
-gradient reducer of the original ever sees a backward pass.
+A measurement runs on a shadow: a copy of the network down to the attributes and closures of its modules. What code
+outside the network does (a file it writes, a global it changes) is not undone.
 """
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
-import types
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_spectral.batch import map_leaves
+from lightning_spectral.shadow import Copier, Shadow, shadow_of
 
 Mode = Literal["eval", "train"]
 Precision = Literal["float32", "float64"]
 MODES: tuple[Mode, ...] = ("eval", "train")
 PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
-# Held by reference in a shadow: large or bound to the outside, and nothing that computing a loss writes to.
-SHARED_TYPES = (Dataset, DataLoader, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, types.ModuleType)
-BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-
-
-@dataclass(frozen=True)
-class Shadow:
-    """A stand-in for a module that can be run and differentiated freely.
-
-    Attributes:
-        module: the stand-in; its parameters share storage with the original's unless precision raised them.
-        shared: path of each attribute that cannot be copied and so is the original's own -> why.
-    """
-
-    module: nn.Module
-    shared: Mapping[str, str]
-
 
 @contextmanager
-def quiet(model: nn.Module, *, mode: Mode = "eval", precision: Precision = "float32") -> Iterator[Shadow]:
+def quiet(
+    model: nn.Module,
+    *,
+    mode: Mode = "eval",
+    precision: Precision = "float32",
+    stand_ins: Mapping[int, Any] | None = None,
+) -> Iterator[Shadow]:
     """Yield a shadow of the model to measure on, and put back all global state at the end.
 
     Held fixed for the caller: random states of torch (CPU and the model's devices), numpy and Python; buffers and
-    training flags of the model; autocast, gradient mode, float32 precision of matrix products, attention kernels,
-    cuDNN for recurrent layers and torch.compile, which inside are set so that second derivatives exist and are exact.
-
-    Backward hooks of modules and hooks of parameters do not run: the gradient measured is the loss's own.
+    training flags of the model; autocast, gradient mode, default dtype, float32 precision of matrix products,
+    attention kernels, cuDNN for recurrent layers and torch.compile, which inside are set so that second derivatives
+    exist and are exact.
 
     Args:
         model: left as it is, whatever happens inside, an interrupt included.
         mode: "eval", or "train": the flags as they are where the model is in training (frozen BatchNorm layers
             that a fine-tuning keeps in eval mode stay so), else all in training.
         precision: the lowest floating-point precision to compute in; parameters and buffers below it are raised.
+        stand_ins: id of an object that the model holds -> what takes its place in the shadow.
     """
     with ExitStack() as stack:
         stack.enter_context(_random_states(model))
         stack.enter_context(_buffers_and_flags(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device_type in {parameter.device.type for parameter in model.parameters()} | {"cpu"}:
-            if torch.amp.is_autocast_available(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(_no_autocast({p.device.type for p in model.parameters()} | {"cpu"}))
         # No other attention kernel, and no cuDNN recurrence, has a second derivative.
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_full_float32())
         stack.enter_context(_eager())
-        shadow = shadow_of(model)
-        _raise_precision(shadow.module, precision)
+        shadow = stack.enter_context(shadow_of(model, stand_ins))
+        _raise_precision(shadow.module, PRECISIONS[precision])
+        stack.enter_context(_default_dtype(shadow.module))
         if mode == "eval" or not model.training:
             shadow.module.train(mode == "train")
         yield shadow
 
 
-def shadow_of(model: nn.Module) -> Shadow:
-    """Copy a module so that running and differentiating the copy leaves the original untouched."""
-    copier = _Copier()
-    for parameter in model.parameters():
-        leaf = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-        copier.memo[id(parameter)] = leaf
-    module = copier.copy(model, type(model).__name__)
-    return Shadow(module, copier.shared)
-
-
 def copy_batch(batch: Any, precision: Precision = "float32") -> Any:
     """A copy of a batch, so that a loss that works in place leaves the original; floating tensors are raised."""
-    copier = _Copier(lambda tensor: _at_least(tensor, PRECISIONS[precision]))
+    copier = Copier(lambda tensor: _at_least(tensor, PRECISIONS[precision]))
     return map_leaves(batch, lambda leaf: copier.copy(leaf, "batch"))
 
 
-class _Copier:
-    """copy.deepcopy with a memo, that shares what it cannot copy, says so, and detaches tensors from their graphs."""
-
-    def __init__(self, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
-        self.memo: dict[int, Any] = {}
-        self.shared: dict[str, str] = {}
-        self.convert = convert
-
-    def copy(self, value: Any, path: str) -> Any:
-        if id(value) in self.memo:
-            return self.memo[id(value)]
-        if isinstance(value, SHARED_TYPES):
-            return value
-        try:
-            return self._copy(value, path)
-        except Exception as error:
-            self.shared[path] = f"{type(value).__name__}: {error}"
-            return value
-
-    def _copy(self, value: Any, path: str) -> Any:
-        kind = type(value)
-        new: Any
-        if isinstance(value, Tensor):
-            new = self._tensor(value)
-        elif isinstance(value, nn.Module) and _plain_module(kind):
-            return self._module(value, path)
-        elif kind is list:
-            # Noted before its items are copied, so that a list that holds itself ends.
-            new = self.memo[id(value)] = []
-            new.extend(self.copy(item, f"{path}[{i}]") for i, item in enumerate(value))
-        elif kind is tuple:
-            new = tuple(self.copy(item, f"{path}[{i}]") for i, item in enumerate(value))
-        elif kind in (dict, OrderedDict, defaultdict):
-            new = defaultdict(value.default_factory) if kind is defaultdict else kind()
-            self.memo[id(value)] = new
-            new.update({key: self.copy(item, f"{path}[{key!r}]") for key, item in value.items()})
-        elif isinstance(value, torch.Generator):
-            new = value.clone_state()
-        else:
-            new = copy.deepcopy(value, self.memo)
-        self.memo[id(value)] = new
-        return new
-
-    def _tensor(self, value: Tensor) -> Tensor:
-        detached = value.detach()
-        converted = self.convert(detached)
-        new = converted.clone() if converted is detached else converted
-        return new.requires_grad_(value.requires_grad) if value.is_floating_point() else new
-
-    def _module(self, module: nn.Module, path: str) -> nn.Module:
-        new = type(module).__new__(type(module))
-        self.memo[id(module)] = new
-        state = module.__getstate__()  # type: ignore[no-untyped-call]
-        copied = {
-            name: OrderedDict() if name in BACKWARD_HOOKS else self.copy(value, f"{path}.{name}")
-            for name, value in state.items()
-        }
-        new.__setstate__(copied)  # type: ignore[no-untyped-call]
-        return new
-
-
-def _plain_module(kind: type) -> bool:
-    """Whether a module class pickles by its state, so that its attributes can be copied one by one."""
-    own = [vars(base) for base in kind.__mro__ if base is not object]
-    return not any(name in attributes for attributes in own for name in ("__deepcopy__", "__reduce__", "__reduce_ex__"))
-
-
 def _at_least(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.to(torch.promote_types(tensor.dtype, dtype))
+    return tensor.to(torch.promote_types(tensor.dtype, dtype)) if tensor.is_floating_point() else tensor
 
 
-def _raise_precision(module: nn.Module, precision: Precision) -> None:
+def _raise_precision(module: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module.parameters():
+        if not isinstance(parameter, nn.UninitializedParameter):
+            parameter.data = _at_least(parameter.data, dtype)
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not isinstance(buffer, nn.UninitializedBuffer):
+                part._buffers[name] = _at_least(buffer, dtype)
+        # What a LightningModule calls its dtype is an attribute, not its weights'.
+        if isinstance(part.__dict__.get("_dtype"), torch.dtype) and part.__dict__["_dtype"].is_floating_point:
+            part.__dict__["_dtype"] = torch.promote_types(part.__dict__["_dtype"], dtype)
+
+
+@contextmanager
+def _default_dtype(module: nn.Module) -> Iterator[None]:
+    """Create tensors in the dtype of a float64 network, as Lightning's precision "64-true" does."""
+    before = torch.get_default_dtype()
     floating = {p.dtype for p in module.parameters() if p.is_floating_point()}
-    floating |= {b.dtype for b in module.buffers() if b.is_floating_point()}
-    wanted = PRECISIONS[precision]
-    for dtype in floating:
-        wanted = torch.promote_types(wanted, dtype)
-    if any(torch.promote_types(dtype, PRECISIONS[precision]) != dtype for dtype in floating):
-        module.to(wanted)
+    try:
+        if floating == {torch.float64}:
+            torch.set_default_dtype(torch.float64)
+        elif before in (torch.float16, torch.bfloat16):
+            torch.set_default_dtype(torch.float32)
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
@@ -206,39 +128,64 @@ def _random_states(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_and_flags(model: nn.Module) -> Iterator[None]:
-    """Guard the original against a loss that reaches it past the shadow, through a closure."""
+    """Guard the original against a loss that reaches it past the shadow, through a global or a closure of its own."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [b for b in model.buffers() if not isinstance(b, nn.UninitializedBuffer)]
+    before = [buffer.detach().clone() for buffer in buffers]
     try:
         yield
     finally:
         for module, training in flags:
             module.training = training
-        # BatchNorm writes its statistics without raising their version, so there is no telling whether it did;
-        # through .data this write raises none either.
-        for buffer, before in buffers:
-            buffer.data.copy_(before)
+        for buffer, value in zip(buffers, before, strict=True):
+            # BatchNorm writes its statistics without raising their version, so only the values tell. An expanded
+            # buffer cannot be written to, by the loss as little as by us.
+            with suppress(RuntimeError):
+                if not torch.equal(buffer, value):
+                    buffer.data.copy_(value)
+
+
+@contextmanager
+def _no_autocast(device_types: set[str]) -> Iterator[None]:
+    """Neither the caller's autocast nor one that the network opens by itself."""
+    enter = torch.autocast.__enter__
+
+    def enter_disabled(self: Any) -> Any:
+        self._enabled = False
+        return enter(self)  # type: ignore[no-untyped-call]
+
+    with ExitStack() as stack:
+        for device_type in device_types:
+            if torch.amp.is_autocast_available(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """No TF32 or bfloat16 inside float32 matrix products and convolutions."""
-    backends = torch.backends
-    names: list[tuple[Any, str, Any]]
-    if hasattr(backends.cuda.matmul, "fp32_precision"):
-        holders: list[Any] = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]  # type: ignore[attr-defined]
-        holders += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]  # type: ignore[attr-defined]
-        names = [(holder, "fp32_precision", "ieee") for holder in holders]
-    else:
-        names = [(backends.cudnn, "allow_tf32", False), (backends.cuda.matmul, "allow_tf32", False)]
-    before = [(holder, name, getattr(holder, name)) for holder, name, _ in names]
-    try:
-        for holder, name, value in names:
-            setattr(holder, name, value)
+    backends: Any = torch.backends
+    with ExitStack() as stack:
+        if hasattr(backends, "fp32_precision"):
+            _set(stack, backends, "fp32_precision", "ieee")
+            holders = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+            for holder in (*holders, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn):
+                # One that still differs was set by itself; the others follow, and must go on following.
+                if holder.fp32_precision not in ("ieee", "none"):
+                    _set(stack, holder, "fp32_precision", "ieee")
+        else:
+            _set(stack, backends.cudnn, "allow_tf32", False)
+            _set(stack, backends.cuda.matmul, "allow_tf32", False)
         yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)
+
+
+def _set(stack: ExitStack, holder: Any, name: str, value: Any) -> None:
+    stack.callback(setattr, holder, name, getattr(holder, name))
+    setattr(holder, name, value)
 
 
 @contextmanager

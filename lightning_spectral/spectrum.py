@@ -119,14 +119,21 @@ class LayerSpectrum:
         noise = {"below the noise floor": ~usable}
         positive = h[usable & (h > 0)]
         energy = sigma[usable].square()
-        alpha = fit_power_law(sigma, h, exclude=noise)
+        # Where all sigma are equal to rounding, h against them has no slope.
+        flat = bool(usable.any()) and float(sigma[usable].max() - sigma[usable].min()) <= floor
+        equal = {"sigma equal to all others": usable} if flat and int(usable.sum()) > 1 else {}
+        alpha = fit_power_law(sigma, h, exclude=noise | equal)
         gamma = fit_rank_decay(sigma, exclude=noise)
         s = fit_rank_decay(h, exclude=noise)
         product = alpha.exponent * gamma.exponent
         if not note and alpha.n_used < MIN_POINTS:
             note = (
-                f"{int(usable.sum())} directions above the noise floor, {len(positive)} of them with h > 0; "
-                f"a fit of alpha needs {MIN_POINTS}"
+                "all sigma are equal to rounding, so h has no slope against them"
+                if equal
+                else (
+                    f"{int(usable.sum())} directions above the noise floor, {len(positive)} of them with h > 0; "
+                    f"a fit of alpha needs {MIN_POINTS}"
+                )
             )
         return cls(
             name=name,

@@ -138,6 +138,18 @@ NOTHING_MEASURED = {
         net, ctc, {}, SecondDerivativeError,
         "0.weight, 2.weight: ctc_loss has no second derivative .*layers=.* loss_fn",
     ),
+    "custom_loss": (
+        lambda: nn.Sequential(nn.Linear(6, 5)), lambda m, x: Once.apply(m(x)).mean(), {}, SecondDerivativeError,
+        "custom autograd function Once has no second derivative",
+    ),
+    "kernel_loss": (
+        lambda: nn.Sequential(nn.Linear(6, 5)), lambda m, x: FusedKernel.apply(m(x)).mean(), {}, SecondDerivativeError,
+        "custom autograd function FusedKernel has no second derivative",
+    ),
+    "list_of_samples": (
+        net, lambda m, b: square(m, torch.stack(b)), {"max_samples": 4, "batch": list(X)}, MeasurementError,
+        "max_samples: the batch, a list of 32, keeps its samples apart by other means",
+    ),
     "fused_loss": (
         net, lambda m, x: FusedLoss.apply(m(x)), {}, SecondDerivativeError,
         "custom autograd function FusedLoss has no second derivative",
@@ -246,6 +258,11 @@ def test_options_and_models_out_of_range(model, options, message):
         ({"precision": "half"}, "precision"),
         ({"max_samples": -3}, "max_samples"),
         ({"kinds": {"*": "convolution"}}, "no kind of layer"),
+        ({"log_layers": 5}, "log_layers takes glob patterns, got 5"),
+        ({"log_layers": None}, "log_layers takes glob patterns, got None"),
+        ({"layers": 3}, "layers takes glob patterns, got 3"),
+        ({"fused_qkv": [3]}, r"fused_qkv takes glob patterns, got \[3\]"),
+        ({"loss_fn": "mse"}, "loss_fn must be a callable .* got 'mse'"),
         ({"prefix": "/a"}, "prefix must be a name"),
         ({"prefix": ""}, "prefix must be a name"),
     ],
@@ -338,6 +355,25 @@ def test_probe_logs_nan_and_a_count_where_some_layers_cannot_be_measured(name, m
         for layer in failing:
             assert math.isnan(metrics[f"spectral/inner.{layer}/alpha"])
         assert not math.isnan(metrics["spectral/alpha_median"])
+
+
+class SavedIntermediate(torch.autograd.Function):
+    """x^3 whose backward uses a value saved in the forward pass: right once, wrong twice."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(3 * x.square())
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+def test_curvature_that_relies_on_a_custom_backward_is_told():
+    with pytest.warns(SpectralWarning, match="first.weight: its curvature passes the custom autograd function Saved"):
+        report = measure_spectra(Residual(SavedIntermediate), X, square)
+    assert any("which was not checked" in text for text in report.warnings)
 
 
 def test_probe_of_a_module_without_matrices():

@@ -203,3 +203,12 @@ def test_points_below_the_noise_floor_and_negative_curvature():
 def test_spectrum_of_the_wrong_shape():
     with pytest.raises(ValueError, match=r"must be \(K,\)"):
         LayerSpectrum.from_spectrum(torch.ones(3), torch.ones(4), name="w", shape=(5, 5))
+
+
+def test_abscissae_that_differ_by_rounding_have_no_slope():
+    assert math.isnan(fit_power_law([0.1 + 0.2, 0.3, 0.3], [1.0, 2.0, 3.0]).exponent)
+    k = torch.arange(8, dtype=torch.float64)
+    equal = LayerSpectrum.from_spectrum(1 + 1e-8 * k.flip(0), 1 + k, name="w", shape=(8, 8))
+    assert math.isnan(equal.alpha.exponent)
+    assert equal.n_repeated == 8
+    assert "equal to rounding" in equal.note

@@ -6,6 +6,7 @@ from cases import Attention, Block, TiedLM, grouped
 from torch import nn
 from twins import matrix_entries
 
+from lightning_spectral import LayerSpectrum
 from lightning_spectral.kinds import infer_kinds
 from lightning_spectral.layers import MatrixLayer, NoMatrixError, find_layers
 
@@ -238,3 +239,43 @@ def test_fused_projection_with_fewer_keys_than_queries():
     }
     assert isinstance(found.layers["0.attn.qkv.weight.v"], MatrixLayer)
     assert found.layers["0.attn.qkv.weight.v"].rows == (12, 16)
+
+
+LORA = {"q_proj": {"base_layer": (D, D), "lora_A": {"default": (2, D)}, "lora_B": {"default": (D, 2)}}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "frozen", "expected"),
+    [
+        ({"fc": (5, 8), "ema": {"fc": (5, 8)}}, ["ema"], {"fc.weight": "head"}),
+        (
+            {"head": (5, 8), "l1": (8, 8), "l2": (8, 8)},
+            [],
+            {"head.weight": "head", "l1.weight": "dense", "l2.weight": "dense"},
+        ),
+        (
+            {"0": {"attn": LORA | {"k_proj": (D, D), "o_proj": (D, D)}, "up_proj": (32, D), "down_proj": (D, 32)}},
+            ["0.attn.q_proj.base_layer"],
+            {
+                "0.attn.q_proj.lora_A.default.weight": "attention_qkv",
+                "0.attn.q_proj.lora_B.default.weight": "attention_qkv",
+                "0.attn.k_proj.weight": "attention_qkv",
+                "0.attn.o_proj.weight": "attention_out",
+                "0.up_proj.weight": "mlp_up",
+                "0.down_proj.weight": "mlp_down",
+            },
+        ),
+    ],
+    ids=["ema", "named_head_first", "lora"],
+)
+def test_kinds_of_fine_tuned_networks(tree, frozen, expected):
+    model = Tree(tree, linear)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    assert kinds_of(model) == expected
+
+
+def test_grouped_noise_floor_is_that_of_a_group():
+    sigma = torch.tensor([1.0, 0.5, 0.25])
+    floors = [LayerSpectrum.from_spectrum(sigma, sigma, name="w", shape=(64, 9), groups=g).noise_floor for g in (1, 16)]
+    assert floors[0] == pytest.approx(64 / 9 * floors[1])

@@ -42,12 +42,6 @@ def optimizer_steps(trainer: Any) -> int:
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
 
 
-def dummy_logger(trainer: Any) -> Any:
-    """A logger of the Trainer's own package that swallows everything."""
-    package = "lightning.pytorch" if type(trainer).__module__.startswith("lightning.") else "pytorch_lightning"
-    return importlib.import_module(f"{package}.loggers.logger").DummyLogger()
-
-
 def sharded(trainer: Any) -> str | None:
     """The name of the Trainer's strategy if it splits parameters over processes."""
     name = type(trainer.strategy).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import warnings
@@ -10,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lightning_spectral.callbacks._lightning import AnyCallback, dummy_logger, optimizer_steps, sharded
+from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, sharded
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import LayerSelection, NoMatrixError, check_kinds, find_layers
+from lightning_spectral.layers import LayerSelection, NoMatrixError, check_kinds, check_selection, find_layers
 from lightning_spectral.loss import LossFunction, resolve_loss
 from lightning_spectral.measure import check_options, measure_quietly
 from lightning_spectral.quiet import Mode, Precision
@@ -91,7 +92,12 @@ class SpectralProbe(AnyCallback):
         if not prefix or prefix != prefix.strip("/"):
             raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
         self.prefix = prefix
+        check_selection("layers", layers)
+        check_selection("log_layers", log_layers, only_patterns=True)
+        check_selection("fused_qkv", fused_qkv, only_patterns=True)
         self.log_layers = log_layers
+        if loss_fn is not None and not callable(loss_fn):
+            raise ValueError(f"loss_fn must be a callable (module, batch) -> scalar, got {loss_fn!r}")
         self.loss_fn = loss_fn
         self.options: dict[str, Any] = {
             "top_k": top_k,
@@ -137,9 +143,13 @@ class SpectralProbe(AnyCallback):
             self._disable(str(error))
             return
         try:
-            find_layers(pl_module, **{name: self.options[name] for name in ("layers", "kinds", "fused_qkv")})
+            found = find_layers(pl_module, **{name: self.options[name] for name in ("layers", "kinds", "fused_qkv")})
         except NoMatrixError as error:
             self._warn_once(str(error))
+            return
+        if found.layers and self.log_layers not in ("none", []) and not self._logged_layers(list(found.layers)):
+            names = ", ".join(list(found.layers)[:8])
+            raise ValueError(f"log_layers: {self.log_layers!r} matches no layer; the layers measured are {names}")
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Probe, if it is time, before the step on this batch."""
@@ -150,7 +160,7 @@ class SpectralProbe(AnyCallback):
         if not self.should_measure(step):
             return
         started = time.perf_counter()
-        report = self._measure(trainer, pl_module, batch, step)
+        report = self._measure(trainer, pl_module, batch, batch_idx, step)
         self.probes += 1
         self.failed_probes += report is None
         scalars = self._scalars(report) | {"probe_seconds": time.perf_counter() - started}
@@ -167,18 +177,24 @@ class SpectralProbe(AnyCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`. The schedule given at construction counts; one that differs is told."""
-        if state_dict["every_n_steps"] != self.every_n_steps:
+        every = state_dict.get("every_n_steps", self.every_n_steps)
+        if every != self.every_n_steps:
             self._warn_once(
-                f"the checkpoint was written with every_n_steps={state_dict['every_n_steps']}; "
-                f"going on with {self.every_n_steps}"
+                f"the checkpoint was written with every_n_steps={every}; going on with {self.every_n_steps}"
             )
-        self.probes, self.failed_probes = state_dict["probes"], state_dict["failed_probes"]
-        saved = state_dict["last_report"]
-        self._last_report = None if saved is None else SpectralReport.from_dict(saved)
-
-    def _measure(self, trainer: Any, module: Any, batch: Any, step: int) -> SpectralReport | None:
+        self.probes, self.failed_probes = state_dict.get("probes", 0), state_dict.get("failed_probes", 0)
+        saved = state_dict.get("last_report")
         try:
-            report = measure_quietly(module, batch, self.loss_fn, dummy_logger=dummy_logger(trainer), **self.options)
+            self._last_report = None if saved is None else SpectralReport.from_dict(saved)
+        except (ValueError, KeyError, TypeError) as error:
+            self._last_report = None
+            self._warn_once(
+                f"the checkpoint's last report cannot be read ({error}); there is none until the next probe"
+            )
+
+    def _measure(self, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> SpectralReport | None:
+        try:
+            report = measure_quietly(module, batch, self.loss_fn, batch_idx=batch_idx, **self.options)
         except Exception as error:
             # Whatever goes wrong in here, the training run is not ours to end.
             self._warn_once(f"nothing was measured at step {step}: {type(error).__name__}: {error}")
@@ -223,11 +239,16 @@ class SpectralProbe(AnyCallback):
         self._warn_once(f"SpectralProbe is off: {why}")
 
     def _warn_once(self, text: str) -> None:
-        # Steps, sizes and values change from probe to probe; the cause does not.
-        cause = re.sub(r"\d[\d.e+-]*|\bnan\b|\binf\b", "#", text)
-        if cause not in self._warned:
-            self._warned.add(cause)
+        # Steps, sizes and values change from probe to probe; the cause, and the layer it names, do not.
+        cause = re.sub(r"(?<![\w.])\d[\d.e+-]*(?![\w.])|\bnan\b|\binf\b", "#", text)
+        if cause in self._warned:
+            return
+        self._warned.add(cause)
+        try:
             warnings.warn(text, SpectralWarning, stacklevel=2)
+        except SpectralWarning:
+            # Where warnings are errors they still must not end the run.
+            logging.getLogger(__name__).warning(text)
 
 
 def _at_least_one(option: str, value: int) -> int:

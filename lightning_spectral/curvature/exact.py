@@ -45,13 +45,16 @@ def _layer(layer: MatrixLayer, leaf: Tensor, gradient: Tensor | None, triplets: 
     for u, v in zip(triplets.u.T, triplets.v.T, strict=True):
         direction = matrix_direction(layer, u, v, leaf)
         (product,) = torch.autograd.grad(gradient, leaf, direction, retain_graph=True, allow_unused=True)
-        h_k.append(direction.new_zeros(()) if product is None else _dot(direction, product))
-    return torch.stack(h_k).cpu() if h_k else torch.zeros(0, dtype=torch.float64)
+        h_k.append(
+            torch.zeros((), device=leaf.device) if product is None else _bilinear(u, layer.to_matrix(product), v)
+        )
+    return torch.stack(h_k).cpu().double() if h_k else torch.zeros(0, dtype=torch.float64)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    # Apple GPUs have no float64.
-    return (a * b).sum() if a.device.type == "mps" else (a.double() * b.double()).sum()
+def _bilinear(u: Tensor, matrix: Tensor, v: Tensor) -> Tensor:
+    """u^T M v, the inner product with u v^T, the last sum in float64 where the device has it."""
+    left, right = u.to(matrix.dtype) @ matrix, v.to(matrix.dtype)
+    return left @ right if matrix.device.type == "mps" else left.double() @ right.double()
 
 
 def _nothing(triplets: SingularTriplets) -> Tensor:

@@ -9,21 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 
+@dataclass(frozen=True, eq=False)
+class CustomFunctions:
+    """The custom autograd functions behind a loss.
+
+    Attributes:
+        cut: node -> name, of those found to cut the graph of the gradient.
+        trusted: node -> name, of the others: their second derivative is that of their backward as it is written, which
+            is wrong where that uses a value saved as a constant, and nothing in the graph tells.
+    """
+
+    cut: dict[Node, str] = field(default_factory=dict)
+    trusted: dict[Node, str] = field(default_factory=dict)
+
+
 @contextmanager
-def watch_custom_functions(loss: Tensor) -> Iterator[dict[Node, str]]:
-    """Yield a dict that a backward pass with create_graph fills: node of an opaque function -> the function's name."""
-    opaque: dict[Node, str] = {}
+def watch_custom_functions(loss: Tensor) -> Iterator[CustomFunctions]:
+    """Yield a record that a backward pass with create_graph fills."""
+    found = CustomFunctions()
     custom = [node for node in _reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction)]
-    handles = [node.register_hook(_watcher(node, opaque)) for node in custom]
+    handles = [node.register_hook(_watcher(node, found)) for node in custom]
     try:
-        yield opaque
+        yield found
     finally:
         for handle in handles:
             handle.remove()
@@ -34,23 +50,33 @@ def leaves_behind(node: Node) -> set[int]:
     return {id(found.variable) for found in _reachable([node]) if hasattr(found, "variable")}
 
 
-def _watcher(node: Node, opaque: dict[Node, str]) -> Any:
+def _watcher(node: Node, found: CustomFunctions) -> Any:
+    name = type(node).__name__.removesuffix("Backward")
+
     def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
         inputs = [grad for grad in grad_inputs if grad is not None]
         outputs = [grad for grad in grad_outputs if grad is not None]
-        curved = any(grad.requires_grad for grad in outputs)
-        # A fused loss brings its gradient along from the forward pass. Where the shape stays, as in a function that
-        # scales its input, a gradient that depends on nothing is what a linear function has.
-        cut = any(
-            not grad.requires_grad and bool(grad.any()) and (curved or all(grad.shape != o.shape for o in outputs))
-            for grad in inputs
-        )
-        # What once_differentiable hangs into the graph of the gradient.
-        delayed = any(grad.grad_fn is not None and grad.grad_fn.name().endswith("Error") for grad in inputs)
-        if cut or delayed:
-            opaque[node] = type(node).__name__.removesuffix("Backward")
+        is_cut = any(_is_delayed(grad) or (not grad.requires_grad and not _scales(grad, outputs)) for grad in inputs)
+        (found.cut if is_cut else found.trusted)[node] = name
 
     return hook
+
+
+def _is_delayed(grad: Tensor) -> bool:
+    """Whether this is what once_differentiable hangs into the graph of the gradient."""
+    return grad.grad_fn is not None and grad.grad_fn.name().endswith("Error")
+
+
+def _scales(grad: Tensor, outputs: list[Tensor]) -> bool:
+    """Whether a gradient that depends on nothing is right: zero, or a constant times that of the output.
+
+    A fused loss brings its gradient along from the forward pass, and a kernel works outside autograd; but the gradient
+    of a function that scales its input depends on nothing where that of its output does not.
+    """
+    if not bool(grad.any()):
+        return True
+    same = [output for output in outputs if output.shape == grad.shape and not output.requires_grad]
+    return any(torch.equal(grad * output.flatten()[0], grad.flatten()[0] * output) for output in same)
 
 
 def _reachable(roots: Iterable[Node | None]) -> Iterator[Node]:

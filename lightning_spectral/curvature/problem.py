@@ -27,10 +27,12 @@ class Gradients:
         values: layer name -> gradient in the parameter's shape; None where the loss does not depend on it, and where
             ``failed``.
         failed: layer name -> why its gradient, or the derivative of that, cannot be had.
+        trusted: layer name -> the custom autograd function that the derivative of its gradient relies on.
     """
 
     values: dict[str, Tensor | None]
     failed: dict[str, str]
+    trusted: dict[str, str]
 
 
 class Problem:
@@ -57,16 +59,20 @@ class Problem:
             loss = checked_loss(self.evaluate())
             self._loss = float(loss.detach())
             leaves = {id(leaf): leaf for leaf in self.parameters.values()}
-            with watch_custom_functions(loss) as opaque:
+            with watch_custom_functions(loss) as custom:
                 values, failed = _differentiate(loss, leaves, keep_graph)
+            trusted: dict[int, str] = {}
             if keep_graph:
-                for node, function in opaque.items():
+                for node, function in custom.cut.items():
                     for leaf in leaves_behind(node) & leaves.keys():
                         failed.setdefault(leaf, cut_by(function))
+                for node, function in custom.trusted.items():
+                    trusted |= dict.fromkeys(leaves_behind(node) & leaves.keys() - failed.keys(), function)
             names = {name: id(leaf) for name, leaf in self.parameters.items()}
             self._gradients = Gradients(
                 {name: values.get(leaf) for name, leaf in names.items()},
                 {name: failed[leaf] for name, leaf in names.items() if leaf in failed},
+                {name: trusted[leaf] for name, leaf in names.items() if leaf in trusted},
             )
         return self._gradients
 
@@ -136,6 +142,14 @@ def cause_of(error: RuntimeError) -> str:
     if not found:
         return f"its backward pass failed: {text[:200]}"
     return f"{found.group(1).removesuffix('_backward').lstrip('_')} has no second derivative ({text[:120]}); {REMEDY}"
+
+
+def unverified(function: str) -> str:
+    """What is not known of a second derivative that passes a custom function."""
+    return (
+        f"its curvature passes the custom autograd function {function} and holds only if that function's backward can "
+        "itself be differentiated, which was not checked"
+    )
 
 
 def cut_by(function: str) -> str:

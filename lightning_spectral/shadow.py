@@ -1,0 +1,241 @@
+"""A stand-in for a module that can be run, differentiated and written to without touching the original."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_spectral.errors import MeasurementError
+
+# Held by reference: large or bound to the outside, and nothing that computing a loss should write to.
+SHARED_TYPES = (Dataset, DataLoader, Optimizer, LRScheduler, types.ModuleType, type)
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+TRACKERS = (
+    "aim",
+    "clearml",
+    "comet_ml",
+    "mlflow",
+    "neptune",
+    "tensorboardX",
+    "torch.utils.tensorboard.writer",
+    "wandb",
+)
+# What a class may define to take its copying into its own hands.
+COPY_METHODS = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+
+
+@dataclass(frozen=True, eq=False)
+class Shadow:
+    """A stand-in for a module.
+
+    Attributes:
+        module: the stand-in. Parameters are leaves of their own with the same values.
+        shared: path of each attribute that cannot be copied and so is the original's own -> why.
+    """
+
+    module: nn.Module
+    shared: Mapping[str, str]
+
+
+class Silent:
+    """Stands in for a logger: every attribute of it can be read and called, and nothing happens."""
+
+    def __getattr__(self, name: str) -> Silent:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Silent:
+        """Swallow a call."""
+        return self
+
+    def __getitem__(self, key: Any) -> Silent:
+        return self
+
+
+@contextmanager
+def shadow_of(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> Iterator[Shadow]:
+    """Yield a copy of a module; it is emptied at the end, so that no cycle keeps a graph alive.
+
+    Copied are submodules, parameters, buffers, attributes of any depth, and functions that close over any of these.
+    Hooks of parameters and backward hooks are left out: the gradient of the copy is that of the loss alone.
+
+    Args:
+        model: the original.
+        stand_ins: id of an object -> what takes its place in the copy.
+
+    Raises:
+        MeasurementError: if a module cannot be copied.
+    """
+    copier = Copier()
+    copier.memo.update(stand_ins or {})
+    try:
+        module = copier.copy(model, type(model).__name__)
+        for found in module.modules():
+            for hooks in BACKWARD_HOOKS:
+                found.__dict__[hooks] = OrderedDict()
+        yield Shadow(module, copier.shared)
+    finally:
+        for created in copier.modules:
+            created.__dict__.clear()
+
+
+class Copier:
+    """copy.deepcopy that shares what cannot be copied, and says so, and that follows functions into their closures.
+
+    Args:
+        convert: applied to every floating tensor copied.
+    """
+
+    def __init__(self, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        self.memo: dict[int, Any] = {}
+        self.shared: dict[str, str] = {}
+        self.modules: list[nn.Module] = []
+        self.convert = convert
+        # An id stands for an object only as long as that lives.
+        self._originals: list[Any] = []
+
+    def copy(self, value: Any, path: str) -> Any:
+        """The copy of a value; ``path`` names it where it cannot be copied."""
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        if isinstance(value, SHARED_TYPES):
+            return value
+        try:
+            new = self._copy(value, path)
+        except MeasurementError:
+            raise
+        except Exception as error:
+            if isinstance(value, nn.Module):
+                raise MeasurementError(
+                    f"{path}, a {type(value).__name__}, cannot be copied ({error}), and a measurement on the original "
+                    "would leave traces; pass a loss_fn for a module without it"
+                ) from error
+            self.shared[path] = f"{type(value).__name__}: {error}"
+            new = value
+        self._note(value, new)
+        return new
+
+    def _note(self, value: Any, new: Any) -> None:
+        self.memo[id(value)] = new
+        self._originals.append(value)
+
+    def _copy(self, value: Any, path: str) -> Any:
+        kind = type(value)
+        if isinstance(value, Tensor):
+            return self._tensor(value, path)
+        if isinstance(value, nn.Module):
+            return self._module(value, path)
+        if kind in (list, deque, dict, OrderedDict, defaultdict):
+            return self._container(value, path)
+        if kind in (tuple, set, frozenset):
+            return kind(self.copy(item, f"{path}[{i}]") for i, item in enumerate(value))
+        if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+            return self._function(value, path)
+        if isinstance(value, Generator):
+            return value.clone_state()
+        if _is_logger(kind):
+            return Silent()
+        if _has_plain_state(kind):
+            new = object.__new__(kind)
+            self._note(value, new)
+            new.__dict__.update({name: self.copy(item, f"{path}.{name}") for name, item in vars(value).items()})
+            return new
+        return copy.deepcopy(value, self.memo)
+
+    def _container(self, value: Any, path: str) -> Any:
+        # Noted before its items are copied, so that a container that holds itself ends.
+        if isinstance(value, (list, deque)):
+            new: Any = [] if isinstance(value, list) else deque(maxlen=value.maxlen)
+            self._note(value, new)
+            new.extend(self.copy(item, f"{path}[{i}]") for i, item in enumerate(value))
+            return new
+        new = defaultdict(value.default_factory) if isinstance(value, defaultdict) else type(value)()
+        self._note(value, new)
+        for key, item in value.items():
+            new[self.memo.get(id(key), key)] = self.copy(item, f"{path}[{key!r}]" if isinstance(key, str) else path)
+        return new
+
+    def _tensor(self, value: Tensor, path: str) -> Any:
+        if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            return copy.deepcopy(value, self.memo)
+        detached = value.detach()
+        converted = self.convert(detached) if value.is_floating_point() else detached
+        new = converted.clone() if converted is detached else converted
+        if isinstance(value, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=value.requires_grad)
+            new.__dict__.update({name: self.copy(item, f"{path}.{name}") for name, item in vars(value).items()})
+            return new
+        return new.requires_grad_(value.requires_grad)
+
+    def _module(self, module: nn.Module, path: str) -> nn.Module:
+        kind = type(module)
+        if _defines(kind, ("__deepcopy__", "__reduce__", "__reduce_ex__")):
+            for parameter in module.parameters():
+                self.copy(parameter, path)
+            return copy.deepcopy(module, self.memo)
+        new = kind.__new__(kind)
+        self._note(module, new)
+        self.modules.append(new)
+        state = module.__getstate__()  # type: ignore[no-untyped-call]
+        self._originals.append(state)
+        new.__setstate__({name: self.copy(item, f"{path}.{name}") for name, item in state.items()})  # type: ignore[no-untyped-call]
+        return new
+
+    def _function(self, value: Any, path: str) -> Any:
+        """A function whose closure is copied, so that what it reaches is the copy."""
+        if isinstance(value, types.MethodType):
+            return types.MethodType(self.copy(value.__func__, path), self.copy(value.__self__, path))
+        if isinstance(value, functools.partial):
+            keywords = {name: self.copy(item, path) for name, item in value.keywords.items()}
+            return functools.partial(self.copy(value.func, path), *(self.copy(a, path) for a in value.args), **keywords)
+        if hasattr(value, "_torchdynamo_orig_callable"):
+            # Compiled code has no second derivative.
+            return self.copy(value._torchdynamo_orig_callable, path)
+        cells = value.__closure__ or ()
+        filled = [cell for cell in cells if _is_filled(cell)]
+        if all(self.copy(cell.cell_contents, path) is cell.cell_contents for cell in filled):
+            return value
+        closure = tuple(
+            types.CellType(self.copy(cell.cell_contents, path)) if _is_filled(cell) else cell for cell in cells
+        )
+        new = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+        new.__kwdefaults__ = value.__kwdefaults__
+        new.__dict__.update(value.__dict__)
+        return new
+
+
+def _is_logger(kind: type) -> bool:
+    """Whether objects of a class are loggers of Lightning, or runs and writers of a tracking package."""
+    lightning = hasattr(kind, "log_metrics") and hasattr(kind, "log_hyperparams")
+    return lightning or kind.__module__.partition(".")[0] in TRACKERS or kind.__module__ in TRACKERS
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _defines(kind: type, names: tuple[str, ...]) -> bool:
+    return any(name in vars(base) for base in kind.__mro__ if base is not object for name in names)
+
+
+def _has_plain_state(kind: type) -> bool:
+    """Whether objects of a class are their ``__dict__`` and nothing else."""
+    bases = [base for base in kind.__mro__ if base is not object]
+    heap = all(base.__flags__ & (1 << 9) for base in bases)
+    return heap and not _defines(kind, COPY_METHODS) and not any(vars(base).get("__slots__") for base in bases)
