@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import torch
@@ -98,6 +98,25 @@ def fit_power_law(x: Values, y: Values, *, exclude: Mapping[str, Tensor] | None 
         raise ValueError(f"x and y must have one length, got {len(x_n)} and {len(y_n)}")
     keep, dropped = _usable(x_n, y_n, exclude or {})
     return _least_squares(x_n[keep].log(), y_n[keep].log(), dropped)
+
+
+def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tensor, used: Tensor) -> PowerLawFit:
+    """The fit with the errors of its ordinates in the standard error of its exponent.
+
+    The slope is sum w_i log y_i with w_i = (log x_i - mean) / sum (log x - mean)^2, so independent errors of y add
+    sum (w_i stderr_i / y_i)^2 to its variance.
+
+    Args:
+        fit: of y on x.
+        x, y, y_stderr: (n,).
+        used: (n,) which points the fit used.
+    """
+    if math.isnan(fit.exponent) or not bool(y_stderr.any()):
+        return fit
+    log_x = x[used].log()
+    dx = log_x - log_x.mean()
+    measured = (dx / dx.square().sum() * y_stderr[used] / y[used]).square().sum()
+    return replace(fit, stderr=math.sqrt(fit.stderr**2 + float(measured)))
 
 
 def fit_rank_decay(values: Values, *, exclude: Mapping[str, Tensor] | None = None) -> PowerLawFit:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.batch import batch_size, take_samples
-from lightning_spectral.curvature import Curvatures, Gradients, Problem, curvature_method, unverified
-from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning
+from lightning_spectral.curvature import Curvatures, Gradients, Problem, curvature_method
+from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
 from lightning_spectral.fits import noise_floor
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, MatrixLayer, check_selection, find_layers, matrix_parameters
 from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
-from lightning_spectral.quiet import MODES, PRECISIONS, Mode, Precision, copy_batch, quiet
-from lightning_spectral.record import SpectralReport, by_cause
+from lightning_spectral.quiet import MODES, PRECISIONS, Mode, Precision, copy_batch, quiet, repeatable
+from lightning_spectral.record import SpectralReport
 from lightning_spectral.spectrum import LayerSpectrum
 from lightning_spectral.svd import SingularTriplets, top_singular_triplets
 
@@ -30,7 +30,7 @@ def measure_spectra(
     loss_fn: LossFunction | None = None,
     *,
     top_k: int = 20,
-    curvature: str = "exact",
+    curvature: str = "auto",
     layers: LayerSelection = None,
     kinds: Mapping[str, Kind] | None = None,
     fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
@@ -50,7 +50,9 @@ def measure_spectra(
         batch: what the loss takes, on the model's device.
         loss_fn: (model, batch) -> scalar. None: ``model.spectral_loss(batch)``, else ``model.training_step(batch, 0)``.
         top_k: directions per layer, K.
-        curvature: the method for h: "exact", double backward.
+        curvature: "exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at
+            once; "sketch", a product per direction for all layers, with standard errors; "auto", the fastest of them
+            that gives the Hessian's curvature.
         layers: glob patterns on names, or a callable (`MatrixLayer` -> bool); None: all matrices but embeddings.
         kinds: glob pattern -> kind of layer, where the inferred one is wrong.
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
@@ -131,7 +133,6 @@ def measure_quietly(
         triplets, failed = _triplets(problem, gradients, top_k)
         measured = method(problem, {name: t.first(_usable(problem, name, t)) for name, t in triplets.items()})
     failed |= measured.failed
-    notes += by_cause({name: unverified(function) for name, function in gradients.trusted.items()})
     if len(failed) == len(found.layers):
         error = SecondDerivativeError if measured.failed or gradients.failed else MeasurementError
         raise error("; ".join(by_cause(failed)))
@@ -145,7 +146,9 @@ def measure_quietly(
         precision=precision,
         top_k=top_k,
         seconds=time.perf_counter() - started,
-        warnings=tuple(notes),
+        warnings=(*notes, *measured.notes),
+        chosen=measured.chosen,
+        check_error=measured.check_error,
     )
 
 
@@ -245,7 +248,8 @@ def _problem(
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
         notes = [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in shadow.shared.items()]
-        yield Problem(lambda: loss(shadow.module, copy_batch(batch, precision)), layers, leaves), notes
+        evaluate = repeatable(lambda: loss(shadow.module, copy_batch(batch, precision)), shadow.module)
+        yield Problem(evaluate, layers, leaves, batch_size(batch)), notes
 
 
 def _triplets(problem: Problem, gradients: Gradients, top_k: int) -> tuple[dict[str, SingularTriplets], dict[str, str]]:
@@ -285,6 +289,9 @@ def _spectrum(
     h = torch.full_like(sigma, float("nan"))
     if name in measured.h:
         h[: len(measured.h[name])] = measured.h[name]
+    stderr = torch.zeros_like(h)
+    if name in measured.stderr:
+        stderr[: len(measured.stderr[name])] = measured.stderr[name]
     layer = problem.layers[name]
     return LayerSpectrum.from_spectrum(
         sigma,
@@ -293,6 +300,8 @@ def _spectrum(
         kind=layer.kind,
         shape=layer.shape,
         groups=layer.groups,
+        h_stderr=stderr,
+        method=measured.methods.get(name, measured.method),
         eps=_eps(problem, name),
         note=failed.get(name, ""),
     )

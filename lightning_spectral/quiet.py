@@ -6,10 +6,12 @@ outside the network does (a file it writes, a global it changes) is not undone.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_spectral.batch import map_leaves
+from lightning_spectral.errors import MeasurementError
 from lightning_spectral.shadow import Copier, Shadow, shadow_of
 
 Mode = Literal["eval", "train"]
 Precision = Literal["float32", "float64"]
 MODES: tuple[Mode, ...] = ("eval", "train")
+UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
 PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -105,25 +109,66 @@ def _default_dtype(module: nn.Module) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+class RandomStates:
+    """The states of the random generators of torch (CPU and the model's devices), numpy and Python."""
+
+    def __init__(self, model: nn.Module) -> None:
+        devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+        numpy = sys.modules.get("numpy")
+        self._restore: list[Callable[[], Any]] = [partial(random.setstate, random.getstate())]
+        self._restore.append(partial(torch.set_rng_state, torch.get_rng_state()))
+        if numpy:
+            self._restore.append(partial(numpy.random.set_state, numpy.random.get_state()))
+        for device in devices:
+            backend = torch.get_device_module(device)
+            if device.type == "mps":
+                self._restore.append(partial(backend.set_rng_state, backend.get_rng_state()))
+            else:
+                self._restore.append(partial(backend.set_rng_state, backend.get_rng_state(device), device))
+
+    def restore(self) -> None:
+        """Put them back, as often as needed."""
+        for restore in self._restore:
+            restore()
+
+
 @contextmanager
 def _random_states(model: nn.Module) -> Iterator[None]:
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for device in devices:
-            if device.type == "mps":
-                stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
-            else:
-                stack.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
+    states = RandomStates(model)
+    try:
+        yield
+    finally:
+        states.restore()
+
+
+def repeatable(evaluate: Callable[[], Any], shadow: nn.Module) -> Callable[[], Any]:
+    """The same loss at each call, with the weights, buffers and random states of the first one, or an error.
+
+    Raises:
+        MeasurementError: by the function returned, if the value is another one all the same.
+    """
+    states = RandomStates(shadow)
+    values: list[float] = []
+    tensors = [t for t in (*shadow.parameters(), *shadow.buffers()) if not isinstance(t, UNINITIALIZED)]
+    start = [tensor.detach().clone() for tensor in tensors]
+
+    def again() -> Any:
+        states.restore()
+        if values:
+            # A step may write to weights. Through .data, so that the graph of the first call stays valid.
+            for tensor, value in zip(tensors, start, strict=True):
+                tensor.data.copy_(value)
+        loss = evaluate()
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            values.append(float(loss.detach()))
+            if not math.isclose(values[0], values[-1], rel_tol=1e-4, abs_tol=1e-12) and math.isfinite(values[0]):
+                raise MeasurementError(
+                    f"the loss is {values[-1]:.6g} at a second call on the same batch, after {values[0]:.6g}: it draws "
+                    "from a generator of its own, or counts its calls; use curvature='exact', which calls it once"
+                )
+        return loss
+
+    return again
 
 
 @contextmanager

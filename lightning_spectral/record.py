@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.encoding import number, plain
+from lightning_spectral.errors import by_cause
 from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum
 
 if TYPE_CHECKING:
     import pandas
-
-NAMES_SHOWN = 6
-"""How many layers a message names."""
 
 FORMAT, FORMAT_VERSION = "lightning-spectral-report", 1
 
@@ -26,6 +24,7 @@ REPORT_KEYS: dict[str, str] = {
     "layers_measured": "layers with an alpha",
     "layers_failed": "layers chosen but without an alpha; the report's notes say why",
     "negative_curvature": "directions with h < 0, all layers",
+    "check_error": "relative difference of one curvature to an exact product, with curvature ggn by auto",
 }
 
 
@@ -38,7 +37,9 @@ class SpectralReport:
         skipped: matrix parameters that were not measured -> why (frozen, not selected, ...).
         loss: value of the loss measured.
         n_samples: samples in the batch measured; None where the batch does not tell.
-        curvature: the method that gave h.
+        curvature: the method asked for.
+        chosen: which method "auto" chose, and why; empty for the others.
+        check_error: relative difference of one curvature to an exact product; NaN where none was checked.
         mode: "eval" or "train", of the network while it was measured.
         precision: the precision asked for.
         top_k: directions asked for per layer.
@@ -58,6 +59,8 @@ class SpectralReport:
     top_k: int
     seconds: float
     warnings: tuple[str, ...] = ()
+    chosen: str = ""
+    check_error: float = float("nan")
     step: int | None = None
     epoch: int | None = None
 
@@ -90,6 +93,7 @@ class SpectralReport:
         out["loss"] = self.loss
         out["layers_measured"] = float(len(self.layers) - len(self.failed))
         out["layers_failed"] = float(len(self.failed))
+        out["check_error"] = self.check_error
         out["negative_curvature"] = float(sum(layer.n_negative for layer in self.layers.values()))
         for name in self.layers if layers is None else layers:
             out |= {f"{name}/{key}": value for key, value in self.layers[name].scalars().items()}
@@ -117,7 +121,8 @@ class SpectralReport:
         values = {f.name: data[f.name] for f in fields(cls)}
         values["layers"] = {name: LayerSpectrum.from_dict(layer) for name, layer in data["layers"].items()}
         values["warnings"] = tuple(data["warnings"])
-        values["loss"], values["seconds"] = number(data["loss"]), number(data["seconds"])
+        for name in ("loss", "seconds", "check_error"):
+            values[name] = number(data[name])
         return cls(**values)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -151,23 +156,6 @@ class SpectralReport:
         alpha = self.medians()["alpha_median"]
         where = "" if self.step is None else f" at step {self.step}"
         return f"SpectralReport({len(self.layers)} layers{where}, loss {self.loss:.4g}, median alpha {alpha:.3g})"
-
-
-def by_cause(failed: Mapping[str, str]) -> list[str]:
-    """A line per cause that names the layers it struck.
-
-    >>> by_cause({"a": "frozen", "b": "dead", "c": "frozen"})
-    ['a, c: frozen', 'b: dead']
-    """
-    layers: dict[str, list[str]] = {}
-    for name, why in failed.items():
-        layers.setdefault(why, []).append(name)
-    return [
-        ", ".join(names[:NAMES_SHOWN])
-        + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
-        + f": {why}"
-        for why, names in layers.items()
-    ]
 
 
 def median(values: list[float]) -> float:

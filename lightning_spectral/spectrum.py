@@ -23,6 +23,7 @@ from lightning_spectral.fits import (
     fit_rank_models,
     noise_floor,
     participation_ratio,
+    with_ordinate_errors,
     zeta_bound,
 )
 
@@ -39,8 +40,10 @@ class LayerSpectrum:
         sigma: (K,) leading singular values of the gradient, decreasing; loss per unit of weight.
         h: (K,) curvatures u_k v_k^T H u_k v_k^T; loss per squared unit of weight. Rayleigh quotients, not
             eigenvalues, of the Hessian block H. NaN where sigma is rounding noise or nothing could be measured.
+        h_stderr: (K,) standard errors of h; zero where the method does not sample.
+        method: what measured h.
         noise_floor: sigma_1 * max(m, n) * eps(dtype); a sigma_k at or below it is rounding noise.
-        alpha: h ~ sigma^alpha over the k with h_k > 0.
+        alpha: h ~ sigma^alpha over the k with h_k > 0; its standard error holds those of h.
         gamma: sigma_k ~ k^-gamma.
         s: the positive h, sorted, ~ rank^-s.
         transfer_error: abs(s - alpha * gamma) / abs(s).
@@ -64,6 +67,8 @@ class LayerSpectrum:
     groups: int
     sigma: Tensor
     h: Tensor
+    h_stderr: Tensor
+    method: str
     noise_floor: float
     alpha: PowerLawFit
     gamma: PowerLawFit
@@ -100,6 +105,8 @@ class LayerSpectrum:
         kind: str = "dense",
         shape: tuple[int, int],
         groups: int = 1,
+        h_stderr: Tensor | None = None,
+        method: str = "exact",
         eps: float = torch.finfo(torch.float32).eps,
         note: str = "",
     ) -> LayerSpectrum:
@@ -108,10 +115,11 @@ class LayerSpectrum:
         Args:
             sigma: decreasing, not negative.
             h: in the order of sigma.
-            name, kind, shape, groups, note: as in the attributes.
+            name, kind, shape, groups, h_stderr, method, note: as in the attributes.
             eps: machine epsilon of the gradient, for the noise floor.
         """
-        sigma, h = (t.detach().to("cpu", torch.float64) for t in (sigma, h))
+        h_stderr = torch.zeros_like(h) if h_stderr is None else h_stderr
+        sigma, h, h_stderr = (t.detach().to("cpu", torch.float64) for t in (sigma, h, h_stderr))
         if sigma.shape != h.shape or sigma.ndim != 1:
             raise ValueError(f"sigma and h must be (K,), got {tuple(sigma.shape)} and {tuple(h.shape)}")
         floor = noise_floor(sigma, shape, groups, eps)
@@ -123,6 +131,7 @@ class LayerSpectrum:
         flat = bool(usable.any()) and float(sigma[usable].max() - sigma[usable].min()) <= floor
         equal = {"sigma equal to all others": usable} if flat and int(usable.sum()) > 1 else {}
         alpha = fit_power_law(sigma, h, exclude=noise | equal)
+        alpha = with_ordinate_errors(alpha, sigma, h, h_stderr, used=usable & (h > 0))
         gamma = fit_rank_decay(sigma, exclude=noise)
         s = fit_rank_decay(h, exclude=noise)
         product = alpha.exponent * gamma.exponent
@@ -142,6 +151,8 @@ class LayerSpectrum:
             groups=groups,
             sigma=sigma,
             h=torch.where(usable, h, torch.full_like(h, float("nan"))),
+            h_stderr=h_stderr,
+            method=method,
             noise_floor=floor,
             alpha=alpha,
             gamma=gamma,
@@ -176,7 +187,7 @@ class LayerSpectrum:
     def from_dict(cls, data: Mapping[str, Any]) -> LayerSpectrum:
         """The inverse of `to_dict`."""
         values = {f.name: data[f.name] for f in fields(cls)}
-        for name in ("sigma", "h"):
+        for name in ("sigma", "h", "h_stderr"):
             values[name] = torch.tensor([number(x) for x in values[name]], dtype=torch.float64)
         for name in ("alpha", "gamma", "s"):
             values[name] = PowerLawFit(**numbers(values[name], skip=("dropped",)))
@@ -186,7 +197,7 @@ class LayerSpectrum:
         fits = {k: RankModelFit(c, number(models["fits"][k]["rss"]), bic[k]) for k, c in coefficients.items()}
         values["rank_models"] = RankModels(models["winner"], bic, fits, models["n_used"], models["n_dropped"])
         values["shape"] = tuple(values["shape"])
-        return cls(**numbers(values, skip=("name", "kind", "note", "shape", "sigma", "h")))
+        return cls(**numbers(values, skip=("name", "kind", "method", "note", "shape", "sigma", "h", "h_stderr")))
 
 
 @dataclass(frozen=True)

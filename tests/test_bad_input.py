@@ -231,7 +231,7 @@ def test_a_linear_custom_function_is_no_obstacle():
         (net(), {"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
         (net(), {"top_k": 2.5}, "top_k must be a whole number of at least 1, got 2.5"),
         (net(), {"max_samples": 0}, "max_samples must be None or a whole number of at least 1, got 0"),
-        (net(), {"curvature": "lanczos"}, "curvature must be one of 'exact', got 'lanczos'"),
+        (net(), {"curvature": "lanczos"}, "curvature must be one of 'auto', 'exact', 'ggn', 'sketch', got 'lanczos'"),
         (net(), {"mode": "test"}, "mode must be one of 'eval', 'train', got 'test'"),
         (net(), {"precision": "16"}, "precision must be one of 'float32', 'float64', got '16'"),
         (net(), {"layers": "conv*"}, r"layers: 'conv\*' matches no layer; the layers are 0.weight, 2.weight"),

@@ -15,7 +15,9 @@ from lightning_spectral.layers import find_layers
 def test_spectrum_equals_dense_hessian(case: Case):
     model, batch = case.build()
     train = case.options.get("mode") == "train"
-    report = measure_spectra(model, batch, case.loss, top_k=6, layers=lambda layer: True, **case.options)
+    report = measure_spectra(
+        model, batch, case.loss, top_k=6, curvature="exact", layers=lambda layer: True, **case.options
+    )
     found = find_layers(model, layers=lambda layer: True, fused_qkv=case.options.get("fused_qkv", ()))
     assert list(report.layers) == list(found.layers)
     hessians = {}

@@ -74,9 +74,11 @@ def assert_identical(a, b, path=""):
 @pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("module_class", [ConvNet, GPT])
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_training_is_bit_identical(module_class, accumulate, mode, tmp_path):
-    probe = SpectralProbe(every_n_steps=5, top_k=4, mode=mode)
+@pytest.mark.parametrize(
+    ("curvature", "mode"), [("exact", "eval"), ("exact", "train"), ("ggn", "eval"), ("sketch", "eval")]
+)
+def test_training_is_bit_identical(module_class, accumulate, curvature, mode, tmp_path):
+    probe = SpectralProbe(every_n_steps=5, top_k=4, curvature=curvature, mode=mode)
     plain = train(module_class, accumulate, tmp_path / "plain", [])
     probed = train(module_class, accumulate, tmp_path / "probed", [probe])
     assert (probe.probes, probe.failed_probes) == (10, 0)

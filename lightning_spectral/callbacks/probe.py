@@ -45,7 +45,9 @@ class SpectralProbe(AnyCallback):
     Args:
         every_n_steps: probe before optimizer step 0, N, 2 N, ...
         top_k: directions per layer.
-        curvature: the method for h: "exact", double backward.
+        curvature: "exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at
+            once; "sketch", a product per direction for all layers, with standard errors; "auto", the fastest of them
+            that gives the Hessian's curvature.
         layers: glob patterns on names of layers, or a callable; None: all matrices but embeddings.
         kinds: glob pattern -> kind of layer, where the inferred one is wrong.
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
@@ -71,7 +73,7 @@ class SpectralProbe(AnyCallback):
         self,
         every_n_steps: int = 100,
         top_k: int = 20,
-        curvature: str = "exact",
+        curvature: str = "auto",
         layers: LayerSelection = None,
         *,
         kinds: Mapping[str, Kind] | None = None,
@@ -223,7 +225,7 @@ class SpectralProbe(AnyCallback):
             self._warn_once(f"logging {LOGGED_LAYERS} of {len(names)} layers one by one; log_layers chooses which")
             return [names[round(i * (len(names) - 1) / (LOGGED_LAYERS - 1))] for i in range(LOGGED_LAYERS)]
         patterns = [self.log_layers] if isinstance(self.log_layers, str) else self.log_layers
-        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        return [n for n in names if any(fnmatchcase(n, p) or fnmatchcase(n.rpartition(".")[0], p) for p in patterns)]
 
     def _log(self, trainer: Any, scalars: dict[str, float], step: int) -> None:
         if not trainer.is_global_zero:

@@ -1,6 +1,6 @@
 """Directional curvatures h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T), H the Hessian block of one layer."""
 
-from lightning_spectral.curvature.problem import Curvature, Curvatures, Gradients, Problem, unverified
+from lightning_spectral.curvature.problem import Curvature, Curvatures, Gradients, Problem
 from lightning_spectral.curvature.select import METHODS, curvature_method
 
-__all__ = ["METHODS", "Curvature", "Curvatures", "Gradients", "Problem", "curvature_method", "unverified"]
+__all__ = ["METHODS", "Curvature", "Curvatures", "Gradients", "Problem", "curvature_method"]

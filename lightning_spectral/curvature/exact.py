@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.problem import Curvatures, Problem, cause_of
+from lightning_spectral.curvature.problem import Curvatures, Problem, cause_of, unverified
+from lightning_spectral.errors import by_cause
 from lightning_spectral.layers import MatrixLayer, matrix_direction
 from lightning_spectral.svd import SingularTriplets
 
@@ -34,7 +35,8 @@ class ExactCurvature:
             except RuntimeError as error:
                 h[name] = _nothing(triplets)
                 failed[name] = cause_of(error)
-        return Curvatures(h, failed)
+        trusted = {name: unverified(gradients.trusted[name]) for name in directions if name in gradients.trusted}
+        return Curvatures(h, self.name, failed, notes=tuple(by_cause(trusted)))
 
 
 def _layer(layer: MatrixLayer, leaf: Tensor, gradient: Tensor | None, triplets: SingularTriplets) -> Tensor:

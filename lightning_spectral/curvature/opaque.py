@@ -45,6 +45,12 @@ def watch_custom_functions(loss: Tensor) -> Iterator[CustomFunctions]:
             handle.remove()
 
 
+def custom_functions(loss: Tensor) -> list[str]:
+    """The names of the custom autograd functions behind a loss."""
+    nodes = (node for node in _reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction))
+    return sorted({type(node).__name__.removesuffix("Backward") for node in nodes})
+
+
 def leaves_behind(node: Node) -> set[int]:
     """Ids of the leaves whose gradient passes through a node."""
     return {id(found.variable) for found in _reachable([node]) if hasattr(found, "variable")}

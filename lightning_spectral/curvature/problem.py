@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.curvature.opaque import leaves_behind, watch_custom_functions
+from lightning_spectral.curvature.trace import Recorder, Trace
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.loss import checked_loss
 from lightning_spectral.svd import SingularTriplets
+
+T = TypeVar("T")
 
 REMEDY = "measure layers whose gradient does not pass it (layers=...), or give a loss_fn without it"
 
@@ -42,23 +45,32 @@ class Problem:
         evaluate: computes the loss.
         layers: the matrices in question.
         parameters: layer name -> the leaf that holds its matrix; parts of a fused projection share one.
+        samples: samples in the batch; None where the batch does not tell.
     """
 
     def __init__(
-        self, evaluate: Callable[[], Tensor], layers: Mapping[str, MatrixLayer], parameters: Mapping[str, Tensor]
+        self,
+        evaluate: Callable[[], Tensor],
+        layers: Mapping[str, MatrixLayer],
+        parameters: Mapping[str, Tensor],
+        samples: int | None = None,
     ) -> None:
         self.evaluate = evaluate
         self.layers = layers
         self.parameters = parameters
+        self.samples = samples
+        self._trace: Trace | None = None
+        self._value: Tensor | None = None
         self._gradients: Gradients | None = None
         self._loss: float | None = None
 
     def gradients(self, *, keep_graph: bool) -> Gradients:
         """The gradient of the loss in every layer's parameter; with keep_graph it can be differentiated again."""
         if self._gradients is None:
-            loss = checked_loss(self.evaluate())
-            self._loss = float(loss.detach())
             leaves = {id(leaf): leaf for leaf in self.parameters.values()}
+            with Recorder(set(leaves)) as recorder:
+                loss = checked_loss(self.evaluate())
+            self._trace, self._value, self._loss = recorder.trace, loss, float(loss.detach())
             with watch_custom_functions(loss) as custom:
                 values, failed = _differentiate(loss, leaves, keep_graph)
             trusted: dict[int, str] = {}
@@ -77,11 +89,19 @@ class Problem:
         return self._gradients
 
     @property
+    def trace(self) -> Trace:
+        """What the forward pass did."""
+        return _known(self._trace)
+
+    @property
+    def value(self) -> Tensor:
+        """The loss with its graph."""
+        return _known(self._value)
+
+    @property
     def loss(self) -> float:
         """The value of the loss."""
-        if self._loss is None:
-            raise MeasurementError("the loss is known once the gradients are")
-        return self._loss
+        return _known(self._loss)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,23 +110,47 @@ class Curvatures:
 
     Attributes:
         h: layer name -> (K,) curvatures in float64 on the CPU, NaN where ``failed``.
+        method: what measured them.
         failed: layer name -> why it could not be measured.
+        stderr: layer name -> (K,) standard errors of h; a layer that is not there was measured without sampling.
+        methods: layer name -> the method that gave it, where that is another.
+        notes: what a reader of the report should know.
+        check_error: relative difference of one curvature to its exact value; NaN where none was checked.
+        chosen: which method a choice fell on, and why; empty where there was none.
     """
 
     h: dict[str, Tensor]
+    method: str
     failed: dict[str, str] = field(default_factory=dict)
+    stderr: dict[str, Tensor] = field(default_factory=dict)
+    methods: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    check_error: float = float("nan")
+    chosen: str = ""
 
 
 class Curvature(Protocol):
     """A way to the curvatures of all layers along given directions."""
 
-    name: str
-    differentiates_gradients: bool
-    """Whether `Problem.gradients` must keep its graph."""
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        ...
+
+    @property
+    def differentiates_gradients(self) -> bool:
+        """Whether `Problem.gradients` must keep its graph."""
+        ...
 
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure h_k for each layer in ``directions``, for each of its triplets."""
         ...
+
+
+def _known(value: T | None) -> T:
+    if value is None:
+        raise MeasurementError("this is known once the gradients are")
+    return value
 
 
 def _differentiate(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,9 +83,11 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
         reports[experiment.name], runs[experiment.name] = _train(experiment, folder)
     for experiment in planned:
         print_report(reports[experiment.name], experiment.title)
+    beside_python = Path(sys.executable).with_name("wandb")
+    wandb = "wandb" if shutil.which("wandb") or not beside_python.exists() else os.path.relpath(beside_python)
     for name, path in runs.items():
         console.print(f"\n{name}: W&B run in {path}", soft_wrap=True)
-        console.print(f"  see it in this terminal:  wandb leet run {path}", soft_wrap=True)
+        console.print(f"  see it in this terminal:  {wandb} leet run {path}", soft_wrap=True)
     return reports
 
 

@@ -32,7 +32,10 @@ def print_report(report: SpectralReport, title: str = "spectral report") -> None
     console.width = max(console.width, TABLE_WIDTH)
     where = "" if report.step is None else f"step {report.step}, "
     console.print()
-    heading = f"{title}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode"
+    chosen = report.chosen.partition(":")[0] or report.curvature
+    heading = (
+        f"{title}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode, curvature by {chosen}"
+    )
     for table in (layer_table(report, heading), kind_table(report, "median per kind of layer, beside the paper's")):
         console.print(table)
     for text in report.problems():

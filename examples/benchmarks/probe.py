@@ -1,0 +1,190 @@
+"""What a measurement costs in training steps, and how far each method is from double backward.
+
+    python examples/benchmarks/probe.py [--output probe.json] [--repeats 3]
+
+Networks: a ReLU ResNet (BatchNorm in eval mode), a GPT of 3 blocks and one of 12. In one run, for each: the time of a
+training step, of `measure_spectra` by each method, and, where curvlinops is installed, of one product with its Hessian
+operator of a layer, times layers and directions. Medians of the repeats; K = 20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lightning_spectral
+from lightning_spectral import SpectralReport, measure_spectra
+from lightning_spectral.demo.data import CHARACTERS, PythonSource
+from lightning_spectral.demo.networks import CharacterGPT, ResidualBlock
+
+K = 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network after a few steps of training, its batch, and the methods to measure it by."""
+
+    name: str
+    model: nn.Module
+    batch: tuple[Tensor, Tensor]
+    methods: tuple[str, ...]
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross-entropy over the last dimension of the output."""
+    output = model(batch[0])
+    return F.cross_entropy(output.flatten(0, -2), batch[1].flatten())
+
+
+def resnet(samples: int) -> Task:
+    """14 convolutions, 2 of them in skips, and a head, on random images (3, 32, 32) of 10 classes."""
+    width = 16
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        ResidualBlock(width, width),
+        ResidualBlock(width, width),
+        ResidualBlock(width, 2 * width, 2),
+        ResidualBlock(2 * width, 2 * width),
+        ResidualBlock(2 * width, 4 * width, 2),
+        ResidualBlock(4 * width, 4 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )
+    batch = torch.randn(samples, 3, 32, 32), torch.randint(0, 10, (samples,))
+    return Task("resnet", trained(model, batch), batch, ("exact", "ggn", "sketch", "auto"))
+
+
+def gpt(samples: int, depth: int, methods: tuple[str, ...]) -> Task:
+    """A GPT on characters of Python's source; 4 matrices per block and a head."""
+    text = PythonSource(64)
+    windows = torch.stack([text[i] for i in range(samples)])
+    model = CharacterGPT(len(CHARACTERS), 64, width=96, heads=4, depth=depth)
+    batch = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    return Task(f"gpt{depth}", trained(model, batch), batch, methods)
+
+
+def trained(model: nn.Module, batch: tuple[Tensor, Tensor], steps: int = 20) -> nn.Module:
+    """The network after a few steps of AdamW on its batch, in eval mode."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Median wall time."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def curvlinops_seconds(task: Task, layers: list[str], repeats: int) -> float | None:
+    """Time of curvlinops for all layers and directions, from one product with each layer's Hessian; None if absent."""
+    try:
+        from curvlinops import HessianLinearOperator
+    except ImportError:
+        return None
+    flat = nn.Sequential(task.model, nn.Flatten(0, -2)) if task.batch[1].ndim > 1 else task.model
+    data = [(task.batch[0], task.batch[1].flatten() if task.batch[1].ndim > 1 else task.batch[1])]
+    total = 0.0
+    for name in layers:
+        parameter = dict(task.model.named_parameters())[name]
+        operator = HessianLinearOperator(
+            flat,
+            nn.CrossEntropyLoss(),
+            [parameter],
+            data,
+            check_deterministic=False,
+            batch_size_fn=lambda x: x.shape[0],
+        )
+        vector = torch.randn(operator.shape[1])
+        total += seconds(lambda operator=operator, vector=vector: operator @ vector, repeats)
+    return total * K
+
+
+def errors(found: SpectralReport, exact: SpectralReport) -> dict[str, float]:
+    """Of h relative to the layer's largest, and of alpha."""
+    relative, alpha = [], []
+    for name, layer in exact.layers.items():
+        other = found.layers[name]
+        relative.append(((other.h - layer.h).abs() / layer.h.abs())[layer.h.isfinite()])
+        alpha.append(abs(other.alpha.exponent - layer.alpha.exponent))
+    h, alphas = torch.cat(relative), torch.tensor(alpha)
+    return {
+        "h_median": float(h.median()),
+        "h_p90": float(h.quantile(0.9)),
+        "alpha_median": float(alphas.median()),
+        "alpha_p90": float(alphas.quantile(0.9)),
+    }
+
+
+def run(task: Task, repeats: int) -> dict[str, Any]:
+    """Every figure of one task."""
+    step = seconds(lambda: loss(task.model, task.batch).backward(), 5 * repeats)
+    reports: dict[str, SpectralReport] = {}
+    result: dict[str, Any] = {"step_seconds": step, "methods": {}}
+    for method in task.methods:
+
+        def measure(method: str = method) -> None:
+            reports[method] = measure_spectra(task.model, task.batch, loss, top_k=K, curvature=method)
+
+        took = seconds(measure, 1 if method == "exact" else repeats)
+        report = reports[method]
+        row = {"steps": took / step, "chosen": report.chosen, "check_error": report.check_error}
+        if "exact" in reports and method != "exact":
+            row |= errors(report, reports["exact"])
+        result["methods"][method] = {k: v for k, v in row.items() if v == v and v != ""}
+        print(f"{task.name:8s} {method:8s} {took / step:7.1f} steps  {result['methods'][method]}", flush=True)
+    result["layers"] = len(report.layers)
+    if "exact" in task.methods and (peer := curvlinops_seconds(task, list(report.layers), repeats)) is not None:
+        result["methods"]["curvlinops"] = {"steps": peer / step}
+        print(f"{task.name:8s} curvlinops {peer / step:7.1f} steps", flush=True)
+    return result
+
+
+def main() -> None:
+    """Run all tasks and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="probe.json")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    tasks = [resnet(256), gpt(128, 3, ("exact", "ggn", "sketch", "auto")), gpt(128, 12, ("auto",))]
+    figures = {task.name: run(task, options.repeats) for task in tasks}
+    environment = {
+        "lightning_spectral": lightning_spectral.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": options.threads,
+    }
+    with open(options.output, "w", encoding="utf-8") as file:
+        json.dump({"environment": environment, "figures": figures}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

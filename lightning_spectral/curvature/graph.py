@@ -1,0 +1,197 @@
+"""What the autograd graph says of a loss: which parameters reach it how, and whether it is piecewise linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch.autograd.graph import Node
+
+# Linear in each input alone; piecewise so for the second group. Names as autograd gives them, without the version.
+LINEAR = frozenset(
+    [
+        "Add",
+        "Sub",
+        "Neg",
+        "Sum",
+        "Mean",
+        "View",
+        "Reshape",
+        "ReshapeAlias",
+        "UnsafeView",
+        "Permute",
+        "Transpose",
+        "T",
+        "Expand",
+        "Squeeze",
+        "Unsqueeze",
+        "Cat",
+        "Stack",
+        "Slice",
+        "Select",
+        "Split",
+        "SplitWithSizes",
+        "Unbind",
+        "Index",
+        "IndexSelect",
+        "Gather",
+        "ConstantPadNd",
+        "ReflectionPad2D",
+        "ReplicationPad2D",
+        "Clone",
+        "ToCopy",
+        "Alias",
+        "AsStrided",
+        "Repeat",
+        "Roll",
+        "Flip",
+        "Unfold",
+        "Im2Col",
+        "Chunk",
+        "Narrow",
+        "Diagonal",
+        "Contiguous",
+        "Cumsum",
+        "PixelShuffle",
+        "AvgPool1D",
+        "AvgPool2D",
+        "AvgPool3D",
+        "AdaptiveAvgPool2D",
+        "MkldnnAdaptiveAvgPool2D",
+        "AdaptiveAvgPool3D",
+        "UpsampleNearest1D",
+        "UpsampleNearest2D",
+        "UpsampleNearest3D",
+        "UpsampleBilinear2D",
+        "UpsampleBicubic2D",
+        "MaskedFill",
+        "MaskedSelect",
+        "Where",
+        "AccumulateGrad",
+    ]
+)
+PIECEWISE = frozenset(
+    [
+        "Relu",
+        "Threshold",
+        "LeakyRelu",
+        "Hardtanh",
+        "Clamp",
+        "ClampMin",
+        "ClampMax",
+        "Abs",
+        "Maximum",
+        "Minimum",
+        "Max",
+        "Min",
+        "Amax",
+        "Amin",
+        "MaxPool2DWithIndices",
+        "MaxPool3DWithIndices",
+        "AdaptiveMaxPool2D",
+        "AdaptiveMaxPool3D",
+        "RreluWithNoise",
+    ]
+)
+PRODUCTS = frozenset(
+    [
+        "Mul",
+        "Mm",
+        "Bmm",
+        "Addmm",
+        "Baddbmm",
+        "Mv",
+        "Dot",
+        "Linear",
+        "Convolution",
+        "MkldnnConvolution",
+        "CudnnConvolution",
+        "PreluKernel",
+        "Einsum",
+    ]
+)
+BATCH_NORM = frozenset(["NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "BatchNormWithUpdate"])
+
+
+def operation(node: Node) -> str:
+    """The operation of a node: ReluBackward0 is Relu."""
+    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+
+
+class Dependence:
+    """Which of some leaves each node of a loss's graph depends on, as a bit mask.
+
+    Args:
+        root: where the graph starts.
+        leaves: ids of the leaves.
+        stops: nodes not to look behind; each counts as a leaf of its own.
+    """
+
+    def __init__(self, root: Node, leaves: Iterable[int], stops: Iterable[Node] = ()) -> None:
+        self.bits = {leaf: 1 << i for i, leaf in enumerate(leaves)}
+        self.stops = {node: 1 << (len(self.bits) + i) for i, node in enumerate(stops)}
+        self.masks: dict[Node, int] = {}
+        self.uses: dict[int, int] = dict.fromkeys(self.bits, 0)
+        self._walk(root)
+
+    def inputs(self, node: Node) -> list[int]:
+        """The masks of a node's inputs."""
+        return [0 if following is None else self.masks[following] for following, _ in node.next_functions]
+
+    def obstacles(self, allowed: frozenset[str]) -> dict[str, int]:
+        """Operations that are none of the allowed and not multilinear -> the leaves behind them.
+
+        A product is multilinear where no leaf reaches two of its factors.
+        """
+        found: dict[str, int] = {}
+        for node, mask in self.masks.items():
+            if mask and node not in self.stops and not self._linear(node, allowed):
+                found[operation(node)] = found.get(operation(node), 0) | mask
+        return found
+
+    def _linear(self, node: Node, allowed: frozenset[str]) -> bool:
+        name, inputs = operation(node), self.inputs(node)
+        if name in allowed:
+            return True
+        if name in BATCH_NORM:
+            return not getattr(node, "_saved_training", True) and _disjoint(inputs)
+        if name == "Div":
+            return not any(inputs[1:])
+        return name in PRODUCTS and _disjoint(inputs)
+
+    def _walk(self, root: Node) -> None:
+        stack: list[tuple[Node, bool]] = [(root, False)]
+        while stack:
+            node, done = stack.pop()
+            if node in self.masks:
+                continue
+            following = [] if node in self.stops else [n for n, _ in node.next_functions if n is not None]
+            if not done:
+                stack.append((node, True))
+                stack.extend((n, False) for n in following if n not in self.masks)
+                continue
+            mask = self.stops.get(node, 0)
+            if hasattr(node, "variable") and node not in self.stops:
+                mask |= self.bits.get(id(node.variable), 0)
+            for n in following:
+                mask |= self.masks[n]
+                if hasattr(n, "variable") and id(n.variable) in self.uses:
+                    self.uses[id(n.variable)] += 1
+            self.masks[node] = mask
+
+    def leaves_in(self, mask: int) -> set[int]:
+        """The leaves of a mask."""
+        return {leaf for leaf, bit in self.bits.items() if mask & bit}
+
+
+def _disjoint(masks: Iterable[int]) -> bool:
+    seen = 0
+    for mask in masks:
+        if seen & mask:
+            return False
+        seen |= mask
+    return True
+
+
+def named(obstacles: Mapping[str, int]) -> str:
+    """The operations in words."""
+    return ", ".join(sorted(obstacles))

@@ -1,0 +1,140 @@
+"""A matrix seen through the output of its layer: along u v^T the output z = W a moves by u (v^T a).
+
+Shapes: B samples, P positions (pixels, tokens), K directions; U (m, K), V (n, K), z-like tensors in the layer's own
+layout, which a tap reads as (B, m, P).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_spectral.curvature.exact import ExactCurvature
+from lightning_spectral.curvature.graph import Dependence
+from lightning_spectral.curvature.problem import Curvatures, Problem
+from lightning_spectral.curvature.trace import TRANSPOSED, Use
+from lightning_spectral.errors import MeasurementError
+from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.svd import SingularTriplets
+
+REMEDY = "use curvature='exact'"
+
+
+class Tap:
+    """One layer's view on its activations.
+
+    Args:
+        layer: the matrix.
+        use: the product it took part in.
+        samples: B.
+        shape: of the parameter.
+    """
+
+    def __init__(self, layer: MatrixLayer, use: Use, samples: int, shape: torch.Size) -> None:
+        self.layer, self.use, self.samples, self.shape = layer, use, samples, shape
+        self.channels_last = use.function is F.linear
+
+    @staticmethod
+    def fits(use: Use, samples: int) -> bool:
+        """Whether the rows of an activation can be told apart by sample."""
+        rows = use.output.shape[:-1].numel() if use.function is F.linear else use.output.shape[0]
+        by_sample = use.time_first == samples if use.time_first else use.output.shape[0] % samples == 0
+        return use.output.ndim > 1 and rows % samples == 0 and by_sample
+
+    def right(self, v: Tensor, groups: Tensor) -> Tensor:
+        """v_k^T a, (B, K, P). groups: (K,) the block of rows that each direction lies in."""
+        a = self.use.input
+        v = v.to(a.dtype)
+        if self.channels_last:
+            return v.T @ self.by_sample(a)
+        kernel, k = self.shape[2:], v.shape[1]
+        options = {**self.use.options, "groups": 1}
+        g = self.layer.groups
+        v_ki = v.T.reshape(k, -1, *kernel)
+        ins = v_ki.shape[1]
+        filters = v.new_zeros(k, g, ins, *kernel)
+        filters[torch.arange(k, device=v.device), groups] = v_ki
+        filters = filters.reshape(k, g * ins, *kernel)
+        if self.use.function in TRANSPOSED:
+            filters = filters.transpose(0, 1)
+        return self.use.function(a, filters, None, **options).reshape(self.samples, k, -1)  # type: ignore[no-any-return]
+
+    def left(self, r: Tensor, u: Tensor) -> Tensor:
+        """u_k^T r, (B, K, P), of a tensor in the layout of z."""
+        return u.T.to(r.dtype) @ self._rows(self.by_sample(r))
+
+    def moved(self, u_bm: Tensor, c_bp: Tensor) -> Tensor:
+        """u_b c_b^T for each sample as a tensor in the layout of z, zero outside this layer's rows."""
+        part = u_bm[:, :, None] * c_bp[:, None, :]
+        z = self.use.output
+        if self.layer.rows is not None:
+            whole = part.new_zeros(self.samples, z.shape[-1], part.shape[2])
+            whole[:, slice(*self.layer.rows)] = part
+            part = whole
+        if not self.channels_last:
+            return part.reshape(z.shape)
+        rows = part.permute(2, 0, 1) if self.use.time_first else part.transpose(1, 2)
+        return rows.reshape(z.shape)
+
+    def by_sample(self, x: Tensor) -> Tensor:
+        """(B, channels, P)."""
+        if not self.channels_last:
+            return x.reshape(self.samples, x.shape[1], -1)
+        if self.use.time_first:
+            return x.reshape(-1, self.samples, x.shape[-1]).permute(1, 2, 0)
+        return x.reshape(self.samples, -1, x.shape[-1]).transpose(1, 2)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x if self.layer.rows is None else x[:, slice(*self.layer.rows)]
+
+
+def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
+    """(K,) the block of rows in which each u_k lies."""
+    return triplets.u.abs().argmax(0) // (layer.shape[0] // layer.groups)
+
+
+def tapped(problem: Problem, directions: Mapping[str, SingularTriplets]) -> tuple[dict[str, Tap], dict[str, str]]:
+    """Layers that can be seen through their output, and why the others cannot."""
+    root = problem.value.grad_fn
+    assert root is not None
+    counts = Dependence(root, {id(leaf) for leaf in problem.parameters.values()}).uses
+    taps, rest = {}, {}
+    for name in directions:
+        leaf = problem.parameters[name]
+        uses = problem.trace.uses.get(id(leaf), [])
+        if len(uses) != 1 or counts[id(leaf)] != 1:
+            times = max(len(uses), counts[id(leaf)])
+            rest[name] = f"it is used {times} times" if times > 1 else "it is not applied by linear or a convolution"
+        elif problem.samples is None or not Tap.fits(uses[0], problem.samples):
+            rest[name] = "the rows of its output cannot be told apart by sample"
+        else:
+            taps[name] = Tap(problem.layers[name], uses[0], problem.samples, leaf.shape)
+    return taps, rest
+
+
+def measured_exactly(
+    problem: Problem, directions: Mapping[str, SingularTriplets], why: Mapping[str, str]
+) -> Curvatures:
+    """Double backward for the layers in ``why``, on a forward pass whose gradients keep their graph."""
+    if not why:
+        return Curvatures({}, "exact")
+    layers = {name: problem.layers[name] for name in why}
+    parameters = {name: problem.parameters[name] for name in why}
+    exact = ExactCurvature()(
+        Problem(problem.evaluate, layers, parameters, problem.samples), {name: directions[name] for name in why}
+    )
+    notes = tuple(f"{name} is measured by double backward: {reason}" for name, reason in why.items())
+    return Curvatures(exact.h, "exact", exact.failed, {}, dict.fromkeys(why, "exact"), notes)
+
+
+def check_samples_apart(taps: Mapping[str, Tap], alone: Mapping[str, Tensor | None]) -> None:
+    """Raise MeasurementError unless what was done to the first sample shows at that sample alone."""
+    for name, change in alone.items():
+        if change is not None and bool(taps[name].by_sample(change)[1:].any()):
+            raise MeasurementError(
+                f"samples depend on each other behind {name} (BatchNorm in train mode, a loss across the batch, or a "
+                f"batch whose samples do not come first); {REMEDY}"
+            )

@@ -1,0 +1,134 @@
+"""What a forward pass did with each measured matrix, and which loss it called: seen without touching user code."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Function = Callable[..., Any]
+
+CONVOLUTIONS: tuple[Function, ...] = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED: tuple[Function, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+LOSSES: tuple[Function, ...] = (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss)
+
+ARGUMENTS: dict[Function, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    **dict.fromkeys(CONVOLUTIONS, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
+    **dict.fromkeys(
+        TRANSPOSED, ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One product of a parameter with an activation: z = W a.
+
+    Attributes:
+        function: F.linear or a convolution.
+        input: a, detached.
+        output: z, with its graph.
+        options: stride, padding and the like of a convolution.
+        time_first: how many samples there are where rows run over time first, as inside `nn.MultiheadAttention`;
+            None where they run over samples first.
+        zero: the leaf of zeros that was added to z; None where none was.
+    """
+
+    function: Function
+    input: Tensor
+    output: Tensor
+    options: Mapping[str, Any]
+    time_first: int | None = None
+    zero: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LossCall:
+    """A call of a known loss: ``output = function(input, target, **options)``."""
+
+    function: Function
+    input: Tensor
+    target: Tensor
+    options: Mapping[str, Any]
+    output: Tensor
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one forward pass did.
+
+    Attributes:
+        uses: id of a parameter -> the products it took part in.
+        losses: the calls of known losses that can be differentiated, in order.
+    """
+
+    uses: dict[int, list[Use]] = field(default_factory=dict)
+    losses: list[LossCall] = field(default_factory=list)
+
+
+class Recorder(TorchFunctionMode):
+    """While active, note products with given parameters and calls of known losses.
+
+    Args:
+        parameters: ids of the parameters in question.
+        add_zeros: add a leaf of zeros to the output of each product, to differentiate in.
+    """
+
+    def __init__(self, parameters: set[int], *, add_zeros: bool = False) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.add_zeros = add_zeros
+        self.trace = Trace()
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function as it is; note what it did."""
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self._inside_attention(args[0]):
+                return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func in ARGUMENTS:
+            return self._product(func, args, kwargs, output)
+        if func in LOSSES and isinstance(output, Tensor) and output.requires_grad:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            tensors = given.pop("input"), given.pop("target")
+            self.trace.losses.append(LossCall(func, *tensors, given, output))
+        return output
+
+    def _product(
+        self, func: Function, args: Any, kwargs: dict[str, Any], output: Tensor, time_first: int | None = None
+    ) -> Tensor:
+        given = dict(zip(ARGUMENTS[func], args, strict=False)) | kwargs
+        weight = given.pop("weight", None)
+        if id(weight) not in self.parameters:
+            return output
+        a = given.pop("input").detach()
+        given.pop("bias", None)
+        zero = torch.zeros_like(output, requires_grad=True) if self.add_zeros else None
+        output = output if zero is None else output + zero
+        self.trace.uses.setdefault(id(weight), []).append(Use(func, a, output, given, time_first, zero))
+        return output
+
+    @contextmanager
+    def _inside_attention(self, query: Tensor) -> Iterator[None]:
+        """See the projections of nn.MultiheadAttention, whose function runs with this mode switched off."""
+        linear, samples = F.linear, query.shape[1] if query.ndim == 3 else 1
+
+        def noted(*args: Any, **kwargs: Any) -> Tensor:
+            return self._product(linear, args, kwargs, linear(*args, **kwargs), samples)
+
+        F.linear = noted
+        try:
+            yield
+        finally:
+            F.linear = linear

@@ -1,0 +1,431 @@
+"""Gauss-Newton, the sketch, and the choice among methods, against double backward and dense Hessians."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, Attention, Case, TiedLM, cross_entropy, images, mse, sequences, token_loss, vectors
+from torch import nn
+
+from lightning_spectral import MeasurementError, SpectralWarning, measure_spectra
+from lightning_spectral.curvature import ggn as ggn_module
+from lightning_spectral.curvature import select
+from lightning_spectral.curvature.ggn import GGNCurvature
+from lightning_spectral.curvature.output_hessian import output_hessian
+from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
+from lightning_spectral.curvature.trace import Recorder
+from lightning_spectral.fits import fit_power_law, with_ordinate_errors
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+
+Y = torch.tensor([0, 2, 4, 1, 3, 0])
+Z = torch.randn(6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+CLASSES = torch.tensor([0.5, 1.0, 2.0, 0.1, 1.5], dtype=torch.float64)
+SOFT = torch.rand(6, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64).softmax(1)
+PIXELS = torch.randn(3, 5, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+LABELS = torch.randint(0, 5, (3, 2, 2), generator=torch.Generator().manual_seed(5))
+
+# name: function, input, target, options
+LOSS_CALLS = {
+    "hard": (F.cross_entropy, Z, Y, {}),
+    "sum": (F.cross_entropy, Z, Y, {"reduction": "sum"}),
+    "none": (F.cross_entropy, Z, Y, {"reduction": "none"}),
+    "weighted": (F.cross_entropy, Z, Y, {"weight": CLASSES}),
+    "ignored": (F.cross_entropy, Z, Y, {"ignore_index": 4, "weight": CLASSES}),
+    "smoothed": (F.cross_entropy, Z, Y, {"label_smoothing": 0.2, "weight": CLASSES, "ignore_index": 0}),
+    "soft": (F.cross_entropy, Z, SOFT, {}),
+    "soft_weighted_smoothed": (F.cross_entropy, Z, SOFT, {"weight": CLASSES, "label_smoothing": 0.1}),
+    "pixels": (F.cross_entropy, PIXELS, LABELS, {"ignore_index": 1}),
+    "pixels_none": (F.cross_entropy, PIXELS, LABELS, {"reduction": "none", "weight": CLASSES}),
+    "bce": (F.binary_cross_entropy_with_logits, Z, SOFT, {}),
+    "bce_weighted": (
+        F.binary_cross_entropy_with_logits, Z, SOFT, {"weight": SOFT + 1, "pos_weight": CLASSES, "reduction": "sum"},
+    ),
+    "bce_none": (F.binary_cross_entropy_with_logits, Z, SOFT, {"reduction": "none"}),
+    "mse": (F.mse_loss, Z, SOFT, {}),
+    "mse_sum": (F.mse_loss, PIXELS, PIXELS.flip(0), {"reduction": "sum"}),
+    "mse_none": (F.mse_loss, Z, SOFT, {"reduction": "none"}),
+}  # fmt: skip
+
+
+def hessian_of_call(name):
+    """(the record of the call, weights on its output, the dense Hessian of the weighted loss)."""
+    function, z, target, options = LOSS_CALLS[name]
+    weights = torch.rand(function(z, target, **options).shape, dtype=z.dtype)
+    dense = torch.autograd.functional.hessian(lambda z: (weights * function(z, target, **options)).sum(), z)
+    leaf = z.clone().requires_grad_()
+    with Recorder(set()) as recorder:
+        function(leaf, target, **options)
+    (call,) = recorder.trace.losses
+    return call, weights, dense.reshape(z.numel(), z.numel())
+
+
+@pytest.mark.parametrize("name", LOSS_CALLS)
+def test_columns_are_a_square_root_of_the_output_hessian(name):
+    call, weights, dense = hessian_of_call(name)
+    samples = call.input.shape[0]
+    root = output_hessian(call, weights, samples)
+    columns = torch.stack([column.reshape(samples, -1) for column in root.exact()], -1)
+    assert columns.shape[-1] == root.columns
+    blocks = torch.block_diag(*(c @ c.T for c in columns))
+    torch.testing.assert_close(blocks, dense, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["weighted", "pixels", "bce_weighted"])
+def test_random_columns_have_the_output_hessian_as_covariance(name):
+    call, weights, dense = hessian_of_call(name)
+    root, generator = output_hessian(call, weights, call.input.shape[0]), torch.Generator().manual_seed(0)
+    draws = torch.stack([root.random(generator).flatten() for _ in range(4000)])
+    covariance = draws.T @ draws / len(draws)
+    error = (draws[:, :, None] * draws[:, None, :]).std(0) / math.sqrt(len(draws))
+    assert ((covariance - dense).abs() <= 4.5 * error + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z: F.mse_loss(z, z.detach().requires_grad_()), "target of mse_loss depends on the parameters"),
+        (lambda z: F.mse_loss(z, SOFT, reduction="none") * -1, "negative weight"),
+        (lambda z: F.mse_loss(z, SOFT, reduce=True), "size_average or reduce"),
+        (lambda z: F.mse_loss(z[:4], SOFT[:4]), "4 rows, no multiple of the 6 samples"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_loss_calls_without_a_square_root(call, message):
+    with Recorder(set()) as recorder:
+        value = call(Z.clone().requires_grad_())
+    (noted,) = recorder.trace.losses
+    (weight,) = (
+        torch.autograd.grad(value.sum(), noted.output) if value is not noted.output else (torch.ones(()).double(),)
+    )
+    with pytest.raises(MeasurementError, match=message):
+        output_hessian(noted, weight, 6)
+
+
+def relu_cnn():
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 2, groups=8, padding="same"), nn.LeakyReLU(), nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2),
+        nn.ReLU6(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5),
+    )  # fmt: skip
+
+
+class Skips(nn.Module):
+    """Residual, concatenation, a fused projection, and a layer used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.twice, self.head = nn.Linear(6, 12), nn.Linear(6, 6), nn.Linear(18, 5)
+
+    def forward(self, x):
+        y = F.relu(self.qkv(x))
+        return self.head(torch.cat([y, x + F.relu(self.twice(F.relu(self.twice(x))))], 1))
+
+
+def bce(model, batch):
+    return F.binary_cross_entropy_with_logits(model(batch[0]), F.one_hot(batch[1], 5).double())
+
+
+def relu_mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.Hardtanh(), nn.Linear(7, 5))
+
+
+PIECEWISE_LINEAR = [
+    Case("mlp", relu_mlp, vectors, cross_entropy),
+    Case("mlp_mse", relu_mlp, lambda: (torch.randn(24, 6), torch.randn(24, 5)), mse),
+    Case("mlp_bce", relu_mlp, vectors, bce),
+    Case("cnn", relu_cnn, images(4, 6), cross_entropy),
+    Case("conv1d", lambda: nn.Sequential(nn.Conv1d(2, 5, 3, dilation=2), nn.ReLU(), nn.Flatten(), nn.Linear(20, 5)),
+         lambda: (torch.randn(12, 2, 8), torch.randint(0, 5, (12,))), cross_entropy),
+    Case("skips", Skips, vectors, cross_entropy, {"fused_qkv": {"qkv": [4, 4, 4]}}),
+]  # fmt: skip
+
+
+def close(found, expected, rel):
+    for name, layer in expected.layers.items():
+        scale = layer.h.abs().nan_to_num().max()
+        torch.testing.assert_close(found.layers[name].h, layer.h, rtol=rel, atol=float(rel * scale), equal_nan=True)
+
+
+@pytest.mark.parametrize("method", ["ggn", "auto"])
+@pytest.mark.parametrize("case", PIECEWISE_LINEAR, ids=lambda case: case.name)
+def test_gauss_newton_is_the_hessian_of_piecewise_linear_networks(case, method):
+    model, batch = case.build()
+    options = {"top_k": 6, **case.options}
+    expected = measure_spectra(model, batch, case.loss, curvature="exact", **options)
+    found = measure_spectra(model, batch, case.loss, curvature=method, **options)
+    close(found, expected, 1e-9)
+    methods = {name: layer.method for name, layer in found.layers.items()}
+    assert methods == {name: "exact" if name == "twice.weight" else "ggn" for name in methods}
+    if method == "auto":
+        assert found.chosen.startswith("ggn: ")
+        assert found.check_error < 1e-9
+    if case.name == "skips":
+        assert found.warnings == ("twice.weight is measured by double backward: it is used 2 times",)
+
+
+def test_a_sum_of_known_losses_each_with_its_weight():
+    model, batch = Case("two", lambda: nn.ModuleList([relu_mlp(), relu_mlp()]), vectors, cross_entropy).build()
+
+    def loss(m, b):
+        per_sample = F.cross_entropy(m[0](b[0]), b[1], reduction="none", label_smoothing=0.1)
+        return 3 * (per_sample * (b[1] != 0)).mean() + bce(m[1], b) / 2 - 4.0
+
+    expected = measure_spectra(model, batch, loss, curvature="exact", top_k=5)
+    close(measure_spectra(model, batch, loss, curvature="ggn", top_k=5), expected, 1e-9)
+
+
+def test_gauss_newton_of_a_network_that_is_not_piecewise_linear_is_j_h_j():
+    model, batch = CASES[0].build()
+    found = measure_spectra(model, batch, cross_entropy, curvature="ggn", top_k=4)
+    weight = model[0].weight.detach()
+
+    def logits(w):
+        return model[4](torch.tanh(model[2](F.gelu(F.linear(batch[0], w, model[0].bias)))))
+
+    jacobian = torch.autograd.functional.jacobian(logits, weight).reshape(24, 5, -1)
+    p = logits(weight).softmax(1).detach()
+    blocks = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    matrix = torch.einsum("bci,bcd,bdj->ij", jacobian, blocks, jacobian) / 24
+    (gradient,) = torch.autograd.grad(cross_entropy(model, batch), model[0].weight)
+    u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
+    expected = torch.stack([torch.outer(u[:, k], vh[k]).flatten() for k in range(4)])
+    torch.testing.assert_close(
+        found.layers["0.weight"].h, torch.einsum("ki,ij,kj->k", expected, matrix, expected), rtol=1e-9, atol=1e-12
+    )
+
+
+def with_method(monkeypatch, method):
+    monkeypatch.setitem(select.METHODS, "test", lambda: method)
+
+
+def tokens_relu():
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 11))
+
+
+def z_scores(found, expected):
+    out = []
+    for name, layer in expected.layers.items():
+        spectrum = found.layers[name]
+        sampled = spectrum.h_stderr > 0
+        out.append(((spectrum.h - layer.h) / spectrum.h_stderr)[sampled & layer.h.isfinite()])
+    return torch.cat(out)
+
+
+def test_random_columns_agree_within_their_standard_errors(monkeypatch):
+    model, batch = Case("tokens", tokens_relu, sequences, token_loss).build()
+    expected = measure_spectra(model, batch, token_loss, curvature="exact", top_k=6)
+    with_method(monkeypatch, GGNCurvature(exact_columns=0, random_columns=400))
+    found = measure_spectra(model, batch, token_loss, curvature="test", top_k=6)
+    scores = z_scores(found, expected)
+    assert len(scores) == 12
+    assert scores.abs().max() < 4
+    layer = found.layers["1.weight"]
+    assert (layer.h_stderr < 0.2 * layer.h).all()
+    assert layer.alpha.stderr > fit_power_law(layer.sigma, layer.h).stderr
+
+
+def test_few_columns_per_token_are_taken_exactly():
+    model, batch = Case("tokens", lambda: nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 5)),
+                        lambda: (torch.randint(0, 11, (6, 3)), torch.randint(0, 5, (6, 3))),
+                        token_loss).build()  # fmt: skip
+    assert ggn_module.EXACT_COLUMNS >= 3 * 4
+    expected = measure_spectra(model, batch, token_loss, curvature="exact", top_k=4)
+    found = measure_spectra(model, batch, token_loss, curvature="ggn", top_k=4)
+    close(found, expected, 1e-9)
+    assert not found.layers["1.weight"].h_stderr.any()
+
+
+def gpt_like():
+    model = TiedLM()
+    model.head = nn.Linear(8, 11, bias=False)
+    return model
+
+
+SKETCHED = [
+    Case("gpt", gpt_like, lambda: (torch.randint(0, 11, (32, 7)), torch.randint(0, 11, (32, 7))), token_loss,
+         {"fused_qkv": ["*.qkv"]}),
+    Case("attention", Attention, lambda: (torch.randn(32, 4, 8), torch.randint(0, 5, (32,))), cross_entropy),
+    Case("cnn", CASES[5].model, lambda: (torch.randn(32, 4, 5, 5), torch.randint(0, 5, (32,))), cross_entropy),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SKETCHED, ids=lambda case: case.name)
+def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, monkeypatch):
+    model, batch = case.build()
+    options = {"top_k": 4, **case.options}
+    expected = measure_spectra(model, batch, case.loss, curvature="exact", **options)
+    scores, means = [], []
+    for seed in range(40):
+        with_method(monkeypatch, SketchCurvature(seed=seed))
+        found = measure_spectra(model, batch, case.loss, curvature="test", **options)
+        assert all(layer.method == "sketch" for layer in found.layers.values())
+        scores.append(z_scores(found, expected))
+        means.append(torch.cat([layer.h for layer in found.layers.values()]))
+    truth = torch.cat([layer.h for layer in expected.layers.values()])
+    draws = torch.stack(means)
+    bias = (draws.mean(0) - truth) / (draws.std(0) / math.sqrt(len(draws)))
+    assert bias[truth.isfinite()].abs().max() < 4.5
+    coverage = (torch.stack(scores).abs() < 1.96).double().mean()
+    assert 0.85 <= coverage <= 0.99
+
+
+def test_more_draws_have_smaller_errors(monkeypatch):
+    model, batch = SKETCHED[0].build()
+    errors = []
+    for draws in (1, 16):
+        with_method(monkeypatch, SketchCurvature(draws=draws))
+        found = measure_spectra(model, batch, token_loss, curvature="test", top_k=4)
+        errors.append(torch.cat([layer.h_stderr for layer in found.layers.values()]).median().item())
+    assert errors[1] == pytest.approx(errors[0] / 4, rel=0.3)
+
+
+def test_hadamard_rows_are_orthogonal():
+    h = _hadamard(16)
+    assert torch.equal(h @ h.T, 16 * torch.eye(16, dtype=torch.long))
+    assert set(h.unique().tolist()) == {-1, 1}
+
+
+def unknown_loss(model, batch):
+    return (model(batch[0]) - 1).abs().mean()
+
+
+def regularised(model, batch):
+    return cross_entropy(model, batch) + 0.1 * model[0].weight.square().sum()
+
+
+def squared(model, batch):
+    return cross_entropy(model, batch) ** 2
+
+
+def gelu_mlp():
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 5)
+    )
+
+
+def bn_train():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
+
+
+def many(n=48):
+    return lambda: (torch.randn(n, 6), torch.randint(0, 5, (n,)))
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "loss", "options", "message"),
+    [
+        (
+            "ggn",
+            relu_mlp,
+            unknown_loss,
+            {},
+            "no call of cross_entropy.*or use curvature='exact'",
+        ),
+        ("ggn", relu_mlp, regularised, {}, "the loss has a term of 0.weight beside the known losses"),
+        ("ggn", relu_mlp, squared, {}, r"no linear combination of known losses \(Pow\)"),
+        ("ggn", bn_train, cross_entropy, {"mode": "train"}, "samples depend on each other behind 0.weight"),
+        ("sketch", bn_train, cross_entropy, {"mode": "train"}, "samples depend on each other behind 0.weight"),
+        ("sketch", bn_train, unknown_loss, {"mode": "train"}, "samples depend on each other behind 0.weight"),
+    ],
+)
+def test_methods_refuse_what_they_cannot_measure(method, model, loss, options, message):
+    model, batch = Case("", model, many(), loss).build()
+    with pytest.raises(MeasurementError, match=message):
+        measure_spectra(model, batch, loss, curvature=method, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "samples", "options", "chosen"),
+    [
+        (relu_mlp, cross_entropy, 48, {}, "ggn: every operation after the layers is piecewise linear"),
+        (gelu_mlp, cross_entropy, 48, {}, "sketch: Gelu is not piecewise linear"),
+        (gelu_mlp, cross_entropy, 16, {}, "exact: Gelu is not piecewise linear, and 16 samples are too few"),
+        (lambda: gelu_mlp()[4:], lambda m, b: cross_entropy(m, (b[0].repeat(1, 2)[:, :8], b[1])), 48, {},
+         "exact: Gelu is not piecewise linear, and a sketch does not pay for 2 layers"),
+        (relu_mlp, unknown_loss, 48, {}, "exact: no call of cross_entropy"),
+        (gelu_mlp, unknown_loss, 48, {}, "sketch: no call of cross_entropy"),
+        (gelu_mlp, regularised, 48, {}, "exact: the loss has a term of 0.weight beside"),
+        (bn_train, cross_entropy, 48, {"mode": "train"}, "exact: NativeBatchNorm is not piecewise linear"),
+    ],
+)  # fmt: skip
+def test_auto_chooses_and_says_why(model, loss, samples, options, chosen):
+    model, batch = Case("", model, many(samples), loss).build()
+    found = measure_spectra(model, batch, loss, top_k=3, **options)
+    assert found.chosen.startswith(chosen)
+    expected = measure_spectra(model, batch, loss, top_k=3, curvature="exact", **options)
+    if not chosen.startswith("sketch"):
+        close(found, expected, 1e-9)
+    assert found.loss == expected.loss
+
+
+def test_auto_does_not_believe_a_gauss_newton_that_fails_its_check(monkeypatch):
+    model, batch = PIECEWISE_LINEAR[0].build()
+    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=3)
+    monkeypatch.setattr(select, "not_piecewise_linear", lambda problem, outputs, names: "")
+    gelu, gelu_batch = Case("", gelu_mlp, many(), cross_entropy).build()
+    found = measure_spectra(gelu, gelu_batch, cross_entropy, top_k=3)
+    assert found.chosen.startswith("sketch: Gauss-Newton failed its check against an exact product")
+    assert measure_spectra(model, batch, cross_entropy, top_k=3).chosen.startswith("ggn")
+    assert expected.chosen == ""
+
+
+def test_ordinate_errors_enter_the_standard_error_of_a_slope():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.arange(1, 11, dtype=torch.float64)
+    y, error = x**2, 0.02 * x**2
+    used = torch.ones(10, dtype=torch.bool)
+    fit = with_ordinate_errors(fit_power_law(x, y), x, y, error, used)
+    slopes = [
+        fit_power_law(x, y + error * torch.randn(10, generator=generator, dtype=torch.float64)).exponent
+        for _ in range(2000)
+    ]
+    assert fit.stderr == pytest.approx(torch.tensor(slopes).std().item(), rel=0.1)
+
+
+def dropout_mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
+
+
+@pytest.mark.parametrize("method", ["ggn", "sketch", "auto"])
+def test_every_pass_draws_the_same_dropout(method):
+    model, batch = Case("", dropout_mlp, many(), cross_entropy).build()
+    torch.manual_seed(3)
+    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", mode="train", top_k=4)
+    torch.manual_seed(3)
+    found = measure_spectra(model, batch, cross_entropy, curvature=method, mode="train", top_k=4)
+    assert found.loss == expected.loss
+    close(found, expected, 0.5 if method == "sketch" else 1e-9)
+
+
+def test_a_loss_that_is_another_at_each_call_is_refused():
+    calls = []
+
+    def counting(model, batch):
+        calls.append(1)
+        return len(calls) * cross_entropy(model, batch)
+
+    model, batch = Case("", gelu_mlp, many(), cross_entropy).build()
+    with pytest.raises(MeasurementError, match=r"at a second call on the same batch, .*; use curvature='exact'"):
+        measure_spectra(model, batch, counting)
+    calls.clear()
+    assert measure_spectra(model, batch, counting, curvature="exact").loss > 0
+
+
+def test_the_recorder_changes_nothing_and_leaves_nothing_behind():
+    attention, linear = nn.MultiheadAttention(8, 2), F.linear
+    x = torch.randn(3, 2, 8)
+    expected = attention(x, x, x)[0]
+    with Recorder({id(attention.in_proj_weight)}) as recorder:
+        assert torch.equal(attention(x, x, x)[0], expected)
+    assert F.linear is linear
+    (use,) = recorder.trace.uses[id(attention.in_proj_weight)]
+    assert use.time_first == 2
+
+
+def test_a_probe_warns_of_layers_measured_another_way():
+    with pytest.warns(SpectralWarning, match="twice.weight is measured by double backward: it is used 2 times"):
+        measure_spectra(Skips(), (torch.randn(24, 6), torch.randint(0, 5, (24,))), cross_entropy)
