@@ -131,7 +131,8 @@ def measure_quietly(
     with _problem(model, batch, loss_fn, found.layers, mode, precision, batch_idx) as (problem, notes):
         gradients = problem.gradients(keep_graph=method.differentiates_gradients)
         triplets, failed = _triplets(problem, gradients, top_k)
-        measured = method(problem, {name: t.first(_usable(problem, name, t)) for name, t in triplets.items()})
+        usable = {name: t.first(_usable(problem, name, t)) for name, t in triplets.items()}
+        measured = method(problem, {name: t for name, t in usable.items() if len(t)})
     failed |= measured.failed
     if len(failed) == len(found.layers):
         error = SecondDerivativeError if measured.failed or gradients.failed else MeasurementError

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Attention, Case, TiedLM, cross_entropy, images, mse, sequences, token_loss, vectors
+from modules import ConvNet, fit
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 
-from lightning_spectral import MeasurementError, SpectralWarning, measure_spectra
+from lightning_spectral import MeasurementError, SpectralProbe, SpectralWarning, measure_spectra
 from lightning_spectral.curvature import ggn as ggn_module
 from lightning_spectral.curvature import select
 from lightning_spectral.curvature.ggn import GGNCurvature
@@ -413,6 +415,28 @@ def test_a_loss_that_is_another_at_each_call_is_refused():
         measure_spectra(model, batch, counting)
     calls.clear()
     assert measure_spectra(model, batch, counting, curvature="exact").loss > 0
+
+
+@pytest.mark.parametrize("method", ["exact", "ggn", "sketch", "auto"])
+def test_dead_layers_stop_no_method(method):
+    model, batch = Case("", relu_mlp, many(), cross_entropy).build()
+    for part in (model[0], model[2]):
+        part.bias.data.fill_(-100.0)
+    report = measure_spectra(model, batch, cross_entropy, curvature=method, top_k=4)
+    assert list(report.failed) == ["0.weight", "2.weight", "4.weight"][: len(report.failed)]
+    assert {"0.weight", "2.weight"} <= report.failed.keys()
+    assert "0 directions above the noise floor" in report.failed["0.weight"]
+    nothing = measure_spectra(model, batch, lambda m, b: 0 * cross_entropy(m, b), curvature=method, top_k=4)
+    assert len(nothing.failed) == 3
+
+
+def test_a_probe_says_once_which_method_was_chosen(caplog):
+    probe = SpectralProbe(every_n_steps=1)
+    with caplog.at_level("INFO", logger="lightning_spectral"):
+        fit(ConvNet(), [probe], steps=3, logger=[DummyLogger()])
+    told = [record.message for record in caplog.records if "curvature by" in record.message]
+    assert told == ["step 0, curvature by " + probe.last_report.chosen]
+    assert probe.last_report.chosen.startswith("ggn")
 
 
 def test_the_recorder_changes_nothing_and_leaves_nothing_behind():

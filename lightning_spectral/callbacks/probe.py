@@ -21,6 +21,8 @@ from lightning_spectral.quiet import Mode, Precision
 from lightning_spectral.record import REPORT_KEYS, SpectralReport
 from lightning_spectral.spectrum import LAYER_KEYS
 
+logger = logging.getLogger(__name__)
+
 PROBE_KEYS: dict[str, str] = {
     "probe_seconds": "wall time of the probe",
     "failed_probes": "probes since the start that measured nothing",
@@ -117,6 +119,7 @@ class SpectralProbe(AnyCallback):
         self._last_report: SpectralReport | None = None
         self._window: int | None = None
         self._warned: set[str] = set()
+        self._chosen = ""
 
     @property
     def state_key(self) -> str:
@@ -204,6 +207,9 @@ class SpectralProbe(AnyCallback):
         report = report.at(step=step, epoch=trainer.current_epoch)
         for text in report.problems():
             self._warn_once(text)
+        if report.chosen and report.chosen != self._chosen:
+            self._chosen = report.chosen
+            logger.info("step %d, curvature by %s", step, report.chosen)
         self._last_report = report
         self.history.append(report)
         return report
@@ -230,11 +236,11 @@ class SpectralProbe(AnyCallback):
     def _log(self, trainer: Any, scalars: dict[str, float], step: int) -> None:
         if not trainer.is_global_zero:
             return
-        for logger in trainer.loggers:
+        for tracker in trainer.loggers:
             try:
-                logger.log_metrics(scalars, step=step)
+                tracker.log_metrics(scalars, step=step)
             except Exception as error:
-                self._warn_once(f"{type(logger).__name__} could not log: {error}")
+                self._warn_once(f"{type(tracker).__name__} could not log: {error}")
 
     def _disable(self, why: str) -> None:
         self._disabled = True
@@ -250,7 +256,7 @@ class SpectralProbe(AnyCallback):
             warnings.warn(text, SpectralWarning, stacklevel=2)
         except SpectralWarning:
             # Where warnings are errors they still must not end the run.
-            logging.getLogger(__name__).warning(text)
+            logger.warning(text)
 
 
 def _at_least_one(option: str, value: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.problem import Curvatures, Problem, cause_of, unverified
+from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype, cause_of, unverified
 from lightning_spectral.errors import by_cause
 from lightning_spectral.layers import MatrixLayer, matrix_direction
 from lightning_spectral.svd import SingularTriplets
@@ -55,8 +55,8 @@ def _layer(layer: MatrixLayer, leaf: Tensor, gradient: Tensor | None, triplets: 
 
 def _bilinear(u: Tensor, matrix: Tensor, v: Tensor) -> Tensor:
     """u^T M v, the inner product with u v^T, the last sum in float64 where the device has it."""
-    left, right = u.to(matrix.dtype) @ matrix, v.to(matrix.dtype)
-    return left @ right if matrix.device.type == "mps" else left.double() @ right.double()
+    wide = accumulation_dtype(matrix)
+    return (u.to(matrix.dtype) @ matrix).to(wide) @ v.to(wide)
 
 
 def _nothing(triplets: SingularTriplets) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_spectral.curvature.graph import LINEAR, PIECEWISE, Dependence, named
 from lightning_spectral.curvature.output_hessian import OutputHessian, output_hessian
-from lightning_spectral.curvature.problem import Curvatures, Problem
+from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype
 from lightning_spectral.curvature.taps import REMEDY, Tap, check_samples_apart, groups_of, measured_exactly, tapped
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.svd import SingularTriplets
@@ -84,7 +84,7 @@ class GGNCurvature:
                 )
                 for (name, tap), r_l in zip(taps.items(), r, strict=True):
                     if r_l is not None:
-                        t_bk = (tap.left(r_l, directions[name].u) * right[name]).sum(2, dtype=torch.float64)
+                        t_bk = (tap.left(r_l, directions[name].u) * right[name]).sum(2, dtype=accumulation_dtype(r_l))
                         squares[name].add(t_bk.square())
             for name, moments in squares.items():
                 if moments.count:

@@ -147,6 +147,11 @@ class Curvature(Protocol):
         ...
 
 
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """What to sum in: float64, which Apple's GPUs do not have."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
 def _known(value: T | None) -> T:
     if value is None:
         raise MeasurementError("this is known once the gradients are")

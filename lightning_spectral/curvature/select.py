@@ -36,7 +36,6 @@ class AutoCurvature:
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Choose, measure, and say why."""
         problem.gradients(keep_graph=False)
-        directions = {name: triplets for name, triplets in directions.items() if len(triplets)}
         taps, _ = tapped(problem, directions)
         obstacle = _obstacle(problem, taps)
         if not obstacle:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_spectral.curvature.ggn import first_sample_alone, output_hessians
 from lightning_spectral.curvature.opaque import custom_functions
-from lightning_spectral.curvature.problem import Curvatures, Problem
+from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype
 from lightning_spectral.curvature.taps import REMEDY, Tap, check_samples_apart, groups_of, measured_exactly, tapped
 from lightning_spectral.curvature.trace import Recorder
 from lightning_spectral.errors import MeasurementError
@@ -144,7 +144,7 @@ class _Products:
 
     def _reading(self, name: str, move: Tensor, product: Tensor) -> Tensor:
         inner = self.taps[name].by_sample(move) * self.taps[name].by_sample(product)
-        return inner.sum((1, 2), dtype=torch.float64).cpu()
+        return inner.sum((1, 2), dtype=accumulation_dtype(inner)).cpu().double()
 
     def _set_scale(self) -> None:
         """1 / sqrt(h) along a power law in sigma through a first estimate, each index on some of the samples."""
