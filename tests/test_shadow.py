@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Mapping
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import torchmetrics
@@ -417,4 +416,3 @@ def test_processes_measure_alike_and_the_first_one_logs():
         is_global_zero, loggers = False, ["never asked"]
 
     SpectralProbe()._log(Rank(), {"spectral/loss": 1.0}, 0)
-    pl.seed_everything(0, verbose=False)

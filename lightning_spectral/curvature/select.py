@@ -27,7 +27,7 @@ CHECK_TOLERANCE = 1e-2
 class AutoCurvature:
     """Gauss-Newton where it equals the Hessian, else a sketch where samples do not interact, else double backward.
 
-    Gauss-Newton is checked against one exact product at every measurement; where it fails, double backward takes over.
+    Gauss-Newton is checked against one exact product at every measurement; where it fails, the next of them takes over.
     """
 
     name: str = "auto"
@@ -39,10 +39,10 @@ class AutoCurvature:
         taps, _ = tapped(problem, directions)
         obstacle = _obstacle(problem, taps)
         if not obstacle:
-            found = self._gauss_newton(problem, directions)
-            if found is not None:
-                return found
-            obstacle = "Gauss-Newton failed its check against an exact product"
+            try:
+                return self._gauss_newton(problem, directions)
+            except MeasurementError as error:
+                obstacle = str(error)
         if len(taps) <= FEW_LAYERS:
             why = f"exact: {obstacle}, and a sketch does not pay for {len(taps)} layers"
         elif (problem.samples or 0) < FEW_SAMPLES:
@@ -55,14 +55,13 @@ class AutoCurvature:
         again = Problem(problem.evaluate, problem.layers, problem.parameters, problem.samples)
         return replace(ExactCurvature()(again, directions), chosen=why)
 
-    def _gauss_newton(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures | None:
-        try:
-            found = GGNCurvature()(problem, directions)
-        except MeasurementError:
-            return None
+    def _gauss_newton(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
+        found = GGNCurvature()(problem, directions)
         error = _check(problem, directions, found)
         if not error <= CHECK_TOLERANCE:
-            return None
+            raise MeasurementError(
+                f"Gauss-Newton failed its check against an exact product (relative error {error:.2g})"
+            )
         why = "ggn: every operation after the layers is piecewise linear, so that Gauss-Newton is the Hessian"
         return replace(found, chosen=why, check_error=error)
 
