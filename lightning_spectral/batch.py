@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -20,11 +21,17 @@ def batch_size(batch: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def take_samples(batch: Any, n: int) -> Any:
-    """The first n samples of a batch of tensors, sequences, mappings and dataclasses, nested in any way.
+def divisible(batch: Any) -> bool:
+    """Whether `take_samples` can cut it."""
+    size = batch_size(batch)
+    return size is not None and not isinstance(batch, PackedSequence) and not _is_list_of_samples(batch, size)
+
+
+def take_samples(batch: Any, stop: int, start: int = 0, *, option: str = "max_samples") -> Any:
+    """Samples start to stop of a batch of tensors, sequences, mappings and dataclasses, nested in any way.
 
     Tensors are cut along their leading dimension; so are lists and tuples with one entry per sample that hold no
-    tensor, such as file names. Everything else is passed on.
+    tensor, such as file names. Everything else is passed on. ``option`` is what an error names as its cause.
 
     Raises:
         MeasurementError: if the tensors do not share their leading dimension.
@@ -33,16 +40,51 @@ def take_samples(batch: Any, n: int) -> Any:
     if len(set(sizes.values())) != 1:
         found = ", ".join(f"{path}: {size}" for path, size in list(sizes.items())[:6]) or "no tensor"
         raise MeasurementError(
-            "max_samples: the batch cannot be cut to its first samples, since its tensors do not share a leading "
-            f"dimension (found {found}); set max_samples=None, or have the loss cut the batch"
+            f"{option}: the batch cannot be cut by samples, since its tensors do not share a leading "
+            f"dimension (found {found}); set {option}=None, or have the loss cut the batch"
         )
     size = next(iter(sizes.values()))
     if isinstance(batch, PackedSequence) or _is_list_of_samples(batch, size):
         raise MeasurementError(
-            f"max_samples: the batch, a {type(batch).__name__} of {len(batch)}, keeps its samples apart by other means "
-            "than a leading dimension; set max_samples=None, or have the loss cut the batch"
+            f"{option}: the batch, a {type(batch).__name__} of {len(batch)}, keeps its samples apart by other means "
+            f"than a leading dimension; set {option}=None, or have the loss cut the batch"
         )
-    return batch if size <= n else _cut(batch, size, n)
+    return batch if start == 0 and size <= stop else _cut(batch, size, slice(start, stop))
+
+
+class HeldBatches(Sequence[Any]):
+    """Copies of batches in the CPU's memory, each given back on the devices it came from.
+
+    Args:
+        batches: of any nesting of tensors.
+        device: where to give them back; None: where each tensor was.
+    """
+
+    def __init__(self, batches: Iterable[Any] = (), device: torch.device | None = None) -> None:
+        self._held: list[tuple[Any, list[torch.device]]] = []
+        self.device = device
+        for batch in batches:
+            self.append(batch)
+
+    def append(self, batch: Any) -> None:
+        """Keep a copy of one more batch."""
+        devices: list[torch.device] = []
+
+        def hold(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            devices.append(leaf.device)
+            return leaf.detach().to("cpu", copy=True)
+
+        self._held.append((map_leaves(batch, hold), devices))
+
+    def __getitem__(self, index: Any) -> Any:
+        batch, devices = self._held[index]
+        left = iter(devices)
+        return map_leaves(batch, lambda leaf: leaf.to(self.device or next(left)) if isinstance(leaf, Tensor) else leaf)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 def _is_list_of_samples(batch: Any, size: int) -> bool:
@@ -79,15 +121,15 @@ def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
     return _rebuilt(value, {key: map_leaves(child, function) for key, child in children.items()})
 
 
-def _cut(value: Any, size: int, n: int) -> Any:
+def _cut(value: Any, size: int, part: slice) -> Any:
     if isinstance(value, Tensor):
-        return value[:n] if value.ndim else value
+        return value[part] if value.ndim else value
     children = _children(value)
     if children is None:
         return value
     if isinstance(value, (list, tuple)) and len(value) == size and not _leading_sizes(value, ""):
-        return value[:n]
-    return _rebuilt(value, {key: _cut(child, size, n) for key, child in children.items()})
+        return value[part]
+    return _rebuilt(value, {key: _cut(child, size, part) for key, child in children.items()})
 
 
 def _rebuilt(value: Any, children: dict[Any, Any]) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 NAMES_SHOWN = 6
 """How many layers a message names."""
 
@@ -18,6 +20,19 @@ class SecondDerivativeError(MeasurementError):
 
 class SpectralWarning(UserWarning):
     """Something was left out of a measurement; the message names it and the reason."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes differ"))
+    (True, False)
+    """
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    # Only CUDA has a class of its own for it.
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
 def by_cause(failed: Mapping[str, str]) -> list[str]:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_spectral.batch import batch_size, take_samples
-from lightning_spectral.curvature import Curvatures, Gradients, Problem, curvature_method
+from lightning_spectral.batch import HeldBatches, take_samples
+from lightning_spectral.curvature import Curvatures, check_method, measure_by
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
-from lightning_spectral.fits import noise_floor
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, MatrixLayer, check_selection, find_layers, matrix_parameters
 from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
-from lightning_spectral.quiet import MODES, PRECISIONS, Mode, Precision, copy_batch, quiet, repeatable
+from lightning_spectral.memory import measure_within_memory
+from lightning_spectral.pieces import Losses
+from lightning_spectral.quiet import MODES, PRECISIONS, Beginning, Mode, Precision, RandomStates, copy_batch, quiet
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.spectrum import LayerSpectrum
-from lightning_spectral.svd import SingularTriplets, top_singular_triplets
+from lightning_spectral.svd import SingularTriplets
 
 
 def measure_spectra(
@@ -36,6 +39,8 @@ def measure_spectra(
     fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
     mode: Mode = "eval",
     max_samples: int | None = None,
+    n_batches: int = 1,
+    micro_batch_size: int | None = None,
     precision: Precision = "float32",
 ) -> SpectralReport:
     """Gradient spectrum and curvature along it, of every layer, for one loss on one batch.
@@ -47,7 +52,7 @@ def measure_spectra(
     Args:
         model: any module, a LightningModule included. A loss_fn must use the module it is given, a copy,
             and not this one.
-        batch: what the loss takes, on the model's device.
+        batch: what the loss takes, on the model's device; or a DataLoader of such batches, on any device.
         loss_fn: (model, batch) -> scalar. None: ``model.spectral_loss(batch)``, else ``model.training_step(batch, 0)``.
         top_k: directions per layer, K.
         curvature: "exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at
@@ -58,7 +63,10 @@ def measure_spectra(
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
             apart; or pattern -> their three numbers of rows. `nn.MultiheadAttention` is split by itself.
         mode: "eval" or "train": BatchNorm's statistics and dropout as there.
-        max_samples: measure on the first so many samples of the batch.
+        max_samples: measure on the first so many samples of each batch.
+        n_batches: of a DataLoader, average gradient and curvature over its first so many batches, by samples.
+        micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
+            times a training step's, where the loss of a batch is a mean or sum of those of its parts.
         precision: "float32" or "float64", the lowest precision to compute in; half-precision weights are raised.
 
     Returns:
@@ -80,7 +88,7 @@ def measure_spectra(
     """
     report = measure_quietly(
         model,
-        batch,
+        _batches(batch, n_batches, model),
         loss_fn,
         top_k=top_k,
         curvature=curvature,
@@ -90,6 +98,7 @@ def measure_spectra(
         mode=mode,
         max_samples=max_samples,
         precision=precision,
+        micro_batch_size=micro_batch_size,
     )
     for text in report.problems():
         warnings.warn(text, SpectralWarning, stacklevel=2)
@@ -98,7 +107,7 @@ def measure_spectra(
 
 def measure_quietly(
     model: nn.Module,
-    batch: Any,
+    batches: Sequence[Any],
     loss_fn: LossFunction | None = None,
     *,
     top_k: int,
@@ -109,15 +118,24 @@ def measure_quietly(
     mode: Mode,
     max_samples: int | None,
     precision: Precision,
+    micro_batch_size: int | None,
     batch_idx: int = 0,
 ) -> SpectralReport:
     """`measure_spectra` without warnings, for callers that read the report's ``failed`` and ``warnings`` themselves.
 
     Args:
+        batches: one or more; gradient and curvature are those of the mean of their losses, weighted by samples.
         batch_idx: what training_step is told; the rest as in `measure_spectra`.
     """
     started = time.perf_counter()
-    check_options(top_k=top_k, curvature=curvature, mode=mode, max_samples=max_samples, precision=precision)
+    check_options(
+        top_k=top_k,
+        curvature=curvature,
+        mode=mode,
+        max_samples=max_samples,
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+    )
     check_selection("layers", layers)
     check_selection("fused_qkv", fused_qkv, only_patterns=True)
     model = unwrapped(model)
@@ -126,30 +144,32 @@ def measure_quietly(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
         raise ValueError(f"layers: no layer is left to measure ({reasons})")
     if max_samples is not None:
-        batch = take_samples(batch, max_samples)
-    method = curvature_method(curvature)
-    with _problem(model, batch, loss_fn, found.layers, mode, precision, batch_idx) as (problem, notes):
-        gradients = problem.gradients(keep_graph=method.differentiates_gradients)
-        triplets, failed = _triplets(problem, gradients, top_k)
-        usable = {name: t.first(_usable(problem, name, t)) for name, t in triplets.items()}
-        measured = method(problem, {name: t for name, t in usable.items() if len(t)})
-    failed |= measured.failed
+        batches = [take_samples(batch, max_samples) for batch in batches]
+    with _losses(model, batches, loss_fn, found.layers, mode, precision, batch_idx) as (losses, notes):
+        measured = measure_within_memory(losses, curvature, top_k, micro_batch_size)
+        eps = {name: torch.finfo(leaf.dtype).eps for name, leaf in losses.parameters.items()}
+    failed, curvatures = measured.failed, measured.curvatures
     if len(failed) == len(found.layers):
-        error = SecondDerivativeError if measured.failed or gradients.failed else MeasurementError
+        error = SecondDerivativeError if curvatures.failed else MeasurementError
         raise error("; ".join(by_cause(failed)))
     return SpectralReport(
-        layers={name: _spectrum(problem, name, triplets.get(name), measured, failed) for name in found.layers},
+        layers={
+            name: _spectrum(name, layer, eps[name], measured.triplets.get(name), curvatures, failed)
+            for name, layer in found.layers.items()
+        },
         skipped=found.skipped,
-        loss=problem.loss,
-        n_samples=batch_size(batch),
+        loss=measured.loss,
+        n_samples=losses.samples,
+        n_batches=len(batches),
+        micro_batch_size=measured.most,
         curvature=curvature,
         mode=mode,
         precision=precision,
         top_k=top_k,
         seconds=time.perf_counter() - started,
-        warnings=(*notes, *measured.notes),
-        chosen=measured.chosen,
-        check_error=measured.check_error,
+        warnings=(*notes, *curvatures.notes),
+        chosen=curvatures.chosen,
+        check_error=curvatures.check_error,
     )
 
 
@@ -198,8 +218,11 @@ def directional_curvature(
                 f"directions: {name} is a matrix ({m}, {n}), so u must be ({m}, K) and v ({n}, K); "
                 f"got {tuple(triplets.u.shape)} and {tuple(triplets.v.shape)}"
             )
-    with _problem(model, batch, loss_fn, chosen, mode, precision) as (problem, _):
-        measured = curvature_method(method)(problem, directions)
+    with _losses(model, [batch], loss_fn, chosen, mode, precision) as (losses, _):
+        pieces = losses.whole()
+        measured = measure_by(
+            method, losses.problem(pieces[0]), directions, lambda m: losses.curvatures(m, pieces, directions)
+        )
     if measured.failed:
         raise SecondDerivativeError("; ".join(by_cause(measured.failed)))
     return measured.h
@@ -212,17 +235,19 @@ def check_options(
     precision: str,
     top_k: int = 1,
     max_samples: int | None = None,
+    micro_batch_size: int | None = None,
 ) -> None:
     """Raise ValueError for an option out of range, with its name and what it may be."""
-    curvature_method(curvature)
+    check_method(curvature)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k must be a whole number of at least 1, got {top_k!r}")
-    if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
-        raise ValueError(f"max_samples must be None or a whole number of at least 1, got {max_samples!r}")
+    for option, value in {"max_samples": max_samples, "micro_batch_size": micro_batch_size}.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{option} must be None or a whole number of at least 1, got {value!r}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -231,16 +256,39 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, wrappers) else model
 
 
+def first_batches(loader: Iterable[Any], n: int, model: nn.Module) -> list[Any]:
+    """The first n batches of a loader, which draws from the random generators; these are put back."""
+    states = RandomStates(model)
+    try:
+        found = list(islice(loader, n))
+    finally:
+        states.restore()
+    if len(found) < n:
+        raise ValueError(f"n_batches: {n} batches were asked for, and the DataLoader has {len(found)}")
+    return found
+
+
+def _batches(batch: Any, n_batches: int, model: nn.Module) -> Sequence[Any]:
+    if not isinstance(n_batches, int) or n_batches < 1:
+        raise ValueError(f"n_batches must be a whole number of at least 1, got {n_batches!r}")
+    if isinstance(batch, DataLoader):
+        device = next((parameter.device for parameter in model.parameters()), None)
+        return HeldBatches(first_batches(batch, n_batches, model), device)
+    if n_batches > 1:
+        raise ValueError(f"n_batches={n_batches} needs a DataLoader as batch, got {type(batch).__name__}")
+    return [batch]
+
+
 @contextmanager
-def _problem(
+def _losses(
     model: nn.Module,
-    batch: Any,
+    batches: Sequence[Any],
     loss_fn: LossFunction | None,
     layers: Mapping[str, MatrixLayer],
     mode: Mode,
     precision: Precision,
     batch_idx: int = 0,
-) -> Iterator[tuple[Problem, list[str]]]:
+) -> Iterator[tuple[Losses, list[str]]]:
     """The loss on a shadow of the model, ready to be differentiated; all traces are gone at the end."""
     loss = resolve_loss(model, loss_fn, batch_idx)
     replaced = stand_ins(model)
@@ -249,42 +297,25 @@ def _problem(
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
         notes = [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in shadow.shared.items()]
-        evaluate = repeatable(lambda: loss(shadow.module, copy_batch(batch, precision)), shadow.module)
-        yield Problem(evaluate, layers, leaves, batch_size(batch)), notes
-
-
-def _triplets(problem: Problem, gradients: Gradients, top_k: int) -> tuple[dict[str, SingularTriplets], dict[str, str]]:
-    triplets, failed = {}, {}
-    for name, gradient in gradients.values.items():
-        layer = problem.layers[name]
-        if gradient is None and name in gradients.failed:
-            failed[name] = gradients.failed[name]
-            continue
-        if gradient is None:
-            failed[name] = (
-                "the loss does not depend on it; a loss_fn must use the module it is given, "
-                "and checkpointing must not be reentrant"
-            )
-            continue
-        try:
-            triplets[name] = top_singular_triplets(layer.to_matrix(gradient.detach()), top_k, groups=layer.groups)
-        except RuntimeError as error:
-            failed[name] = f"its gradient has no singular values: {error}"
-    return triplets, failed
-
-
-def _usable(problem: Problem, name: str, triplets: SingularTriplets) -> int:
-    """How many directions lie above the noise floor: no product is spent on rounding noise."""
-    layer = problem.layers[name]
-    return int((triplets.sigma > noise_floor(triplets.sigma, layer.shape, layer.groups, _eps(problem, name))).sum())
-
-
-def _eps(problem: Problem, name: str) -> float:
-    return torch.finfo(problem.parameters[name].dtype).eps
+        yield (
+            Losses(
+                lambda batch: loss(shadow.module, copy_batch(batch, precision)),
+                batches,
+                layers,
+                leaves,
+                Beginning(shadow.module),
+            ),
+            notes,
+        )
 
 
 def _spectrum(
-    problem: Problem, name: str, triplets: SingularTriplets | None, measured: Curvatures, failed: Mapping[str, str]
+    name: str,
+    layer: MatrixLayer,
+    eps: float,
+    triplets: SingularTriplets | None,
+    measured: Curvatures,
+    failed: Mapping[str, str],
 ) -> LayerSpectrum:
     sigma = torch.zeros(0, dtype=torch.float64) if triplets is None else triplets.sigma.detach().cpu().double()
     h = torch.full_like(sigma, float("nan"))
@@ -293,7 +324,6 @@ def _spectrum(
     stderr = torch.zeros_like(h)
     if name in measured.stderr:
         stderr[: len(measured.stderr[name])] = measured.stderr[name]
-    layer = problem.layers[name]
     return LayerSpectrum.from_spectrum(
         sigma,
         h,
@@ -303,6 +333,6 @@ def _spectrum(
         groups=layer.groups,
         h_stderr=stderr,
         method=measured.methods.get(name, measured.method),
-        eps=_eps(problem, name),
+        eps=eps,
         note=failed.get(name, ""),
     )

@@ -6,10 +6,11 @@ outside the network does (a file it writes, a global it changes) is not undone.
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, Literal
@@ -109,6 +110,13 @@ def _default_dtype(module: nn.Module) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def release_memory(tensors: Iterable[Tensor]) -> None:
+    """Give freed memory back to the devices of these tensors."""
+    gc.collect()
+    for kind in {tensor.device.type for tensor in tensors} - {"cpu", "meta"}:
+        torch.get_device_module(kind).empty_cache()
+
+
 class RandomStates:
     """The states of the random generators of torch (CPU and the model's devices), numpy and Python."""
 
@@ -141,30 +149,50 @@ def _random_states(model: nn.Module) -> Iterator[None]:
         states.restore()
 
 
-def repeatable(evaluate: Callable[[], Any], shadow: nn.Module) -> Callable[[], Any]:
-    """The same loss at each call, with the weights, buffers and random states of the first one, or an error.
+class Beginning:
+    """What a network and the random generators are like before the first call of a loss.
+
+    Args:
+        module: on whose weights and buffers a step may write.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._random = RandomStates(module)
+        self._tensors = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, UNINITIALIZED)]
+        self._values = [tensor.detach().clone() for tensor in self._tensors]
+        self._called = False
+
+    def restore(self) -> None:
+        """Put everything back. Weights through .data, so that graphs of earlier calls stay valid."""
+        self._random.restore()
+        if self._called:
+            for tensor, value in zip(self._tensors, self._values, strict=True):
+                tensor.data.copy_(value)
+        self._called = True
+
+
+def repeatable(evaluate: Callable[[], Any], beginning: Beginning, values: list[float]) -> Callable[[], Any]:
+    """The same loss at each call, from the same beginning, or an error.
+
+    Args:
+        evaluate: computes the loss.
+        beginning: what each call starts from.
+        values: of the loss, so far; each call adds one.
 
     Raises:
         MeasurementError: by the function returned, if the value is another one all the same.
     """
-    states = RandomStates(shadow)
-    values: list[float] = []
-    tensors = [t for t in (*shadow.parameters(), *shadow.buffers()) if not isinstance(t, UNINITIALIZED)]
-    start = [tensor.detach().clone() for tensor in tensors]
 
     def again() -> Any:
-        states.restore()
-        if values:
-            # A step may write to weights. Through .data, so that the graph of the first call stays valid.
-            for tensor, value in zip(tensors, start, strict=True):
-                tensor.data.copy_(value)
+        beginning.restore()
         loss = evaluate()
         if isinstance(loss, Tensor) and loss.numel() == 1:
             values.append(float(loss.detach()))
             if not math.isclose(values[0], values[-1], rel_tol=1e-4, abs_tol=1e-12) and math.isfinite(values[0]):
                 raise MeasurementError(
                     f"the loss is {values[-1]:.6g} at a second call on the same batch, after {values[0]:.6g}: it draws "
-                    "from a generator of its own, or counts its calls; use curvature='exact', which calls it once"
+                    "from a generator of its own, or counts its calls; use curvature='exact' with micro_batch_size of "
+                    "the whole batch, which calls it once"
                 )
         return loss
 

@@ -17,7 +17,7 @@ from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum
 if TYPE_CHECKING:
     import pandas
 
-FORMAT, FORMAT_VERSION = "lightning-spectral-report", 1
+FORMAT, FORMAT_VERSION = "lightning-spectral-report", 2
 
 REPORT_KEYS: dict[str, str] = {
     "loss": "the loss the probe measured, on its own batch and mode",
@@ -36,7 +36,9 @@ class SpectralReport:
         layers: parameter name -> spectrum, in the order of the network.
         skipped: matrix parameters that were not measured -> why (frozen, not selected, ...).
         loss: value of the loss measured.
-        n_samples: samples in the batch measured; None where the batch does not tell.
+        n_samples: samples measured; None where a batch does not tell.
+        n_batches: how many batches they came in.
+        micro_batch_size: of them, how many were measured at once at most; None where the batch does not tell.
         curvature: the method asked for.
         chosen: which method "auto" chose, and why; empty for the others.
         check_error: relative difference of one curvature to an exact product; NaN where none was checked.
@@ -58,6 +60,8 @@ class SpectralReport:
     precision: str
     top_k: int
     seconds: float
+    n_batches: int = 1
+    micro_batch_size: int | None = None
     warnings: tuple[str, ...] = ()
     chosen: str = ""
     check_error: float = float("nan")

@@ -71,7 +71,9 @@ def test_what_stands_beside_the_tensors_is_kept():
 @pytest.mark.parametrize("batch", [(X, torch.zeros(5)), "text", None, {"a": 1}, torch.tensor(1.0)])
 def test_batches_without_a_common_leading_dimension(batch):
     assert batch_size(batch) is None
-    with pytest.raises(MeasurementError, match=r"max_samples: the batch cannot be cut.*set max_samples=None"):
+    with pytest.raises(
+        MeasurementError, match=r"max_samples: the batch cannot be cut by samples.*set max_samples=None"
+    ):
         take_samples(batch, 2)
 
 

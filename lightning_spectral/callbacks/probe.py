@@ -112,6 +112,7 @@ class SpectralProbe(AnyCallback):
             "mode": mode,
             "max_samples": max_samples,
             "precision": precision,
+            "micro_batch_size": None,
         }
         self.probes = 0
         self.failed_probes = 0
@@ -199,7 +200,7 @@ class SpectralProbe(AnyCallback):
 
     def _measure(self, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> SpectralReport | None:
         try:
-            report = measure_quietly(module, batch, self.loss_fn, batch_idx=batch_idx, **self.options)
+            report = measure_quietly(module, [batch], self.loss_fn, batch_idx=batch_idx, **self.options)
         except Exception as error:
             # Whatever goes wrong in here, the training run is not ours to end.
             self._warn_once(f"nothing was measured at step {step}: {type(error).__name__}: {error}")

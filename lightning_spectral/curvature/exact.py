@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype, cause_of, unverified
-from lightning_spectral.errors import by_cause
+from lightning_spectral.errors import by_cause, is_out_of_memory
 from lightning_spectral.layers import MatrixLayer, matrix_direction
 from lightning_spectral.svd import SingularTriplets
 
@@ -18,6 +18,7 @@ class ExactCurvature:
 
     name = "exact"
     differentiates_gradients = True
+    memory = 4.0
 
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure each layer in turn; one that has no second derivative does not stop the others."""
@@ -30,9 +31,9 @@ class ExactCurvature:
                 continue
             try:
                 h[name] = _layer(problem.layers[name], problem.parameters[name], gradients.values[name], triplets)
-            except torch.cuda.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 h[name] = _nothing(triplets)
                 failed[name] = cause_of(error)
         trusted = {name: unverified(gradients.trusted[name]) for name in directions if name in gradients.trusted}

@@ -7,14 +7,14 @@ all rows at once as long as rows of one sample are told apart afterwards, by pos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_spectral.curvature.trace import LossCall
+from lightning_spectral.curvature.trace import LossCall, Recorder
 from lightning_spectral.errors import MeasurementError
 
 
@@ -97,6 +97,18 @@ def output_hessian(call: LossCall, weight: Tensor, samples: int) -> OutputHessia
     return OutputHessian(call.input, curvature, p, samples)
 
 
+def loss_normalizer(evaluate: Callable[[], Tensor]) -> tuple[float, float | None]:
+    """The value of a loss, and what its one call of a known loss divides by; None where that is not known."""
+    with Recorder(set()) as recorder:
+        value = float(evaluate().detach())
+    calls = recorder.trace.losses
+    if len(calls) != 1 or _reduction(calls[0]) != "mean":
+        return value, None
+    z = calls[0].input.detach()
+    softmax = calls[0].function is F.cross_entropy
+    return value, float(_cross_entropy_targets(calls[0], z)[1] if softmax else _elementwise_total(calls[0], z))
+
+
 def _softmax_column(p_nc: Tensor, c: int) -> Tensor:
     """Column c of diag(q) Q, q = sqrt(p), Q an orthonormal basis of what is orthogonal to q.
 
@@ -118,22 +130,28 @@ def _reduction(call: LossCall) -> str:
 
 def _cross_entropy(call: LossCall, z: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) factors a of the blocks a (diag(p) - p p^T), and (N, C) p."""
+    a_n, total = _cross_entropy_targets(call, z)
+    z_nc = z[None] if z.ndim == 1 else z.movedim(1, -1).reshape(-1, z.shape[1])
+    return (a_n / total if _reduction(call) == "mean" else a_n), z_nc.softmax(1)
+
+
+def _cross_entropy_targets(call: LossCall, z: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) weights of the targets, and what a mean divides by."""
     classes = z.shape[0] if z.ndim == 1 else z.shape[1]
-    z_nc = z[None] if z.ndim == 1 else z.movedim(1, -1).reshape(-1, classes)
     smoothing = float(call.options.get("label_smoothing", 0.0))
     weight = call.options.get("weight")
     w_c = torch.ones(classes, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
     if call.target.is_floating_point():
         t = call.target[None] if z.ndim == 1 else call.target.movedim(1, -1).reshape(-1, classes)
         a_n = (t * (1 - smoothing) + smoothing / classes) @ w_c
-        total = torch.tensor(float(len(z_nc)))
+        total = torch.tensor(float(len(t)))
     else:
         y = call.target.reshape(-1)
         counts = y != call.options.get("ignore_index", -100)
         picked = w_c[y.where(counts, 0)] * counts
         a_n = (1 - smoothing) * picked + smoothing / classes * w_c.sum() * counts
         total = picked.sum()
-    return (a_n / total if _reduction(call) == "mean" else a_n), z_nc.softmax(1)
+    return a_n, total
 
 
 def _elementwise(call: LossCall, z: Tensor) -> Tensor:
@@ -145,9 +163,15 @@ def _elementwise(call: LossCall, z: Tensor) -> Tensor:
     else:
         positive, p = call.options.get("pos_weight"), z.sigmoid()
         second = p * (1 - p) * (1 if positive is None else 1 + (positive - 1) * call.target)
-    weight, total = call.options.get("weight"), torch.tensor(float(math.prod(z.shape)))
+    weight = call.options.get("weight")
     if weight is not None:
         second = second * weight
-        # mse_loss with weights divides by their sum; binary cross-entropy by the number of elements.
-        total = weight.expand_as(z).sum() if call.function is F.mse_loss else total
-    return second / total if _reduction(call) == "mean" else second
+    return second / _elementwise_total(call, z) if _reduction(call) == "mean" else second
+
+
+def _elementwise_total(call: LossCall, z: Tensor) -> Tensor:
+    """What a mean divides by: mse_loss by the sum of its weights, binary cross-entropy by the number of elements."""
+    weight = call.options.get("weight")
+    if weight is not None and call.function is F.mse_loss:
+        return weight.expand_as(z).sum()  # type: ignore[no-any-return]
+    return torch.tensor(float(math.prod(z.shape)))

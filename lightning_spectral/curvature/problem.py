@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_spectral.curvature.opaque import leaves_behind, watch_custom_functions
 from lightning_spectral.curvature.trace import Recorder, Trace
-from lightning_spectral.errors import MeasurementError
+from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.loss import checked_loss
 from lightning_spectral.svd import SingularTriplets
@@ -88,6 +88,10 @@ class Problem:
             )
         return self._gradients
 
+    def release(self) -> None:
+        """Let go of all graphs; the value of the loss stays known."""
+        self._trace = self._value = self._gradients = None
+
     @property
     def trace(self) -> Trace:
         """What the forward pass did."""
@@ -142,6 +146,11 @@ class Curvature(Protocol):
         """Whether `Problem.gradients` must keep its graph."""
         ...
 
+    @property
+    def memory(self) -> float:
+        """Peak memory of a measurement, in that of a training step on the same samples: what was measured."""
+        ...
+
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure h_k for each layer in ``directions``, for each of its triplets."""
         ...
@@ -166,9 +175,9 @@ def _differentiate(
             loss, list(leaves.values()), create_graph=keep_graph, retain_graph=True, allow_unused=True
         )
         return dict(zip(leaves, values, strict=True)), {}
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         # One at a time, so that what stands in the way of some layers does not stop the others.
         found: dict[int, Tensor | None] = {}
         failed = {}
@@ -177,8 +186,10 @@ def _differentiate(
                 found[key] = torch.autograd.grad(
                     loss, leaf, create_graph=keep_graph, retain_graph=True, allow_unused=True
                 )[0]
-            except RuntimeError as error:
-                failed[key] = cause_of(error)
+            except RuntimeError as failure:
+                if is_out_of_memory(failure):
+                    raise
+                failed[key] = cause_of(failure)
         return found, failed
 
 

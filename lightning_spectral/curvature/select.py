@@ -23,40 +23,75 @@ CHECK_TOLERANCE = 1e-2
 """Relative difference of Gauss-Newton to an exact product from which on it is not believed."""
 
 
-@dataclass(frozen=True)
-class AutoCurvature:
-    """Gauss-Newton where it equals the Hessian, else a sketch where samples do not interact, else double backward.
+METHODS: dict[str, Callable[[], Curvature] | None] = {
+    "auto": None,
+    "exact": ExactCurvature,
+    "ggn": GGNCurvature,
+    "sketch": SketchCurvature,
+}
+"""Curvature methods by name; "auto" is a choice among the others."""
 
-    Gauss-Newton is checked against one exact product at every measurement; where it fails, the next of them takes over.
+
+def check_method(name: str) -> Curvature | None:
+    """The method of that name, None for "auto"; ValueError if there is none."""
+    if name not in METHODS:
+        raise ValueError(f"curvature must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
+    make = METHODS[name]
+    return make() if make is not None else None
+
+
+def measure_by(
+    name: str,
+    problem: Problem,
+    directions: Mapping[str, SingularTriplets],
+    measure: Callable[[Curvature], Curvatures],
+) -> Curvatures:
+    """Measure by the method of that name.
+
+    "auto" is Gauss-Newton where it equals the Hessian, else a sketch where samples do not interact, else double
+    backward; where one of them refuses, the next takes over.
+
+    Args:
+        name: of the method.
+        problem: to choose for.
+        directions: layer name -> triplets.
+        measure: by one method, on the problem or on the pieces of it.
+    """
+    method = check_method(name)
+    if method is not None:
+        return measure(method)
+    problem.gradients(keep_graph=False)
+    taps, _ = tapped(problem, directions)
+    obstacle, n_taps, samples = _obstacle(problem, taps), len(taps), problem.samples
+    del taps
+    if not obstacle:
+        try:
+            return measure(CheckedGGN())
+        except MeasurementError as error:
+            obstacle = str(error)
+    if n_taps <= FEW_LAYERS:
+        why = f"exact: {obstacle}, and a sketch does not pay for {n_taps} layers"
+    elif (samples or 0) < FEW_SAMPLES:
+        why = f"exact: {obstacle}, and {samples or 'an unknown number of'} samples are too few for a sketch"
+    else:
+        try:
+            return replace(measure(SketchCurvature()), chosen=f"sketch: {obstacle}")
+        except MeasurementError as error:
+            why = f"exact: {obstacle}, and no sketch: {error}"
+    return replace(measure(ExactCurvature()), chosen=why)
+
+
+@dataclass(frozen=True)
+class CheckedGGN(GGNCurvature):
+    """Gauss-Newton, checked against one exact product.
+
+    Raises:
+        MeasurementError: when called, if it fails its check, or as in `GGNCurvature`.
     """
 
-    name: str = "auto"
-    differentiates_gradients: bool = False
-
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
-        """Choose, measure, and say why."""
-        problem.gradients(keep_graph=False)
-        taps, _ = tapped(problem, directions)
-        obstacle = _obstacle(problem, taps)
-        if not obstacle:
-            try:
-                return self._gauss_newton(problem, directions)
-            except MeasurementError as error:
-                obstacle = str(error)
-        if len(taps) <= FEW_LAYERS:
-            why = f"exact: {obstacle}, and a sketch does not pay for {len(taps)} layers"
-        elif (problem.samples or 0) < FEW_SAMPLES:
-            why = f"exact: {obstacle}, and {problem.samples or 'an unknown number of'} samples are too few for a sketch"
-        else:
-            try:
-                return replace(SketchCurvature()(problem, directions), chosen=f"sketch: {obstacle}")
-            except MeasurementError as error:
-                why = f"exact: {obstacle}, and no sketch: {error}"
-        again = Problem(problem.evaluate, problem.layers, problem.parameters, problem.samples)
-        return replace(ExactCurvature()(again, directions), chosen=why)
-
-    def _gauss_newton(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
-        found = GGNCurvature()(problem, directions)
+        """Measure, and check."""
+        found = super().__call__(problem, directions)
         error = _check(problem, directions, found)
         if not error <= CHECK_TOLERANCE:
             raise MeasurementError(
@@ -64,21 +99,6 @@ class AutoCurvature:
             )
         why = "ggn: every operation after the layers is piecewise linear, so that Gauss-Newton is the Hessian"
         return replace(found, chosen=why, check_error=error)
-
-
-METHODS: dict[str, Callable[[], Curvature]] = {
-    "auto": lambda: AutoCurvature(),
-    "exact": lambda: ExactCurvature(),
-    "ggn": lambda: GGNCurvature(),
-    "sketch": lambda: SketchCurvature(),
-}
-
-
-def curvature_method(name: str) -> Curvature:
-    """The method of that name; ValueError if there is none."""
-    if name not in METHODS:
-        raise ValueError(f"curvature must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
-    return METHODS[name]()
 
 
 def _obstacle(problem: Problem, names: Iterable[str]) -> str:

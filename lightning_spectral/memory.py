@@ -1,0 +1,137 @@
+"""Gradient and curvature of a loss within the memory there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lightning_spectral.curvature import Curvature, Curvatures, Gradients, check_method, measure_by
+from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.fits import noise_floor
+from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.pieces import Losses, Piece
+from lightning_spectral.quiet import release_memory
+from lightning_spectral.svd import SingularTriplets, top_singular_triplets
+
+MEMORY = 3.0
+"""Peak memory of a measurement that is aimed at, in that of a training step on the same samples."""
+
+TRIES = 3
+"""How often to measure where memory runs out, each time with pieces half as large."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What was measured of a loss before anything is fitted."""
+
+    triplets: dict[str, SingularTriplets]
+    curvatures: Curvatures
+    failed: dict[str, str]
+    loss: float
+    most: int | None
+
+
+def measure_within_memory(losses: Losses, curvature: str, top_k: int, micro_batch_size: int | None) -> Measured:
+    """Measure; where memory runs out, on pieces half as large, three tries in all.
+
+    Args:
+        losses: what to measure.
+        curvature: a method's name.
+        top_k: directions per layer.
+        micro_batch_size: samples at once; None: as many as `MEMORY` allows.
+
+    Raises:
+        MeasurementError: if memory ran out at every try.
+    """
+    most = micro_batch_size
+    errors: list[str] = []
+    while len(errors) < TRIES:
+        try:
+            return _measured(losses, curvature, top_k, most)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                if errors and isinstance(error, MeasurementError):
+                    raise MeasurementError(f"out of memory with {errors[0]}, and no smaller pieces: {error}") from None
+                raise
+            largest = most or losses.largest(losses.whole())
+            errors.append(f"{largest or 'all'} samples at once")
+        release_memory(losses.parameters.values())
+        if largest is None or largest == 1 or not losses.divisible:
+            break
+        most = math.ceil(largest / 2)
+    raise MeasurementError(
+        f"out of memory with {', with '.join(errors)}; measure fewer samples (max_samples), fewer layers (layers), "
+        "or set micro_batch_size"
+    )
+
+
+def _measured(losses: Losses, curvature: str, top_k: int, most: int | None) -> Measured:
+    """Gradient and curvature, on pieces of at most so many samples; None: as many as memory is likely to hold."""
+    named = check_method(curvature)
+    twice = named is not None and named.differentiates_gradients
+    if most is not None:
+        pieces = losses.pieces(most)
+    else:
+        pieces = _thrifty(losses, named) if named is not None and twice else losses.whole()
+    keep_graph = twice and len(pieces) == 1
+    gradients, loss, problem = losses.gradients(pieces, keep_graph=keep_graph)
+    triplets, failed = _triplets(gradients, losses.layers, top_k)
+    del gradients
+    usable = {name: t.first(_usable(losses.layers[name], t)) for name, t in triplets.items()}
+    directions = {name: t for name, t in usable.items() if len(t)}
+    used: list[Piece] = pieces
+
+    def measure(method: Curvature) -> Curvatures:
+        nonlocal used
+        used = pieces if most is not None or twice else _thrifty(losses, method)
+        if len(used) == len(pieces) == 1 and keep_graph == method.differentiates_gradients:
+            return method(problem, directions)
+        problem.release()
+        return losses.curvatures(method, used, directions)
+
+    curvatures = measure_by(curvature, problem, directions, measure)
+    return Measured(triplets, curvatures, failed | curvatures.failed, loss, losses.largest(used))
+
+
+def _thrifty(losses: Losses, method: Curvature) -> list[Piece]:
+    """Pieces small enough for `MEMORY`, where the loss can be measured in pieces."""
+    parts = math.ceil(method.memory / MEMORY)
+    if parts == 1 or not losses.divisible:
+        return losses.whole()
+    try:
+        return losses.pieces(math.ceil(max(size or 1 for size in losses.sizes) / parts))
+    except MeasurementError:
+        return losses.whole()
+
+
+def _triplets(
+    gradients: Gradients, layers: Mapping[str, MatrixLayer], top_k: int
+) -> tuple[dict[str, SingularTriplets], dict[str, str]]:
+    triplets, failed = {}, {}
+    for name, gradient in gradients.values.items():
+        layer = layers[name]
+        if gradient is None and name in gradients.failed:
+            failed[name] = gradients.failed[name]
+            continue
+        if gradient is None:
+            failed[name] = (
+                "the loss does not depend on it; a loss_fn must use the module it is given, "
+                "and checkpointing must not be reentrant"
+            )
+            continue
+        try:
+            triplets[name] = top_singular_triplets(layer.to_matrix(gradient.detach()), top_k, groups=layer.groups)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            failed[name] = f"its gradient has no singular values: {error}"
+    return triplets, failed
+
+
+def _usable(layer: MatrixLayer, triplets: SingularTriplets) -> int:
+    """How many directions lie above the noise floor: no product is spent on rounding noise."""
+    eps = torch.finfo(triplets.sigma.dtype).eps
+    return int((triplets.sigma > noise_floor(triplets.sigma, layer.shape, layer.groups, eps)).sum())

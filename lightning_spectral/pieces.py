@@ -1,0 +1,213 @@
+"""The loss of one or more batches, measured piece by piece so that one piece's graph at a time is in memory.
+
+With L the loss of a batch and L_i those of its pieces, L = sum_i w_i L_i for a mean over samples (w_i the share of the
+samples), a mean over targets that count (w_i their share) and a sum (w_i = 1). Gradient and curvature, linear in the
+loss, are then sums with the same weights. Which of them holds is seen from the values of the losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.batch import batch_size, divisible, take_samples
+from lightning_spectral.curvature import Curvature, Curvatures, Gradients, Problem, loss_normalizer
+from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.quiet import Beginning, repeatable
+from lightning_spectral.svd import SingularTriplets
+
+ADDS_UP = 1e-5
+"""Relative difference, in float32, up to which the losses of pieces add up to that of their batch."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples start to stop of one batch and the weight of their loss; stop is None for a batch that is not cut."""
+
+    batch: int
+    weight: float
+    start: int = 0
+    stop: int | None = None
+
+
+class Losses:
+    """The mean, weighted by samples, of the losses of batches.
+
+    Args:
+        loss: of a batch.
+        batches: each is fetched when it is needed.
+        layers: the matrices to differentiate in.
+        parameters: layer name -> the leaf that holds its matrix.
+        beginning: what each call of the loss starts from.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Any], Tensor],
+        batches: Sequence[Any],
+        layers: Mapping[str, MatrixLayer],
+        parameters: Mapping[str, Tensor],
+        beginning: Beginning,
+    ) -> None:
+        self.loss, self.batches, self.beginning = loss, batches, beginning
+        self.layers, self.parameters = layers, parameters
+        self.sizes = [batch_size(batch) for batch in batches]
+        self.divisible = all(divisible(batch) for batch in batches)
+        known = [size for size in self.sizes if size is not None]
+        self.samples = sum(known) if len(known) == len(self.sizes) else None
+        self._values: dict[tuple[int, int, int | None], list[float]] = defaultdict(list)
+
+    def whole(self) -> list[Piece]:
+        """A piece per batch."""
+        even = 1 / len(self.sizes)
+        return [
+            Piece(i, even if self.samples is None or size is None else size / self.samples)
+            for i, size in enumerate(self.sizes)
+        ]
+
+    def pieces(self, most: int) -> list[Piece]:
+        """Pieces of nearly equal size, of at most so many samples.
+
+        Raises:
+            MeasurementError: if a batch cannot be cut, or its loss is no weighted sum of those of its pieces.
+        """
+        found: list[Piece] = []
+        for piece, size in zip(self.whole(), self.sizes, strict=True):
+            if size is None:
+                take_samples(self.batches[piece.batch], most, option="micro_batch_size")
+            if size is None or size <= most:
+                found.append(piece)
+                continue
+            n = math.ceil(size / most)
+            parts = list(pairwise(round(i * size / n) for i in range(n + 1)))
+            for (start, stop), weight in zip(parts, self._weights(piece.batch, parts), strict=True):
+                if weight:
+                    found.append(Piece(piece.batch, piece.weight * weight, start, stop))
+        return found
+
+    def largest(self, pieces: Sequence[Piece]) -> int | None:
+        """The samples of the largest of these pieces; None where a batch does not tell."""
+        sizes = [self.sizes[p.batch] if p.stop is None else p.stop - p.start for p in pieces]
+        known = [size for size in sizes if size is not None]
+        return max(known) if len(known) == len(sizes) else None
+
+    def problem(self, piece: Piece) -> Problem:
+        """The loss of one piece, to be differentiated."""
+        samples = self.sizes[piece.batch] if piece.stop is None else piece.stop - piece.start
+        return Problem(self._repeatable(piece), self.layers, self.parameters, samples)
+
+    def gradients(self, pieces: Sequence[Piece], *, keep_graph: bool) -> tuple[Gradients, float, Problem]:
+        """The gradient of the loss, its value, and the problem of the first piece.
+
+        With keep_graph, and one piece alone, the gradient can be differentiated again.
+        """
+        values: dict[str, Tensor | None] = {}
+        failed: dict[str, str] = {}
+        loss = 0.0
+        # The first piece comes last, since its graph is kept.
+        for piece in reversed(pieces):
+            problem = self.problem(piece)
+            part = problem.gradients(keep_graph=keep_graph and len(pieces) == 1)
+            loss += piece.weight * problem.loss
+            failed |= part.failed
+            for name, value in part.values.items():
+                values[name] = _sum(values.get(name), value, piece.weight)
+        return Gradients(values, failed, part.trusted), loss, problem
+
+    def curvatures(
+        self, method: Curvature, pieces: Sequence[Piece], directions: Mapping[str, SingularTriplets]
+    ) -> Curvatures:
+        """The curvature of the loss: the weighted sum over the pieces, of which one at a time is in memory."""
+        return joined([method(self.problem(piece), directions) for piece in pieces], [p.weight for p in pieces])
+
+    def _repeatable(self, piece: Piece) -> Callable[[], Tensor]:
+        def evaluate() -> Tensor:
+            batch = self.batches[piece.batch]
+            if piece.stop is not None:
+                batch = take_samples(batch, piece.stop, piece.start, option="micro_batch_size")
+            return self.loss(batch)
+
+        return repeatable(evaluate, self.beginning, self._values[piece.batch, piece.start, piece.stop])
+
+    def _weights(self, batch: int, parts: Sequence[tuple[int, int]]) -> list[float]:
+        """w_i with L = sum_i w_i L_i."""
+        if not self._values[batch, 0, None]:
+            with torch.no_grad():
+                self._repeatable(Piece(batch, 1.0))()
+        if not self._values[batch, 0, None]:
+            raise MeasurementError("micro_batch_size: the loss of the batch is no scalar; reduce it with .mean()")
+        whole = self._values[batch, 0, None][0]
+        losses, counts = [], []
+        for start, stop in parts:
+            loss, count = self._part(Piece(batch, 1.0, start, stop))
+            losses.append(0.0 if count == 0 else loss)
+            counts.append(count)
+        size = parts[-1][1]
+        candidates = [[(stop - start) / size for start, stop in parts], [1.0] * len(parts)]
+        known = [count for count in counts if count is not None]
+        if len(known) == len(counts) and sum(known) > 0:
+            candidates.insert(0, [count / sum(known) for count in known])
+        for weights in candidates:
+            terms = torch.tensor([w * x for w, x in zip(weights, losses, strict=True)], dtype=torch.float64)
+            if abs(float(terms.sum()) - whole) <= ADDS_UP * max(abs(whole), float(terms.abs().sum())):
+                return weights
+        raise MeasurementError(
+            f"micro_batch_size: the loss of the batch, {whole:.6g}, is neither a mean nor the sum of those of its "
+            f"pieces ({', '.join(f'{loss:.6g}' for loss in losses[:4])}), so its samples depend on each other "
+            "(BatchNorm or dropout in train mode, a loss across the batch); measure the batch in one piece, "
+            "or fewer samples of it (max_samples)"
+        )
+
+    def _part(self, piece: Piece) -> tuple[float, float | None]:
+        """The value of its loss, and how many targets that averages over."""
+        try:
+            return loss_normalizer(self._repeatable(piece))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise MeasurementError(
+                f"micro_batch_size: the loss fails on samples {piece.start} to {piece.stop} of the batch alone "
+                f"({type(error).__name__}: {error}); measure the batch in one piece"
+            ) from error
+
+
+def joined(parts: Sequence[Curvatures], weights: Sequence[float]) -> Curvatures:
+    """The curvatures of a weighted sum of losses."""
+    if len(parts) == 1:
+        return parts[0]
+    failed = {name: why for part in parts for name, why in part.failed.items()}
+    h: dict[str, Tensor] = {}
+    variance: dict[str, Tensor] = {}
+    methods: dict[str, dict[str, None]] = {}
+    for part, weight in zip(parts, weights, strict=True):
+        for name, h_k in part.h.items():
+            h[name] = h.get(name, torch.zeros_like(h_k)) + weight * h_k
+            methods.setdefault(name, {})[part.methods.get(name, part.method)] = None
+        for name, stderr in part.stderr.items():
+            variance[name] = variance.get(name, torch.zeros_like(stderr)) + (weight * stderr).square()
+    errors = [part.check_error for part in parts if not math.isnan(part.check_error)]
+    return Curvatures(
+        h={name: torch.full_like(h_k, float("nan")) if name in failed else h_k for name, h_k in h.items()},
+        method=parts[0].method,
+        failed=failed,
+        stderr={name: v.sqrt() for name, v in variance.items()},
+        methods={name: "+".join(used) for name, used in methods.items()},
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        check_error=max(errors, default=float("nan")),
+        chosen="; ".join(dict.fromkeys(part.chosen for part in parts if part.chosen)),
+    )
+
+
+def _sum(total: Tensor | None, value: Tensor | None, weight: float) -> Tensor | None:
+    if value is None:
+        return total
+    value = value if weight == 1 else weight * value
+    return value if total is None else total + value
