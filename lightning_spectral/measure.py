@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -256,11 +256,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, wrappers) else model
 
 
-def first_batches(loader: Iterable[Any], n: int, model: nn.Module) -> list[Any]:
-    """The first n batches of a loader, which draws from the random generators; these are put back."""
+def first_batches(
+    loader: Iterable[Any], n: int, model: nn.Module, prepare: Callable[[Any], Any] = lambda batch: batch
+) -> list[Any]:
+    """The first n batches of a loader, prepared; both draw from the random generators, which are put back."""
     states = RandomStates(model)
     try:
-        found = list(islice(loader, n))
+        found = [prepare(batch) for batch in islice(loader, n)]
     finally:
         states.restore()
     if len(found) < n:

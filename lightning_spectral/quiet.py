@@ -117,6 +117,12 @@ def release_memory(tensors: Iterable[Tensor]) -> None:
         torch.get_device_module(kind).empty_cache()
 
 
+def synchronize(tensors: Iterable[Tensor]) -> None:
+    """Wait until the devices of these tensors have done what they were given, so that a clock tells the truth."""
+    for kind in {tensor.device.type for tensor in tensors} - {"cpu", "meta"}:
+        torch.get_device_module(kind).synchronize()
+
+
 class RandomStates:
     """The states of the random generators of torch (CPU and the model's devices), numpy and Python."""
 

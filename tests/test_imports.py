@@ -34,7 +34,7 @@ ALLOWED = {
     },
     "analysis": {"record"},
     "report": {"analysis", "record", "report", "spectrum"},
-    "callbacks": {"callbacks", "errors", "kinds", "layers", "loss", "measure", "quiet", "record", "spectrum"},
+    "callbacks": {"batch", "callbacks", "errors", "kinds", "layers", "loss", "measure", "quiet", "record", "spectrum"},
     "demo": {"callbacks", "demo", "record", "report"},
     "cli": {"", "demo"},
     "__init__": {"callbacks", "errors", "fits", "measure", "record", "spectrum", "svd"},

@@ -92,9 +92,9 @@ def test_probes_count_optimizer_steps_and_take_the_first_micro_batch(accumulate,
     seen = []
 
     class Watched(SpectralProbe):
-        def _measure(self, trainer, module, batch, batch_idx, step):
+        def _measure(self, trainer, module, batches, batch_idx, step):
             seen.append((step, trainer.fit_loop.epoch_loop.batch_idx, module.net[0].weight.clone()))
-            return super()._measure(trainer, module, batch, batch_idx, step)
+            return super()._measure(trainer, module, batches, batch_idx, step)
 
     module, probe = Tiny(), Watched(every_n_steps=every)
     start = module.net[0].weight.clone()

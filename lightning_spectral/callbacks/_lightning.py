@@ -42,6 +42,15 @@ def optimizer_steps(trainer: Any) -> int:
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
 
 
+def steps_in_all(trainer: Any) -> float:
+    """Optimizer steps of the whole run; infinite where its end is not a number of steps."""
+    try:
+        return float(trainer.estimated_stepping_batches)
+    except Exception:
+        # A Trainer that cannot tell raises a class of its own package.
+        return float("inf")
+
+
 def sharded(trainer: Any) -> str | None:
     """The name of the Trainer's strategy if it splits parameters over processes."""
     name = type(trainer.strategy).__name__

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, sharded
+from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, sharded, steps_in_all
+from lightning_spectral.callbacks.batches import BatchChoice, BatchSource
+from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, NoMatrixError, check_kinds, check_selection, find_layers
 from lightning_spectral.loss import LossFunction, resolve_loss
 from lightning_spectral.measure import check_options, measure_quietly
-from lightning_spectral.quiet import Mode, Precision
+from lightning_spectral.quiet import Mode, Precision, synchronize
 from lightning_spectral.record import REPORT_KEYS, SpectralReport
 from lightning_spectral.spectrum import LAYER_KEYS
 
@@ -25,17 +28,22 @@ logger = logging.getLogger(__name__)
 
 PROBE_KEYS: dict[str, str] = {
     "probe_seconds": "wall time of the probe",
+    "probe_overhead": "share of wall time that all probes took so far",
     "failed_probes": "probes since the start that measured nothing",
 }
+STEPS_TO_JUDGE = 4
+"""Steps after the first probe from which on the length of the whole run is foretold."""
+
 LOGGED_LAYERS = 24
 """How many layers `log_layers="auto"` logs one by one: what a chart shows apart."""
 
 
 class SpectralProbe(AnyCallback):
-    """Measure alpha, gamma, s and the participation ratios of every layer each N optimizer steps, and log them.
+    """Measure alpha, gamma, s and the participation ratios of every layer while a network trains, and log them.
 
-    The probe runs before the step, on the batch about to be trained on and, with gradient accumulation, on the first
-    micro-batch of a window; gradient and curvature are those of one loss on that batch. Training goes on as if it had
+    The probe runs before an optimizer step, on the batch about to be trained on and, with gradient accumulation, on the
+    first micro-batch of a window; gradient and curvature are those of one loss on that batch. It probes before the
+    first step and then as often as ``max_overhead`` allows, or at fixed steps. Training goes on as if it had
     not been there: weights, buffers, optimizer, gradients, metrics and random states are bit-identical. What it cannot
     measure it logs as NaN, with a count, and warns about once per cause; it never stops training.
 
@@ -45,7 +53,8 @@ class SpectralProbe(AnyCallback):
     In distributed training each process measures its own batch, and the first one logs.
 
     Args:
-        every_n_steps: probe before optimizer step 0, N, 2 N, ...
+        every_n_steps: probe before optimizer step 0, N, 2 N, ... whatever it costs; None: by max_overhead.
+        max_overhead: share of wall time, validation and all, that probes may take from the second one on.
         top_k: directions per layer.
         curvature: "exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at
             once; "sketch", a product per direction for all layers, with standard errors; "auto", the fastest of them
@@ -55,7 +64,14 @@ class SpectralProbe(AnyCallback):
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
             apart; or pattern -> their three numbers of rows.
         mode: "eval" or "train": BatchNorm's statistics and dropout in the measurement.
-        max_samples: measure on the first so many samples of the batch; None: on all.
+        max_samples: measure on the first so many samples of each batch; None: on all.
+        batch: "train", the batch about to be trained on; "fixed", the first of the run, kept in the CPU's memory, so
+            that curves are steadier (after a resume, the first one then); or a DataLoader, whose first batch is kept.
+        n_batches: average gradient and curvature over so many batches: those from the probe's step on, measured before
+            the last of them, or the first ones. Gradient accumulation over as many makes it the step's whole batch.
+        fixed_samples: with batch="fixed", keep as many batches as hold so many samples instead.
+        micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
+            times a training step's. Out of memory, a probe tries again with half as many, twice.
         precision: "float32" or "float64", the lowest precision to compute in, whatever the Trainer's.
         loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
             automatic optimization.
@@ -73,7 +89,8 @@ class SpectralProbe(AnyCallback):
 
     def __init__(
         self,
-        every_n_steps: int = 100,
+        every_n_steps: int | None = None,
+        max_overhead: float = 0.05,
         top_k: int = 20,
         curvature: str = "auto",
         layers: LayerSelection = None,
@@ -82,6 +99,10 @@ class SpectralProbe(AnyCallback):
         fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
         mode: Mode = "eval",
         max_samples: int | None = None,
+        batch: BatchChoice = "train",
+        n_batches: int = 1,
+        fixed_samples: int | None = None,
+        micro_batch_size: int | None = None,
         precision: Precision = "float32",
         loss_fn: LossFunction | None = None,
         log_layers: str | Sequence[str] = "auto",
@@ -89,9 +110,18 @@ class SpectralProbe(AnyCallback):
         history_size: int = 100,
     ) -> None:
         super().__init__()
-        check_options(top_k=top_k, curvature=curvature, mode=mode, max_samples=max_samples, precision=precision)
+        check_options(
+            top_k=top_k,
+            curvature=curvature,
+            mode=mode,
+            max_samples=max_samples,
+            precision=precision,
+            micro_batch_size=micro_batch_size,
+        )
         check_kinds(kinds or {})
-        self.every_n_steps = _at_least_one("every_n_steps", every_n_steps)
+        self.every_n_steps = None if every_n_steps is None else _at_least_one("every_n_steps", every_n_steps)
+        self.budget = Budget(max_overhead)
+        self.source = BatchSource(batch, n_batches, fixed_samples)
         self.history: deque[SpectralReport] = deque(maxlen=_at_least_one("history_size", history_size))
         if not prefix or prefix != prefix.strip("/"):
             raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
@@ -112,13 +142,16 @@ class SpectralProbe(AnyCallback):
             "mode": mode,
             "max_samples": max_samples,
             "precision": precision,
-            "micro_batch_size": None,
+            "micro_batch_size": micro_batch_size,
         }
         self.probes = 0
         self.failed_probes = 0
         self._disabled = False
         self._last_report: SpectralReport | None = None
         self._window: int | None = None
+        self._collecting = False
+        self._judged = False
+        self._agreed: Callable[[int], int] = int
         self._warned: set[str] = set()
         self._chosen = ""
 
@@ -133,13 +166,21 @@ class SpectralProbe(AnyCallback):
         return self._last_report
 
     def should_measure(self, step: int) -> bool:
-        """Whether to probe before optimizer step ``step``, counted from 0. Override for another schedule."""
+        """Whether to probe before optimizer step ``step``, counted from 0 and asked for once.
+
+        Override for another schedule. In distributed training every process must give the same answer.
+        """
+        if self.every_n_steps is None:
+            return self.budget.due(step, self._agreed)
         return step % self.every_n_steps == 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check what depends on the module, before the first step: a pattern without a layer, a loss not known."""
         self._window = None
+        self._collecting = False
         self._disabled = False
+        self.source.forget()
+        self.source.check_loader()
         if strategy := sharded(trainer):
             self._disable(f"{strategy} splits parameters over processes, where the probe cannot measure")
             return
@@ -157,25 +198,48 @@ class SpectralProbe(AnyCallback):
             names = ", ".join(list(found.layers)[:8])
             raise ValueError(f"log_layers: {self.log_layers!r} matches no layer; the layers measured are {names}")
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the clock."""
+        self._agreed = trainer.strategy.broadcast if trainer.world_size > 1 else int
+        self._judged = False
+        self.budget.start(optimizer_steps(trainer))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop the clock, and say if one probe took more than the whole run allows."""
+        self._judge(trainer, optimizer_steps(trainer), ended=True)
+        self.budget.stop()
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Probe, if it is time, before the step on this batch."""
+        if self._disabled:
+            return
         step = optimizer_steps(trainer)
-        if self._disabled or step == self._window:
+        if step != self._window:
+            self._window = step
+            self._judge(trainer, step)
+            self._collecting |= self.should_measure(step)
+        if not self._collecting and not self.source.collects:
             return
-        self._window = step
-        if not self.should_measure(step):
-            return
+        synchronize(pl_module.parameters())
         started = time.perf_counter()
-        report = self._measure(trainer, pl_module, batch, batch_idx, step)
+        batches = self._batches(trainer, pl_module, batch)
+        if batches is None or not self._collecting:
+            return
+        self._collecting = False
+        report = self._measure(trainer, pl_module, batches, batch_idx, step)
+        synchronize(pl_module.parameters())
         self.probes += 1
         self.failed_probes += report is None
-        scalars = self._scalars(report) | {"probe_seconds": time.perf_counter() - started}
+        self.budget.probed(step, time.perf_counter() - started)
+        cost = {"probe_seconds": self.budget.last_seconds, "probe_overhead": self.budget.overhead}
+        scalars = self._scalars(report) | cost
         self._log(trainer, {f"{self.prefix}/{key}": value for key, value in scalars.items()}, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and last report, as plain values that load with weights_only=True."""
         return {
             "every_n_steps": self.every_n_steps,
+            "budget": self.budget.state_dict(),
             "probes": self.probes,
             "failed_probes": self.failed_probes,
             "last_report": None if self._last_report is None else self._last_report.to_dict(),
@@ -188,6 +252,13 @@ class SpectralProbe(AnyCallback):
             self._warn_once(
                 f"the checkpoint was written with every_n_steps={every}; going on with {self.every_n_steps}"
             )
+        if "budget" in state_dict:
+            self.budget.load_state_dict(state_dict["budget"])
+        if self.source.choice == "fixed":
+            self._warn_once(
+                "batch='fixed' keeps the first batches after the resume, not those before it; "
+                "a DataLoader as batch gives the same ones"
+            )
         self.probes, self.failed_probes = state_dict.get("probes", 0), state_dict.get("failed_probes", 0)
         saved = state_dict.get("last_report")
         try:
@@ -198,9 +269,43 @@ class SpectralProbe(AnyCallback):
                 f"the checkpoint's last report cannot be read ({error}); there is none until the next probe"
             )
 
-    def _measure(self, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> SpectralReport | None:
+    def _batches(self, trainer: Any, module: Any, batch: Any) -> Sequence[Any] | None:
         try:
-            report = measure_quietly(module, [batch], self.loss_fn, batch_idx=batch_idx, **self.options)
+            if self.source.collects:
+                self.source.collect(batch)
+            if not self._collecting:
+                return None
+            return self.source.batches(batch, module, trainer.strategy.batch_to_device)
+        except Exception as error:
+            self._disable(f"its batches cannot be had: {error}")
+            return None
+
+    def _judge(self, trainer: Any, step: int, *, ended: bool = False) -> None:
+        """Say once if one probe takes more than the budget of the whole run, as soon as its length is known."""
+        budget, first = self.budget, self.budget.last_step
+        if self._judged or first is None or self.every_n_steps is not None:
+            return
+        if self.probes != 1 or step - first < (1 if ended else STEPS_TO_JUDGE):
+            return
+        self._judged = True
+        left = 0.0 if ended else steps_in_all(trainer) - step
+        seconds = budget.wall_seconds + left * budget.step_seconds(step)
+        allowed = budget.max_overhead * seconds
+        if not math.isfinite(seconds) or budget.last_seconds <= allowed:
+            return
+        n = self._last_report.n_samples if self._last_report is not None else None
+        fewer = "fewer samples" if n is None else f"about {max(1, int(n * allowed / budget.last_seconds))} of {n}"
+        self._warn_once(
+            f"one probe took {budget.last_seconds:.2g} s, more than the max_overhead={budget.max_overhead:g} of this "
+            f"whole run of about {seconds:.2g} s, so there will be no other; set max_samples ({fewer}), "
+            "fewer layers or a smaller top_k, a larger max_overhead, or every_n_steps"
+        )
+
+    def _measure(
+        self, trainer: Any, module: Any, batches: Sequence[Any], batch_idx: int, step: int
+    ) -> SpectralReport | None:
+        try:
+            report = measure_quietly(module, batches, self.loss_fn, batch_idx=batch_idx, **self.options)
         except Exception as error:
             # Whatever goes wrong in here, the training run is not ours to end.
             self._warn_once(f"nothing was measured at step {step}: {type(error).__name__}: {error}")

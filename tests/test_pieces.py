@@ -1,0 +1,267 @@
+"""Measuring in pieces, over several batches, and again where memory runs out, against one go in float64."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import cross_entropy, vectors
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_spectral import MeasurementError, measure_spectra
+from lightning_spectral.batch import HeldBatches
+from lightning_spectral.curvature import Curvatures
+from lightning_spectral.memory import TRIES
+from lightning_spectral.pieces import joined
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+
+SAMPLES = 48
+METHODS = ("exact", "ggn", "sketch")
+
+
+def relu_mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
+
+
+def gelu_mlp():
+    sizes = (6, 8, 8, 8, 5)
+    layers = [part for i in range(4) for part in (nn.Linear(sizes[i], sizes[i + 1]), nn.GELU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def batch_of(samples=SAMPLES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 5, (samples,), generator=generator)
+
+
+def summed(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+def ignoring(model, batch):
+    """A mean over the targets that count, of which pieces hold different numbers."""
+    return F.cross_entropy(model(batch[0]), batch[2])
+
+
+def by_hand(model, batch):
+    return (model(batch[0]).square().sum(1) * (1 + batch[1])).mean()
+
+
+def close(found, expected, rtol=1e-9):
+    assert found.layers.keys() == expected.layers.keys()
+    assert found.loss == pytest.approx(expected.loss, rel=1e-9)
+    for name, layer in expected.layers.items():
+        torch.testing.assert_close(found.layers[name].sigma, layer.sigma, rtol=rtol, atol=1e-12)
+        torch.testing.assert_close(found.layers[name].h, layer.h, rtol=rtol, atol=1e-12, equal_nan=True)
+
+
+def ignored_labels():
+    """Two of three targets in the first half are ignored, none in the second."""
+    x, y = batch_of()
+    labels = y.clone()
+    labels[: SAMPLES // 2][torch.arange(SAMPLES // 2) % 3 > 0] = -100
+    return x, y, labels
+
+
+@pytest.mark.parametrize("size", [1, 7, 24, 48, 1000])
+@pytest.mark.parametrize("method", ["exact", "ggn", "auto"])
+def test_pieces_of_any_size_give_the_same(method, size):
+    model, batch = relu_mlp().double(), batch_of()
+    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4, micro_batch_size=SAMPLES)
+    found = measure_spectra(model, batch, cross_entropy, curvature=method, top_k=4, micro_batch_size=size)
+    close(found, expected)
+    assert (found.micro_batch_size, found.n_samples, found.n_batches) == (min(size, SAMPLES), SAMPLES, 1)
+
+
+@pytest.mark.parametrize("loss", [summed, ignoring, by_hand])
+def test_weights_of_pieces_are_those_of_the_loss(loss):
+    model, batch = gelu_mlp().double(), ignored_labels()
+    expected = measure_spectra(model, batch, loss, curvature="exact", top_k=4, micro_batch_size=SAMPLES)
+    close(measure_spectra(model, batch, loss, curvature="exact", top_k=4, micro_batch_size=10), expected)
+
+
+def test_pieces_without_a_target_are_left_out():
+    model, (x, _, labels) = gelu_mlp().double(), ignored_labels()
+    labels[:16] = -100
+    batch = (x, labels)
+    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4, micro_batch_size=SAMPLES)
+    close(measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4, micro_batch_size=8), expected)
+
+
+def batch_norm():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 5))
+
+
+def fixed_view(model, batch):
+    return F.cross_entropy(model(batch[0]).view(4, SAMPLES // 4, 5).flatten(0, 1), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "mode", "message"),
+    [
+        (batch_norm, cross_entropy, "train", r"micro_batch_size: the loss of the batch, .* is neither a mean nor the"),
+        (relu_mlp, fixed_view, "eval", r"micro_batch_size: the loss fails on samples 0 to 24 .*RuntimeError: shape"),
+        (relu_mlp, lambda m, b: m(b[0]), "eval", "the loss of the batch is no scalar|must be a scalar, got shape"),
+    ],
+)
+def test_losses_that_have_no_pieces_are_measured_whole_unless_pieces_were_asked_for(model, loss, mode, message):
+    model, batch = model().double(), batch_of()
+    with pytest.raises(MeasurementError, match=message):
+        measure_spectra(model, batch, loss, curvature="exact", mode=mode, top_k=4, micro_batch_size=24)
+    if loss(model, batch).numel() == 1:
+        found = measure_spectra(model, batch, loss, curvature="exact", mode=mode, top_k=4)
+        assert found.micro_batch_size == SAMPLES
+
+
+def test_a_batch_that_cannot_be_cut():
+    model, (x, y) = relu_mlp().double(), batch_of()
+    uneven = (x, y, torch.zeros(3))
+    assert measure_spectra(model, uneven, cross_entropy, curvature="exact", top_k=2).micro_batch_size is None
+    with pytest.raises(MeasurementError, match=r"micro_batch_size: the batch cannot be cut by samples"):
+        measure_spectra(model, uneven, cross_entropy, micro_batch_size=4)
+
+
+def test_default_pieces_keep_to_the_memory_aimed_at():
+    model, batch = gelu_mlp().double(), batch_of()
+    sizes = {m: measure_spectra(model, batch, cross_entropy, curvature=m, top_k=2).micro_batch_size for m in METHODS}
+    assert sizes["ggn"] == SAMPLES
+    assert sizes["sketch"] < sizes["exact"] < SAMPLES
+
+
+@pytest.mark.parametrize("size", [48, 24, 13])
+def test_sketches_of_pieces_are_unbiased_and_their_errors_calibrated(size):
+    model, batch = gelu_mlp().double(), batch_of()
+    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4)
+    found = measure_spectra(model, batch, cross_entropy, curvature="sketch", top_k=4, micro_batch_size=size)
+    z = torch.cat([(found.layers[n].h - x.h) / found.layers[n].h_stderr for n, x in expected.layers.items()])
+    assert z.square().mean() < 4
+    assert z.abs().max() > 0
+
+
+def test_several_batches_are_averaged_by_their_samples():
+    model, loss = gelu_mlp().double(), cross_entropy
+    x, y = batch_of(40)
+    loader = DataLoader(TensorDataset(x, y), batch_size=16)
+    expected = measure_spectra(model, (x, y), loss, curvature="exact", top_k=4)
+    state = torch.get_rng_state()
+    found = measure_spectra(model, loader, loss, curvature="exact", top_k=4, n_batches=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    close(found, expected)
+    assert (found.n_batches, found.n_samples) == (3, 40)
+    first = measure_spectra(model, loader, loss, curvature="exact", top_k=4)
+    close(first, measure_spectra(model, (x[:16], y[:16]), loss, curvature="exact", top_k=4))
+    pieces = measure_spectra(model, loader, loss, curvature="ggn", top_k=4, n_batches=3, micro_batch_size=5)
+    close(pieces, measure_spectra(model, (x, y), loss, curvature="ggn", top_k=4))
+
+
+@pytest.mark.parametrize(
+    ("batch", "n_batches", "message"),
+    [
+        (DataLoader(TensorDataset(*batch_of(8)), batch_size=4), 3, "3 batches were asked for, and the .* has 2"),
+        (batch_of(8), 2, "n_batches=2 needs a DataLoader as batch, got tuple"),
+        (batch_of(8), 0, "n_batches must be a whole number of at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_bad_numbers_of_batches(batch, n_batches, message):
+    with pytest.raises(ValueError, match=message):
+        measure_spectra(relu_mlp().double(), batch, cross_entropy, n_batches=n_batches)
+
+
+def test_micro_batch_size_must_be_positive():
+    with pytest.raises(ValueError, match="micro_batch_size must be None or a whole number of at least 1, got 0"):
+        measure_spectra(relu_mlp(), vectors(), cross_entropy, micro_batch_size=0)
+
+
+class OutOfMemory:
+    """Raises in ``torch.autograd.grad`` while a graph of more than so many samples is differentiated."""
+
+    def __init__(self, monkeypatch, most, error=torch.OutOfMemoryError):
+        self.sizes, self.graphs, grad = [], [], torch.autograd.grad
+        self.current = 0
+
+        def limited(*args, **kwargs):
+            if self.current > most:
+                raise error("out of memory: tried to allocate 2.00 GiB")
+            return grad(*args, **kwargs)
+
+        monkeypatch.setattr(torch.autograd, "grad", limited)
+
+    def loss(self, model, batch):
+        self.current = len(batch[0])
+        value = cross_entropy(model, batch)
+        if torch.is_grad_enabled():
+            self.sizes.append(self.current)
+            self.graphs.append(weakref.ref(value))
+        return value
+
+
+@pytest.mark.parametrize("method", ["exact", "ggn", "sketch", "auto"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_out_of_memory_is_met_with_smaller_pieces(monkeypatch, method, error):
+    model, batch = relu_mlp().double(), batch_of()
+    expected = measure_spectra(model, batch, cross_entropy, curvature="ggn", top_k=4)
+    short = OutOfMemory(monkeypatch, 12, error)
+    found = measure_spectra(model, batch, short.loss, curvature=method, top_k=4)
+    assert found.micro_batch_size == 12
+    if method != "sketch":
+        close(found, expected)
+    gc.collect()
+    assert all(graph() is None for graph in short.graphs)
+
+
+def test_out_of_memory_ends_after_three_tries(monkeypatch):
+    short = OutOfMemory(monkeypatch, 0)
+    with pytest.raises(MeasurementError, match=r"out of memory with 48 samples at once, with 24 .*, with 12 .*max_sam"):
+        measure_spectra(relu_mlp().double(), batch_of(), short.loss, micro_batch_size=SAMPLES)
+    assert TRIES == 3
+
+
+def test_out_of_memory_where_there_are_no_pieces(monkeypatch):
+    short = OutOfMemory(monkeypatch, 24)
+    model, batch = batch_norm().double(), batch_of()
+    with pytest.raises(MeasurementError, match=r"out of memory with 48 samples at once, and no smaller pieces: micro"):
+        measure_spectra(model, batch, short.loss, mode="train", curvature="ggn")
+    alone = tuple(t[:1] for t in batch)
+    with pytest.raises(MeasurementError, match=r"out of memory with 1 samples at once; measure fewer"):
+        measure_spectra(relu_mlp().double(), alone, OutOfMemory(monkeypatch, 0).loss)
+
+
+def test_other_errors_are_no_lack_of_memory():
+    calls = []
+
+    def fails(model, batch):
+        calls.append(1)
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        measure_spectra(relu_mlp(), batch_of(), fails, micro_batch_size=SAMPLES)
+    assert len(calls) == 1
+
+
+def test_joined_curvatures():
+    a = Curvatures({"w": torch.tensor([1.0, 2.0])}, "ggn", {}, {"w": torch.tensor([0.3, 0.4])}, notes=("n",))
+    b = Curvatures({"w": torch.tensor([3.0, 6.0])}, "exact", {}, {}, notes=("n", "m"), check_error=0.1, chosen="b")
+    both = joined([a, b], [0.25, 0.75])
+    torch.testing.assert_close(both.h["w"], torch.tensor([2.5, 5.0]))
+    torch.testing.assert_close(both.stderr["w"], torch.tensor([0.075, 0.1]))
+    assert (both.methods["w"], both.notes, both.check_error, both.chosen) == ("ggn+exact", ("n", "m"), 0.1, "b")
+    failed = joined([a, Curvatures({"w": torch.zeros(2)}, "exact", {"w": "no"})], [0.5, 0.5])
+    assert failed.h["w"].isnan().all()
+    assert failed.failed == {"w": "no"}
+
+
+def test_held_batches_are_copies_that_come_back_as_they_were():
+    x = torch.ones(3)
+    held = HeldBatches([{"x": x, "name": "n"}])
+    x.zero_()
+    assert (len(held), held[0]["name"]) == (1, "n")
+    assert torch.equal(held[0]["x"], torch.ones(3))
+    held[0]["x"].zero_()
+    moved = HeldBatches([(torch.ones(2),)], torch.device("meta"))
+    assert moved[0][0].device.type == "meta"

@@ -1,0 +1,424 @@
+"""When a probe measures, and which batches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from modules import ConvNet, fit
+from pytorch_lightning.loggers.logger import DummyLogger
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from lightning_spectral import SpectralProbe, SpectralWarning, measure_spectra
+from lightning_spectral.callbacks.schedule import Budget
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def simulated(steps, step_seconds, probe_seconds, max_overhead=0.05, budget=None, clock=None, first=0):
+    """The steps at which a budget probes, the share of wall time after each, and the budget."""
+    clock = clock or Clock()
+    if budget is None:
+        budget = Budget(max_overhead, clock)
+        budget.start(0)
+    probed, shares = [], []
+    for step in range(first, steps):
+        if budget.due(step):
+            seconds = probe_seconds(step) if callable(probe_seconds) else probe_seconds
+            clock.now += seconds
+            budget.probed(step, seconds)
+            probed.append(step)
+            shares.append(budget.overhead)
+        clock.now += step_seconds(step) if callable(step_seconds) else step_seconds
+    return probed, shares, budget
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("probe_seconds", [0.02, 0.1, 0.7])
+def test_probes_keep_to_their_share_of_wall_time(share, probe_seconds):
+    probed, shares, budget = simulated(40_000, 0.01, probe_seconds, share)
+    assert probed[0] == 0
+    assert len(probed) > 2
+    assert max(shares[1:]) <= share
+    assert budget.overhead > 0.75 * share
+    assert all(b - a >= probe_seconds * (1 / share - 1) / 0.01 - 1 for a, b in itertools.pairwise(probed))
+
+
+def test_the_share_holds_when_steps_and_probes_change_their_pace():
+    for step_seconds in (lambda step: 0.1 if step < 300 else 0.01, lambda step: 0.01 if step < 3000 else 0.1):
+        _, shares, _ = simulated(10_000, step_seconds, lambda step: 0.5 if step < 2000 else 0.1)
+        assert max(shares[1:]) <= 0.05 + 1e-9
+
+
+def test_time_is_looked_at_rarely():
+    clock = Clock()
+    looks = []
+
+    class Watched(Budget):
+        def missing(self):
+            looks.append(1)
+            return super().missing()
+
+    budget = Watched(0.05, clock)
+    budget.start(0)
+    probed, _, _ = simulated(10_000, 0.01, 1.0, budget=budget, clock=clock)
+    assert len(looks) <= 16 * len(probed)
+
+
+def test_a_long_pause_is_not_spent_on_a_burst_of_probes():
+    probed, _, _ = simulated(20_000, lambda step: 600.0 if step == 5000 else 0.01, 0.1)
+    assert all(b - a >= 180 for a, b in itertools.pairwise(probed) if a > 5000)
+
+
+def test_a_budget_goes_on_where_its_state_left_it():
+    clock = Clock()
+    # Powers of two, so that no time is rounded.
+    whole, _, _ = simulated(4000, 2**-7, 2**-2, 2**-4)
+    head, _, budget = simulated(1777, 2**-7, 2**-2, 2**-4, clock=clock)
+    state = budget.state_dict()
+    clock.now += 1e6
+    resumed = Budget(2**-4, clock)
+    resumed.load_state_dict(state)
+    clock.now += 1e6
+    resumed.start(1777)
+    tail, _, _ = simulated(4000, 2**-7, 2**-2, budget=resumed, clock=clock, first=1777)
+    assert head + tail == whole
+    assert len(head) > 1
+    assert len(tail) > 1
+    assert resumed.state_dict().keys() == state.keys()
+
+
+def test_time_between_two_fits_does_not_count_and_a_new_training_begins_anew():
+    clock = Clock()
+    _, _, budget = simulated(100, 0.01, 0.1, clock=clock)
+    budget.stop()
+    wall = budget.wall_seconds
+    clock.now += 1e6
+    assert budget.wall_seconds == wall
+    budget.start(100)
+    assert budget.wall_seconds == wall
+    budget.start(0)
+    assert budget.due(0)
+    assert (budget.probe_seconds, budget.wall_seconds) == (0.0, 0.0)
+
+
+def test_every_process_waits_as_long_as_the_first():
+    clock = Clock()
+    budget = Budget(0.05, clock)
+    budget.start(0)
+    assert budget.due(0, lambda wait: wait)
+    budget.probed(0, 1.0)
+    clock.now += 1000.0
+    assert not budget.due(1, lambda wait: 5)
+    assert not budget.due(5)
+    assert budget.due(6)
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 2, "5 %", None])
+def test_a_share_lies_between_0_and_1(share):
+    with pytest.raises(ValueError, match="max_overhead must be a share of wall time, between 0 and 1, got"):
+        SpectralProbe(max_overhead=share)
+
+
+class Rows(DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        if any(key.startswith("spectral") for key in metrics):
+            self.rows.append((step, metrics))
+
+
+class Slow(pl.LightningModule):
+    """Steps that take at least a known time."""
+
+    def __init__(self, seconds=0.0):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+        self.seconds = seconds
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def on_train_batch_end(self, *args):
+        time.sleep(self.seconds)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+class Numbered(Dataset):
+    """Batches that tell their number."""
+
+    def __init__(self, n=400, size=8):
+        self.n, self.size = n, size
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        generator = torch.Generator().manual_seed(i)
+        return torch.randn(self.size, 6, generator=generator), torch.full((self.size,), i % 5)
+
+
+def batches(*numbers, size=8):
+    parts = [Numbered(size=size)[i] for i in numbers]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def fit_numbered(probe, module=None, steps=4, logger=False, **options):
+    trainer = pl.Trainer(
+        max_steps=steps, max_epochs=-1, callbacks=[probe], logger=logger, accelerator="cpu", log_every_n_steps=1,
+        enable_progress_bar=False, enable_model_summary=False, **{"enable_checkpointing": False, **options},
+    )  # fmt: skip
+    trainer.fit(module or Slow(), DataLoader(Numbered(), batch_size=None))
+    return trainer
+
+
+def test_the_default_keeps_to_its_budget_in_training():
+    logger, probe = Rows(), SpectralProbe(max_overhead=0.2, top_k=2)
+    fit_numbered(probe, Slow(0.02), steps=120, logger=[logger])
+    assert probe.every_n_steps is None
+    steps = [step for step, _ in logger.rows]
+    assert steps[0] == 0
+    assert 1 < len(steps) < 60
+    shares = [row["spectral/probe_overhead"] for _, row in logger.rows]
+    assert all(0 < share <= 0.2 + 1e-9 for share in shares[1:])
+    spent = sum(row["spectral/probe_seconds"] for _, row in logger.rows)
+    assert spent == pytest.approx(probe.budget.probe_seconds)
+
+
+def test_fixed_steps_cost_what_they_cost():
+    logger, probe = Rows(), SpectralProbe(every_n_steps=1, max_overhead=0.01, top_k=2)
+    fit_numbered(probe, steps=5, logger=[logger])
+    assert [step for step, _ in logger.rows] == [0, 1, 2, 3, 4]
+    assert logger.rows[-1][1]["spectral/probe_overhead"] > 0.01
+
+
+def test_the_schedule_survives_a_checkpoint(tmp_path):
+    probe = SpectralProbe(max_overhead=0.05, top_k=2)
+    trainer = fit_numbered(probe, steps=3)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = probe.budget.state_dict()
+    again = SpectralProbe(max_overhead=0.05, top_k=2)
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, module):
+            seen.append(again.budget.state_dict())
+
+    trainer = pl.Trainer(
+        max_steps=4, max_epochs=-1, callbacks=[again, Look()], logger=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Slow(), DataLoader(Numbered(), batch_size=None), ckpt_path=tmp_path / "a.ckpt")
+    assert seen[0]["last_step"] == saved["last_step"] == 0
+    assert seen[0]["probe_seconds"] == saved["probe_seconds"]
+    assert seen[0]["wall_seconds"] == pytest.approx(saved["wall_seconds"], abs=2.0)
+    assert again.budget.last_step == (0 if again.probes == 1 else 3)
+
+
+def costly(monkeypatch, seconds):
+    """Make the clock of the probe say that each takes so long."""
+    real = Budget.probed
+    monkeypatch.setattr(Budget, "probed", lambda self, step, _: real(self, step, seconds))
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+def test_a_probe_that_exceeds_the_whole_budget_is_told_once(monkeypatch, steps):
+    costly(monkeypatch, 50.0)
+    probe = SpectralProbe(top_k=2)
+    with pytest.warns(
+        SpectralWarning, match=r"one probe took 50 s, more than the max_overhead=0.05 of this whole"
+    ) as w:
+        fit_numbered(probe, steps=steps)
+    assert len([x for x in w if "one probe took" in str(x.message)]) == 1
+    assert any("set max_samples (about 1 of 8)" in str(x.message) for x in w)
+    assert probe.probes == 1
+
+
+def test_no_such_warning_where_the_run_is_long_enough_or_has_no_known_end(monkeypatch, recwarn):
+    costly(monkeypatch, 1e-6)
+    fit_numbered(SpectralProbe(top_k=2), steps=6)
+    costly(monkeypatch, 50.0)
+    fit_numbered(SpectralProbe(top_k=2, every_n_steps=3), steps=6)
+
+    class Endless(SpectralProbe):
+        def on_train_end(self, trainer, module):
+            pass
+
+    fit_numbered(Endless(top_k=2), steps=-1, max_time={"seconds": 1})
+    assert not [w for w in recwarn if "one probe took" in str(w.message)]
+
+
+def spectra_of(batch, module=None, **options):
+    return measure_spectra(module or Slow(), batch, lambda m, b: F.cross_entropy(m.net(b[0]), b[1]), top_k=3, **options)
+
+
+def same(a, b, rtol=1e-4):
+    for name, layer in a.layers.items():
+        torch.testing.assert_close(layer.sigma, b.layers[name].sigma, rtol=rtol, atol=1e-9)
+        torch.testing.assert_close(layer.h, b.layers[name].h, rtol=rtol, atol=1e-7, equal_nan=True)
+
+
+class Frozen(Slow):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_batches_from_the_probes_step_on_are_averaged():
+    module = Frozen()
+    probe = SpectralProbe(every_n_steps=4, n_batches=3, top_k=3)
+    fit_numbered(probe, module, steps=9)
+    assert [report.step for report in probe.history] == [2, 6]
+    assert [report.n_batches for report in probe.history] == [3, 3]
+    same(probe.history[0], spectra_of(batches(0, 1, 2), module))
+    same(probe.history[1], spectra_of(batches(4, 5, 6), module))
+
+
+def test_as_many_batches_as_are_accumulated_are_the_steps_whole_batch():
+    module, probe = Slow(), SpectralProbe(every_n_steps=1, n_batches=4, top_k=3)
+    start = spectra_of(batches(0, 1, 2, 3), module)
+    fit_numbered(probe, module, steps=2, accumulate_grad_batches=4)
+    assert [report.step for report in probe.history] == [0, 1]
+    same(probe.history[0], start)
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers", "first", "samples"),
+    [
+        ({}, (0,), 0, 8),
+        ({"n_batches": 2}, (0, 1), 1, 16),
+        ({"fixed_samples": 20}, (0, 1, 2), 2, 20),
+        ({"fixed_samples": 5}, (0,), 0, 5),
+        ({"n_batches": 2, "max_samples": 4}, (0, 1), 1, 8),
+    ],
+)
+def test_fixed_batches_are_the_first_ones(options, numbers, first, samples):
+    module = Frozen()
+    probe = SpectralProbe(every_n_steps=3, batch="fixed", top_k=3, **options)
+    fit_numbered(probe, module, steps=7)
+    assert [report.step for report in probe.history] == [first, 3, 6]
+    for report in probe.history:
+        assert report.n_samples == samples
+        same(report, probe.history[0], rtol=0.0)
+    if "max_samples" not in options:
+        same(probe.history[0], spectra_of(tuple(t[:samples] for t in batches(*numbers)), module))
+
+
+def loader(n=4, size=6):
+    x, y = batches(*range(30, 30 + n), size=size)
+    return DataLoader(TensorDataset(x, y), batch_size=size, shuffle=True)
+
+
+def test_a_loaders_batches_are_fetched_once_and_draw_nothing_from_training():
+    trails = []
+    for callbacks in ([], [SpectralProbe(every_n_steps=2, batch=loader(), n_batches=2, top_k=3)]):
+        torch.manual_seed(5)
+        module = Frozen()
+        trainer = pl.Trainer(
+            max_steps=5, max_epochs=-1, callbacks=callbacks, logger=False, accelerator="cpu",
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(Numbered(), batch_size=None, shuffle=True))
+        trails.append(torch.get_rng_state())
+    assert torch.equal(*trails)
+    history = callbacks[0].history
+    assert [report.n_samples for report in history] == [12, 12, 12]
+    same(history[0], history[-1], rtol=0.0)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([Numbered()[3]])
+
+
+def test_a_loader_that_is_too_short():
+    with pytest.raises(ValueError, match="n_batches: 9 batches were asked for, and the DataLoader has 4"):
+        fit_numbered(SpectralProbe(batch=loader(4), n_batches=9))
+    probe = SpectralProbe(batch=DataLoader(Stream(), batch_size=None), n_batches=2)
+    with pytest.warns(SpectralWarning, match=r"SpectralProbe is off: its batches cannot be had: n_batches: 2 batches"):
+        trainer = fit_numbered(probe)
+    assert trainer.global_step == 4
+    assert probe.probes == 0
+
+
+class Uneven(Dataset):
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, i):
+        x, y = Numbered()[i]
+        return x, y, torch.zeros(3)
+
+
+def test_fixed_samples_need_samples_that_can_be_counted():
+    probe = SpectralProbe(batch="fixed", fixed_samples=10)
+    trainer = pl.Trainer(
+        max_steps=3, max_epochs=-1, callbacks=[probe], logger=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    with pytest.warns(SpectralWarning, match=r"fixed_samples: the tensors of the batch share no leading dimension"):
+        trainer.fit(Slow(), DataLoader(Uneven(), batch_size=None))
+    assert trainer.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": "validation"}, "batch must be 'train', 'fixed' or a DataLoader, got 'validation'"),
+        ({"n_batches": 0}, "n_batches must be a whole number of at least 1, got 0"),
+        ({"batch": "fixed", "fixed_samples": 0}, "fixed_samples must be None or a whole number of at least 1, got 0"),
+        ({"fixed_samples": 8}, "fixed_samples tells how much of batch='fixed' to keep, in place of n_batches"),
+        ({"batch": "fixed", "fixed_samples": 8, "n_batches": 2}, "fixed_samples tells how much"),
+        ({"micro_batch_size": -1}, "micro_batch_size must be None or a whole number of at least 1, got -1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SpectralProbe(**options)
+
+
+def test_a_resume_says_that_the_fixed_batches_are_others():
+    probe = SpectralProbe(batch="fixed")
+    with pytest.warns(SpectralWarning, match="keeps the first batches after the resume"):
+        SpectralProbe(batch="fixed").load_state_dict(probe.state_dict())
+
+
+def test_a_probe_that_runs_out_of_memory_is_skipped_and_training_goes_on(monkeypatch):
+    def none_left(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def fit_once(callbacks):
+        torch.manual_seed(3)
+        module = ConvNet()
+        trainer = fit(module, callbacks, steps=4, logger=[logger])
+        return [p.detach().clone() for p in module.parameters()], trainer.global_step
+
+    logger, probe = Rows(), SpectralProbe(every_n_steps=2)
+    plain, _ = fit_once([])
+    monkeypatch.setattr(torch.autograd, "grad", none_left)
+    with pytest.warns(SpectralWarning, match=r"nothing was measured at step 0: .*out of memory with 16 samples") as w:
+        weights, steps = fit_once([probe])
+    assert len([x for x in w if "out of memory" in str(x.message)]) == 1
+    assert (steps, probe.probes, probe.failed_probes) == (4, 2, 2)
+    assert all(torch.equal(a, b) for a, b in zip(plain, weights, strict=True))
+    assert [step for step, _ in logger.rows] == [0, 2]
+    assert all(math.isnan(row["spectral/alpha_median"]) for _, row in logger.rows)
