@@ -42,7 +42,7 @@ def test_yaml_snippet_builds_a_probe():
     (snippet,) = fences("yaml")
     (callback,) = yaml.safe_load(snippet)["trainer"]["callbacks"]
     assert callback["class_path"] == "lightning_spectral.SpectralProbe"
-    assert SpectralProbe(**callback["init_args"]).every_n_steps == 100
+    assert SpectralProbe(**callback["init_args"]).budget.max_overhead == 0.03
 
 
 def test_every_logged_key_is_documented():
