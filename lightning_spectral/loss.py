@@ -48,7 +48,7 @@ def _training_step_loss(module: nn.Module, batch: Any, batch_idx: int) -> Tensor
     arguments = inspect.signature(step).parameters.values()
     takes_two = len(arguments) > 1 or any(a.kind is a.VAR_POSITIONAL for a in arguments)
     output: Any = step(batch, batch_idx) if takes_two else step(batch)
-    return cast(Tensor, output.get("loss") if isinstance(output, dict) else output)
+    return cast(Tensor, output.get("loss") if isinstance(output, Mapping) else output)
 
 
 def stand_ins(model: nn.Module) -> dict[int, Any]:
