@@ -263,7 +263,7 @@ def _triplets(problem: Problem, gradients: Gradients, top_k: int) -> tuple[dict[
         if gradient is None:
             failed[name] = (
                 "the loss does not depend on it; a loss_fn must use the module it is given, "
-                "and checkpointing must not be reentrant"
+                "and checkpointing needs use_reentrant=False"
             )
             continue
         try:
