@@ -201,8 +201,9 @@ class _Products:
 def _perturbed(problem: Problem, taps: Mapping[str, Tap]) -> tuple[dict[str, Tap], list[Tensor], list[Tensor]]:
     """Another forward pass with zeros added to the layers' outputs: taps on it, the zeros, the gradients in them."""
     leaves = {id(problem.parameters[name]) for name in taps}
-    # Only the zeros are differentiated in; without weights in its graph a product costs a quarter less.
-    weights = [leaf for leaf in problem.parameters.values() if leaf.requires_grad]
+    # Only the zeros are differentiated in; without weights in its graph a product costs a quarter less. What is
+    # checkpointed is computed again in each product, with weights that require a gradient, and must save the same.
+    weights = [leaf for leaf in problem.parameters.values() if leaf.requires_grad and not problem.trace.hooked]
     for leaf in weights:
         leaf.requires_grad_(False)
     try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 Function = Callable[..., Any]
@@ -68,10 +69,12 @@ class Trace:
     Attributes:
         uses: id of a parameter -> the products it took part in.
         losses: the calls of known losses that can be differentiated, in order.
+        hooked: whether activations were saved through hooks, as checkpointing does, which computes them again later.
     """
 
     uses: dict[int, list[Use]] = field(default_factory=dict)
     losses: list[LossCall] = field(default_factory=list)
+    hooked: bool = False
 
 
 class Recorder(TorchFunctionMode):
@@ -87,6 +90,25 @@ class Recorder(TorchFunctionMode):
         self.parameters = parameters
         self.add_zeros = add_zeros
         self.trace = Trace()
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        """Start to note."""
+        enter = saved_tensors_hooks.__enter__
+
+        def noted(hooks: saved_tensors_hooks) -> None:
+            self.trace.hooked = True
+            enter(hooks)
+
+        saved_tensors_hooks.__enter__ = noted  # type: ignore[method-assign]
+        self._undo.callback(setattr, saved_tensors_hooks, "__enter__", enter)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._undo.close()
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
