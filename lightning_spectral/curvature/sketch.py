@@ -20,10 +20,10 @@ from torch import Tensor
 
 from lightning_spectral.curvature.ggn import first_sample_alone, output_hessians
 from lightning_spectral.curvature.opaque import custom_functions
-from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype
+from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype, cause_of
 from lightning_spectral.curvature.taps import REMEDY, Tap, check_samples_apart, groups_of, measured_exactly, tapped
 from lightning_spectral.curvature.trace import Recorder
-from lightning_spectral.errors import MeasurementError
+from lightning_spectral.errors import MeasurementError, SecondDerivativeError
 from lightning_spectral.fits import fit_power_law
 from lightning_spectral.svd import SingularTriplets
 
@@ -44,6 +44,7 @@ class SketchCurvature:
 
     Raises:
         MeasurementError: when called, if samples depend on each other or the batch does not tell their number.
+        SecondDerivativeError: when called, if an operation after some layer has no second derivative.
     """
 
     draws: int = 1
@@ -61,6 +62,17 @@ class SketchCurvature:
             return others
         if names := custom_functions(problem.value):
             raise MeasurementError(f"the network holds custom autograd functions ({', '.join(names)}); {REMEDY}")
+        try:
+            h, stderr = self._measure(problem, taps, directions)
+        except (MeasurementError, torch.cuda.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            raise SecondDerivativeError(cause_of(error)) from error
+        return Curvatures(h | others.h, self.name, others.failed, stderr, others.methods, others.notes)
+
+    def _measure(
+        self, problem: Problem, taps: dict[str, Tap], directions: Mapping[str, SingularTriplets]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         products = _Products(problem, taps, directions, torch.Generator().manual_seed(self.seed))
         try:
             outputs = output_hessians(problem)
@@ -69,8 +81,7 @@ class SketchCurvature:
         else:
             for output in outputs:
                 check_samples_apart(taps, first_sample_alone(output, taps))
-        h, stderr = products.measure(self.draws, self.calibration)
-        return Curvatures(h | others.h, self.name, others.failed, stderr, others.methods, others.notes)
+        return products.measure(self.draws, self.calibration)
 
 
 class _Products:
