@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from twins import block_triplets, dense_hessian, gradient, matrix_entries
 
-from lightning_spectral import SpectralProbe, SpectralWarning, measure_spectra
+from lightning_spectral import MeasurementError, SpectralProbe, SpectralWarning, measure_spectra
 from lightning_spectral.layers import find_layers
 
 # What is left out of a measurement is compared, not told.
@@ -678,6 +678,25 @@ def test_two_probes_of_a_gan_each_on_its_loss():
         assert all(report.layers[layer].h.isfinite().any() for report in probe.history for layer in report.layers)
     with pytest.warns(SpectralWarning, match=r"generator.0.weight, generator.2.weight: the loss does not depend on it"):
         measure_spectra(module, data.batch, lambda m, b: m.discriminator_loss(b))
+
+
+class Detector(Module):
+    """Has losses in train mode and detections in eval mode, as torchvision's models do."""
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        found = {"classes": F.cross_entropy(logits, batch[1])} if self.training else [logits]
+        return sum(found.values())
+
+
+def test_a_training_step_that_needs_train_mode():
+    with pytest.raises(MeasurementError, match=r"in eval mode \(AttributeError: .*measure with mode='train'"):
+        measure_spectra(Detector(Residual()), vectors())
+    probe = SpectralProbe(mode="train")
+    fit(Detector(Residual()), [probe], data=Rows(vectors()), steps=1)
+    assert probe.failed_probes == 0
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        measure_spectra(Detector(nn.Linear(3, 5)), vectors(), mode="train")
 
 
 class Returned(Module):
