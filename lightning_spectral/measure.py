@@ -147,7 +147,7 @@ def measure_quietly(
         precision=precision,
         top_k=top_k,
         seconds=time.perf_counter() - started,
-        warnings=(*notes, *measured.notes),
+        warnings=(*notes, *_casts(problem), *measured.notes),
         chosen=measured.chosen,
         check_error=measured.check_error,
     )
@@ -280,7 +280,17 @@ def _usable(problem: Problem, name: str, triplets: SingularTriplets) -> int:
 
 
 def _eps(problem: Problem, name: str) -> float:
-    return torch.finfo(problem.parameters[name].dtype).eps
+    """Machine epsilon of a layer's gradient: of its type, or of float32 where the network goes down to that or lower.
+
+    Half precision's own would leave no direction of a wide layer; that it is used is told instead.
+    """
+    dtypes = [problem.parameters[name].dtype, *([torch.float32] if problem.trace.casts else [])]
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _casts(problem: Problem) -> list[str]:
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in problem.trace.casts))
+    return [f"the network casts to {names} by itself, and nothing measured is more precise than that"] if names else []
 
 
 def _spectrum(

@@ -699,6 +699,30 @@ def test_a_training_step_that_needs_train_mode():
         measure_spectra(Detector(nn.Linear(3, 5)), vectors(), mode="train")
 
 
+@pytest.mark.parametrize(
+    ("cast", "precision", "told"),
+    [
+        (lambda z: z.float(), "float64", "casts to float32 by itself"),
+        (lambda z: z.to(torch.bfloat16).float(), "float32", "casts to bfloat16 by itself"),
+        (lambda z: z.half().type(torch.float32), "float64", "casts to float16 by itself"),
+        (lambda z: z.float(), "float32", ""),
+        (lambda z: z.double(), "float32", ""),
+        (lambda z: z.detach().half() * 0 + z, "float32", ""),
+    ],
+)
+def test_a_cast_of_the_network_s_own_is_told_and_no_direction_below_float32_counts(cast, precision, told):
+    model, batch = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 5)), vectors()
+    report = measure_spectra(
+        model, batch, lambda m, b: F.cross_entropy(cast(m(b[0])), b[1]), precision=precision, curvature="exact"
+    )
+    assert any(told in text for text in report.warnings) if told else report.warnings == ()
+    layer = report.layers["4.weight"]
+    assert layer.noise_floor == pytest.approx(layer.sigma[0].item() * 8 * torch.finfo(torch.float32).eps)
+    if "bfloat16" not in told and "float16" not in told:
+        # The gradient of a cross-entropy sums to zero over the classes.
+        assert layer.n_usable == 4
+
+
 class Returned(Module):
     def __init__(self, kind):
         super().__init__(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)))

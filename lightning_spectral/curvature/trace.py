@@ -20,6 +20,11 @@ CONVOLUTIONS: tuple[Function, ...] = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED: tuple[Function, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 LOSSES: tuple[Function, ...] = (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss)
 
+CASTS: tuple[Function, ...] = (
+    torch.Tensor.bfloat16, torch.Tensor.float, torch.Tensor.half, torch.Tensor.to, torch.Tensor.type,
+    torch.Tensor.type_as,
+)  # fmt: skip
+
 ARGUMENTS: dict[Function, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     **dict.fromkeys(CONVOLUTIONS, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
@@ -70,11 +75,13 @@ class Trace:
         uses: id of a parameter -> the products it took part in.
         losses: the calls of known losses that can be differentiated, in order.
         hooked: whether activations were saved through hooks, as checkpointing does, which computes them again later.
+        casts: floating types that the network goes down to by itself on the way to the loss.
     """
 
     uses: dict[int, list[Use]] = field(default_factory=dict)
     losses: list[LossCall] = field(default_factory=list)
     hooked: bool = False
+    casts: set[torch.dtype] = field(default_factory=set)
 
 
 class Recorder(TorchFunctionMode):
@@ -121,6 +128,8 @@ class Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func in ARGUMENTS:
             return self._product(func, args, kwargs, output)
+        if func in CASTS and isinstance(output, Tensor) and output.requires_grad and _is_narrower(output, args[0]):
+            self.trace.casts.add(output.dtype)
         if func in LOSSES and isinstance(output, Tensor) and output.requires_grad:
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             tensors = given.pop("input"), given.pop("target")
@@ -154,3 +163,8 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             F.linear = linear
+
+
+def _is_narrower(tensor: Tensor, than: Tensor) -> bool:
+    both = tensor.is_floating_point() and than.is_floating_point()
+    return both and torch.finfo(tensor.dtype).eps > torch.finfo(than.dtype).eps
