@@ -216,6 +216,8 @@ VALUES = st.lists(st.floats(1e-100, 1e100), min_size=1, max_size=30)
 
 @given(values=VALUES, others=st.lists(st.floats(-1e100, 0.0), max_size=5), scale=decades(150))
 @example(values=[1.0] * 30, others=[], scale=1e150)
+@example(values=[1e308] * 5, others=[], scale=1.0)
+@example(values=[1e-308] * 5, others=[], scale=1.0)
 def test_participation_ratio_is_a_number_of_directions(values, others, scale):
     ratio, n = participation_ratio(values), len(values)
     assert ratio * (1 + 1e-12) >= 1
