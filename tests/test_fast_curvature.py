@@ -313,6 +313,18 @@ def bn_train():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
 
 
+class Neighbours(nn.Module):
+    """Every sample but the first sees the others, as the nodes of a graph with one that has no edge."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rest = nn.Linear(6, 6), gelu_mlp()
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.rest(torch.cat([h[:1], h[1:] + h[1:].mean(0)]))
+
+
 def many(n=48):
     return lambda: (torch.randn(n, 6), torch.randint(0, 5, (n,)))
 
@@ -332,6 +344,9 @@ def many(n=48):
         ("ggn", bn_train, cross_entropy, {"mode": "train"}, "samples depend on each other behind 0.weight"),
         ("sketch", bn_train, cross_entropy, {"mode": "train"}, "samples depend on each other behind 0.weight"),
         ("sketch", bn_train, unknown_loss, {"mode": "train"}, "samples depend on each other behind 0.weight"),
+        ("ggn", Neighbours, cross_entropy, {}, "samples depend on each other behind first.weight"),
+        ("sketch", Neighbours, cross_entropy, {}, "samples depend on each other behind first.weight"),
+        ("sketch", Neighbours, unknown_loss, {}, "samples depend on each other behind first.weight"),
     ],
 )
 def test_methods_refuse_what_they_cannot_measure(method, model, loss, options, message):
@@ -352,6 +367,7 @@ def test_methods_refuse_what_they_cannot_measure(method, model, loss, options, m
         (gelu_mlp, unknown_loss, 48, {}, "sketch: no call of cross_entropy"),
         (gelu_mlp, regularised, 48, {}, "exact: the loss has a term of 0.weight beside"),
         (bn_train, cross_entropy, 48, {"mode": "train"}, "exact: NativeBatchNorm is not piecewise linear"),
+        (Neighbours, cross_entropy, 48, {}, "exact: Gelu is not piecewise linear, and no sketch: samples depend"),
     ],
 )  # fmt: skip
 def test_auto_chooses_and_says_why(model, loss, samples, options, chosen):

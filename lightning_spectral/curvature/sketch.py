@@ -18,10 +18,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.ggn import first_sample_alone, output_hessians
+from lightning_spectral.curvature.ggn import half_alone, output_hessians
 from lightning_spectral.curvature.opaque import custom_functions
 from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype, cause_of
-from lightning_spectral.curvature.taps import REMEDY, Tap, check_samples_apart, groups_of, measured_exactly, tapped
+from lightning_spectral.curvature.taps import (
+    REMEDY,
+    Tap,
+    check_samples_apart,
+    groups_of,
+    half_of,
+    measured_exactly,
+    tapped,
+)
 from lightning_spectral.curvature.trace import Recorder
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError
 from lightning_spectral.fits import fit_power_law
@@ -77,10 +85,10 @@ class SketchCurvature:
         try:
             outputs = output_hessians(problem)
         except MeasurementError:
-            check_samples_apart(products.taps, products.first_sample_alone())
+            check_samples_apart(products.taps, products.half_alone())
         else:
             for output in outputs:
-                check_samples_apart(taps, first_sample_alone(output, taps))
+                check_samples_apart(taps, half_alone(output, taps))
         return products.measure(self.draws, self.calibration)
 
 
@@ -104,10 +112,9 @@ class _Products:
         self.scale = {name: torch.ones(len(self.triplets[name])) for name in taps}
         self.k = max(len(t) for t in self.triplets.values())
 
-    def first_sample_alone(self) -> dict[str, Tensor]:
-        """H D for a D that moves the first sample only."""
-        rank = torch.full((self.samples,), -1)
-        rank[0] = 0
+    def half_alone(self) -> dict[str, Tensor]:
+        """H D for a D that moves half of the samples."""
+        rank = torch.where(half_of(self.samples), 0, -1)
         return self._product(self._moves(rank, self._signs()))
 
     def measure(self, draws: int, calibration: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
