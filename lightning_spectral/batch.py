@@ -139,7 +139,9 @@ def _rebuilt(value: Any, children: dict[Any, Any]) -> Any:
     if isinstance(value, (dict, UserDict)):
         # Both copy their items; Hugging Face's BatchEncoding, a UserDict, keeps attributes beside them.
         new: Any = copy.copy(value)
-        new.update(children)
+        # Not by `update`, which Hugging Face's ModelOutput refuses.
+        for key, child in children.items():
+            new[key] = child
         return new
     if isinstance(value, Mapping):
         return type(value)(children)  # type: ignore[call-arg]

@@ -280,8 +280,7 @@ def _least_squares(x: Tensor, y: Tensor, dropped: Mapping[str, int]) -> PowerLaw
     dx, dy = x - x.mean(), y - y.mean()
     sxx, syy = float(dx.square().sum()), float(dy.square().sum())
     # Abscissae that differ by rounding alone have no slope.
-    spread = float(dx.abs().max()) if n else 0.0
-    if n < MIN_POINTS or spread <= n * torch.finfo(torch.float64).eps * float(x.abs().max().clamp(min=1)):
+    if n < MIN_POINTS or not _differ(x, dx):
         return PowerLawFit(nan, nan, nan, nan, n, n_dropped, dict(dropped))
     slope = float(dx @ dy) / sxx
     rss = float((dy - slope * dx).square().sum())
@@ -289,11 +288,17 @@ def _least_squares(x: Tensor, y: Tensor, dropped: Mapping[str, int]) -> PowerLaw
         exponent=slope,
         intercept=float(y.mean()) - slope * float(x.mean()),
         stderr=math.sqrt(rss / (n - 2) / sxx),
-        r2=1 - rss / syy if syy > 0 else nan,
+        r2=1 - rss / syy if _differ(y, dy) else nan,
         n_used=n,
         n_dropped=n_dropped,
         dropped=dict(dropped),
     )
+
+
+def _differ(values: Tensor, deviations: Tensor) -> bool:
+    """Whether values differ from their mean by more than rounding."""
+    rounding = len(values) * torch.finfo(torch.float64).eps * float(values.abs().max().clamp(min=1))
+    return float(deviations.abs().max()) > rounding
 
 
 def _rank_model(columns: list[Tensor], log_sigma: Tensor) -> RankModelFit:

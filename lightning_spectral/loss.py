@@ -47,8 +47,18 @@ def _training_step_loss(module: nn.Module, batch: Any, batch_idx: int) -> Tensor
     step: Any = module.training_step
     arguments = inspect.signature(step).parameters.values()
     takes_two = len(arguments) > 1 or any(a.kind is a.VAR_POSITIONAL for a in arguments)
-    output: Any = step(batch, batch_idx) if takes_two else step(batch)
-    return cast(Tensor, output.get("loss") if isinstance(output, dict) else output)
+    try:
+        output: Any = step(batch, batch_idx) if takes_two else step(batch)
+    except (MeasurementError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if module.training:
+            raise
+        raise MeasurementError(
+            f"training_step failed in eval mode ({type(error).__name__}: {error}); "
+            "if it needs the network in train mode, as detection models do, measure with mode='train'"
+        ) from error
+    return cast(Tensor, output.get("loss") if isinstance(output, Mapping) else output)
 
 
 def stand_ins(model: nn.Module) -> dict[int, Any]:

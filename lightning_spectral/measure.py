@@ -147,7 +147,7 @@ def measure_quietly(
         batches = [take_samples(batch, max_samples) for batch in batches]
     with _losses(model, batches, loss_fn, found.layers, mode, precision, batch_idx) as (losses, notes):
         measured = measure_within_memory(losses, curvature, top_k, micro_batch_size)
-        eps = {name: torch.finfo(leaf.dtype).eps for name, leaf in losses.parameters.items()}
+        eps = {name: losses.eps(name) for name in found.layers}
     failed, curvatures = measured.failed, measured.curvatures
     if len(failed) == len(found.layers):
         error = SecondDerivativeError if curvatures.failed else MeasurementError
@@ -167,7 +167,7 @@ def measure_quietly(
         precision=precision,
         top_k=top_k,
         seconds=time.perf_counter() - started,
-        warnings=(*notes, *curvatures.notes),
+        warnings=(*notes, *losses.notes(), *curvatures.notes),
         chosen=curvatures.chosen,
         check_error=curvatures.check_error,
     )

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from lightning_spectral.curvature import Curvature, Curvatures, Gradients, check_method, measure_by
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.fits import noise_floor
@@ -80,7 +78,7 @@ def _measured(losses: Losses, curvature: str, top_k: int, most: int | None) -> M
     gradients, loss, problem = losses.gradients(pieces, keep_graph=keep_graph)
     triplets, failed = _triplets(gradients, losses.layers, top_k)
     del gradients
-    usable = {name: t.first(_usable(losses.layers[name], t)) for name, t in triplets.items()}
+    usable = {name: t.first(_usable(losses, name, t)) for name, t in triplets.items()}
     directions = {name: t for name, t in usable.items() if len(t)}
     used: list[Piece] = pieces
 
@@ -119,7 +117,7 @@ def _triplets(
         if gradient is None:
             failed[name] = (
                 "the loss does not depend on it; a loss_fn must use the module it is given, "
-                "and checkpointing must not be reentrant"
+                "and checkpointing needs use_reentrant=False"
             )
             continue
         try:
@@ -131,7 +129,7 @@ def _triplets(
     return triplets, failed
 
 
-def _usable(layer: MatrixLayer, triplets: SingularTriplets) -> int:
+def _usable(losses: Losses, name: str, triplets: SingularTriplets) -> int:
     """How many directions lie above the noise floor: no product is spent on rounding noise."""
-    eps = torch.finfo(triplets.sigma.dtype).eps
-    return int((triplets.sigma > noise_floor(triplets.sigma, layer.shape, layer.groups, eps)).sum())
+    layer = losses.layers[name]
+    return int((triplets.sigma > noise_floor(triplets.sigma, layer.shape, layer.groups, losses.eps(name))).sum())

@@ -63,6 +63,7 @@ class Losses:
         self.divisible = all(divisible(batch) for batch in batches)
         known = [size for size in self.sizes if size is not None]
         self.samples = sum(known) if len(known) == len(self.sizes) else None
+        self.casts: set[torch.dtype] = set()
         self._values: dict[tuple[int, int, int | None], list[float]] = defaultdict(list)
 
     def whole(self) -> list[Piece]:
@@ -116,6 +117,7 @@ class Losses:
         for piece in reversed(pieces):
             problem = self.problem(piece)
             part = problem.gradients(keep_graph=keep_graph and len(pieces) == 1)
+            self.casts |= problem.trace.casts
             loss += piece.weight * problem.loss
             failed |= part.failed
             for name, value in part.values.items():
@@ -127,6 +129,21 @@ class Losses:
     ) -> Curvatures:
         """The curvature of the loss: the weighted sum over the pieces, of which one at a time is in memory."""
         return joined([method(self.problem(piece), directions) for piece in pieces], [p.weight for p in pieces])
+
+    def eps(self, name: str) -> float:
+        """Machine epsilon of a layer's gradient: of its type, or of float32 where the network goes down to that.
+
+        Half precision's own would leave no direction of a wide layer; that it is used is told in the notes instead.
+        """
+        dtypes = [self.parameters[name].dtype, *([torch.float32] if self.casts else [])]
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    def notes(self) -> list[str]:
+        """What limits the precision of the measurement."""
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.casts))
+        return (
+            [f"the network casts to {names} by itself, and nothing measured is more precise than that"] if names else []
+        )
 
     def _repeatable(self, piece: Piece) -> Callable[[], Tensor]:
         def evaluate() -> Tensor:

@@ -11,13 +11,15 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from lightning_spectral.batch import map_leaves
 from lightning_spectral.errors import MeasurementError
@@ -26,6 +28,7 @@ from lightning_spectral.shadow import Copier, Shadow, shadow_of
 Mode = Literal["eval", "train"]
 Precision = Literal["float32", "float64"]
 MODES: tuple[Mode, ...] = ("eval", "train")
+ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
 PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
@@ -60,6 +63,7 @@ def quiet(
         stack.enter_context(_no_autocast({p.device.type for p in model.parameters()} | {"cpu"}))
         # No other attention kernel, and no cuDNN recurrence, has a second derivative.
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        stack.enter_context(_MathAttention())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_full_float32())
@@ -242,6 +246,17 @@ def _no_autocast(device_types: set[str]) -> Iterator[None]:
             yield
         finally:
             torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+class _MathAttention(TorchFunctionMode):
+    """Attention by the kernel that has a second derivative, also where the network asks for another."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function as it is, attention with the mathematical kernel alone."""
+        with sdpa_kernel([SDPBackend.MATH]) if func in ATTENTION else nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -8,6 +8,15 @@ import torch
 
 torch.set_num_threads(1)
 
+try:
+    from hypothesis import settings
+except ImportError:  # tests/test_properties.py is skipped
+    pass
+else:
+    # The same examples in every run, and none kept on disk.
+    settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+    settings.load_profile("repeatable")
+
 
 @pytest.fixture(autouse=True)
 def seeded():

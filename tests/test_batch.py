@@ -27,6 +27,13 @@ class Encoding(UserDict):
         self.encodings = encodings
 
 
+class Output(OrderedDict):
+    """Like Hugging Face's ModelOutput."""
+
+    def update(self, *args, **kwargs):
+        raise TypeError("You cannot use ``update`` on a ModelOutput instance.")
+
+
 BATCHES = {
     "tensor": X,
     "tuple": (X, Y),
@@ -37,6 +44,7 @@ BATCHES = {
     "namedtuple": Pair(X, Y),
     "dataclass": Example(X),
     "encoding": Encoding({"input_ids": Y, "mask": X}, encodings="kept"),
+    "output": Output([("x", X), ("y", Y)]),
     "nested": ({"a": [X, (Y,)]}, Example(X), None),
     "names": (X, [f"file{i}" for i in range(6)], torch.tensor(3.0)),
 }

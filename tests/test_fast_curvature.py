@@ -12,7 +12,7 @@ from modules import ConvNet, fit
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 
-from lightning_spectral import MeasurementError, SpectralProbe, SpectralWarning, measure_spectra
+from lightning_spectral import MeasurementError, SecondDerivativeError, SpectralProbe, SpectralWarning, measure_spectra
 from lightning_spectral.curvature import ggn as ggn_module
 from lightning_spectral.curvature import select
 from lightning_spectral.curvature.ggn import GGNCurvature
@@ -313,6 +313,18 @@ def bn_train():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
 
 
+class Neighbours(nn.Module):
+    """Every sample but the first sees the others, as the nodes of a graph with one that has no edge."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rest = nn.Linear(6, 6), gelu_mlp()
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.rest(torch.cat([h[:1], h[1:] + h[1:].mean(0)]))
+
+
 def many(n=48):
     return lambda: (torch.randn(n, 6), torch.randint(0, 5, (n,)))
 
@@ -332,6 +344,9 @@ def many(n=48):
         ("ggn", bn_train, cross_entropy, {"mode": "train"}, "samples depend on each other behind 0.weight"),
         ("sketch", bn_train, cross_entropy, {"mode": "train"}, "samples depend on each other behind 0.weight"),
         ("sketch", bn_train, unknown_loss, {"mode": "train"}, "samples depend on each other behind 0.weight"),
+        ("ggn", Neighbours, cross_entropy, {}, "samples depend on each other behind first.weight"),
+        ("sketch", Neighbours, cross_entropy, {}, "samples depend on each other behind first.weight"),
+        ("sketch", Neighbours, unknown_loss, {}, "samples depend on each other behind first.weight"),
     ],
 )
 def test_methods_refuse_what_they_cannot_measure(method, model, loss, options, message):
@@ -352,6 +367,7 @@ def test_methods_refuse_what_they_cannot_measure(method, model, loss, options, m
         (gelu_mlp, unknown_loss, 48, {}, "sketch: no call of cross_entropy"),
         (gelu_mlp, regularised, 48, {}, "exact: the loss has a term of 0.weight beside"),
         (bn_train, cross_entropy, 48, {"mode": "train"}, "exact: NativeBatchNorm is not piecewise linear"),
+        (Neighbours, cross_entropy, 48, {}, "exact: Gelu is not piecewise linear, and no sketch: samples depend"),
     ],
 )  # fmt: skip
 def test_auto_chooses_and_says_why(model, loss, samples, options, chosen):
@@ -362,6 +378,29 @@ def test_auto_chooses_and_says_why(model, loss, samples, options, chosen):
     if not chosen.startswith("sketch"):
         close(found, expected, 1e-9)
     assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+
+
+class FlashAttention(nn.Module):
+    """Calls a kernel that has a first derivative only, with one layer before it and four behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.net = nn.Linear(8, 24), gelu_mlp()
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(-1, 4, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        y = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+        return self.net(y.transpose(1, 2).reshape(-1, 4, 8).mean(1)[:, :6])
+
+
+def test_an_operation_without_second_derivative_stops_the_layers_before_it_alone():
+    model, batch = FlashAttention(), (torch.randn(48, 4, 8), torch.randint(0, 5, (48,)))
+    report = measure_spectra(model, batch, cross_entropy, top_k=4)
+    assert [name for name, layer in report.layers.items() if not layer.h.isfinite().any()] == ["qkv.weight"]
+    assert "flash_attention_for_cpu has no second derivative" in report.failed["qkv.weight"]
+    assert "and no sketch: scaled_dot_product_flash_attention_for_cpu has no second derivative" in report.chosen
+    with pytest.raises(SecondDerivativeError, match=r"flash_attention_for_cpu has no second .*layers=.* loss_fn"):
+        measure_spectra(model, batch, cross_entropy, curvature="sketch", top_k=4)
 
 
 def test_auto_does_not_believe_a_gauss_newton_that_fails_its_check(monkeypatch):

@@ -97,9 +97,10 @@ def test_too_few_points_are_nan_and_never_zero(x, y):
     assert fit.n_used == len(x)
 
 
-def test_constant_ordinates_have_slope_zero_and_no_r2():
-    fit = fit_power_law([1.0, 2.0, 3.0], [5.0, 5.0, 5.0])
-    assert fit.exponent == 0.0
+@pytest.mark.parametrize("y", [[5.0] * 3, [7.0] * 5, [10.0] * 6, [3e200] * 7, [1.0, 1.0, 1.0 + 2e-16]])
+def test_constant_ordinates_have_slope_zero_and_no_r2(y):
+    fit = fit_power_law(range(1, len(y) + 1), y)
+    assert fit.exponent == pytest.approx(0.0, abs=1e-12)
     assert math.isnan(fit.r2)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 
 import pytest
 import pytorch_lightning as pl
@@ -146,22 +145,27 @@ class Rows(DummyLogger):
             self.rows.append((step, metrics))
 
 
-class Slow(pl.LightningModule):
-    """Steps that take at least a known time."""
-
-    def __init__(self, seconds=0.0):
+class Tiny(pl.LightningModule):
+    def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
-        self.seconds = seconds
 
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
-    def on_train_batch_end(self, *args):
-        time.sleep(self.seconds)
-
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+class Stepped(Tiny):
+    """Each step takes a tenth of a second by a clock of its own."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def on_train_batch_end(self, *args):
+        self.clock.now += 0.1
 
 
 class Numbered(Dataset):
@@ -188,21 +192,26 @@ def fit_numbered(probe, module=None, steps=4, logger=False, **options):
         max_steps=steps, max_epochs=-1, callbacks=[probe], logger=logger, accelerator="cpu", log_every_n_steps=1,
         enable_progress_bar=False, enable_model_summary=False, **{"enable_checkpointing": False, **options},
     )  # fmt: skip
-    trainer.fit(module or Slow(), DataLoader(Numbered(), batch_size=None))
+    trainer.fit(module or Tiny(), DataLoader(Numbered(), batch_size=None))
     return trainer
 
 
 def test_the_default_keeps_to_its_budget_in_training():
-    logger, probe = Rows(), SpectralProbe(max_overhead=0.2, top_k=2)
-    fit_numbered(probe, Slow(0.02), steps=120, logger=[logger])
+    clock = Clock()
+
+    class Timed(SpectralProbe):
+        def _measure(self, *args):
+            clock.now += 0.5
+            return super()._measure(*args)
+
+    logger, probe = Rows(), Timed(max_overhead=0.2, top_k=2)
+    probe.budget.clock = clock
+    fit_numbered(probe, Stepped(clock), steps=120, logger=[logger])
     assert probe.every_n_steps is None
-    steps = [step for step, _ in logger.rows]
-    assert steps[0] == 0
-    assert 1 < len(steps) < 60
-    shares = [row["spectral/probe_overhead"] for _, row in logger.rows]
-    assert all(0 < share <= 0.2 + 1e-9 for share in shares[1:])
-    spent = sum(row["spectral/probe_seconds"] for _, row in logger.rows)
-    assert spent == pytest.approx(probe.budget.probe_seconds)
+    expected, shares, _ = simulated(120, 0.1, 0.5, 0.2)
+    assert [step for step, _ in logger.rows] == expected
+    assert [row["spectral/probe_overhead"] for _, row in logger.rows] == pytest.approx(shares)
+    assert all(row["spectral/probe_seconds"] == pytest.approx(0.5) for _, row in logger.rows)
 
 
 def test_fixed_steps_cost_what_they_cost():
@@ -228,7 +237,7 @@ def test_the_schedule_survives_a_checkpoint(tmp_path):
         max_steps=4, max_epochs=-1, callbacks=[again, Look()], logger=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
-    trainer.fit(Slow(), DataLoader(Numbered(), batch_size=None), ckpt_path=tmp_path / "a.ckpt")
+    trainer.fit(Tiny(), DataLoader(Numbered(), batch_size=None), ckpt_path=tmp_path / "a.ckpt")
     assert seen[0]["last_step"] == saved["last_step"] == 0
     assert seen[0]["probe_seconds"] == saved["probe_seconds"]
     assert seen[0]["wall_seconds"] == pytest.approx(saved["wall_seconds"], abs=2.0)
@@ -269,7 +278,7 @@ def test_no_such_warning_where_the_run_is_long_enough_or_has_no_known_end(monkey
 
 
 def spectra_of(batch, module=None, **options):
-    return measure_spectra(module or Slow(), batch, lambda m, b: F.cross_entropy(m.net(b[0]), b[1]), top_k=3, **options)
+    return measure_spectra(module or Tiny(), batch, lambda m, b: F.cross_entropy(m.net(b[0]), b[1]), top_k=3, **options)
 
 
 def same(a, b, rtol=1e-4):
@@ -278,7 +287,7 @@ def same(a, b, rtol=1e-4):
         torch.testing.assert_close(layer.h, b.layers[name].h, rtol=rtol, atol=1e-7, equal_nan=True)
 
 
-class Frozen(Slow):
+class Frozen(Tiny):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
@@ -294,7 +303,7 @@ def test_batches_from_the_probes_step_on_are_averaged():
 
 
 def test_as_many_batches_as_are_accumulated_are_the_steps_whole_batch():
-    module, probe = Slow(), SpectralProbe(every_n_steps=1, n_batches=4, top_k=3)
+    module, probe = Tiny(), SpectralProbe(every_n_steps=1, n_batches=4, top_k=3)
     start = spectra_of(batches(0, 1, 2, 3), module)
     fit_numbered(probe, module, steps=2, accumulate_grad_batches=4)
     assert [report.step for report in probe.history] == [0, 1]
@@ -376,7 +385,7 @@ def test_fixed_samples_need_samples_that_can_be_counted():
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     with pytest.warns(SpectralWarning, match=r"fixed_samples: the tensors of the batch share no leading dimension"):
-        trainer.fit(Slow(), DataLoader(Uneven(), batch_size=None))
+        trainer.fit(Tiny(), DataLoader(Uneven(), batch_size=None))
     assert trainer.global_step == 3
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -221,7 +220,7 @@ class SpectralProbe(AnyCallback):
         if not self._collecting and not self.source.collects:
             return
         synchronize(pl_module.parameters())
-        started = time.perf_counter()
+        started = self.budget.clock()
         batches = self._batches(trainer, pl_module, batch)
         if batches is None or not self._collecting:
             return
@@ -230,7 +229,7 @@ class SpectralProbe(AnyCallback):
         synchronize(pl_module.parameters())
         self.probes += 1
         self.failed_probes += report is None
-        self.budget.probed(step, time.perf_counter() - started)
+        self.budget.probed(step, self.budget.clock() - started)
         cost = {"probe_seconds": self.budget.last_seconds, "probe_overhead": self.budget.overhead}
         scalars = self._scalars(report) | cost
         self._log(trainer, {f"{self.prefix}/{key}": value for key, value in scalars.items()}, step)

@@ -20,7 +20,15 @@ from torch import Tensor
 from lightning_spectral.curvature.graph import LINEAR, PIECEWISE, Dependence, named
 from lightning_spectral.curvature.output_hessian import OutputHessian, output_hessian
 from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype
-from lightning_spectral.curvature.taps import REMEDY, Tap, check_samples_apart, groups_of, measured_exactly, tapped
+from lightning_spectral.curvature.taps import (
+    REMEDY,
+    Tap,
+    check_samples_apart,
+    groups_of,
+    half_of,
+    measured_exactly,
+    tapped,
+)
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.svd import SingularTriplets
 
@@ -61,7 +69,7 @@ class GGNCurvature:
         if not taps:
             return measured_exactly(problem, directions, rest)
         for output in outputs:
-            check_samples_apart(taps, first_sample_alone(output, taps))
+            check_samples_apart(taps, half_alone(output, taps))
         others = measured_exactly(problem, directions, rest)
         h, stderr = self._measure(outputs, taps, directions)
         return Curvatures(h | others.h, self.name, others.failed, stderr, others.methods, others.notes)
@@ -157,11 +165,12 @@ def output_hessians(problem: Problem) -> list[OutputHessian]:
     return [output_hessian(call, weight, problem.samples) for call, weight in zip(used, weights, strict=True)]
 
 
-def first_sample_alone(output: OutputHessian, taps: Mapping[str, Tap]) -> dict[str, Tensor | None]:
-    """The backward pass of random weights on the first sample's output, per layer."""
-    seed = torch.zeros_like(output.output)
-    rows = output.output.shape[0] // output.samples
-    seed[:rows] = 1 + torch.rand(seed[:rows].shape, generator=torch.Generator().manual_seed(0)).to(seed)
+def half_alone(output: OutputHessian, taps: Mapping[str, Tap]) -> dict[str, Tensor | None]:
+    """The backward pass of random weights on the output of half of the samples, per layer."""
+    shape = output.output.shape
+    rows = half_of(output.samples).repeat_interleave(shape[0] // output.samples)
+    seed = 1 + torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(output.output)
+    seed[~rows.to(seed.device)] = 0
     z = [tap.use.output for tap in taps.values()]
     return dict(
         zip(taps, torch.autograd.grad(output.output, z, seed, retain_graph=True, allow_unused=True), strict=True)

@@ -18,12 +18,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.ggn import first_sample_alone, output_hessians
+from lightning_spectral.curvature.ggn import half_alone, output_hessians
 from lightning_spectral.curvature.opaque import custom_functions
-from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype
-from lightning_spectral.curvature.taps import REMEDY, Tap, check_samples_apart, groups_of, measured_exactly, tapped
+from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype, cause_of
+from lightning_spectral.curvature.taps import (
+    REMEDY,
+    Tap,
+    check_samples_apart,
+    groups_of,
+    half_of,
+    measured_exactly,
+    tapped,
+)
 from lightning_spectral.curvature.trace import Recorder
-from lightning_spectral.errors import MeasurementError
+from lightning_spectral.errors import MeasurementError, SecondDerivativeError
 from lightning_spectral.fits import fit_power_law
 from lightning_spectral.svd import SingularTriplets
 
@@ -44,6 +52,7 @@ class SketchCurvature:
 
     Raises:
         MeasurementError: when called, if samples depend on each other or the batch does not tell their number.
+        SecondDerivativeError: when called, if an operation after some layer has no second derivative.
     """
 
     draws: int = 1
@@ -62,16 +71,26 @@ class SketchCurvature:
             return others
         if names := custom_functions(problem.value):
             raise MeasurementError(f"the network holds custom autograd functions ({', '.join(names)}); {REMEDY}")
+        try:
+            h, stderr = self._measure(problem, taps, directions)
+        except (MeasurementError, torch.cuda.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            raise SecondDerivativeError(cause_of(error)) from error
+        return Curvatures(h | others.h, self.name, others.failed, stderr, others.methods, others.notes)
+
+    def _measure(
+        self, problem: Problem, taps: dict[str, Tap], directions: Mapping[str, SingularTriplets]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         products = _Products(problem, taps, directions, torch.Generator().manual_seed(self.seed))
         try:
             outputs = output_hessians(problem)
         except MeasurementError:
-            check_samples_apart(products.taps, products.first_sample_alone())
+            check_samples_apart(products.taps, products.half_alone())
         else:
             for output in outputs:
-                check_samples_apart(taps, first_sample_alone(output, taps))
-        h, stderr = products.measure(self.draws, self.calibration)
-        return Curvatures(h | others.h, self.name, others.failed, stderr, others.methods, others.notes)
+                check_samples_apart(taps, half_alone(output, taps))
+        return products.measure(self.draws, self.calibration)
 
 
 class _Products:
@@ -94,10 +113,9 @@ class _Products:
         self.scale = {name: torch.ones(len(self.triplets[name])) for name in taps}
         self.k = max(len(t) for t in self.triplets.values())
 
-    def first_sample_alone(self) -> dict[str, Tensor]:
-        """H D for a D that moves the first sample only."""
-        rank = torch.full((self.samples,), -1)
-        rank[0] = 0
+    def half_alone(self) -> dict[str, Tensor]:
+        """H D for a D that moves half of the samples."""
+        rank = torch.where(half_of(self.samples), 0, -1)
         return self._product(self._moves(rank, self._signs()))
 
     def measure(self, draws: int, calibration: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -202,8 +220,9 @@ class _Products:
 def _perturbed(problem: Problem, taps: Mapping[str, Tap]) -> tuple[dict[str, Tap], list[Tensor], list[Tensor]]:
     """Another forward pass with zeros added to the layers' outputs: taps on it, the zeros, the gradients in them."""
     leaves = {id(problem.parameters[name]) for name in taps}
-    # Only the zeros are differentiated in; without weights in its graph a product costs a quarter less.
-    weights = [leaf for leaf in problem.parameters.values() if leaf.requires_grad]
+    # Only the zeros are differentiated in; without weights in its graph a product costs a quarter less. What is
+    # checkpointed is computed again in each product, with weights that require a gradient, and must save the same.
+    weights = [leaf for leaf in problem.parameters.values() if leaf.requires_grad and not problem.trace.hooked]
     for leaf in weights:
         leaf.requires_grad_(False)
     try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 Function = Callable[..., Any]
@@ -18,6 +19,11 @@ Function = Callable[..., Any]
 CONVOLUTIONS: tuple[Function, ...] = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED: tuple[Function, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 LOSSES: tuple[Function, ...] = (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss)
+
+CASTS: tuple[Function, ...] = (
+    torch.Tensor.bfloat16, torch.Tensor.float, torch.Tensor.half, torch.Tensor.to, torch.Tensor.type,
+    torch.Tensor.type_as,
+)  # fmt: skip
 
 ARGUMENTS: dict[Function, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
@@ -68,10 +74,14 @@ class Trace:
     Attributes:
         uses: id of a parameter -> the products it took part in.
         losses: the calls of known losses that can be differentiated, in order.
+        hooked: whether activations were saved through hooks, as checkpointing does, which computes them again later.
+        casts: floating types that the network goes down to by itself on the way to the loss.
     """
 
     uses: dict[int, list[Use]] = field(default_factory=dict)
     losses: list[LossCall] = field(default_factory=list)
+    hooked: bool = False
+    casts: set[torch.dtype] = field(default_factory=set)
 
 
 class Recorder(TorchFunctionMode):
@@ -87,6 +97,25 @@ class Recorder(TorchFunctionMode):
         self.parameters = parameters
         self.add_zeros = add_zeros
         self.trace = Trace()
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        """Start to note."""
+        enter = saved_tensors_hooks.__enter__
+
+        def noted(hooks: saved_tensors_hooks) -> None:
+            self.trace.hooked = True
+            enter(hooks)
+
+        saved_tensors_hooks.__enter__ = noted  # type: ignore[method-assign]
+        self._undo.callback(setattr, saved_tensors_hooks, "__enter__", enter)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._undo.close()
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -99,6 +128,8 @@ class Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func in ARGUMENTS:
             return self._product(func, args, kwargs, output)
+        if func in CASTS and isinstance(output, Tensor) and output.requires_grad and _is_narrower(output, args[0]):
+            self.trace.casts.add(output.dtype)
         if func in LOSSES and isinstance(output, Tensor) and output.requires_grad:
             given = inspect.signature(func).bind(*args, **kwargs).arguments
             tensors = given.pop("input"), given.pop("target")
@@ -132,3 +163,8 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             F.linear = linear
+
+
+def _is_narrower(tensor: Tensor, than: Tensor) -> bool:
+    both = tensor.is_floating_point() and than.is_floating_point()
+    return both and torch.finfo(tensor.dtype).eps > torch.finfo(than.dtype).eps
