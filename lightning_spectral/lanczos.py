@@ -44,10 +44,10 @@ def leading_triplets(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | 
     largest = max(abs(float(bound)) for bound in torch.aminmax(matrix))
     if largest == 0:
         return None
-    # Squares of squares must neither overflow nor underflow.
-    scale = 1.0 if 1e-4 < largest < 1e4 else largest
+    # Squares of squares must neither overflow nor underflow; a power of 2 scales without rounding.
+    scale = 1.0 if 1e-5 < largest < 1e5 else 2.0 ** min(126, max(-126, math.frexp(largest)[1]))
     tall = matrix.T if matrix.shape[0] < matrix.shape[1] else matrix
-    tall = tall if scale == 1.0 else (tall.double() / scale).float()
+    tall = tall if scale == 1.0 else tall / scale
     with torch.autocast(matrix.device.type, enabled=False):
         rows_v = _leading_right_vectors(tall, k)
         found = None if rows_v is None else _verified(tall, rows_v)

@@ -134,7 +134,7 @@ def test_subspace_and_single_vectors(name):
         torch.testing.assert_close((q * true).sum(dim=0).abs(), torch.ones(K, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e6, 1e25])
+@pytest.mark.parametrize("scale", [1e-25, 3e-5, 1e-6, 1e6, 1e25])
 @pytest.mark.parametrize("flat", [False, True])
 def test_scale_is_of_no_consequence(scale, flat, full_svds):
     matrix = torch.randn(N, 2 * N) if flat else with_spectrum(SPECTRA["inverse"], 2 * N).T
