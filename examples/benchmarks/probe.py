@@ -1,10 +1,11 @@
 """What a measurement costs in training steps, and how far each method is from double backward.
 
-    python examples/benchmarks/probe.py [--output probe.json] [--repeats 3]
+    python examples/benchmarks/probe.py [--output probe.json] [--repeats 3] [--only svd ...]
 
 Networks: a ReLU ResNet (BatchNorm in eval mode), a GPT of 3 blocks and one of 12. In one run, for each: the time of a
 training step, of `measure_spectra` by each method, and, where curvlinops is installed, of one product with its Hessian
 operator of a layer, times layers and directions. Medians of the repeats, of which the slow methods get one; K = 20.
+`svd` is the leading triplets of large matrices against a full SVD, both in float32, with errors against float64.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lightning_spectral
-from lightning_spectral import SpectralReport, measure_spectra
+from lightning_spectral import SpectralReport, measure_spectra, top_singular_triplets
 from lightning_spectral.demo.data import CHARACTERS, PythonSource
 from lightning_spectral.demo.networks import CharacterGPT, ResidualBlock
 
@@ -168,18 +169,59 @@ def run(task: Task, repeats: int) -> dict[str, Any]:
     return result
 
 
+def spectra(m: int, n: int) -> dict[str, Tensor]:
+    """Matrices with sigma_k = 1 / k, as gradients have, and with the flat spectrum of noise."""
+    u, v = torch.linalg.qr(torch.randn(m, n))[0], torch.linalg.qr(torch.randn(n, n))[0]
+    return {"power law": u / torch.arange(1, n + 1) @ v.T, "flat": torch.randn(m, n)}
+
+
+def svd_figures(repeats: int) -> dict[str, Any]:
+    """Time and errors of the K leading triplets by `top_singular_triplets` and by a full SVD, run in turn."""
+    result: dict[str, Any] = {}
+    for name, matrix in spectra(4096, 1024).items():
+        taken: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def full(matrix: Tensor = matrix, taken: dict[str, tuple[Tensor, Tensor]] = taken) -> None:
+            _, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
+            taken["full"] = sigma[:K], vh[:K].T
+
+        def fast(matrix: Tensor = matrix, taken: dict[str, tuple[Tensor, Tensor]] = taken) -> None:
+            triplets = top_singular_triplets(matrix, K)
+            taken["fast"] = triplets.sigma, triplets.v
+
+        times = [(seconds(full, 1), seconds(fast, 1)) for _ in range(max(5, repeats))]
+        full_seconds, fast_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+        _, sigma, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        row: dict[str, Any] = {"full_seconds": full_seconds, "fast_seconds": fast_seconds}
+        row["speedup"] = full_seconds / fast_seconds
+        for method, (sigma_k, v) in taken.items():
+            outside = v.double() - vh[:K].T @ (vh[:K] @ v.double())
+            row[f"{method}_sigma_{K}_error"] = float((sigma_k[-1].double() / sigma[K - 1] - 1).abs())
+            row[f"{method}_subspace_sine"] = float(torch.linalg.matrix_norm(outside, 2))
+        result[name] = row
+        print(f"svd      {name:9s} {row}", flush=True)
+    return result
+
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "resnet": lambda repeats: run(resnet(256), repeats),
+    "gpt3": lambda repeats: run(gpt(128, 3, ("exact", "ggn", "sketch", "auto")), repeats),
+    "gpt12": lambda repeats: run(gpt(128, 12, ("auto",)), repeats),
+    "svd": svd_figures,
+}
+
+
 def main() -> None:
     """Run all tasks and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="probe.json")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS), help="which parts to run")
     options = parser.parse_args()
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    tasks = [resnet(256), gpt(128, 3, ("exact", "ggn", "sketch", "auto")), gpt(128, 12, ("auto",))]
     environment = {
         "lightning_spectral": lightning_spectral.__version__,
         "torch": torch.__version__,
@@ -190,8 +232,9 @@ def main() -> None:
         "repeats": options.repeats,
     }
     figures = {}
-    for task in tasks:
-        figures[task.name] = run(task, options.repeats)
+    for name in options.only:
+        torch.manual_seed(0)
+        figures[name] = PARTS[name](options.repeats)
         with open(options.output, "w", encoding="utf-8") as file:
             json.dump({"environment": environment, "figures": figures}, file, indent=2)
 
