@@ -97,6 +97,8 @@ def checked_loss(value: Any) -> Tensor:
     Raises:
         MeasurementError: if it is no scalar tensor, is NaN or infinite, or does not depend on any parameter.
     """
+    if value is None:
+        raise MeasurementError("the loss is None: the step skipped this batch")
     if not isinstance(value, Tensor):
         raise MeasurementError(f"the loss must be a scalar tensor, got {type(value).__name__}; {REMEDY}")
     if value.numel() != 1:

@@ -117,7 +117,7 @@ def _triplets(
         if gradient is None:
             failed[name] = (
                 "the loss does not depend on it; a loss_fn must use the module it is given, "
-                "and checkpointing needs use_reentrant=False"
+                "checkpointing needs use_reentrant=False; layers of another loss are left out by layers=..."
             )
             continue
         try:

@@ -45,9 +45,9 @@ def top_singular_triplets(matrix: Tensor, k: int, *, groups: int = 1) -> Singula
     Its triplets are checked: before u_k and v_k are rounded to float32, ||A v_k - sigma_k u_k|| and
     ||A^T u_k - sigma_k v_k|| are at most 1e-5 sigma_k, or 1e-6 sigma_1 where sigma_k is below the noise floor
     sigma_1 max(m, n) eps; above it, sigma_k is right to about 1e-7. That is nearer than a full SVD in float32 comes,
-    which takes over wherever the
-    check fails. Float64, and everything on devices without it, takes the full SVD. The result depends on the matrix
-    alone, and the global random state is left as it is; the sign of a pair u_k, v_k is arbitrary.
+    which takes over wherever the check fails. Float64, and everything on devices without it, takes the full SVD. The
+    result depends on the matrix alone, and the global random state is left as it is; the sign of a pair u_k, v_k is
+    arbitrary.
 
     Half precision is raised to float32, since LAPACK and cuSOLVER have nothing below it.
 

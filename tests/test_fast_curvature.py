@@ -166,7 +166,7 @@ def test_gauss_newton_is_the_hessian_of_piecewise_linear_networks(case, method):
         assert found.chosen.startswith("ggn: ")
         assert found.check_error < 1e-9
     if case.name == "skips":
-        assert found.warnings == ("twice.weight is measured by double backward: it is used 2 times",)
+        assert found.warnings == ("twice.weight: measured by double backward, since it is used 2 times",)
 
 
 def test_a_sum_of_known_losses_each_with_its_weight():
@@ -493,5 +493,5 @@ def test_the_recorder_changes_nothing_and_leaves_nothing_behind():
 
 
 def test_a_probe_warns_of_layers_measured_another_way():
-    with pytest.warns(SpectralWarning, match="twice.weight is measured by double backward: it is used 2 times"):
+    with pytest.warns(SpectralWarning, match="twice.weight: measured by double backward, since it is used 2 times"):
         measure_spectra(Skips(), (torch.randn(24, 6), torch.randint(0, 5, (24,))), cross_entropy)

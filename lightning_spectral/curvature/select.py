@@ -69,10 +69,10 @@ def measure_by(
             return measure(CheckedGGN())
         except MeasurementError as error:
             obstacle = str(error)
-    if n_taps <= FEW_LAYERS:
-        why = f"exact: {obstacle}, and a sketch does not pay for {n_taps} layers"
-    elif (samples or 0) < FEW_SAMPLES:
+    if (samples or 0) < FEW_SAMPLES:
         why = f"exact: {obstacle}, and {samples or 'an unknown number of'} samples are too few for a sketch"
+    elif n_taps <= FEW_LAYERS:
+        why = f"exact: {obstacle}, and a sketch does not pay for {n_taps} layers"
     else:
         try:
             return replace(measure(SketchCurvature()), chosen=f"sketch: {obstacle}")
@@ -97,7 +97,12 @@ class CheckedGGN(GGNCurvature):
             raise MeasurementError(
                 f"Gauss-Newton failed its check against an exact product (relative error {error:.2g})"
             )
-        why = "ggn: every operation after the layers is piecewise linear, so that Gauss-Newton is the Hessian"
+        others = len(found.methods)
+        why = "ggn: every operation after the layers is piecewise linear, so that Gauss-Newton is the Hessian" + (
+            f"; double backward for {others} that are not applied once, as a linear layer or convolution"
+            if others
+            else ""
+        )
         return replace(found, chosen=why, check_error=error)
 
 

@@ -16,7 +16,7 @@ from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.graph import Dependence
 from lightning_spectral.curvature.problem import Curvatures, Problem
 from lightning_spectral.curvature.trace import TRANSPOSED, Use
-from lightning_spectral.errors import MeasurementError
+from lightning_spectral.errors import MeasurementError, by_cause
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.svd import SingularTriplets
 
@@ -126,7 +126,7 @@ def measured_exactly(
     exact = ExactCurvature()(
         Problem(problem.evaluate, layers, parameters, problem.samples), {name: directions[name] for name in why}
     )
-    notes = tuple(f"{name} is measured by double backward: {reason}" for name, reason in why.items())
+    notes = tuple(by_cause({name: f"measured by double backward, since {reason}" for name, reason in why.items()}))
     return Curvatures(exact.h, "exact", exact.failed, {}, dict.fromkeys(why, "exact"), notes)
 
 
