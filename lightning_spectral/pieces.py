@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.batch import batch_size, divisible, take_samples
-from lightning_spectral.curvature import Curvature, Curvatures, Gradients, Problem, loss_normalizer
+from lightning_spectral.curvature import Curvature, Curvatures, Gradients, Place, Problem, loss_normalizer
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.quiet import Beginning, repeatable
@@ -103,7 +103,10 @@ class Losses:
     def problem(self, piece: Piece) -> Problem:
         """The loss of one piece, to be differentiated."""
         samples = self.sizes[piece.batch] if piece.stop is None else piece.stop - piece.start
-        return Problem(self._repeatable(piece), self.layers, self.parameters, samples)
+        place = None
+        if self.samples is not None:
+            place = Place(sum(size or 0 for size in self.sizes[: piece.batch]) + piece.start, self.samples)
+        return Problem(self._repeatable(piece), self.layers, self.parameters, samples, place)
 
     def gradients(self, pieces: Sequence[Piece], *, keep_graph: bool) -> tuple[Gradients, float, Problem]:
         """The gradient of the loss, its value, and the problem of the first piece.

@@ -18,8 +18,11 @@ from lightning_spectral.curvature import select
 from lightning_spectral.curvature.ggn import GGNCurvature
 from lightning_spectral.curvature.output_hessian import output_hessian
 from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
+from lightning_spectral.curvature.smooth import cheap_twin
 from lightning_spectral.curvature.trace import Recorder
 from lightning_spectral.fits import fit_power_law, with_ordinate_errors
+from lightning_spectral.measure import directional_curvature
+from lightning_spectral.svd import SingularTriplets
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -255,15 +258,19 @@ SKETCHED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SKETCHED, ids=lambda case: case.name)
-def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [(SKETCHED[0], {}), (SKETCHED[0], {"ranks": 1}), (SKETCHED[0], {"ranks": 4}), (SKETCHED[1], {}), (SKETCHED[2], {})],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
+def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options, monkeypatch):
     model, batch = case.build()
-    options = {"top_k": 4, **case.options}
-    expected = measure_spectra(model, batch, case.loss, curvature="exact", **options)
+    measured = {"top_k": 4, **case.options}
+    expected = measure_spectra(model, batch, case.loss, curvature="exact", **measured)
     scores, means = [], []
     for seed in range(40):
-        with_method(monkeypatch, SketchCurvature(seed=seed))
-        found = measure_spectra(model, batch, case.loss, curvature="test", **options)
+        with_method(monkeypatch, SketchCurvature(seed=seed, **options))
+        found = measure_spectra(model, batch, case.loss, curvature="test", **measured)
         assert all(layer.method == "sketch" for layer in found.layers.values())
         scores.append(z_scores(found, expected))
         means.append(torch.cat([layer.h for layer in found.layers.values()]))
@@ -278,11 +285,98 @@ def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, monkeypatch):
 def test_more_draws_have_smaller_errors(monkeypatch):
     model, batch = SKETCHED[0].build()
     errors = []
-    for draws in (1, 16):
-        with_method(monkeypatch, SketchCurvature(draws=draws))
+    for draws in (8, 128):
+        with_method(monkeypatch, SketchCurvature(draws=draws, target_error=0))
         found = measure_spectra(model, batch, token_loss, curvature="test", top_k=4)
         errors.append(torch.cat([layer.h_stderr for layer in found.layers.values()]).median().item())
     assert errors[1] == pytest.approx(errors[0] / 4, rel=0.3)
+
+
+def test_draws_end_at_the_target_error(monkeypatch):
+    model, batch = SKETCHED[0].build()
+
+    def h(**options):
+        with_method(monkeypatch, SketchCurvature(**options))
+        found = measure_spectra(model, batch, token_loss, curvature="test", top_k=4)
+        return torch.cat([layer.h for layer in found.layers.values()])
+
+    two, three = h(draws=2), h(draws=3, target_error=0)
+    assert torch.equal(h(draws=3, target_error=100), two)
+    assert not torch.equal(three, two)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draws": 1}, "draws must be at least 2, whose difference gives the standard errors, got 1"),
+        ({"target_error": -0.1}, "target_error must not be negative, got -0.1"),
+        ({"target_error": math.nan}, "target_error must not be negative, got nan"),
+        ({"ranks": 0}, "ranks must be None or at least 1, got 0"),
+    ],
+)
+def test_options_of_the_sketch_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        SketchCurvature(**options)
+
+
+def test_sketch_along_directions_without_singular_values(monkeypatch):
+    model, batch = Case("", gelu_mlp, many(), cross_entropy).build()
+    axes = {
+        name: SingularTriplets(torch.eye(p.shape[0])[:, :3], torch.zeros(3), torch.eye(p.shape[1])[:, :3])
+        for name, p in model.named_parameters()
+        if p.ndim == 2
+    }
+    exact = directional_curvature(model, batch, axes, cross_entropy)
+    with_method(monkeypatch, SketchCurvature(draws=400))
+    found = directional_curvature(model, batch, axes, cross_entropy, method="test")
+    exact_h, found_h = torch.cat(list(exact.values())), torch.cat(list(found.values()))
+    torch.testing.assert_close(found_h, exact_h, rtol=0, atol=0.1 * float(exact_h.max()))
+
+
+def test_sketch_without_a_known_loss_scales_by_the_samples_gradients(monkeypatch):
+    model, batch = Case("", gelu_mlp, many(), unknown_loss).build()
+    expected = measure_spectra(model, batch, unknown_loss, curvature="exact", top_k=4)
+    with_method(monkeypatch, SketchCurvature(draws=40, target_error=0))
+    assert z_scores(measure_spectra(model, batch, unknown_loss, curvature="test", top_k=4), expected).abs().max() < 4
+
+
+X = 3 * torch.randn(40, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (F.gelu, {}),
+        (F.gelu, {"approximate": "none"}),
+        (F.gelu, {"approximate": "tanh"}),
+        (F.silu, {}),
+        (F.silu, {"inplace": False}),
+    ],
+)
+def test_cheap_twins_have_the_same_two_derivatives(function, options):
+    def derivatives(call):
+        x, g, v = X.clone().requires_grad_(), X.flip(0).clone().requires_grad_(), X.roll(7)
+        y = call(x)
+        (back,) = torch.autograd.grad(y, x, g, create_graph=True)
+        return [y, back, torch.autograd.grad(y, x, v, retain_graph=True)[0], *torch.autograd.grad(back, (x, g), v)]
+
+    twins = derivatives(lambda x: cheap_twin(function, (x,), options))
+    for twin, expected in zip(twins, derivatives(lambda x: function(x, **options)), strict=True):
+        torch.testing.assert_close(twin, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_calls_without_a_cheap_twin_are_left_to_torch():
+    x = X.clone().requires_grad_()
+    assert cheap_twin(F.gelu, (X,), {}) is None
+    assert cheap_twin(F.silu, (x,), {"inplace": True}) is None
+    assert cheap_twin(F.gelu, (x,), {"approximate": "other"}) is None
+    assert cheap_twin(F.gelu, (), {"input": x}) is None
+    assert cheap_twin(F.pad, (x,), {"pad": [1, 1]}) is None
+    with Recorder(set(), add_zeros=True):
+        mapped = torch.func.vmap(F.gelu)(x[:, None])
+        slopes = torch.func.vmap(torch.func.grad(F.gelu))(x)
+    assert torch.equal(mapped, F.gelu(x)[:, None])
+    torch.testing.assert_close(slopes, torch.autograd.grad(F.gelu(x).sum(), x)[0])
 
 
 def test_hadamard_rows_are_orthogonal():

@@ -38,6 +38,14 @@ class Gradients:
     trusted: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which of all samples measured a problem's are: the first of them, and how many there are in all."""
+
+    first: int
+    total: int
+
+
 class Problem:
     """One loss of one network on one batch, differentiated at most once.
 
@@ -46,6 +54,7 @@ class Problem:
         layers: the matrices in question.
         parameters: layer name -> the leaf that holds its matrix; parts of a fused projection share one.
         samples: samples in the batch; None where the batch does not tell.
+        place: where they stand if the batch is a piece of what is measured; None if it is all.
     """
 
     def __init__(
@@ -54,11 +63,13 @@ class Problem:
         layers: Mapping[str, MatrixLayer],
         parameters: Mapping[str, Tensor],
         samples: int | None = None,
+        place: Place | None = None,
     ) -> None:
         self.evaluate = evaluate
         self.layers = layers
         self.parameters = parameters
         self.samples = samples
+        self.place = place
         self._trace: Trace | None = None
         self._value: Tensor | None = None
         self._gradients: Gradients | None = None

@@ -1,26 +1,33 @@
-"""Exact Hessian curvature in expectation: one Hessian-vector product per direction index serves all layers.
+"""Exact Hessian curvature in expectation: one Hessian-vector product serves all layers and several directions of each.
 
-Each layer's output is moved in the direction eps_lb u_k (v_k^T a_b), with a random sign for each layer l and sample b,
-and h_lk = sum_b eps_lb <u_k (v_k^T a_b), (H D)_lb> is read back. Terms between layers carry eps_lb eps_l'b, whose mean
-is zero; within one layer samples do not interact, so its own terms are complete. K products measure all layers.
+A channel is a layer l and one of its directions k. Each layer's output is moved along the sum of its channels' moves
+eps_lkb u_k (v_k^T a_b), with a random sign for each channel and sample b, and h_lk = sum_b eps_lkb <u_k (v_k^T a_b),
+(H D)_lb> is read back. Terms between channels carry the product of two signs, whose mean is zero; within one channel
+samples do not interact, so its own terms are complete. What keeps the rest small:
 
-Signs are rows of a Hadamard matrix over randomly ordered samples: the products of two layers' signs add up to zero
-exactly, so the part of the cross terms that all samples share cancels, and only its scatter over samples remains.
-Directions are scaled by 1 / sqrt(h), from a first product that gives every sample another direction index, so that no
-stiff layer drowns a soft one.
+- Which directions of the layers meet in a product is drawn anew for each draw: those of one rank k in all layers
+  belong to the same feature of the data and have larger terms with each other than others.
+- Signs are rows of a Hadamard matrix over randomly ordered samples: the products of two channels' signs add up to zero
+  exactly, so the part of the cross terms that all samples share cancels, and only its scatter over samples remains.
+- A channel's amplitude squared is w_k / h_k, with a first estimate of h and the weight w_k that an error of log h_k has
+  in the slope of log h on log sigma. Errors of h_i through h_j then have variance proportional to h_i^2 w_j / w_i, and
+  these amplitudes have the smallest sum of w_i^2 var(log h_i), the variance of alpha.
+- Standard errors come from what the draws differ by.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.ggn import half_alone, output_hessians
+from lightning_spectral.curvature.ggn import output_hessians
 from lightning_spectral.curvature.opaque import custom_functions
-from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype, cause_of
+from lightning_spectral.curvature.output_hessian import OutputHessian
+from lightning_spectral.curvature.problem import Curvatures, Place, Problem, accumulation_dtype, cause_of
 from lightning_spectral.curvature.taps import (
     REMEDY,
     Tap,
@@ -31,36 +38,64 @@ from lightning_spectral.curvature.taps import (
     tapped,
 )
 from lightning_spectral.curvature.trace import Recorder
-from lightning_spectral.errors import MeasurementError, SecondDerivativeError
-from lightning_spectral.fits import fit_power_law
+from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
+from lightning_spectral.fits import fit_power_law, with_ordinate_errors
 from lightning_spectral.svd import SingularTriplets
 
-CALIBRATION = 2
-"""Direction indices that get a second product, from which the standard errors of all come."""
+DRAWS = 3
+"""Up to how often all directions are measured: 12 products for 20 directions, 5 in a product."""
+
+TARGET_ERROR = 0.01
+"""Standard error of alpha, from that of h, below which no further draw is worth its time."""
+
+RANKS = 5
+"""Up to how many directions of a layer share a product; with more of them, little of the time goes into products."""
+
+SAMPLES_PER_RANK = 16
+"""The noise of h falls with the samples and grows with the channels, so a smaller batch bears fewer of them."""
+
+WEIGHT_FLOOR = 0.3
+"""Of the mean weight, what a direction in the middle of the fit, where it has none, still gets."""
+
+PRIOR_COUNT = 4
+"""How many values a guess of the noise is worth: the mean over layers, beside a layer; that, beside a direction."""
 
 
 @dataclass(frozen=True)
 class SketchCurvature:
-    """h_k with one product for all layers at once, unbiased, with standard errors.
+    """h_k of all layers and several k with one product, unbiased, with standard errors.
 
     Layers that are not applied exactly once as a linear layer or convolution are measured by double backward.
 
     Args:
-        draws: how many times to repeat it with other signs; the noise falls with the square root.
-        calibration: direction indices that get a second product.
+        draws: up to how often to measure each direction, at least 2; the noise falls with the square root.
+        target_error: stop before that, once the standard error that h gives alpha in the median layer is this small.
+        ranks: directions of a layer that share one product; None: one per 16 samples, at most 5. With twice as many
+            a draw costs half, and its noise is 1.4 times as large.
         seed: of the signs.
 
     Raises:
+        ValueError: for an option out of range.
         MeasurementError: when called, if samples depend on each other or the batch does not tell their number.
         SecondDerivativeError: when called, if an operation after some layer has no second derivative.
     """
 
-    draws: int = 1
-    calibration: int = CALIBRATION
+    draws: int = DRAWS
+    target_error: float = TARGET_ERROR
+    ranks: int | None = None
     seed: int = 0
     name: str = "sketch"
     differentiates_gradients: bool = False
     memory: float = 6.5
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.draws < 2:
+            raise ValueError(f"draws must be at least 2, whose difference gives the standard errors, got {self.draws}")
+        if not self.target_error >= 0:
+            raise ValueError(f"target_error must not be negative, got {self.target_error}")
+        if self.ranks is not None and self.ranks < 1:
+            raise ValueError(f"ranks must be None or at least 1, got {self.ranks}")
 
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure all layers that can be tapped together, and the rest one by one."""
@@ -73,24 +108,51 @@ class SketchCurvature:
             raise MeasurementError(f"the network holds custom autograd functions ({', '.join(names)}); {REMEDY}")
         try:
             h, stderr = self._measure(problem, taps, directions)
-        except (MeasurementError, torch.cuda.OutOfMemoryError):
+        except MeasurementError:
             raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise SecondDerivativeError(cause_of(error)) from error
         return Curvatures(h | others.h, self.name, others.failed, stderr, others.methods, others.notes)
 
     def _measure(
         self, problem: Problem, taps: dict[str, Tap], directions: Mapping[str, SingularTriplets]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        products = _Products(problem, taps, directions, torch.Generator().manual_seed(self.seed))
+        products = _Products(problem, taps, directions, self.seed)
         try:
             outputs = output_hessians(problem)
         except MeasurementError:
             check_samples_apart(products.taps, products.half_alone())
+            # Without the output's Hessian, the squared gradients of the samples have to do.
+            products.set_amplitudes(dict(zip(taps, products.gradients, strict=True)))
         else:
-            for output in outputs:
-                check_samples_apart(taps, half_alone(output, taps))
-        return products.measure(self.draws, self.calibration)
+            columns = _random_columns(outputs, taps, self.seed)
+            check_samples_apart(taps, columns)
+            products.set_amplitudes(columns)
+        return self._drawn(products)
+
+    def _drawn(self, products: _Products) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As many draws as it takes."""
+        ranks = self.ranks or min(max(products.place.total // SAMPLES_PER_RANK, 1), RANKS)
+        # What the other pieces of the batch add averages this one's error with theirs.
+        target = self.target_error * math.sqrt(products.place.total / products.samples)
+        draws: list[_Draw] = []
+        for _ in range(self.draws):
+            draws.append(products.draw(ranks))
+            if len(draws) > 1:
+                h, stderr = _mean_and_error(draws)
+                if _alpha_error(products.triplets, h, stderr) <= target:
+                    break
+        return h, stderr
+
+
+@dataclass(frozen=True, eq=False)
+class _Draw:
+    """One estimate of all curvatures: layer name -> (K,) h, and (K,) sums of squares of the samples' parts of it."""
+
+    h: dict[str, Tensor]
+    energy: dict[str, Tensor]
 
 
 class _Products:
@@ -101,120 +163,150 @@ class _Products:
         problem: Problem,
         taps: Mapping[str, Tap],
         directions: Mapping[str, SingularTriplets],
-        generator: torch.Generator,
+        seed: int,
     ) -> None:
         assert problem.samples is not None
-        self.samples, self.generator = problem.samples, generator
+        self.samples, self.generator = problem.samples, torch.Generator().manual_seed(seed)
+        self.place = problem.place or Place(0, problem.samples)
         self.taps, self.zeros, self.gradients = _perturbed(problem, taps)
         self.triplets = {name: directions[name] for name in taps}
         self.right = {
             n: t.right(self.triplets[n].v, groups_of(t.layer, self.triplets[n])) for n, t in self.taps.items()
         }
-        self.scale = {name: torch.ones(len(self.triplets[name])) for name in taps}
-        self.k = max(len(t) for t in self.triplets.values())
+        self.amplitude = {name: torch.ones(len(t), dtype=torch.float64) for name, t in self.triplets.items()}
 
     def half_alone(self) -> dict[str, Tensor]:
         """H D for a D that moves half of the samples."""
-        rank = torch.where(half_of(self.samples), 0, -1)
-        return self._product(self._moves(rank, self._signs()))
+        signs = half_of(self.samples).double().expand(len(self.taps), -1)
+        return self._product({name: torch.zeros(1, dtype=torch.long) for name in self.taps}, signs)
 
-    def measure(self, draws: int, calibration: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        self._set_scale()
+    def set_amplitudes(self, columns: Mapping[str, Tensor | None]) -> None:
+        """sqrt(w / h), with h_k = sum_b (sum_p (u_k^T r_bp)(v_k^T a_bp))^2 for tensors r like the layers' outputs."""
+        for name, triplets in self.triplets.items():
+            r = columns[name]
+            if r is None:
+                continue
+            h = self._inner(name, torch.arange(len(triplets)), r.detach()).square().sum(1)
+            h = h.clamp(min=float(h.max()) * torch.finfo(torch.float32).eps)
+            self.amplitude[name] = (_weight(triplets.sigma) / h.where(h > 0, 1)).sqrt()
+
+    def draw(self, ranks: int) -> _Draw:
+        """Measure every direction once, ``ranks`` of each layer in a product."""
+        products = math.ceil(max(len(t) for t in self.triplets.values()) / ranks)
+        parts = {
+            name: torch.randperm(len(t), generator=self.generator).tensor_split(products)
+            for name, t in self.triplets.items()
+        }
         h = {name: torch.zeros(len(t), dtype=torch.float64) for name, t in self.triplets.items()}
         energy = {name: torch.zeros_like(value) for name, value in h.items()}
-        noise = {name: torch.zeros(2, dtype=torch.float64) for name in h}
-        calibrated = set(torch.linspace(0, self.k - 1, min(calibration, self.k)).round().int().tolist())
-        for draw in range(draws):
-            for k in range(self.k):
-                signs = self._signs()
-                y = self._curvatures(k, signs)
-                for name, y_b in y.items():
-                    h[name][k] += y_b.sum() / draws
-                    energy[name][k] += y_b.square().sum() / draws**2
-                if draw == 0 and k in calibrated:
-                    self._calibrate(k, signs, y, noise)
-        stderr = {n: (energy[n] * noise[n][0] / noise[n][1]).sqrt() for n in h}
-        return h, stderr
+        for i in range(products):
+            indices = {name: part[i] for name, part in parts.items()}
+            for name, y_kb in self._readings(indices).items():
+                h[name][indices[name]] = y_kb.sum(1)
+                energy[name][indices[name]] = y_kb.square().sum(1)
+        return _Draw(h, energy)
 
-    def _calibrate(self, k: int, signs: Tensor, y: Mapping[str, Tensor], noise: dict[str, Tensor]) -> None:
-        """Add the cross terms' energy and the readings' energy of one index.
+    def _readings(self, indices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Per layer, for its directions in ``indices``, the samples' parts (k, B) of the estimates of h."""
+        signs = self._signs(sum(len(k) for k in indices.values()))
+        product = self._product(indices, signs)
+        found = {}
+        for (name, k), signs_kb in zip(indices.items(), self._by_layer(indices, signs), strict=True):
+            found[name] = self._inner(name, k, product[name]) * signs_kb / self.amplitude[name][k, None]
+        return found
 
-        Half of the layers change sign: what changes in a reading are its cross terms with the other half, whose energy
-        is, over the choice of halves, half of the whole.
-        """
-        flips = torch.ones(len(self.taps))
-        flips[torch.randperm(len(self.taps), generator=self.generator)[: len(self.taps) // 2]] = -1
-        again = self._curvatures(k, signs * flips[:, None])
-        layers = len(self.taps)
-        others = {name: (layers // 2 if flips[i] > 0 else layers - layers // 2) for i, name in enumerate(self.taps)}
-        for name, y_b in y.items():
-            cross = ((y_b - again[name]) / 2).square().sum()
-            noise[name] += torch.stack([cross * (layers - 1) / max(others[name], 1), y_b.square().sum()])
+    def _inner(self, name: str, k: Tensor, r: Tensor) -> Tensor:
+        """(k, B) of sum_p (u_k^T r_bp)(v_k^T a_bp)."""
+        left_bkp = self.taps[name].left(r, self.triplets[name].u[:, k])
+        inner = (left_bkp * self.right[name][:, k]).sum(2, dtype=accumulation_dtype(r))
+        return inner.T.cpu().double()
 
-    def _curvatures(self, k: int, signs: Tensor) -> dict[str, Tensor]:
-        """Per layer that has a direction k, the readings (B,) whose sum estimates its h_k."""
-        moves = self._moves(torch.full((self.samples,), k), signs)
-        products = self._product(moves)
-        return {
-            name: self._reading(name, moves[name], products[name]) / float(self.scale[name][k]) ** 2
-            for name in self.taps
-            if k < len(self.triplets[name])
-        }
-
-    def _reading(self, name: str, move: Tensor, product: Tensor) -> Tensor:
-        inner = self.taps[name].by_sample(move) * self.taps[name].by_sample(product)
-        return inner.sum((1, 2), dtype=accumulation_dtype(inner)).cpu().double()
-
-    def _set_scale(self) -> None:
-        """1 / sqrt(h) along a power law in sigma through a first estimate, each index on some of the samples."""
-        order = torch.randperm(self.samples, generator=self.generator)
-        rank = torch.empty(self.samples, dtype=torch.long)
-        rank[order] = torch.arange(self.samples) % self.k
-        moves = self._moves(rank, self._signs())
-        products = self._product(moves)
-        counts = torch.bincount(rank, minlength=self.k).double()
-        for name, triplets in self.triplets.items():
-            y_b = self._reading(name, moves[name], products[name])
-            h = torch.zeros(self.k, dtype=torch.float64).index_add_(0, rank, y_b) * self.samples / counts.clamp(min=1)
-            sigma = triplets.sigma.detach().double().cpu()
-            fit = fit_power_law(sigma, h[: len(triplets)].abs())
-            level = (fit.intercept + fit.exponent * sigma.log()).exp()
-            if not bool(level.isfinite().all()):
-                level = h[: len(triplets)].abs().mean().clamp(min=torch.finfo(torch.float64).tiny).expand(len(triplets))
-            self.scale[name] = level.rsqrt()
-
-    def _moves(self, rank: Tensor, signs: Tensor) -> dict[str, Tensor]:
-        """eps_lb scale_k u_k (v_k^T a_b) with k = rank_b; zero where the layer has no such direction."""
-        moves = {}
-        for i, (name, tap) in enumerate(self.taps.items()):
-            triplets = self.triplets[name]
+    def _product(self, indices: Mapping[str, Tensor], signs: Tensor) -> dict[str, Tensor]:
+        """H D with D the sum over the channels of signs_b amplitude_k u_k (v_k^T a_b)."""
+        moves = []
+        for (name, k), signs_kb in zip(indices.items(), self._by_layer(indices, signs), strict=True):
             right = self.right[name]
-            there = (rank >= 0) & (rank < len(triplets))
-            k = rank.clamp(0, len(triplets) - 1)
-            factor = (signs[i] * there * self.scale[name][k]).to(right)
-            device_k = k.to(right.device)
-            v_bp = right[torch.arange(self.samples, device=right.device), device_k] * factor[:, None]
-            moves[name] = tap.moved(triplets.u.T.to(right)[device_k], v_bp)
-        return moves
-
-    def _product(self, moves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        products = torch.autograd.grad(
-            self.gradients, self.zeros, list(moves.values()), retain_graph=True, allow_unused=True
-        )
+            factor = (signs_kb * self.amplitude[name][k, None]).T.to(right)
+            moves.append(self.taps[name].moved(self.triplets[name].u[:, k], right[:, k] * factor[:, :, None]))
+        products = torch.autograd.grad(self.gradients, self.zeros, moves, retain_graph=True, allow_unused=True)
         return {
             name: torch.zeros_like(zero) if product is None else product
             for name, zero, product in zip(self.taps, self.zeros, products, strict=True)
         }
 
-    def _signs(self) -> Tensor:
-        """(layers, B) signs, orthogonal between layers on every full block of samples."""
-        size = 1 << (len(self.taps) - 1).bit_length()
-        rows = torch.randperm(size, generator=self.generator)[: len(self.taps)]
-        blocks = self.samples // size
-        signs = torch.randint(0, 2, (len(self.taps), self.samples), generator=self.generator) * 2 - 1
+    @staticmethod
+    def _by_layer(indices: Mapping[str, Tensor], signs: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(signs, [len(k) for k in indices.values()])
+
+    def _signs(self, channels: int) -> Tensor:
+        """(channels, B) signs, orthogonal between channels on every full block of samples.
+
+        They are drawn for all samples measured, of which these may be a piece: pieces then share blocks.
+        """
+        size, total = 1 << (channels - 1).bit_length(), self.place.total
+        rows = torch.randperm(size, generator=self.generator)[:channels]
+        blocks = total // size
+        signs = torch.randint(0, 2, (channels, total), generator=self.generator) * 2 - 1
         if blocks:
             signs[:, : blocks * size] = _hadamard(size)[rows].repeat(1, blocks)
-        return signs[:, torch.randperm(self.samples, generator=self.generator)]
+        order = torch.randperm(total, generator=self.generator)
+        return signs[:, order[self.place.first : self.place.first + self.samples]]
+
+
+def _random_columns(outputs: list[OutputHessian], taps: Mapping[str, Tap], seed: int) -> dict[str, Tensor | None]:
+    """Per layer, the backward pass of a random column of the square root of half of the samples' output Hessian."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = [output.random(generator) for output in outputs]
+    for output, column in zip(outputs, columns, strict=True):
+        rows = half_of(output.samples).repeat_interleave(column.shape[0] // output.samples)
+        column[~rows.to(column.device)] = 0
+    z = [tap.use.output for tap in taps.values()]
+    found = torch.autograd.grad([output.output for output in outputs], z, columns, retain_graph=True, allow_unused=True)
+    return dict(zip(taps, found, strict=True))
+
+
+def _weight(sigma: Tensor) -> Tensor:
+    """(K,) how much an error of log h_k moves the slope of log h on log sigma, around 1."""
+    log_sigma = sigma.detach().cpu().double().log()
+    distance = (log_sigma - log_sigma.mean()).abs()
+    # Directions may come without values: then all weigh the same.
+    return WEIGHT_FLOOR + (distance / distance.mean()).nan_to_num(1.0)
+
+
+def _mean_and_error(draws: list[_Draw]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The draws' mean, and its standard error.
+
+    Few draws say little of a variance. One guess of it is an estimate's energy times a ratio that the directions of a
+    layer share; it is worth as many degrees of freedom as PRIOR_COUNT, beside the draws' own.
+    """
+    n = len(draws)
+    h, energy, variance, ratio = {}, {}, {}, {}
+    for name in draws[0].h:
+        estimates = torch.stack([draw.h[name] for draw in draws])
+        h[name], variance[name] = estimates.mean(0), estimates.var(0)
+        energy[name] = torch.stack([draw.energy[name] for draw in draws]).mean(0)
+        ratio[name] = (variance[name] / energy[name]).nan_to_num(0.0)
+    everywhere = torch.cat(list(ratio.values())).mean()
+    stderr = {}
+    for name, ratio_k in ratio.items():
+        shared = (ratio_k.sum() + PRIOR_COUNT * everywhere) / (len(ratio_k) + PRIOR_COUNT)
+        guess = energy[name] * shared
+        stderr[name] = ((PRIOR_COUNT * guess + (n - 1) * variance[name]) / (PRIOR_COUNT + n - 1) / n).sqrt()
+    return h, stderr
+
+
+def _alpha_error(
+    triplets: Mapping[str, SingularTriplets], h: Mapping[str, Tensor], stderr: Mapping[str, Tensor]
+) -> float:
+    """The part of alpha's standard error that comes from those of h, in the median layer; NaN if none has an alpha."""
+    errors = [math.nan]
+    for name, of_layer in triplets.items():
+        sigma, h_k = of_layer.sigma.detach().cpu().double(), h[name]
+        fit = fit_power_law(sigma, h_k)
+        if not math.isnan(fit.exponent):
+            fit = with_ordinate_errors(replace(fit, stderr=0.0), sigma, h_k, stderr[name], h_k > 0)
+            errors.append(fit.stderr)
+    return float(torch.tensor(errors).nanmedian())
 
 
 def _perturbed(problem: Problem, taps: Mapping[str, Tap]) -> tuple[dict[str, Tap], list[Tensor], list[Tensor]]:
@@ -226,7 +318,7 @@ def _perturbed(problem: Problem, taps: Mapping[str, Tap]) -> tuple[dict[str, Tap
     for leaf in weights:
         leaf.requires_grad_(False)
     try:
-        with Recorder(leaves, add_zeros=True) as recorder:
+        with Recorder(leaves, add_zeros=True, cheap=not problem.trace.hooked) as recorder:
             loss = problem.evaluate()
     finally:
         for leaf in weights:

@@ -64,20 +64,20 @@ class Tap:
 
     def left(self, r: Tensor, u: Tensor) -> Tensor:
         """u_k^T r, (B, K, P), of a tensor in the layout of z."""
-        return u.T.to(r.dtype) @ self._rows(self.by_sample(r))
+        r_bmp, u = self._rows(self.by_sample(r)), u.to(r.dtype)
+        return (r_bmp.mT @ u).mT if self.channels_last else u.T @ r_bmp
 
-    def moved(self, u_bm: Tensor, c_bp: Tensor) -> Tensor:
-        """u_b c_b^T for each sample as a tensor in the layout of z, zero outside this layer's rows."""
-        part = u_bm[:, :, None] * c_bp[:, None, :]
-        z = self.use.output
+    def moved(self, u: Tensor, c_bkp: Tensor) -> Tensor:
+        """sum_k u_k c_bk^T for each sample as a tensor in the layout of z, zero outside this layer's rows."""
+        z, u = self.use.output, u.to(c_bkp.dtype)
         if self.layer.rows is not None:
-            whole = part.new_zeros(self.samples, z.shape[-1], part.shape[2])
-            whole[:, slice(*self.layer.rows)] = part
-            part = whole
+            whole = u.new_zeros(z.shape[-1 if self.channels_last else 1], u.shape[1])
+            whole[slice(*self.layer.rows)] = u
+            u = whole
         if not self.channels_last:
-            return part.reshape(z.shape)
-        rows = part.permute(2, 0, 1) if self.use.time_first else part.transpose(1, 2)
-        return rows.reshape(z.shape)
+            return (u @ c_bkp).reshape(z.shape)
+        rows_pb = c_bkp.permute(2, 0, 1) if self.use.time_first else c_bkp.mT
+        return (rows_pb @ u.T).reshape(z.shape)
 
     def by_sample(self, x: Tensor) -> Tensor:
         """(B, channels, P)."""

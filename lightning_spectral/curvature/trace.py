@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from lightning_spectral.curvature.smooth import cheap_twin
+
 Function = Callable[..., Any]
 
 CONVOLUTIONS: tuple[Function, ...] = (F.conv1d, F.conv2d, F.conv3d)
@@ -90,12 +92,14 @@ class Recorder(TorchFunctionMode):
     Args:
         parameters: ids of the parameters in question.
         add_zeros: add a leaf of zeros to the output of each product, to differentiate in.
+        cheap: give activations their twins with a cheap second derivative.
     """
 
-    def __init__(self, parameters: set[int], *, add_zeros: bool = False) -> None:
+    def __init__(self, parameters: set[int], *, add_zeros: bool = False, cheap: bool = False) -> None:
         super().__init__()
         self.parameters = parameters
         self.add_zeros = add_zeros
+        self.cheap = cheap
         self.trace = Trace()
         self._undo = ExitStack()
 
@@ -120,11 +124,14 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a function as it is; note what it did."""
+        """Run a function; note what it did."""
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self._inside_attention(args[0]):
                 return func(*args, **kwargs)
+        twin = cheap_twin(func, args, kwargs) if self.cheap else None
+        if twin is not None:
+            return twin
         output = func(*args, **kwargs)
         if func in ARGUMENTS:
             return self._product(func, args, kwargs, output)
