@@ -21,7 +21,8 @@ ALLOWED = {
     "svd": {"errors"},
     "batch": {"errors"},
     "shadow": {"errors"},
-    "quiet": {"batch", "errors", "shadow"},
+    "precision": set(),
+    "quiet": {"batch", "errors", "precision", "shadow"},
     "loss": {"errors", "shadow"},
     "curvature": {"curvature", "errors", "fits", "layers", "loss", "svd"},
     "spectrum": {"encoding", "fits"},
@@ -30,11 +31,12 @@ ALLOWED = {
         "batch", "curvature", "errors", "fits", "kinds", "layers", "loss", "quiet", "record", "spectrum", "svd",
     },
     "analysis": {"record"},
+    "optim": {"kinds", "layers", "optim", "precision"},
     "report": {"analysis", "record", "report", "spectrum"},
     "callbacks": {"callbacks", "errors", "kinds", "layers", "loss", "measure", "quiet", "record", "spectrum"},
     "demo": {"callbacks", "demo", "record", "report"},
     "cli": {"", "demo"},
-    "__init__": {"callbacks", "errors", "fits", "measure", "record", "spectrum", "svd"},
+    "__init__": {"callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},
 }  # fmt: skip
 LIGHTNING = {"callbacks", "demo"}
 
