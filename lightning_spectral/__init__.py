@@ -17,6 +17,7 @@ _PUBLIC = {
     "PowerLawFit": "fits",
     "SecondDerivativeError": "errors",
     "SingularTriplets": "svd",
+    "SpectralNewton": "optim.spectral_newton",
     "SpectralProbe": "callbacks.probe",
     "SpectralReport": "record",
     "SpectralWarning": "errors",
@@ -26,6 +27,7 @@ _PUBLIC = {
     "fit_rank_models": "fits",
     "measure_spectra": "measure",
     "participation_ratio": "fits",
+    "spectral_transfer": "optim.transfer",
     "top_singular_triplets": "svd",
     "zeta_bound": "fits",
 }
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from lightning_spectral.fits import zeta_bound as zeta_bound
     from lightning_spectral.measure import directional_curvature as directional_curvature
     from lightning_spectral.measure import measure_spectra as measure_spectra
+    from lightning_spectral.optim.spectral_newton import SpectralNewton as SpectralNewton
+    from lightning_spectral.optim.transfer import spectral_transfer as spectral_transfer
     from lightning_spectral.record import SpectralReport as SpectralReport
     from lightning_spectral.spectrum import LayerSpectrum as LayerSpectrum
     from lightning_spectral.svd import SingularTriplets as SingularTriplets

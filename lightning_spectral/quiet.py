@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_spectral.batch import map_leaves
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.precision import full_float32
 from lightning_spectral.shadow import Copier, Shadow, shadow_of
 
 Mode = Literal["eval", "train"]
@@ -66,7 +67,7 @@ def quiet(
         stack.enter_context(_MathAttention())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(_full_float32())
+        stack.enter_context(full_float32())
         stack.enter_context(_eager())
         shadow = stack.enter_context(shadow_of(model, stand_ins))
         _raise_precision(shadow.module, PRECISIONS[precision])
@@ -257,29 +258,6 @@ class _MathAttention(TorchFunctionMode):
         """Run a function as it is, attention with the mathematical kernel alone."""
         with sdpa_kernel([SDPBackend.MATH]) if func in ATTENTION else nullcontext():
             return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 inside float32 matrix products and convolutions."""
-    backends: Any = torch.backends
-    with ExitStack() as stack:
-        if hasattr(backends, "fp32_precision"):
-            _set(stack, backends, "fp32_precision", "ieee")
-            holders = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-            for holder in (*holders, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn):
-                # One that still differs was set by itself; the others follow, and must go on following.
-                if holder.fp32_precision not in ("ieee", "none"):
-                    _set(stack, holder, "fp32_precision", "ieee")
-        else:
-            _set(stack, backends.cudnn, "allow_tf32", False)
-            _set(stack, backends.cuda.matmul, "allow_tf32", False)
-        yield
-
-
-def _set(stack: ExitStack, holder: Any, name: str, value: Any) -> None:
-    stack.callback(setattr, holder, name, getattr(holder, name))
-    setattr(holder, name, value)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ ALLOWED = {
     "svd": {"errors", "lanczos"},
     "batch": {"errors"},
     "shadow": {"errors"},
-    "quiet": {"batch", "errors", "shadow"},
+    "precision": set(),
+    "quiet": {"batch", "errors", "precision", "shadow"},
     "loss": {"errors", "shadow"},
     "curvature": {"curvature", "errors", "fits", "layers", "loss", "svd"},
     "pieces": {"batch", "curvature", "errors", "layers", "quiet", "svd"},
@@ -34,11 +35,12 @@ ALLOWED = {
         "svd",
     },
     "analysis": {"record"},
+    "optim": {"kinds", "layers", "optim", "precision"},
     "report": {"analysis", "record", "report", "spectrum"},
     "callbacks": {"batch", "callbacks", "errors", "kinds", "layers", "loss", "measure", "quiet", "record", "spectrum"},
     "demo": {"callbacks", "demo", "record", "report"},
     "cli": {"", "demo"},
-    "__init__": {"callbacks", "errors", "fits", "measure", "record", "spectrum", "svd"},
+    "__init__": {"callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},
 }  # fmt: skip
 LIGHTNING = {"callbacks", "demo"}
 

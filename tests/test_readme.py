@@ -9,7 +9,7 @@ import yaml
 from modules import ConvNet
 from torch.utils.data import DataLoader
 
-from lightning_spectral import SpectralProbe, SpectralReport
+from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
 from lightning_spectral.callbacks.probe import PROBE_KEYS
 from lightning_spectral.record import REPORT_KEYS
 from lightning_spectral.spectrum import LAYER_KEYS
@@ -27,7 +27,7 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scope = {"model": ConvNet(), "train_loader": DataLoader(ConvNet.data(), 48)}
     snippets = fences("python")
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     for snippet in snippets:
         exec(compile(snippet.replace("max_steps=300", "max_steps=2"), "README.md", "exec"), scope)
     printed = capsys.readouterr().out
@@ -36,13 +36,17 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     assert SpectralReport.from_json(Path("spectra.json")).n_samples == 512
     assert isinstance(scope["trainer"], pl.Trainer)
     assert scope["probe"].probes == 1
+    assert "[('dense', 0.003), ('adamw', 0.003)]" in printed
 
 
-def test_yaml_snippet_builds_a_probe():
-    (snippet,) = fences("yaml")
-    (callback,) = yaml.safe_load(snippet)["trainer"]["callbacks"]
+def test_yaml_snippets_build_a_probe_and_an_optimizer():
+    probe, optimizer = (yaml.safe_load(snippet) for snippet in fences("yaml"))
+    (callback,) = probe["trainer"]["callbacks"]
     assert callback["class_path"] == "lightning_spectral.SpectralProbe"
     assert SpectralProbe(**callback["init_args"]).budget.max_overhead == 0.03
+    assert optimizer["optimizer"]["class_path"] == "lightning_spectral.SpectralNewton"
+    made = SpectralNewton(ConvNet().parameters(), **optimizer["optimizer"]["init_args"])
+    assert [group["lr"] for group in made.param_groups] == [1e-3, 1e-3]
 
 
 def test_every_logged_key_is_documented():

@@ -1,0 +1,41 @@
+"""AdamW for the parameters that are no matrices: torch's own function on state with torch's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+def adamw_state(parameter: Tensor, *, capturable: bool) -> dict[str, Tensor]:
+    """What AdamW keeps, as `torch.optim.AdamW` starts it."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device if capturable else "cpu"),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }
+
+
+def adamw_step(parameters: Sequence[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any]) -> None:
+    """One step of `torch.optim.AdamW` with the group's lr, betas, eps and weight_decay."""
+    beta1, beta2 = group["betas"]
+    adamw(
+        list(parameters),
+        [parameter.grad for parameter in parameters if parameter.grad is not None],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        # torch has no capturable AdamW for the CPU, where nothing is captured.
+        capturable=group["capturable"] and all(parameter.device.type != "cpu" for parameter in parameters),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )

@@ -1,0 +1,63 @@
+"""Which optimizer's state it is that is being loaded: torch loads any whose groups have the same sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+STRUCTURE = ("update", "layouts")
+"""What decides which state a parameter has."""
+
+
+def check_own_state(
+    own_groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]], name: str
+) -> None:
+    """Raise ValueError unless the saved groups are an optimizer's of this class with the same split of parameters.
+
+    Different numbers of groups and of parameters in them are left to torch, which names them.
+    """
+    for i, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=False)):
+        if "update" not in saved:
+            raise ValueError(
+                f"{name}.load_state_dict got the state of {_likely_class(saved)} (group {i} has no 'update' but "
+                f"{', '.join(sorted(set(saved) - {'params'}))}). Neither can continue the other's state: resume "
+                f"with the optimizer of the checkpoint, or start {name} without its optimizer state"
+            )
+        if len(own["params"]) != len(saved["params"]):
+            continue
+        for key in STRUCTURE:
+            if own.get(key) != saved.get(key):
+                raise ValueError(
+                    f"{name}.load_state_dict: group {i} ({own['name']}) has {key}={own.get(key)!r}, its saved state "
+                    f"{key}={saved.get(key)!r}; build the optimizer from the same groups as in the saved run"
+                )
+
+
+def _likely_class(group: Mapping[str, Any]) -> str:
+    """The optimizers of torch.optim whose groups have these keys."""
+    found = []
+    for optimizer in _torch_optimizers():
+        template = optimizer.param_groups[0]
+        # The flag that AdamW and RAdam with decoupled decay share with Adam, which else has the same keys.
+        same_decay = template.get("decoupled_weight_decay") == group.get("decoupled_weight_decay")
+        if set(template) == set(group) - {"initial_lr", "param_names", "name"} and same_decay:
+            found.append(f"torch.optim.{type(optimizer).__name__}")
+    return " or ".join(found) or "an optimizer of an unknown class"
+
+
+@functools.cache
+def _torch_optimizers() -> list[Optimizer]:
+    """One of each class that can be made for a single matrix, for its keys."""
+    made = []
+    for value in vars(torch.optim).values():
+        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer:
+            try:
+                made.append(value([nn.Parameter(torch.zeros(1, 1))], lr=1e-3))  # type: ignore[arg-type, call-arg, unused-ignore]
+            except (TypeError, ValueError):
+                continue
+    return made

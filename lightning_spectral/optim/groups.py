@@ -1,0 +1,138 @@
+"""Which parameters get the matrix update, with which exponent and damping, and how a network falls into groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_spectral.kinds import Kind, infer_kinds
+from lightning_spectral.layers import MatrixLayer, NoMatrixError, find_layers
+from lightning_spectral.optim.layout import Layout, whole_layout
+
+ALPHA_BY_KIND: dict[str, float] = {
+    "conv": 2.0,
+    "dense": 2.0,
+    "attention_qkv": 1.0,
+    "attention_out": 1.0,
+    "mlp_up": 1.0,
+    "mlp_down": 1.0,
+}
+"""alpha="auto": 2 for convolutions and MLPs, about 1 for transformer blocks (arXiv 2606.02596, Spectral Newton;
+measured there 1.94 to 2.17, 2.18, and 0.84 to 1.43). Embeddings and heads have none, they get AdamW."""
+
+DAMPING_BY_KIND: dict[str, float] = {"attention_qkv": 0.03, "attention_out": 0.03, "mlp_up": 0.03, "mlp_down": 0.03}
+"""damping="auto" for transformer blocks, from rate sweeps of a small character GPT with alpha = 2."""
+
+DAMPING = 0.1
+"""damping="auto" of every other matrix: the paper's value, and the best of rate sweeps of a CNN and an MLP."""
+
+ADAMW_KINDS = ("embedding", "head")
+
+ADAMW_NAMES: tuple[str, ...] = (
+    "*embed*", "*emb", "wte", "wpe", "tok", "tokens", "pos", "pos_*", "positions", "head", "*_head", "classifier",
+)  # fmt: skip
+"""Names of embeddings and heads in common code bases."""
+
+FUSED_IN_THIRDS = re.compile(r"(.*\.)?((w|to_?)?qkv(_proj|_lin)?|c_attn)\.weight")
+"""Projections that stack query, key and value. `query_key_value` (NeoX, Bloom) interleaves them by head instead."""
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether it has a row and a column dimension of more than one entry each."""
+    return parameter.ndim >= 2 and 1 < parameter.shape[0] < parameter.numel()
+
+
+def has_adamw_name(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern with a dot matches the name, or one without one of its last two parts.
+
+    These are the module's own name and the parameter's: a container's name says nothing about its layers.
+    """
+    return any(
+        fnmatchcase(text, pattern)
+        for pattern in patterns
+        for text in ([name] if "." in pattern else name.split(".")[-2:])
+    )
+
+
+def model_groups(
+    model: nn.Module,
+    *,
+    kinds: Mapping[str, Kind] | None = None,
+    fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] | None = None,
+) -> list[dict[str, Any]]:
+    """Named groups by kind of layer; see `SpectralNewton.groups`."""
+    matrices: dict[str, list[MatrixLayer]] = {}
+    for layer in _layers(model, kinds, fused_qkv):
+        matrices.setdefault(layer.parameter, []).append(layer)
+    groups: dict[str, dict[str, Any]] = {}
+    rest = _no_group("adamw", "adamw")
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layers = matrices.get(name, [])
+        layout = _layout(layers, parameter)
+        group = rest
+        if layout is not None:
+            kind = layers[0].kind
+            group = groups.setdefault(kind, {**_no_group(kind, "spectral"), "layouts": [], "kind": kind})
+            group["layouts"].append(layout)
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return [group for group in (*groups.values(), rest) if group["params"]]
+
+
+def _no_group(name: str, update: str) -> dict[str, Any]:
+    return {"params": [], "param_names": [], "name": name, "update": update}
+
+
+def _layers(
+    model: nn.Module,
+    kinds: Mapping[str, Kind] | None,
+    fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] | None,
+) -> list[MatrixLayer]:
+    """The matrices that are neither embeddings nor heads, under the first of the names of a tied parameter."""
+    everything = find_layers(model, kinds=kinds).layers if kinds is not None else _found(model)
+    if fused_qkv is None:
+        fused_qkv = [layer.name for layer in everything.values() if _in_thirds(layer)]
+    found = find_layers(model, kinds=kinds, fused_qkv=fused_qkv).layers if everything else {}
+    by_name = infer_kinds(model)
+    return [
+        layer
+        for layer in found.values()
+        if layer.kind not in ADAMW_KINDS and not any(by_name.get(alias) in ADAMW_KINDS for alias in layer.aliases)
+    ]
+
+
+def _found(model: nn.Module) -> dict[str, MatrixLayer]:
+    try:
+        return find_layers(model).layers
+    except NoMatrixError:
+        return {}
+
+
+def _in_thirds(layer: MatrixLayer) -> bool:
+    m, n = layer.shape
+    return layer.kind == "attention_qkv" and m == 3 * n and FUSED_IN_THIRDS.fullmatch(layer.name) is not None
+
+
+def _layout(layers: Sequence[MatrixLayer], parameter: Tensor) -> Layout | None:
+    """Where the matrices of a parameter lie, or None if it has none of more than one row and column."""
+    if not layers:
+        return None
+    first = layers[0]
+    rows = [layer.shape[0] for layer in layers]
+    if first.groups > 1:
+        rows = [first.shape[0] // first.groups] * first.groups
+        fan_in = parameter.shape[0] // first.groups if first.transposed else parameter.shape[1]
+        if fan_in == 1:
+            return None  # depthwise: each filter by itself, with no matrix structure
+    if min(rows) < 2 or first.shape[1] < 2:
+        return None
+    layout = whole_layout()
+    layout["input_first"] = first.groups if first.transposed else 0
+    layout["rows"] = rows if len(rows) > 1 else []
+    return layout

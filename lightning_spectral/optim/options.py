@@ -1,0 +1,155 @@
+"""A parameter group's options: split by what gets which update, filled from the defaults, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_spectral.optim.groups import ALPHA_BY_KIND, DAMPING, DAMPING_BY_KIND, has_adamw_name, is_matrix
+from lightning_spectral.optim.layout import whole_layout
+from lightning_spectral.optim.transfer import check_tolerance, check_transfer
+
+SPECTRAL = ("alpha", "damping", "momentum", "nesterov", "update_rms", "max_gain", "tolerance")
+ADAMW = {"lr": "adamw_lr", "betas": "adamw_betas", "eps": "adamw_eps", "weight_decay": "adamw_weight_decay"}
+"""An AdamW group's option -> its name among the optimizer's arguments."""
+
+SHARDED = ("DTensor", "FlatParameter")
+"""Parameters of FSDP and tensor parallelism, of which a process holds a part."""
+
+
+def split_params(params: Any, names: Sequence[str] | None) -> tuple[list[Tensor], list[str] | None]:
+    """(parameters, names or None) of parameters or of (name, parameter) pairs."""
+    if isinstance(params, set):
+        raise TypeError("params is a set, whose order changes between runs; pass a list")
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    if any(isinstance(entry, tuple) for entry in entries):
+        if not all(isinstance(entry, tuple) for entry in entries):
+            raise ValueError("params: either all of a group's parameters have names or none")
+        names, entries = [name for name, _ in entries], [parameter for _, parameter in entries]
+    for i, entry in enumerate(entries):
+        _check_parameter(entry, names[i] if names else f"number {i}")
+    return entries, list(names) if names else None
+
+
+def _check_parameter(parameter: Any, name: str) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"params: parameter {name} is a {type(parameter).__name__}, not a tensor")
+    if isinstance(parameter, nn.UninitializedParameter):
+        raise ValueError(f"parameter {name} is not initialised; run one batch through its lazy module first")
+    if type(parameter).__name__ in SHARDED:
+        raise ValueError(
+            f"parameter {name} is a {type(parameter).__name__}, of which this process holds a part; Spectral Newton "
+            "needs whole matrices: train with DDP or on one device"
+        )
+    if not parameter.is_floating_point():
+        raise ValueError(f"parameter {name} is {parameter.dtype}; Spectral Newton takes real floating point only")
+
+
+def split_group(group: Mapping[str, Any], adamw_names: Sequence[str]) -> list[dict[str, Any]]:
+    """The group, or its matrices and the rest in a group each where it does not say which update it gets."""
+    params, names = split_params(group["params"], group.get("param_names"))
+    base = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    if "update" in group:
+        chosen: dict[str, Sequence[int]] = {group["update"]: range(len(params))}
+        if group["update"] == "adamw":
+            base |= {argument: base.pop(key) for key, argument in ADAMW.items() if key in base}
+    else:
+        matrices = [
+            i for i, p in enumerate(params) if is_matrix(p) and not (names and has_adamw_name(names[i], adamw_names))
+        ]
+        rest = sorted(set(range(len(params))) - set(matrices))
+        chosen = {update: of for update, of in (("spectral", matrices), ("adamw", rest)) if of}
+    if len(chosen) > 1 and "layouts" in group:
+        raise ValueError("a group with layouts needs update='spectral', as SpectralNewton.groups(model) gives it")
+    parts = []
+    for update, of in chosen.items():
+        part = {**base, "update": update, "params": [params[i] for i in of]}
+        if names:
+            part["param_names"] = [names[i] for i in of]
+        if "name" in base and len(chosen) > 1:
+            part["name"] = f"{base['name']}/{update}"
+        parts.append(part)
+    return parts
+
+
+def fill_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The group with every option of its update, resolved and checked."""
+    update, params = group["update"], group["params"]
+    for key, value in defaults.items():
+        group.setdefault(key, value)
+    if update == "adamw":
+        _fill_adamw(group)
+    elif update == "spectral":
+        _fill_spectral(group, params)
+    else:
+        raise ValueError(f"a group's update must be 'spectral' or 'adamw', got {update!r}")
+    return group
+
+
+def drop_foreign_options(group: dict[str, Any]) -> None:
+    """Delete the options of the other update, and the arguments that were resolved into the group's own."""
+    for key in (*ADAMW.values(), "adamw_names", *(SPECTRAL if group["update"] == "adamw" else ())):
+        group.pop(key, None)
+
+
+def add_missing_options(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Options that a state of an earlier version does not have."""
+    own = ("lr", "weight_decay", "capturable", *(SPECTRAL if group.get("update") == "spectral" else ()))
+    for key in own:
+        if defaults.get(key, "auto") != "auto":
+            group.setdefault(key, defaults[key])
+
+
+def _fill_adamw(group: dict[str, Any]) -> None:
+    for key, argument in ADAMW.items():
+        if group[argument] is not None:
+            group[key] = group[argument]
+    check_at_least_zero("adamw_lr", group["lr"])
+    check_at_least_zero("adamw_weight_decay", group["weight_decay"])
+    check_at_least_zero("adamw_eps", group["eps"])
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"adamw_betas must be two numbers in [0, 1), got {group['betas']}")
+    group["betas"] = tuple(group["betas"])
+
+
+def _fill_spectral(group: dict[str, Any], params: Iterable[Tensor]) -> None:
+    kind = group.get("kind")
+    if group["alpha"] == "auto":
+        if kind not in ALPHA_BY_KIND:
+            raise ValueError(
+                f"alpha='auto' needs the kind of each layer, one of {', '.join(ALPHA_BY_KIND)}, and this group has "
+                f"{'none' if kind is None else repr(kind)}; pass SpectralNewton.groups(model) as params, or a number"
+            )
+        group["alpha"] = ALPHA_BY_KIND[kind]
+    if group["damping"] == "auto":
+        group["damping"] = DAMPING_BY_KIND.get(kind or "", DAMPING)
+    check_options(group)
+    for parameter in params:
+        if not is_matrix(parameter):
+            raise ValueError(f"update='spectral' needs matrices, got a parameter of shape {tuple(parameter.shape)}")
+    group.setdefault("layouts", [whole_layout() for _ in params])
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option of the matrix update that is out of range."""
+    check_at_least_zero("lr", group["lr"])
+    check_at_least_zero("weight_decay", group["weight_decay"])
+    for name in ("alpha", "damping"):
+        if not isinstance(group[name], (int, float)):
+            raise ValueError(f"{name} must be a number or 'auto', got {group[name]!r}")
+    check_transfer(group["alpha"], group["damping"])
+    check_tolerance(group["tolerance"])
+    if not 0 <= group["momentum"] < 1:
+        raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']}")
+    if group["update_rms"] is not None and not group["update_rms"] > 0:
+        raise ValueError(f"update_rms must be above 0, or None for no rescaling, got {group['update_rms']}")
+    if not group["max_gain"] >= 1:
+        raise ValueError(f"max_gain must be at least 1, got {group['max_gain']}")
+
+
+def check_at_least_zero(name: str, value: Any) -> None:
+    """Raise ValueError for a negative number, and for one that is none."""
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")

@@ -1,0 +1,257 @@
+"""What gets which update: groups of a network, flat parameters, names, options, layouts."""
+
+import pytest
+import torch
+from cases import Attention, TiedLM, grouped, mlp, signals
+from torch import nn
+
+from lightning_spectral import SpectralNewton
+from lightning_spectral.layers import matrix_parameters
+from lightning_spectral.optim.groups import ADAMW_KINDS, ALPHA_BY_KIND
+from lightning_spectral.optim.layout import Layout, blocks
+
+
+def by_name(optimizer):
+    return {group["name"]: group for group in optimizer.param_groups}
+
+
+def names_of(groups):
+    return {group["name"]: group["param_names"] for group in groups}
+
+
+class GPT2Projection(nn.Module):
+    """A fused projection that stores (in, out), as Hugging Face's GPT-2 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.c_attn = type("Conv1D", (nn.Module,), {"nf": 12})()
+        self.c_attn.weight = nn.Parameter(torch.randn(4, 12))
+        self.c_proj = type("Conv1D", (nn.Module,), {"nf": 4})()
+        self.c_proj.weight = nn.Parameter(torch.randn(4, 4))
+
+
+def test_a_transformer_falls_into_groups_by_kind():
+    groups = SpectralNewton.groups(TiedLM())
+    assert {name: names for name, names in names_of(groups).items() if name != "adamw"} == {
+        "attention_qkv": ["block.qkv.weight"],
+        "attention_out": ["block.proj.weight"],
+        "mlp_up": ["block.up.weight"],
+        "mlp_down": ["block.down.weight"],
+    }
+    rest = names_of(groups)["adamw"]
+    assert rest[0] == "tokens.weight"  # tied to the head
+    assert all("bias" in name or ".n1." in name or ".n2." in name for name in rest[1:])
+    assert groups[0]["layouts"] == [{"input_first": 0, "rows": [8, 8, 8]}]
+
+
+def test_every_trained_parameter_is_in_one_group():
+    for model in (TiedLM(), grouped(), Attention(), nn.BatchNorm1d(3), nn.Embedding(4, 3)):
+        groups = SpectralNewton.groups(model)
+        parameters = [p for group in groups for p in group["params"]]
+        assert len(parameters) == len(set(parameters)) == len(list(model.parameters()))
+        SpectralNewton(groups)
+
+
+def test_frozen_parameters_are_left_out():
+    model = mlp()
+    model[0].requires_grad_(False)
+    assert names_of(SpectralNewton.groups(model)) == {
+        "dense": ["2.weight"],
+        "adamw": ["2.bias", "4.weight", "4.bias"],
+    }
+
+
+def test_grouped_and_depthwise_convolutions():
+    groups = SpectralNewton.groups(grouped())
+    assert names_of(groups)["conv"] == ["0.weight", "4.weight"]
+    assert groups[0]["layouts"] == [{"input_first": 0, "rows": [4, 4]}, {"input_first": 2, "rows": [3, 3]}]
+    assert "2.weight" in names_of(groups)["adamw"]
+
+
+def test_fused_projections():
+    layouts = {"attn.in_proj_weight": Layout(input_first=0, rows=[8, 8, 8])}
+    (qkv, *_) = SpectralNewton.groups(Attention())
+    assert dict(zip(qkv["param_names"], qkv["layouts"], strict=True)) == layouts
+    (qkv, *_) = SpectralNewton.groups(TiedLM(), fused_qkv={"*.qkv": [4, 8, 12]})
+    assert qkv["layouts"] == [{"input_first": 0, "rows": [4, 8, 12]}]
+    (qkv, *_) = SpectralNewton.groups(TiedLM(), fused_qkv=[])
+    assert qkv["layouts"] == [{"input_first": 0, "rows": []}]
+    model = GPT2Projection()
+    (qkv, *_) = SpectralNewton.groups(model)
+    assert qkv["layouts"] == [{"input_first": 1, "rows": [4, 4, 4]}]
+    q, k, v = blocks(model.c_attn.weight, qkv["layouts"][0])
+    assert torch.equal(torch.cat([q, k, v]), model.c_attn.weight.T)
+    with pytest.raises(ValueError, match="fused_qkv: 'nothing' matches no layer"):
+        SpectralNewton.groups(TiedLM(), fused_qkv=["nothing"])
+
+
+def test_kinds_can_be_given():
+    groups = SpectralNewton.groups(mlp(), kinds={"0": "conv", "2": "head", "4": "dense"})
+    assert names_of(groups) == {
+        "conv": ["0.weight"],
+        "dense": ["4.weight"],
+        "adamw": ["0.bias", "2.weight", "2.bias", "4.bias"],
+    }
+
+
+@pytest.mark.parametrize("make", [grouped, signals, TiedLM, Attention])
+def test_blocks_are_views_of_the_measured_matrices(make):
+    model = make().double()
+    measured, _ = matrix_parameters(model)
+    for group in SpectralNewton.groups(model)[:-1]:
+        for name, parameter, layout in zip(group["param_names"], group["params"], group["layouts"], strict=True):
+            parts = blocks(parameter.detach(), layout)
+            matrix = torch.cat([part.flatten(1) for part in parts])
+            assert torch.equal(matrix, measured[name].to_matrix(parameter))
+            parts[-1].zero_()
+            assert (parameter == 0).sum() == parts[-1].numel()
+
+
+def test_each_group_of_a_convolution_is_a_matrix_of_its_own():
+    whole = nn.Conv2d(4, 8, 3, groups=2)
+    parts = [nn.Parameter(part.detach().clone()) for part in whole.weight.chunk(2)]
+    optimizers = [SpectralNewton(SpectralNewton.groups(nn.Sequential(whole))), SpectralNewton(parts)]
+    whole.weight.grad = torch.randn_like(whole.weight)
+    for part, grad in zip(parts, whole.weight.grad.chunk(2), strict=True):
+        part.grad = grad
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(whole.weight, torch.cat(parts))
+
+
+def test_flat_parameters_split_by_shape():
+    model = TiedLM()
+    groups = by_name(SpectralNewton(model.parameters(), lr=0.1, adamw_lr=0.01))
+    assert list(groups) == ["spectral", "adamw"]
+    assert all(p.ndim == 2 for p in groups["spectral"]["params"])
+    assert any(p is model.tokens.weight for p in groups["spectral"]["params"])
+    assert all(p.ndim == 1 for p in groups["adamw"]["params"])
+    assert (groups["spectral"]["lr"], groups["adamw"]["lr"]) == (0.1, 0.01)
+    rows = [nn.Parameter(torch.ones(1, 5)), nn.Parameter(torch.ones(5, 1, 1)), nn.Parameter(torch.ones(()))]
+    assert list(by_name(SpectralNewton(rows))) == ["adamw"]
+
+
+def test_names_keep_embeddings_and_heads_out():
+    model = TiedLM()
+    groups = by_name(SpectralNewton(model.named_parameters()))
+    assert groups["spectral"]["param_names"] == [f"block.{n}.weight" for n in ("qkv", "proj", "up", "down")]
+    assert groups["adamw"]["param_names"][0] == "tokens.weight"
+    groups = by_name(SpectralNewton(model.named_parameters(), adamw_names=["block.up.*", "down"]))
+    assert groups["spectral"]["param_names"] == ["tokens.weight", "block.qkv.weight", "block.proj.weight"]
+    with pytest.raises(ValueError, match=r"adamw_names needs names: pass model.named_parameters\(\)"):
+        SpectralNewton(model.parameters(), adamw_names=["head"])
+    vision = ["patch_embed.proj.weight", "classifier.0.weight", "multihead_attn.weight"]
+    text = ["model.embed_tokens.weight", "lm_head.weight", "pos_embed", "transformer.wte.weight", "classifier.weight"]
+    named = [(name, nn.Parameter(torch.ones(3, 4))) for name in (*vision, *text)]
+    groups = by_name(SpectralNewton(named))
+    assert groups["spectral"]["param_names"] == vision
+    assert groups["adamw"]["param_names"] == text
+
+
+def test_exponents_and_dampings_by_kind():
+    groups = by_name(SpectralNewton(SpectralNewton.groups(TiedLM()), alpha="auto"))
+    assert {(g["alpha"], g["damping"]) for g in groups.values() if g["update"] == "spectral"} == {(1.0, 0.03)}
+    groups = by_name(SpectralNewton(SpectralNewton.groups(grouped()), alpha="auto"))
+    assert (groups["conv"]["alpha"], groups["conv"]["damping"]) == (2.0, 0.1)
+    groups = by_name(SpectralNewton(mlp().parameters()))
+    assert (groups["spectral"]["alpha"], groups["spectral"]["damping"]) == (2.0, 0.1)
+    assert not set(ALPHA_BY_KIND) & set(ADAMW_KINDS)
+    with pytest.raises(ValueError, match=r"alpha='auto' needs the kind of each layer.*has none.*SpectralNewton.groups"):
+        SpectralNewton(mlp().parameters(), alpha="auto")
+    with pytest.raises(ValueError, match="this group has 'head'"):
+        SpectralNewton([{"params": mlp()[0].weight, "kind": "head", "update": "spectral"}], alpha="auto")
+
+
+def test_groups_hold_their_own_options_and_no_others():
+    first, second = mlp(), mlp()
+    optimizer = SpectralNewton(
+        [
+            {"params": first.parameters(), "lr": 0.5, "adamw_lr": 0.25, "name": "first"},
+            {"params": [second[0].weight], "update": "adamw", "lr": 0.125, "betas": (0.5, 0.5)},
+            {"params": [second[2].weight], "alpha": 1.0},
+        ],
+        lr=1.0,
+        adamw_betas=(0.7, 0.8),
+    )
+    groups = by_name(optimizer)
+    assert list(groups) == ["first/spectral", "first/adamw", "adamw", "spectral"]
+    assert [group["lr"] for group in groups.values()] == [0.5, 0.25, 0.125, 1.0]
+    assert [groups[name]["betas"] for name in ("first/adamw", "adamw")] == [(0.7, 0.8), (0.5, 0.5)]
+    assert groups["spectral"]["alpha"] == 1.0
+    shared = {"params", "name", "update", "lr", "weight_decay", "capturable"}
+    own = {"alpha", "damping", "momentum", "nesterov", "update_rms", "max_gain", "tolerance", "layouts"}
+    assert set(groups["spectral"]) == shared | own
+    assert set(groups["adamw"]) == shared | {"betas", "eps"}
+
+
+def test_parameters_can_be_added():
+    model, more = mlp(), mlp()
+    optimizer = SpectralNewton(model.parameters())
+    optimizer.add_param_group({"params": more.parameters(), "lr": 0.5})
+    assert list(by_name(optimizer)) == ["spectral", "adamw", "spectral_2", "adamw_2"]
+    for parameter in (*model.parameters(), *more.parameters()):
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert len(optimizer.state) == 12
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": more[0].weight})
+
+
+class DTensor(nn.Parameter):
+    """By name, which is what a check without torch.distributed can see."""
+
+
+MATRIX = nn.Parameter(torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "error", "message"),
+    [
+        ([MATRIX], {"lr": -1.0}, ValueError, "lr must be at least 0, got -1.0"),
+        ([MATRIX], {"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0"),
+        ([MATRIX], {"alpha": -1.0}, ValueError, "alpha must be a finite number of at least 0, got -1.0"),
+        ([MATRIX], {"alpha": "probe"}, ValueError, "alpha must be a number or 'auto', got 'probe'"),
+        ([MATRIX], {"damping": 0.0}, ValueError, "damping must be a finite number above 0"),
+        ([MATRIX], {"damping": "none"}, ValueError, "damping must be a number or 'auto', got 'none'"),
+        ([MATRIX], {"momentum": 1.0}, ValueError, r"momentum must lie in \[0, 1\), got 1.0"),
+        ([MATRIX], {"update_rms": 0.0}, ValueError, "update_rms must be above 0, or None"),
+        ([MATRIX], {"max_gain": 0.5}, ValueError, "max_gain must be at least 1, got 0.5"),
+        ([MATRIX], {"tolerance": 0.0}, ValueError, "tolerance must lie in"),
+        ([nn.Parameter(torch.ones(3))], {"adamw_lr": -1.0}, ValueError, "adamw_lr must be at least 0"),
+        ([nn.Parameter(torch.ones(3))], {"adamw_weight_decay": -1.0}, ValueError, "adamw_weight_decay must be"),
+        ([nn.Parameter(torch.ones(3))], {"adamw_eps": -1.0}, ValueError, "adamw_eps must be at least 0"),
+        ([nn.Parameter(torch.ones(3))], {"adamw_betas": (0.9, 1.0)}, ValueError, "adamw_betas must be two numbers"),
+        (
+            [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))],
+            {},
+            ValueError,
+            "parameter number 0 is torch.complex64",
+        ),
+        ([nn.UninitializedParameter()], {}, ValueError, "is not initialised; run one batch"),
+        ([DTensor(torch.ones(3, 3))], {}, ValueError, "is a DTensor, of which this process holds a part"),
+        ([("a", MATRIX), nn.Parameter(torch.ones(3, 3))], {}, ValueError, "all of a group's parameters have names"),
+        ([{"params": {MATRIX}}], {}, TypeError, "params is a set"),
+        ([{"params": [3]}], {}, TypeError, "parameter number 0 is a int, not a tensor"),
+        ([{"params": [MATRIX], "update": "muon"}], {}, ValueError, "update must be 'spectral' or 'adamw', got 'muon'"),
+        (
+            [{"params": [nn.Parameter(torch.ones(3))], "update": "spectral"}],
+            {},
+            ValueError,
+            r"update='spectral' needs matrices, got a parameter of shape \(3,\)",
+        ),
+        (
+            [{"params": [MATRIX, nn.Parameter(torch.ones(3))], "layouts": []}],
+            {},
+            ValueError,
+            "a group with layouts needs update='spectral'",
+        ),
+    ],
+)
+def test_bad_options(params, options, error, message):
+    with pytest.raises(error, match=message):
+        SpectralNewton(params, **options)
+
+
+def test_a_group_is_a_dict():
+    with pytest.raises(TypeError, match="a param group must be a dict, got list"):
+        SpectralNewton([MATRIX]).add_param_group([MATRIX])
