@@ -4,7 +4,8 @@
 
 Networks: a ReLU ResNet (BatchNorm in eval mode), a GPT of 3 blocks and one of 12. In one run, for each: the time of a
 training step, of `measure_spectra` by each method, and, where curvlinops is installed, of one product with its Hessian
-operator of a layer, times layers and directions. Medians of the repeats, of which the slow methods get one; K = 20.
+operator of a layer, times layers and directions. Medians of the repeats, of which the slow methods get one; K = 20. A
+training step is timed before and after each. `memory` is the peak of what is allocated, in that of a training step.
 `svd` is the leading triplets of large matrices against a full SVD, both in float32, with errors against float64.
 """
 
@@ -19,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 import lightning_spectral
 from lightning_spectral import SpectralReport, measure_spectra, top_singular_triplets
@@ -103,6 +106,14 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most that the CPU's allocator had handed out at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
 def curvlinops_seconds(task: Task, layers: list[str], repeats: int) -> float | None:
     """Time of curvlinops for all layers and directions, from one product with each layer's Hessian; None if absent."""
     try:
@@ -147,25 +158,42 @@ def errors(found: SpectralReport, exact: SpectralReport) -> dict[str, float]:
 
 def run(task: Task, repeats: int) -> dict[str, Any]:
     """Every figure of one task."""
-    step = seconds(lambda: loss(task.model, task.batch).backward(), 5 * repeats)
+
+    def step() -> None:
+        task.model.zero_grad()
+        loss(task.model, task.batch).backward()
+
+    step_bytes = peak_bytes(step)
     reports: dict[str, SpectralReport] = {}
-    result: dict[str, Any] = {"step_seconds": step, "methods": {}}
+    result: dict[str, Any] = {"step_seconds": seconds(step, 10), "step_bytes": step_bytes, "methods": {}}
     for method in task.methods:
 
         def measure(method: str = method) -> None:
             reports[method] = measure_spectra(task.model, task.batch, loss, top_k=K, curvature=method)
 
+        before = seconds(step, 10)
         took = seconds(measure, repeats if method in FAST else 1)
+        steps = 2 * took / (before + seconds(step, 10))
         report = reports[method]
-        row = {"steps": took / step, "chosen": report.chosen, "check_error": report.check_error}
+        row = {
+            "steps": steps,
+            "seconds": took,
+            "chosen": report.chosen,
+            "check_error": report.check_error,
+            "micro_batch_size": report.micro_batch_size,
+        }
+        if method != "exact":
+            row["memory"] = peak_bytes(measure) / step_bytes
         if "exact" in reports and method != "exact":
             row |= errors(report, reports["exact"])
         result["methods"][method] = {k: v for k, v in row.items() if v == v and v != ""}
-        print(f"{task.name:8s} {method:8s} {took / step:7.1f} steps  {result['methods'][method]}", flush=True)
+        print(f"{task.name:8s} {method:8s} {steps:7.1f} steps  {result['methods'][method]}", flush=True)
     result["layers"] = len(report.layers)
+    before = seconds(step, 10)
     if "exact" in task.methods and (peer := curvlinops_seconds(task, list(report.layers), 1)) is not None:
-        result["methods"]["curvlinops"] = {"steps": peer / step}
-        print(f"{task.name:8s} curvlinops {peer / step:7.1f} steps", flush=True)
+        steps = 2 * peer / (before + seconds(step, 10))
+        result["methods"]["curvlinops"] = {"steps": steps, "seconds": peer}
+        print(f"{task.name:8s} curvlinops {steps:7.1f} steps", flush=True)
     return result
 
 

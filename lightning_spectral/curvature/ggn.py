@@ -59,7 +59,7 @@ class GGNCurvature:
     seed: int = 0
     name: str = "ggn"
     differentiates_gradients: bool = False
-    memory: float = 2.5
+    memory: float = 2.7
 
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure all layers that can be tapped together, and the rest one by one."""

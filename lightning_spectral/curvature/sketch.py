@@ -86,7 +86,7 @@ class SketchCurvature:
     seed: int = 0
     name: str = "sketch"
     differentiates_gradients: bool = False
-    memory: float = 6.5
+    memory: float = 7.5
 
     def __post_init__(self) -> None:
         """Check the options."""
