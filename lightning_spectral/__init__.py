@@ -21,6 +21,7 @@ _PUBLIC = {
     "SpectralProbe": "callbacks.probe",
     "SpectralReport": "record",
     "SpectralWarning": "errors",
+    "SwapOptimizer": "callbacks.swap",
     "directional_curvature": "measure",
     "fit_power_law": "fits",
     "fit_rank_decay": "fits",
@@ -36,6 +37,7 @@ __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from lightning_spectral.callbacks.probe import SpectralProbe as SpectralProbe
+    from lightning_spectral.callbacks.swap import SwapOptimizer as SwapOptimizer
     from lightning_spectral.errors import MeasurementError as MeasurementError
     from lightning_spectral.errors import SecondDerivativeError as SecondDerivativeError
     from lightning_spectral.errors import SpectralWarning as SpectralWarning

@@ -37,7 +37,9 @@ ALLOWED = {
     "analysis": {"record"},
     "optim": {"kinds", "layers", "optim", "precision"},
     "report": {"analysis", "record", "report", "spectrum"},
-    "callbacks": {"batch", "callbacks", "errors", "kinds", "layers", "loss", "measure", "quiet", "record", "spectrum"},
+    "callbacks": {
+        "batch", "callbacks", "errors", "kinds", "layers", "loss", "measure", "optim", "quiet", "record", "spectrum",
+    },
     "demo": {"callbacks", "demo", "record", "report"},
     "cli": {"", "demo"},
     "__init__": {"callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},

@@ -1,0 +1,233 @@
+"""`SwapOptimizer`: train with another optimizer than the one configured, from the start or from a step on."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps
+from lightning_spectral.optim.rebind import rebind_scheduler
+
+logger = logging.getLogger(__name__)
+
+REFUSED = ("FSDPStrategy", "DeepSpeed")
+"""Strategies that tie the optimizer to parameters they have flattened or taken over."""
+
+
+class SwapOptimizer(AnyCallback):
+    """Replace the configured optimizer, for the same parameters; its schedulers go on with the new one.
+
+    Each group of the new optimizer takes its learning rate's shape and position from the group that its parameters were
+    in; see `rebind_scheduler`. The new optimizer begins without state. Checkpoints of either side of the swap resume on
+    that side; one written without this callback can be resumed with ``at_step``, not with a swap from the start.
+
+    Args:
+        optimizer: import path of a class, or a name in torch.optim. If the class has a function ``groups(model)``, as
+            `SpectralNewton` has, its groups are what it is given, else the list of parameters.
+        init_args: its other arguments.
+        at_step: swap before this optimizer step, counted from 0; None: before training.
+        at_epoch: or before the first step of this epoch.
+
+    Raises:
+        ValueError: at construction, for a class that cannot be found; when fitting starts, for manual optimization,
+            several optimizers, none at all, FSDP or DeepSpeed; for a checkpoint of another optimizer.
+
+    >>> SwapOptimizer("SGD", {"lr": 0.1, "momentum": 0.9}, at_step=1000).optimizer_class.__name__
+    'SGD'
+    """
+
+    def __init__(
+        self,
+        optimizer: str = "lightning_spectral.SpectralNewton",
+        init_args: dict[str, Any] | None = None,
+        at_step: int | None = None,
+        at_epoch: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.optimizer_class = _optimizer_class(optimizer)
+        self.init_args = dict(init_args or {})
+        if at_step is not None and at_epoch is not None:
+            raise ValueError(f"give at_step or at_epoch, not both; got at_step={at_step} and at_epoch={at_epoch}")
+        for option, value in {"at_step": at_step, "at_epoch": at_epoch}.items():
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"{option} must be None or a whole number from 0 on, got {value!r}")
+        self.at_step, self.at_epoch = at_step, at_epoch
+        self.swapped = False
+        self._step: int | None = None
+        self._restore: Callable[[], None] = _nothing
+
+    @property
+    def from_the_start(self) -> bool:
+        """Whether the configured optimizer never takes a step."""
+        return self.at_step is None and self.at_epoch is None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Stand between the Trainer and the module's configure_optimizers."""
+        if stage != "fit":
+            return
+        strategy = type(trainer.strategy).__name__
+        if any(name in strategy for name in REFUSED):
+            raise ValueError(
+                f"SwapOptimizer cannot swap under {strategy}, which ties the optimizer to parameters of its own; "
+                "return the optimizer from configure_optimizers, or use another strategy"
+            )
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"SwapOptimizer needs automatic optimization, and {type(pl_module).__name__} optimizes manually; "
+                "make the optimizer in its configure_optimizers"
+            )
+        self.swapped, self._step = False, None
+        self._wrap(pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give the module its configure_optimizers back."""
+        self._restore()
+        self._restore = _nothing
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that holds the state of the optimizer that is swapped out from the start."""
+        known = checkpoint.get("callbacks", {}).get(self.state_key)
+        if known is None and self.from_the_start and checkpoint.get("optimizer_states"):
+            raise ValueError(
+                "the checkpoint was written without SwapOptimizer, so it holds the state of the configured optimizer, "
+                f"with which {self.optimizer_class.__name__} cannot go on; give SwapOptimizer "
+                f"at_step={checkpoint.get('global_step')}, or start from the checkpoint's weights alone"
+            )
+        if known is not None and known["swapped"] and known["optimizer"] != _path(self.optimizer_class):
+            raise ValueError(
+                f"the checkpoint holds the state of {known['optimizer']}, and SwapOptimizer was given "
+                f"{_path(self.optimizer_class)}; resume with the optimizer of the checkpoint"
+            )
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Swap, if it is time."""
+        if self.at_epoch is not None and trainer.current_epoch >= self.at_epoch:
+            self._swap_now(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Swap, if it is time: before a step, not between its micro-batches."""
+        step = optimizer_steps(trainer)
+        begins, self._step = step != self._step, step
+        if begins and self.at_step is not None and step >= self.at_step:
+            self._swap_now(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """On which side of the swap the checkpoint is."""
+        return {"swapped": self.swapped, "optimizer": _path(self.optimizer_class)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`; it comes before the optimizers are configured."""
+        self.swapped = state_dict["swapped"]
+
+    def _wrap(self, module: Any) -> None:
+        own = module.__dict__.get("configure_optimizers")
+        configure = module.configure_optimizers
+
+        def restore() -> None:
+            if own is None:
+                module.__dict__.pop("configure_optimizers", None)
+            else:
+                module.__dict__["configure_optimizers"] = own
+
+        def configure_optimizers() -> Any:
+            configured = configure()
+            return self._swapped_in(configured, module) if self.swapped or self.from_the_start else configured
+
+        module.__dict__["configure_optimizers"] = configure_optimizers
+        self._restore = restore
+
+    def _swapped_in(self, configured: Any, module: nn.Module) -> Any:
+        """What configure_optimizers returned, with the new optimizer in it."""
+        optimizers = [leaf for leaf in _leaves(configured) if isinstance(leaf, Optimizer)]
+        old = _only(optimizers)
+        new = self._new(old, module)
+        for leaf in _leaves(configured):
+            if getattr(leaf, "optimizer", None) is old:
+                rebind_scheduler(leaf, old, new)
+        self._note(old, new, "before training")
+        return _with(configured, old, new)
+
+    def _swap_now(self, trainer: Any, module: nn.Module) -> None:
+        if self.swapped:
+            return
+        old = _only(trainer.strategy.optimizers)
+        new = self._new(old, module)
+        for config in trainer.strategy.lr_scheduler_configs:
+            rebind_scheduler(config.scheduler, old, new)
+        trainer.strategy.optimizers = [new]
+        self._note(old, new, f"before step {optimizer_steps(trainer)}")
+
+    def _new(self, old: Optimizer, module: nn.Module) -> Optimizer:
+        """The new optimizer for the parameters of the old one."""
+        held = {id(parameter) for group in old.param_groups for parameter in group["params"]}
+        if not callable(getattr(self.optimizer_class, "groups", None)):
+            parameters = [parameter for group in old.param_groups for parameter in group["params"]]
+            return self.optimizer_class(parameters, **self.init_args)
+        chosen = []
+        for group in self.optimizer_class.groups(module):  # type: ignore[attr-defined]
+            kept = [i for i, parameter in enumerate(group["params"]) if id(parameter) in held]
+            per_parameter = {
+                key: [value[i] for i in kept]
+                for key, value in group.items()
+                if isinstance(value, list) and len(value) == len(group["params"])
+            }
+            if kept:
+                chosen.append({**group, **per_parameter})
+        return self.optimizer_class(chosen, **self.init_args)
+
+    def _note(self, old: Optimizer, new: Optimizer, when: str) -> None:
+        self.swapped = True
+        logger.info("%s: %s takes the place of %s", when, type(new).__name__, type(old).__name__)
+
+
+def _optimizer_class(path: str) -> type[Optimizer]:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name) if module else getattr(torch.optim, name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"optimizer must be the import path of a class, or a name in torch.optim; {path!r}: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ValueError(f"optimizer must be a class of optimizers, got {path!r}, which is {found!r}")
+    return found
+
+
+def _path(of: type) -> str:
+    return f"{of.__module__}.{of.__qualname__}"
+
+
+def _only(optimizers: list[Optimizer]) -> Optimizer:
+    if len(optimizers) != 1:
+        raise ValueError(
+            f"SwapOptimizer swaps one optimizer, and configure_optimizers gave {len(optimizers) or 'none'}"
+        )
+    return optimizers[0]
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Everything in nested lists, tuples and dicts."""
+    if isinstance(value, Mapping):
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]
+
+
+def _with(value: Any, old: Any, new: Any) -> Any:
+    """The same nesting with one object in another's place."""
+    if isinstance(value, Mapping):
+        return {key: _with(item, old, new) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with(item, old, new) for item in value)
+    return new if value is old else value
+
+
+def _nothing() -> None:
+    return None

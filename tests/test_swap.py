@@ -1,0 +1,320 @@
+"""Swapping the optimizer: before training, in mid-run, through checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim import lr_scheduler as schedulers
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_spectral import SpectralNewton, SwapOptimizer
+from lightning_spectral.optim.rebind import rebind_scheduler
+
+STEPS = 12
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+
+
+class Module(pl.LightningModule):
+    """Trains with an optimizer and a scheduler made by functions."""
+
+    def __init__(self, optimizer=lambda p: SGD(p, lr=0.1, momentum=0.9), scheduler=None, interval="step"):
+        super().__init__()
+        self.net = net()
+        self.make_optimizer, self.make_scheduler, self.interval = optimizer, scheduler, interval
+        self.trail = []
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def on_train_batch_end(self, *args):
+        optimizer = self.trainer.optimizers[0]
+        self.trail.append((type(optimizer).__name__, [group["lr"] for group in optimizer.param_groups]))
+
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": self.interval},
+        }
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 6, generator=generator), torch.randint(0, 5, (8,), generator=generator)
+    # The same batch again and again, so that a resume cannot take another one.
+    return DataLoader(TensorDataset(x.repeat(4, 1), y.repeat(4)), batch_size=8)
+
+
+def fit(module, callbacks=(), steps=STEPS, ckpt_path=None, **options):
+    trainer = pl.Trainer(
+        max_steps=steps, max_epochs=-1, callbacks=list(callbacks), logger=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, **{"enable_checkpointing": False, **options},
+    )  # fmt: skip
+    trainer.fit(module, data(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def adamw(p):
+    return AdamW(p, lr=0.02)
+
+
+def cosine(optimizer):
+    return schedulers.CosineAnnealingLR(optimizer, STEPS)
+
+
+SCHEDULERS = {
+    "cosine": cosine,
+    "step": lambda o: schedulers.StepLR(o, 3, gamma=0.5),
+    "lambda": lambda o: schedulers.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "one_cycle": lambda o: schedulers.OneCycleLR(o, max_lr=o.defaults["lr"], total_steps=STEPS, cycle_momentum=False),
+    "warmup": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=4), schedulers.ExponentialLR(o, 0.9)], milestones=[4]
+    ),
+    "chained": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ConstantLR(o, 0.5, 3), schedulers.ExponentialLR(o, 0.9)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [None, *SCHEDULERS])
+def test_a_swap_before_training_is_training_with_the_other_optimizer(name):
+    scheduler = SCHEDULERS.get(name)
+    direct, swapped = Module(adamw, scheduler), Module(scheduler=scheduler)
+    fit(direct)
+    fit(swapped, [SwapOptimizer("torch.optim.AdamW", {"lr": 0.02})])
+    assert [kind for kind, _ in swapped.trail] == ["AdamW"] * STEPS
+    for (_, a), (_, b) in zip(direct.trail, swapped.trail, strict=True):
+        assert a == pytest.approx(b, rel=1e-12)
+    for a, b in zip(weights(direct), weights(swapped), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_swap_in_mid_run_keeps_the_position_of_the_learning_rate(name):
+    scheduler = SCHEDULERS[name]
+    whole, swapped = Module(adamw, scheduler), Module(scheduler=scheduler)
+    fit(whole)
+    fit(swapped, [SwapOptimizer("AdamW", {"lr": 0.02}, at_step=5)])
+    assert [kind for kind, _ in swapped.trail] == ["SGD"] * 5 + ["AdamW"] * 7
+    for (_, a), (_, b) in list(zip(whole.trail, swapped.trail, strict=True))[5:]:
+        assert a == pytest.approx(b, rel=1e-12)
+
+
+def test_a_swap_at_an_epoch_and_between_windows_of_accumulation():
+    module = Module()
+    fit(module, [SwapOptimizer("AdamW", at_epoch=2)])
+    assert [kind for kind, _ in module.trail] == ["SGD"] * 8 + ["AdamW"] * 4
+    module = Module()
+    fit(module, [SwapOptimizer("AdamW", at_step=3)], accumulate_grad_batches=2, steps=6)
+    assert [kind for kind, _ in module.trail] == ["SGD"] * 6 + ["AdamW"] * 6
+
+
+def test_spectral_newton_gets_its_groups_with_rates_of_their_own():
+    module = Module(scheduler=cosine)
+    trainer = fit(module, [SwapOptimizer(init_args={"lr": 0.02, "adamw_lr": 0.004})], steps=4)
+    (optimizer,) = trainer.optimizers
+    assert type(optimizer) is SpectralNewton
+    assert [group["name"] for group in optimizer.param_groups] == ["dense", "adamw"]
+    assert optimizer.param_groups[0]["param_names"] == ["net.0.weight"]
+    direct = SpectralNewton(SpectralNewton.groups(module), lr=0.02, adamw_lr=0.004)
+    expected = schedulers.CosineAnnealingLR(direct, STEPS)
+    for _, lrs in module.trail:
+        direct.step()
+        expected.step()
+        assert lrs == pytest.approx([group["lr"] for group in direct.param_groups], rel=1e-9)
+
+
+class HeadOnly(Module):
+    def configure_optimizers(self):
+        return SGD(self.net[2].parameters(), lr=0.1)
+
+
+def test_only_what_was_optimized_is_optimized():
+    module = HeadOnly()
+    body = module.net[0].weight.detach().clone()
+    for callback in (SwapOptimizer(), SwapOptimizer("AdamW")):
+        trainer = fit(module, [callback], steps=2)
+        held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+        assert held == {id(p) for p in module.net[2].parameters()}
+    assert torch.equal(module.net[0].weight, body)
+
+
+@pytest.mark.parametrize("returned", ["list", "pair", "tuple", "dicts"])
+def test_every_form_of_configured_optimizers(returned):
+    class Form(Module):
+        def configure_optimizers(self):
+            optimizer = SGD(self.parameters(), lr=0.1)
+            scheduler = cosine(optimizer)
+            return {
+                "list": [optimizer],
+                "pair": ([optimizer], [{"scheduler": scheduler, "interval": "step"}]),
+                "tuple": (optimizer,),
+                "dicts": [{"optimizer": optimizer, "lr_scheduler": scheduler}],
+            }[returned]
+
+    module = Form()
+    trainer = fit(module, [SwapOptimizer("AdamW", {"lr": 0.02})])
+    assert type(trainer.optimizers[0]) is AdamW
+    if returned == "pair":
+        assert module.trail[5][1][0] < module.trail[0][1][0]
+    assert "configure_optimizers" not in module.__dict__
+
+
+def test_plateau_and_floors_follow():
+    old, new = SGD(net().parameters(), lr=0.1), None
+    parameters = list(old.param_groups[0]["params"])
+    new = AdamW([{"params": parameters[:2], "lr": 0.02}, {"params": parameters[2:], "lr": 0.01}])
+    plateau = schedulers.ReduceLROnPlateau(old, factor=0.1, patience=0, min_lr=0.05)
+    rebind_scheduler(plateau, old, new)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        plateau.step(value)
+    assert [group["lr"] for group in new.param_groups] == pytest.approx([0.01, 0.005])
+    old, new = SGD(parameters, lr=0.1), AdamW(parameters, lr=0.02)
+    floor = schedulers.CosineAnnealingLR(old, 4, eta_min=0.05)
+    rebind_scheduler(floor, old, new)
+    for _ in range(4):
+        new.step()
+        floor.step()
+    assert new.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_a_scheduled_momentum_that_the_new_optimizer_does_not_have():
+    parameters = list(net().parameters())
+    old = SGD(parameters, lr=0.1, momentum=0.9)
+    cycle = schedulers.OneCycleLR(old, max_lr=0.1, total_steps=9)
+    with pytest.raises(ValueError, match="OneCycleLR also schedules 'momentum', which groups 0 of AdamW do not have; "):
+        rebind_scheduler(schedulers.ChainedScheduler([cycle]), old, AdamW(parameters))
+    new = SGD(parameters, lr=0.5, momentum=0.5)
+    rebind_scheduler(cycle, old, new)
+    assert new.param_groups[0]["max_lr"] == pytest.approx(0.5)
+    assert new.param_groups[0]["max_momentum"] == 0.95
+    cycle.step()
+    assert new.param_groups[0]["momentum"] < 0.95
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "at_step"), [("AdamW", None), ("AdamW", 5), ("lightning_spectral.SpectralNewton", 5)]
+)
+@pytest.mark.parametrize("stop", [4, 8])
+def test_resume_on_both_sides_of_the_swap_is_bit_identical(tmp_path, optimizer, at_step, stop):
+    def callback():
+        return SwapOptimizer(optimizer, {"lr": 0.02}, at_step=at_step)
+
+    whole = Module(scheduler=cosine)
+    fit(whole, [callback()])
+    head = Module(scheduler=cosine)
+    fit(head, [callback()], steps=stop).save_checkpoint(tmp_path / "a.ckpt")
+    tail = Module(scheduler=cosine)
+    fit(tail, [callback()], ckpt_path=tmp_path / "a.ckpt")
+    assert head.trail + tail.trail == whole.trail
+    assert same(weights(whole), weights(tail))
+
+
+def test_a_checkpoint_of_the_configured_optimizer(tmp_path):
+    fit(Module(), steps=4).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"holds the state of the configured optimizer, with which AdamW .* at_step=4"):
+        fit(Module(), [SwapOptimizer("AdamW")], ckpt_path=tmp_path / "a.ckpt")
+    module = Module()
+    fit(module, [SwapOptimizer("AdamW", at_step=4)], ckpt_path=tmp_path / "a.ckpt")
+    assert [kind for kind, _ in module.trail] == ["AdamW"] * 8
+
+
+def test_a_checkpoint_of_another_swap(tmp_path):
+    fit(Module(), [SwapOptimizer("AdamW")], steps=4).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"holds the state of torch.optim.adamw.AdamW, and .* torch.optim.sgd.SGD"):
+        fit(Module(), [SwapOptimizer("SGD")], ckpt_path=tmp_path / "a.ckpt")
+
+
+class Manual(Module):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Two(Module):
+    def configure_optimizers(self):
+        return [SGD(self.net[0].parameters(), lr=0.1), SGD(self.net[2].parameters(), lr=0.1)]
+
+
+class NoOptimizer(Module):
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Manual, "SwapOptimizer needs automatic optimization, and Manual optimizes manually"),
+        (Two, "SwapOptimizer swaps one optimizer, and configure_optimizers gave 2"),
+        (NoOptimizer, "SwapOptimizer swaps one optimizer, and configure_optimizers gave none"),
+    ],
+)
+def test_what_is_refused(module, message):
+    made = module()
+    with pytest.raises(ValueError, match=message):
+        fit(made, [SwapOptimizer("AdamW")], steps=1)
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_own_the_parameters_are_refused(name):
+    trainer = type("Trainer", (), {"strategy": type(name, (), {})()})()
+    with pytest.raises(ValueError, match=f"SwapOptimizer cannot swap under {name}"):
+        SwapOptimizer("AdamW").setup(trainer, Module(), "fit")
+    SwapOptimizer("AdamW").setup(trainer, Module(), "validate")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"optimizer": "torch.optim.Nothing"},
+            "optimizer must be the import path of a class, or a name in torch.optim",
+        ),
+        ({"optimizer": "no_such_module.Thing"}, "optimizer must be the import path of a class"),
+        ({"optimizer": "torch.nn.Linear"}, "optimizer must be a class of optimizers, got 'torch.nn.Linear'"),
+        ({"at_step": 3, "at_epoch": 1}, "give at_step or at_epoch, not both"),
+        ({"at_step": -1}, "at_step must be None or a whole number from 0 on, got -1"),
+        ({"at_epoch": 0.5}, "at_epoch must be None or a whole number from 0 on, got 0.5"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SwapOptimizer(**options)
+
+
+def test_a_second_fit_swaps_again_and_the_module_is_as_it_was():
+    module, callback = Module(), SwapOptimizer("AdamW", at_step=2)
+    for _ in range(2):
+        module.trail.clear()
+        fit(module, [callback], steps=4)
+        assert [kind for kind, _ in module.trail] == ["SGD"] * 2 + ["AdamW"] * 2
+    assert "configure_optimizers" not in module.__dict__
+    assert type(copy.deepcopy(module).configure_optimizers()) is SGD
+
+
+def test_an_own_configure_optimizers_on_the_instance_comes_back():
+    module = Module()
+    own = module.__dict__["configure_optimizers"] = lambda: AdamW(module.parameters())
+    fit(module, [SwapOptimizer("SGD", {"lr": 0.1})], steps=2)
+    assert module.trail[0][0] == "SGD"
+    assert module.__dict__["configure_optimizers"] is own
