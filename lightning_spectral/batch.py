@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.shadow import Copier
 
 
 def batch_size(batch: Any) -> int | None:
@@ -52,8 +53,23 @@ def take_samples(batch: Any, stop: int, start: int = 0, *, option: str = "max_sa
     return batch if start == 0 and size <= stop else _cut(batch, size, slice(start, stop))
 
 
+class FirstSamples(Sequence[Any]):
+    """Batches cut to their first samples, each when it is fetched."""
+
+    def __init__(self, batches: Sequence[Any], n: int) -> None:
+        self.batches, self.n = batches, n
+
+    def __getitem__(self, index: Any) -> Any:
+        return take_samples(self.batches[index], self.n)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
 class HeldBatches(Sequence[Any]):
     """Copies of batches in the CPU's memory, each given back on the devices it came from.
+
+    Objects of classes that are no containers are copied where they are.
 
     Args:
         batches: of any nesting of tensors.
@@ -69,19 +85,32 @@ class HeldBatches(Sequence[Any]):
     def append(self, batch: Any) -> None:
         """Keep a copy of one more batch."""
         devices: list[torch.device] = []
+        copier = Copier(lambda tensor: tensor)
 
         def hold(leaf: Any) -> Any:
+            if isinstance(leaf, PackedSequence):
+                # Its batch_sizes stay on the CPU, which only its own `to` knows.
+                devices.append(leaf.data.device)
+                packed = leaf.to("cpu")  # type: ignore[arg-type]
+                return PackedSequence(packed.data.clone(), *packed[1:])
             if not isinstance(leaf, Tensor):
-                return leaf
+                return copier.copy(leaf, "batch")
             devices.append(leaf.device)
             return leaf.detach().to("cpu", copy=True)
 
-        self._held.append((map_leaves(batch, hold), devices))
+        self._held.append((map_leaves(batch, hold, whole=PackedSequence), devices))
 
     def __getitem__(self, index: Any) -> Any:
         batch, devices = self._held[index]
         left = iter(devices)
-        return map_leaves(batch, lambda leaf: leaf.to(self.device or next(left)) if isinstance(leaf, Tensor) else leaf)
+
+        def give(leaf: Any) -> Any:
+            if not isinstance(leaf, (Tensor, PackedSequence)):
+                return leaf
+            device: Any = self.device or next(left)
+            return leaf.to(device)
+
+        return map_leaves(batch, give, whole=PackedSequence)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -113,12 +142,15 @@ def _leading_sizes(value: Any, path: str) -> dict[str, int]:
     return out
 
 
-def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Rebuild the containers of a batch around ``function`` of each of its leaves; the batch stays as it is."""
-    children = _children(value)
+def map_leaves(value: Any, function: Callable[[Any], Any], whole: type | tuple[type, ...] = ()) -> Any:
+    """Rebuild the containers of a batch around ``function`` of each of its leaves; the batch stays as it is.
+
+    Containers of the classes ``whole`` count as leaves.
+    """
+    children = None if isinstance(value, whole) else _children(value)
     if children is None:
         return function(value)
-    return _rebuilt(value, {key: map_leaves(child, function) for key, child in children.items()})
+    return _rebuilt(value, {key: map_leaves(child, function, whole) for key, child in children.items()})
 
 
 def _cut(value: Any, size: int, part: slice) -> Any:

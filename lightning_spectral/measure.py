@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_spectral.batch import HeldBatches, take_samples
+from lightning_spectral.batch import FirstSamples, HeldBatches
 from lightning_spectral.curvature import Curvatures, check_method, measure_by
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
 from lightning_spectral.kinds import Kind
@@ -144,7 +145,7 @@ def measure_quietly(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
         raise ValueError(f"layers: no layer is left to measure ({reasons})")
     if max_samples is not None:
-        batches = [take_samples(batch, max_samples) for batch in batches]
+        batches = FirstSamples(batches, max_samples)
     with _losses(model, batches, loss_fn, found.layers, mode, precision, batch_idx) as (losses, notes):
         measured = measure_within_memory(losses, curvature, top_k, micro_batch_size)
         eps = {name: losses.eps(name) for name in found.layers}
@@ -259,15 +260,34 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def first_batches(
     loader: Iterable[Any], n: int, model: nn.Module, prepare: Callable[[Any], Any] = lambda batch: batch
 ) -> list[Any]:
-    """The first n batches of a loader, prepared; both draw from the random generators, which are put back."""
+    """The first n batches of a loader, prepared.
+
+    The loader may be in use: a copy of it is iterated, and all generators that it draws from are put back.
+    """
     states = RandomStates(model)
+    own = [(generator, generator.get_state()) for generator in _generators(loader)]
+    loader = copy.copy(loader)
+    # What a loader with persistent workers is in the middle of.
+    loader.__dict__.pop("_iterator", None)
+    if isinstance(loader, DataLoader):
+        loader._iterator = None
     try:
         found = [prepare(batch) for batch in islice(loader, n)]
     finally:
         states.restore()
+        for generator, state in own:
+            generator.set_state(state)
     if len(found) < n:
         raise ValueError(f"n_batches: {n} batches were asked for, and the DataLoader has {len(found)}")
     return found
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators of a loader and of its samplers."""
+    samplers = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    samplers.append(getattr(samplers[1], "sampler", None))
+    found = [getattr(part, "generator", None) for part in (loader, *samplers)]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def _batches(batch: Any, n_batches: int, model: nn.Module) -> Sequence[Any]:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lightning_spectral.curvature import Curvature, Curvatures, Gradients, check_method, measure_by
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.fits import noise_floor
 from lightning_spectral.layers import MatrixLayer
-from lightning_spectral.pieces import Losses, Piece
+from lightning_spectral.pieces import Losses, NoSumError, Piece
 from lightning_spectral.quiet import release_memory
 from lightning_spectral.svd import SingularTriplets, top_singular_triplets
 
@@ -54,7 +56,7 @@ def measure_within_memory(losses: Losses, curvature: str, top_k: int, micro_batc
                 if errors and isinstance(error, MeasurementError):
                     raise MeasurementError(f"out of memory with {errors[0]}, and no smaller pieces: {error}") from None
                 raise
-            largest = most or losses.largest(losses.whole())
+            largest = losses.in_use
             errors.append(f"{largest or 'all'} samples at once")
         release_memory(losses.parameters.values())
         if largest is None or largest == 1 or not losses.divisible:
@@ -69,40 +71,49 @@ def measure_within_memory(losses: Losses, curvature: str, top_k: int, micro_batc
 def _measured(losses: Losses, curvature: str, top_k: int, most: int | None) -> Measured:
     """Gradient and curvature, on pieces of at most so many samples; None: as many as memory is likely to hold."""
     named = check_method(curvature)
-    twice = named is not None and named.differentiates_gradients
-    if most is not None:
-        pieces = losses.pieces(most)
-    else:
-        pieces = _thrifty(losses, named) if named is not None and twice else losses.whole()
-    keep_graph = twice and len(pieces) == 1
+    pieces = losses.whole() if most is None else losses.pieces(most)
+    in_one = len(pieces) == 1 and (most is not None or not losses.divisible)
+    keep_graph = in_one and named is not None and named.differentiates_gradients
     gradients, loss, problem = losses.gradients(pieces, keep_graph=keep_graph)
     triplets, failed = _triplets(gradients, losses.layers, top_k)
+    smallest = _smallest(gradients)
     del gradients
     usable = {name: t.first(_usable(losses, name, t)) for name, t in triplets.items()}
     directions = {name: t for name, t in usable.items() if len(t)}
-    used: list[Piece] = pieces
 
     def measure(method: Curvature) -> Curvatures:
-        nonlocal used
-        used = pieces if most is not None or twice else _thrifty(losses, method)
-        if len(used) == len(pieces) == 1 and keep_graph == method.differentiates_gradients:
+        smaller = [] if most is not None else _thrifty(losses, method)
+        if smaller:
+            problem.release()
+            try:
+                return losses.curvatures(method, smaller, directions, smallest)
+            except NoSumError:
+                return losses.curvatures(method, pieces, directions)
+        if len(pieces) == 1 and keep_graph == method.differentiates_gradients:
             return method(problem, directions)
         problem.release()
-        return losses.curvatures(method, used, directions)
+        return losses.curvatures(method, pieces, directions)
 
     curvatures = measure_by(curvature, problem, directions, measure)
-    return Measured(triplets, curvatures, failed | curvatures.failed, loss, losses.largest(used))
+    return Measured(triplets, curvatures, failed | curvatures.failed, loss, losses.in_use)
 
 
 def _thrifty(losses: Losses, method: Curvature) -> list[Piece]:
-    """Pieces small enough for `MEMORY`, where the loss can be measured in pieces."""
+    """Pieces small enough for `MEMORY`; none where whole batches are, or the loss cannot be measured in pieces."""
     parts = math.ceil(method.memory / MEMORY)
     if parts == 1 or not losses.divisible:
-        return losses.whole()
+        return []
     try:
-        return losses.pieces(math.ceil(max(size or 1 for size in losses.sizes) / parts))
-    except MeasurementError:
-        return losses.whole()
+        pieces = losses.pieces(math.ceil(max(size or 1 for size in losses.sizes) / parts))
+    except NoSumError:
+        return []
+    return pieces if len(pieces) > len(losses.sizes) else []
+
+
+def _smallest(gradients: Gradients) -> tuple[str, Tensor] | None:
+    """The layer with the smallest gradient tensor that is not zero, and that gradient."""
+    found = {name: value.detach() for name, value in gradients.values.items() if value is not None and value.any()}
+    return min(found.items(), key=lambda item: item[1].numel(), default=None)
 
 
 def _triplets(

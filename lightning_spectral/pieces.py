@@ -27,6 +27,16 @@ from lightning_spectral.svd import SingularTriplets
 ADDS_UP = 1e-5
 """Relative difference, in float32, up to which the losses of pieces add up to that of their batch."""
 
+SPREAD = 1e-2
+"""How far the losses of pieces must lie apart, relatively, for that to tell their weights to about 1e-3."""
+
+SAME_GRADIENT = 1e-3
+"""Relative difference up to which the gradients of pieces add up to that of their batch."""
+
+
+class NoSumError(MeasurementError):
+    """A loss that cannot be had as a sum of those of pieces of its batch."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -63,6 +73,7 @@ class Losses:
         self.divisible = all(divisible(batch) for batch in batches)
         known = [size for size in self.sizes if size is not None]
         self.samples = sum(known) if len(known) == len(self.sizes) else None
+        self.in_use: int | None = None
         self.casts: set[torch.dtype] = set()
         self._values: dict[tuple[int, int, int | None], list[float]] = defaultdict(list)
 
@@ -78,7 +89,8 @@ class Losses:
         """Pieces of nearly equal size, of at most so many samples.
 
         Raises:
-            MeasurementError: if a batch cannot be cut, or its loss is no weighted sum of those of its pieces.
+            MeasurementError: if a batch cannot be cut.
+            NoSumError: if its loss is no weighted sum of those of its pieces, or that cannot be told.
         """
         found: list[Piece] = []
         for piece, size in zip(self.whole(), self.sizes, strict=True):
@@ -116,6 +128,7 @@ class Losses:
         values: dict[str, Tensor | None] = {}
         failed: dict[str, str] = {}
         loss = 0.0
+        self.in_use = self.largest(pieces)
         # The first piece comes last, since its graph is kept.
         for piece in reversed(pieces):
             problem = self.problem(piece)
@@ -128,10 +141,38 @@ class Losses:
         return Gradients(values, failed, part.trusted), loss, problem
 
     def curvatures(
-        self, method: Curvature, pieces: Sequence[Piece], directions: Mapping[str, SingularTriplets]
+        self,
+        method: Curvature,
+        pieces: Sequence[Piece],
+        directions: Mapping[str, SingularTriplets],
+        expected: tuple[str, Tensor] | None = None,
     ) -> Curvatures:
-        """The curvature of the loss: the weighted sum over the pieces, of which one at a time is in memory."""
-        return joined([method(self.problem(piece), directions) for piece in pieces], [p.weight for p in pieces])
+        """The curvature of the loss: the weighted sum over the pieces, of which one at a time is in memory.
+
+        Args:
+            method: measures each piece.
+            pieces: of all batches.
+            directions: layer name -> triplets.
+            expected: a layer and the gradient of the loss in it, to hold the pieces against.
+
+        Raises:
+            NoSumError: if the pieces' gradients do not add up to that gradient.
+        """
+        parts, gradient = [], None
+        self.in_use = self.largest(pieces)
+        for piece in pieces:
+            problem = self.problem(piece)
+            parts.append(method(problem, directions))
+            if expected is not None:
+                part = problem.gradients(keep_graph=False).values[expected[0]]
+                gradient = _sum(gradient, None if part is None else part.detach(), piece.weight)
+        if expected is not None and gradient is not None:
+            error = float((gradient - expected[1]).norm() / expected[1].norm())
+            if not error <= SAME_GRADIENT:
+                raise NoSumError(
+                    f"the gradients of the pieces add up to another one in {expected[0]} (relative error {error:.2g})"
+                )
+        return joined(parts, [piece.weight for piece in pieces])
 
     def eps(self, name: str) -> float:
         """Machine epsilon of a layer's gradient: of its type, or of float32 where the network goes down to that.
@@ -163,15 +204,20 @@ class Losses:
             with torch.no_grad():
                 self._repeatable(Piece(batch, 1.0))()
         if not self._values[batch, 0, None]:
-            raise MeasurementError("micro_batch_size: the loss of the batch is no scalar; reduce it with .mean()")
+            raise NoSumError("micro_batch_size: the loss of the batch is no scalar; reduce it with .mean()")
         whole = self._values[batch, 0, None][0]
+        if not math.isfinite(whole):
+            raise MeasurementError(f"the loss is {whole}, so its gradient and curvature mean nothing")
         losses, counts = [], []
         for start, stop in parts:
             loss, count = self._part(Piece(batch, 1.0, start, stop))
             losses.append(0.0 if count == 0 else loss)
             counts.append(count)
         size = parts[-1][1]
-        candidates = [[(stop - start) / size for start, stop in parts], [1.0] * len(parts)]
+        apart = max(losses) - min(losses) >= SPREAD * max(abs(loss) for loss in losses)
+        candidates = [[1.0] * len(parts)]
+        if apart:
+            candidates.append([(stop - start) / size for start, stop in parts])
         known = [count for count in counts if count is not None]
         if len(known) == len(counts) and sum(known) > 0:
             candidates.insert(0, [count / sum(known) for count in known])
@@ -179,7 +225,12 @@ class Losses:
             terms = torch.tensor([w * x for w, x in zip(weights, losses, strict=True)], dtype=torch.float64)
             if abs(float(terms.sum()) - whole) <= ADDS_UP * max(abs(whole), float(terms.abs().sum())):
                 return weights
-        raise MeasurementError(
+        if not apart:
+            raise NoSumError(
+                f"micro_batch_size: the losses of the pieces are equal ({losses[0]:.6g}), so that their weights cannot "
+                "be told; measure the batch in one piece, or fewer samples of it (max_samples)"
+            )
+        raise NoSumError(
             f"micro_batch_size: the loss of the batch, {whole:.6g}, is neither a mean nor the sum of those of its "
             f"pieces ({', '.join(f'{loss:.6g}' for loss in losses[:4])}), so its samples depend on each other "
             "(BatchNorm or dropout in train mode, a loss across the batch); measure the batch in one piece, "
@@ -193,7 +244,7 @@ class Losses:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise MeasurementError(
+            raise NoSumError(
                 f"micro_batch_size: the loss fails on samples {piece.start} to {piece.stop} of the batch alone "
                 f"({type(error).__name__}: {error}); measure the batch in one piece"
             ) from error

@@ -235,8 +235,12 @@ def _no_autocast(device_types: set[str]) -> Iterator[None]:
     enter = torch.autocast.__enter__
 
     def enter_disabled(self: Any) -> Any:
-        self._enabled = False
-        return enter(self)  # type: ignore[no-untyped-call]
+        before, self._enabled = self._enabled, False
+        try:
+            return enter(self)  # type: ignore[no-untyped-call]
+        finally:
+            # The object may be the caller's own, to be entered again in training.
+            self._enabled = before
 
     with ExitStack() as stack:
         for device_type in device_types:

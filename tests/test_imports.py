@@ -20,7 +20,7 @@ ALLOWED = {
     "layers": {"kinds"},
     "lanczos": set(),
     "svd": {"errors", "lanczos"},
-    "batch": {"errors"},
+    "batch": {"errors", "shadow"},
     "shadow": {"errors"},
     "precision": set(),
     "quiet": {"batch", "errors", "precision", "shadow"},

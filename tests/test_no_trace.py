@@ -126,3 +126,37 @@ def test_hooks_and_gradients_of_the_original_are_not_touched():
     measure_spectra(module, batch, lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]), top_k=3)
     assert calls == []
     assert_identical(grads, {n: p.grad for n, p in module.named_parameters()})
+
+
+class Reentered(pl.LightningModule):
+    """A module-wide autocast object and a decorated method, entered again at each step."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind, self.dtypes = torch.nn.Linear(6, 5), kind, []
+        self.context = torch.autocast("cpu", torch.bfloat16)
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def decorated(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        if self.kind == "object":
+            with self.context:
+                y = self.net(batch[0])
+        else:
+            y = self.decorated(batch[0])
+        self.dtypes.append(y.dtype)
+        return torch.nn.functional.cross_entropy(y.float(), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+@pytest.mark.parametrize("kind", ["object", "decorator"])
+def test_an_autocast_that_is_entered_again_stays_on(kind):
+    module = Reentered(kind)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.randint(0, 5, (32,)))
+    fit(module, [SpectralProbe(every_n_steps=2)], steps=4, data=data, batch_size=8)
+    assert module.dtypes == [torch.bfloat16] * 4

@@ -10,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from cases import cross_entropy, vectors
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_spectral import MeasurementError, measure_spectra
+from lightning_spectral import MeasurementError, measure_spectra, top_singular_triplets
 from lightning_spectral.batch import HeldBatches
 from lightning_spectral.curvature import Curvatures
+from lightning_spectral.curvature.sketch import SketchCurvature
+from lightning_spectral.layers import find_layers
 from lightning_spectral.memory import TRIES
-from lightning_spectral.pieces import joined
+from lightning_spectral.pieces import Losses, joined
+from lightning_spectral.quiet import Beginning
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -119,6 +123,66 @@ def test_losses_that_have_no_pieces_are_measured_whole_unless_pieces_were_asked_
         assert found.micro_batch_size == SAMPLES
 
 
+def masked_mean(model, batch):
+    """The mean over the targets of class 3 and above, by hand."""
+    each = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    mask = (batch[1] >= 3).double()
+    return (each * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("method", ["exact", "ggn", "sketch"])
+def test_a_head_of_zeros_does_not_hide_the_weights_of_pieces(method):
+    """All losses of pieces are log C, whatever their weights; the gradients are not equal."""
+    model, batch = gelu_mlp().double(), batch_of()
+    model[-1].weight.data.mul_(1e-6)
+    model[-1].bias.data.zero_()
+    expected = measure_spectra(model, batch, masked_mean, curvature="exact", top_k=4, micro_batch_size=SAMPLES)
+    found = measure_spectra(model, batch, masked_mean, curvature=method, top_k=4)
+    for name, layer in expected.layers.items():
+        torch.testing.assert_close(found.layers[name].sigma, layer.sigma, rtol=1e-9, atol=1e-14)
+    assert found.micro_batch_size == SAMPLES
+    with pytest.raises(MeasurementError, match=r"micro_batch_size: the losses of the pieces are equal \(1\.609"):
+        measure_spectra(model, batch, masked_mean, curvature=method, micro_batch_size=24)
+    known = measure_spectra(model, batch, cross_entropy, curvature=method, micro_batch_size=24)
+    assert known.micro_batch_size == 24
+
+
+def test_pieces_whose_gradients_do_not_add_up_are_given_up(monkeypatch):
+    model, batch = gelu_mlp().double(), batch_of()
+    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4, micro_batch_size=SAMPLES)
+    monkeypatch.setattr(Losses, "_weights", lambda self, batch, parts: [0.9 / len(parts)] * len(parts))
+    found = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4)
+    close(found, expected)
+    assert found.micro_batch_size == SAMPLES
+
+
+def test_a_loss_that_is_not_finite_is_told_as_such():
+    model, batch = relu_mlp().double(), batch_of()
+    model[0].weight.data.fill_(float("nan"))
+    with pytest.raises(MeasurementError, match="the loss is nan"):
+        measure_spectra(model, batch, cross_entropy, micro_batch_size=24)
+
+
+def test_small_pieces_do_not_decide_the_method():
+    model, batch = gelu_mlp().double(), batch_of(64)
+    found = measure_spectra(model, batch, cross_entropy, top_k=4, micro_batch_size=16)
+    assert found.chosen.startswith("sketch: Gelu")
+
+
+def test_a_piece_without_curvature_passes_the_check():
+    model, (x, y) = relu_mlp().double(), batch_of(64)
+    x[:16] = 0
+    for layer in (model[0], model[2]):
+        layer.bias.data.zero_()
+    assert measure_spectra(model, (x, y), cross_entropy, top_k=3, micro_batch_size=16).chosen.startswith("ggn")
+
+
+def test_first_samples_are_cut_when_they_are_fetched():
+    loader = DataLoader(TensorDataset(*batch_of(40)), batch_size=10)
+    found = measure_spectra(gelu_mlp().double(), loader, cross_entropy, n_batches=3, max_samples=4, top_k=2)
+    assert (found.n_samples, found.n_batches) == (12, 3)
+
+
 def test_a_batch_that_cannot_be_cut():
     model, (x, y) = relu_mlp().double(), batch_of()
     uneven = (x, y, torch.zeros(3))
@@ -134,14 +198,47 @@ def test_default_pieces_keep_to_the_memory_aimed_at():
     assert sizes["sketch"] < sizes["exact"] < SAMPLES
 
 
+def wide_mlp():
+    """More outputs than Gauss-Newton takes exactly."""
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 100))
+
+
 @pytest.mark.parametrize("size", [48, 24, 13])
-def test_sketches_of_pieces_are_unbiased_and_their_errors_calibrated(size):
-    model, batch = gelu_mlp().double(), batch_of()
-    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4)
-    found = measure_spectra(model, batch, cross_entropy, curvature="sketch", top_k=4, micro_batch_size=size)
-    z = torch.cat([(found.layers[n].h - x.h) / found.layers[n].h_stderr for n, x in expected.layers.items()])
-    assert z.square().mean() < 4
-    assert z.abs().max() > 0
+@pytest.mark.parametrize(("method", "model"), [("sketch", gelu_mlp), ("ggn", wide_mlp)])
+def test_random_methods_on_pieces_are_unbiased_and_their_errors_calibrated(method, model, size):
+    z = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        network, batch = model().double(), batch_of(seed=seed)
+        expected = measure_spectra(network, batch, cross_entropy, curvature="exact", top_k=4)
+        found = measure_spectra(network, batch, cross_entropy, curvature=method, top_k=4, micro_batch_size=size)
+        z += [(found.layers[n].h - x.h) / found.layers[n].h_stderr for n, x in expected.layers.items()]
+    z = torch.cat(z)
+    assert 0.5 < z.square().mean() < 2.5
+    assert z.mean().abs() < 4 / len(z) ** 0.5
+
+
+def test_pieces_take_the_signs_of_their_own_samples():
+    """Orthogonal over the whole batch, which they would not be if every piece had those of the first samples."""
+    model, batch = gelu_mlp().double(), batch_of(64)
+    seen = []
+
+    class Watched(SketchCurvature):
+        def _drawn(self, products):
+            seen.append(products._signs(8))
+            return super()._drawn(products)
+
+    beginning = Beginning(model)
+    layers = find_layers(model).layers
+    parameters = {name: dict(model.named_parameters())[name] for name in layers}
+    losses = Losses(lambda b: cross_entropy(model, b), [batch], layers, parameters, beginning)
+    pieces = losses.pieces(16)
+    gradients, _, _ = losses.gradients(pieces, keep_graph=False)
+    directions = {n: top_singular_triplets(g, 3) for n, g in gradients.values.items()}
+    losses.curvatures(Watched(), pieces, directions)
+    signs = torch.cat(seen, 1).double()
+    torch.testing.assert_close(signs @ signs.T, 64 * torch.eye(8, dtype=torch.float64))
+    assert not torch.equal(seen[0], seen[1])
 
 
 def test_several_batches_are_averaged_by_their_samples():
@@ -181,12 +278,13 @@ def test_micro_batch_size_must_be_positive():
 class OutOfMemory:
     """Raises in ``torch.autograd.grad`` while a graph of more than so many samples is differentiated."""
 
-    def __init__(self, monkeypatch, most, error=torch.OutOfMemoryError):
-        self.sizes, self.graphs, grad = [], [], torch.autograd.grad
+    def __init__(self, monkeypatch, most, error=torch.OutOfMemoryError, second_order_only=False):
+        self.sizes, self.graphs, self.failed, grad = [], [], [], torch.autograd.grad
         self.current = 0
 
         def limited(*args, **kwargs):
-            if self.current > most:
+            if self.current > most and (kwargs.get("create_graph") or not second_order_only):
+                self.failed.append(self.current)
                 raise error("out of memory: tried to allocate 2.00 GiB")
             return grad(*args, **kwargs)
 
@@ -213,6 +311,14 @@ def test_out_of_memory_is_met_with_smaller_pieces(monkeypatch, method, error):
         close(found, expected)
     gc.collect()
     assert all(graph() is None for graph in short.graphs)
+
+
+@pytest.mark.parametrize(("method", "sizes"), [("exact", [48, 24, 12]), ("sketch", [32, 16])])
+def test_each_try_halves_what_failed(monkeypatch, method, sizes):
+    model, batch = gelu_mlp().double(), batch_of(96)
+    short = OutOfMemory(monkeypatch, 20, second_order_only=True)
+    assert measure_spectra(model, batch, short.loss, curvature=method, top_k=2).micro_batch_size == sizes[-1]
+    assert short.failed == sizes[:-1]
 
 
 def test_out_of_memory_ends_after_three_tries(monkeypatch):
@@ -265,3 +371,21 @@ def test_held_batches_are_copies_that_come_back_as_they_were():
     held[0]["x"].zero_()
     moved = HeldBatches([(torch.ones(2),)], torch.device("meta"))
     assert moved[0][0].device.type == "meta"
+
+
+class Graphs:
+    """A batch of a class of its own."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+def test_held_objects_and_packed_sequences_are_copies():
+    graphs, packed = Graphs(torch.ones(3)), pack_padded_sequence(torch.ones(3, 2, 1), torch.tensor([3, 2]))
+    held = HeldBatches([(graphs, packed)])
+    graphs.x.zero_()
+    packed.data.zero_()
+    assert torch.equal(held[0][0].x, torch.ones(3))
+    assert torch.equal(held[0][1].data, torch.ones(5, 1))
+    moved = HeldBatches([packed], torch.device("meta"))[0]
+    assert (moved.data.device.type, moved.batch_sizes.device.type) == ("meta", "cpu")

@@ -38,6 +38,7 @@ def simulated(steps, step_seconds, probe_seconds, max_overhead=0.05, budget=None
         budget.start(0)
     probed, shares = [], []
     for step in range(first, steps):
+        budget.seen(step)
         if budget.due(step):
             seconds = probe_seconds(step) if callable(probe_seconds) else probe_seconds
             clock.now += seconds
@@ -431,3 +432,123 @@ def test_a_probe_that_runs_out_of_memory_is_skipped_and_training_goes_on(monkeyp
     assert all(torch.equal(a, b) for a, b in zip(plain, weights, strict=True))
     assert [step for step, _ in logger.rows] == [0, 2]
     assert all(math.isnan(row["spectral/alpha_median"]) for _, row in logger.rows)
+
+
+def test_logging_and_collecting_count_as_probing():
+    clock = Clock()
+
+    class SlowLogger(Rows):
+        def log_metrics(self, metrics, step=None):
+            clock.now += 0.5 if "spectral/probe_seconds" in metrics else 0.0
+            super().log_metrics(metrics, step)
+
+    probe = SpectralProbe(max_overhead=0.2, top_k=2)
+    probe.budget.clock = clock
+    fit_numbered(probe, Stepped(clock), steps=100, logger=[SlowLogger()])
+    assert probe.budget.probe_seconds == pytest.approx(0.5 * probe.probes)
+    assert probe.budget.overhead < 0.25
+
+
+def test_a_run_of_unknown_length_has_no_end_to_exceed(monkeypatch, recwarn):
+    costly(monkeypatch, 50.0)
+    trainer = pl.Trainer(
+        max_epochs=2, callbacks=[SpectralProbe(top_k=2)], logger=False, accelerator="cpu", enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter([Numbered()[i] for i in range(6)])
+
+    seen = []
+    monkeypatch.setattr(SpectralProbe, "on_train_end", lambda *args: seen.append(1))
+    trainer.fit(Tiny(), DataLoader(Endless(), batch_size=None))
+    assert seen
+    assert not [w for w in recwarn if "one probe took" in str(w.message)]
+
+
+def test_a_training_that_failed_still_counts_its_time():
+    clock = Clock()
+    _, _, budget = simulated(100, 0.01, 0.1, clock=clock)
+    wall = budget.wall_seconds
+    budget.start(100)
+    assert budget.wall_seconds == wall
+
+
+def test_fixed_steps_begin_anew_too():
+    probe = SpectralProbe(every_n_steps=2, top_k=2)
+    fit_numbered(probe, steps=6)
+    spent = probe.budget.probe_seconds
+    fit_numbered(probe, steps=2)
+    assert probe.budget.probe_seconds < spent
+
+
+def test_a_checkpoint_without_a_budget_is_told():
+    probe = SpectralProbe()
+    state = probe.state_dict() | {"budget": {}}
+    with pytest.warns(SpectralWarning, match="the checkpoint says nothing of the time probes took"):
+        probe.load_state_dict(state)
+
+
+def test_more_batches_than_steps_between_probes_are_told():
+    with pytest.warns(SpectralWarning, match="a probe takes n_batches=3 batches of training, more than there are in"):
+        fit_numbered(SpectralProbe(every_n_steps=2, n_batches=3, top_k=2), steps=1)
+
+
+class Unmeasured(Stream):
+    def __len__(self):
+        raise NotImplementedError
+
+
+def test_a_loader_that_refuses_its_length():
+    fit_numbered(SpectralProbe(batch=DataLoader(Unmeasured(), batch_size=None), top_k=2), steps=1)
+
+
+class Listening(Tiny):
+    """Notes the batches it is trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.seen.append(batch[0][:, 0].tolist())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_of_training_may_be_the_probes(workers):
+    trails = []
+    for probed in (False, True):
+        torch.manual_seed(0)
+        x, y = batches(*range(12), size=2)
+        generator = torch.Generator().manual_seed(7)
+        shared = DataLoader(
+            TensorDataset(x, y), batch_size=4, shuffle=True, generator=generator, num_workers=workers,
+            persistent_workers=workers > 0,
+        )  # fmt: skip
+        module = Listening()
+        callbacks = [SpectralProbe(every_n_steps=100, batch=shared, n_batches=3, top_k=2)] if probed else []
+        trainer = pl.Trainer(
+            max_epochs=2, callbacks=callbacks, logger=False, accelerator="cpu", enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, shared)
+        trails.append(module.seen)
+    assert callbacks[0].probes == 1
+    assert trails[0] == trails[1]
+
+
+class Normalising(Tiny):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] / 10, batch[1]
+
+
+def test_a_loaders_batches_pass_the_modules_hooks_and_the_precision():
+    module, data = Normalising().double(), loader()
+    probe = SpectralProbe(every_n_steps=10, batch=DataLoader(Numbered(), batch_size=None), top_k=3)
+    start = Normalising().double()
+    start.load_state_dict(module.state_dict())
+    fit_numbered(probe, module, steps=1, precision="64-true")
+    x, y = Numbered()[0]
+    same(probe.last_report, spectra_of((x.double() / 10, y), start))
+    assert len(data) == 4

@@ -45,10 +45,19 @@ def optimizer_steps(trainer: Any) -> int:
 def steps_in_all(trainer: Any) -> float:
     """Optimizer steps of the whole run; infinite where its end is not a number of steps."""
     try:
-        return float(trainer.estimated_stepping_batches)
+        steps = float(trainer.estimated_stepping_batches)
     except Exception:
         # A Trainer that cannot tell raises a class of its own package.
         return float("inf")
+    # Epochs of a loader without a length give -1.
+    return steps if steps >= 0 else float("inf")
+
+
+def to_device(trainer: Any, module: Any, batch: Any) -> Any:
+    """A batch of a loader as training would see it: converted, through the module's hooks, on its device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    before = getattr(module, "_on_before_batch_transfer", module.on_before_batch_transfer)
+    return trainer.strategy.batch_to_device(before(batch, dataloader_idx=0), dataloader_idx=0)
 
 
 def sharded(trainer: Any) -> str | None:

@@ -50,6 +50,11 @@ class BatchSource:
         self._samples = 0
 
     @property
+    def takes_per_probe(self) -> int:
+        """Batches of training that each probe needs for itself."""
+        return self.n_batches if self.choice == "train" else 1
+
+    @property
     def collects(self) -> bool:
         """Whether it wants to see a training batch although none is to be measured now."""
         return self.choice == "fixed" and not self._full
@@ -105,7 +110,7 @@ class BatchSource:
             return
         try:
             n = len(self.choice)
-        except TypeError:
+        except (TypeError, NotImplementedError):
             return
         if n < self.n_batches:
             raise ValueError(f"n_batches: {self.n_batches} batches were asked for, and the DataLoader has {n}")

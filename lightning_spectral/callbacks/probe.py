@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, sharded, steps_in_all
+from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, sharded, steps_in_all, to_device
 from lightning_spectral.callbacks.batches import BatchChoice, BatchSource
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.errors import SpectralWarning
@@ -149,6 +149,7 @@ class SpectralProbe(AnyCallback):
         self._last_report: SpectralReport | None = None
         self._window: int | None = None
         self._collecting = False
+        self._collected = 0.0
         self._judged = False
         self._agreed: Callable[[int], int] = int
         self._warned: set[str] = set()
@@ -170,7 +171,7 @@ class SpectralProbe(AnyCallback):
         Override for another schedule. In distributed training every process must give the same answer.
         """
         if self.every_n_steps is None:
-            return self.budget.due(step, self._agreed)
+            return self.budget.due(step, self._agreed, able=not self._disabled)
         return step % self.every_n_steps == 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -180,6 +181,12 @@ class SpectralProbe(AnyCallback):
         self._disabled = False
         self.source.forget()
         self.source.check_loader()
+        taken = self.source.takes_per_probe
+        if self.every_n_steps is not None and self.every_n_steps * trainer.accumulate_grad_batches < taken:
+            self._warn_once(
+                f"a probe takes n_batches={taken} batches of training, more than there are in "
+                f"every_n_steps={self.every_n_steps} steps, so probes come less often"
+            )
         if strategy := sharded(trainer):
             self._disable(f"{strategy} splits parameters over processes, where the probe cannot measure")
             return
@@ -210,29 +217,33 @@ class SpectralProbe(AnyCallback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Probe, if it is time, before the step on this batch."""
-        if self._disabled:
-            return
         step = optimizer_steps(trainer)
         if step != self._window:
             self._window = step
+            self.budget.seen(step)
             self._judge(trainer, step)
+            # Asked of a probe that is off too: other processes wait for its answer.
             self._collecting |= self.should_measure(step)
-        if not self._collecting and not self.source.collects:
+        if self._disabled or not (self._collecting or self.source.collects):
             return
         synchronize(pl_module.parameters())
         started = self.budget.clock()
         batches = self._batches(trainer, pl_module, batch)
         if batches is None or not self._collecting:
+            self._collected += self.budget.clock() - started
             return
         self._collecting = False
         report = self._measure(trainer, pl_module, batches, batch_idx, step)
         synchronize(pl_module.parameters())
         self.probes += 1
         self.failed_probes += report is None
-        self.budget.probed(step, self.budget.clock() - started)
+        self.budget.probed(step, self._collected + self.budget.clock() - started)
+        self._collected = 0.0
         cost = {"probe_seconds": self.budget.last_seconds, "probe_overhead": self.budget.overhead}
         scalars = self._scalars(report) | cost
+        started = self.budget.clock()
         self._log(trainer, {f"{self.prefix}/{key}": value for key, value in scalars.items()}, step)
+        self.budget.logged(self.budget.clock() - started)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and last report, as plain values that load with weights_only=True."""
@@ -251,8 +262,12 @@ class SpectralProbe(AnyCallback):
             self._warn_once(
                 f"the checkpoint was written with every_n_steps={every}; going on with {self.every_n_steps}"
             )
-        if "budget" in state_dict:
+        try:
             self.budget.load_state_dict(state_dict["budget"])
+        except KeyError as error:
+            self._warn_once(
+                f"the checkpoint says nothing of the time probes took ({error}); it is counted from here on"
+            )
         if self.source.choice == "fixed":
             self._warn_once(
                 "batch='fixed' keeps the first batches after the resume, not those before it; "
@@ -274,7 +289,7 @@ class SpectralProbe(AnyCallback):
                 self.source.collect(batch)
             if not self._collecting:
                 return None
-            return self.source.batches(batch, module, trainer.strategy.batch_to_device)
+            return self.source.batches(batch, module, lambda loaded: to_device(trainer, module, loaded))
         except Exception as error:
             self._disable(f"its batches cannot be had: {error}")
             return None

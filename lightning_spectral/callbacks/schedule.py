@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+UNABLE = 1000
+"""Steps until a process that cannot probe is asked again."""
+
 
 class Budget:
     """Space probes so that they take at most a share f of wall time, from the second probe on.
@@ -49,6 +52,9 @@ class Budget:
 
     def start(self, step: int) -> None:
         """Count wall time from this optimizer step on, on top of what was counted up to `stop` or before a resume."""
+        if self._running_since is not None:
+            # The last run ended without `stop`, in an error.
+            self.stop()
         if step < self._latest:
             # Another training, whose steps begin anew.
             self._reset()
@@ -81,18 +87,23 @@ class Budget:
         c, f = self.last_seconds, self.max_overhead
         return max((self.probe_seconds + c) / f - (self.wall_seconds + c), c / f - (self._since + c))
 
-    def due(self, step: int, agreed: Callable[[int], int] = int) -> bool:
+    def seen(self, step: int) -> None:
+        """Note that training has come to this step."""
+        self._latest = step
+
+    def due(self, step: int, agreed: Callable[[int], int] = int, *, able: bool = True) -> bool:
         """Whether to probe before this step.
 
         Args:
             step: optimizer step.
-            agreed: what all processes take for the number of steps to wait, from that of one of them.
+            agreed: what all processes take for the number of steps to wait, from that of one of them. They look at the
+                same steps, whatever became of their last probes.
+            able: whether this process can probe at all.
         """
-        self._latest = step
         if step < self.next_look:
             return False
-        wait = agreed(self._wait(step))
-        self.next_look = step + wait
+        wait = agreed(self._wait(step) if able else UNABLE)
+        self.next_look = step + max(wait, 1)
         return wait == 0
 
     def _wait(self, step: int) -> int:
@@ -110,8 +121,13 @@ class Budget:
         self.probe_seconds += seconds
         self.last_seconds = seconds
         self.last_step = step
-        self.next_look = step + 1
         self._since_earlier, self._last_ended = 0.0, self.clock()
+
+    def logged(self, seconds: float) -> None:
+        """Writing down the last probe took so long, and has just ended."""
+        self.probe_seconds += seconds
+        self.last_seconds += seconds
+        self._last_ended = self.clock()
 
     def step_seconds(self, step: int) -> float:
         """The mean time of the steps since the last probe; NaN before there are any."""

@@ -71,11 +71,13 @@ class GGNCurvature:
         for output in outputs:
             check_samples_apart(taps, half_alone(output, taps))
         others = measured_exactly(problem, directions, rest)
-        h, stderr = self._measure(outputs, taps, directions)
+        # Pieces of a batch draw signs of their own, so that their errors average out.
+        seed = self.seed + (problem.place.first if problem.place else 0)
+        h, stderr = self._measure(outputs, taps, directions, seed)
         return Curvatures(h | others.h, self.name, others.failed, stderr, others.methods, others.notes)
 
     def _measure(
-        self, outputs: list[OutputHessian], taps: dict[str, Tap], directions: Mapping[str, SingularTriplets]
+        self, outputs: list[OutputHessian], taps: dict[str, Tap], directions: Mapping[str, SingularTriplets], seed: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         right = {
             name: tap.right(directions[name].v, groups_of(tap.layer, directions[name])) for name, tap in taps.items()
@@ -87,7 +89,7 @@ class GGNCurvature:
             exact = output.columns <= self.exact_columns
             sampled |= not exact
             squares = {name: _Moments() for name in taps}
-            for column in self._columns(output, exact):
+            for column in self._columns(output, exact, seed):
                 r = torch.autograd.grad(
                     output.output, [t.use.output for t in taps.values()], column, retain_graph=True, allow_unused=True
                 )
@@ -101,11 +103,11 @@ class GGNCurvature:
                     variance[name] += 0.0 if exact else moments.variance_of_mean().cpu()
         return h, {name: value.sqrt() for name, value in variance.items()} if sampled else {}
 
-    def _columns(self, output: OutputHessian, exact: bool) -> Iterator[Tensor]:
+    def _columns(self, output: OutputHessian, exact: bool, seed: int) -> Iterator[Tensor]:
         if exact:
             yield from output.exact()
             return
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(seed)
         for _ in range(self.random_columns):
             yield output.random(generator)
 

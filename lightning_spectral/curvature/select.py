@@ -63,6 +63,8 @@ def measure_by(
     problem.gradients(keep_graph=False)
     taps, _ = tapped(problem, directions)
     obstacle, n_taps, samples = _obstacle(problem, taps), len(taps), problem.samples
+    if problem.place is not None:
+        samples = problem.place.total
     del taps
     if not obstacle:
         try:
@@ -127,4 +129,5 @@ def _check(problem: Problem, directions: Mapping[str, SingularTriplets], found: 
     layers, parameters = {name: problem.layers[name]}, {name: problem.parameters[name]}
     alone = Problem(problem.evaluate, layers, parameters, problem.samples)
     exact = ExactCurvature()(alone, {name: directions[name].first(1)}).h[name][0]
-    return float((found.h[name][0] - exact).abs() / exact.abs())
+    difference = float((found.h[name][0] - exact).abs())
+    return difference / float(exact.abs()) if difference else 0.0
