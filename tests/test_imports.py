@@ -35,9 +35,11 @@ ALLOWED = {
         "svd",
     },
     "analysis": {"record"},
-    "optim": {"kinds", "layers", "optim", "precision"},
+    "optim": {"errors", "kinds", "layers", "optim", "precision"},
     "report": {"analysis", "record", "report", "spectrum"},
-    "callbacks": {"batch", "callbacks", "errors", "kinds", "layers", "loss", "measure", "quiet", "record", "spectrum"},
+    "callbacks": {
+        "batch", "callbacks", "errors", "kinds", "layers", "loss", "measure", "optim", "quiet", "record", "spectrum",
+    },
     "demo": {"callbacks", "demo", "record", "report"},
     "cli": {"", "demo"},
     "__init__": {"callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},
