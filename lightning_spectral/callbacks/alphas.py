@@ -12,9 +12,8 @@ from lightning_spectral.optim.alphas import MeasuredAlpha
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.record import SpectralReport
 
-OPTIMIZER_KEYS: dict[str, str] = {
-    "spectral_newton/<layer>/alpha": "the exponent that SpectralNewton steps with, given alpha='probe'",
-}
+ALPHA_KEY = "spectral_newton/<layer>/alpha"
+"""Logged: the exponent that SpectralNewton steps with, given alpha="probe"."""
 
 Fits = dict[str, tuple[float, float]]
 """Layer -> (alpha, r2): all that an optimizer takes from a report, and that processes have to agree on."""
@@ -59,7 +58,7 @@ def alphas_in_use(
     out: dict[str, float] = {}
     for name, layer in layers.items():
         used = [optimizer.alpha_of(parameters[layer.parameter], layer.rows) for optimizer in optimizers]
-        out |= {f"spectral_newton/{name}/alpha": alpha for alpha in used if alpha is not None}
+        out |= {ALPHA_KEY.replace("<layer>", name): alpha for alpha in used if alpha is not None}
     return out
 
 
