@@ -63,9 +63,9 @@ class SpectralProbe(AnyCallback):
 
     In distributed training each process measures its own batch, and the first one logs.
 
-    A `SpectralNewton` with alpha="probe" in the same Trainer is the exception to all of this leaving no trace: before
-    the step it is given the alphas measured, in distributed training those of the first process, and each layer's
-    exponent in use is logged as `spectral_newton/<layer>/alpha`.
+    Training does change where a `SpectralNewton` with alpha="probe" is in the same Trainer: before the step it is given
+    the alphas measured, in distributed training those of the first process. The exponent that each layer then steps
+    with is logged as `spectral_newton/<layer>/alpha`.
 
     Args:
         every_n_steps: probe before optimizer step 0, N, 2 N, ... whatever it costs; None: by max_overhead.
@@ -246,7 +246,7 @@ class SpectralProbe(AnyCallback):
         synchronize(pl_module.parameters())
         started = self.budget.clock()
         batches = self._batches(trainer, pl_module, batch)
-        if not self._collecting:
+        if self._disabled or not self._collecting:
             return
         ready, report = batches is not None or self._without_batches, None
         if batches is not None:
