@@ -35,7 +35,7 @@ ALLOWED = {
         "svd",
     },
     "analysis": {"record"},
-    "optim": {"kinds", "layers", "optim", "precision"},
+    "optim": {"errors", "kinds", "layers", "optim", "precision"},
     "report": {"analysis", "record", "report", "spectrum"},
     "callbacks": {
         "batch", "callbacks", "errors", "kinds", "layers", "loss", "measure", "optim", "quiet", "record", "spectrum",

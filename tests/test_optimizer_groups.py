@@ -210,7 +210,7 @@ MATRIX = nn.Parameter(torch.ones(3, 3))
         ([MATRIX], {"lr": -1.0}, ValueError, "lr must be at least 0, got -1.0"),
         ([MATRIX], {"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0"),
         ([MATRIX], {"alpha": -1.0}, ValueError, "alpha must be a finite number of at least 0, got -1.0"),
-        ([MATRIX], {"alpha": "probe"}, ValueError, "alpha must be a number or 'auto', got 'probe'"),
+        ([MATRIX], {"alpha": "newton"}, ValueError, "alpha must be a number, 'auto' or 'probe', got 'newton'"),
         ([MATRIX], {"damping": 0.0}, ValueError, "damping must be a finite number above 0"),
         ([MATRIX], {"damping": "none"}, ValueError, "damping must be a number or 'auto', got 'none'"),
         ([MATRIX], {"momentum": 1.0}, ValueError, r"momentum must lie in \[0, 1\), got 1.0"),

@@ -10,6 +10,7 @@ from modules import ConvNet
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
+from lightning_spectral.callbacks.alphas import ALPHA_KEY
 from lightning_spectral.callbacks.probe import PROBE_KEYS
 from lightning_spectral.record import REPORT_KEYS
 from lightning_spectral.spectrum import LAYER_KEYS
@@ -27,7 +28,7 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scope = {"model": ConvNet(), "train_loader": DataLoader(ConvNet.data(), 48)}
     snippets = fences("python")
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         exec(compile(snippet.replace("max_steps=300", "max_steps=2"), "README.md", "exec"), scope)
     printed = capsys.readouterr().out
@@ -36,22 +37,27 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     assert SpectralReport.from_json(Path("spectra.json")).n_samples == 512
     assert isinstance(scope["trainer"], pl.Trainer)
     assert scope["probe"].probes == 1
+    assert scope["optimizer"].alpha_of(scope["net"][0].weight) <= 2.0
     assert "[('dense', 0.003), ('adamw', 0.003)]" in printed
 
 
-def test_yaml_snippets_build_a_probe_and_an_optimizer():
-    probe, optimizer = (yaml.safe_load(snippet) for snippet in fences("yaml"))
-    (callback,) = probe["trainer"]["callbacks"]
-    assert callback["class_path"] == "lightning_spectral.SpectralProbe"
-    assert SpectralProbe(**callback["init_args"]).budget.max_overhead == 0.03
-    assert optimizer["optimizer"]["class_path"] == "lightning_spectral.SpectralNewton"
-    made = SpectralNewton(ConvNet().parameters(), **optimizer["optimizer"]["init_args"])
-    assert [group["lr"] for group in made.param_groups] == [1e-3, 1e-3]
+def test_yaml_snippets_build_probes_and_optimizers():
+    configs = [yaml.safe_load(snippet) for snippet in fences("yaml")]
+    probes = [callback for config in configs for callback in config.get("trainer", {}).get("callbacks", [])]
+    assert [probe["class_path"] for probe in probes] == ["lightning_spectral.SpectralProbe"] * 2
+    first, second = (SpectralProbe(**probe["init_args"]) for probe in probes)
+    assert (first.budget.max_overhead, second.every_n_steps) == (0.03, 50)
+    optimizers = [config["optimizer"] for config in configs if "optimizer" in config]
+    assert [optimizer["class_path"] for optimizer in optimizers] == ["lightning_spectral.SpectralNewton"] * 2
+    made = [SpectralNewton(ConvNet().parameters(), **optimizer["init_args"]) for optimizer in optimizers]
+    assert [[group["lr"] for group in optimizer.param_groups] for optimizer in made] == [[1e-3, 1e-3]] * 2
+    assert [optimizer.takes_alpha for optimizer in made] == [False, True]
 
 
 def test_every_logged_key_is_documented():
     for key in LAYER_KEYS:
         assert f"`{key.name}`" in README, key.name
+    assert f"`{ALPHA_KEY}`" in README
     for key in (*REPORT_KEYS, *PROBE_KEYS):
         assert f"`spectral/{key}`" in README, key
 

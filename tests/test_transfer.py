@@ -242,3 +242,10 @@ def test_more_poles_than_pay_are_not_used():
 def test_bad_input(x, options, message):
     with pytest.raises(ValueError, match=message):
         spectral_transfer(x, **{"alpha": 2.0, "damping": 0.1, **options})
+
+
+@pytest.mark.parametrize(("alpha", "d", "tolerance"), [(0.6, 0.03, 7e-3), (1.9, 0.03, 7e-3), (1.9, 1.0, 7e-4)])
+def test_giving_up_early_takes_no_more_inverses(alpha, d, tolerance, monkeypatch):
+    found = fit_poles.__wrapped__(alpha, d, 64.0, tolerance)
+    monkeypatch.setattr("lightning_spectral.optim.poles.HOPELESS", {})
+    assert len(found.shifts) == len(fit_poles.__wrapped__(alpha, d, 64.0, tolerance).shifts)

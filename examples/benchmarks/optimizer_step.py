@@ -80,6 +80,13 @@ def parameters(shapes: Shapes) -> list[nn.Parameter]:
     return made
 
 
+def probed(parameters: list[nn.Parameter]) -> SpectralNewton:
+    """With exponents as a probe gives them, here spread evenly over 1 to 2."""
+    optimizer = SpectralNewton(parameters, alpha="probe", damping=0.03)
+    optimizer.set_alpha({p: 1 + i / max(1, len(parameters) - 1) for i, p in enumerate(parameters)})
+    return optimizer
+
+
 def optimizers() -> dict[str, tuple[Callable[[list[nn.Parameter]], Optimizer], int]]:
     """Name -> how to make it, and how many steps are one measurement."""
     made: dict[str, tuple[Callable[[list[nn.Parameter]], Optimizer], int]] = {
@@ -88,6 +95,7 @@ def optimizers() -> dict[str, tuple[Callable[[list[nn.Parameter]], Optimizer], i
         "spectral_newton_alpha_1.5": (lambda p: SpectralNewton(p, alpha=1.5, damping=0.01), 1),
         "spectral_newton_alpha_1": (lambda p: SpectralNewton(p, alpha=1.0, damping=0.03), 1),
         "spectral_newton_alpha_3": (lambda p: SpectralNewton(p, alpha=3.0, damping=0.03), 1),
+        "spectral_newton_alpha_probe": (probed, 1),
         "adamw": (lambda p: torch.optim.AdamW(p), 1),
     }
     try:

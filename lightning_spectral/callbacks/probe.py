@@ -12,13 +12,22 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, sharded, steps_in_all, to_device
+from lightning_spectral.callbacks.alphas import Fits, alphas_in_use, fits_of, takers, unmeasured, write_alphas
 from lightning_spectral.callbacks.batches import BatchChoice, BatchSource
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import LayerSelection, NoMatrixError, check_kinds, check_selection, find_layers
+from lightning_spectral.layers import (
+    LayerSelection,
+    MatrixLayer,
+    NoMatrixError,
+    check_kinds,
+    check_selection,
+    find_layers,
+)
 from lightning_spectral.loss import LossFunction, resolve_loss
 from lightning_spectral.measure import check_options, measure_quietly
+from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.quiet import Mode, Precision, synchronize
 from lightning_spectral.record import REPORT_KEYS, SpectralReport
 from lightning_spectral.spectrum import LAYER_KEYS
@@ -32,6 +41,9 @@ PROBE_KEYS: dict[str, str] = {
 }
 STEPS_TO_JUDGE = 4
 """Steps after the first probe from which on the length of the whole run is foretold."""
+
+NAMES_SHOWN = 8
+"""How many layers a message names."""
 
 LOGGED_LAYERS = 24
 """How many layers `log_layers="auto"` logs one by one: what a chart shows apart."""
@@ -50,6 +62,10 @@ class SpectralProbe(AnyCallback):
     `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts.
 
     In distributed training each process measures its own batch, and the first one logs.
+
+    Training does change where a `SpectralNewton` with alpha="probe" is in the same Trainer: before the step it is given
+    the alphas measured, in distributed training those of the first process. The exponent that each layer then steps
+    with is logged as `spectral_newton/<layer>/alpha`.
 
     Args:
         every_n_steps: probe before optimizer step 0, N, 2 N, ... whatever it costs; None: by max_overhead.
@@ -146,6 +162,7 @@ class SpectralProbe(AnyCallback):
         self.probes = 0
         self.failed_probes = 0
         self._disabled = False
+        self._without_batches = False
         self._last_report: SpectralReport | None = None
         self._window: int | None = None
         self._collecting = False
@@ -179,6 +196,7 @@ class SpectralProbe(AnyCallback):
         self._window = None
         self._collecting = False
         self._disabled = False
+        self._without_batches = False
         self.source.forget()
         self.source.check_loader()
         taken = self.source.takes_per_probe
@@ -196,16 +214,21 @@ class SpectralProbe(AnyCallback):
             self._disable(str(error))
             return
         try:
-            found = find_layers(pl_module, **{name: self.options[name] for name in ("layers", "kinds", "fused_qkv")})
+            found = self._found(pl_module)
         except NoMatrixError as error:
             self._warn_once(str(error))
             return
-        if found.layers and self.log_layers not in ("none", []) and not self._logged_layers(list(found.layers)):
-            names = ", ".join(list(found.layers)[:8])
+        if found and self.log_layers not in ("none", []) and not self._logged_layers(list(found)):
+            names = ", ".join(list(found)[:NAMES_SHOWN])
             raise ValueError(f"log_layers: {self.log_layers!r} matches no layer; the layers measured are {names}")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the clock."""
+        """Start the clock, and say which matrices of alpha="probe" are not measured."""
+        if not self._disabled and (missing := unmeasured(takers(trainer), pl_module, self._layers(pl_module))):
+            self._warn_once(
+                f"alpha='probe': {', '.join(missing[:NAMES_SHOWN])}{' and others' * (len(missing) > NAMES_SHOWN)} are "
+                "not measured, so their alpha stays as it is; choose them with layers, or leave them to AdamW"
+            )
         self._agreed = trainer.strategy.broadcast if trainer.world_size > 1 else int
         self._judged = False
         self.budget.start(optimizer_steps(trainer))
@@ -217,6 +240,7 @@ class SpectralProbe(AnyCallback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Probe, if it is time, before the step on this batch."""
+        optimizers = [] if self._disabled else takers(trainer)
         step = optimizer_steps(trainer)
         if step != self._window:
             self._window = step
@@ -229,11 +253,21 @@ class SpectralProbe(AnyCallback):
         synchronize(pl_module.parameters())
         started = self.budget.clock()
         batches = self._batches(trainer, pl_module, batch)
-        if batches is None or not self._collecting:
+        if self._disabled or not self._collecting:
+            self._collected += self.budget.clock() - started
+            return
+        ready, report = batches is not None or self._without_batches, None
+        if batches is not None:
+            report = self._measure(trainer, pl_module, batches, batch_idx, step)
+        fits = fits_of(report)
+        if optimizers:
+            # Weights would part if each process took its own exponents, or its own time.
+            ready, fits = trainer.strategy.broadcast((ready, fits))
+        if not ready:
             self._collected += self.budget.clock() - started
             return
         self._collecting = False
-        report = self._measure(trainer, pl_module, batches, batch_idx, step)
+        alphas = self._set_alphas(optimizers, pl_module, fits)
         synchronize(pl_module.parameters())
         self.probes += 1
         self.failed_probes += report is None
@@ -242,7 +276,7 @@ class SpectralProbe(AnyCallback):
         cost = {"probe_seconds": self.budget.last_seconds, "probe_overhead": self.budget.overhead}
         scalars = self._scalars(report) | cost
         started = self.budget.clock()
-        self._log(trainer, {f"{self.prefix}/{key}": value for key, value in scalars.items()}, step)
+        self._log(trainer, {f"{self.prefix}/{key}": value for key, value in scalars.items()} | alphas, step)
         self.budget.logged(self.budget.clock() - started)
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,6 +318,8 @@ class SpectralProbe(AnyCallback):
             )
 
     def _batches(self, trainer: Any, module: Any, batch: Any) -> Sequence[Any] | None:
+        if self._without_batches:
+            return None
         try:
             if self.source.collects:
                 self.source.collect(batch)
@@ -291,7 +327,10 @@ class SpectralProbe(AnyCallback):
                 return None
             return self.source.batches(batch, module, lambda loaded: to_device(trainer, module, loaded))
         except Exception as error:
-            self._disable(f"its batches cannot be had: {error}")
+            self._without_batches = True
+            self._warn_once(f"SpectralProbe is off: its batches cannot be had: {error}")
+            # Several processes go on with their schedule, in which each has its part.
+            self._disabled = trainer.world_size == 1
             return None
 
     def _judge(self, trainer: Any, step: int, *, ended: bool = False) -> None:
@@ -333,6 +372,25 @@ class SpectralProbe(AnyCallback):
         self._last_report = report
         self.history.append(report)
         return report
+
+    def _set_alphas(self, optimizers: Sequence[SpectralNewton], module: Any, fits: Fits) -> dict[str, float]:
+        """Give the optimizers what was measured; what to log of their exponents."""
+        if not optimizers:
+            return {}
+        layers = self._layers(module)
+        write_alphas(optimizers, module, layers, fits)
+        logged = self._logged_layers(list(layers))
+        return alphas_in_use(optimizers, module, {name: layers[name] for name in logged})
+
+    def _layers(self, module: Any) -> dict[str, MatrixLayer]:
+        try:
+            return self._found(module)
+        except Exception:
+            # The measurement fails for the same reason, and says so.
+            return {}
+
+    def _found(self, module: Any) -> dict[str, MatrixLayer]:
+        return find_layers(module, **{name: self.options[name] for name in ("layers", "kinds", "fused_qkv")}).layers
 
     def _scalars(self, report: SpectralReport | None) -> dict[str, float]:
         failed = {"failed_probes": float(self.failed_probes)}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.optim.alphas import in_use
 from lightning_spectral.optim.layout import blocks
 from lightning_spectral.optim.transfer import transfer_batch
 from lightning_spectral.precision import exact_products
@@ -22,12 +23,21 @@ MAX_BATCH_NUMEL = 2**24
 class Piece:
     """One matrix of a parameter: where its update goes, its momentum M, and the group with its hyper-parameters.
 
-    Both tensors have the shape (m, ...) of a view into the parameter; `flatten(1)` is the matrix.
+    It is the part-th matrix of the group's i-th parameter. Both tensors have the shape (m, ...) of a view into the
+    parameter; `flatten(1)` is the matrix.
     """
 
     target: Tensor
     momentum: Tensor
     group: Mapping[str, Any]
+    i: int
+    part: int
+
+    @property
+    def alpha(self) -> float:
+        """Its exponent: the group's, or its own."""
+        alpha = self.group["alpha"]
+        return in_use(self.group["alphas"][self.i][self.part]) if alpha == "probe" else alpha
 
     @property
     def tall(self) -> bool:
@@ -39,14 +49,21 @@ class Piece:
         """What matrices of one batch share."""
         m = self.target.shape[0]
         n, group = self.target.numel() // m, self.group
-        options = (group["alpha"], group["damping"], group["tolerance"], group["update_rms"], group["max_gain"])
+        options = (self.alpha, group["damping"], group["tolerance"], group["update_rms"], group["max_gain"])
         return (min(m, n), max(m, n), self.target.dtype, self.target.device, group["capturable"], *options)
 
 
 def momentum_step(
-    parameters: Sequence[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any], layouts: Sequence[Any]
+    parameters: Sequence[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any], places: Sequence[int]
 ) -> list[Piece]:
-    """B <- mu B + (1 - mu) G, W <- (1 - lr weight_decay) W, and the pieces of M = mu B + (1 - mu) G (or B)."""
+    """B <- mu B + (1 - mu) G, W <- (1 - lr weight_decay) W, and the pieces of M = mu B + (1 - mu) G (or B).
+
+    Args:
+        parameters: of the group, those with a gradient.
+        states: of each.
+        group: with the hyper-parameters.
+        places: of each among the group's parameters.
+    """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     buffers = [state["momentum_buffer"] for state in states]
     mu = group["momentum"]
@@ -55,9 +72,11 @@ def momentum_step(
     if group["weight_decay"] != 0:
         torch._foreach_mul_(list(parameters), 1 - group["lr"] * group["weight_decay"])
     return [
-        Piece(target, update, group)
-        for parameter, whole, layout in zip(parameters, updates, layouts, strict=True)
-        for target, update in zip(blocks(parameter, layout), blocks(whole, layout), strict=True)
+        Piece(target, update, group, i, part)
+        for parameter, whole, i in zip(parameters, updates, places, strict=True)
+        for part, (target, update) in enumerate(
+            zip(blocks(parameter, group["layouts"][i]), blocks(whole, group["layouts"][i]), strict=True)
+        )
     ]
 
 
@@ -84,7 +103,7 @@ def _step_batch(batch: Sequence[Piece]) -> None:
         m_brn = m_brn.float()
     u_brn = transfer_batch(
         m_brn,
-        alpha=group["alpha"],
+        alpha=batch[0].alpha,
         damping=group["damping"],
         tolerance=group["tolerance"],
         wait=not group["capturable"],

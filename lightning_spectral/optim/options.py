@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_spectral.optim import alphas
 from lightning_spectral.optim.groups import ALPHA_BY_KIND, DAMPING, DAMPING_BY_KIND, has_adamw_name, is_matrix
 from lightning_spectral.optim.layout import whole_layout
 from lightning_spectral.optim.transfer import check_tolerance, check_transfer
@@ -90,7 +91,12 @@ def fill_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
 
 def drop_foreign_options(group: dict[str, Any]) -> None:
     """Delete the options of the other update, and the arguments that were resolved into the group's own."""
-    for key in (*ADAMW.values(), "adamw_names", *(SPECTRAL if group["update"] == "adamw" else ())):
+    foreign = [*ADAMW.values(), "adamw_names"]
+    if group["update"] == "adamw":
+        foreign += SPECTRAL
+    if group.get("alpha") != "probe":
+        foreign += alphas.OPTIONS
+    for key in foreign:
         group.pop(key, None)
 
 
@@ -130,16 +136,22 @@ def _fill_spectral(group: dict[str, Any], params: Iterable[Tensor]) -> None:
         if not is_matrix(parameter):
             raise ValueError(f"update='spectral' needs matrices, got a parameter of shape {tuple(parameter.shape)}")
     group.setdefault("layouts", [whole_layout() for _ in params])
+    if group["alpha"] == "probe":
+        group["alpha_range"] = tuple(group["alpha_range"])
+        group.setdefault("alphas", alphas.unmeasured(params, group["layouts"]))
 
 
 def check_options(group: Mapping[str, Any]) -> None:
     """Raise ValueError for an option of the matrix update that is out of range."""
     check_at_least_zero("lr", group["lr"])
     check_at_least_zero("weight_decay", group["weight_decay"])
-    for name in ("alpha", "damping"):
-        if not isinstance(group[name], (int, float)):
-            raise ValueError(f"{name} must be a number or 'auto', got {group[name]!r}")
-    check_transfer(group["alpha"], group["damping"])
+    probe = group["alpha"] == "probe"
+    for name, others in {"alpha": ", 'auto' or 'probe'", "damping": " or 'auto'"}.items():
+        if not isinstance(group[name], (int, float)) and not (probe and name == "alpha"):
+            raise ValueError(f"{name} must be a number{others}, got {group[name]!r}")
+    if probe:
+        alphas.check_probe_options(group)
+    check_transfer(alphas.START if probe else group["alpha"], group["damping"])
     check_tolerance(group["tolerance"])
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']}")

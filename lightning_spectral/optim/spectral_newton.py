@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, groupby
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.kinds import Kind
 from lightning_spectral.optim.adamw import adamw_state, adamw_step
+from lightning_spectral.optim.alphas import START, MeasuredAlpha, mean_in_use, take
 from lightning_spectral.optim.checkpoint import check_own_state
 from lightning_spectral.optim.groups import ADAMW_NAMES, model_groups
 from lightning_spectral.optim.matrices import Piece, momentum_step, spectral_step
@@ -47,6 +50,14 @@ class SpectralNewton(Optimizer):
     Parameters without names or groups fall into two groups, "spectral" and "adamw". An AdamW group's learning rate is
     its own ``lr``, so that one schedule scales both; schedulers that set absolute rates (OneCycleLR) take a list.
 
+    With alpha = "probe" every matrix has an exponent of its own, an average of what a `SpectralProbe` in the same
+    Trainer, or a call of `set_alpha`, measures: the first one, and then a <- mu a + (1 - mu) x with x clamped to
+    ``alpha_range``, from fits with an r2 of at least ``alpha_min_r2`` only. A step takes it to the nearest tenth. A
+    matrix steps with alpha = 2 until it has one; where nothing measures, the first step warns. Parts of a fused
+    projection that the probe measures apart (its ``fused_qkv``) have an exponent each, groups of a convolution share
+    one. Averages are saved with the state. What is trained then depends on when it is measured: give the probe
+    ``every_n_steps`` for runs that can be repeated.
+
     A gradient with NaN or infinite entries leaves its parameter and its state as they are; `skipped_updates` counts
     them. `p.grad` is never written.
 
@@ -55,7 +66,7 @@ class SpectralNewton(Optimizer):
             ``adamw_lr`` and so on) and ``update="spectral"`` or ``"adamw"`` to decide for all of its parameters.
         lr: learning rate of the matrices, in units of AdamW's.
         alpha: exponent, at least 0; "auto": by kind of layer, 2 for convolutions and dense layers, 1 for
-            transformer blocks (arXiv 2606.02596), for `SpectralNewton.groups` only.
+            transformer blocks (arXiv 2606.02596), for `SpectralNewton.groups` only; "probe": as measured, see above.
         damping: d > 0, in units of the root mean square singular value to the power alpha; "auto": 0.03 for transformer
             blocks known from `SpectralNewton.groups`, else 0.1. Smaller values lift weak directions more, which
             noisy labels punish.
@@ -72,6 +83,10 @@ class SpectralNewton(Optimizer):
         adamw_names: glob patterns of matrices that go to AdamW, given `model.named_parameters()`: those with a dot
             match the full name, others one of its last two parts (``head`` in ``decoder.head.weight``). Null: usual
             names of embeddings and heads.
+        alpha_range: smallest and largest exponent that alpha="probe" takes from a measurement. Above 2 a step needs
+            eigenvalues, at two to three times its cost.
+        alpha_min_r2: r2 from which on a measured exponent counts.
+        alpha_momentum: share of the old average in the new one, per measurement.
         capturable: keep counts on the device and read nothing back from it, for CUDA graphs; takes alpha up to 2. No
             update is then redone in float64, and one that has no factorisation is skipped and counted.
 
@@ -88,11 +103,13 @@ class SpectralNewton(Optimizer):
     [('dense', ['0.weight']), ('adamw', ['0.bias', '2.weight', '2.bias'])]
     """
 
+    _alpha_expected = False
+
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
-        alpha: float | Literal["auto"] = 2.0,
+        alpha: float | Literal["auto", "probe"] = 2.0,
         damping: float | Literal["auto"] = "auto",
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -105,6 +122,9 @@ class SpectralNewton(Optimizer):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float | None = None,
         adamw_names: Sequence[str] | None = None,
+        alpha_range: tuple[float, float] = (0.5, 2.0),
+        alpha_min_r2: float = 0.9,
+        alpha_momentum: float = 0.5,
         capturable: bool = False,
     ) -> None:
         defaults = {
@@ -122,6 +142,9 @@ class SpectralNewton(Optimizer):
             "adamw_eps": adamw_eps,
             "adamw_weight_decay": adamw_weight_decay,
             "adamw_names": ADAMW_NAMES if adamw_names is None else tuple(adamw_names),
+            "alpha_range": tuple(alpha_range),
+            "alpha_min_r2": alpha_min_r2,
+            "alpha_momentum": alpha_momentum,
             "capturable": capturable,
         }
         super().__init__(params, defaults)
@@ -155,6 +178,55 @@ class SpectralNewton(Optimizer):
         """How many updates of single parameters were left out since the start, for a gradient that was not finite."""
         return sum(int(state["skipped"]) for state in self.state.values())
 
+    @property
+    def takes_alpha(self) -> bool:
+        """Whether a group has alpha="probe"."""
+        return any(group.get("alpha") == "probe" for group in self.param_groups)
+
+    def expect_alpha(self) -> None:
+        """Say that `set_alpha` will be called, so that no step before it warns."""
+        self._alpha_expected = True
+
+    def set_alpha(self, measured: Mapping[Tensor, float | Sequence[MeasuredAlpha]]) -> None:
+        """Take measured exponents into the averages of the groups with alpha="probe".
+
+        Args:
+            measured: parameter -> its exponent, or what was measured on some of its rows. Parameters of other groups,
+                and of other optimizers, are left out.
+
+        Raises:
+            ValueError: if no group has alpha="probe".
+
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = SpectralNewton(model.parameters(), alpha="probe")
+        >>> optimizer.set_alpha({model[0].weight: 1.5})
+        >>> optimizer.alpha_of(model[0].weight), optimizer.alpha_of(model[2].weight)
+        (1.5, 2.0)
+        """
+        if not self.takes_alpha:
+            raise ValueError("set_alpha needs alpha='probe', and no group has it; group['alpha'] holds their exponents")
+        self.expect_alpha()
+        fits = {p: [MeasuredAlpha(x)] if isinstance(x, (int, float)) else x for p, x in measured.items()}
+        for group in self.param_groups:
+            if group.get("alpha") == "probe":
+                take(fits, group)
+
+    def alpha_of(self, parameter: Tensor, rows: tuple[int, int] | None = None) -> float | None:
+        """The exponent that a parameter, or these rows of it, steps with; the mean where its matrices have several.
+
+        Args:
+            parameter: of this optimizer, or None is returned; also for one with AdamW.
+            rows: first and last-plus-one.
+
+        Raises:
+            ValueError: if none of its matrices has such rows.
+        """
+        for group in self.param_groups:
+            for i, own in enumerate(group["params"]):
+                if own is parameter and group["update"] == "spectral":
+                    return mean_in_use(group, i, rows) if group["alpha"] == "probe" else float(group["alpha"])
+        return None
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, split into matrices and the rest unless the group has ``update``."""
         if not isinstance(param_group, dict):
@@ -183,6 +255,8 @@ class SpectralNewton(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._alpha_expected and self.takes_alpha:
+            self._warn_of_missing_alpha()
         entries = list(self._entries())
         if any(entry.group["capturable"] for entry in entries):
             self._step_on_device(entries)
@@ -192,6 +266,16 @@ class SpectralNewton(Optimizer):
             entry.state["skipped"] += 1
         _update([entry for entry, good in zip(entries, finite, strict=True) if good])
         return loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def _warn_of_missing_alpha(self) -> None:
+        self.expect_alpha()
+        warnings.warn(
+            f"alpha='probe', and nothing measures alpha: matrices step with alpha={START:g}, or what they had when "
+            "saved; add SpectralProbe() to the Trainer's callbacks, call optimizer.set_alpha, or give alpha a number",
+            SpectralWarning,
+            stacklevel=3,
+        )
 
     def _entries(self) -> Iterator[Entry]:
         """Every parameter that has a gradient, with its state."""
@@ -271,7 +355,7 @@ def _update(entries: Sequence[Entry]) -> None:
         if group["update"] == "adamw":
             adamw_step(parameters, states, group)
         else:
-            pieces += momentum_step(parameters, states, group, [group["layouts"][entry.i] for entry in chosen])
+            pieces += momentum_step(parameters, states, group, [entry.i for entry in chosen])
     spectral_step(pieces)
 
 

@@ -1,0 +1,122 @@
+"""alpha="probe": the exponent of every matrix by itself, an average of what is measured while it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from torch import Tensor
+
+from lightning_spectral.optim.layout import Layout, blocks
+
+START = 2.0
+"""The exponent of a matrix before its first measurement: the default of ``alpha``, and the cheapest."""
+
+PER_UNIT = 10
+"""Exponents in use are multiples of 1 / 10, about the standard error of a measured one, so that matrices share the
+batches of a step and the cached sums of inverses, whose fit takes as long as many steps of a small network."""
+
+OPTIONS = ("alpha_range", "alpha_min_r2", "alpha_momentum")
+
+Averages = list[float | None]
+"""Of the matrices of one parameter; None before the first measurement."""
+
+
+@dataclass(frozen=True)
+class MeasuredAlpha:
+    """An exponent that was measured.
+
+    Attributes:
+        alpha: the slope of log h on log sigma; NaN where there is none.
+        r2: of that fit.
+        rows: first and last-plus-one row of the parameter's matrix it holds for; None: all of them.
+    """
+
+    alpha: float
+    r2: float = 1.0
+    rows: tuple[int, int] | None = None
+
+
+def unmeasured(parameters: Iterable[Tensor], layouts: Iterable[Layout]) -> list[Averages]:
+    """No average for any matrix of any parameter."""
+    return [[None] * len(blocks(p, layout)) for p, layout in zip(parameters, layouts, strict=True)]
+
+
+def in_use(average: float | None) -> float:
+    """The exponent of a step: the average on the grid.
+
+    >>> in_use(None), in_use(1.5), in_use(1.7312)
+    (2.0, 1.5, 1.7)
+    """
+    return START if average is None else round(average * PER_UNIT) / PER_UNIT
+
+
+def take(measured: Mapping[Tensor, Sequence[MeasuredAlpha]], group: dict[str, Any]) -> None:
+    """Put the averages after a measurement of these parameters into their group."""
+    # Into lists of their own: a state_dict that was taken before holds the old ones.
+    group["alphas"] = [
+        averaged(averages, measured.get(parameter, ()), blocks(parameter, layout), group)
+        for parameter, layout, averages in zip(group["params"], group["layouts"], group["alphas"], strict=True)
+    ]
+
+
+def mean_in_use(group: Mapping[str, Any], i: int, rows: tuple[int, int] | None) -> float:
+    """The mean exponent of the matrices that these rows of a group's i-th parameter lie in."""
+    parts = blocks(group["params"][i], group["layouts"][i])
+    hit = by_rows([MeasuredAlpha(START, rows=rows)], parts)
+    used = [in_use(average) for average, found in zip(group["alphas"][i], hit, strict=True) if found]
+    if not used:
+        numbers = ", ".join(str(part.shape[0]) for part in parts)
+        raise ValueError(f"rows {rows} hold none of the parameter's matrices, of {numbers} rows")
+    return sum(used) / len(used)
+
+
+def averaged(
+    averages: Averages, measured: Sequence[MeasuredAlpha], parts: Sequence[Tensor], group: Mapping[str, Any]
+) -> Averages:
+    """The averages of a parameter's matrices after a measurement.
+
+    a <- mu a + (1 - mu) x, a = x the first time, where x is the mean of the exponents that hold for rows of the matrix,
+    those with an r2 of at least ``alpha_min_r2``, clamped to ``alpha_range``. A matrix without one keeps its average.
+
+    Args:
+        averages: (parts,) before.
+        measured: exponents of rows of the parameter.
+        parts: its matrices, as `blocks` gives them.
+        group: with the options.
+    """
+    (low, high), mu = group["alpha_range"], group["alpha_momentum"]
+    good = [fit for fit in measured if fit.r2 >= group["alpha_min_r2"] and math.isfinite(fit.alpha)]
+    out = []
+    for average, chosen in zip(averages, by_rows(good, parts), strict=True):
+        values = [min(max(fit.alpha, low), high) for fit in chosen]
+        if values:
+            value = sum(values) / len(values)
+            average = value if average is None else average + (1 - mu) * (value - average)
+        out.append(average)
+    return out
+
+
+def by_rows(measured: Sequence[MeasuredAlpha], parts: Sequence[Tensor]) -> list[list[MeasuredAlpha]]:
+    """For each matrix of a parameter, what was measured on some of its rows."""
+    if len(parts) == 1:
+        return [list(measured)]
+    ends = accumulate((part.shape[0] for part in parts), initial=0)
+    return [
+        [fit for fit in measured if fit.rows is None or (fit.rows[0] < end and start < fit.rows[1])]
+        for start, end in pairwise(ends)
+    ]
+
+
+def check_probe_options(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option of alpha="probe" that is out of range."""
+    bounds = group["alpha_range"]
+    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < math.inf:
+        raise ValueError(f"alpha_range must be two exponents, 0 <= low <= high, got {bounds}")
+    if not group["alpha_min_r2"] <= 1:
+        raise ValueError(f"alpha_min_r2 must be at most 1, the r2 of a perfect fit, got {group['alpha_min_r2']}")
+    if not 0 <= group["alpha_momentum"] < 1:
+        raise ValueError(f"alpha_momentum must lie in [0, 1), got {group['alpha_momentum']}")
