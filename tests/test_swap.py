@@ -13,8 +13,10 @@ from torch.optim import SGD, AdamW
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_spectral import SpectralNewton, SwapOptimizer
+from lightning_spectral import SpectralNewton, SpectralProbe, SwapOptimizer
 from lightning_spectral.optim.rebind import rebind_scheduler
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
 STEPS = 12
 
@@ -318,3 +320,18 @@ def test_an_own_configure_optimizers_on_the_instance_comes_back():
     fit(module, [SwapOptimizer("SGD", {"lr": 0.1})], steps=2)
     assert module.trail[0][0] == "SGD"
     assert module.__dict__["configure_optimizers"] is own
+
+
+def test_the_probes_short_form(tmp_path):
+    module = Module(scheduler=cosine)
+    trainer = fit(module, [SpectralProbe(swap_optimizer=True, every_n_steps=4, top_k=3)], steps=6)
+    assert type(trainer.optimizers[0]) is SpectralNewton
+    assert "configure_optimizers" not in module.__dict__
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    whole, tail = Module(scheduler=cosine), Module(scheduler=cosine)
+    fit(whole, [SpectralProbe(swap_optimizer=True, every_n_steps=4, top_k=3)])
+    fit(tail, [SpectralProbe(swap_optimizer=True, every_n_steps=4, top_k=3)], ckpt_path=tmp_path / "a.ckpt")
+    assert same(weights(whole), weights(tail))
+    fit(Module(), [SpectralProbe(every_n_steps=4, top_k=3)], steps=4).save_checkpoint(tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match="holds the state of the configured optimizer, with which SpectralNewton"):
+        fit(Module(), [SpectralProbe(swap_optimizer=True)], ckpt_path=tmp_path / "b.ckpt")

@@ -15,6 +15,7 @@ from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps
 from lightning_spectral.callbacks.alphas import Fits, alphas_in_use, fits_of, takers, unmeasured, write_alphas
 from lightning_spectral.callbacks.batches import BatchChoice, BatchSource
 from lightning_spectral.callbacks.schedule import Budget
+from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import (
@@ -91,6 +92,8 @@ class SpectralProbe(AnyCallback):
         loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
             automatic optimization.
         log_layers: "auto", up to 24 layers evenly over depth; "all"; "none"; or glob patterns.
+        swap_optimizer: train with `SpectralNewton` and its defaults in place of the configured optimizer, as with a
+            `SwapOptimizer` beside the probe.
         prefix: first part of the logged keys. Two probes in one Trainer need two.
         history_size: how many of the last reports are kept in `history`.
 
@@ -121,6 +124,7 @@ class SpectralProbe(AnyCallback):
         precision: Precision = "float32",
         loss_fn: LossFunction | None = None,
         log_layers: str | Sequence[str] = "auto",
+        swap_optimizer: bool = False,
         prefix: str = "spectral",
         history_size: int = 100,
     ) -> None:
@@ -136,6 +140,7 @@ class SpectralProbe(AnyCallback):
         check_kinds(kinds or {})
         self.every_n_steps = None if every_n_steps is None else _at_least_one("every_n_steps", every_n_steps)
         self.budget = Budget(max_overhead)
+        self.swap = SwapOptimizer() if swap_optimizer else None
         self.source = BatchSource(batch, n_batches, fixed_samples)
         self.history: deque[SpectralReport] = deque(maxlen=_at_least_one("history_size", history_size))
         if not prefix or prefix != prefix.strip("/"):
@@ -190,6 +195,22 @@ class SpectralProbe(AnyCallback):
         if self.every_n_steps is None:
             return self.budget.due(step, self._agreed, able=not self._disabled)
         return step % self.every_n_steps == 0
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Swap the optimizer, on request."""
+        if self.swap is not None:
+            self.swap.setup(trainer, pl_module, stage)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        if self.swap is not None:
+            self.swap.teardown(trainer, pl_module, stage)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuse the state of an optimizer that is swapped out."""
+        if self.swap is not None:
+            own = checkpoint.get("callbacks", {}).get(self.state_key) or {}
+            self.swap.check(checkpoint, own.get("swap"))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check what depends on the module, before the first step: a pattern without a layer, a loss not known."""
@@ -284,6 +305,7 @@ class SpectralProbe(AnyCallback):
         return {
             "every_n_steps": self.every_n_steps,
             "budget": self.budget.state_dict(),
+            "swap": None if self.swap is None else self.swap.state_dict(),
             "probes": self.probes,
             "failed_probes": self.failed_probes,
             "last_report": None if self._last_report is None else self._last_report.to_dict(),
@@ -302,6 +324,8 @@ class SpectralProbe(AnyCallback):
             self._warn_once(
                 f"the checkpoint says nothing of the time probes took ({error}); it is counted from here on"
             )
+        if self.swap is not None and state_dict.get("swap"):
+            self.swap.load_state_dict(state_dict["swap"])
         if self.source.choice == "fixed":
             self._warn_once(
                 "batch='fixed' keeps the first batches after the resume, not those before it; "

@@ -92,7 +92,10 @@ class SwapOptimizer(AnyCallback):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that holds the state of the optimizer that is swapped out from the start."""
-        known = checkpoint.get("callbacks", {}).get(self.state_key)
+        self.check(checkpoint, checkpoint.get("callbacks", {}).get(self.state_key))
+
+    def check(self, checkpoint: dict[str, Any], known: dict[str, Any] | None) -> None:
+        """Raise ValueError for a checkpoint with another optimizer's state; ``known`` is this callback's own."""
         if known is None and self.from_the_start and checkpoint.get("optimizer_states"):
             raise ValueError(
                 "the checkpoint was written without SwapOptimizer, so it holds the state of the configured optimizer, "
