@@ -456,7 +456,7 @@ def test_methods_refuse_what_they_cannot_measure(method, model, loss, options, m
         (gelu_mlp, cross_entropy, 48, {}, "sketch: Gelu is not piecewise linear"),
         (gelu_mlp, cross_entropy, 16, {}, "exact: Gelu is not piecewise linear, and 16 samples are too few"),
         (lambda: gelu_mlp()[4:], lambda m, b: cross_entropy(m, (b[0].repeat(1, 2)[:, :8], b[1])), 48, {},
-         "exact: Gelu is not piecewise linear, and a sketch does not pay for 2 layers"),
+         "exact: Gelu is not piecewise linear, and a sketch does not pay for 2 of the layers"),
         (relu_mlp, unknown_loss, 48, {}, "exact: no call of cross_entropy"),
         (gelu_mlp, unknown_loss, 48, {}, "sketch: no call of cross_entropy"),
         (gelu_mlp, regularised, 48, {}, "exact: the loss has a term of 0.weight beside"),

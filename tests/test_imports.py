@@ -38,7 +38,8 @@ ALLOWED = {
     "optim": {"errors", "kinds", "layers", "optim", "precision"},
     "report": {"analysis", "record", "report", "spectrum"},
     "callbacks": {
-        "batch", "callbacks", "errors", "kinds", "layers", "loss", "measure", "optim", "quiet", "record", "spectrum",
+        "batch", "callbacks", "curvature", "errors", "kinds", "layers", "loss", "measure", "optim", "quiet", "record",
+        "spectrum",
     },
     "demo": {"callbacks", "demo", "record", "report"},
     "cli": {"", "demo"},

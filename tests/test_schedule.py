@@ -260,7 +260,8 @@ def test_a_probe_that_exceeds_the_whole_budget_is_told_once(monkeypatch, steps):
     ) as w:
         fit_numbered(probe, steps=steps)
     assert len([x for x in w if "one probe took" in str(x.message)]) == 1
-    assert any("set max_samples (about 1 of 8)" in str(x.message) for x in w)
+    assert any("set max_samples (but not below 32), " in str(x.message) for x in w)
+    assert any("A second probe takes a run of 2e+03 s" in str(x.message) for x in w)
     assert probe.probes == 1
 
 
@@ -396,7 +397,14 @@ def test_fixed_samples_need_samples_that_can_be_counted():
         ({"batch": "validation"}, "batch must be 'train', 'fixed' or a DataLoader, got 'validation'"),
         ({"n_batches": 0}, "n_batches must be a whole number of at least 1, got 0"),
         ({"batch": "fixed", "fixed_samples": 0}, "fixed_samples must be None or a whole number of at least 1, got 0"),
-        ({"fixed_samples": 8}, "fixed_samples tells how much of batch='fixed' to keep, in place of n_batches"),
+        (
+            {"fixed_samples": 8},
+            "fixed_samples tells how much of batch='fixed' to keep, in place of n_batches; got batch='train'",
+        ),
+        (
+            {"batch": "fixed", "fixed_samples": 8, "max_samples": 4},
+            "max_samples cuts each batch, fixed_samples what is",
+        ),
         ({"batch": "fixed", "fixed_samples": 8, "n_batches": 2}, "fixed_samples tells how much"),
         ({"micro_batch_size": -1}, "micro_batch_size must be None or a whole number of at least 1, got -1"),
     ],
@@ -552,3 +560,46 @@ def test_a_loaders_batches_pass_the_modules_hooks_and_the_precision():
     x, y = Numbered()[0]
     same(probe.last_report, spectra_of((x.double() / 10, y), start))
     assert len(data) == 4
+
+
+def test_how_many_samples_would_fit_is_told_where_the_cost_goes_with_them(monkeypatch):
+    costly(monkeypatch, 50.0)
+    probe = SpectralProbe(top_k=2, max_overhead=0.99)
+    monkeypatch.setattr(Budget, "wall_seconds", 30.0)
+    trainer = pl.Trainer(
+        max_steps=3, max_epochs=-1, callbacks=[probe], logger=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    data = DataLoader(Numbered(size=64), batch_size=None)
+    with pytest.warns(SpectralWarning, match=r"set max_samples \(about \d+ of 64\)"):
+        trainer.fit(Tiny(), data)
+
+
+def test_a_run_with_a_probe_at_its_beginning_alone_is_told(monkeypatch):
+    clock = Clock()
+
+    class Timed(SpectralProbe):
+        def _measure(self, *args):
+            clock.now += 0.3
+            return super()._measure(*args)
+
+    probe = Timed(max_overhead=0.05, top_k=2)
+    probe.budget.clock = clock
+    with pytest.warns(SpectralWarning, match=r"was the only one: in this run of 10 s max_overhead=0.05 leaves no room"):
+        fit_numbered(probe, Stepped(clock), steps=100)
+
+
+def test_a_run_that_ends_before_its_batches_are_collected_is_told():
+    for options, told in (
+        ({"batch": "fixed", "fixed_samples": 500}, "fixed_samples=500"),
+        ({"n_batches": 9}, "n_batches=9"),
+    ):
+        with pytest.warns(SpectralWarning, match=f"training ended before there were the batches .*{told}"):
+            fit_numbered(SpectralProbe(top_k=2, **options), steps=3)
+
+
+def test_a_window_that_an_epochs_end_cuts_short_is_left_out():
+    probe = SpectralProbe(every_n_steps=1, n_batches=4, top_k=3)
+    fit_numbered(probe, Tiny(), steps=4, accumulate_grad_batches=4, limit_train_batches=6)
+    assert [report.step for report in probe.history] == [0, 2]
+    assert [report.n_samples for report in probe.history] == [32, 32]

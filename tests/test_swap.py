@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_spectral import SpectralNewton, SpectralProbe, SwapOptimizer
+from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning, SwapOptimizer
 from lightning_spectral.optim.rebind import rebind_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -285,9 +285,19 @@ def test_strategies_that_own_the_parameters_are_refused(name):
     SwapOptimizer("AdamW").setup(trainer, Module(), "validate")
 
 
+def test_a_class_will_do():
+    assert SwapOptimizer(AdamW).optimizer_class is AdamW
+
+
+def test_a_swap_that_never_came_is_told():
+    with pytest.warns(SpectralWarning, match="training ended before at_step=500, at_epoch=None: no optimizer was"):
+        fit(Module(), [SwapOptimizer(AdamW, at_step=500)], steps=3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"optimizer": nn.Linear}, "optimizer must be a class of optimizers, got <class 'torch.nn"),
         (
             {"optimizer": "torch.optim.Nothing"},
             "optimizer must be the import path of a class, or a name in torch.optim",

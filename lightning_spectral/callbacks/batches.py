@@ -38,7 +38,10 @@ class BatchSource:
             if not isinstance(fixed_samples, int) or fixed_samples < 1:
                 raise ValueError(f"fixed_samples must be None or a whole number of at least 1, got {fixed_samples!r}")
             if choice != "fixed" or n_batches > 1:
-                raise ValueError("fixed_samples tells how much of batch='fixed' to keep, in place of n_batches")
+                raise ValueError(
+                    "fixed_samples tells how much of batch='fixed' to keep, in place of n_batches; "
+                    f"got batch={choice!r} and n_batches={n_batches}"
+                )
         self.choice = choice
         self.n_batches = n_batches
         self.fixed_samples = fixed_samples
@@ -48,6 +51,11 @@ class BatchSource:
         """Drop what was collected: another run begins."""
         self._held = HeldBatches()
         self._samples = 0
+
+    @property
+    def told(self) -> str:
+        """The options that say how much is collected."""
+        return f"n_batches={self.n_batches}" if self.fixed_samples is None else f"fixed_samples={self.fixed_samples}"
 
     @property
     def takes_per_probe(self) -> int:

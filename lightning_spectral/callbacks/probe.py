@@ -16,6 +16,7 @@ from lightning_spectral.callbacks.alphas import Fits, alphas_in_use, fits_of, ta
 from lightning_spectral.callbacks.batches import BatchChoice, BatchSource
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.callbacks.swap import SwapOptimizer
+from lightning_spectral.curvature.select import FEW_SAMPLES
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import (
@@ -40,6 +41,9 @@ PROBE_KEYS: dict[str, str] = {
     "probe_overhead": "share of wall time that all probes took so far",
     "failed_probes": "probes since the start that measured nothing",
 }
+FEWEST_SAMPLES = 16
+"""A suggestion of fewer would measure noise."""
+
 STEPS_TO_JUDGE = 4
 """Steps after the first probe from which on the length of the whole run is foretold."""
 
@@ -142,7 +146,9 @@ class SpectralProbe(AnyCallback):
         self.budget = Budget(max_overhead)
         self.swap = SwapOptimizer() if swap_optimizer else None
         self.source = BatchSource(batch, n_batches, fixed_samples)
-        self.history: deque[SpectralReport] = deque(maxlen=_at_least_one("history_size", history_size))
+        if fixed_samples is not None and max_samples is not None:
+            raise ValueError("max_samples cuts each batch, fixed_samples what is kept in all; give one of them")
+        self._history: deque[SpectralReport] = deque(maxlen=_at_least_one("history_size", history_size))
         if not prefix or prefix != prefix.strip("/"):
             raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
         self.prefix = prefix
@@ -172,7 +178,7 @@ class SpectralProbe(AnyCallback):
         self._window: int | None = None
         self._collecting = False
         self._collected = 0.0
-        self._judged = False
+        self._judged = self._judged_over = False
         self._agreed: Callable[[int], int] = int
         self._warned: set[str] = set()
         self._chosen = ""
@@ -181,6 +187,11 @@ class SpectralProbe(AnyCallback):
     def state_key(self) -> str:
         """Tells this probe's state in a checkpoint from another probe's."""
         return f"SpectralProbe{{'prefix': {self.prefix!r}}}"
+
+    @property
+    def history(self) -> list[SpectralReport]:
+        """The last reports of this process, the oldest first."""
+        return list(self._history)
 
     @property
     def last_report(self) -> SpectralReport | None:
@@ -251,12 +262,13 @@ class SpectralProbe(AnyCallback):
                 "not measured, so their alpha stays as it is; choose them with layers, or leave them to AdamW"
             )
         self._agreed = trainer.strategy.broadcast if trainer.world_size > 1 else int
-        self._judged = False
+        self._judged = self._judged_over = False
         self.budget.start(optimizer_steps(trainer))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop the clock, and say if one probe took more than the whole run allows."""
         self._judge(trainer, optimizer_steps(trainer), ended=True)
+        self._look_back()
         self.budget.stop()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -266,6 +278,9 @@ class SpectralProbe(AnyCallback):
         if step != self._window:
             self._window = step
             self.budget.seen(step)
+            if 1 < self.source.takes_per_probe <= trainer.accumulate_grad_batches:
+                # An epoch's end cut the last window short; a probe takes the batches of one step.
+                self.source.forget()
             self._judge(trainer, step)
             # Asked of a probe that is off too: other processes wait for its answer.
             self._collecting |= self.should_measure(step)
@@ -370,13 +385,38 @@ class SpectralProbe(AnyCallback):
         allowed = budget.max_overhead * seconds
         if not math.isfinite(seconds) or budget.last_seconds <= allowed:
             return
-        n = self._last_report.n_samples if self._last_report is not None else None
-        fewer = "fewer samples" if n is None else f"about {max(1, int(n * allowed / budget.last_seconds))} of {n}"
+        self._judged_over = True
+        report = self._last_report
+        n = report.n_samples if report is not None else None
+        enough = 0 if n is None else int(n * allowed / budget.last_seconds)
+        # The cost of Gauss-Newton goes with the samples; below FEW_SAMPLES other networks get no sketch.
+        known = report is not None and report.chosen.startswith("ggn") and enough >= FEWEST_SAMPLES
         self._warn_once(
             f"one probe took {budget.last_seconds:.2g} s, more than the max_overhead={budget.max_overhead:g} of this "
-            f"whole run of about {seconds:.2g} s, so there will be no other; set max_samples ({fewer}), "
-            "fewer layers or a smaller top_k, a larger max_overhead, or every_n_steps"
+            f"whole run of about {seconds:.2g} s, so there will be no other; set max_samples "
+            f"({f'about {enough} of {n}' if known else f'but not below {FEW_SAMPLES}'}), fewer layers or directions "
+            "(layers, top_k), a larger max_overhead, or every_n_steps. "
+            f"A second probe takes a run of {self._second():.2g} s"
         )
+
+    def _second(self) -> float:
+        """Wall time from which on a second probe of the last one's cost is within the budget."""
+        return 2 * self.budget.last_seconds / self.budget.max_overhead
+
+    def _look_back(self) -> None:
+        """Say at the end of training what a user would miss in the curves."""
+        if self._disabled or self.failed_probes:
+            return
+        if not self.probes and self._collecting:
+            self._warn_once(
+                f"training ended before there were the batches that a probe takes ({self.source.told}): there was none"
+            )
+        elif self.probes == 1 and not self._judged_over and self.every_n_steps is None:
+            self._warn_once(
+                "the one probe before the first steps was the only one: in this run of "
+                f"{self.budget.wall_seconds:.2g} s max_overhead={self.budget.max_overhead:g} leaves no room for a "
+                f"second, which takes a run of {self._second():.2g} s; raise max_overhead, or set every_n_steps"
+            )
 
     def _measure(
         self, trainer: Any, module: Any, batches: Sequence[Any], batch_idx: int, step: int
@@ -394,7 +434,7 @@ class SpectralProbe(AnyCallback):
             self._chosen = report.chosen
             logger.info("step %d, curvature by %s", step, report.chosen)
         self._last_report = report
-        self.history.append(report)
+        self._history.append(report)
         return report
 
     def _set_alphas(self, optimizers: Sequence[SpectralNewton], module: Any, fits: Fits) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps
+from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.optim.rebind import rebind_scheduler
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ class SwapOptimizer(AnyCallback):
     that side; one written without this callback can be resumed with ``at_step``, not with a swap from the start.
 
     Args:
-        optimizer: import path of a class, or a name in torch.optim. If the class has a function ``groups(model)``, as
+        optimizer: a class, its import path, or a name in torch.optim. If the class has a function ``groups(model)``, as
             `SpectralNewton` has, its groups are what it is given, else the list of parameters.
         init_args: its other arguments.
         at_step: swap before this optimizer step, counted from 0; None: before training.
@@ -44,7 +46,7 @@ class SwapOptimizer(AnyCallback):
 
     def __init__(
         self,
-        optimizer: str = "lightning_spectral.SpectralNewton",
+        optimizer: str | type[Optimizer] = "lightning_spectral.SpectralNewton",
         init_args: dict[str, Any] | None = None,
         at_step: int | None = None,
         at_epoch: int | None = None,
@@ -120,6 +122,15 @@ class SwapOptimizer(AnyCallback):
         if begins and self.at_step is not None and step >= self.at_step:
             self._swap_now(trainer, pl_module)
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say if training ended before the swap."""
+        if not self.swapped:
+            warnings.warn(
+                f"training ended before at_step={self.at_step}, at_epoch={self.at_epoch}: no optimizer was swapped",
+                SpectralWarning,
+                stacklevel=2,
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """On which side of the swap the checkpoint is."""
         return {"swapped": self.swapped, "optimizer": _path(self.optimizer_class)}
@@ -189,7 +200,9 @@ class SwapOptimizer(AnyCallback):
         logger.info("%s: %s takes the place of %s", when, type(new).__name__, type(old).__name__)
 
 
-def _optimizer_class(path: str) -> type[Optimizer]:
+def _optimizer_class(path: str | type[Optimizer]) -> type[Optimizer]:
+    if not isinstance(path, str):
+        return _checked_class(path, path)
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name) if module else getattr(torch.optim, name)
@@ -197,8 +210,12 @@ def _optimizer_class(path: str) -> type[Optimizer]:
         raise ValueError(
             f"optimizer must be the import path of a class, or a name in torch.optim; {path!r}: {error}"
         ) from error
+    return _checked_class(found, path)
+
+
+def _checked_class(found: Any, given: Any) -> type[Optimizer]:
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        raise ValueError(f"optimizer must be a class of optimizers, got {path!r}, which is {found!r}")
+        raise ValueError(f"optimizer must be a class of optimizers, got {given!r}, which is {found!r}")
     return found
 
 

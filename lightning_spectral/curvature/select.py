@@ -74,7 +74,7 @@ def measure_by(
     if (samples or 0) < FEW_SAMPLES:
         why = f"exact: {obstacle}, and {samples or 'an unknown number of'} samples are too few for a sketch"
     elif n_taps <= FEW_LAYERS:
-        why = f"exact: {obstacle}, and a sketch does not pay for {n_taps} layers"
+        why = f"exact: {obstacle}, and a sketch does not pay for {n_taps} of the layers"
     else:
         try:
             return replace(measure(SketchCurvature()), chosen=f"sketch: {obstacle}")
