@@ -254,6 +254,7 @@ def test_the_command_runs_the_package_that_the_model_is_of(package, capsys):
     assert "[('dense', 2.0), ('adamw', None)]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("package", PACKAGES[1:], indirect=True)
 def test_the_installed_command_finds_modules_where_it_is_run(package, tmp_path):
     code = "import sys; from lightning_spectral.cli import main; sys.argv[0] = 'lightning-spectral'; sys.exit(main())"
     arguments = [*words(package), "--optimizer=SpectralNewton", "--trainer.callbacks+=words.Tell"]
