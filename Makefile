@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint ablation clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -21,10 +21,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Optimizers side by side, three seeds each: examples/ablation.
+ablation: $(READY)
+	$(BIN)/python examples/ablation/run.py
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test,lint]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-runs
+	rm -rf $(VENV) demo-runs ablation-runs

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import lightning_spectral
+
+LIGHTNING_COMMANDS = {
+    "fit": "train a LightningModule from a configuration (a LightningCLI with this package's parts)",
+    "validate": "validate one",
+    "test": "test one",
+    "predict": "predict with one",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,13 +24,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train two small networks with a probe and show what it sees")
     demo.add_argument("--output", default="demo-runs", metavar="FOLDER", help="where the logs go (%(default)s)")
-    options = parser.parse_args(arguments)
+    for name, help_text in LIGHTNING_COMMANDS.items():
+        commands.add_parser(name, help=help_text)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0] in LIGHTNING_COMMANDS:
+        return _lightning(given, from_command_line=arguments is None)
+    return _demo(parser.parse_args(given).output)
+
+
+def _demo(folder: str) -> int:
     try:
         # Loading Lightning takes seconds, which --help should not.
         from lightning_spectral.demo.run import run
 
-        run(options.output)
+        run(folder)
     except ImportError as error:
         print(f"lightning-spectral demo: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _lightning(arguments: Sequence[str], *, from_command_line: bool) -> int:
+    # As with `python train.py fit`, models and data beside which the command is run can be imported.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    from lightning_spectral.callbacks._lightning import jsonargparse_missing
+
+    if missing := jsonargparse_missing():
+        print(f"lightning-spectral {arguments[0]}: {missing}", file=sys.stderr)
+        return 2
+    from lightning_spectral.lightning_cli import run
+
+    run(arguments, from_command_line=from_command_line)
     return 0

@@ -42,10 +42,11 @@ ALLOWED = {
         "spectrum",
     },
     "demo": {"callbacks", "demo", "record", "report"},
-    "cli": {"", "demo"},
+    "lightning_cli": {"callbacks", "optim"},
+    "cli": {"", "callbacks", "demo", "lightning_cli"},
     "__init__": {"callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},
 }  # fmt: skip
-LIGHTNING = {"callbacks", "demo"}
+LIGHTNING = {"callbacks", "demo", "lightning_cli"}
 
 
 def modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
@@ -31,6 +32,31 @@ else:
 
     class AnyCallback(*_callback_classes()):
         """A Callback of each Lightning package that is installed, so that every Trainer and CLI accepts it."""
+
+
+def jsonargparse_missing() -> str | None:
+    """What to do about LightningCLI's own dependency, if it is not installed."""
+    if find_spec("jsonargparse") is None:
+        return 'LightningCLI needs jsonargparse: pip install "lightning-spectral[cli]"'
+    return None
+
+
+def lightning_cli(package: str) -> type:
+    """The LightningCLI of a package; ImportError without jsonargparse."""
+    if missing := jsonargparse_missing():
+        raise ImportError(missing)
+    return importlib.import_module(f"{package}.cli").LightningCLI  # type: ignore[no-any-return]
+
+
+def package_of(module_class: object) -> str:
+    """The package whose LightningModule a class is; the first one installed if it is of neither."""
+    bases = [base.__module__ for base in getattr(module_class, "__mro__", ())]
+    named = [package for package in PACKAGES if any(f"{base}.".startswith(f"{package}.") for base in bases)]
+    return next(iter(named), next(filter(_installed, PACKAGES)))
+
+
+def _installed(package: str) -> bool:
+    return find_spec(package.partition(".")[0]) is not None
 
 
 def optimizer_steps(trainer: Any) -> int:

@@ -1,0 +1,1 @@
+"""Makes `examples.ablation` importable from the root of the repository."""

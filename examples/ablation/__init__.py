@@ -1,0 +1,1 @@
+"""Optimizers side by side on two small tasks: `make ablation`."""
