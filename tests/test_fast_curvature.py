@@ -21,8 +21,9 @@ from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
 from lightning_spectral.curvature.smooth import cheap_twin
 from lightning_spectral.curvature.trace import Recorder
 from lightning_spectral.fits import fit_power_law, with_ordinate_errors
-from lightning_spectral.measure import directional_curvature
-from lightning_spectral.svd import SingularTriplets
+from lightning_spectral.layers import find_layers
+from lightning_spectral.measure import _losses, directional_curvature
+from lightning_spectral.svd import SingularTriplets, top_singular_triplets
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -263,22 +264,29 @@ SKETCHED = [
     [(SKETCHED[0], {}), (SKETCHED[0], {"ranks": 1}), (SKETCHED[0], {"ranks": 4}), (SKETCHED[1], {}), (SKETCHED[2], {})],
     ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
-def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options, monkeypatch):
+def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options):
     model, batch = case.build()
     measured = {"top_k": 4, **case.options}
     expected = measure_spectra(model, batch, case.loss, curvature="exact", **measured)
-    scores, means = [], []
-    for seed in range(40):
-        with_method(monkeypatch, SketchCurvature(seed=seed, **options))
-        found = measure_spectra(model, batch, case.loss, curvature="test", **measured)
-        assert all(layer.method == "sketch" for layer in found.layers.values())
-        scores.append(z_scores(found, expected))
-        means.append(torch.cat([layer.h for layer in found.layers.values()]))
-    truth = torch.cat([layer.h for layer in expected.layers.values()])
-    draws = torch.stack(means)
+    layers = find_layers(model, fused_qkv=measured.get("fused_qkv", ())).layers
+    mode = measured.get("mode", "eval")
+    estimates, errors = [], []
+    with _losses(model, [batch], case.loss, layers, mode, "float32") as (losses, _):
+        gradients, _, problem = losses.gradients(losses.whole(), keep_graph=False)
+        directions = {
+            name: top_singular_triplets(layers[name].to_matrix(gradient), 4, groups=layers[name].groups)
+            for name, gradient in gradients.values.items()
+        }
+        for seed in range(200):
+            found = SketchCurvature(seed=seed, **options)(problem, directions)
+            assert not found.methods
+            estimates.append(torch.cat([found.h[name] for name in layers]))
+            errors.append(torch.cat([found.stderr[name] for name in layers]))
+    truth = torch.cat([expected.layers[name].h for name in layers])
+    known, draws = truth.isfinite(), torch.stack(estimates)
     bias = (draws.mean(0) - truth) / (draws.std(0) / math.sqrt(len(draws)))
-    assert bias[truth.isfinite()].abs().max() < 4.5
-    coverage = (torch.stack(scores).abs() < 1.96).double().mean()
+    assert bias[known].abs().max() < 4
+    coverage = ((draws - truth).abs() < 1.96 * torch.stack(errors))[:, known].double().mean()
     assert 0.85 <= coverage <= 0.99
 
 
