@@ -345,3 +345,18 @@ def test_the_probes_short_form(tmp_path):
     fit(Module(), [SpectralProbe(every_n_steps=4, top_k=3)], steps=4).save_checkpoint(tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="holds the state of the configured optimizer, with which SpectralNewton"):
         fit(Module(), [SpectralProbe(swap_optimizer=True)], ckpt_path=tmp_path / "b.ckpt")
+
+
+@pytest.mark.parametrize("at_step", [None, 3])
+def test_a_swapped_in_optimizer_takes_the_probes_exponents(at_step):
+    swap = SwapOptimizer(SpectralNewton, {"lr": 0.02, "alpha": "probe", "alpha_min_r2": 0.0}, at_step=at_step)
+    module, probe = Module(), SpectralProbe(every_n_steps=2, top_k=5)
+    (optimizer,) = fit(module, [swap, probe], steps=7).optimizers
+    name = "net.0.weight"
+    measured = [report.layers[name].alpha.exponent for report in probe.history if report.step >= (at_step or 0)]
+    measured = [min(max(alpha, 0.5), 2.0) for alpha in measured]
+    average = measured[0]
+    for alpha in measured[1:]:
+        average = 0.5 * average + 0.5 * alpha
+    assert len(measured) > 1
+    assert optimizer.alpha_of(module.net[0].weight) == pytest.approx(round(average, 1))
