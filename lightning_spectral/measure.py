@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -57,8 +57,8 @@ def measure_spectra(
         loss_fn: (model, batch) -> scalar. None: ``model.spectral_loss(batch)``, else ``model.training_step(batch, 0)``.
         top_k: directions per layer, K.
         curvature: "exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at
-            once; "sketch", a product per direction for all layers, with standard errors; "auto", the fastest of them
-            that gives the Hessian's curvature.
+            once; "sketch", products for all layers and several directions of each, with standard errors; "auto", the
+            fastest of them that gives the Hessian's curvature.
         layers: glob patterns on names, or a callable (`MatrixLayer` -> bool); None: all matrices but embeddings.
         kinds: glob pattern -> kind of layer, where the inferred one is wrong.
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
@@ -258,7 +258,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def first_batches(
-    loader: Iterable[Any], n: int, model: nn.Module, prepare: Callable[[Any], Any] = lambda batch: batch
+    loader: DataLoader[Any], n: int, model: nn.Module, prepare: Callable[[Any], Any] = lambda batch: batch
 ) -> list[Any]:
     """The first n batches of a loader, prepared.
 
@@ -268,9 +268,7 @@ def first_batches(
     own = [(generator, generator.get_state()) for generator in _generators(loader)]
     loader = copy.copy(loader)
     # What a loader with persistent workers is in the middle of.
-    loader.__dict__.pop("_iterator", None)
-    if isinstance(loader, DataLoader):
-        loader._iterator = None
+    loader._iterator = None
     try:
         found = [prepare(batch) for batch in islice(loader, n)]
     finally:

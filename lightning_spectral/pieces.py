@@ -166,8 +166,9 @@ class Losses:
             if expected is not None:
                 part = problem.gradients(keep_graph=False).values[expected[0]]
                 gradient = _sum(gradient, None if part is None else part.detach(), piece.weight)
-        if expected is not None and gradient is not None:
-            error = float((gradient - expected[1]).norm() / expected[1].norm())
+        if expected is not None:
+            difference = expected[1] if gradient is None else gradient - expected[1]
+            error = float(difference.norm() / expected[1].norm())
             if not error <= SAME_GRADIENT:
                 raise NoSumError(
                     f"the gradients of the pieces add up to another one in {expected[0]} (relative error {error:.2g})"

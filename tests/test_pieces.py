@@ -156,6 +156,21 @@ def test_pieces_whose_gradients_do_not_add_up_are_given_up(monkeypatch):
     assert found.micro_batch_size == SAMPLES
 
 
+def test_pieces_that_leave_a_layer_out_are_given_up():
+    """A gradient without a value, which only the whole batch has."""
+    model, batch = gelu_mlp().double(), batch_of()
+    model.append(nn.Identity())
+    model[-1].extra = nn.Linear(3, 3, bias=False).double()
+
+    def loss(network, part):
+        value = cross_entropy(network, part)
+        total = network[-1].extra.weight.square().sum()
+        return value + (total - total.detach() if len(part[0]) == SAMPLES else 0.0)
+
+    found = measure_spectra(model, batch, loss, curvature="exact", top_k=2)
+    assert found.micro_batch_size == SAMPLES
+
+
 def test_a_loss_that_is_not_finite_is_told_as_such():
     model, batch = relu_mlp().double(), batch_of()
     model[0].weight.data.fill_(float("nan"))

@@ -239,10 +239,12 @@ def test_the_schedule_survives_a_checkpoint(tmp_path):
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(Tiny(), DataLoader(Numbered(), batch_size=None), ckpt_path=tmp_path / "a.ckpt")
-    assert seen[0]["last_step"] == saved["last_step"] == 0
-    assert seen[0]["probe_seconds"] == saved["probe_seconds"]
-    assert seen[0]["wall_seconds"] == pytest.approx(saved["wall_seconds"], abs=2.0)
-    assert again.budget.last_step == (0 if again.probes == 1 else 3)
+    assert saved["last_step"] == 0
+    # A look that was due before the resume is due at its first step.
+    saved["next_look"] = max(saved["next_look"], 3)
+    for key in ("last_step", "last_seconds", "probe_seconds", "next_look", "latest"):
+        assert seen[0][key] == saved[key], key
+    assert seen[0]["wall_seconds"] >= saved["wall_seconds"] > 0
 
 
 def costly(monkeypatch, seconds):
@@ -552,14 +554,13 @@ class Normalising(Tiny):
 
 
 def test_a_loaders_batches_pass_the_modules_hooks_and_the_precision():
-    module, data = Normalising().double(), loader()
+    module = Normalising().double()
     probe = SpectralProbe(every_n_steps=10, batch=DataLoader(Numbered(), batch_size=None), top_k=3)
     start = Normalising().double()
     start.load_state_dict(module.state_dict())
     fit_numbered(probe, module, steps=1, precision="64-true")
     x, y = Numbered()[0]
     same(probe.last_report, spectra_of((x.double() / 10, y), start))
-    assert len(data) == 4
 
 
 def test_how_many_samples_would_fit_is_told_where_the_cost_goes_with_them(monkeypatch):

@@ -595,7 +595,8 @@ def test_checkpointing_changes_no_measurement(curvature, mode, samples):
         torch.manual_seed(2)
         reports.append(measure_spectra(model, batch, classified, curvature=curvature, mode=mode, top_k=4))
     # What is not checkpointed is sketched with other, equal formulas of GELU.
-    assert_close(*reports, 1e-4)
+    sketched = any(layer.method == "sketch" for layer in reports[0].layers.values())
+    assert_close(*reports, 1e-4 if sketched else 1e-5)
     assert {layer.method for layer in reports[0].layers.values()} == {
         layer.method for layer in reports[1].layers.values()
     }

@@ -77,8 +77,8 @@ class SpectralProbe(AnyCallback):
         max_overhead: share of wall time, validation and all, that probes may take from the second one on.
         top_k: directions per layer.
         curvature: "exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at
-            once; "sketch", a product per direction for all layers, with standard errors; "auto", the fastest of them
-            that gives the Hessian's curvature.
+            once; "sketch", products for all layers and several directions of each, with standard errors; "auto", the
+            fastest of them that gives the Hessian's curvature.
         layers: glob patterns on names of layers, or a callable; None: all matrices but embeddings.
         kinds: glob pattern -> kind of layer, where the inferred one is wrong.
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
