@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from cases import Block
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -88,6 +89,18 @@ class GPT(Stateful):
     def data():
         text = torch.randint(0, 11, (64, 8), generator=torch.Generator().manual_seed(0))
         return TensorDataset(text[:, :-1].contiguous(), text[:, 1:].contiguous())
+
+
+class ProbeRows(DummyLogger):
+    """A logger that keeps what a probe logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        if any(key.startswith("spectral") for key in metrics):
+            self.rows.append((step, metrics))
 
 
 def fit(module, callbacks=(), *, steps=6, logger=False, trainer_class=pl.Trainer, data=None, batch_size=16, **options):

@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from modules import GPT, ConvNet, fit
+from modules import GPT, ConvNet, ProbeRows, fit
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
@@ -26,16 +26,6 @@ from lightning_spectral.record import REPORT_KEYS
 from lightning_spectral.spectrum import LAYER_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
-
-
-class Recorder(DummyLogger):
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        if any(key.startswith("spectral") for key in metrics):
-            self.rows.append((step, metrics))
 
 
 class Repeated(Dataset):
@@ -128,7 +118,7 @@ def test_probe_measures_what_measure_spectra_does_before_the_step():
 
 
 def test_one_dict_per_probe_with_every_key():
-    logger, probe = Recorder(), SpectralProbe(every_n_steps=2)
+    logger, probe = ProbeRows(), SpectralProbe(every_n_steps=2)
     fit_tiny(probe, steps=4, logger=[logger])
     assert [step for step, _ in logger.rows] == [0, 2]
     metrics = logger.rows[-1][1]
@@ -170,7 +160,7 @@ def test_a_logger_that_fails_is_told_once_and_does_not_stop_training():
             if "spectral/loss" in metrics:
                 raise OSError("disk full")
 
-    healthy, probe = Recorder(), SpectralProbe(every_n_steps=1)
+    healthy, probe = ProbeRows(), SpectralProbe(every_n_steps=1)
     with pytest.warns(SpectralWarning) as caught:
         trainer = fit_tiny(probe, steps=3, logger=[Broken(), healthy])
     assert [str(w.message) for w in caught if "disk" in str(w.message)] == ["Broken could not log: disk full"]
@@ -183,7 +173,7 @@ def test_a_logger_that_fails_is_told_once_and_does_not_stop_training():
 )
 def test_layers_logged_one_by_one(log_layers, expected):
     deep = nn.Sequential(*[part for _ in range(29) for part in (nn.Linear(6, 6), nn.ReLU())], nn.Linear(6, 5))
-    logger = Recorder()
+    logger = ProbeRows()
     fit_tiny(SpectralProbe(log_layers=log_layers, top_k=3), Tiny(deep), steps=1, logger=[logger])
     logged = [key for key in logger.rows[0][1] if key.endswith("/alpha")]
     assert len(logged) == expected
@@ -192,7 +182,7 @@ def test_layers_logged_one_by_one(log_layers, expected):
 
 
 def test_two_probes_with_prefixes():
-    logger = Recorder()
+    logger = ProbeRows()
     probes = [SpectralProbe(prefix="spectral"), SpectralProbe(prefix="spectral_train", mode="train")]
     assert probes[0].state_key != probes[1].state_key
     fit(Tiny(), probes, data=Repeated(batch_of()), batch_size=None, steps=1, logger=[logger])
@@ -495,6 +485,6 @@ def test_warnings_come_once_per_cause_whatever_the_numbers():
 @pytest.mark.parametrize("module_class", [ConvNet, GPT])
 def test_real_modules_have_exponents(module_class):
     probe = SpectralProbe(every_n_steps=5)
-    fit(module_class(), [probe], steps=6, logger=[Recorder()])
+    fit(module_class(), [probe], steps=6, logger=[ProbeRows()])
     assert len(probe.history) == 2
     assert not math.isnan(probe.last_report.medians()["alpha_median"])

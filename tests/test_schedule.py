@@ -9,8 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from modules import ConvNet, fit
-from pytorch_lightning.loggers.logger import DummyLogger
+from modules import ConvNet, ProbeRows, fit
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -136,16 +135,6 @@ def test_a_share_lies_between_0_and_1(share):
         SpectralProbe(max_overhead=share)
 
 
-class Rows(DummyLogger):
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        if any(key.startswith("spectral") for key in metrics):
-            self.rows.append((step, metrics))
-
-
 class Tiny(pl.LightningModule):
     def __init__(self):
         super().__init__()
@@ -205,7 +194,7 @@ def test_the_default_keeps_to_its_budget_in_training():
             clock.now += 0.5
             return super()._measure(*args)
 
-    logger, probe = Rows(), Timed(max_overhead=0.2, top_k=2)
+    logger, probe = ProbeRows(), Timed(max_overhead=0.2, top_k=2)
     probe.budget.clock = clock
     fit_numbered(probe, Stepped(clock), steps=120, logger=[logger])
     assert probe.every_n_steps is None
@@ -216,7 +205,7 @@ def test_the_default_keeps_to_its_budget_in_training():
 
 
 def test_fixed_steps_cost_what_they_cost():
-    logger, probe = Rows(), SpectralProbe(every_n_steps=1, max_overhead=0.01, top_k=2)
+    logger, probe = ProbeRows(), SpectralProbe(every_n_steps=1, max_overhead=0.01, top_k=2)
     fit_numbered(probe, steps=5, logger=[logger])
     assert [step for step, _ in logger.rows] == [0, 1, 2, 3, 4]
     assert logger.rows[-1][1]["spectral/probe_overhead"] > 0.01
@@ -432,7 +421,7 @@ def test_a_probe_that_runs_out_of_memory_is_skipped_and_training_goes_on(monkeyp
         trainer = fit(module, callbacks, steps=4, logger=[logger])
         return [p.detach().clone() for p in module.parameters()], trainer.global_step
 
-    logger, probe = Rows(), SpectralProbe(every_n_steps=2)
+    logger, probe = ProbeRows(), SpectralProbe(every_n_steps=2)
     plain, _ = fit_once([])
     monkeypatch.setattr(torch.autograd, "grad", none_left)
     with pytest.warns(SpectralWarning, match=r"nothing was measured at step 0: .*out of memory with 16 samples") as w:
@@ -447,7 +436,7 @@ def test_a_probe_that_runs_out_of_memory_is_skipped_and_training_goes_on(monkeyp
 def test_logging_and_collecting_count_as_probing():
     clock = Clock()
 
-    class SlowLogger(Rows):
+    class SlowLogger(ProbeRows):
         def log_metrics(self, metrics, step=None):
             clock.now += 0.5 if "spectral/probe_seconds" in metrics else 0.0
             super().log_metrics(metrics, step)
