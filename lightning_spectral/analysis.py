@@ -17,6 +17,12 @@ PAPER_ALPHA: dict[str, str] = {
 }
 """alpha by kind of layer as arXiv 2606.02596 reports it: means, or the range of means over networks."""
 
+PAPER_RANGES: dict[str, tuple[float, float]] = {
+    "conv": (1.94, 2.17), "dense": (2.18, 2.18), "attention_qkv": (1.43, 1.43), "attention_out": (1.17, 1.17),
+    "mlp_up": (0.84, 0.84), "mlp_down": (1.15, 1.15),
+}  # fmt: skip
+"""The same as (lowest, highest), but for heads, whose alpha goes with the number of classes."""
+
 
 @dataclass(frozen=True)
 class KindSummary:
