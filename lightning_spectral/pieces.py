@@ -183,6 +183,11 @@ class Losses:
         dtypes = [self.parameters[name].dtype, *([torch.float32] if self.casts else [])]
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The matrices themselves, as they were before any call of the loss."""
+        self.beginning.restore()
+        return {name: layer.to_matrix(self.parameters[name].detach()) for name, layer in self.layers.items()}
+
     def notes(self) -> list[str]:
         """What limits the precision of the measurement."""
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.casts))
