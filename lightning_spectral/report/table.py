@@ -9,13 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_spectral.analysis import compare_kinds
+from lightning_spectral.analysis import GOOD_FIT, compare_kinds
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.spectrum import LayerSpectrum
-
-GOOD_FIT = 0.9
-"""Below this r2 an alpha is shown dimmed: log h is then no straight line in log sigma."""
-
 
 TABLE_WIDTH = 112
 """Width that a row needs. In a narrower terminal lines wrap, where a table made to fit would lose its figures."""
