@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,13 @@ def percent(share: float) -> str:
     ('1.2 %', '-')
     """
     return f"{100 * share:.1f} %" if math.isfinite(share) else "-"
+
+
+def joined(outcomes: Outcomes) -> SpectralReport:
+    """The last reports of the first seed of every network as one, for a figure of them all."""
+    reports = {name: seeds[0].last for name, seeds in outcomes.items()}
+    layers = {f"{name}: {key}": layer for name, report in reports.items() for key, layer in report.layers.items()}
+    return replace(next(iter(reports.values())), layers=layers, step=None, chosen="")
 
 
 def trusted(report: SpectralReport) -> list[LayerSpectrum]:

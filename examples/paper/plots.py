@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 """Okabe and Ito's colours, for what is not a kind of layer."""
 
+DASHES = ("-", "--", "-.", ":")
+
 BAND = "#BBBBBB"
 """Of the paper's figures."""
 
@@ -71,22 +73,26 @@ def curves(
     """A line per series through the means over seeds, with their standard deviations.
 
     Args:
-        series: name -> abscissa -> values, one per seed.
+        series: name -> abscissa -> values, one per seed. With kinds, names are "network: kind", a dash per network.
         title: of the figure.
         labels: of abscissa and ordinate.
         kinds: name -> kind of layer, whose colour it has.
         paper: the paper's figures, abscissa -> value.
         log_x: whether the abscissa is logarithmic, with ticks where the values are.
     """
+    networks = list(dict.fromkeys(name.partition(":")[0] for name in series))
     with canvas(6.0, 3.2, dark=False) as figure:
         axes = figure.subplots()
         for i, (name, points) in enumerate(series.items()):
+            dash = DASHES[networks.index(name.partition(":")[0]) % len(DASHES)] if kinds else "-"
             colour, marker = kind_style(kinds[name]) if kinds else (PALETTE[i % len(PALETTE)], "osD^vPX"[i % 7])
             known = {x: [v for v in values if math.isfinite(v)] for x, values in points.items()}
             known = {x: values for x, values in known.items() if values}
             widths = [stdev(values) if len(values) > 1 else 0.0 for values in known.values()]
             means = [fmean(values) for values in known.values()]
-            axes.errorbar(list(known), means, widths, color=colour, marker=marker, capsize=2, label=name)
+            axes.errorbar(
+                list(known), means, widths, color=colour, marker=marker, linestyle=dash, capsize=2, label=name
+            )
         if paper:
             axes.plot(list(paper), list(paper.values()), "--", marker="*", color=ink(), label="the paper")
         if log_x:

@@ -10,6 +10,7 @@ from examples.paper.finding import (
     alphas,
     by_kind,
     interior,
+    joined,
     kinds_of,
     percent,
     spread,
@@ -72,7 +73,7 @@ def transfer_identity(outcomes: Outcomes) -> Finding:
         [f"Median error {percent(median(errors))}; {within} of {len(errors)} layers are within 6 %."],
         ["network", "layers", "median error", "90th percentile", "largest"],
         rows,
-        plot_transfer_identity([seeds[0].last for seeds in outcomes.values()]),
+        plot_transfer_identity(joined(outcomes)),
     )
 
 

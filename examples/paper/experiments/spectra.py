@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from statistics import fmean
 
-from examples.paper.finding import Finding, Outcomes, percent, spread
+from examples.paper.finding import Finding, Outcomes, joined, percent, spread
 from examples.paper.plots import curves
 from lightning_spectral.record import median
 from lightning_spectral.report.figures import plot_participation_ratio, plot_rank_models_over_training
@@ -44,7 +44,7 @@ def participation(outcomes: Outcomes) -> Finding:
         [f"The bound holds in {total['held']} of the {total['straight']} layers with an r2 of s above 0.98."],
         ["network", "layers", "median PR_h", "median bound", "bound holds, r2 of s > 0.98", "largest excess"],
         rows,
-        plot_participation_ratio([seeds[0].last for seeds in outcomes.values()]),
+        plot_participation_ratio(joined(outcomes)),
     )
 
 
