@@ -15,6 +15,7 @@ ROOT = Path(lightning_spectral.__file__).parent
 ALLOWED = {
     "errors": set(),
     "fits": set(),
+    "metrics": {"errors", "fits"},
     "encoding": set(),
     "kinds": set(),
     "layers": {"kinds"},
@@ -44,7 +45,7 @@ ALLOWED = {
     "demo": {"callbacks", "demo", "record", "report"},
     "lightning_cli": {"callbacks", "optim"},
     "cli": {"", "callbacks", "demo", "lightning_cli"},
-    "__init__": {"callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},
+    "__init__": {"callbacks", "errors", "fits", "measure", "metrics", "optim", "record", "spectrum", "svd"},
 }  # fmt: skip
 LIGHTNING = {"callbacks", "demo", "lightning_cli"}
 
