@@ -3,6 +3,9 @@
 An update takes one spectrum, (K,) values in any floating type on any device. States are sums in float64 of fixed
 size, added over updates and over processes: memory does not grow, and how updates are spread over processes does not
 matter. They stay in float64 whatever the module they belong to is cast to.
+
+`compute` waits for all processes. A process without an update since its last call answers from torchmetrics' cache
+instead, so where only some update between two calls and none resets, pass `compute_with_cache=False`.
 """
 
 from __future__ import annotations
@@ -164,8 +167,8 @@ class CurvatureExponent(_PooledExponent):
 
         alpha = sum_u X_u alpha_u / sum_u X_u,  X_u = sum_k (log sigma_k - mean)^2,  alpha_u = fit_power_law(sigma, h)
 
-    Of one update it equals `fit_power_law`. An update with fewer than 3 usable points is left out, with one warning,
-    and counted in `updates_left_out`; without any other the value is NaN.
+    with k over the usable points. Of one update it equals `fit_power_law`. An update with fewer than 3 usable points is
+    left out, with one warning, and counted in `updates_left_out`; without any other the value is NaN.
 
     Args:
         quantity: "exponent", or "stderr" or "r2" of the same regression, as in `PowerLawFit`. Metrics that differ in it

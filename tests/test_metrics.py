@@ -393,7 +393,7 @@ ALONE = """
     import json, sys, warnings
     import torch
     sys.path.insert(0, {tests!r})
-    from test_metrics import four, numbers, spectrum
+    from test_metrics import CurvatureExponent, four, numbers, spectrum
 
     warnings.simplefilter("ignore")
     rank, folder = int(sys.argv[1]), {folder!r}
@@ -408,6 +408,11 @@ ALONE = """
         own = [metric.updates_used for metric in metrics.values()]
         metrics.update(sigma=spectrum(9)[0], h=spectrum(9)[1])
         result.append((values, own, numbers(metrics.compute())))
+    metric = CurvatureExponent(compute_with_cache=False)
+    for seed in (0, 1):
+        if rank:
+            metric.update(*spectrum(seed))
+        result.append(metric.compute().item())
     with open(f"{{folder}}/{{rank}}.json", "w") as file:
         json.dump(result, file)
 """
@@ -420,8 +425,12 @@ def test_two_processes_have_the_value_of_all_updates(tmp_path):
     script.write_text(textwrap.dedent(ALONE.format(tests=tests, folder=str(tmp_path), seeds=cases)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     both = [subprocess.Popen([sys.executable, str(script), str(rank)], env=environment) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    try:
+        assert [process.wait(timeout=120) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
+    (*first, _, last), (*second, _, other) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for seeds, (values, own, after), (others, theirs, others_after) in zip(cases, first, second, strict=True):
         assert values == pytest.approx(others, nan_ok=True, rel=0, abs=0)
         assert after == others_after
@@ -436,6 +445,10 @@ def test_two_processes_have_the_value_of_all_updates(tmp_path):
             metrics.update(sigma=spectrum(9)[0], h=spectrum(9)[1])
         assert after == pytest.approx(numbers(metrics.compute()), rel=1e-12)
     assert all(math.isnan(value) for value in first[-1][0].values())
+    metric = CurvatureExponent()
+    for seed in (0, 1):
+        metric.update(*spectrum(seed))
+    assert last == other == metric.compute().item()
 
 
 LOGGED = """
