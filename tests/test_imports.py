@@ -17,6 +17,7 @@ ALLOWED = {
     "fits": {"encoding"},
     "intervals": {"encoding", "fits"},
     "fraction": {"encoding"},
+    "metrics": {"errors", "fits"},
     "encoding": set(),
     "kinds": set(),
     "layers": {"kinds"},
@@ -48,7 +49,7 @@ ALLOWED = {
     "demo": {"callbacks", "demo", "record", "report"},
     "lightning_cli": {"callbacks", "optim"},
     "cli": {"", "callbacks", "demo", "lightning_cli"},
-    "__init__": {"callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},
+    "__init__": {"callbacks", "errors", "fits", "measure", "metrics", "optim", "record", "spectrum", "svd"},
 }  # fmt: skip
 LIGHTNING = {"callbacks", "demo", "lightning_cli"}
 

@@ -28,12 +28,14 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scope = {"model": ConvNet(), "train_loader": DataLoader(ConvNet.data(), 48)}
     snippets = fences("python")
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     for snippet in snippets:
         exec(compile(snippet.replace("max_steps=300", "max_steps=2"), "README.md", "exec"), scope)
     printed = capsys.readouterr().out
     assert "alpha" in printed
     assert "PowerLawFit(exponent=" in printed
+    alphas = [layer.alpha for layer in scope["report"].layers.values()]
+    assert scope["metrics"]["alpha"].points == sum(alpha.n_used for alpha in alphas) > 0
     assert SpectralReport.from_json(Path("spectra.json")).n_samples == 512
     assert isinstance(scope["trainer"], pl.Trainer)
     assert scope["probe"].probes == 1
