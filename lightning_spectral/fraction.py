@@ -60,6 +60,8 @@ class CurvatureFraction:
         held = float(h[measured].sum()) if k else math.nan
         held_error = 0.0 if h_stderr is None else float(h_stderr.double()[measured].square().sum().sqrt())
         value = held / trace if trace else math.nan
+        if trace == 0 and not note:
+            note = "its Hessian block has no trace: the loss is linear in it"
         return cls(
             trace=trace,
             trace_stderr=error,

@@ -79,31 +79,32 @@ class HutchinsonTrace:
     def _drawn(self, problem: Problem, gradients: Gradients, names: list[str]) -> dict[str, Tensor]:
         layers = {name: problem.layers[name] for name in names}
         leaves = {name: problem.parameters[name] for name in names}
-        # A gradient that is linear in the weights has no graph, and no Hessian.
-        outputs = {
-            id(leaves[name]): gradient
-            for name in names
-            if (gradient := gradients.values[name]) is not None and gradient.requires_grad
-        }
-        inputs = {id(leaf): leaf for leaf in leaves.values()}
         draws = []
         for z in _signs(layers, self.draws, self.seed):
-            whole = _by_leaf(layers, leaves, z)
-            products = (
-                torch.autograd.grad(
-                    list(outputs.values()),
-                    list(inputs.values()),
-                    [whole[key] for key in outputs],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                if outputs
-                else [None] * len(inputs)
-            )
-            by_leaf = dict(zip(inputs, products, strict=True))
-            draws.append([_inner(layers[name], z[name], by_leaf[id(leaves[name])]) for name in names])
+            product = _product(gradients, leaves, _by_leaf(layers, leaves, z))
+            draws.append([_inner(layers[name], z[name], product[id(leaves[name])]) for name in names])
         drawn = torch.tensor(draws, dtype=torch.float64)
         return {name: drawn[:, i] for i, name in enumerate(names)}
+
+
+def _product(gradients: Gradients, leaves: Mapping[str, Tensor], z: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
+    """H z, by the leaves' ids; None for zero."""
+    outputs, inputs = {}, {id(leaf): leaf for leaf in leaves.values()}
+    for name, leaf in leaves.items():
+        gradient = gradients.values[name]
+        # The gradient of a loss that is linear in the weights has no graph: its Hessian is zero.
+        if gradient is not None and gradient.requires_grad:
+            outputs[id(leaf)] = gradient
+    if not outputs:
+        return dict.fromkeys(inputs)
+    found = torch.autograd.grad(
+        list(outputs.values()),
+        list(inputs.values()),
+        [z[key] for key in outputs],
+        retain_graph=True,
+        allow_unused=True,
+    )
+    return dict(zip(inputs, found, strict=True))
 
 
 def _signs(layers: Mapping[str, MatrixLayer], draws: int, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -111,7 +112,7 @@ def _signs(layers: Mapping[str, MatrixLayer], draws: int, seed: int) -> Iterator
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draws):
         yield {
-            name: torch.empty(layer.shape).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+            name: torch.empty(layer.shape, dtype=torch.float32).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
             for name, layer in layers.items()
         }
 
