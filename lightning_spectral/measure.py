@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_spectral.batch import FirstSamples, HeldBatches
-from lightning_spectral.curvature import Curvatures, check_method, measure_by
+from lightning_spectral.curvature import check_method, measure_by
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, MatrixLayer, check_selection, find_layers, matrix_parameters
 from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
-from lightning_spectral.memory import measure_within_memory
+from lightning_spectral.memory import Measured, measure_within_memory
 from lightning_spectral.pieces import Losses
 from lightning_spectral.quiet import MODES, PRECISIONS, Beginning, Mode, Precision, RandomStates, copy_batch, quiet
 from lightning_spectral.record import SpectralReport
@@ -43,6 +43,7 @@ def measure_spectra(
     n_batches: int = 1,
     micro_batch_size: int | None = None,
     precision: Precision = "float32",
+    alignment: bool = False,
 ) -> SpectralReport:
     """Gradient spectrum and curvature along it, of every layer, for one loss on one batch.
 
@@ -69,6 +70,7 @@ def measure_spectra(
         micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
             times a training step's, where the loss of a batch is a mean or sum of those of its parts.
         precision: "float32" or "float64", the lowest precision to compute in; half-precision weights are raised.
+        alignment: also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`).
 
     Returns:
         The report. Layers that could not be measured hold NaN and say why in their ``note``; each is warned about.
@@ -100,6 +102,7 @@ def measure_spectra(
         max_samples=max_samples,
         precision=precision,
         micro_batch_size=micro_batch_size,
+        alignment=alignment,
     )
     for text in report.problems():
         warnings.warn(text, SpectralWarning, stacklevel=2)
@@ -120,6 +123,7 @@ def measure_quietly(
     max_samples: int | None,
     precision: Precision,
     micro_batch_size: int | None,
+    alignment: bool = False,
     batch_idx: int = 0,
 ) -> SpectralReport:
     """`measure_spectra` without warnings, for callers that read the report's ``failed`` and ``warnings`` themselves.
@@ -136,6 +140,7 @@ def measure_quietly(
         max_samples=max_samples,
         precision=precision,
         micro_batch_size=micro_batch_size,
+        alignment=alignment,
     )
     check_selection("layers", layers)
     check_selection("fused_qkv", fused_qkv, only_patterns=True)
@@ -147,17 +152,19 @@ def measure_quietly(
     if max_samples is not None:
         batches = FirstSamples(batches, max_samples)
     with _losses(model, batches, loss_fn, found.layers, mode, precision, batch_idx) as (losses, notes):
-        measured = measure_within_memory(losses, curvature, top_k, micro_batch_size)
+        measured = measure_within_memory(losses, curvature, top_k, micro_batch_size, alignment=alignment)
         eps = {name: losses.eps(name) for name in found.layers}
     failed, curvatures = measured.failed, measured.curvatures
     if len(failed) == len(found.layers):
         error = SecondDerivativeError if curvatures.failed else MeasurementError
         raise error("; ".join(by_cause(failed)))
+    spectra = {name: _spectrum(name, layer, eps[name], measured, alignment) for name, layer in found.layers.items()}
+    unaligned = by_cause(
+        {name: f"no alignment: {x.alignment_note}" for name, x in spectra.items() if x.alignment_note and not x.note}
+        | {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
+    )
     return SpectralReport(
-        layers={
-            name: _spectrum(name, layer, eps[name], measured.triplets.get(name), curvatures, failed)
-            for name, layer in found.layers.items()
-        },
+        layers=spectra,
         skipped=found.skipped,
         loss=measured.loss,
         n_samples=losses.samples,
@@ -168,7 +175,7 @@ def measure_quietly(
         precision=precision,
         top_k=top_k,
         seconds=time.perf_counter() - started,
-        warnings=(*notes, *losses.notes(), *curvatures.notes),
+        warnings=(*notes, *losses.notes(), *curvatures.notes, *unaligned),
         chosen=curvatures.chosen,
         check_error=curvatures.check_error,
     )
@@ -237,6 +244,7 @@ def check_options(
     top_k: int = 1,
     max_samples: int | None = None,
     micro_batch_size: int | None = None,
+    alignment: bool = False,
 ) -> None:
     """Raise ValueError for an option out of range, with its name and what it may be."""
     check_method(curvature)
@@ -244,6 +252,8 @@ def check_options(
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    if not isinstance(alignment, bool):
+        raise ValueError(f"alignment must be True or False, got {alignment!r}")
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k must be a whole number of at least 1, got {top_k!r}")
     for option, value in {"max_samples": max_samples, "micro_batch_size": micro_batch_size}.items():
@@ -329,21 +339,16 @@ def _losses(
         )
 
 
-def _spectrum(
-    name: str,
-    layer: MatrixLayer,
-    eps: float,
-    triplets: SingularTriplets | None,
-    measured: Curvatures,
-    failed: Mapping[str, str],
-) -> LayerSpectrum:
+def _spectrum(name: str, layer: MatrixLayer, eps: float, measured: Measured, alignment: bool) -> LayerSpectrum:
+    triplets, curvatures, factored = measured.triplets.get(name), measured.curvatures, measured.alignment
     sigma = torch.zeros(0, dtype=torch.float64) if triplets is None else triplets.sigma.detach().cpu().double()
     h = torch.full_like(sigma, float("nan"))
-    if name in measured.h:
-        h[: len(measured.h[name])] = measured.h[name]
+    if name in curvatures.h:
+        h[: len(curvatures.h[name])] = curvatures.h[name]
     stderr = torch.zeros_like(h)
-    if name in measured.stderr:
-        stderr[: len(measured.stderr[name])] = measured.stderr[name]
+    if name in curvatures.stderr:
+        stderr[: len(curvatures.stderr[name])] = curvatures.stderr[name]
+    missing = alignment and name not in factored.factors
     return LayerSpectrum.from_spectrum(
         sigma,
         h,
@@ -352,7 +357,10 @@ def _spectrum(
         shape=layer.shape,
         groups=layer.groups,
         h_stderr=stderr,
-        method=measured.methods.get(name, measured.method),
+        method=curvatures.methods.get(name, curvatures.method),
         eps=eps,
-        note=failed.get(name, ""),
+        note=measured.failed.get(name, ""),
+        factors=factored.factors.get(name),
+        alignment_note=factored.notes.get(name, "no direction above the noise floor") if missing else "",
+        per_sample=factored.per_sample,
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lightning_spectral.curvature import Curvature, Curvatures, Gradients, check_method, measure_by
+from lightning_spectral.curvature import Curvature, Curvatures, Gradients, Problem, check_method, measure_by
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.factors import Factored, kronecker_factors
 from lightning_spectral.fits import noise_floor
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.pieces import Losses, NoSumError, Piece
@@ -32,9 +33,12 @@ class Measured:
     failed: dict[str, str]
     loss: float
     most: int | None
+    alignment: Factored = field(default_factory=lambda: Factored({}, {}))
 
 
-def measure_within_memory(losses: Losses, curvature: str, top_k: int, micro_batch_size: int | None) -> Measured:
+def measure_within_memory(
+    losses: Losses, curvature: str, top_k: int, micro_batch_size: int | None, *, alignment: bool = False
+) -> Measured:
     """Measure; where memory runs out, on pieces half as large, three tries in all.
 
     Args:
@@ -42,6 +46,7 @@ def measure_within_memory(losses: Losses, curvature: str, top_k: int, micro_batc
         curvature: a method's name.
         top_k: directions per layer.
         micro_batch_size: samples at once; None: as many as `MEMORY` allows.
+        alignment: whether to take the layers' Kronecker factors, too.
 
     Raises:
         MeasurementError: if memory ran out at every try.
@@ -50,7 +55,7 @@ def measure_within_memory(losses: Losses, curvature: str, top_k: int, micro_batc
     errors: list[str] = []
     while len(errors) < TRIES:
         try:
-            return _measured(losses, curvature, top_k, most)
+            return _measured(losses, curvature, top_k, most, alignment)
         except Exception as error:
             if not is_out_of_memory(error):
                 if errors and isinstance(error, MeasurementError):
@@ -68,7 +73,7 @@ def measure_within_memory(losses: Losses, curvature: str, top_k: int, micro_batc
     )
 
 
-def _measured(losses: Losses, curvature: str, top_k: int, most: int | None) -> Measured:
+def _measured(losses: Losses, curvature: str, top_k: int, most: int | None, alignment: bool) -> Measured:
     """Gradient and curvature, on pieces of at most so many samples; None: as many as memory is likely to hold."""
     named = check_method(curvature)
     pieces = losses.whole() if most is None else losses.pieces(most)
@@ -80,6 +85,7 @@ def _measured(losses: Losses, curvature: str, top_k: int, most: int | None) -> M
     del gradients
     usable = {name: t.first(_usable(losses, name, t)) for name, t in triplets.items()}
     directions = {name: t for name, t in usable.items() if len(t)}
+    factored = _factored(losses, pieces, problem, directions) if alignment else Factored({}, {})
 
     def measure(method: Curvature) -> Curvatures:
         smaller = [] if most is not None else _thrifty(losses, method)
@@ -95,7 +101,30 @@ def _measured(losses: Losses, curvature: str, top_k: int, most: int | None) -> M
         return losses.curvatures(method, pieces, directions)
 
     curvatures = measure_by(curvature, problem, directions, measure)
-    return Measured(triplets, curvatures, failed | curvatures.failed, loss, losses.in_use)
+    return Measured(triplets, curvatures, failed | curvatures.failed, loss, losses.in_use, factored)
+
+
+def _factored(
+    losses: Losses, pieces: list[Piece], problem: Problem, directions: Mapping[str, SingularTriplets]
+) -> Factored:
+    """The Kronecker factors; where memory runs out, of pieces half as large, and in the end none: curvature goes on."""
+    for _ in range(TRIES):
+        try:
+            return kronecker_factors(losses, pieces, problem, directions)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        problem.release()
+        release_memory(losses.parameters.values())
+        largest = losses.largest(pieces)
+        if largest is None or largest == 1 or not losses.divisible:
+            break
+        try:
+            pieces = losses.pieces(math.ceil(largest / 2))
+        except MeasurementError:
+            break
+        problem = losses.problem(pieces[0])
+    return Factored({}, dict.fromkeys(directions, "out of memory; measure fewer samples (max_samples)"))
 
 
 def _thrifty(losses: Losses, method: Curvature) -> list[Piece]:

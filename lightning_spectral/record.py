@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.encoding import number, plain
 from lightning_spectral.errors import by_cause
-from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum
+from lightning_spectral.spectrum import LayerSpectrum, keys_of
 
 if TYPE_CHECKING:
     import pandas
 
-FORMAT, FORMAT_VERSION = "lightning-spectral-report", 2
+FORMAT, FORMAT_VERSION = "lightning-spectral-report", 3
 
 REPORT_KEYS: dict[str, str] = {
     "loss": "the loss the probe measured, on its own batch and mode",
@@ -152,7 +152,7 @@ class SpectralReport:
             {"layer": x.name, "kind": x.kind, "m": x.shape[0], "n": x.shape[1], **x.scalars(), "note": x.note}
             for x in self.layers.values()
         ]
-        columns = ["layer", "kind", "m", "n", *(key.name for key in LAYER_KEYS), "note"]
+        columns = ["layer", "kind", "m", "n", *(key.name for key in keys_of(self.layers.values())), "note"]
         frame: pandas.DataFrame = pandas.DataFrame(rows, columns=columns).set_index("layer")
         return frame
 
@@ -171,5 +171,7 @@ def median(values: list[float]) -> float:
 def _medians(layers: Iterable[LayerSpectrum], prefix: str) -> dict[str, float]:
     layers = list(layers)
     return {
-        f"{prefix}{key.name}_median": median([key.value(layer) for layer in layers]) for key in LAYER_KEYS if key.median
+        f"{prefix}{key.name}_median": median([key.value(layer) for layer in layers])
+        for key in keys_of(layers)
+        if key.median
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_spectral.alignment import KroneckerFactors, LayerAlignment
 from lightning_spectral.encoding import number, numbers, plain
 from lightning_spectral.fits import (
     MIN_POINTS,
@@ -59,6 +60,8 @@ class LayerSpectrum:
         n_repeated: of them, those whose sigma equals a neighbour's to rounding: u_k, v_k, h_k are not unique.
         rank_models: power law, exponential and log-normal in rank of the usable sigma.
         note: why something is NaN; empty where all is well.
+        alignment: Kronecker factors and the split of alpha; None where not asked for, or not to be had.
+        alignment_note: why it was not to be had; empty where it was, or was not asked for.
     """
 
     name: str
@@ -89,6 +92,8 @@ class LayerSpectrum:
     n_repeated: int
     rank_models: RankModels
     note: str = ""
+    alignment: LayerAlignment | None = None
+    alignment_note: str = ""
 
     @property
     def alpha_gamma(self) -> float:
@@ -109,14 +114,19 @@ class LayerSpectrum:
         method: str = "exact",
         eps: float = torch.finfo(torch.float32).eps,
         note: str = "",
+        factors: KroneckerFactors | None = None,
+        alignment_note: str = "",
+        per_sample: float = 1.0,
     ) -> LayerSpectrum:
         """Fit everything there is to fit to singular values (K,) and curvatures (K,).
 
         Args:
             sigma: decreasing, not negative.
             h: in the order of sigma.
-            name, kind, shape, groups, h_stderr, method, note: as in the attributes.
+            name, kind, shape, groups, h_stderr, method, note, alignment_note: as in the attributes.
             eps: machine epsilon of the gradient, for the noise floor.
+            factors: Kronecker factors along the leading directions, for ``alignment``.
+            per_sample: what h is multiplied by to be that of the mean of the samples' losses.
         """
         h_stderr = torch.zeros_like(h) if h_stderr is None else h_stderr
         sigma, h, h_stderr = (t.detach().to("cpu", torch.float64) for t in (sigma, h, h_stderr))
@@ -133,6 +143,7 @@ class LayerSpectrum:
         alpha = fit_power_law(sigma, h, exclude=noise | equal)
         alpha = with_ordinate_errors(alpha, sigma, h, h_stderr, used=usable & (h > 0))
         gamma = fit_rank_decay(sigma, exclude=noise)
+        h = torch.where(usable, h, torch.full_like(h, float("nan")))
         s = fit_rank_decay(h, exclude=noise)
         product = alpha.exponent * gamma.exponent
         if not note and alpha.n_used < MIN_POINTS:
@@ -150,7 +161,7 @@ class LayerSpectrum:
             shape=shape,
             groups=groups,
             sigma=sigma,
-            h=torch.where(usable, h, torch.full_like(h, float("nan"))),
+            h=h,
             h_stderr=h_stderr,
             method=method,
             noise_floor=floor,
@@ -173,11 +184,27 @@ class LayerSpectrum:
             n_repeated=_repeated(sigma[usable], floor),
             rank_models=fit_rank_models(sigma[usable]),
             note=note,
+            alignment=None
+            if factors is None
+            else LayerAlignment.from_factors(
+                factors,
+                sigma,
+                h,
+                used=usable & (h > 0) & (not equal),
+                h_stderr=h_stderr,
+                per_sample=per_sample,
+            ),
+            alignment_note=alignment_note,
         )
 
+    @property
+    def has_alignment(self) -> bool:
+        """Whether alignment was asked for."""
+        return self.alignment is not None or bool(self.alignment_note)
+
     def scalars(self) -> dict[str, float]:
-        """The logged quantities of `LAYER_KEYS` by name."""
-        return {key.name: float(key.value(self)) for key in LAYER_KEYS}
+        """The logged quantities of `LAYER_KEYS` by name, and of `ALIGNMENT_KEYS` where they were asked for."""
+        return {key.name: float(key.value(self)) for key in keys_of([self])}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-able values: NaN as None, infinity as "inf"."""
@@ -197,7 +224,10 @@ class LayerSpectrum:
         fits = {k: RankModelFit(c, number(models["fits"][k]["rss"]), bic[k]) for k, c in coefficients.items()}
         values["rank_models"] = RankModels(models["winner"], bic, fits, models["n_used"], models["n_dropped"])
         values["shape"] = tuple(values["shape"])
-        return cls(**numbers(values, skip=("name", "kind", "method", "note", "shape", "sigma", "h", "h_stderr")))
+        if values["alignment"] is not None:
+            values["alignment"] = LayerAlignment.from_dict(values["alignment"])
+        kept = ("name", "kind", "method", "note", "shape", "sigma", "h", "h_stderr", "alignment", "alignment_note")
+        return cls(**numbers(values, skip=kept))
 
 
 @dataclass(frozen=True)
@@ -208,6 +238,11 @@ class LoggedKey:
     meaning: str
     value: Callable[[LayerSpectrum], float]
     median: bool = False
+
+
+def _aligned(value: Callable[[LayerAlignment], float]) -> Callable[[LayerSpectrum], float]:
+    """Of a layer's alignment; NaN where it has none."""
+    return lambda layer: float("nan") if layer.alignment is None else value(layer.alignment)
 
 
 LAYER_KEYS: tuple[LoggedKey, ...] = (
@@ -224,6 +259,34 @@ LAYER_KEYS: tuple[LoggedKey, ...] = (
     LoggedKey("negative_curvature", "directions with h < 0", lambda x: x.n_negative),
     LoggedKey("points", "points in the fit of alpha", lambda x: x.alpha.n_used),
 )
+
+ALIGNMENT_KEYS: tuple[LoggedKey, ...] = (
+    LoggedKey(
+        "beta", "slope of log(Lambda_delta_k Lambda_A_k) on log sigma", _aligned(lambda x: x.beta.exponent), True
+    ),
+    LoggedKey("phi", "slope of log Phi_k on log sigma", _aligned(lambda x: x.phi.exponent), True),
+    LoggedKey("chi_slope", "slope of log chi_k on log sigma", _aligned(lambda x: x.chi_slope.exponent), True),
+    LoggedKey("chi", "median of chi_k = h_k / h_kron_k over k", _aligned(lambda x: x.median_chi), True),
+    LoggedKey(
+        "concentration_ratio",
+        "median over k of the mean of products over the product of means",
+        _aligned(lambda x: x.concentration_ratio),
+        True,
+    ),
+    LoggedKey("effective_rank_a", "exp(entropy) of C_A's eigenvalues", _aligned(lambda x: x.effective_rank_a), True),
+    LoggedKey(
+        "effective_rank_delta",
+        "exp(entropy) of C_delta's eigenvalues",
+        _aligned(lambda x: x.effective_rank_delta),
+        True,
+    ),
+)
+"""What is logged beside, where alignment was asked for."""
+
+
+def keys_of(layers: Iterable[LayerSpectrum]) -> tuple[LoggedKey, ...]:
+    """What is logged of these layers."""
+    return LAYER_KEYS + (ALIGNMENT_KEYS if any(layer.has_alignment for layer in layers) else ())
 
 
 def _repeated(sigma: Tensor, floor: float) -> int:

@@ -19,6 +19,9 @@ ALLOWED = {
     "kinds": set(),
     "layers": {"kinds"},
     "lanczos": set(),
+    "patches": set(),
+    "moments": {"svd"},
+    "alignment": {"encoding", "fits"},
     "svd": {"errors", "lanczos"},
     "batch": {"errors", "shadow"},
     "shadow": {"errors"},
@@ -27,8 +30,9 @@ ALLOWED = {
     "loss": {"errors", "shadow"},
     "curvature": {"curvature", "errors", "fits", "layers", "loss", "svd"},
     "pieces": {"batch", "curvature", "errors", "layers", "quiet", "svd"},
-    "memory": {"curvature", "errors", "fits", "layers", "pieces", "quiet", "svd"},
-    "spectrum": {"encoding", "fits"},
+    "factors": {"alignment", "curvature", "errors", "fits", "layers", "moments", "patches", "pieces", "svd"},
+    "memory": {"curvature", "errors", "factors", "fits", "layers", "pieces", "quiet", "svd"},
+    "spectrum": {"alignment", "encoding", "fits"},
     "record": {"encoding", "errors", "spectrum"},
     "measure": {
         "batch", "curvature", "errors", "kinds", "layers", "loss", "memory", "pieces", "quiet", "record", "spectrum",
@@ -44,7 +48,7 @@ ALLOWED = {
     "demo": {"callbacks", "demo", "record", "report"},
     "lightning_cli": {"callbacks", "optim"},
     "cli": {"", "callbacks", "demo", "lightning_cli"},
-    "__init__": {"callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},
+    "__init__": {"alignment", "callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},
 }  # fmt: skip
 LIGHTNING = {"callbacks", "demo", "lightning_cli"}
 

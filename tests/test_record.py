@@ -54,7 +54,7 @@ def test_json_of_a_layer_without_a_direction():
 
 @pytest.mark.parametrize("data", [{}, {"format": "lightning-spectral-report", "version": 99}])
 def test_data_that_is_no_report(data):
-    with pytest.raises(ValueError, match="expected a lightning-spectral-report of version 2"):
+    with pytest.raises(ValueError, match="expected a lightning-spectral-report of version 3"):
         SpectralReport.from_dict(data)
 
 

@@ -32,7 +32,7 @@ from lightning_spectral.measure import check_options, measure_quietly
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.quiet import Mode, Precision, synchronize
 from lightning_spectral.record import REPORT_KEYS, SpectralReport
-from lightning_spectral.spectrum import LAYER_KEYS
+from lightning_spectral.spectrum import ALIGNMENT_KEYS, LAYER_KEYS
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class SpectralProbe(AnyCallback):
         micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
             times a training step's. Out of memory, a probe tries again with half as many, twice.
         precision: "float32" or "float64", the lowest precision to compute in, whatever the Trainer's.
+        alignment: also take the Kronecker factors of each layer, and log how they split alpha (`LayerAlignment`).
         loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
             automatic optimization.
         log_layers: "auto", up to 24 layers evenly over depth; "all"; "none"; or glob patterns.
@@ -126,6 +127,7 @@ class SpectralProbe(AnyCallback):
         fixed_samples: int | None = None,
         micro_batch_size: int | None = None,
         precision: Precision = "float32",
+        alignment: bool = False,
         loss_fn: LossFunction | None = None,
         log_layers: str | Sequence[str] = "auto",
         swap_optimizer: bool = False,
@@ -140,6 +142,7 @@ class SpectralProbe(AnyCallback):
             max_samples=max_samples,
             precision=precision,
             micro_batch_size=micro_batch_size,
+            alignment=alignment,
         )
         check_kinds(kinds or {})
         self.every_n_steps = None if every_n_steps is None else _at_least_one("every_n_steps", every_n_steps)
@@ -169,6 +172,7 @@ class SpectralProbe(AnyCallback):
             "max_samples": max_samples,
             "precision": precision,
             "micro_batch_size": micro_batch_size,
+            "alignment": alignment,
         }
         self.probes = 0
         self.failed_probes = 0
@@ -461,7 +465,8 @@ class SpectralProbe(AnyCallback):
         if report is not None:
             return report.scalars(self._logged_layers(list(report.layers))) | failed
         nan = float("nan")
-        keys = [f"{key.name}_median" for key in LAYER_KEYS if key.median]
+        asked = LAYER_KEYS + (ALIGNMENT_KEYS if self.options["alignment"] else ())
+        keys = [f"{key.name}_median" for key in asked if key.median]
         return dict.fromkeys((*keys, *REPORT_KEYS), nan) | failed
 
     def _logged_layers(self, names: list[str]) -> list[str]:

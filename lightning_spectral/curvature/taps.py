@@ -72,7 +72,7 @@ class Tap:
 
     def left(self, r: Tensor, u: Tensor) -> Tensor:
         """u_k^T r, (B, K, P), of a tensor in the layout of z."""
-        r_bmp, u = self._rows(self.by_sample(r)), u.to(r.dtype)
+        r_bmp, u = self.rows(r), u.to(r.dtype)
         return (r_bmp.mT @ u).mT if self.channels_last else u.T @ r_bmp
 
     def moved(self, u: Tensor, c_bkp: Tensor) -> Tensor:
@@ -95,8 +95,10 @@ class Tap:
             return x.reshape(-1, self.samples, x.shape[-1]).permute(1, 2, 0)
         return x.reshape(self.samples, -1, x.shape[-1]).transpose(1, 2)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        return x if self.layer.rows is None else x[:, slice(*self.layer.rows)]
+    def rows(self, r: Tensor) -> Tensor:
+        """(B, m, P), those channels of a tensor in the layout of z that are this layer's."""
+        r_bmp = self.by_sample(r)
+        return r_bmp if self.layer.rows is None else r_bmp[:, slice(*self.layer.rows)]
 
 
 def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
