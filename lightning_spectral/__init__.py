@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CurvatureDecay": "metrics",
     "CurvatureExponent": "metrics",
+    "LayerAlignment": "alignment",
     "LayerSpectrum": "spectrum",
     "MeasurementError": "errors",
     "ParticipationRatio": "metrics",
@@ -40,6 +41,7 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from lightning_spectral.alignment import LayerAlignment as LayerAlignment
     from lightning_spectral.callbacks.probe import SpectralProbe as SpectralProbe
     from lightning_spectral.callbacks.swap import SwapOptimizer as SwapOptimizer
     from lightning_spectral.errors import MeasurementError as MeasurementError

@@ -51,6 +51,7 @@ def measure_spectra(
     weight_spectra: bool = False,
     bootstrap: int | None = None,
     curvature_fraction: int | None = None,
+    alignment: bool = False,
 ) -> SpectralReport:
     """Gradient spectrum and curvature along it, of every layer, for one loss on one batch.
 
@@ -83,6 +84,7 @@ def measure_spectra(
         curvature_fraction: draws for the trace of each layer's Hessian block, to hold the curvature beside
             (`CurvatureFraction`), a double backward each; None or 0: none. With curvature="ggn" the h are
             Gauss-Newton's, the trace is the Hessian's.
+        alignment: also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`).
 
     Returns:
         The report. Layers that could not be measured hold NaN and say why in their ``note``; each is warned about.
@@ -115,6 +117,7 @@ def measure_spectra(
         weight_spectra=weight_spectra,
         bootstrap=bootstrap,
         curvature_fraction=curvature_fraction,
+        alignment=alignment,
     )
     report = measure_quietly(model, _batches(batch, n_batches, model), options, loss_fn)
     for text in report.problems():
@@ -307,7 +310,8 @@ def _losses(
 
 
 def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, weights: Tensor | None) -> LayerSpectrum:
-    layer, eps, curvatures = losses.layers[name], losses.eps(name), measured.curvatures
+    layer, eps = losses.layers[name], losses.eps(name)
+    curvatures, factored = measured.curvatures, measured.alignment
     triplets, nothing = measured.triplets.get(name), torch.zeros(0, dtype=torch.float64)
     sigma = nothing if triplets is None else triplets.sigma
     h, stderr = torch.full(sigma.shape, float("nan"), dtype=torch.float64), torch.zeros(len(sigma), dtype=torch.float64)
@@ -315,6 +319,7 @@ def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, w
         h[: len(curvatures.h[name])] = curvatures.h[name]
     if name in curvatures.stderr:
         stderr[: len(curvatures.stderr[name])] = curvatures.stderr[name]
+    unaligned = options.alignment and name not in factored.factors
     spectrum = LayerSpectrum.from_spectrum(
         sigma,
         h,
@@ -328,6 +333,9 @@ def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, w
         note=measured.failed.get(name, ""),
         spectrum=measured.spectra.get(name, nothing),
         bootstrap=options.bootstrap,
+        factors=factored.factors.get(name),
+        alignment_note=factored.notes.get(name, "no direction above the noise floor") if unaligned else "",
+        per_sample=factored.per_sample,
     )
     if weights is not None:
         of_weights = WeightSpectrum.of(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
@@ -350,8 +358,11 @@ def _fraction(spectrum: LayerSpectrum, traces: Curvatures) -> CurvatureFraction:
 def _left_out(measured: Measured, spectra: Mapping[str, LayerSpectrum], told: Sequence[str]) -> list[str]:
     """What was measured on request could not be had of which layers, beside what the layers' own notes say."""
     no_weights = {n: x.weights.note for n, x in spectra.items() if x.weights is not None and x.weights.note}
+    unaligned = {n: f"no alignment: {x.alignment_note}" for n, x in spectra.items() if x.alignment_note and not x.note}
+    unaligned |= {n: f"alignment: {x.alignment.note}" for n, x in spectra.items() if x.alignment and x.alignment.note}
     return [
         *(note for note in measured.traces.notes if note not in told),
         *(f"curvature_fraction: {text}" for text in by_cause(measured.traces.failed)),
         *(f"weight_spectra: {text}" for text in by_cause(no_weights)),
+        *by_cause(unaligned),
     ]

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import Curvature, Curvatures, Gradients, HutchinsonTrace, check_method, measure_by
+from lightning_spectral.curvature import (
+    Curvature,
+    Curvatures,
+    Gradients,
+    HutchinsonTrace,
+    Problem,
+    check_method,
+    measure_by,
+)
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.factors import Factored, kronecker_factors
 from lightning_spectral.fits import noise_floor
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.options import Options
@@ -46,6 +55,7 @@ class Measured:
     failed: dict[str, str]
     loss: float
     most: int | None
+    alignment: Factored = field(default_factory=lambda: Factored({}, {}))
 
 
 def measure_within_memory(losses: Losses, options: Options) -> Measured:
@@ -93,6 +103,7 @@ def _measured(losses: Losses, options: Options, most: int | None) -> Measured:
     del gradients
     usable = {name: t.first(_usable(losses, name, t)) for name, t in triplets.items()}
     directions = {name: t for name, t in usable.items() if len(t)}
+    factored = _factored(losses, pieces, problem, directions) if options.alignment else Factored({}, {})
 
     def measure(method: Curvature, directions: Mapping[str, SingularTriplets] = directions) -> Curvatures:
         smaller = [] if most is not None else _thrifty(losses, method)
@@ -112,7 +123,31 @@ def _measured(losses: Losses, options: Options, most: int | None) -> Measured:
     if options.curvature_fraction:
         measurable = {name: t for name, t in directions.items() if name not in curvatures.failed}
         traces = measure(HutchinsonTrace(options.curvature_fraction), measurable)
-    return Measured(triplets, spectra, curvatures, traces, failed | curvatures.failed, loss, losses.in_use)
+    failed |= curvatures.failed
+    return Measured(triplets, spectra, curvatures, traces, failed, loss, losses.in_use, factored)
+
+
+def _factored(
+    losses: Losses, pieces: list[Piece], problem: Problem, directions: Mapping[str, SingularTriplets]
+) -> Factored:
+    """The Kronecker factors; where memory runs out, of pieces half as large, and in the end none: curvature goes on."""
+    for _ in range(TRIES):
+        try:
+            return kronecker_factors(losses, pieces, problem, directions)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        problem.release()
+        release_memory(losses.parameters.values())
+        largest = losses.largest(pieces)
+        if largest is None or largest == 1 or not losses.divisible:
+            break
+        try:
+            pieces = losses.pieces(math.ceil(largest / 2))
+        except MeasurementError:
+            break
+        problem = losses.problem(pieces[0])
+    return Factored({}, dict.fromkeys(directions, "out of memory; measure fewer samples (max_samples)"))
 
 
 def _thrifty(losses: Losses, method: Curvature) -> list[Piece]:

@@ -32,6 +32,7 @@ class Options:
     weight_spectra: bool = False
     bootstrap: int | None = None
     curvature_fraction: int | None = None
+    alignment: bool = False
 
     def __post_init__(self) -> None:
         """Check each of them."""
@@ -57,8 +58,9 @@ class Options:
                 f"spectrum_top_k must be None or a whole number of at least top_k={self.top_k}, "
                 f"got {self.spectrum_top_k!r}"
             )
-        if not isinstance(self.weight_spectra, bool):
-            raise ValueError(f"weight_spectra must be True or False, got {self.weight_spectra!r}")
+        for option in ("weight_spectra", "alignment"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
         # Of one draw nothing tells how far it is from the next.
         for option, least in {"bootstrap": 2, "curvature_fraction": 2}.items():
             value = getattr(self, option)
@@ -75,6 +77,7 @@ class Options:
             "weights": self.weight_spectra,
             "intervals": bool(self.bootstrap),
             "fraction": bool(self.curvature_fraction),
+            "alignment": self.alignment,
         }
         return frozenset(part for part, wanted in asked.items() if wanted)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.alignment import KroneckerFactors, LayerAlignment
 from lightning_spectral.encoding import number, numbers, plain
 from lightning_spectral.fits import (
     MIN_POINTS,
@@ -68,6 +69,8 @@ class LayerSpectrum:
         weights: the spectrum of the weight matrix, on request.
         intervals: bootstrap intervals of alpha, gamma and s, on request.
         fraction: how much of the trace of H the K directions hold, on request.
+        alignment: Kronecker factors and the split of alpha; None where not asked for, or not to be had.
+        alignment_note: why it was not to be had; empty where it was, or was not asked for.
     """
 
     name: str
@@ -103,6 +106,8 @@ class LayerSpectrum:
     weights: WeightSpectrum | None = None
     intervals: Intervals | None = None
     fraction: CurvatureFraction | None = None
+    alignment: LayerAlignment | None = None
+    alignment_note: str = ""
 
     @property
     def alpha_gamma(self) -> float:
@@ -125,16 +130,21 @@ class LayerSpectrum:
         note: str = "",
         spectrum: Tensor | None = None,
         bootstrap: int | None = None,
+        factors: KroneckerFactors | None = None,
+        alignment_note: str = "",
+        per_sample: float = 1.0,
     ) -> LayerSpectrum:
         """Fit everything there is to fit to singular values (K,) and curvatures (K,).
 
         Args:
             sigma: decreasing, not negative.
             h: in the order of sigma.
-            name, kind, shape, groups, h_stderr, method, note: as in the attributes.
+            name, kind, shape, groups, h_stderr, method, note, alignment_note: as in the attributes.
             eps: machine epsilon of the gradient, for the noise floor.
             spectrum: as in the attributes; None: sigma.
             bootstrap: draws for the intervals; None or 0: none are made.
+            factors: Kronecker factors along the leading directions, for ``alignment``.
+            per_sample: what h is multiplied by to be that of the mean of the samples' losses.
         """
         h_stderr = torch.zeros_like(h) if h_stderr is None else h_stderr
         spectrum = sigma if spectrum is None else spectrum
@@ -148,6 +158,7 @@ class LayerSpectrum:
         energy = sigma[usable].square()
         alpha = _alpha(sigma, h, h_stderr, floor)
         gamma = fit_rank_decay(sigma, exclude=noise)
+        h = torch.where(usable, h, torch.full_like(h, float("nan")))
         s = fit_rank_decay(h, exclude=noise)
         product = alpha.exponent * gamma.exponent
         if not note and alpha.n_used < MIN_POINTS:
@@ -165,7 +176,7 @@ class LayerSpectrum:
             shape=shape,
             groups=groups,
             sigma=sigma,
-            h=torch.where(usable, h, torch.full_like(h, float("nan"))),
+            h=h,
             h_stderr=h_stderr,
             method=method,
             noise_floor=floor,
@@ -193,7 +204,24 @@ class LayerSpectrum:
             ),
             note=note,
             intervals=exponent_intervals(sigma[usable], h[usable], draws=bootstrap) if bootstrap else None,
+            alignment=None
+            if factors is None
+            else LayerAlignment.from_factors(
+                factors,
+                sigma,
+                h,
+                used=usable & (h > 0) & (EQUAL not in alpha.dropped),
+                h_stderr=h_stderr,
+                per_sample=per_sample,
+            ),
+            alignment_note=alignment_note,
         )
+
+    @property
+    def parts(self) -> set[str]:
+        """Which of `PARTS` were asked for."""
+        found = {part for part in PARTS if getattr(self, part) is not None}
+        return found | {"alignment"} if self.alignment_note else found
 
     def scalars(self) -> dict[str, float]:
         """The logged quantities of `LAYER_KEYS` by name; of those on request, the ones that were asked for."""
@@ -207,7 +235,7 @@ class LayerSpectrum:
     def from_dict(cls, data: Mapping[str, Any]) -> LayerSpectrum:
         """The inverse of `to_dict`."""
         values = {f.name: data[f.name] for f in fields(cls)}
-        read: dict[str, Any] = {name: values.pop(name) for name in ("name", "kind", "method", "note")}
+        read: dict[str, Any] = {name: values.pop(name) for name in ("name", "kind", "method", "note", "alignment_note")}
         read["shape"] = tuple(values.pop("shape"))
         for name in ("sigma", "h", "h_stderr", "spectrum"):
             read[name] = torch.tensor([number(x) for x in values.pop(name)], dtype=torch.float64)
@@ -221,7 +249,12 @@ class LayerSpectrum:
         return cls(**read, **numbers(values))
 
 
-PARTS: dict[str, Any] = {"weights": WeightSpectrum, "intervals": Intervals, "fraction": CurvatureFraction}
+PARTS: dict[str, Any] = {
+    "weights": WeightSpectrum,
+    "intervals": Intervals,
+    "fraction": CurvatureFraction,
+    "alignment": LayerAlignment,
+}
 """What is measured on request: the attribute of a `LayerSpectrum` that is None where it was not asked for."""
 
 
@@ -244,7 +277,18 @@ class LoggedKey:
 
     def given(self, layer: LayerSpectrum) -> bool:
         """Whether the layer holds it."""
-        return not self.part or getattr(layer, self.part) is not None
+        return (
+            not self.part or getattr(layer, self.part) is not None or (self.part == "alignment" and layer.has_alignment)
+        )
+
+
+def _aligned(name: str, meaning: str, value: Callable[[LayerAlignment], float]) -> LoggedKey:
+    """A quantity of a layer's alignment; NaN where it was asked for and not to be had."""
+
+    def read(layer: LayerSpectrum) -> float:
+        return float("nan") if layer.alignment is None else value(layer.alignment)
+
+    return LoggedKey(name, meaning, read, median=True, part="alignment")
 
 
 LAYER_KEYS: tuple[LoggedKey, ...] = (
@@ -275,6 +319,13 @@ LAYER_KEYS: tuple[LoggedKey, ...] = (
     LoggedKey("curvature_fraction", "sum of h over the trace", lambda x: x.fraction.value, True, "fraction"),
     LoggedKey("curvature_fraction_stderr", "its standard error", lambda x: x.fraction.stderr, part="fraction"),
     LoggedKey("curvature_over_random", "mean h over tr H / (m n)", lambda x: x.fraction.over_random, True, "fraction"),
+    _aligned("beta", "slope of log(Lambda_delta_k Lambda_A_k) on log sigma", lambda x: x.beta.exponent),
+    _aligned("phi", "slope of log Phi_k on log sigma", lambda x: x.phi.exponent),
+    _aligned("chi_slope", "slope of log chi_k on log sigma", lambda x: x.chi_slope.exponent),
+    _aligned("chi", "median of chi_k = h_k / h_kron_k over k", lambda x: x.median_chi),
+    _aligned("concentration_ratio", "mean of products over product of means", lambda x: x.concentration_ratio),
+    _aligned("effective_rank_a", "exp(entropy) of C_A's eigenvalues", lambda x: x.effective_rank_a),
+    _aligned("effective_rank_delta", "exp(entropy) of C_delta's eigenvalues", lambda x: x.effective_rank_delta),
 )
 
 

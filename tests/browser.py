@@ -118,5 +118,7 @@ class Page:
             self.problems.append(params["exceptionDetails"])
         elif event == "Runtime.consoleAPICalled" or event == "Log.entryAdded":
             self.problems.append(params)
-        elif event == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("data:", "file:", "blob:")):
+        elif event == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+            ("data:", "file:", "blob:")
+        ):
             self.requests.append(params["request"]["url"])

@@ -143,6 +143,8 @@ PIECEWISE_LINEAR = [
     Case("mlp", relu_mlp, vectors, cross_entropy),
     Case("mlp_mse", relu_mlp, lambda: (torch.randn(24, 6), torch.randn(24, 5)), mse),
     Case("mlp_bce", relu_mlp, vectors, bce),
+    Case("mlp_in_place", lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5)), vectors,
+         cross_entropy),
     Case("cnn", relu_cnn, images(4, 6), cross_entropy),
     Case("conv1d", lambda: nn.Sequential(nn.Conv1d(2, 5, 3, dilation=2), nn.ReLU(), nn.Flatten(), nn.Linear(20, 5)),
          lambda: (torch.randn(12, 2, 8), torch.randint(0, 5, (12,))), cross_entropy),

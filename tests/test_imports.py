@@ -22,6 +22,9 @@ ALLOWED = {
     "kinds": set(),
     "layers": {"kinds"},
     "lanczos": set(),
+    "patches": set(),
+    "moments": {"svd"},
+    "alignment": {"encoding", "fits"},
     "svd": {"errors", "lanczos"},
     "weights": {"encoding", "errors", "fits", "svd"},
     "batch": {"errors", "shadow"},
@@ -32,8 +35,9 @@ ALLOWED = {
     "curvature": {"curvature", "errors", "fits", "layers", "loss", "svd"},
     "options": {"curvature", "kinds", "layers", "quiet"},
     "pieces": {"batch", "curvature", "errors", "layers", "quiet", "svd"},
-    "memory": {"curvature", "errors", "fits", "layers", "options", "pieces", "quiet", "svd"},
-    "spectrum": {"encoding", "fits", "fraction", "intervals", "weights"},
+    "factors": {"alignment", "curvature", "errors", "fits", "layers", "moments", "patches", "pieces", "svd"},
+    "memory": {"curvature", "errors", "factors", "fits", "layers", "options", "pieces", "quiet", "svd"},
+    "spectrum": {"alignment", "encoding", "fits", "fraction", "intervals", "weights"},
     "record": {"encoding", "errors", "fits", "spectrum"},
     "measure": {
         "batch", "curvature", "errors", "fraction", "kinds", "layers", "loss", "memory", "options", "pieces", "quiet",
@@ -49,7 +53,9 @@ ALLOWED = {
     "demo": {"callbacks", "demo", "record", "report"},
     "lightning_cli": {"callbacks", "optim"},
     "cli": {"", "callbacks", "demo", "lightning_cli"},
-    "__init__": {"callbacks", "errors", "fits", "measure", "metrics", "optim", "record", "spectrum", "svd"},
+    "__init__": {
+        "alignment", "callbacks", "errors", "fits", "measure", "metrics", "optim", "record", "spectrum", "svd",
+    },
 }  # fmt: skip
 LIGHTNING = {"callbacks", "demo", "lightning_cli"}
 

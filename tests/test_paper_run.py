@@ -155,7 +155,7 @@ def test_digit_pairs_hold_a_hundred_classes_and_share_no_digit() -> None:
     parts = digit_pairs(500)
     images, labels = parts.train[:] if hasattr(parts.train, "__array__") else next(iter(_all(parts.train)))
     assert images.shape[1:] == (1, 8, 16)
-    assert parts.classes == 100 and 0 <= int(labels.min()) and int(labels.max()) < 100
+    assert parts.classes == 100 and int(labels.min()) >= 0 and int(labels.max()) < 100
     halves = {tuple(half.flatten().tolist()) for image in images for half in image.split(8, 2)}
     tested, _ = next(iter(_all(parts.test)))
     assert not halves & {tuple(half.flatten().tolist()) for image in tested for half in image.split(8, 2)}
@@ -175,7 +175,9 @@ def _all(dataset: object) -> object:
 
 
 def test_powers_of_s_and_shuffled_scales() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+    )
     optimizer = LayerRateAdamW(LayerRateAdamW.groups(model))
     named = {group["name"]: group for group in optimizer.param_groups}
     decay = {"0.weight": 1.0, "1.weight": 2.0, "2.weight": 4.0}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -65,7 +64,9 @@ class Training:
         """
         known = {f.name for f in fields(cls)} - {"name"}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"training {name}: {', '.join(unknown)} is no option; there are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"training {name}: {', '.join(unknown)} is no option; there are {', '.join(sorted(known))}"
+            )
         try:
             made = cls(name=name, **{**values, "measure_at": tuple(values.get("measure_at", (0,)))})
         except TypeError as error:
@@ -219,4 +220,3 @@ def _scaling(training: Training) -> list[SpectralProbe]:
     every = max(training.steps // 10, 1)
     options = {"every_n_steps": every, "prefix": "scale", "log_layers": "none", "max_samples": training.samples}
     return [ScaleRates(power=training.rate_power, shuffled=training.shuffled, **options)]
-

@@ -92,6 +92,7 @@ class SpectralProbe(AnyCallback):
         bootstrap: draws for 95 % intervals of alpha, gamma and s; None or 0: none.
         curvature_fraction: draws for the trace of each layer's Hessian block, of which the fraction along the
             directions is logged; a double backward each; None or 0: none.
+        alignment: also take the Kronecker factors of each layer, and log how they split alpha (`LayerAlignment`).
         loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
             automatic optimization.
         log_layers: "auto", up to 24 layers evenly over depth; "all"; "none"; or glob patterns.
@@ -129,6 +130,7 @@ class SpectralProbe(AnyCallback):
         weight_spectra: bool = False,
         bootstrap: int | None = None,
         curvature_fraction: int | None = None,
+        alignment: bool = False,
         loss_fn: LossFunction | None = None,
         log_layers: str | Sequence[str] = "auto",
         swap_optimizer: bool = False,
@@ -150,6 +152,7 @@ class SpectralProbe(AnyCallback):
             weight_spectra=weight_spectra,
             bootstrap=bootstrap,
             curvature_fraction=curvature_fraction,
+            alignment=alignment,
         )
         self.every_n_steps = None if every_n_steps is None else _at_least_one("every_n_steps", every_n_steps)
         self.budget = Budget(max_overhead)

@@ -79,9 +79,8 @@ class Problem:
         """The gradient of the loss in every layer's parameter; with keep_graph it can be differentiated again."""
         if self._gradients is None:
             leaves = {id(leaf): leaf for leaf in self.parameters.values()}
-            with Recorder(set(leaves)) as recorder:
-                loss = checked_loss(self.evaluate())
-            self._trace, self._value, self._loss = recorder.trace, loss, float(loss.detach())
+            self.run()
+            loss = self.value
             with watch_custom_functions(loss) as custom:
                 values, failed = _differentiate(loss, leaves, keep_graph)
             trusted: dict[int, str] = {}
@@ -98,6 +97,13 @@ class Problem:
                 {name: trusted[leaf] for name, leaf in names.items() if leaf in trusted},
             )
         return self._gradients
+
+    def run(self) -> None:
+        """Compute the loss, if it is not known with its graph."""
+        if self._value is None:
+            with Recorder({id(leaf) for leaf in self.parameters.values()}) as recorder:
+                loss = checked_loss(self.evaluate())
+            self._trace, self._value, self._loss = recorder.trace, loss, float(loss.detach())
 
     def release(self) -> None:
         """Let go of all graphs; the value of the loss stays known."""

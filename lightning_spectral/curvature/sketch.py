@@ -260,7 +260,7 @@ def _random_columns(outputs: list[OutputHessian], taps: Mapping[str, Tap], seed:
     for output, column in zip(outputs, columns, strict=True):
         rows = half_of(output.samples).repeat_interleave(column.shape[0] // output.samples)
         column[~rows.to(column.device)] = 0
-    z = [tap.use.output for tap in taps.values()]
+    z = [tap.edge for tap in taps.values()]
     found = torch.autograd.grad([output.output for output in outputs], z, columns, retain_graph=True, allow_unused=True)
     return dict(zip(taps, found, strict=True))
 

@@ -6,11 +6,12 @@ layout, which a tap reads as (B, m, P).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.graph import Dependence
@@ -36,6 +37,13 @@ class Tap:
     def __init__(self, layer: MatrixLayer, use: Use, samples: int, shape: torch.Size) -> None:
         self.layer, self.use, self.samples, self.shape = layer, use, samples, shape
         self.channels_last = use.function is F.linear
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where z stands in the graph."""
+        if self.use.edge is None:
+            raise MeasurementError(f"{self.layer.name} was applied without a gradient")
+        return self.use.edge
 
     @staticmethod
     def fits(use: Use, samples: int) -> bool:
@@ -64,7 +72,7 @@ class Tap:
 
     def left(self, r: Tensor, u: Tensor) -> Tensor:
         """u_k^T r, (B, K, P), of a tensor in the layout of z."""
-        r_bmp, u = self._rows(self.by_sample(r)), u.to(r.dtype)
+        r_bmp, u = self.rows(r), u.to(r.dtype)
         return (r_bmp.mT @ u).mT if self.channels_last else u.T @ r_bmp
 
     def moved(self, u: Tensor, c_bkp: Tensor) -> Tensor:
@@ -87,8 +95,10 @@ class Tap:
             return x.reshape(-1, self.samples, x.shape[-1]).permute(1, 2, 0)
         return x.reshape(self.samples, -1, x.shape[-1]).transpose(1, 2)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        return x if self.layer.rows is None else x[:, slice(*self.layer.rows)]
+    def rows(self, r: Tensor) -> Tensor:
+        """(B, m, P), those channels of a tensor in the layout of z that are this layer's."""
+        r_bmp = self.by_sample(r)
+        return r_bmp if self.layer.rows is None else r_bmp[:, slice(*self.layer.rows)]
 
 
 def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
@@ -96,22 +106,32 @@ def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
     return triplets.u.abs().argmax(0) // (layer.shape[0] // layer.groups)
 
 
-def tapped(problem: Problem, directions: Mapping[str, SingularTriplets]) -> tuple[dict[str, Tap], dict[str, str]]:
-    """Layers that can be seen through their output, and why the others cannot."""
+def single_uses(problem: Problem, names: Iterable[str]) -> tuple[dict[str, Use], dict[str, str]]:
+    """The one product that each of these layers took part in, and why others have none or several."""
     root = problem.value.grad_fn
     assert root is not None
     counts = Dependence(root, {id(leaf) for leaf in problem.parameters.values()}).uses
-    taps, rest = {}, {}
-    for name in directions:
+    found, rest = {}, {}
+    for name in names:
         leaf = problem.parameters[name]
         uses = problem.trace.uses.get(id(leaf), [])
-        if len(uses) != 1 or counts[id(leaf)] != 1:
+        if len(uses) == 1 and counts[id(leaf)] == 1:
+            found[name] = uses[0]
+        else:
             times = max(len(uses), counts[id(leaf)])
             rest[name] = f"it is used {times} times" if times > 1 else "it is not applied by linear or a convolution"
-        elif problem.samples is None or not Tap.fits(uses[0], problem.samples):
+    return found, rest
+
+
+def tapped(problem: Problem, directions: Mapping[str, SingularTriplets]) -> tuple[dict[str, Tap], dict[str, str]]:
+    """Layers that can be seen through their output, and why the others cannot."""
+    uses, rest = single_uses(problem, directions)
+    taps = {}
+    for name, use in uses.items():
+        if problem.samples is None or not Tap.fits(use, problem.samples):
             rest[name] = "the rows of its output cannot be told apart by sample"
         else:
-            taps[name] = Tap(problem.layers[name], uses[0], problem.samples, leaf.shape)
+            taps[name] = Tap(problem.layers[name], use, problem.samples, problem.parameters[name].shape)
     return taps, rest
 
 

@@ -12,7 +12,11 @@ def scalar_control(outcomes: Outcomes) -> Finding:
     """AdamW with and without learning rates scaled by powers of s; the first training is the one without."""
     accuracy = {name: [seed.test["test_accuracy"] for seed in seeds] for name, seeds in outcomes.items()}
     rows = [
-        [name, spread([100 * value for value in values]), spread([seed.test["test_loss"] for seed in outcomes[name]], 3)]
+        [
+            name,
+            spread([100 * value for value in values]),
+            spread([seed.test["test_loss"] for seed in outcomes[name]], 3),
+        ]
         for name, values in accuracy.items()
     ]
     plain, *scaled = accuracy
@@ -25,9 +29,15 @@ def scalar_control(outcomes: Outcomes) -> Finding:
         "Does scaling each layer's learning rate by a power of its s, over the mean of all layers, help AdamW? "
         "Inverse is power -1; shuffled gives each layer the scale of another.",
         "No: of six arms on CIFAR-10 none beats Adam by more than 0.2 % of accuracy, within the noise of seeds.",
-        [f"The best arm, {best}, differs from {plain} by {percent(gains[best])} of accuracy, {verdict} one standard "
-         f"deviation of its seeds ({percent(noise)})."],
+        [
+            f"The best arm, {best}, differs from {plain} by {percent(gains[best])} of accuracy, {verdict} one standard "
+            f"deviation of its seeds ({percent(noise)})."
+        ],
         ["optimizer", "test accuracy, %", "test loss"],
         rows,
-        strips({name: [100 * v for v in values] for name, values in accuracy.items()}, "Test accuracy, a tick per seed", "%"),
+        strips(
+            {name: [100 * v for v in values] for name, values in accuracy.items()},
+            "Test accuracy, a tick per seed",
+            "%",
+        ),
     )

@@ -26,7 +26,9 @@ def kronecker(outcomes: Outcomes) -> Finding:
     by_model = {model: _of_model(everything, model) for model in ("exponential", "lognormal", "power_law")}
     found = [
         "Smaller effective rank, median: "
-        + ", ".join(f"{model.replace('_', ' ')} {median(values):.1f} ({len(values)})" for model, values in by_model.items())
+        + ", ".join(
+            f"{model.replace('_', ' ')} {median(values):.1f} ({len(values)})" for model, values in by_model.items()
+        )
         + ". "
         + _low_rank(everything)
         + f" log h and log h_kron correlate at {median([_log_correlation(x) for x in everything]):.2f} (median)."
@@ -104,8 +106,10 @@ def concentration(outcomes: Outcomes) -> Finding:
         "Is alpha far from 2 where (u^T delta)^2 and (v^T a)^2 are not independent, that is where the mean of their "
         "product over the product of their means is far from 1?",
         "A correlation of 0.48 between abs(alpha - 2) and abs(1 - ratio), over 5 layers of one network.",
-        [f"Over {len(every)} layers of all networks and seeds the correlation is {correlation(x, y):.2f}, of ranks "
-         f"{correlation(ranks(x), ranks(y)):.2f}."],
+        [
+            f"Over {len(every)} layers of all networks and seeds the correlation is {correlation(x, y):.2f}, of ranks "
+            f"{correlation(ranks(x), ranks(y)):.2f}."
+        ],
         ["network", "layers", "ratio, median over k", "abs(alpha - 2)", "correlation", "of ranks"],
         rows,
         clouds(groups, "A point per layer and seed", ("abs(1 - concentration ratio)", "abs(alpha - 2)")),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from statistics import fmean
+
+from lightning_spectral.report.figures import plot_participation_ratio, plot_rank_models_over_training
 
 from examples.paper.finding import Finding, Outcomes, joined, percent, spread
 from examples.paper.plots import curves
 from lightning_spectral.record import median
-from lightning_spectral.report.figures import plot_participation_ratio, plot_rank_models_over_training
 
 STRAIGHT = 0.98
 PAPER_WIDTH = {64.0: 2.5, 512.0: 3.3}
@@ -63,7 +65,7 @@ def width_scaling(outcomes: Outcomes) -> Finding:
         for width, layers in hidden.items()
     ]
     means = [fmean(values) for values in pr_h.values()]
-    steady = all(a < b for a, b in zip(means, means[1:], strict=False))
+    steady = all(a < b for a, b in pairwise(means))
     found = [
         f"PR_h goes from {means[0]:.2f} at width {min(hidden):g} to {means[-1]:.2f} at {max(hidden):g}, "
         f"{'growing at every step' if steady else 'not growing at every step'}."
