@@ -233,6 +233,13 @@ def test_a_pickle_that_calls_anything_is_refused(function, protocol, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pickle_that_asks_for_memory_is_refused():
+    array = archives.PickledArray()
+    array.__setstate__((1, (1 << 40,), archives.PickledDtype("u1"), False, 1 << 40))
+    with pytest.raises(ValueError, match="not of unsigned bytes"):
+        array.tensor()
+
+
 def test_a_digest_is_checked_before_anything_is_read(tmp_path, monkeypatch):
     tar(tmp_path / CIFAR10.name, {})
     monkeypatch.setattr("examples.paper.data.tar_members", None)

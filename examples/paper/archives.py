@@ -162,7 +162,7 @@ class PickledArray:
             ValueError, TypeError, RuntimeError: if it is none.
         """
         _version, shape, dtype, fortran, data = self.state
-        if not isinstance(dtype, PickledDtype) or dtype.code not in (b"u1", "u1"):
+        if not isinstance(dtype, PickledDtype) or dtype.code not in (b"u1", "u1") or not isinstance(data, bytes):
             raise ValueError("an array that is not of unsigned bytes")
         flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return flat.view(*reversed(shape)).permute(*reversed(range(len(shape)))) if fortran else flat.view(*shape)
