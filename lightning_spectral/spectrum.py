@@ -276,10 +276,8 @@ class LoggedKey:
     part: str = ""
 
     def given(self, layer: LayerSpectrum) -> bool:
-        """Whether the layer holds it."""
-        return (
-            not self.part or getattr(layer, self.part) is not None or (self.part == "alignment" and layer.has_alignment)
-        )
+        """Whether it was asked for, so that the layer holds it or says why not."""
+        return not self.part or self.part in layer.parts
 
 
 def _aligned(name: str, meaning: str, value: Callable[[LayerAlignment], float]) -> LoggedKey:

@@ -79,13 +79,10 @@ def _beside(
                     ranges[row] = (told[i] - 0.01, told[i] + 0.01)
         agreeing = [row[-1] for row in rows if row[0] == f"{a} -> {b}" and row[-1] != "-"]
         hidden = [float(row[4]) for row in rows if row[0] == f"{a} -> {b}" and row[1] != "head"]
-        text = (
-            f"From {a} to {b} alpha of the layers before the head changes by {min(hidden):+.2f} to {max(hidden):+.2f}"
-        )
-        told_text = (
-            f", in the paper's direction in {agreeing.count('yes')} of {len(agreeing)} kinds" if agreeing else ""
-        )
-        found.append(text + told_text + ".")
+        text = f"From {a} to {b} alpha before the head changes by {min(hidden):+.2f} to {max(hidden):+.2f}"
+        if agreeing:
+            text += f", in the paper's direction in {agreeing.count('yes')} of {len(agreeing)} kinds"
+        found.append(f"{text}.")
     return Finding(
         title,
         question,

@@ -11,14 +11,9 @@ from examples.paper.plots import strips
 def scalar_control(outcomes: Outcomes) -> Finding:
     """AdamW with and without learning rates scaled by powers of s; the first training is the one without."""
     accuracy = {name: [seed.test["test_accuracy"] for seed in seeds] for name, seeds in outcomes.items()}
-    rows = [
-        [
-            name,
-            spread([100 * value for value in values]),
-            spread([seed.test["test_loss"] for seed in outcomes[name]], 3),
-        ]
-        for name, values in accuracy.items()
-    ]
+    shown = {name: [100 * value for value in values] for name, values in accuracy.items()}
+    losses = {name: [seed.test["test_loss"] for seed in seeds] for name, seeds in outcomes.items()}
+    rows = [[name, spread(shown[name]), spread(losses[name], 3)] for name in outcomes]
     plain, *scaled = accuracy
     gains = {name: fmean(accuracy[name]) - fmean(accuracy[plain]) for name in scaled}
     best = max(gains, key=lambda name: gains[name])
@@ -35,9 +30,5 @@ def scalar_control(outcomes: Outcomes) -> Finding:
         ],
         ["optimizer", "test accuracy, %", "test loss"],
         rows,
-        strips(
-            {name: [100 * v for v in values] for name, values in accuracy.items()},
-            "Test accuracy, a tick per seed",
-            "%",
-        ),
+        strips(shown, "Test accuracy, a tick per seed", "%"),
     )

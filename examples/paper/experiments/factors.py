@@ -26,9 +26,7 @@ def kronecker(outcomes: Outcomes) -> Finding:
     by_model = {model: _of_model(everything, model) for model in ("exponential", "lognormal", "power_law")}
     found = [
         "Smaller effective rank, median: "
-        + ", ".join(
-            f"{model.replace('_', ' ')} {median(values):.1f} ({len(values)})" for model, values in by_model.items()
-        )
+        + ", ".join(f"{model.replace('_', ' ')} {median(v):.1f} ({len(v)})" for model, v in by_model.items())
         + ". "
         + _low_rank(everything)
         + f" log h and log h_kron correlate at {median([_log_correlation(x) for x in everything]):.2f} (median)."
