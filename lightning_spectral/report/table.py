@@ -32,14 +32,19 @@ def print_report(report: SpectralReport, title: str = "spectral report") -> None
     console.width = max(console.width, TABLE_WIDTH)
     where = "" if report.step is None else f"step {report.step}, "
     console.print()
-    chosen = report.chosen.partition(":")[0] or report.curvature
     heading = (
-        f"{title}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode, curvature by {chosen}"
+        f"{title}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode, "
+        f"curvature by {method_of(report)}"
     )
     for table in (layer_table(report, heading), kind_table(report, "median per kind of layer, beside the paper's")):
         console.print(table)
     for text in report.problems():
         console.print(escape(text), style="yellow", soft_wrap=True)
+
+
+def method_of(report: SpectralReport) -> str:
+    """The method of the curvature: what "auto" chose, or what was asked for."""
+    return report.chosen.partition(":")[0] or report.curvature
 
 
 def layer_table(report: SpectralReport, title: str = "") -> Table:
