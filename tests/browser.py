@@ -13,7 +13,8 @@ from pathlib import Path
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
 )  # fmt: skip
 
 
@@ -118,5 +119,7 @@ class Page:
             self.problems.append(params["exceptionDetails"])
         elif event == "Runtime.consoleAPICalled" or event == "Log.entryAdded":
             self.problems.append(params)
-        elif event == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("data:", "file:", "blob:")):
+        elif event == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+            ("data:", "file:", "blob:")
+        ):
             self.requests.append(params["request"]["url"])

@@ -50,14 +50,23 @@ function trusted(data, probe, layer) {
   return value(data, probe, layer, "r2_alpha") >= data.good_fit;
 }
 
-// Limits that hold at every probe, so that points move and axes do not.
+// Limits that hold at every probe, so that points move and axes do not. Far outliers are left outside.
 function limits(data, read) {
   const all = data.probes.flatMap((_, probe) => data.layers.map((_, layer) => read(probe, layer))).filter(known).sort((a, b) => a - b);
   if (!all.length) return undefined;
-  const [low, high] = [all[Math.floor(0.01 * all.length)], all[Math.min(all.length - 1, Math.floor(0.99 * all.length))]];
-  const margin = 0.08 * (high - low) + 0.05;
+  const at = (share) => all[Math.round(share * (all.length - 1))];
+  const reach = 3 * (at(0.75) - at(0.25)) + 0.05;
+  const [low, high] = [Math.max(all[0], at(0.25) - reach), Math.min(all[all.length - 1], at(0.75) + reach)];
+  const margin = 0.06 * (high - low) + 0.05;
   return [low - margin, high + margin];
 }
+
+// Says how many points the axes leave out.
+function outside(count, c) {
+  return count ? [{ text: `${count} outside`, xref: "paper", yref: "paper", x: 1, y: 0, xanchor: "right", yanchor: "bottom", showarrow: false, font: { color: c.quiet } }] : [];
+}
+
+const beyond = (x, range) => known(x) && range && (x < range[0] || x > range[1]);
 
 function hover(data, probe, layer) {
   const of = (key) => value(data, probe, layer, key);
@@ -95,6 +104,7 @@ function points(data, state, c, x, y, error) {
 
 function depthFigure(data, state, c, wide) {
   const read = (layer) => value(data, state.probe, layer, "alpha");
+  const range = limits(data, (probe, layer) => value(data, probe, layer, "alpha"));
   const named = wide && data.layers.length <= 30;
   return [
     points(data, state, c, (layer) => layer, read, (layer) => value(data, state.probe, layer, "alpha_stderr")),
@@ -103,19 +113,23 @@ function depthFigure(data, state, c, wide) {
         range: [-0.6, data.layers.length - 0.4], title: named ? undefined : { text: data.kinds.some(Boolean) ? "layer, from the input to the output" : "layer, by name" },
         ...(named ? { tickvals: data.layers.map((_, i) => i), ticktext: data.layers.map((name) => tail(short(name))), tickangle: -35, automargin: true } : {}),
       },
-      yaxis: { title: { text: "alpha" }, range: limits(data, (probe, layer) => value(data, probe, layer, "alpha")) },
+      yaxis: { title: { text: "alpha" }, range },
+      annotations: outside(data.layers.filter((_, layer) => beyond(read(layer), range)).length, c),
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 2, y1: 2, line: { color: c.quiet, width: 1, dash: "dot" } }],
     },
   ];
 }
 
 function transferFigure(data, state, c) {
-  const range = limits(data, (probe, layer) => (trusted(data, probe, layer) ? value(data, probe, layer, "s") : null)) || [0, 3];
+  const [x, y] = [(layer) => product(data, state.probe, layer), (layer) => value(data, state.probe, layer, "s")];
+  const both = [limits(data, (probe, layer) => product(data, probe, layer)), limits(data, (probe, layer) => value(data, probe, layer, "s"))].filter(Boolean);
+  const range = both.length ? [Math.min(...both.map(([low]) => low)), Math.max(...both.map(([, high]) => high))] : [0, 3];
   return [
-    points(data, state, c, (layer) => product(data, state.probe, layer), (layer) => value(data, state.probe, layer, "s")),
+    points(data, state, c, x, y),
     {
       xaxis: { title: { text: "alpha · gamma" }, range },
       yaxis: { title: { text: "s" }, range },
+      annotations: outside(data.layers.filter((_, layer) => beyond(x(layer), range) || beyond(y(layer), range)).length, c),
       shapes: [{ type: "line", x0: range[0], x1: range[1], y0: range[0], y1: range[1], line: { color: c.quiet, width: 1, dash: "dot" }, layer: "below" }],
     },
   ];
