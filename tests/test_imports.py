@@ -34,16 +34,17 @@ ALLOWED = {
         "batch", "curvature", "errors", "kinds", "layers", "loss", "memory", "pieces", "quiet", "record", "spectrum",
         "svd",
     },
-    "analysis": {"record"},
+    "analysis": {"record", "spectrum"},
+    "summary": {"analysis", "errors", "record"},
     "optim": {"errors", "kinds", "layers", "optim", "precision"},
-    "report": {"analysis", "record", "report", "spectrum"},
+    "report": {"", "analysis", "errors", "record", "report", "spectrum", "summary"},
     "callbacks": {
         "batch", "callbacks", "curvature", "errors", "kinds", "layers", "loss", "measure", "optim", "quiet", "record",
         "spectrum",
     },
     "demo": {"callbacks", "demo", "record", "report"},
     "lightning_cli": {"callbacks", "optim"},
-    "cli": {"", "callbacks", "demo", "lightning_cli"},
+    "cli": {"", "callbacks", "demo", "lightning_cli", "report"},
     "__init__": {"callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},
 }  # fmt: skip
 LIGHTNING = {"callbacks", "demo", "lightning_cli"}

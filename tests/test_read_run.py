@@ -264,6 +264,12 @@ def test_folders_with_no_run_and_with_several(tmp_path):
         read_run([tmp_path])
 
 
+def test_a_log_above_checkpoints_is_the_run(log):
+    (log / "checkpoints").mkdir()
+    (log / "checkpoints" / "epoch=0.ckpt").write_bytes(b"not read")
+    assert [probe.step for probe in read_run([log.parent]).probes] == [0, 4, 8]
+
+
 def test_command_writes_beside_the_run(log, tmp_path, capsys):
     assert main(["report", str(log)]) == 0
     assert capsys.readouterr().out.strip() == str(log / "report.html")

@@ -130,6 +130,8 @@ def _find(path: Path) -> list[tuple[str, Path]]:
     if own := _in_folder(path.iterdir()):
         return own
     below = _in_folder(file for file in path.rglob("*") if file.suffix in (".csv", ".wandb", ".ckpt"))
+    # Lightning keeps checkpoints below its log's folder; which of them is the run's is not for us to guess.
+    below = [item for item in below if item[0] != "checkpoint"] or below
     if len(below) == 1:
         return below
     if below:

@@ -13,7 +13,7 @@ const known = (value) => typeof value === "number";
 const fixed = (value, digits = 2) => (known(value) ? (Math.abs(value) < 1000 ? value.toFixed(digits) : value.toExponential(1)) : value === "inf" ? "∞" : "–");
 const percent = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
 const short = (name) => name.replace(/\.weight$/, "");
-const tail = (name) => plain(name.length > 22 ? `…${name.slice(-21)}` : name);
+const clipped = (name) => plain(name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
 const middle = (values) => {
   const sorted = values.filter(known).sort((a, b) => a - b);
   const half = sorted.length >> 1;
@@ -86,7 +86,7 @@ function points(data, state, c, x, y, error) {
       type: "scatter", mode: "markers", name: mark.name, x: layers.map(x), y: layers.map(y), customdata: layers,
       hoverinfo: "text", hovertext: layers.map((layer) => hover(data, state.probe, layer)),
       marker: {
-        size: 9, line: { width: 1.5, color: mark.colour },
+        size: data.layers.length > 60 ? 6 : 9, line: { width: 1.5, color: mark.colour },
         symbol: layers.map((layer) => mark.symbol + (trusted(data, state.probe, layer) ? "" : "-open")), color: mark.colour,
       },
     };
@@ -105,13 +105,14 @@ function points(data, state, c, x, y, error) {
 function depthFigure(data, state, c, wide) {
   const read = (layer) => value(data, state.probe, layer, "alpha");
   const range = limits(data, (probe, layer) => value(data, probe, layer, "alpha"));
+  const edge = Math.max(0.6, 0.015 * data.layers.length);
   const named = wide && data.layers.length <= 30;
   return [
     points(data, state, c, (layer) => layer, read, (layer) => value(data, state.probe, layer, "alpha_stderr")),
     {
       xaxis: {
-        range: [-0.6, data.layers.length - 0.4], title: named ? undefined : { text: data.kinds.some(Boolean) ? "layer, from the input to the output" : "layer, by name" },
-        ...(named ? { tickvals: data.layers.map((_, i) => i), ticktext: data.layers.map((name) => tail(short(name))), tickangle: -35, automargin: true } : {}),
+        range: [-edge, data.layers.length - 1 + edge], title: named ? undefined : { text: data.kinds.some(Boolean) ? "layer, from the input to the output" : "layer, by name" },
+        ...(named ? { tickvals: data.layers.map((_, i) => i), ticktext: data.layers.map((name) => clipped(short(name))), tickangle: -35 } : {}),
       },
       yaxis: { title: { text: "alpha" }, range },
       annotations: outside(data.layers.filter((_, layer) => beyond(read(layer), range)).length, c),
@@ -139,7 +140,7 @@ function trainingFigure(data, state, c) {
   const x = data.probes.map((probe, i) => probe.step ?? i);
   const curve = (layer) => x.map((_, probe) => value(data, probe, layer, "alpha"));
   const thin = data.layers.map((name, layer) => ({
-    type: "scatter", mode: "lines", x, y: curve(layer), showlegend: layer === state.layer, name: tail(short(name)), hoverinfo: "text", customdata: x.map(() => layer),
+    type: "scatter", mode: "lines", x, y: curve(layer), showlegend: layer === state.layer, name: clipped(short(name)), hoverinfo: "text", customdata: x.map(() => layer),
     hovertext: x.map((_, probe) => hover(data, probe, layer)),
     line: { color: layer === state.layer ? c.select : markOf(data, data.kinds[layer], c).colour, width: layer === state.layer ? 2.5 : 1 },
     opacity: layer === state.layer ? 1 : 0.35,
@@ -230,7 +231,7 @@ function draw(id, [traces, layout], c) {
     margin: { l: 58, r: 14, t: 12, b: 46 }, showlegend: entries.length > 1,
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
     hoverlabel: { bgcolor: c.card, bordercolor: c.line, font: { color: c.ink, size: 12 }, align: "left", namelength: -1 },
-    hovermode: "closest", xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, automargin: true, ...layout.yaxis },
+    hovermode: "closest", xaxis: { ...axis, automargin: true, ...layout.xaxis }, yaxis: { ...axis, automargin: true, ...layout.yaxis },
     // On a touch screen a finger scrolls the page.
     dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false, modebar: { bgcolor: "rgba(0,0,0,0)", color: c.quiet, activecolor: c.ink },
   };
