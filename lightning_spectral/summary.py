@@ -37,7 +37,7 @@ def summary_over_training(probes: Sequence[tuple[int | None, Sequence[Exponents]
     """
     placed = [(step, _alphas(layers)) for step, layers in probes if step is not None]
     placed = [(step, alphas) for step, alphas in placed if alphas]
-    if len(placed) < 2:
+    if not placed or placed[0][0] == placed[-1][0]:
         return []
     (first, before), (last, after) = placed[0], placed[-1]
     text = (
@@ -62,7 +62,7 @@ def _trust(layers: Sequence[Exponents]) -> str:
     if good == n:
         who = "The one layer has" if n == 1 else f"All {n} layers have"
     else:
-        who = f"{good or 'None'} of {n} layers {'has' if good == 1 else 'have'}"
+        who = f"{good or 'None'} of {n} layers {'has' if good <= 1 else 'have'}"
     return f"{who} an alpha to trust (r2 of at least {GOOD_FIT})."
 
 

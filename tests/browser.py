@@ -2,6 +2,7 @@
 
 import base64
 import fcntl
+import functools
 import json
 import os
 import select
@@ -13,13 +14,24 @@ from pathlib import Path
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
 )  # fmt: skip
 
 
+@functools.cache
 def find_browser():
-    """The browser's path: of the variable CHROMIUM, or on PATH; None where there is none."""
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    """The browser's path: of the variable CHROMIUM, or the first on PATH that runs; None where there is none."""
+    named = [os.environ["CHROMIUM"]] if "CHROMIUM" in os.environ else map(shutil.which, NAMES)
+    return next(filter(_runs, filter(None, named)), None)
+
+
+def _runs(path):
+    # Ubuntu's package chromium-browser is a script that asks for a snap.
+    try:
+        return subprocess.run([path, "--version"], capture_output=True, timeout=60, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 class Page:

@@ -96,7 +96,7 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
         console.print(f"  see it in this terminal:  {wandb} leet run {path}", soft_wrap=True)
     console.print("\nPages for a browser, each one file:")
     for page in pages:
-        console.print(f"  {page}", soft_wrap=True)
+        console.print(f"  {page}", soft_wrap=True, markup=False, highlight=False)
     return reports
 
 

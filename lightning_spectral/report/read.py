@@ -105,10 +105,20 @@ def read_run(paths: Sequence[str | Path], *, prefix: str | None = None) -> Run:
         raise RunError(
             f"{_shown(paths)}: medians but no layers (log_layers='none'); a checkpoint or JSON reports hold the layers"
         )
-    sources = [f"{reader} {file}" for reader, file in found]
     first = Path(paths[0]).resolve()
     name = first.name if first.is_file() else "/".join(first.parts[-2:])
-    return Run(name, tuple(sources), tuple(_in_order(probes)))
+    return Run(name, _sources(found), tuple(_in_order(probes)))
+
+
+def _sources(found: Sequence[tuple[str, Path]]) -> tuple[str, ...]:
+    """Where a run is from, several files of a folder in one."""
+    groups: dict[tuple[str, Path], list[Path]] = {}
+    for reader, file in found:
+        groups.setdefault((reader, file.parent), []).append(file)
+    return tuple(
+        f"{reader} {files[0]}" if len(files) == 1 else f"{len(files)} {reader}s in {folder}"
+        for (reader, folder), files in groups.items()
+    )
 
 
 def _find(path: Path) -> list[tuple[str, Path]]:
@@ -120,6 +130,8 @@ def _find(path: Path) -> list[tuple[str, Path]]:
     if own := _in_folder(path.iterdir()):
         return own
     below = _in_folder(file for file in path.rglob("*") if file.suffix in (".csv", ".wandb", ".ckpt"))
+    # Lightning keeps checkpoints below its log's folder; which of them is the run's is not for us to guess.
+    below = [item for item in below if item[0] != "checkpoint"] or below
     if len(below) == 1:
         return below
     if below:

@@ -13,7 +13,7 @@ const known = (value) => typeof value === "number";
 const fixed = (value, digits = 2) => (known(value) ? (Math.abs(value) < 1000 ? value.toFixed(digits) : value.toExponential(1)) : value === "inf" ? "∞" : "–");
 const percent = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
 const short = (name) => name.replace(/\.weight$/, "");
-const tail = (name) => plain(name.length > 22 ? `…${name.slice(-21)}` : name);
+const clipped = (name) => plain(name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
 const middle = (values) => {
   const sorted = values.filter(known).sort((a, b) => a - b);
   const half = sorted.length >> 1;
@@ -50,14 +50,23 @@ function trusted(data, probe, layer) {
   return value(data, probe, layer, "r2_alpha") >= data.good_fit;
 }
 
-// Limits that hold at every probe, so that points move and axes do not.
+// Limits that hold at every probe, so that points move and axes do not. Far outliers are left outside.
 function limits(data, read) {
   const all = data.probes.flatMap((_, probe) => data.layers.map((_, layer) => read(probe, layer))).filter(known).sort((a, b) => a - b);
   if (!all.length) return undefined;
-  const [low, high] = [all[Math.floor(0.01 * all.length)], all[Math.min(all.length - 1, Math.floor(0.99 * all.length))]];
-  const margin = 0.08 * (high - low) + 0.05;
+  const at = (share) => all[Math.round(share * (all.length - 1))];
+  const reach = 3 * (at(0.75) - at(0.25)) + 0.05;
+  const [low, high] = [Math.max(all[0], at(0.25) - reach), Math.min(all[all.length - 1], at(0.75) + reach)];
+  const margin = 0.06 * (high - low) + 0.05;
   return [low - margin, high + margin];
 }
+
+// Says how many points the axes leave out.
+function outside(count, c) {
+  return count ? [{ text: `${count} outside`, xref: "paper", yref: "paper", x: 1, y: 0, xanchor: "right", yanchor: "bottom", showarrow: false, font: { color: c.quiet } }] : [];
+}
+
+const beyond = (x, range) => known(x) && range && (x < range[0] || x > range[1]);
 
 function hover(data, probe, layer) {
   const of = (key) => value(data, probe, layer, key);
@@ -77,7 +86,7 @@ function points(data, state, c, x, y, error) {
       type: "scatter", mode: "markers", name: mark.name, x: layers.map(x), y: layers.map(y), customdata: layers,
       hoverinfo: "text", hovertext: layers.map((layer) => hover(data, state.probe, layer)),
       marker: {
-        size: 9, line: { width: 1.5, color: mark.colour },
+        size: data.layers.length > 60 ? 6 : 9, line: { width: 1.5, color: mark.colour },
         symbol: layers.map((layer) => mark.symbol + (trusted(data, state.probe, layer) ? "" : "-open")), color: mark.colour,
       },
     };
@@ -95,27 +104,33 @@ function points(data, state, c, x, y, error) {
 
 function depthFigure(data, state, c, wide) {
   const read = (layer) => value(data, state.probe, layer, "alpha");
+  const range = limits(data, (probe, layer) => value(data, probe, layer, "alpha"));
+  const edge = Math.max(0.6, 0.015 * data.layers.length);
   const named = wide && data.layers.length <= 30;
   return [
     points(data, state, c, (layer) => layer, read, (layer) => value(data, state.probe, layer, "alpha_stderr")),
     {
       xaxis: {
-        range: [-0.6, data.layers.length - 0.4], title: named ? undefined : { text: data.kinds.some(Boolean) ? "layer, from the input to the output" : "layer, by name" },
-        ...(named ? { tickvals: data.layers.map((_, i) => i), ticktext: data.layers.map((name) => tail(short(name))), tickangle: -35, automargin: true } : {}),
+        range: [-edge, data.layers.length - 1 + edge], title: named ? undefined : { text: data.kinds.some(Boolean) ? "layer, from the input to the output" : "layer, by name" },
+        ...(named ? { tickvals: data.layers.map((_, i) => i), ticktext: data.layers.map((name) => clipped(short(name))), tickangle: -35 } : {}),
       },
-      yaxis: { title: { text: "alpha" }, range: limits(data, (probe, layer) => value(data, probe, layer, "alpha")) },
+      yaxis: { title: { text: "alpha" }, range },
+      annotations: outside(data.layers.filter((_, layer) => beyond(read(layer), range)).length, c),
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 2, y1: 2, line: { color: c.quiet, width: 1, dash: "dot" } }],
     },
   ];
 }
 
 function transferFigure(data, state, c) {
-  const range = limits(data, (probe, layer) => (trusted(data, probe, layer) ? value(data, probe, layer, "s") : null)) || [0, 3];
+  const [x, y] = [(layer) => product(data, state.probe, layer), (layer) => value(data, state.probe, layer, "s")];
+  const both = [limits(data, (probe, layer) => product(data, probe, layer)), limits(data, (probe, layer) => value(data, probe, layer, "s"))].filter(Boolean);
+  const range = both.length ? [Math.min(...both.map(([low]) => low)), Math.max(...both.map(([, high]) => high))] : [0, 3];
   return [
-    points(data, state, c, (layer) => product(data, state.probe, layer), (layer) => value(data, state.probe, layer, "s")),
+    points(data, state, c, x, y),
     {
       xaxis: { title: { text: "alpha · gamma" }, range },
       yaxis: { title: { text: "s" }, range },
+      annotations: outside(data.layers.filter((_, layer) => beyond(x(layer), range) || beyond(y(layer), range)).length, c),
       shapes: [{ type: "line", x0: range[0], x1: range[1], y0: range[0], y1: range[1], line: { color: c.quiet, width: 1, dash: "dot" }, layer: "below" }],
     },
   ];
@@ -125,7 +140,7 @@ function trainingFigure(data, state, c) {
   const x = data.probes.map((probe, i) => probe.step ?? i);
   const curve = (layer) => x.map((_, probe) => value(data, probe, layer, "alpha"));
   const thin = data.layers.map((name, layer) => ({
-    type: "scatter", mode: "lines", x, y: curve(layer), showlegend: layer === state.layer, name: tail(short(name)), hoverinfo: "text", customdata: x.map(() => layer),
+    type: "scatter", mode: "lines", x, y: curve(layer), showlegend: layer === state.layer, name: clipped(short(name)), hoverinfo: "text", customdata: x.map(() => layer),
     hovertext: x.map((_, probe) => hover(data, probe, layer)),
     line: { color: layer === state.layer ? c.select : markOf(data, data.kinds[layer], c).colour, width: layer === state.layer ? 2.5 : 1 },
     opacity: layer === state.layer ? 1 : 0.35,
@@ -216,7 +231,7 @@ function draw(id, [traces, layout], c) {
     margin: { l: 58, r: 14, t: 12, b: 46 }, showlegend: entries.length > 1,
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
     hoverlabel: { bgcolor: c.card, bordercolor: c.line, font: { color: c.ink, size: 12 }, align: "left", namelength: -1 },
-    hovermode: "closest", xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, automargin: true, ...layout.yaxis },
+    hovermode: "closest", xaxis: { ...axis, automargin: true, ...layout.xaxis }, yaxis: { ...axis, automargin: true, ...layout.yaxis },
     // On a touch screen a finger scrolls the page.
     dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false, modebar: { bgcolor: "rgba(0,0,0,0)", color: c.quiet, activecolor: c.ink },
   };
