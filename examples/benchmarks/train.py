@@ -13,17 +13,19 @@ trained again; a figure is drawn beside it.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import multiprocessing
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ if str(ROOT) not in sys.path:
 import lightning_spectral  # noqa: E402
 from examples.ablation.peers import LayerRateAdamW, MuonWithAdamW, scale_rates  # noqa: E402
 from examples.ablation.tasks import Digits, DigitsData, Language, LanguageData, ThreeParts  # noqa: E402
+from examples.benchmarks.train_figure import figure  # noqa: E402
 from examples.benchmarks.train_results import (  # noqa: E402
     DIVERGED,
     Result,
@@ -96,13 +99,13 @@ def mlp(width: int = 256) -> nn.Module:
 
 
 TASKS = {
-    "language": Task(Language, lambda: LanguageData(batch_size=32), next_character, steps=600),
+    "language": Task(Language, lambda: LanguageData(batch_size=16), next_character, steps=600),
     "noisy_pixels": Task(Digits, DigitsData, classification, steps=255),
     "wrong_labels": Task(mlp, lambda: DigitsData(noise=0.3, wrong_labels=0.3), classification, steps=255),
-    "wrong_labels_long": Task(mlp, lambda: DigitsData(noise=0.3, wrong_labels=0.3), classification, steps=1020),
+    "wrong_labels_long": Task(mlp, lambda: DigitsData(noise=0.3, wrong_labels=0.3), classification, steps=510),
 }
 """A GPT of 2 blocks on Python's source, a ResNet on digits with pixel noise (15 epochs), and an MLP on digits of which
-30 % of the training labels are drawn anew, for 15 epochs and for 60, in which it can learn them by heart."""
+30 % of the training labels are drawn anew, for 15 epochs and for 30, in which it can learn them by heart."""
 
 QUICK = {
     "language": Task(lambda: Language(width=16, depth=1), lambda: LanguageData(4, 8, 64, 20_000), next_character, 3),
@@ -174,12 +177,18 @@ def recipe(task: Task, arm: Arm) -> str:
     return " ".join([name, *words])
 
 
+@functools.cache
+def parts(task: str, quick: bool) -> ThreeParts:
+    """The task's data, read once in each process."""
+    data = (QUICK if quick else TASKS)[task].data()
+    data.setup("fit")
+    return data
+
+
 def train(run: Run, arm: Arm, *, quick: bool = False) -> Result:
     """Train, and take the losses on validation and test part."""
     torch.set_num_threads(1)
-    task = (QUICK if quick else TASKS)[run.task]
-    data = task.data()
-    data.setup("fit")
+    task, data = (QUICK if quick else TASKS)[run.task], parts(run.task, quick)
     torch.manual_seed(run.seed)
     module = task.module()
     optimizer = arm.make(module, run.lr)
@@ -245,11 +254,10 @@ def evaluate(module: nn.Module, loader: DataLoader[Any], loss: Callable[[nn.Modu
     return min(mean, DIVERGED) if math.isfinite(mean) else DIVERGED
 
 
-def study(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+def studied() -> dict[str, Arm]:
     """The arms of the grid of exponents and dampings."""
-    start = arms["spectral_newton"].start
     grid = [dict(zip(STUDIED, values, strict=True)) for values in product(*STUDIED.values())]
-    return {" ".join(f"{k}={v:g}" for k, v in options.items()): Arm(SpectralNewton, start, options) for options in grid}
+    return {" ".join(f"{k}={v:g}" for k, v in of.items()): Arm(SpectralNewton, MUON_LIKE, of) for of in grid}
 
 
 class Benchmark:
@@ -261,63 +269,99 @@ class Benchmark:
         arms: name -> arm.
         tuning_seeds: of the runs that choose a rate.
         seeds: of the runs that are reported.
-        pool: where to train.
+        jobs: runs at a time, a process each; 1: in this process.
         quick: train the tasks of QUICK.
     """
 
     def __init__(
         self, store: Store, tasks: Sequence[str], arms: Mapping[str, Arm], tuning_seeds: Sequence[int],
-        seeds: Sequence[int], pool: Executor, *, quick: bool,
+        seeds: Sequence[int], *, jobs: int = 1, quick: bool = False,
     ) -> None:  # fmt: skip
-        self.store, self.arms, self.pool, self.quick = store, arms, pool, quick
+        self.store, self.jobs, self.quick = store, jobs, quick
         self.tuning_seeds, self.seeds = tuning_seeds, seeds
         self.tasks = {name: (QUICK if quick else TASKS)[name] for name in tasks}
-        self.recipes = {(t, a): recipe(self.tasks[t], arms[a]) for t in tasks for a in arms}
+        self.reported = [(task, arm) for task in tasks for arm in arms]
+        self.arms = {**arms, **studied()}
+        self.recipes = {(t, a): recipe(self.tasks[t], self.arms[a]) for t in tasks for a in self.arms}
 
     def tune(self) -> None:
         """Train at more rates until none is wanted."""
         while wanted := [
             (task, arm, lr, seed)
-            for (task, arm), name in self.recipes.items()
-            for lr in wanted_rates(self.found(task, name), self.arms[arm].start[task])
+            for task, arm in self.reported
+            for lr in wanted_rates(self.found(task, arm), self.arms[arm].start[task])
             for seed in self.tuning_seeds
         ]:
             self.train(wanted)
 
+    def study(self) -> None:
+        """Train the grid of exponents and dampings at the best rate of the defaults and its two neighbours."""
+        self.train(
+            (task, arm, lr, seed)
+            for task in self.tasks
+            for arm, lr, seed in product(studied(), self._around(task), self.tuning_seeds)
+        )
+
+    def _around(self, task: str) -> list[float]:
+        best = self.rate(task, "spectral_newton")
+        return [best / 2, best, best * 2]
+
+    def grid(self) -> dict[str, dict[float, dict[float, float]]]:
+        """Task -> alpha -> damping -> validation loss at the best of the three rates, of what was trained."""
+        grid: dict[str, dict[float, dict[float, float]]] = {}
+        tasks = [task for task, arm in self.reported if arm == "spectral_newton"]
+        for task, (arm, made) in product(tasks, studied().items()):
+            found = self.found(task, arm)
+            if all(lr in found for lr in self._around(task)):
+                of_alpha = grid.setdefault(task, {}).setdefault(made.options["alpha"], {})
+                of_alpha[made.options["damping"]] = min(found[lr] for lr in self._around(task))
+        return grid
+
     def finish(self) -> None:
         """Train the seeds that are reported, each arm at its rate."""
-        self.train([(t, a, self.rate(t, a), seed) for t, a in self.recipes for seed in self.seeds])
+        self.train((t, a, self.rate(t, a), seed) for t, a in self.reported for seed in self.seeds)
 
     def summarise(self) -> list[dict[str, Any]]:
         """The table's lines."""
-        return [self._line(task, arm) for task, arm in self.recipes]
+        return [self._line(task, arm) for task, arm in self.reported]
 
-    def found(self, task: str, name: str) -> dict[float, float]:
+    def found(self, task: str, arm: str) -> dict[float, float]:
         """Learning rate -> mean validation loss of the tuning seeds."""
-        return self.store.validation(task, name, self.tuning_seeds)
+        return {lr: fmean(r.val for r in of_lr) for lr, of_lr in self._by_rate(task, arm, self.tuning_seeds).items()}
+
+    def _by_rate(self, task: str, arm: str, seeds: Sequence[int]) -> dict[float, list[Result]]:
+        return self.store.by_rate(task, self.recipes[task, arm], self.tasks[task].steps, seeds)
 
     def rate(self, task: str, arm: str) -> float:
         """The arm's best rate on the task."""
-        return best_rate(self.found(task, self.recipes[task, arm]))
+        return best_rate(self.found(task, arm))
 
     def _line(self, task: str, arm: str) -> dict[str, Any]:
-        name, lr = self.recipes[task, arm], self.rate(task, arm)
-        tuning, final = (self.store.by_rate(task, name, seeds)[lr] for seeds in (self.tuning_seeds, self.seeds))
+        lr = self.rate(task, arm)
+        tuning, final = (self._by_rate(task, arm, seeds)[lr] for seeds in (self.tuning_seeds, self.seeds))
         return summarise(arm, tuning, final)
 
     def train(self, wanted: Iterable[tuple[str, str, float, int]]) -> None:
         """Train what the store does not hold; arms that come to the same recipe are trained once."""
-        chosen = {
-            Run(t, self.recipes[t, a], lr, seed, self.tasks[t].steps): self.arms[a] for t, a, lr, seed in wanted
-        }
+        chosen = {Run(t, self.recipes[t, a], lr, seed, self.tasks[t].steps): self.arms[a] for t, a, lr, seed in wanted}
         runs = [run for run in chosen if run not in self.store.results]
-        futures = [self.pool.submit(train, run, chosen[run], quick=self.quick) for run in runs]
-        for i, future in enumerate(as_completed(futures), 1):
-            result = future.result()
+        made = train_all({run: chosen[run] for run in runs}, jobs=self.jobs, quick=self.quick)
+        for i, result in enumerate(made, 1):
             self.store.add(result)
             run = result.run
             told = f"{run.task} {run.recipe} lr {run.lr:g} seed {run.seed}"
             print(f"{i}/{len(runs)} {told}: validation {result.val:.4f}", flush=True)
+
+
+def train_all(runs: Mapping[Run, Arm], *, jobs: int, quick: bool) -> Iterator[Result]:
+    """Results as they come, so many runs at a time, a thread each."""
+    if jobs == 1:
+        yield from (train(run, arm, quick=quick) for run, arm in runs.items())
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(train, run, arm, quick=quick) for run, arm in runs.items()]):
+            yield future.result()
 
 
 def environment() -> dict[str, Any]:
@@ -344,26 +388,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", action="append", choices=TASKS, help="may be given several times (all)")
     parser.add_argument("--arm", action="append", choices=ARMS, help="likewise (all)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (%(default)s)")
-    parser.add_argument("--no-study", action="store_true", help="leave out the grid of exponents and dampings")
+    parser.add_argument("--study", action="store_true", help="the grid of exponents and dampings too")
     parser.add_argument("--quick", action="store_true", help="three steps of small networks, to see that it works")
     options = parser.parse_args(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if options.study and options.arm and "spectral_newton" not in options.arm:
+        parser.error("--study goes by the best rate of the arm spectral_newton; add --arm spectral_newton")
     names = options.arm or (("adamw", "muon", "spectral_newton") if options.quick else ARMS)
     tuning_seeds, seeds = (TUNING_SEEDS[:1], SEEDS[:2]) if options.quick else (TUNING_SEEDS, SEEDS)
     arms, tasks = {name: ARMS[name] for name in names}, options.task or list(TASKS)
     store = Store(options.output, environment())
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        benchmark = Benchmark(store, tasks, arms, tuning_seeds, seeds, pool, quick=options.quick)
-        benchmark.tune()
-        if not (options.quick or options.no_study):
-            Benchmark(store, tasks, study(arms), tuning_seeds, seeds, pool, quick=False).tune()
-        benchmark.finish()
-    store.summary = benchmark.summarise()
+    benchmark = Benchmark(store, tasks, arms, tuning_seeds, seeds, jobs=options.jobs, quick=options.quick)
+    benchmark.tune()
+    if options.study:
+        benchmark.study()
+    benchmark.finish()
+    report(benchmark, options.output)
+    return 0
+
+
+def report(benchmark: Benchmark, output: Path) -> None:
+    """Write the table's lines to the file, print them and the claims, and draw the figure beside it."""
+    store = benchmark.store
+    store.summary, store.grid = benchmark.summarise(), benchmark.grid()
     store.write()
     print(table(store.summary))
     for claim, holds in claims(store.summary):
         print("holds:" if holds else "DOES NOT HOLD:", claim)
-    return 0
+    curves = {key: benchmark.found(*key) for key in benchmark.reported}
+    try:
+        figure(store.summary, curves, store.grid, output.with_suffix(".png"))
+    except ImportError as error:
+        print(error)
 
 
 if __name__ == "__main__":

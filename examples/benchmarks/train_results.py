@@ -68,6 +68,7 @@ class Store:
         self.path, self.environment = path, dict(environment)
         self.results: dict[Run, Result] = {}
         self.summary: list[dict[str, Any]] = []
+        self.grid: dict[str, dict[float, dict[float, float]]] = {}
         if path.exists():
             for row in json.loads(path.read_text(encoding="utf-8"))["runs"]:
                 val, test, seconds = (row.pop(key) for key in ("val", "test", "seconds"))
@@ -82,7 +83,7 @@ class Store:
         """Write the file: a line per run, so that two versions of it can be compared."""
         runs = sorted(self.results, key=lambda run: (run.task, run.recipe, run.lr, run.seed))
         rows = [asdict(run) | {k: v for k, v in asdict(self.results[run]).items() if k != "run"} for run in runs]
-        parts = {"environment": json.dumps(self.environment, indent=1)}
+        parts = {"environment": json.dumps(self.environment, indent=1), "grid": json.dumps(self.grid, indent=1)}
         parts |= {name: _lines(rows) for name, rows in (("summary", self.summary), ("runs", rows))}
         text = ",\n".join(f'"{name}": {part}' for name, part in parts.items())
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,17 +91,13 @@ class Store:
         new.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
         new.replace(self.path)  # an interrupted run leaves the old file whole
 
-    def by_rate(self, task: str, recipe: str, seeds: Sequence[int]) -> dict[float, list[Result]]:
+    def by_rate(self, task: str, recipe: str, steps: int, seeds: Sequence[int]) -> dict[float, list[Result]]:
         """Learning rate -> results of these seeds, where all of them are there."""
         found: dict[float, list[Result]] = {}
         for run, result in self.results.items():
-            if (run.task, run.recipe) == (task, recipe) and run.seed in seeds:
+            if (run.task, run.recipe, run.steps) == (task, recipe, steps) and run.seed in seeds:
                 found.setdefault(run.lr, []).append(result)
         return {lr: of_lr for lr, of_lr in sorted(found.items()) if len(of_lr) == len(seeds)}
-
-    def validation(self, task: str, recipe: str, seeds: Sequence[int]) -> dict[float, float]:
-        """Learning rate -> mean validation loss of these seeds."""
-        return {lr: fmean(r.val for r in of_lr) for lr, of_lr in self.by_rate(task, recipe, seeds).items()}
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
