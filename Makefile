@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint ablation clean
+.PHONY: demo test lint ablation paper clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -25,10 +25,14 @@ lint: $(READY)
 ablation: $(READY)
 	$(BIN)/python examples/ablation/run.py
 
+# The paper's experiments at a small size: examples/paper.
+paper: $(READY)
+	$(BIN)/python examples/paper/run.py
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test,lint]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-runs ablation-runs
+	rm -rf $(VENV) demo-runs ablation-runs paper-runs

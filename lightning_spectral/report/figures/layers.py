@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.analysis import GOOD_FIT
 from lightning_spectral.fits import zeta_bound
 from lightning_spectral.optim.transfer import check_transfer, transfer
 from lightning_spectral.record import SpectralReport, median
@@ -34,7 +35,6 @@ from lightning_spectral.report.figures.style import (
     title,
     trusted,
 )
-from lightning_spectral.report.table import GOOD_FIT
 from lightning_spectral.spectrum import LayerSpectrum
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from lightning_spectral.analysis import GOOD_FIT
 from lightning_spectral.fits import RankModel
 from lightning_spectral.kinds import KINDS
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.report.table import GOOD_FIT, method_of
+from lightning_spectral.report.table import method_of
 from lightning_spectral.spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
