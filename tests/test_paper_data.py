@@ -484,7 +484,7 @@ def test_imagenet_is_cut_as_its_networks_expect(tmp_path, monkeypatch):
     with pytest.raises(ArchiveError, match=r"samples: 5 images were asked for, and .* holds 4"):
         imagenet_batch(samples=5, classes=2)
     for folder in (None, tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ArchiveError, match=r"a folder per class .* 1000 named .* found (2|0); .*--imagenet"):
+        with pytest.raises(ArchiveError, match=r"a folder per class .* 1000 named .* found (2|0); .*--data"):
             imagenet_batch(folder)
 
 

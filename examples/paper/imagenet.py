@@ -131,7 +131,7 @@ def imagenet_batch(
         raise ArchiveError(
             f"{root} must hold a folder per class of ImageNet-1K, {classes} named n01440764 and so on, found "
             f"{len(names)}; get ILSVRC2012_img_val.tar from https://image-net.org, sort its images by class, and name "
-            "the folder by --imagenet"
+            "its folder imagenet/val in the data folder (--data)"
         )
     images = [(path, label) for label, name in enumerate(names) for path in sorted((root / name).iterdir())]
     if len(images) < samples:

@@ -90,7 +90,9 @@ def train_all(runs: Sequence[tuple[Training, int]], folder: Path, jobs: int) -> 
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from [future.result() for future in [pool.submit(_train, *run, folder) for run in runs]]
+        futures = [pool.submit(_train, *run, folder) for run in runs]
+        for future in futures:
+            yield future.result()
 
 
 def findings(plan: Plan, folder: Path, jobs: int = 1) -> dict[str, Finding]:
