@@ -3,34 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
 
 from examples.paper.finding import Finding, Outcomes, correlation, ranks, spread
+from examples.paper.outcome import Outcome
 from examples.paper.plots import clouds, strips
-from lightning_spectral import LayerSpectrum
+from lightning_spectral import LayerAlignment, LayerSpectrum
+from lightning_spectral.analysis import GOOD_FIT
+from lightning_spectral.fits import RankModel
 from lightning_spectral.record import median
 
 LOW_RANK = 10.0
+MODELS: tuple[RankModel, ...] = ("exponential", "lognormal", "power_law")
+
+
+class Aligned(NamedTuple):
+    """A layer with an alpha, and what its factors say of it."""
+
+    layer: LayerSpectrum
+    split: LayerAlignment
+
+    @property
+    def alpha(self) -> float:
+        """Exponent of curvature in sigma."""
+        return self.layer.alpha.exponent
+
+    @property
+    def winner(self) -> RankModel | None:
+        """The rank model of its gradient."""
+        return self.layer.rank_models.winner
+
+    @property
+    def smaller_rank(self) -> float:
+        """The smaller effective rank of the two factors."""
+        return min(self.split.effective_rank_delta, self.split.effective_rank_a)
+
+    @property
+    def log_correlation(self) -> float:
+        """Of log h and log h_kron over k."""
+        found = zip(self.layer.h.tolist(), self.split.h_kron.tolist(), strict=True)
+        pairs = [(math.log(h), math.log(k)) for h, k in found if h > 0 and k > 0]
+        return correlation([h for h, _ in pairs], [k for _, k in pairs])
+
+
+def _aligned(seeds: Sequence[Outcome]) -> list[Aligned]:
+    layers = chain.from_iterable(seed.last.layers.values() for seed in seeds)
+    found = [Aligned(layer, layer.alignment) for layer in layers if layer.alignment is not None]
+    return [x for x in found if not math.isnan(x.alpha) and not math.isnan(x.split.beta.exponent)]
 
 
 def kronecker(outcomes: Outcomes) -> Finding:
     """Effective ranks of the factors against the rank model, and the Kronecker curvature against the curvature."""
     rows, groups = [], {}
-    everything: list[LayerSpectrum] = []
+    every: list[Aligned] = []
     for name, seeds in outcomes.items():
-        layers = [layer for seed in seeds for layer in _with_factors(seed.last.layers.values())]
-        everything += layers
-        logs = [_log_correlation(layer) for layer in layers]
-        rows.append([name, str(len(layers)), *_ranks_by_winner(layers), f"{median(logs):.2f}"])
-        groups[name] = [_smaller_rank(layer) for layer in layers], [median(_finite(layer)) for layer in layers]
-    by_model = {model: _of_model(everything, model) for model in ("exponential", "lognormal", "power_law")}
-    found = [
-        "Smaller effective rank, median: "
-        + ", ".join(f"{model.replace('_', ' ')} {median(v):.1f} ({len(v)})" for model, v in by_model.items())
-        + ". "
-        + _low_rank(everything)
-        + f" log h and log h_kron correlate at {median([_log_correlation(x) for x in everything]):.2f} (median)."
+        layers = _aligned(seeds)
+        every += layers
+        of_models = [spread([x.smaller_rank for x in layers if x.winner == model], 1) for model in MODELS]
+        rows.append([name, str(len(layers)), *of_models, f"{median([x.log_correlation for x in layers]):.2f}"])
+        groups[name] = [x.smaller_rank for x in layers], [x.split.median_chi for x in layers]
+    medians = [
+        f"{model.replace('_', ' ')} {median(of_model):.1f} ({len(of_model)} layers)"
+        for model in MODELS
+        if (of_model := [x.smaller_rank for x in every if x.winner == model])
     ]
+    low = [x for x in every if x.smaller_rank < LOW_RANK]
+    exponential = sum(x.winner == "exponential" for x in low)
     return Finding(
         "Kronecker factors",
         "Do the spectra of C_A and C_delta decide which rank model the gradient follows, and how near does the "
@@ -38,7 +78,12 @@ def kronecker(outcomes: Outcomes) -> Finding:
         "Where one factor has an effective rank below 10 the gradient's spectrum is exponential: mean 4.7 for "
         "exponential, 19.4 for log-normal layers; log h_kron and log h correlate at 0.97. Its chi carries powers of "
         "the batch size, ours does not.",
-        found,
+        [
+            f"Smaller effective rank, median: {', '.join(medians)}. Of the {len(low)} layers with one below 10, "
+            f"{exponential} have an exponential spectrum. log h and log h_kron correlate at "
+            f"{median([x.log_correlation for x in every]):.2f} (median over layers), and the median of chi = h / h_kron is "
+            f"{median([x.split.median_chi for x in every]):.2f}."
+        ],
         ["network", "layers", "rank: exponential", "log-normal", "power law", "correlation of log h and log h_kron"],
         rows,
         clouds(
@@ -54,92 +99,74 @@ def alignment(outcomes: Outcomes) -> Finding:
     """alpha as a sum of three slopes."""
     rows, groups = [], {}
     for name, seeds in outcomes.items():
-        layers = [layer for seed in seeds for layer in _with_factors(seed.last.layers.values())]
-        for kind in dict.fromkeys(layer.kind for layer in layers):
-            slopes = {
-                "beta": [layer.alignment.beta.exponent for layer in layers if layer.kind == kind],
-                "phi": [layer.alignment.phi.exponent for layer in layers if layer.kind == kind],
-                "chi": [layer.alignment.chi_slope.exponent for layer in layers if layer.kind == kind],
-                "alpha": [layer.alpha.exponent for layer in layers if layer.kind == kind],
-            }
-            rows.append([name, kind, *(spread(values) for values in slopes.values())])
-            if kind != "embedding":
-                groups |= {f"{name}, {kind}: {part}": values for part, values in slopes.items() if part != "alpha"}
+        layers = _aligned(seeds)
+        for kind in dict.fromkeys(x.layer.kind for x in layers):
+            of_kind = [x for x in layers if x.layer.kind == kind]
+            slopes = _slopes(of_kind)
+            rows.append(
+                [name, kind, *(spread(values) for values in slopes.values()), spread([x.alpha for x in of_kind])]
+            )
+            shown = zip(("beta", "phi", "chi"), slopes.values(), strict=True)
+            groups |= {f"{name}, {kind.replace('_', ' ')}: {part}": values for part, values in shown}
     return Finding(
         "Alignment",
         "alpha = beta + phi + (slope of log chi): how much of it comes from the factors' eigenvalues, how much from "
         "how gradient directions lie in them, how much from what a Kronecker product misses? Over layers and seeds.",
-        "alpha near 2 in convolutions is where the three balance.",
-        ["The three add up to alpha in every layer, by the linearity of least squares."],
+        "The decomposition is the paper's; its published files hold eigenvalues and rho of 15 layers, not the slopes.",
+        [_parts([x for seeds in outcomes.values() for x in _aligned(seeds) if x.layer.alpha.r2 >= GOOD_FIT])],
         ["network", "kind", "beta", "phi", "slope of log chi", "alpha"],
         rows,
         strips(groups, "The three parts of alpha, a tick per layer and seed", "slope on log sigma"),
     )
 
 
+def _slopes(layers: Sequence[Aligned]) -> dict[str, list[float]]:
+    return {
+        "beta": [x.split.beta.exponent for x in layers],
+        "phi": [x.split.phi.exponent for x in layers],
+        "the slope of log chi": [x.split.chi_slope.exponent for x in layers],
+    }
+
+
+def _parts(layers: Sequence[Aligned]) -> str:
+    """How much of alpha is where, over all layers, and what goes with it."""
+    alpha, slopes = [x.alpha for x in layers], _slopes(layers)
+    means = ", ".join(f"{name} {spread(values)}" for name, values in slopes.items())
+    with_alpha = ", ".join(f"{name} {correlation(values, alpha):+.2f}" for name, values in slopes.items())
+    kronecker_only = [b + p for b, p in zip(slopes["beta"], slopes["phi"], strict=True)]
+    return (
+        f"Over the {len(layers)} layers with an r2 of at least 0.9: {means}, which add up to alpha {spread(alpha)} in "
+        f"every layer, by the linearity of least squares. Correlation with alpha: {with_alpha}; beta + phi, which is "
+        f"what the Kronecker factors know, {correlation(kronecker_only, alpha):+.2f}."
+    )
+
+
 def concentration(outcomes: Outcomes) -> Finding:
     """abs(alpha - 2) against the concentration ratio."""
-    rows, groups, every = [], {}, []
+    rows, groups = [], {}
+    every: list[tuple[float, float]] = []
     for name, seeds in outcomes.items():
-        layers = [layer for seed in seeds for layer in _with_factors(seed.last.layers.values())]
-        slack = [abs(1 - layer.alignment.concentration_ratio) for layer in layers]
-        gap = [abs(layer.alpha.exponent - 2) for layer in layers]
-        pairs = [(s, g) for s, g in zip(slack, gap, strict=True) if math.isfinite(s) and math.isfinite(g)]
+        layers = _aligned(seeds)
+        found = [(abs(1 - x.split.concentration_ratio), abs(x.alpha - 2)) for x in layers]
+        pairs = [pair for pair in found if all(map(math.isfinite, pair))]
         every += pairs
-        x, y = [s for s, _ in pairs], [g for _, g in pairs]
-        groups[name] = x, y
-        rows.append(
-            [
-                name,
-                str(len(pairs)),
-                spread([layer.alignment.concentration_ratio for layer in layers]),
-                spread(y),
-                f"{correlation(x, y):.2f}",
-                f"{correlation(ranks(x), ranks(y)):.2f}",
-            ]
-        )
-    x, y = [s for s, _ in every], [g for _, g in every]
+        groups[name] = [s for s, _ in pairs], [g for _, g in pairs]
+        ratios = spread([x.split.concentration_ratio for x in layers])
+        rows.append([name, str(len(pairs)), ratios, spread([g for _, g in pairs]), *_correlations(pairs)])
+    pearson, spearman = _correlations(every)
     return Finding(
         "Concentration ratio",
         "Is alpha far from 2 where (u^T delta)^2 and (v^T a)^2 are not independent, that is where the mean of their "
         "product over the product of their means is far from 1?",
         "A correlation of 0.48 between abs(alpha - 2) and abs(1 - ratio), over 5 layers of one network.",
-        [
-            f"Over {len(every)} layers of all networks and seeds the correlation is {correlation(x, y):.2f}, of ranks "
-            f"{correlation(ranks(x), ranks(y)):.2f}."
-        ],
+        [f"Over {len(every)} layers of all networks and seeds the correlation is {pearson}, of ranks {spearman}."],
         ["network", "layers", "ratio, median over k", "abs(alpha - 2)", "correlation", "of ranks"],
         rows,
         clouds(groups, "A point per layer and seed", ("abs(1 - concentration ratio)", "abs(alpha - 2)")),
     )
 
 
-def _with_factors(layers: Iterable[LayerSpectrum]) -> list[LayerSpectrum]:
-    return [layer for layer in layers if layer.alignment is not None and not math.isnan(layer.alpha.exponent)]
-
-
-def _smaller_rank(layer: LayerSpectrum) -> float:
-    return min(layer.alignment.effective_rank_delta, layer.alignment.effective_rank_a)
-
-
-def _of_model(layers: Iterable[LayerSpectrum], model: str) -> list[float]:
-    return [_smaller_rank(layer) for layer in layers if layer.rank_models.winner == model]
-
-
-def _ranks_by_winner(layers: list[LayerSpectrum]) -> list[str]:
-    return [spread(_of_model(layers, model), 1) for model in ("exponential", "lognormal", "power_law")]
-
-
-def _low_rank(layers: list[LayerSpectrum]) -> str:
-    low = [layer for layer in layers if _smaller_rank(layer) < LOW_RANK]
-    exponential = sum(layer.rank_models.winner == "exponential" for layer in low)
-    return f"Of {len(low)} layers with one below 10, {exponential} have an exponential spectrum."
-
-
-def _finite(layer: LayerSpectrum) -> list[float]:
-    return [value for value in layer.alignment.chi.tolist() if math.isfinite(value) and value > 0]
-
-
-def _log_correlation(layer: LayerSpectrum) -> float:
-    pairs = [(h, k) for h, k in zip(layer.h.tolist(), layer.alignment.h_kron.tolist(), strict=True) if h > 0 and k > 0]
-    return correlation([math.log(h) for h, _ in pairs], [math.log(k) for _, k in pairs])
+def _correlations(pairs: Sequence[tuple[float, float]]) -> list[str]:
+    x, y = [a for a, _ in pairs], [b for _, b in pairs]
+    found = (correlation(x, y), correlation(ranks(x), ranks(y)))
+    return [f"{value:.2f}" if math.isfinite(value) else "-" for value in found]
