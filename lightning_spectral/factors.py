@@ -18,6 +18,7 @@ from lightning_spectral.curvature import (
     Tap,
     Use,
     accumulation_dtype,
+    cause_of,
     groups_of,
     single_uses,
 )
@@ -156,15 +157,33 @@ def _seen(
     problem.run()
     uses, rest = single_uses(problem, names)
     notes |= rest
-    deltas = problem.output_gradients(uses.values())
+    deltas = _output_gradients(problem, uses, notes)
     last = {id(use): name for name, use in uses.items()}
     for name, use in uses.items():
         # Parts of a fused projection share one output; after the last of them it is let go.
         delta = deltas.pop(id(use), None) if last[id(use)] == name else deltas.get(id(use))
-        if delta is None:
-            notes[name] = "the loss does not depend on its output"
-        else:
+        if delta is not None:
             yield name, use, delta
+        elif name not in notes:
+            notes[name] = "the loss does not depend on its output"
+
+
+def _output_gradients(problem: Problem, uses: Mapping[str, Use], notes: dict[str, str]) -> dict[int, Tensor | None]:
+    """The gradients in these outputs; one at a time where all together fail, and then in ``notes`` why."""
+    try:
+        return problem.output_gradients(uses.values())
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+    found: dict[int, Tensor | None] = {}
+    for name, use in uses.items():
+        try:
+            found |= problem.output_gradients([use])
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            notes[name] = cause_of(error)
+    return found
 
 
 class _Inputs:

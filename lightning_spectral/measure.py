@@ -159,10 +159,6 @@ def measure_quietly(
         error = SecondDerivativeError if curvatures.failed else MeasurementError
         raise error("; ".join(by_cause(failed)))
     spectra = {name: _spectrum(name, layer, eps[name], measured, alignment) for name, layer in found.layers.items()}
-    unaligned = by_cause(
-        {name: f"no alignment: {x.alignment_note}" for name, x in spectra.items() if x.alignment_note and not x.note}
-        | {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
-    )
     return SpectralReport(
         layers=spectra,
         skipped=found.skipped,
@@ -175,7 +171,7 @@ def measure_quietly(
         precision=precision,
         top_k=top_k,
         seconds=time.perf_counter() - started,
-        warnings=(*notes, *losses.notes(), *curvatures.notes, *unaligned),
+        warnings=(*notes, *losses.notes(), *curvatures.notes, *_unaligned(spectra)),
         chosen=curvatures.chosen,
         check_error=curvatures.check_error,
     )
@@ -339,6 +335,15 @@ def _losses(
         )
 
 
+def _unaligned(spectra: Mapping[str, LayerSpectrum]) -> list[str]:
+    """What of the alignment that was asked for is not there, beside the layers that were not measured at all."""
+    missing = {
+        name: f"no alignment: {x.alignment_note}" for name, x in spectra.items() if x.alignment_note and not x.note
+    }
+    partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
+    return by_cause(missing | partly)
+
+
 def _spectrum(name: str, layer: MatrixLayer, eps: float, measured: Measured, alignment: bool) -> LayerSpectrum:
     triplets, curvatures, factored = measured.triplets.get(name), measured.curvatures, measured.alignment
     sigma = torch.zeros(0, dtype=torch.float64) if triplets is None else triplets.sigma.detach().cpu().double()
@@ -348,7 +353,7 @@ def _spectrum(name: str, layer: MatrixLayer, eps: float, measured: Measured, ali
     stderr = torch.zeros_like(h)
     if name in curvatures.stderr:
         stderr[: len(curvatures.stderr[name])] = curvatures.stderr[name]
-    missing = alignment and name not in factored.factors
+    why = factored.notes.get(name) or measured.failed.get(name) or "no direction above the noise floor"
     return LayerSpectrum.from_spectrum(
         sigma,
         h,
@@ -361,6 +366,6 @@ def _spectrum(name: str, layer: MatrixLayer, eps: float, measured: Measured, ali
         eps=eps,
         note=measured.failed.get(name, ""),
         factors=factored.factors.get(name),
-        alignment_note=factored.notes.get(name, "no direction above the noise floor") if missing else "",
+        alignment_note=why if alignment and name not in factored.factors else "",
         per_sample=factored.per_sample,
     )

@@ -79,7 +79,9 @@ def _measured(losses: Losses, curvature: str, top_k: int, most: int | None, alig
     pieces = losses.whole() if most is None else losses.pieces(most)
     in_one = len(pieces) == 1 and (most is not None or not losses.divisible)
     keep_graph = in_one and named is not None and named.differentiates_gradients
-    gradients, loss, problem = losses.gradients(pieces, keep_graph=keep_graph, outputs=alignment)
+    gradients, loss, problem = losses.gradients(
+        pieces, keep_graph=keep_graph, outputs=alignment and losses.samples is not None
+    )
     triplets, failed = _triplets(gradients, losses.layers, top_k)
     smallest = _smallest(gradients)
     del gradients

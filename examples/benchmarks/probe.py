@@ -5,7 +5,8 @@
 Networks: a ReLU ResNet (BatchNorm in eval mode), a GPT of 3 blocks and one of 12. In one run, for each: the time of a
 training step, of `measure_spectra` by each method, and, where curvlinops is installed, of one product with its Hessian
 operator of a layer, times layers and directions. Medians of the repeats, of which the slow methods get one; K = 20. A
-training step is timed before and after each. `alignment` is what the Kronecker factors add to `auto`. `memory` is the peak of what is allocated, in that of a training step.
+training step is timed before and after each. `memory` is the peak of what is allocated, in that of a training step.
+`alignment` is what the Kronecker factors of the layers add to `auto`.
 `svd` is the leading triplets of large matrices against a full SVD, both in float32, with errors against float64.
 """
 

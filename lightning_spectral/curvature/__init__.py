@@ -1,7 +1,15 @@
 """Directional curvatures h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T), H the Hessian block of one layer."""
 
 from lightning_spectral.curvature.output_hessian import loss_normalizer
-from lightning_spectral.curvature.problem import Curvature, Curvatures, Gradients, Place, Problem, accumulation_dtype
+from lightning_spectral.curvature.problem import (
+    Curvature,
+    Curvatures,
+    Gradients,
+    Place,
+    Problem,
+    accumulation_dtype,
+    cause_of,
+)
 from lightning_spectral.curvature.select import METHODS, check_method, measure_by
 from lightning_spectral.curvature.taps import Tap, groups_of, single_uses
 from lightning_spectral.curvature.trace import TRANSPOSED, Recorder, Use
@@ -18,6 +26,7 @@ __all__ = [
     "Tap",
     "Use",
     "accumulation_dtype",
+    "cause_of",
     "check_method",
     "groups_of",
     "loss_normalizer",
