@@ -70,7 +70,8 @@ class LayerAlignment:
         phi_k: Phi_k = rho_delta_k rho_A_k.
         h_kron: (u_k^T C_delta u_k)(v_k^T C_A v_k), which is Phi_k Lambda_delta_k Lambda_A_k.
         chi: h_k / h_kron_k, with h of the mean of the samples' losses; of a loss that is a sum over samples, h_k is
-            divided by their number. 1 where delta and a are independent and the Hessian is the Fisher matrix.
+            divided by their number. Where delta and a are independent and the Hessian is the Fisher matrix it is 1 for
+            one position, and from P positions, of which h_k holds the sum and h_kron_k the mean, P to P^2.
         concentration: E[(u_k^T delta)^2 (v_k^T a)^2] / (E[(u_k^T delta)^2] E[(v_k^T a)^2]).
         beta: Lambda_delta_k Lambda_A_k ~ sigma_k^beta, over the points of the fit of alpha, as the other two.
         phi: Phi_k ~ sigma_k^phi.

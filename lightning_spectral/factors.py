@@ -18,6 +18,7 @@ from lightning_spectral.curvature import (
     Tap,
     Use,
     accumulation_dtype,
+    cause_of,
     groups_of,
     single_uses,
 )
@@ -31,6 +32,9 @@ from lightning_spectral.svd import SingularTriplets
 
 SOME_SAMPLES = 8
 """In each of two parts of a batch, to see from their losses whether samples are summed or averaged."""
+
+CACHED = 2**18
+"""Entries of gradients in outputs that are brought into rows at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,18 +157,33 @@ def _seen(
     problem.run()
     uses, rest = single_uses(problem, names)
     notes |= rest
-    edges = {id(use): use.edge for use in uses.values() if use.edge is not None}
-    found = torch.autograd.grad(problem.value, list(edges.values()), retain_graph=True, allow_unused=True)
-    deltas = dict(zip(edges, found, strict=True))
-    del found
+    deltas = _output_gradients(problem, uses, notes)
     last = {id(use): name for name, use in uses.items()}
     for name, use in uses.items():
         # Parts of a fused projection share one output; after the last of them it is let go.
         delta = deltas.pop(id(use), None) if last[id(use)] == name else deltas.get(id(use))
-        if delta is None:
-            notes[name] = "the loss does not depend on its output"
-        else:
+        if delta is not None:
             yield name, use, delta
+        elif name not in notes:
+            notes[name] = "the loss does not depend on its output"
+
+
+def _output_gradients(problem: Problem, uses: Mapping[str, Use], notes: dict[str, str]) -> dict[int, Tensor | None]:
+    """The gradients in these outputs; one at a time where all together fail, and then in ``notes`` why."""
+    try:
+        return problem.output_gradients(uses.values())
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+    found: dict[int, Tensor | None] = {}
+    for name, use in uses.items():
+        try:
+            found |= problem.output_gradients([use])
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            notes[name] = cause_of(error)
+    return found
 
 
 class _Inputs:
@@ -218,17 +237,19 @@ class _Sums:
         # Which rows are of which sample does not matter here.
         raised = replace(use, input=_at_least_float32(use.input), time_first=None)
         tap = Tap(self.layer, raised, 1 if linear else delta.shape[0], shape)
-        left = tap.left(delta, self.triplets.u).square()
-        right = tap.right(self.triplets.v, self.groups).square()
+        left = tap.left(delta, self.triplets.u).square_()
+        right = tap.right(self.triplets.v, self.groups).square_()
         wide = accumulation_dtype(left)
         self.delta += left.sum(2).sum(0, dtype=wide).cpu()
         self.a += right.sum(2).sum(0, dtype=wide).cpu()
-        self.both += (left * right).sum(2).sum(0, dtype=wide).cpu()
+        self.both += left.mul_(right).sum(2).sum(0, dtype=wide).cpu()
         del left, right
         self.inputs.add(use, tap)
         rows_bmp, g = tap.rows(delta), self.layer.groups
-        b, m, p = rows_bmp.shape
-        self.outputs.add(rows_bmp.reshape(b, g, m // g, p).permute(1, 0, 3, 2).reshape(g, b * p, m // g))
+        _, m, p = rows_bmp.shape
+        # Some samples at a time, whose copy stays in a CPU's cache, but enough that n x n sums are few.
+        for part in torch.split(rows_bmp, max(1, max(CACHED // m, 4 * m) // p)):
+            self.outputs.add(part.reshape(len(part), g, m // g, p).permute(1, 0, 3, 2).reshape(g, -1, m // g))
 
     def factors(self) -> KroneckerFactors:
         """Means and eigenvalues."""

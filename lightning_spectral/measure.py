@@ -309,6 +309,15 @@ def _losses(
         )
 
 
+def _unaligned(spectra: Mapping[str, LayerSpectrum]) -> list[str]:
+    """What of the alignment that was asked for is not there, beside the layers that were not measured at all."""
+    missing = {
+        name: f"no alignment: {x.alignment_note}" for name, x in spectra.items() if x.alignment_note and not x.note
+    }
+    partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
+    return by_cause(missing | partly)
+
+
 def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, weights: Tensor | None) -> LayerSpectrum:
     layer, eps = losses.layers[name], losses.eps(name)
     curvatures, factored = measured.curvatures, measured.alignment
@@ -319,7 +328,7 @@ def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, w
         h[: len(curvatures.h[name])] = curvatures.h[name]
     if name in curvatures.stderr:
         stderr[: len(curvatures.stderr[name])] = curvatures.stderr[name]
-    unaligned = options.alignment and name not in factored.factors
+    why = factored.notes.get(name) or measured.failed.get(name) or "no direction above the noise floor"
     spectrum = LayerSpectrum.from_spectrum(
         sigma,
         h,
@@ -334,7 +343,7 @@ def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, w
         spectrum=measured.spectra.get(name, nothing),
         bootstrap=options.bootstrap,
         factors=factored.factors.get(name),
-        alignment_note=factored.notes.get(name, "no direction above the noise floor") if unaligned else "",
+        alignment_note=why if options.alignment and name not in factored.factors else "",
         per_sample=factored.per_sample,
     )
     if weights is not None:
@@ -358,11 +367,9 @@ def _fraction(spectrum: LayerSpectrum, traces: Curvatures) -> CurvatureFraction:
 def _left_out(measured: Measured, spectra: Mapping[str, LayerSpectrum], told: Sequence[str]) -> list[str]:
     """What was measured on request could not be had of which layers, beside what the layers' own notes say."""
     no_weights = {n: x.weights.note for n, x in spectra.items() if x.weights is not None and x.weights.note}
-    unaligned = {n: f"no alignment: {x.alignment_note}" for n, x in spectra.items() if x.alignment_note and not x.note}
-    unaligned |= {n: f"alignment: {x.alignment.note}" for n, x in spectra.items() if x.alignment and x.alignment.note}
     return [
         *(note for note in measured.traces.notes if note not in told),
         *(f"curvature_fraction: {text}" for text in by_cause(measured.traces.failed)),
         *(f"weight_spectra: {text}" for text in by_cause(no_weights)),
-        *by_cause(unaligned),
+        *_unaligned(spectra),
     ]

@@ -97,7 +97,9 @@ def _measured(losses: Losses, options: Options, most: int | None) -> Measured:
     pieces = losses.whole() if most is None else losses.pieces(most)
     in_one = len(pieces) == 1 and (most is not None or not losses.divisible)
     keep_graph = in_one and named is not None and named.differentiates_gradients
-    gradients, loss, problem = losses.gradients(pieces, keep_graph=keep_graph)
+    gradients, loss, problem = losses.gradients(
+        pieces, keep_graph=keep_graph, outputs=options.alignment and losses.samples is not None
+    )
     triplets, spectra, failed = _triplets(gradients, losses.layers, options)
     smallest = _smallest(gradients)
     del gradients

@@ -117,74 +117,93 @@ class Patches:
         """Whether `correlation` takes fewer products than the patches do."""
         if any(s != 1 for s in self.stride):
             return False
-        differences = math.prod(2 * k - 1 for k in self.kernel) * _volume(self.support)
-        places = math.prod(self.kernel)
-        border = sum(_volume(box) for i in self._places() for box in self._outside(i))
-        return differences + places * border < places**2 * math.prod(self.positions)
+        products = sum(_volume(term.box) * math.prod(term.places) for term in self._terms())
+        return products < math.prod(self.kernel) ** 2 * math.prod(self.positions)
 
     def correlation(self) -> Tensor:
         """The sum over samples and positions of a a^T, (g, n, n) in float64, for stride 1."""
         b = max(1, CHUNK // max(1, self.x[0].numel()))
         first, *rest = torch.split(self.x, b)
-        gram = self._correlation(first)
+        # Within a part rounding is that of one convolution; parts are summed in float64 where the device has it.
+        gram = self._correlation(first).to(torch.float32 if self.x.device.type == "mps" else torch.float64)
         for x in rest:
             gram += self._correlation(x)
         return gram
 
     def _correlation(self, x: Tensor) -> Tensor:
         """The same of some samples. Pairs i, j with i_0 > j_0, in the first dimension, are the others transposed."""
-        channels, (first, *rest) = self.x.shape[1] // self.groups, self.kernel
+        g, c = self.groups, self.x.shape[1] // self.groups
+        dims, places = len(self.kernel), math.prod(self.kernel)
         wide = F.pad(x, [side for reach in reversed(self.reach) for side in (reach, reach)])
-        everywhere = self._products(wide, x, self.support, (0, *self.reach[1:]), (first, *(2 * k - 1 for k in rest)))
-        wide_type = torch.float32 if x.device.type == "mps" else torch.float64
-        gram = x.new_zeros(self.groups, channels, *self.kernel, channels, *self.kernel, dtype=wide_type)
-        for i in self._places():
-            shifts = [slice(k - 1 - place, 2 * k - 1 - place) for k, place in zip(rest, i[1:], strict=True)]
-            pairs = _part(everywhere, [slice(first - i[0]), *shifts])
-            before = (0, *(place * d for place, d in zip(i[1:], self.dilation[1:], strict=True)))
-            for box in self._outside(i):
-                pairs = pairs - self._products(wide, x, box, before, (first - i[0], *rest))
-            row: tuple[Any, ...] = (slice(None), slice(None), *i, slice(None), slice(i[0], None))
-            gram[row] = pairs.reshape(self.groups, channels, *pairs.shape[1:])
-        gram = gram.flatten(3 + len(rest)).flatten(1, 2 + len(rest))
-        place = torch.arange(first, device=x.device).repeat_interleave(math.prod(rest)).repeat(channels)
-        gram = gram + gram.mT * (place[:, None] > place)
-        if not self.flipped:
-            return gram
-        by_place = gram.reshape(self.groups, channels, len(place) // channels, channels, -1)
-        return by_place.flip(2, 4).reshape(gram.shape)
+        gram = x.new_zeros(g, c, *self.kernel, c, *self.kernel)
+        for term in self._terms():
+            products = self._products(wide, x, term)
+            products = products.reshape(g, c, *products.shape[1:])
+            for i in product(*(range(k) if at is None else (at,) for at, k in zip(term.at, self.kernel, strict=True))):
+                row: tuple[Any, ...] = (slice(None), slice(None), *i, slice(None), slice(i[0], None))
+                gram[row].add_(_part(products, self._shifts(term, i)), alpha=term.sign)
+        gram = gram.flatten(2 + dims).flatten(1, 1 + dims)
+        first = torch.arange(places, device=x.device) // (places // self.kernel[0])
+        gram += gram.mT * (first[:, None] > first).repeat(c, c)
+        return gram.reshape(g, c, places, c, places).flip(2, 4).reshape(gram.shape) if self.flipped else gram
 
-    def _products(
-        self, wide: Tensor, x: Tensor, box: Sequence[Range], before: Sequence[int], places: Sequence[int]
-    ) -> Tensor:
+    def _terms(self) -> Iterator[_Term]:
+        """Correlations over boxes of x, whose sum is that over the output positions.
+
+        A place i lies at q for some output position where q is inside in each dimension; the product over dimensions of
+        1 - outside is multiplied out. Outside depends on i in one dimension alone, so one correlation serves others.
+        """
+        for chosen in product((False, True), repeat=len(self.kernel)):
+            places = (range(k) if c else (None,) for c, k in zip(chosen, self.kernel, strict=True))
+            for at in product(*places):
+                sides = [self._outside(e, i) if i is not None else [self.support[e]] for e, i in enumerate(at)]
+                for box in product(*sides):
+                    before = [r if i is None else i * d for i, r, d in zip(at, self.reach, self.dilation, strict=True)]
+                    spans = [2 * k - 1 if i is None else k for i, k in zip(at, self.kernel, strict=True)]
+                    before[0], spans[0] = 0, self.kernel[0] - (at[0] or 0)
+                    yield _Term(-1 if sum(chosen) % 2 else 1, at, box, tuple(before), tuple(spans))
+
+    def _shifts(self, term: _Term, i: Sequence[int]) -> list[slice]:
+        """Which of a term's places are the j of a pair i, j."""
+        shifts = [slice(None) if at is not None else slice(k - 1 - place, 2 * k - 1 - place)
+                  for at, place, k in zip(term.at, i, self.kernel, strict=True)]  # fmt: skip
+        return [slice(self.kernel[0] - i[0]), *shifts[1:]]
+
+    def _products(self, wide: Tensor, x: Tensor, term: _Term) -> Tensor:
         """(C, C / g, *places) of the sum over samples and q in the box of x[c, q] x[c', q - before + d t]."""
-        small = _part(x, [slice(*sides) for sides in box])
-        starts = [low - back + reach for (low, _), back, reach in zip(box, before, self.reach, strict=True)]
+        small = _part(x, [slice(*sides) for sides in term.box])
+        starts = [low - back + reach for (low, _), back, reach in zip(term.box, term.before, self.reach, strict=True)]
         ends = [
             start + high - low + d * (t - 1)
-            for start, (low, high), d, t in zip(starts, box, self.dilation, places, strict=True)
+            for start, (low, high), d, t in zip(starts, term.box, self.dilation, term.places, strict=True)
         ]
         large = _part(wide, [slice(*sides) for sides in zip(starts, ends, strict=True)])
-        shape = (x.shape[1], x.shape[1] // self.groups, *places)
-        weight_gradient = WEIGHT_GRADIENTS[len(box)]
+        shape = (x.shape[1], x.shape[1] // self.groups, *term.places)
+        weight_gradient = WEIGHT_GRADIENTS[len(term.box)]
         found: Tensor = weight_gradient(  # type: ignore[no-untyped-call]
             large, shape, small, dilation=self.dilation, groups=self.groups
         )
         return found
 
-    def _places(self) -> Iterator[tuple[int, ...]]:
-        return product(*(range(k) for k in self.kernel))
+    def _outside(self, dim: int, place: int) -> list[Range]:
+        """Where in one dimension the entries are that are not padding, and on which this place never lies."""
+        first, (low, high) = place * self.dilation[dim], self.support[dim]
+        sides = (low, min(high, first)), (max(low, first + self.positions[dim]), high)
+        return [side for side in sides if side[0] < side[1]]
 
-    def _outside(self, i: Sequence[int]) -> Iterator[tuple[Range, ...]]:
-        """Boxes of entries that are not padding, at which place i of the kernel never lies."""
-        inside: list[Range] = []
-        sizes = zip(i, self.dilation, self.positions, self.support, strict=True)
-        for e, (place, d, positions, (low, high)) in enumerate(sizes):
-            first, last = place * d, place * d + positions
-            for side in ((low, min(high, first)), (max(low, last), high)):
-                if side[0] < side[1]:
-                    yield (*inside, side, *self.support[e + 1 :])
-            inside.append((max(low, first), min(high, last)))
+
+@dataclass(frozen=True)
+class _Term:
+    """One correlation: its sign; the place of i in those dimensions where it is for that alone; the entries x[c, q].
+
+    ``places`` tells how many t there are per dimension of x[c', q - before + d t].
+    """
+
+    sign: int
+    at: tuple[int | None, ...]
+    box: tuple[Range, ...]
+    before: tuple[int, ...]
+    places: tuple[int, ...]
 
 
 def _part(x: Tensor, slices: Sequence[slice]) -> Tensor:

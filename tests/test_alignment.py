@@ -22,6 +22,7 @@ from lightning_spectral import LayerAlignment, SpectralProbe, SpectralReport, me
 from lightning_spectral import factors as factors_module
 from lightning_spectral import moments as moments_module
 from lightning_spectral.alignment import TENSORS, KroneckerFactors
+from lightning_spectral.curvature import Problem
 from lightning_spectral.factors import _Sums
 from lightning_spectral.fits import entropy_rank, fit_power_law
 from lightning_spectral.layers import find_layers
@@ -263,12 +264,15 @@ def test_layers_without_alignment_say_why():
     model, batch = Case("", Odd, vectors, cross_entropy).build()
     with pytest.warns(UserWarning, match="twice.weight: no alignment: it is used 2 times"):
         report = aligned(model, batch, cross_entropy)
-    assert {name: layer.alignment_note for name, layer in report.layers.items() if layer.alignment_note} == {
+    notes = {name: layer.alignment_note for name, layer in report.layers.items() if layer.alignment_note}
+    assert notes.pop("dead.weight").startswith("the loss does not depend on it")
+    assert notes == {
         "matrix": "it is not applied by linear or a convolution",
         "twice.weight": "it is used 2 times",
-        "dead.weight": "no direction above the noise floor",
     }
     adds_up(report.layers["last.weight"])
+    silent = measure_spectra(model, batch, lambda m, b: cross_entropy(m, b) + 0 * m.dead(b[0]).sum(), alignment=True)
+    assert silent.layers["dead.weight"].alignment_note == "no direction above the noise floor"
     assert sum("dead.weight" in text for text in report.problems()) == 1
 
 
@@ -302,6 +306,31 @@ def test_a_layer_that_fails_stops_no_other(monkeypatch):
     assert report.layers["2.weight"].alignment_note == "RuntimeError: no luck"
     assert not math.isnan(report.layers["2.weight"].alpha.exponent)
     adds_up(report.layers["0.weight"])
+
+
+def test_a_backward_pass_that_fails_stops_no_other_layer(monkeypatch):
+    real = Problem.output_gradients
+
+    def broken(self, uses):
+        uses = list(uses)
+        if any(use.output.shape[-1] == 7 for use in uses):
+            raise RuntimeError("no luck")
+        return real(self, uses)
+
+    monkeypatch.setattr(Problem, "output_gradients", broken)
+    report = aligned(*CASES[0].build(), cross_entropy)
+    assert report.layers["2.weight"].alignment_note == "its backward pass failed: no luck"
+    adds_up(report.layers["0.weight"])
+    adds_up(report.layers["4.weight"])
+
+
+def test_gradients_in_outputs_are_those_of_a_pass_of_their_own():
+    model, batch = CASES[5].build()
+    report = aligned(model, batch, cross_entropy, curvature="ggn")
+    same(aligned(model, batch, cross_entropy, curvature="exact", micro_batch_size=12),
+         aligned(model, batch, cross_entropy, curvature="exact"))  # fmt: skip
+    for name, layer in aligned(model, batch, cross_entropy).layers.items():
+        torch.testing.assert_close(report.layers[name].alignment.h_kron, layer.alignment.h_kron)
 
 
 def test_a_failure_of_all_is_noted(monkeypatch):

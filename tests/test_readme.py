@@ -13,7 +13,7 @@ from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
 from lightning_spectral.callbacks.alphas import ALPHA_KEY
 from lightning_spectral.callbacks.probe import PROBE_KEYS
 from lightning_spectral.record import REPORT_KEYS
-from lightning_spectral.spectrum import LAYER_KEYS
+from lightning_spectral.spectrum import ALIGNMENT_KEYS, LAYER_KEYS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def test_yaml_snippets_build_probes_and_optimizers():
 
 
 def test_every_logged_key_is_documented():
-    for key in LAYER_KEYS:
+    for key in (*LAYER_KEYS, *ALIGNMENT_KEYS):
         assert f"`{key.name}`" in README, key.name
     assert f"`{ALPHA_KEY}`" in README
     for key in (*REPORT_KEYS, *PROBE_KEYS):

@@ -2,7 +2,15 @@
 
 from lightning_spectral.curvature.hutchinson import HutchinsonTrace
 from lightning_spectral.curvature.output_hessian import loss_normalizer
-from lightning_spectral.curvature.problem import Curvature, Curvatures, Gradients, Place, Problem, accumulation_dtype
+from lightning_spectral.curvature.problem import (
+    Curvature,
+    Curvatures,
+    Gradients,
+    Place,
+    Problem,
+    accumulation_dtype,
+    cause_of,
+)
 from lightning_spectral.curvature.select import METHODS, check_method, measure_by
 from lightning_spectral.curvature.taps import Tap, groups_of, single_uses
 from lightning_spectral.curvature.trace import TRANSPOSED, Recorder, Use
@@ -20,6 +28,7 @@ __all__ = [
     "Tap",
     "Use",
     "accumulation_dtype",
+    "cause_of",
     "check_method",
     "groups_of",
     "loss_normalizer",

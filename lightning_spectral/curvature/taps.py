@@ -41,8 +41,7 @@ class Tap:
     @property
     def edge(self) -> GradientEdge:
         """Where z stands in the graph."""
-        if self.use.edge is None:
-            raise MeasurementError(f"{self.layer.name} was applied without a gradient")
+        assert self.use.edge is not None
         return self.use.edge
 
     @staticmethod
@@ -114,7 +113,7 @@ def single_uses(problem: Problem, names: Iterable[str]) -> tuple[dict[str, Use],
     found, rest = {}, {}
     for name in names:
         leaf = problem.parameters[name]
-        uses = problem.trace.uses.get(id(leaf), [])
+        uses = [use for use in problem.trace.uses.get(id(leaf), []) if use.edge is not None]
         if len(uses) == 1 and counts[id(leaf)] == 1:
             found[name] = uses[0]
         else:
