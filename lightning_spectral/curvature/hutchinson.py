@@ -54,7 +54,7 @@ class HutchinsonTrace:
     seed: int = 0
     name: str = "trace"
     differentiates_gradients: bool = False
-    memory: float = 4.0
+    memory: float = 6.2
 
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """(N,) draws for each layer in ``directions``."""
@@ -80,27 +80,28 @@ class HutchinsonTrace:
         taps, zeros, gradients = perturbed(problem, taps)
 
         def product(moves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            scaled = [move * self._scale(name) for name, move in moves.items()]
-            found = torch.autograd.grad(gradients, zeros, scaled, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(gradients, zeros, list(moves.values()), retain_graph=True, allow_unused=True)
             return {
-                name: torch.zeros_like(zero) if part is None else part / self._scale(name)
+                name: torch.zeros_like(zero) if part is None else part
                 for name, zero, part in zip(taps, zeros, found, strict=True)
             }
 
         generator = _generator(self.seed, problem)
-        half = {name: half_of(tap.samples).float()[:, None] for name, tap in taps.items()}
+        half = {name: half_of(tap.samples)[:, None] * self._scale(name) for name, tap in taps.items()}
         check_samples_apart(taps, product(_moves(taps, generator, half)))
+        scales = {name: torch.tensor(self._scale(name)) for name in taps}
         draws = []
         for _ in range(self.draws):
-            moves = _moves(taps, generator)
+            moves = _moves(taps, generator, scales)
             moved = product(moves)
-            draws.append([_dot(moves[name], moved[name]) for name in taps])
+            draws.append([_dot(moves[name], moved[name]) / self._scale(name) ** 2 for name in taps])
         drawn = torch.tensor(draws, dtype=torch.float64)
         return {name: drawn[:, i] for i, name in enumerate(taps)}
 
     def _scale(self, name: str) -> float:
+        """About 1 / sqrt(sum_k h_k), a power of 2, by which signs are multiplied without rounding."""
         held = float(self.h[name].nansum().abs()) if name in self.h else 1.0
-        return 1 / math.sqrt(held) if held else 1.0
+        return 2.0 ** max(-60, min(60, round(-math.log2(held) / 2))) if held else 1.0
 
     def _whole(self, problem: Problem, names: list[str]) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
         """One z for all samples, with products in the weights; where those fail together, for each layer by itself."""
@@ -151,15 +152,12 @@ def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape, dtype=torch.float32).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
-def _moves(
-    taps: Mapping[str, Tap], generator: torch.Generator, keep: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Moves of the layers' outputs along random signs u_b v_b^T; keep: (B, 1), 0 for samples that stay."""
+def _moves(taps: Mapping[str, Tap], generator: torch.Generator, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Moves of the layers' outputs along random signs u_b v_b^T, times a scale or one for each sample (B, 1)."""
     moves = {}
     for name, tap in taps.items():
-        m, n = tap.layer.shape
-        u, v = (_random_signs((tap.samples, size), generator) for size in (m, n))
-        moves[name] = tap.moved_by_sample(u if keep is None else u * keep[name], v)
+        u, v = (_random_signs((tap.samples, size), generator) for size in tap.layer.shape)
+        moves[name] = tap.moved_by_sample(u * scales[name], v)
     return moves
 
 

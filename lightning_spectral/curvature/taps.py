@@ -60,7 +60,7 @@ class Tap:
         filters = filters.reshape(k, g * ins, *kernel)
         if self.use.function in TRANSPOSED:
             filters = filters.transpose(0, 1)
-        return self.use.function(a, filters, None, **options).reshape(self.samples, k, -1)  # type: ignore[no-any-return]
+        return self.by_sample(self.use.function(a, filters, None, **options))
 
     def left(self, r: Tensor, u: Tensor) -> Tensor:
         """u_k^T r, (B, K, P), of a tensor in the layout of z."""
@@ -75,7 +75,9 @@ class Tap:
             whole[slice(*self.layer.rows)] = u
             u = whole
         if not self.channels_last:
-            return (u @ c_bkp).reshape(z.shape)
+            move_bmp = u @ c_bkp
+            images = z.shape[0] // self.samples
+            return move_bmp.reshape(*move_bmp.shape[:2], images, -1).transpose(1, 2).reshape(z.shape)
         rows_pb = c_bkp.permute(2, 0, 1) if self.use.time_first else c_bkp.mT
         return (rows_pb @ u.T).reshape(z.shape)
 
@@ -107,7 +109,8 @@ class Tap:
     def by_sample(self, x: Tensor) -> Tensor:
         """(B, channels, P)."""
         if not self.channels_last:
-            return x.reshape(self.samples, x.shape[1], -1)
+            # A sample may be several images: their pixels are its positions.
+            return x.reshape(self.samples, -1, x.shape[1], x.shape[2:].numel()).transpose(1, 2).flatten(2)
         if self.use.time_first:
             return x.reshape(-1, self.samples, x.shape[-1]).permute(1, 2, 0)
         return x.reshape(self.samples, -1, x.shape[-1]).transpose(1, 2)
