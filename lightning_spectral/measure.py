@@ -354,7 +354,7 @@ def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, w
 
 def _fraction(spectrum: LayerSpectrum, traces: Curvatures) -> CurvatureFraction:
     if spectrum.name not in traces.h:
-        return CurvatureFraction.missing(spectrum.note or "it has no direction above the noise floor")
+        return CurvatureFraction.missing(traces.failed.get(spectrum.name, spectrum.note))
     return CurvatureFraction.of(
         traces.h[spectrum.name],
         spectrum.h,

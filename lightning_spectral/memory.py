@@ -124,7 +124,10 @@ def _measured(losses: Losses, options: Options, most: int | None) -> Measured:
     traces = Curvatures({}, "")
     if options.curvature_fraction:
         measurable = {name: t for name, t in directions.items() if name not in curvatures.failed}
-        traces = measure(HutchinsonTrace(options.curvature_fraction), measurable)
+        try:
+            traces = measure(HutchinsonTrace(options.curvature_fraction, curvatures.h), measurable)
+        except MeasurementError as error:
+            traces = Curvatures({}, "", dict.fromkeys(measurable, str(error)))
     failed |= curvatures.failed
     return Measured(triplets, spectra, curvatures, traces, failed, loss, losses.in_use, factored)
 

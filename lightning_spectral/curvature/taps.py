@@ -67,7 +67,7 @@ class Tap:
         filters = filters.reshape(k, g * ins, *kernel)
         if self.use.function in TRANSPOSED:
             filters = filters.transpose(0, 1)
-        return self.use.function(a, filters, None, **options).reshape(self.samples, k, -1)  # type: ignore[no-any-return]
+        return self.by_sample(self.use.function(a, filters, None, **options))
 
     def left(self, r: Tensor, u: Tensor) -> Tensor:
         """u_k^T r, (B, K, P), of a tensor in the layout of z."""
@@ -82,14 +82,42 @@ class Tap:
             whole[slice(*self.layer.rows)] = u
             u = whole
         if not self.channels_last:
-            return (u @ c_bkp).reshape(z.shape)
+            move_bmp = u @ c_bkp
+            images = z.shape[0] // self.samples
+            return move_bmp.reshape(*move_bmp.shape[:2], images, -1).transpose(1, 2).reshape(z.shape)
         rows_pb = c_bkp.permute(2, 0, 1) if self.use.time_first else c_bkp.mT
         return (rows_pb @ u.T).reshape(z.shape)
+
+    def moved_by_sample(self, u_bm: Tensor, v_bn: Tensor) -> Tensor:
+        """u_b (v_b^T a_b), each sample with a direction of its own, as a tensor in the layout of z."""
+        a, z = self.use.input, self.use.output
+        u, v = self._whole_rows(u_bm.to(a)), v_bn.to(a)
+        if self.channels_last:
+            c_bp = (v[:, None] @ self.by_sample(a)).squeeze(1)
+            move_bmp = u[:, :, None] * c_bp[:, None]
+            return (move_bmp.permute(2, 0, 1) if self.use.time_first else move_bmp.mT).reshape(z.shape)
+        # A sample may be several images; of each image, every group of channels is convolved with the same v.
+        images, g, kernel = a.shape[0], self.layer.groups, self.shape[2:]
+        u, v = (x.repeat_interleave(images // self.samples, 0) for x in (u, v))
+        filters = v.reshape(images, 1, -1, *kernel).repeat(1, g, *[1] * (1 + len(kernel))).flatten(0, 1)
+        if self.use.function in TRANSPOSED:
+            filters = filters.flatten(0, 1).unsqueeze(1)
+        options = {**self.use.options, "groups": images * g}
+        c_bgp = self.use.function(a.flatten(0, 1).unsqueeze(0), filters, None, **options).reshape(images, g, 1, -1)
+        return (u.reshape(images, g, -1, 1) * c_bgp).reshape(z.shape)  # type: ignore[no-any-return]
+
+    def _whole_rows(self, u_bm: Tensor) -> Tensor:
+        if self.layer.rows is None:
+            return u_bm
+        whole = u_bm.new_zeros(len(u_bm), self.use.output.shape[-1 if self.channels_last else 1])
+        whole[:, slice(*self.layer.rows)] = u_bm
+        return whole
 
     def by_sample(self, x: Tensor) -> Tensor:
         """(B, channels, P)."""
         if not self.channels_last:
-            return x.reshape(self.samples, x.shape[1], -1)
+            # A sample may be several images: their pixels are its positions.
+            return x.reshape(self.samples, -1, x.shape[1], x.shape[2:].numel()).transpose(1, 2).flatten(2)
         if self.use.time_first:
             return x.reshape(-1, self.samples, x.shape[-1]).permute(1, 2, 0)
         return x.reshape(self.samples, -1, x.shape[-1]).transpose(1, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from examples.paper.finding import Finding, Outcomes, correlation, ranks, spread
 from examples.paper.outcome import Outcome
@@ -56,7 +56,8 @@ def _aligned(seeds: Sequence[Outcome]) -> list[Aligned]:
 
 def kronecker(outcomes: Outcomes) -> Finding:
     """Effective ranks of the factors against the rank model, and the Kronecker curvature against the curvature."""
-    rows, groups = [], {}
+    rows: list[list[str]] = []
+    groups: dict[str, Any] = {}
     every: list[Aligned] = []
     for name, seeds in outcomes.items():
         layers = _aligned(seeds)
@@ -81,8 +82,8 @@ def kronecker(outcomes: Outcomes) -> Finding:
         [
             f"Smaller effective rank, median: {', '.join(medians)}. Of the {len(low)} layers with one below 10, "
             f"{exponential} have an exponential spectrum. log h and log h_kron correlate at "
-            f"{median([x.log_correlation for x in every]):.2f} (median over layers), and the median of chi = h / h_kron is "
-            f"{median([x.split.median_chi for x in every]):.2f}."
+            f"{median([x.log_correlation for x in every]):.2f} (median over layers); the median of chi "
+            f"is {median([x.split.median_chi for x in every]):.2f}."
         ],
         ["network", "layers", "rank: exponential", "log-normal", "power law", "correlation of log h and log h_kron"],
         rows,
@@ -97,7 +98,8 @@ def kronecker(outcomes: Outcomes) -> Finding:
 
 def alignment(outcomes: Outcomes) -> Finding:
     """alpha as a sum of three slopes."""
-    rows, groups = [], {}
+    rows: list[list[str]] = []
+    groups: dict[str, Any] = {}
     for name, seeds in outcomes.items():
         layers = _aligned(seeds)
         for kind in dict.fromkeys(x.layer.kind for x in layers):
@@ -143,7 +145,8 @@ def _parts(layers: Sequence[Aligned]) -> str:
 
 def concentration(outcomes: Outcomes) -> Finding:
     """abs(alpha - 2) against the concentration ratio."""
-    rows, groups = [], {}
+    rows: list[list[str]] = []
+    groups: dict[str, Any] = {}
     every: list[tuple[float, float]] = []
     for name, seeds in outcomes.items():
         layers = _aligned(seeds)
