@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint ablation clean
+.PHONY: demo test lint ablation baselines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -24,6 +24,10 @@ lint: $(READY)
 # Optimizers side by side, three seeds each: examples/ablation.
 ablation: $(READY)
 	$(BIN)/python examples/ablation/run.py
+
+# The pictures that tests/test_figure_images.py compares with. Look at them before committing them.
+baselines: $(READY)
+	$(BIN)/python tests/test_figure_images.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
