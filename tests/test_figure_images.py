@@ -28,7 +28,7 @@ same_version = pytest.mark.skipif(
 DPI = 40
 
 TOLERANCE = 0.005
-"""Root mean square difference of pixels in [0, 1]: above rounding, below one kind of layer in another colour (0.009)."""
+"""Root mean square difference of pixels in [0, 1]; one kind of layer in another colour makes 0.009."""
 
 BLOCK = 3
 """Pixels along each side that are averaged first, so that the edges of letters count little."""

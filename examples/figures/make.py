@@ -1,15 +1,18 @@
 """Train the demo's two networks, a probe every few steps on a fixed batch, and draw the figures of the README.
 
-python examples/figures/make.py              # the README's two, into this folder: about a minute on one CPU core
+python examples/figures/make.py              # the README's two, into this folder: some minutes on one CPU core
 python examples/figures/make.py --all FOLDER # every figure of both networks
 """
 
 from __future__ import annotations
 
 import argparse
+from io import BytesIO
 from pathlib import Path
 
 import pytorch_lightning as pl
+from matplotlib.figure import Figure
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralProbe, SpectralReport
@@ -19,8 +22,8 @@ from lightning_spectral.report import figures
 PROBES = 10
 """Of one run, and one before its first step."""
 
-DPI = 130
-"""Of the README's figures, which it shows at their full width."""
+DPI = 150
+"""Of the README's figures."""
 
 
 def train(experiment: Experiment) -> list[SpectralReport]:
@@ -43,8 +46,15 @@ def train(experiment: Experiment) -> list[SpectralReport]:
 def draw_readme(histories: dict[str, list[SpectralReport]], folder: Path) -> None:
     """The two figures that the README shows."""
     resnet, gpt = histories["resnet-digits"], histories["gpt-python"]
-    figures.plot_power_law(resnet[-1]).savefig(folder / "resnet_power_law.png", dpi=DPI)
-    figures.plot_alpha_over_training(gpt).savefig(folder / "gpt_alpha_over_training.png", dpi=DPI)
+    save_small(figures.plot_power_law(resnet[-1]), folder / "resnet_power_law.png")
+    save_small(figures.plot_alpha_over_training(gpt), folder / "gpt_alpha_over_training.png")
+
+
+def save_small(figure: Figure, path: Path) -> None:
+    """Write a PNG of 64 colours, a quarter of the size of one in full colour."""
+    with BytesIO() as buffer:
+        figure.savefig(buffer, dpi=DPI)
+        Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def draw_all(histories: dict[str, list[SpectralReport]], folder: Path) -> None:
