@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint ablation paper clean
+.PHONY: demo test lint ablation paper baselines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -28,6 +28,10 @@ ablation: $(READY)
 # The paper's experiments at a small size: examples/paper.
 paper: $(READY)
 	$(BIN)/python examples/paper/run.py
+
+# The pictures that tests/test_figure_images.py compares with. Look at them before committing them.
+baselines: $(READY)
+	$(BIN)/python tests/test_figure_images.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

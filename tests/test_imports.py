@@ -46,7 +46,9 @@ ALLOWED = {
     "analysis": {"record", "spectrum"},
     "summary": {"analysis", "errors", "record"},
     "optim": {"errors", "kinds", "layers", "optim", "precision"},
-    "report": {"", "analysis", "errors", "record", "report", "spectrum", "summary"},
+    "report": {
+        "", "analysis", "errors", "fits", "kinds", "optim", "record", "report", "spectrum", "summary",
+    },
     "callbacks": {
         "batch", "callbacks", "curvature", "errors", "kinds", "layers", "loss", "measure", "optim", "options", "quiet",
         "record", "spectrum",
@@ -95,11 +97,12 @@ def run_python(code):
 def test_measuring_works_without_lightning_and_wandb():
     done = run_python(
         "import sys\n"
-        "for name in ('pytorch_lightning', 'lightning', 'wandb', 'torchmetrics', 'sklearn', 'pandas'):\n"
+        "for name in ('pytorch_lightning', 'lightning', 'wandb', 'torchmetrics', 'sklearn', 'pandas', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "import torch\n"
         "from lightning_spectral import measure_spectra\n"
         "model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6))\n"
+        "import lightning_spectral.report.figures\n"
         "print(measure_spectra(model, torch.randn(64, 6), lambda m, x: m(x).square().mean()))\n"
         "try:\n    from lightning_spectral import SpectralProbe\nexcept ImportError as error:\n    print(error)\n"
     )

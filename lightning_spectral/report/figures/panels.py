@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 MAX_PANELS = 12
 """Of one figure, which with three in a row is a page."""
 
-PANEL = 1.75
-"""Least width of a panel in inches."""
+PANEL, PANEL_NAME = 1.75, 20
+"""Least width of a panel in inches, and characters of a layer's name that fit above it."""
 
 MARKS = {
     "negative": ("v", "h < 0, on the bottom edge"),
@@ -171,7 +171,7 @@ def _power_law(axes: Axes, layer: LayerSpectrum) -> set[str]:
     used, sigma, h = fitted_points(layer), layer.sigma, layer.h
     positive = (h > 0) & (sigma > 0)
     axes.set(xscale="log", yscale="log")
-    axes.set_title(short_name(layer.name))
+    axes.set_title(short_name(layer.name, PANEL_NAME), fontsize=7)
     _frame(axes, sigma[positive | (sigma > layer.noise_floor)], h[positive])
     if bool(used.any()):
         _fit_line(axes, layer, sigma[used])
@@ -246,7 +246,7 @@ def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:
     values = rank_values(layer)
     noise = layer.sigma[(layer.sigma <= layer.noise_floor) & (layer.sigma > 0)]
     axes.set(xscale="log", yscale="log")
-    axes.set_title(short_name(layer.name))
+    axes.set_title(short_name(layer.name, PANEL_NAME), fontsize=7)
     points: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 3.5}
     axes.plot(range(1, len(values) + 1), values.numpy(), label="sigma", **points)
     ranks = range(len(values) + 1, len(values) + len(noise) + 1)

@@ -147,6 +147,9 @@ def canvas(width: float, height: float, *, dark: bool) -> Iterator[Figure]:
     with style.context(["default", {**STYLE, **(DARK if dark else {})}]):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
+        for axes in figure.axes:
+            # How many ticks there are goes by the size of their labels, in the settings in force if none is set.
+            axes.tick_params(labelsize=STYLE["xtick.labelsize"])
         figure.draw_without_rendering()
 
 
@@ -218,7 +221,7 @@ def title(figure: Figure, text: str, reports: Sequence[SpectralReport], note: st
     figure.set_figheight(figure.get_figheight() + TITLE_LINE * len(lines))
 
 
-def short_name(name: str) -> str:
+def short_name(name: str, length: int = NAME_LENGTH) -> str:
     """A layer's name without ".weight"; where it is long its parts from the left shrink to a letter, numbers stay.
 
     >>> short_name("blocks.0.conv1.weight"), short_name("model.decoder.layers.11.self_attn.q_proj.weight")
@@ -226,10 +229,10 @@ def short_name(name: str) -> str:
     """
     parts = name.removesuffix(".weight").split(".")
     for i, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) > NAME_LENGTH and not part.isdigit():
+        if len(".".join(parts)) > length and not part.isdigit():
             parts[i] = part[:1]
     name = ".".join(parts)
-    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def name_ticks(axis: Axis, names: Sequence[str], room: float) -> None:
