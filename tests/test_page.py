@@ -21,7 +21,7 @@ from lightning_spectral.summary import summary
 
 HOSTILE = [
     "<script>alert(1)</script>", "</script><!--", "]]><b>&amp;", "a\u2028b\u2029c",
-    "<!--=data-->/*=script*/", '"\'`${1}\\',
+    "<!--=data-->/*=page*/", '"\'`${1}\\',
     "<a href='javascript:alert(1)'>x</a>", "\ud800",
 ]  # fmt: skip
 

@@ -109,7 +109,9 @@ def test_a_row_opens_its_layer(opened, steps):
     assert opened.evaluate("document.getElementById('layer-title').textContent") == "head"
     assert opened.evaluate("location.hash") == "#layer=head.weight"
     assert opened.evaluate("document.activeElement.id") == "layer"
-    opened.wait("document.getElementById('layer').getBoundingClientRect().top < innerHeight / 2")
+    below = "document.getElementById('toolbar').getBoundingClientRect().bottom"
+    title = "document.getElementById('layer-title').getBoundingClientRect().top"
+    opened.wait(f"{below} < {title} && {title} < innerHeight / 2")
     assert opened.evaluate("document.querySelector('tr[aria-current]').textContent").startswith("head")
     assert law(opened) == pytest.approx(steps[-1].layers["head.weight"].sigma[:18].tolist(), rel=1e-5)
     assert law(opened) != before

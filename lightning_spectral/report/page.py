@@ -82,8 +82,7 @@ def page(run: Run, *, title: str | None = None) -> str:
         "style": _asset("page.css"),
         "plotly": base64.b64encode(compressed).decode(),
         "data": script_json(data),
-        "plots": _asset("plots.js"),
-        "script": _asset("page.js"),
+        **{name: _asset(f"{name}.js") for name in ("figures", "overview", "layer", "page")},
     }
     # In one pass: what is put in may look like a place to put something.
     return re.sub(

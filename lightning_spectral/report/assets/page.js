@@ -21,18 +21,80 @@ const spectraOf = (layer) => data.probes[state.probe].spectra?.[layer];
 // head, what a cell says, what it sorts by, what the column means
 const COLUMNS = [
   { key: "layer", head: "layer", sort: (i) => i, text: (i) => short(data.layers[i]), meaning: "sorts by depth" },
-  { key: "kind", head: "kind", sort: (i) => data.kinds[i], text: (i) => data.kinds[i], meaning: "inferred from the module's structure", words: true },
-  { key: "shape", head: "shape", sort: (i) => data.shapes[i].split("×").reduce((a, b) => a * parseFloat(b), 1), text: (i) => data.shapes[i], meaning: "of the matrix; sorts by its entries" },
-  { key: "alpha", head: "alpha ± se", sort: of("alpha"), text: (i) => (known(of("alpha")(i)) ? `${fixed(of("alpha")(i))} ± ${fixed(of("alpha_stderr")(i))}` : "–"), meaning: data.meanings.alpha },
-  { key: "r2_alpha", head: "r2", sort: of("r2_alpha"), text: (i) => fixed(of("r2_alpha")(i)), meaning: data.meanings.r2_alpha },
+  {
+    key: "kind",
+    head: "kind",
+    sort: (i) => data.kinds[i],
+    text: (i) => data.kinds[i],
+    meaning: "inferred from the module's structure",
+    words: true,
+  },
+  {
+    key: "shape",
+    head: "shape",
+    sort: (i) => data.shapes[i].split("×").reduce((a, b) => a * parseFloat(b), 1),
+    text: (i) => data.shapes[i],
+    meaning: "of the matrix; sorts by its entries",
+  },
+  {
+    key: "alpha",
+    head: "alpha ± se",
+    sort: of("alpha"),
+    text: (i) => (known(of("alpha")(i)) ? `${fixed(of("alpha")(i))} ± ${fixed(of("alpha_stderr")(i))}` : "–"),
+    meaning: data.meanings.alpha,
+  },
+  {
+    key: "r2_alpha",
+    head: "r2",
+    sort: of("r2_alpha"),
+    text: (i) => fixed(of("r2_alpha")(i)),
+    meaning: data.meanings.r2_alpha,
+  },
   { key: "gamma", head: "gamma", sort: of("gamma"), text: (i) => fixed(of("gamma")(i)), meaning: data.meanings.gamma },
   { key: "s", head: "s", sort: of("s"), text: (i) => fixed(of("s")(i)), meaning: data.meanings.s },
-  { key: "product", head: "α·γ", sort: (i) => product(data, state.probe, i), text: (i) => fixed(product(data, state.probe, i)), meaning: "alpha times gamma, which the transfer identity says is s" },
-  { key: "transfer_error", head: "error", sort: of("transfer_error"), text: (i) => percent(of("transfer_error")(i)), meaning: data.meanings.transfer_error },
-  { key: "pr_curvature", head: "PR_h", sort: of("pr_curvature"), text: (i) => fixed(of("pr_curvature")(i)), meaning: data.meanings.pr_curvature },
-  { key: "zeta_bound", head: "zeta", sort: of("zeta_bound"), text: (i) => fixed(of("zeta_bound")(i)), meaning: data.meanings.zeta_bound },
-  { key: "points", head: "points", sort: of("points"), text: (i) => (known(of("points")(i)) ? String(of("points")(i)) + (spectraOf(i) ? `/${spectraOf(i).sigma.length}` : "") : "–"), meaning: data.meanings.points },
-  { key: "negative_curvature", head: "h < 0", sort: of("negative_curvature"), text: (i) => fixed(of("negative_curvature")(i), 0), meaning: data.meanings.negative_curvature },
+  {
+    key: "product",
+    head: "α·γ",
+    sort: (i) => product(data, state.probe, i),
+    text: (i) => fixed(product(data, state.probe, i)),
+    meaning: "alpha times gamma, which the transfer identity says is s",
+  },
+  {
+    key: "transfer_error",
+    head: "error",
+    sort: of("transfer_error"),
+    text: (i) => percent(of("transfer_error")(i)),
+    meaning: data.meanings.transfer_error,
+  },
+  {
+    key: "pr_curvature",
+    head: "PR_h",
+    sort: of("pr_curvature"),
+    text: (i) => fixed(of("pr_curvature")(i)),
+    meaning: data.meanings.pr_curvature,
+  },
+  {
+    key: "zeta_bound",
+    head: "zeta",
+    sort: of("zeta_bound"),
+    text: (i) => fixed(of("zeta_bound")(i)),
+    meaning: data.meanings.zeta_bound,
+  },
+  {
+    key: "points",
+    head: "points",
+    sort: of("points"),
+    text: (i) =>
+      known(of("points")(i)) ? String(of("points")(i)) + (spectraOf(i) ? `/${spectraOf(i).sigma.length}` : "") : "–",
+    meaning: data.meanings.points,
+  },
+  {
+    key: "negative_curvature",
+    head: "h < 0",
+    sort: of("negative_curvature"),
+    text: (i) => fixed(of("negative_curvature")(i), 0),
+    meaning: data.meanings.negative_curvature,
+  },
 ].filter((column) => !["kind", "shape"].includes(column.key) || data.kinds.some(Boolean));
 
 function order(layers) {
@@ -51,7 +113,9 @@ function order(layers) {
 function found() {
   const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
   const all = data.layers.map((_, i) => i);
-  return order(all.filter((i) => words.every((word) => `${data.layers[i]} ${data.kinds[i]}`.toLowerCase().includes(word))));
+  return order(
+    all.filter((i) => words.every((word) => `${data.layers[i]} ${data.kinds[i]}`.toLowerCase().includes(word))),
+  );
 }
 
 function showHead() {
@@ -62,7 +126,12 @@ function showHead() {
       state.column = key;
       showTable();
     });
-    const cell = make("th", undefined, { scope: "col", "data-key": key, "aria-sort": "none", ...(words ? { class: "text" } : {}) });
+    const cell = make("th", undefined, {
+      scope: "col",
+      "data-key": key,
+      "aria-sort": "none",
+      ...(words ? { class: "text" } : {}),
+    });
     cell.append(button);
     get("columns").append(cell);
   }
@@ -79,8 +148,17 @@ function showTable() {
     row.classList.toggle("doubtful", !trusted(data, state.probe, layer));
     if (layer === state.layer) row.setAttribute("aria-current", "true");
     for (const { key, text, words } of COLUMNS) {
-      const cell = make("td", key === "layer" ? undefined : text(layer), words ? { class: "text" } : {});
-      if (key === "layer") cell.append(make("a", text(layer), { href: address(layer), title: data.probes[state.probe].notes[data.layers[layer]] || data.layers[layer] }));
+      const cell = make("td", key === "layer" ? undefined : text(layer), {
+        "data-key": key,
+        ...(words ? { class: "text" } : {}),
+      });
+      if (key === "layer")
+        cell.append(
+          make("a", text(layer), {
+            href: address(layer),
+            title: data.probes[state.probe].notes[data.layers[layer]] || data.layers[layer],
+          }),
+        );
       row.append(cell);
     }
     row.addEventListener("click", (event) => {
@@ -116,10 +194,15 @@ function showProbe() {
   get("at").textContent = probe.label + loss;
   get("step").value = state.probe;
   get("step").setAttribute("aria-valuetext", probe.label);
-  get("facts").textContent = [probe.facts, `${data.layers.length} layers`, `${data.probes.length} probes`].filter(Boolean).join(", ");
+  get("facts").textContent = [probe.facts, `${data.layers.length} layers`, `${data.probes.length} probes`]
+    .filter(Boolean)
+    .join(", ");
   list("summary", probe.summary);
   list("notes", [...data.notes, ...probe.problems]);
-  list("skipped", probe.skipped.map((text) => `Not measured: ${text}`));
+  list(
+    "skipped",
+    probe.skipped.map((text) => `Not measured: ${text}`),
+  );
   showTable();
   showLayer();
   showOverview();
@@ -137,7 +220,15 @@ function showLayer() {
   const [layer, spectra] = [state.layer, spectraOf(state.layer)];
   get("layer-title").textContent = short(data.layers[layer]);
   const exponents = `alpha ${COLUMNS.find(({ key }) => key === "alpha").text(layer)}, gamma ${fixed(of("gamma")(layer))}, s ${fixed(of("s")(layer))}`;
-  get("layer-facts").textContent = [data.probes[state.probe].label, data.kinds[layer], data.shapes[layer], exponents, spectra && `curvature by ${spectra.method}`].filter(Boolean).join(", ");
+  get("layer-facts").textContent = [
+    data.probes[state.probe].label,
+    data.kinds[layer],
+    data.shapes[layer],
+    exponents,
+    spectra && `curvature by ${spectra.method}`,
+  ]
+    .filter(Boolean)
+    .join(", ");
   const note = data.probes[state.probe].notes[data.layers[layer]];
   const missing = spectra ? "" : `No sigma and h of this layer at ${data.probes[state.probe].label} on this page.`;
   get("layer-missing").textContent = [note, missing].filter(Boolean).join(" ");
