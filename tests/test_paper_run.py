@@ -72,9 +72,9 @@ def test_all_experiments_end_to_end(tmp_path: Path) -> None:
     networks = ["resnet", "mlp", "gpt"]
     experiments = dict.fromkeys(EXPERIMENTS, networks) | {
         "width_scaling": ["mlp"],
-        "layer_norm": ["resnet", "mlp"],
-        "output_size": ["resnet", "mlp"],
-        "task": ["gpt", "gpt"],
+        "layer_norm": ["gpt", "scaled"],
+        "output_size": ["resnet", "scaled"],
+        "task": ["gpt", "scaled"],
         "scalar_control": ["resnet", "scaled"],
     }
     given = ["--config", str(config(tmp_path, trainings, experiments)), "--output", str(tmp_path), "--jobs", "1"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import NamedTuple
 
 from examples.paper.finding import Finding, Outcomes, alphas, by_kind, kinds_of, spread
+from examples.paper.outcome import Outcome
 from examples.paper.plots import strips
 
 OUTPUT_SIZE = {
@@ -56,33 +59,63 @@ def _in_words(paper: Mapping[str, tuple[float, float]]) -> str:
     return ", ".join(f"{kind.replace('_', ' ')} {a:.2f} and {b:.2f}" for kind, (a, b) in paper.items())
 
 
+class Change(NamedTuple):
+    """alpha of one kind of layer in two trainings, a value per seed, and in the paper's two."""
+
+    kind: str
+    before: list[float]
+    after: list[float]
+    paper: tuple[float, float] | None
+
+    @property
+    def value(self) -> float:
+        """Difference of the means."""
+        return fmean(self.after) - fmean(self.before)
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether it has the sign of the paper's; None where the paper has none."""
+        return None if self.paper is None else (self.paper[1] - self.paper[0]) * self.value > 0
+
+    @property
+    def cells(self) -> list[str]:
+        """Of the table, from the kind on."""
+        paper = "-" if self.paper is None else f"{self.paper[0]:.2f} -> {self.paper[1]:.2f}"
+        agrees = {None: "-", True: "yes", False: "no"}[self.agrees]
+        return [self.kind, spread(self.before), spread(self.after), f"{self.value:+.2f}", paper, agrees]
+
+
+def _changes(
+    before: Sequence[Outcome], after: Sequence[Outcome], paper: Mapping[str, tuple[float, float]]
+) -> list[Change]:
+    """Of every kind of layer that has an alpha in all runs."""
+    found = []
+    for kind in kinds_of(before):
+        values = [[alphas(by_kind(seed.last, kind)) for seed in seeds] for seeds in (before, after)]
+        if not any(math.isnan(value) for of_training in values for value in of_training):
+            found.append(Change(kind, *values, paper.get(kind)))
+    return found
+
+
 def _beside(
     title: str, question: str, paper: str, outcomes: Outcomes, figures: Mapping[str, tuple[float, float]]
 ) -> Finding:
     """Trainings in pairs: the first against the second, the third against the fourth."""
-    rows, groups, kinds, found, ranges = [], {}, {}, [], {}
+    rows: list[list[str]] = []
+    found: list[str] = []
+    groups: dict[str, list[float]] = {}
+    kinds, ranges = {}, {}
     names = list(outcomes)
     for a, b in zip(names[::2], names[1::2], strict=True):
-        for kind in kinds_of(outcomes[a]):
-            values = [[alphas(by_kind(seed.last, kind)) for seed in outcomes[name]] for name in (a, b)]
-            if any(value != value for of_name in values for value in of_name):
-                continue
-            change = fmean(values[1]) - fmean(values[0])
-            told = figures.get(kind)
-            agrees = "-" if told is None else "yes" if (told[1] - told[0]) * change > 0 else "no"
-            cells = "-" if told is None else f"{told[0]:.2f} -> {told[1]:.2f}"
-            rows.append([f"{a} -> {b}", kind, spread(values[0]), spread(values[1]), f"{change:+.2f}", cells, agrees])
-            for i, name in enumerate((a, b)):
-                row = f"{name}: {kind.replace('_', ' ')}"
-                groups[row], kinds[row] = values[i], kind
-                if told is not None:
-                    ranges[row] = (told[i] - 0.01, told[i] + 0.01)
-        agreeing = [row[-1] for row in rows if row[0] == f"{a} -> {b}" and row[-1] != "-"]
-        hidden = [float(row[4]) for row in rows if row[0] == f"{a} -> {b}" and row[1] != "head"]
-        text = f"From {a} to {b} alpha before the head changes by {min(hidden):+.2f} to {max(hidden):+.2f}"
-        if agreeing:
-            text += f", in the paper's direction in {agreeing.count('yes')} of {len(agreeing)} kinds"
-        found.append(f"{text}.")
+        changes = _changes(outcomes[a], outcomes[b], figures)
+        rows += [[f"{a} -> {b}", *change.cells] for change in changes]
+        found.append(_in_a_sentence(a, b, changes))
+        for change in changes:
+            for i, (name, values) in enumerate(((a, change.before), (b, change.after))):
+                row = f"{name}: {change.kind.replace('_', ' ')}"
+                groups[row], kinds[row] = values, change.kind
+                if change.paper is not None:
+                    ranges[row] = (change.paper[i], change.paper[i])
     return Finding(
         title,
         question,
@@ -92,3 +125,12 @@ def _beside(
         rows,
         strips(groups, f"{title}: alpha, a tick per seed", "alpha", kinds=kinds, paper=ranges or None),
     )
+
+
+def _in_a_sentence(a: str, b: str, changes: Sequence[Change]) -> str:
+    hidden = [change.value for change in changes if change.kind != "head"]
+    if not hidden:
+        return f"{a} and {b} have no kind of layer in common before the head that has an alpha."
+    text = f"From {a} to {b} alpha before the head changes by {min(hidden):+.2f} to {max(hidden):+.2f}"
+    told = [change.agrees for change in changes if change.agrees is not None]
+    return f"{text}, in the paper's direction in {sum(told)} of {len(told)} kinds." if told else f"{text}."
