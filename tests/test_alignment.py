@@ -324,13 +324,13 @@ def test_a_backward_pass_that_fails_stops_no_other_layer(monkeypatch):
     adds_up(report.layers["4.weight"])
 
 
-def test_gradients_in_outputs_are_those_of_a_pass_of_their_own():
+def test_gradients_in_outputs_are_those_of_a_pass_of_their_own(monkeypatch):
     model, batch = CASES[5].build()
-    report = aligned(model, batch, cross_entropy, curvature="ggn")
-    same(aligned(model, batch, cross_entropy, curvature="exact", micro_batch_size=12),
-         aligned(model, batch, cross_entropy, curvature="exact"))  # fmt: skip
-    for name, layer in aligned(model, batch, cross_entropy).layers.items():
-        torch.testing.assert_close(report.layers[name].alignment.h_kron, layer.alignment.h_kron, equal_nan=True)
+    # The fifth direction of five classes is rounding noise.
+    found = aligned(model, batch, cross_entropy, curvature="ggn", top_k=4)
+    real = Problem.gradients
+    monkeypatch.setattr(Problem, "gradients", lambda self, keep_graph, outputs=False: real(self, keep_graph=keep_graph))
+    same(found, aligned(model, batch, cross_entropy, curvature="ggn", top_k=4))
 
 
 def test_a_failure_of_all_is_noted(monkeypatch):
