@@ -82,7 +82,7 @@ def measure_spectra(
         weight_spectra: take the singular values of each weight matrix, too (`WeightSpectrum`).
         bootstrap: draws for 95 % intervals of alpha, gamma and s (`Intervals`); None or 0: none.
         curvature_fraction: draws for the trace of each layer's Hessian block, to hold the curvature beside
-            (`CurvatureFraction`), a double backward each; None or 0: none. With curvature="ggn" the h are
+            (`CurvatureFraction`), a Hessian-vector product each; None or 0: none. With curvature="ggn" the h are
             Gauss-Newton's, the trace is the Hessian's.
         alignment: also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`).
 

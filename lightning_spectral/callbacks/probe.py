@@ -91,7 +91,7 @@ class SpectralProbe(AnyCallback):
         weight_spectra: take the singular values of each weight matrix, too.
         bootstrap: draws for 95 % intervals of alpha, gamma and s; None or 0: none.
         curvature_fraction: draws for the trace of each layer's Hessian block, of which the fraction along the
-            directions is logged; a double backward each; None or 0: none.
+            directions is logged; a Hessian-vector product each; None or 0: none.
         alignment: also take the Kronecker factors of each layer, and log how they split alpha (`LayerAlignment`).
         loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
             automatic optimization.
