@@ -13,11 +13,12 @@ import torch
 from lightning_spectral import fit_rank_models, spectral_transfer, zeta_bound
 from lightning_spectral.kinds import KINDS
 from lightning_spectral.report import figures
-from lightning_spectral.report.figures import layers as layer_figures
 from lightning_spectral.report.figures.band import line_and_band, student_quantile
 from lightning_spectral.report.figures.heat import MISSING, NEGATIVE, heat
 from lightning_spectral.report.figures.panels import MAX_PANELS, choose_layers, model_curve, rank_values
-from lightning_spectral.report.figures.style import KIND_STYLE, MODEL_STYLE, OTHER_STYLE, log_ticks, short_name
+from lightning_spectral.report.figures.style import KIND_STYLE, MODEL_STYLE, OTHER_STYLE
+from lightning_spectral.report.figures.ticks import log_ticks, short_name
+from lightning_spectral.report.figures.transfer import sigma_hat
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -471,7 +472,7 @@ def test_transfer_functions():
         for line in (curve, marks):
             x, y = xy(line)
             close(y, x / (x**layer.alpha.exponent + 0.03))
-        close(xy(marks)[0], layer_figures.sigma_hat(layer))
+        close(xy(marks)[0], sigma_hat(layer))
     with pytest.raises(ValueError, match="damping must be a finite number above 0"):
         figures.plot_transfer_functions(report, damping=0.0)
     flawed = figures.plot_transfer_functions(synthetic.broken())
@@ -483,14 +484,14 @@ def test_sigma_hat_is_the_optimizers_where_all_values_are_measured():
     layer = synthetic.spectrum("a", k=16, shape=(16, 30))
     matrix = torch.zeros(16, 30, dtype=torch.float64)
     matrix.diagonal().copy_(layer.sigma)
-    x = layer_figures.sigma_hat(layer)
+    x = sigma_hat(layer)
     update = spectral_transfer(matrix, alpha=1.3, damping=0.1, exact=True).diagonal()
     close(update, x / (x**1.3 + 0.1))
     # A grouped convolution's values are those of all its blocks; with fewer than all, they are an upper bound.
     grouped = synthetic.spectrum("b", k=16, shape=(16, 4), groups=2)
-    close(layer_figures.sigma_hat(grouped).square().mean(), 8 / 16)
+    close(sigma_hat(grouped).square().mean(), 8 / 16)
     part = synthetic.spectrum("a", k=8, shape=(16, 30))
-    assert bool((layer_figures.sigma_hat(part) > x[:8]).all())
+    assert bool((sigma_hat(part) > x[:8]).all())
 
 
 def test_heatmap():

@@ -8,18 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.report.figures.style import (
-    LINE,
-    WIDTH,
-    canvas,
-    ground,
-    legend,
-    name_ticks,
-    one_report,
-    patch_handle,
-    title,
-    whole_numbers,
-)
+from lightning_spectral.report.figures.keys import legend, patch_handle
+from lightning_spectral.report.figures.style import WIDTH, canvas, ground, one_report, title
+from lightning_spectral.report.figures.ticks import LINE, name_ticks, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,25 +13,19 @@ from torch import Tensor
 from lightning_spectral.fits import RankModel
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.report.figures.band import fitted_points, line_and_band
+from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
     EDGE,
     MODEL_STYLE,
     WIDTH,
-    backing,
     canvas,
     ground,
     ink,
-    kind_handles,
     kind_style,
-    legend,
-    line_handle,
-    log_ticks,
-    mark_handle,
     one_report,
-    patch_handle,
-    short_name,
     title,
 )
+from lightning_spectral.report.figures.ticks import log_ticks, short_name
 from lightning_spectral.spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
@@ -52,8 +46,11 @@ MARKS = {
 }
 """Marker of points that are not in the fit, and what they are; hollow but for the first."""
 
-NOTE: dict[str, Any] = {"fontsize": 6.5, "zorder": 4}
-"""Of the text within a panel."""
+NOTE: dict[str, Any] = {"fontsize": 6.5, "zorder": 1.5}
+"""Of the text within a panel, which lies below its points."""
+
+NOTE_SIZE = (0.6, 0.36)
+"""Fractions of a panel that three lines of it take."""
 
 Layers = str | Sequence[str] | None
 
@@ -183,8 +180,9 @@ def _power_law(axes: Axes, layer: LayerSpectrum) -> set[str]:
     left_out = positive & ~used
     if bool(left_out.any()):
         axes.plot(sigma[left_out].numpy(), h[left_out].numpy(), label="left out", **points | {"mfc": ground()})
+    marks = _edge_marks(axes, layer)
     _alpha_text(axes, layer)
-    return _edge_marks(axes, layer) | ({"left out"} if bool(left_out.any()) else set())
+    return marks | ({"left out"} if bool(left_out.any()) else set())
 
 
 def _fit_line(axes: Axes, layer: LayerSpectrum, fitted: Tensor) -> None:
@@ -236,9 +234,19 @@ def _alpha_text(axes: Axes, layer: LayerSpectrum) -> None:
     text = "no fit" if math.isnan(fit.exponent) else f"α = {fit.exponent:.2f} ± {fit.stderr:.2f}\nr² = {fit.r2:.2f}"
     if layer.n_negative:
         text += f"\n{layer.n_negative} of {layer.n_usable} h < 0"
-    # A rising line leaves the upper left free, a falling one the upper right.
-    x, side = (0.96, "right") if fit.exponent < 0 else (0.04, "left")
-    axes.text(x, 0.97, text, transform=axes.transAxes, ha=side, va="top", **NOTE, bbox=backing())
+    x, y = _emptiest_corner(axes)
+    look: dict[str, Any] = {"ha": "right" if x > 0.5 else "left", "va": "top" if y > 0.5 else "bottom"}
+    axes.text(x, y, text, transform=axes.transAxes, **NOTE, **look)
+
+
+def _emptiest_corner(axes: Axes) -> tuple[float, float]:
+    """Where in the axes the fewest markers lie under a note; of equals that which a rising line leaves free."""
+    points = [axes.transAxes.inverted().transform(line.get_transform().transform(line.get_xydata()))
+              for line in axes.lines if line.get_marker() != "None"]  # fmt: skip
+    x, y = torch.cat([torch.from_numpy(xy) for xy in points]).T if points else torch.zeros(2, 0)
+    corners = ((0.04, 0.96), (0.96, 0.07), (0.96, 0.96), (0.04, 0.07))
+    covered = [int((((x - a).abs() < NOTE_SIZE[0]) & ((y - b).abs() < NOTE_SIZE[1])).sum()) for a, b in corners]
+    return corners[covered.index(min(covered))]
 
 
 def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:
@@ -260,8 +268,7 @@ def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:
         width = 1.8 if model == layer.rank_models.winner else 0.9
         stroke: dict[str, Any] = {"color": style.colour, "linestyle": style.dash, "linewidth": width}
         axes.plot(k.numpy(), line.numpy(), zorder=1, label=model, **stroke)
-    look: dict[str, Any] = {"ha": "left", "va": "bottom", "bbox": backing()}
-    axes.text(0.04, 0.04, _winner_text(layer), transform=axes.transAxes, **NOTE, **look)
+    axes.text(0.04, 0.04, _winner_text(layer), transform=axes.transAxes, ha="left", va="bottom", **NOTE)
 
 
 def model_curve(model: RankModel, coefficients: Sequence[float], k: Tensor) -> Tensor:

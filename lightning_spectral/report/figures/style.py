@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,15 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_spectral.analysis import GOOD_FIT
 from lightning_spectral.fits import RankModel
-from lightning_spectral.kinds import KINDS
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.report.table import method_of
 from lightning_spectral.spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Reports = SpectralReport | Iterable[SpectralReport]
@@ -110,17 +106,8 @@ DARK: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), DARK_INK),
 }
 
-NAME_LENGTH = 25
-"""Characters of a layer's name that a figure shows."""
-
-LINE = 0.125
-"""Inches that a line of tick labels takes."""
-
 TITLE_LETTER, TITLE_LINE = 0.067, 0.16
 """Inches that a letter of the title takes in the mean, and a line of it."""
-
-LEGEND_LETTER, LEGEND_MARK, LEGEND_LINE = 0.056, 0.43, 0.16
-"""Inches that a letter of the legend takes in the mean, a mark with the space around it, and a line."""
 
 EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}
 """Of marks on the edge of the axes."""
@@ -219,147 +206,6 @@ def title(figure: Figure, text: str, reports: Sequence[SpectralReport], note: st
     lines = [line for part in (text, below) for line in textwrap.wrap(part, characters, break_long_words=False)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left")
     figure.set_figheight(figure.get_figheight() + TITLE_LINE * len(lines))
-
-
-def short_name(name: str, length: int = NAME_LENGTH) -> str:
-    """A layer's name without ".weight"; where it is long its parts from the left shrink to a letter, numbers stay.
-
-    >>> short_name("blocks.0.conv1.weight"), short_name("model.decoder.layers.11.self_attn.q_proj.weight")
-    ('blocks.0.conv1', 'm.d.l.11.self_attn.q_proj')
-    """
-    parts = name.removesuffix(".weight").split(".")
-    for i, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) > length and not part.isdigit():
-            parts[i] = part[:1]
-    name = ".".join(parts)
-    return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-def name_ticks(axis: Axis, names: Sequence[str], room: float) -> None:
-    """Ticks 0, 1, ... of an axis with the names of layers, every second, third, ... where all do not fit.
-
-    Args:
-        axis: x or y.
-        names: one per position.
-        room: inches that the axis is long, a low estimate.
-    """
-    every = max(1, math.ceil(len(names) * LINE / room))
-    shown = range(0, len(names), every)
-    axis.set_ticks(list(shown), [short_name(names[i]) for i in shown])
-    if every > 1:
-        axis.set_ticks(range(len(names)), minor=True)
-
-
-def log_ticks(axis: Axis, low: float, high: float, *, gap: float) -> None:
-    """Ticks of a logarithmic axis from low to high that do not overlap, however short it is.
-
-    Powers of ten, every second, third, ... of them where there are many, or numbers between where there are few:
-    whatever gives the most ticks at least `gap`, a fraction of the axis, apart.
-    """
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    sets = [[10.0**e for e in decades if e % every == 0] for every in range(1, len(decades) + 1)]
-    sets += [[d * 10.0**e for e in decades for d in digits] for digits in ((1, 3), (1, 2, 5), range(1, 10))]
-    inside = [[value for value in values if low <= value <= high] for values in sets]
-    room = gap * math.log10(high / low)
-    ticks = max((values for values in inside if _apart(values, room) == values), key=len, default=[])
-    # Where no such numbers are far enough apart, round ones that are, however uneven.
-    for digits in ((1, 2, 5), range(1, 10), [d / 10 for d in range(10, 100)]):
-        if len(ticks) < 2:
-            ticks = _apart([v for e in decades for d in digits if low <= (v := d * 10.0**e) <= high], room)
-    axis.set_ticks(ticks, [_plain(value) for value in ticks])
-    axis.set_ticks([], minor=True)
-
-
-def _apart(values: Sequence[float], room: float) -> list[float]:
-    """The first value and every next one that is this many decades above the last taken."""
-    taken: list[float] = []
-    for value in values:
-        if not taken or math.log10(value / taken[-1]) >= room:
-            taken.append(value)
-    return taken
-
-
-def whole_numbers(axes: Axes, x: Sequence[int]) -> None:
-    """Ticks of the abscissa at whole numbers alone, which a locator does not keep to within a range of one."""
-    from matplotlib.ticker import MaxNLocator
-
-    if min(x) == max(x):
-        axes.set_xticks([x[0]])
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _plain(value: float) -> str:
-    """A round number as a plain one or, very small or large, with a power of ten.
-
-    >>> _plain(0.02), _plain(500.0), _plain(1e6)
-    ('0.02', '500', '$10^{6}$')
-    """
-    if 0.01 <= value < 1000:
-        return f"{value:g}"
-    digits, _, exponent = f"{value:.1e}".partition("e")
-    factor = "" if digits == "1.0" else digits.removesuffix(".0") + r"{\times}"
-    return f"${factor}10^{{{int(exponent)}}}$"
-
-
-def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
-    """Keys to the kinds given, in the order of `KINDS`."""
-    from matplotlib.lines import Line2D
-
-    found = list(dict.fromkeys(kinds))
-    order = [kind for kind in KINDS if kind in found] + [kind for kind in found if kind not in KINDS]
-    style: Dash = "-" if line else "none"
-    return [
-        Line2D([], [], color=colour, marker=marker, linestyle=style, label=kind.replace("_", " "))
-        for kind in order
-        for colour, marker in [kind_style(kind)]
-    ]
-
-
-def mark_handle(marker: str, label: str, *, hollow: bool = False, opacity: float = 1.0) -> Artist:
-    """A key to a marker that means the same in every colour."""
-    from matplotlib.lines import Line2D
-
-    look: dict[str, Any] = {"markerfacecolor": ground() if hollow else ink(), "alpha": opacity}
-    return Line2D([], [], color=ink(), marker=marker, linestyle="none", label=label, **look)
-
-
-def line_handle(dash: Dash, label: str, colour: str | None = None) -> Artist:
-    """A key to a line, in the colour of text where none is given."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=colour or ink(), linestyle=dash, linewidth=1.0, label=label)
-
-
-def patch_handle(label: str, **look: Any) -> Artist:
-    """A key to an area."""
-    from matplotlib.patches import Patch
-
-    return Patch(label=label, linewidth=0, **look)
-
-
-def legend(figure: Figure, handles: Sequence[Artist], *, abscissa: str = "") -> None:
-    """A legend below the axes, by which the figure grows, with an abscissa for all panels.
-
-    The abscissa is the legend's title, since matplotlib lays a legend out over a `supxlabel`.
-    """
-    if not handles:
-        return
-    columns = _columns([str(handle.get_label()) for handle in handles], figure.get_figwidth())
-    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, title=abscissa or None)
-    rows = math.ceil(len(handles) / columns) + bool(abscissa)
-    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * rows)
-
-
-def _columns(labels: Sequence[str], width: float) -> int:
-    """The most columns of a legend that fit into a width in inches; a legend is filled column by column."""
-    for count in range(len(labels), 1, -1):
-        rows, longer = divmod(len(labels), count)
-        starts = [i * rows + min(i, longer) for i in range(count + 1)]
-        longest = [max(map(len, labels[a:b])) for a, b in itertools.pairwise(starts)]
-        if sum(LEGEND_LETTER * length + LEGEND_MARK for length in longest) <= width - 0.1:
-            return count
-    return 1
 
 
 def backing() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_spectral.record import SpectralReport, median
+from lightning_spectral.report.figures.keys import kind_handles, legend, patch_handle
 from lightning_spectral.report.figures.layers import ALPHA_BAND, draw_alpha_band, padded
 from lightning_spectral.report.figures.style import (
     MODEL_STYLE,
@@ -16,15 +17,12 @@ from lightning_spectral.report.figures.style import (
     all_reports,
     canvas,
     ground,
-    kind_handles,
     kind_style,
-    legend,
-    patch_handle,
     positions,
     say,
     title,
-    whole_numbers,
 )
+from lightning_spectral.report.figures.ticks import whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
