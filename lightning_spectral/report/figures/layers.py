@@ -27,11 +27,7 @@ from lightning_spectral.report.figures.style import (
     title,
     trusted,
 )
-<<<<<<< HEAD
-=======
 from lightning_spectral.report.figures.ticks import log_ticks, name_ticks, short_name
-from lightning_spectral.report.table import GOOD_FIT
->>>>>>> e3248c9c70ce271ee8a55d4dd2112e94f88ffbc5
 from lightning_spectral.spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
