@@ -15,15 +15,8 @@ sys.path.insert(0, str(ROOT))
 from examples.paper import transformers as script  # noqa: E402
 from examples.paper.small_gpt import Setting, SmallGPT, Tokens, all_positions, last_position, text, train  # noqa: E402
 from examples.paper.transformers_design import FACTORS, analyse, design_matrix, setting_of  # noqa: E402
-from examples.paper.transformers_results import (  # noqa: E402
-    BLOCK,
-    collect,
-    condensed,
-    effects_table,
-    encoded,
-    median,
-    tables,
-)
+from examples.paper.transformers_results import BLOCK, collect, condensed, encoded, median  # noqa: E402
+from examples.paper.transformers_tables import effects_table, tables  # noqa: E402
 
 TINY = Setting(data="uniform", vocabulary=12, depth=1, width=16, steps=3, batch=4, length=8, sequences=8)
 

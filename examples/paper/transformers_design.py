@@ -41,7 +41,7 @@ FACTORS: dict[str, Levels] = {
     "head: own -> tied": ({}, {"tied": True}),
     "initialisation: torch -> normal, 0.02": ({}, {"init": "gpt2"}),
     "activation: GELU -> ReLU": ({}, {"activation": "relu"}),
-    "optimizer: AdamW -> SGD": ({}, {"optimizer": "sgd", "lr": 0.05}),
+    "learning rate: 3e-3 -> 1e-3": ({}, {"lr": 1e-3}),
 }
 """Factor -> what its low and its high level change in `CENTRE`."""
 

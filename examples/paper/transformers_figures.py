@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.paper.transformers_results import COLUMNS, KINDS, PUBLISHED, mean_and_deviation, over_seeds
+from examples.paper.transformers_results import KINDS, PUBLISHED, field_of, mean_and_deviation, over_seeds
+from examples.paper.transformers_tables import COLUMNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#000000")
 """Of the kinds of layer: Okabe and Ito's, told apart with any colour vision."""
 MARKERS = ("o", "s", "^", "v", "D")
+
+PAPER_LAYERS = ("attn_qkv", "attn_proj", "mlp_up", "mlp_down")
+"""Of the paper's GPT2_LM data, which hold no head."""
 
 STATES = (
     ("+ batch 16", "text, held out"),
@@ -28,11 +32,16 @@ STATES = (
 def plot_spectra(record: Mapping[str, Any], layer: str = "blocks.1.down.weight") -> Figure:
     """h_k against sigma_k of one layer in three states of the same network, with the fit, its k = 1 marked."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(1, len(STATES), figsize=(10.5, 3.6), layout="constrained")
     for axis, (label, title) in zip(axes, STATES, strict=True):
         _scatter(axis, record["spectra"][f"{label}/{layer}"])
-        axis.set(title=title, xscale="log", yscale="log", xlabel="singular value of the gradient, sigma_k")
+        axis.set(xscale="log", yscale="log", xlabel="singular value of the gradient, sigma_k")
+        axis.set_title(title, fontsize=10)
+        # Less than a decade would be labelled at every tick.
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("curvature h_k")
     figure.suptitle(f"{layer.removesuffix('.weight')}: what the line of alpha goes through", fontsize=11)
     return figure
@@ -72,12 +81,13 @@ def plot_path(record: Mapping[str, Any], labels: Mapping[str, str]) -> Figure:
                 shifted, means, deviations, fmt=MARKERS[i], color=COLOURS[i], ms=6, capsize=2, label=COLUMNS[i]
             )
         axis.set(ylabel=name, title=f"{name}, one change at a time")
-        axis.set_xticks(range(len(labels)), list(labels.values()), fontsize=8)
         axis.grid(alpha=0.25, axis="y")
-    place = len(labels)
-    for i, value in enumerate(PUBLISHED):
-        axes[0].plot([place + 0.11 * (i - 2)], [value], MARKERS[i], color=COLOURS[i], mfc="none", ms=8)
-    axes[0].set_xticks(range(place + 1), [*labels.values(), "paper"], fontsize=8)
+    measured = {row["layer"]: row["pr"] for row in record["paper"] if row["experiment"] == "GPT2_LM"}
+    for axis, values in ((axes[0], PUBLISHED), (axes[1], [measured.get(layer, math.nan) for layer in PAPER_LAYERS])):
+        for i, value in enumerate(values):
+            place = len(labels) + 0.11 * (i - 2)
+            axis.plot([place], [value], MARKERS[i], color=COLOURS[i], mfc="none", ms=8)
+        axis.set_xticks(range(len(labels) + 1), [*labels.values(), "paper"], fontsize=8)
     axes[0].axhline(2, color="#888888", lw=0.8)
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     _steps(axes[2], record)
@@ -89,9 +99,9 @@ def _steps(axis: Axes, record: Mapping[str, Any]) -> None:
     for data, colour in styles.items():
         for how, line in (("endless", "--"), ("by heart", "-")):
             runs = [run for run in record["runs"] if run["group"] == "steps" and run["label"] == f"{data}, {how}"]
-            steps = sorted({run["setting"]["steps"] for run in runs})
+            steps = sorted({field_of(run, "steps") for run in runs})
             values = [
-                mean_and_deviation([r["kinds"]["block"]["alpha"] for r in runs if r["setting"]["steps"] == step])
+                mean_and_deviation([r["kinds"]["block"]["alpha"] for r in runs if field_of(r, "steps") == step])
                 for step in steps
             ]
             means, deviations = zip(*values, strict=True)

@@ -1,4 +1,4 @@
-"""The runs of transformers.py as one record, and its tables."""
+"""The runs of transformers.py as one record: medians by kind of layer, main effects, the paper's refits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from typing import Any
 import torch
 
 import lightning_spectral
-from examples.paper.transformers_design import FACTORS, Analysis, analyse, design_matrix
+from examples.paper.transformers_design import BASE, FACTORS, Analysis, analyse, design_matrix
 from lightning_spectral import fit_power_law, participation_ratio
 
 Run = Mapping[str, Any]
 
 KINDS = ("attention_qkv", "attention_out", "mlp_up", "mlp_down", "head")
 BLOCK = KINDS[:-1]
-COLUMNS = ("qkv", "out", "up", "down", "head")
-"""Of the tables, in the order of `KINDS`."""
-
 PUBLISHED = (1.43, 1.17, 0.84, 1.15, 4.53)
 """alpha by kind in arXiv 2606.02596, its small GPT-2."""
 
 KEPT = ("alpha", "alpha_without_first", "r2", "pr", "negative", "sigma_1_2", "sigma_2_K", "signal")
+PARTS = {"alpha_upper": slice(0, 10), "alpha_lower": slice(10, 20)}
+"""alpha over a half of the directions."""
 
 
 def median(values: Iterable[float]) -> float:
@@ -42,12 +41,17 @@ def condensed(run: Run) -> dict[str, Any]:
     for kind, members in {**{kind: (kind,) for kind in KINDS}, "block": BLOCK}.items():
         layers = [layer for layer in run["layers"] if layer["kind"] in members]
         kinds[kind] = {key: _short(median(layer[key] for layer in layers)) for key in KEPT}
-    known = {key: run[key] for key in ("group", "label", "setting", "seed", "curvature")}
+        kinds[kind] |= {name: _short(median(_part(layer, part) for layer in layers)) for name, part in PARTS.items()}
+    winners = [layer["rank_model"] for layer in run["layers"] if layer["kind"] in BLOCK]
+    known = {key: run[key] for key in ("group", "label", "seed", "curvature")}
+    changes = {key: value for key, value in run["setting"].items() if value != getattr(BASE, key)}
     last = run["train_loss"]
     return known | {
+        "setting": changes,
         "loss": _short(run.get("loss", math.nan)),
         "train_loss": _short(statistics.mean(last) if last else math.nan),
         "failed": run.get("failed", ""),
+        "rank_models": {name: winners.count(name) for name in ("power_law", "exponential", "lognormal")},
         "kinds": kinds,
     }
 
@@ -76,13 +80,17 @@ def collect(runs: Sequence[Run], paper: str | Path | None = None) -> dict[str, A
     }
 
 
+def field_of(run: Run, name: str) -> Any:
+    """Of the setting of a condensed run, which holds what differs from `BASE` alone."""
+    return run["setting"].get(name, getattr(BASE, name))
+
+
 RESPONSES: dict[str, Callable[[Run], float]] = {
     "alpha, blocks": lambda run: run["kinds"]["block"]["alpha"],
     "alpha, head": lambda run: run["kinds"]["head"]["alpha"],
     "alpha without k = 1, blocks": lambda run: run["kinds"]["block"]["alpha_without_first"],
     "PR_h, blocks": lambda run: run["kinds"]["block"]["pr"],
     "r2, blocks": lambda run: run["kinds"]["block"]["r2"],
-    "signal, blocks": lambda run: run["kinds"]["block"]["signal"],
 }
 """Of the design: medians over the layers of a run."""
 
@@ -149,7 +157,7 @@ def over_seeds(runs: Sequence[Run], group: str, key: str, **match: object) -> di
     Args:
         match: fields of the setting that have to hold.
     """
-    chosen = [run for run in runs if run["group"] == group and all(run["setting"][k] == v for k, v in match.items())]
+    chosen = [run for run in runs if run["group"] == group and all(field_of(run, k) == v for k, v in match.items())]
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for label in dict.fromkeys(run["label"] for run in chosen):
         members = [run["kinds"] for run in chosen if run["label"] == label]
@@ -165,83 +173,6 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else math.nan
 
 
-def effects_table(record: Mapping[str, Any]) -> str:
-    """Main effects with standard errors, a column per response, as Markdown."""
-    names = [name for name, analysis in record["effects"].items() if analysis]
-    lines = ["| high minus low level | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for factor in FACTORS:
-        cells = []
-        for name in names:
-            effect = record["effects"][name]["effects"][factor]
-            cell = f"{effect['estimate']:+.2f} ± {effect['stderr']:.2f}"
-            cells.append(f"**{cell}**" if abs(effect["estimate"]) > 2.5 * effect["stderr"] else cell)
-        lines.append(f"| {factor} | " + " | ".join(cells) + " |")
-    for title, key in (("mean", "mean"), ("r2 of the main effects", "r2"), ("deviation of seeds", "seed_deviation")):
-        lines.append(f"| {title} | " + " | ".join(f"{record['effects'][name][key]:.2f}" for name in names) + " |")
-    return "\n".join(lines)
-
-
-def group_table(record: Mapping[str, Any], group: str, key: str = "alpha", **match: object) -> str:
-    """label by kind of layer, mean ± standard deviation over seeds, as Markdown."""
-    lines = [f"| {key} | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for label, kinds in over_seeds(record["runs"], group, key, **match).items():
-        cells = [f"{kinds[kind][0]:.2f} ± {kinds[kind][1]:.2f}" for kind in KINDS]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def exact_table(record: Mapping[str, Any]) -> str:
-    """The layers' median alpha by the sketch and by exact products of the same networks, as Markdown."""
-    by_key = {
-        (run["label"], run["seed"], run["curvature"]): run["kinds"]["block"]
-        for run in record["runs"]
-        if run["group"] in ("path", "exact")
-    }
-    lines = ["| network, seed | alpha, exact | sketch | PR_h, exact | sketch |", "|---" * 5 + "|"]
-    for (label, seed, curvature), exact in by_key.items():
-        sketch = by_key.get((label, seed, "auto"))
-        if curvature == "exact" and sketch:
-            cells = [f"{values[key]:.2f}" for key in ("alpha", "pr") for values in (exact, sketch)]
-            lines.append(f"| {label}, {seed} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def paper_table(record: Mapping[str, Any]) -> str:
-    """The refits of the paper's GPT layers, as Markdown."""
-    columns = ("alpha", "r2", "alpha_without_first", "r2_without_first", "pr", "sigma_1_2", "sigma_2_K",
-               "leverage_of_first")  # fmt: skip
-    lines = ["| experiment, layer | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    rows = (
-        f"| {row['experiment']}, {row['layer']} | " + " | ".join(f"{row[c]:.3g}" for c in columns) + " |"
-        for row in record["paper"]
-    )
-    return "\n".join([*lines, *rows])
-
-
-def cells_table(record: Mapping[str, Any], group: str, field: str, keys: Sequence[str]) -> str:
-    """label by a field of the setting: the block layers' medians of some quantities, as Markdown."""
-    runs = [run for run in record["runs"] if run["group"] == group]
-    levels = sorted({run["setting"][field] for run in runs})
-    lines = [f"| {field} | " + " | ".join(map(str, levels)) + " |", "|---" * (len(levels) + 1) + "|"]
-    for label, key in ((label, key) for label in dict.fromkeys(run["label"] for run in runs) for key in keys):
-        cells = []
-        for level in levels:
-            members = [run for run in runs if run["label"] == label and run["setting"][field] == level]
-            cells.append("{:.2f} ± {:.2f}".format(*mean_and_deviation([r["kinds"]["block"][key] for r in members])))
-        lines.append(f"| {label}: {key} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def tables(record: Mapping[str, Any]) -> str:
-    """All tables of TRANSFORMERS.md."""
-    parts = [paper_table(record)] if record["paper"] else []
-    parts += [group_table(record, "path", key) for key in ("alpha", "alpha_without_first", "pr", "signal", "r2")]
-    parts += [cells_table(record, "tokens", "sequences", ("alpha", "pr", "signal", "r2"))]
-    parts += [cells_table(record, "steps", "steps", ("alpha", "pr", "signal"))]
-    parts += [group_table(record, "one by one", key) for key in ("alpha", "pr")]
-    return "\n\n".join([*parts, exact_table(record), effects_table(record)])
-
-
 def encoded(record: Mapping[str, Any]) -> str:
     """JSON with a run per line; NaN as null."""
     runs = ",\n".join(json.dumps(_without_nan(run)) for run in record["runs"])
@@ -255,6 +186,10 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _part(layer: Mapping[str, Any], part: slice) -> float:
+    return fit_power_law(layer["sigma"][part], layer["h"][part]).exponent
 
 
 def _short(value: float) -> float:
