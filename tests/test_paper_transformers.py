@@ -128,6 +128,17 @@ def test_runs_are_kept_and_read_back(tmp_path):
     assert json.loads(encoded(record))["runs"][0]["label"] == "a"
 
 
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+def test_a_part_of_the_runs_gives_a_record_and_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    jobs = [script.Job("path", label, replace(TINY, depth=2, width=32), 0) for label in script.PATH]
+    script.work(jobs, str(tmp_path))
+    script.write(tmp_path, tmp_path, jobs, None)
+    for name in ("transformers_spectra.png", "transformers_path.png"):
+        assert 5_000 < (tmp_path / name).stat().st_size < 100_000
+    assert "learned by heart: paper-like" in capsys.readouterr().out
+
+
 def test_a_run_that_cannot_be_measured_says_so(tmp_path):
     job = script.Job("path", "a", replace(TINY, optimizer="sgd", lr=1e20, norm="none"), 0)
     result = script.run(job)

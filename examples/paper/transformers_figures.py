@@ -104,7 +104,7 @@ def _steps(axis: Axes, record: Mapping[str, Any]) -> None:
                 mean_and_deviation([r["kinds"]["block"]["alpha"] for r in runs if field_of(r, "steps") == step])
                 for step in steps
             ]
-            means, deviations = zip(*values, strict=True)
+            means, deviations = ([value[part] for value in values] for part in (0, 1))
             axis.errorbar(steps, means, deviations, fmt=line, marker="o", ms=4, capsize=2, color=colour,
                           label=f"{data}, {how}")  # fmt: skip
     axis.axhline(2, color="#888888", lw=0.8)
