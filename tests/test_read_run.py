@@ -16,9 +16,9 @@ from reports import dead, layer, report
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralProbe
-from lightning_spectral.callbacks.probe import LAYER_KEYS
 from lightning_spectral.cli import main
 from lightning_spectral.report import RunError, read_run, run_of
+from lightning_spectral.spectrum import LAYER_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 

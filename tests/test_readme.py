@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
 from lightning_spectral.callbacks.alphas import ALPHA_KEY
-from lightning_spectral.callbacks.probe import PROBE_KEYS
+from lightning_spectral.callbacks.logged import PROBE_KEYS
 from lightning_spectral.record import REPORT_KEYS
 from lightning_spectral.report import figures
 from lightning_spectral.spectrum import LAYER_KEYS
