@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -95,13 +94,18 @@ def train_all(runs: Sequence[tuple[Training, int]], folder: Path, jobs: int) -> 
             yield future.result()
 
 
-def findings(plan: Plan, folder: Path, jobs: int = 1) -> dict[str, Finding]:
-    """Train what is not trained yet, and look at it."""
+def all_outcomes(plan: Plan, folder: Path, jobs: int = 1) -> dict[str, list[Outcome]]:
+    """Train what is not trained yet: the name of each training -> what came of it, one per seed."""
     outcomes: dict[str, list[Outcome]] = {}
     for i, found in enumerate(train_all(plan.runs, folder, jobs), 1):
         outcomes.setdefault(found.training, []).append(found)
         tested = ", ".join(f"{name} {value:.3f}" for name, value in found.test.items())
         print(f"{i}/{len(plan.runs)} {found.training} seed {found.seed}: {tested}, {found.seconds:.0f} s", flush=True)
+    return outcomes
+
+
+def findings(plan: Plan, outcomes: Mapping[str, list[Outcome]]) -> dict[str, Finding]:
+    """Every experiment on its trainings."""
     return {
         name: EXPERIMENTS[name]({used: outcomes[used] for used in names}) for name, names in plan.experiments.items()
     }
@@ -124,7 +128,7 @@ def write_page(plan: Plan, found: Mapping[str, Finding], folder: Path, command: 
         "",
         "A. Calvo, *Spectral Asymptotics of Neural Network Loss Landscapes*, arXiv 2606.02596, beside what "
         f"`{command}` gave: {len(plan.seeds)} seeds, mean ± standard deviation over seeds unless said otherwise. "
-        f"{where}; {seconds / 60:.0f} minutes of training in all, one thread each.",
+        f"{where}; the runs took {seconds / 60:.0f} minutes of one thread each, several at a time.",
         "",
         *_trainings(plan),
         "",
@@ -168,15 +172,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = Plan.read(config, options.experiments, options.seeds)
     except ValueError as error:
         parser.error(str(error))
-    started = time.perf_counter()
     try:
-        found = findings(plan, options.output, options.jobs)
+        outcomes = all_outcomes(plan, options.output, options.jobs)
     except (ArchiveError, ImportError) as error:
         parser.exit(1, f"{error}\n")
-    command = " ".join(["python examples/paper/run.py", *(sys.argv[1:] if argv is None else argv)])
-    page = write_page(plan, found, options.page or options.output, command, time.perf_counter() - started)
+    seconds = sum(outcome.seconds for of_training in outcomes.values() for outcome in of_training)
+    found = findings(plan, outcomes)
+    page = write_page(plan, found, options.page or options.output, _command(options), seconds)
     print(f"{len(found)} experiments in {page}")
     return 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What gives the same page, wherever it is written."""
+    words = ["python examples/paper/run.py", *options.experiments]
+    if options.config != "cpu":
+        words += ["--config", options.config]
+    if options.seeds is not None:
+        words += ["--seeds", str(options.seeds)]
+    return " ".join(words)
 
 
 if __name__ == "__main__":

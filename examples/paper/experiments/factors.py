@@ -82,8 +82,9 @@ def kronecker(outcomes: Outcomes) -> Finding:
         [
             f"Smaller effective rank, median: {', '.join(medians)}. Of the {len(low)} layers with one below 10, "
             f"{exponential} have an exponential spectrum. log h and log h_kron correlate at "
-            f"{median([x.log_correlation for x in every]):.2f} (median over layers); the median of chi "
-            f"is {median([x.split.median_chi for x in every]):.2f}."
+            f"{median([x.log_correlation for x in every]):.2f} (median over layers); the median of chi = h / h_kron "
+            f"is {median([x.split.median_chi for x in every]):.3g}; it grows with the positions (pixels, tokens) that "
+            "a sample's gradient is summed over."
         ],
         ["network", "layers", "rank: exponential", "log-normal", "power law", "correlation of log h and log h_kron"],
         rows,
