@@ -3,8 +3,10 @@
 import csv
 import json
 import math
+import pickle
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy
@@ -22,6 +24,7 @@ from test_probe import Repeated, Tiny, batch_of, fit_tiny
 from test_schedule import Clock
 from torch import nn
 
+import wandb
 from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import outputs
 from lightning_spectral.callbacks.logged import PROBE_KEYS, Logged, charts
@@ -567,3 +570,22 @@ def test_console_given_is_used():
     console = Console(file=(file := Screen()), width=40)
     print_report(report(layer("a"), step=3), "mine", console=console)
     assert "mine: step 3, loss 1.250" in "".join(file.text)
+
+
+def test_a_disabled_wandb_takes_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    probe = SpectralProbe(every_n_steps=1, log_tables=True, log_figures_every=1, wandb_charts=3)
+    tracker = WandbLogger(project="p", save_dir=tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit_tiny(probe, steps=2, logger=[tracker])
+    # Its settings, read once per process, would disable the runs of other tests.
+    wandb.teardown()
+    assert not [w for w in caught if "could not" in str(w.message)]
+
+
+def test_a_probe_can_be_sent_to_another_process():
+    probe = pickle.loads(pickle.dumps(SpectralProbe(log_quantities="all", print_end=True)))
+    logger = ProbeRows()
+    fit_tiny(probe, steps=1, logger=[logger])
+    assert "spectral/net.0.weight/gamma" in logger.rows[0][1]
