@@ -199,6 +199,8 @@ def test_every_place_in_the_template_is_filled_and_every_element_is_there():
 
 def test_meanings_cover_the_keys():
     data = page_data(run())
-    assert data["keys"] == [key.name for key in LAYER_KEYS] == list(data["meanings"])
+    assert data["keys"] == [key.name for key in LAYER_KEYS if not key.part] == list(data["meanings"])
+    asked = page_data(run_of([report(layer("a", bootstrap=10))], "mine"))
+    assert set(asked["keys"]) - set(data["keys"]) == {key.name for key in LAYER_KEYS if key.part == "intervals"}
     assert not any(isinstance(value, float) and math.isnan(value) for value in data["probes"][0]["values"][0])
     assert isinstance(run().probes[0].report, SpectralReport)

@@ -18,7 +18,7 @@ from lightning_spectral.analysis import GOOD_FIT, PAPER_ALPHA
 from lightning_spectral.errors import by_cause
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.report.read import Probe, Run, RunError
-from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum
+from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum, LoggedKey
 from lightning_spectral.summary import summary, summary_over_training
 
 PAGE_BYTES = 6_000_000
@@ -103,7 +103,9 @@ def script_json(data: Any) -> str:
 def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
     """What the page's scripts show, thinned to about ``limit`` bytes of JSON."""
     names = _names(run.probes)
-    rows = [_probe(probe, names, run.probes[: i + 1]) for i, probe in enumerate(run.probes)]
+    held = {quantity for probe in run.probes for quantity in _quantities(probe)}
+    keys = [key for key in LAYER_KEYS if not key.part or key.name in held]
+    rows = [_probe(probe, names, keys, run.probes[: i + 1]) for i, probe in enumerate(run.probes)]
     spectra = [None if p.report is None else _spectra(p.report, names) for p in run.probes]
     kept, whole = _thin(rows, spectra, limit)
     last = next((p.report for p in reversed(run.probes) if p.report is not None), None)
@@ -112,8 +114,8 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
         "layers": names,
         "kinds": [layers[name].kind if name in layers else "" for name in names],
         "shapes": [_shape(layers[name]) if name in layers else "" for name in names],
-        "keys": [key.name for key in LAYER_KEYS],
-        "meanings": {key.name: key.meaning for key in LAYER_KEYS},
+        "keys": [key.name for key in keys],
+        "meanings": {key.name: key.meaning for key in keys},
         "paper": PAPER_ALPHA,
         "good_fit": GOOD_FIT,
         "notes": _notes(run, spectra, kept, whole),
@@ -193,7 +195,7 @@ def _names(probes: Sequence[Probe]) -> list[str]:
     return list(dict.fromkeys(name for probe in (first, *reversed(probes)) for name in probe.layers))
 
 
-def _probe(probe: Probe, names: Sequence[str], until: Sequence[Probe]) -> dict[str, Any]:
+def _probe(probe: Probe, names: Sequence[str], keys: Sequence[LoggedKey], until: Sequence[Probe]) -> dict[str, Any]:
     exponents = probe.exponents()
     said = [*summary(exponents), *summary_over_training([(p.step, p.exponents()) for p in (until[0], until[-1])])]
     empty: dict[str, float] = {}
@@ -207,7 +209,7 @@ def _probe(probe: Probe, names: Sequence[str], until: Sequence[Probe]) -> dict[s
         "summary": said,
         "problems": [] if report is None else report.problems(),
         "skipped": [] if report is None else by_cause(report.skipped),
-        "values": [[_short(row.get(key.name, math.nan)) for key in LAYER_KEYS] if row else None for row in rows],
+        "values": [[_short(row.get(key.name, math.nan)) for key in keys] if row else None for row in rows],
         "notes": {} if report is None else {x.name: x.note for x in report.layers.values() if x.note},
     }
 
