@@ -147,7 +147,7 @@ ARMS: dict[str, Arm] = {
     "muon": Arm(MuonWithAdamW, MUON_LIKE, {"weight_decay": 0.01}),
     "muon_momentum_0.85": Arm(MuonWithAdamW, MUON_LIKE, {"weight_decay": 0.01, "momentum": 0.85}),
     "spectral_newton": Arm(SpectralNewton, MUON_LIKE),
-    "momentum_0.85": Arm(SpectralNewton, MUON_LIKE, {"momentum": 0.85}),
+    "spectral_newton_momentum_0.85": Arm(SpectralNewton, MUON_LIKE, {"momentum": 0.85}),
     "alpha_2": Arm(SpectralNewton, MUON_LIKE, {"alpha": 2.0}),
     "alpha_1.5_d_0.01": Arm(SpectralNewton, MUON_LIKE, {"alpha": 1.5, "damping": 0.01}),
     "alpha_1": Arm(SpectralNewton, MUON_LIKE, {"alpha": 1.0}),
