@@ -300,23 +300,26 @@ class Benchmark:
             self.train(wanted)
 
     def study(self) -> None:
-        """Train the grid of exponents and dampings at the best rate of the defaults."""
+        """Train the grid of exponents and dampings at the best rate of the defaults, at half of it and at twice it."""
         self.train(
-            (task, arm, self.rate(task, "spectral_newton"), seed)
+            (task, arm, lr, seed)
             for task in self.tasks
-            for arm, seed in product(studied(), TUNING_SEEDS[task])
+            for arm, lr, seed in product(studied(), self._around(task), TUNING_SEEDS[task])
         )
 
+    def _around(self, task: str) -> list[float]:
+        best = self.rate(task, "spectral_newton")
+        return [best / 2, best, best * 2]
+
     def grid(self) -> dict[str, dict[float, dict[float, float]]]:
-        """Task -> alpha -> damping -> lowest validation loss at that rate, half of it and twice it, where trained."""
+        """Task -> alpha -> damping -> validation loss at the best of the three rates, where all were trained."""
         grid: dict[str, dict[float, dict[float, float]]] = {}
         tasks = [task for task, arm in self.reported if arm == "spectral_newton"]
         for task, (arm, made) in product(tasks, studied().items()):
-            found, best = self.found(task, arm), self.rate(task, "spectral_newton")
-            if best in found:
+            found = self.found(task, arm)
+            if all(lr in found for lr in self._around(task)):
                 of_alpha = grid.setdefault(task, {}).setdefault(made.options["alpha"], {})
-                near = [loss for lr, loss in found.items() if 0.49 * best < lr < 2.01 * best]
-                of_alpha[made.options["damping"]] = min(near)
+                of_alpha[made.options["damping"]] = min(found[lr] for lr in self._around(task))
         return grid
 
     def finish(self) -> None:
