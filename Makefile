@@ -7,14 +7,15 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint ablation clean
+.PHONY: demo test lint ablation paper baselines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
 	$(BIN)/lightning-spectral demo
 
+# A process per core, each with one thread: the tests' tensors are small.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -25,10 +26,18 @@ lint: $(READY)
 ablation: $(READY)
 	$(BIN)/python examples/ablation/run.py
 
+# The paper's experiments at a small size: examples/paper.
+paper: $(READY)
+	$(BIN)/python examples/paper/run.py
+
+# The pictures that tests/test_figure_images.py compares with. Look at them before committing them.
+baselines: $(READY)
+	$(BIN)/python tests/test_figure_images.py
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test,lint]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-runs ablation-runs
+	rm -rf $(VENV) demo-runs ablation-runs paper-runs

@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CurvatureDecay": "metrics",
+    "CurvatureExponent": "metrics",
+    "LayerAlignment": "alignment",
     "LayerSpectrum": "spectrum",
     "MeasurementError": "errors",
+    "ParticipationRatio": "metrics",
     "PowerLawFit": "fits",
+    "RankDecay": "metrics",
     "SecondDerivativeError": "errors",
     "SingularTriplets": "svd",
     "SpectralNewton": "optim.spectral_newton",
@@ -36,6 +41,7 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from lightning_spectral.alignment import LayerAlignment as LayerAlignment
     from lightning_spectral.callbacks.probe import SpectralProbe as SpectralProbe
     from lightning_spectral.callbacks.swap import SwapOptimizer as SwapOptimizer
     from lightning_spectral.errors import MeasurementError as MeasurementError
@@ -49,6 +55,10 @@ if TYPE_CHECKING:
     from lightning_spectral.fits import zeta_bound as zeta_bound
     from lightning_spectral.measure import directional_curvature as directional_curvature
     from lightning_spectral.measure import measure_spectra as measure_spectra
+    from lightning_spectral.metrics import CurvatureDecay as CurvatureDecay
+    from lightning_spectral.metrics import CurvatureExponent as CurvatureExponent
+    from lightning_spectral.metrics import ParticipationRatio as ParticipationRatio
+    from lightning_spectral.metrics import RankDecay as RankDecay
     from lightning_spectral.optim.spectral_newton import SpectralNewton as SpectralNewton
     from lightning_spectral.optim.transfer import spectral_transfer as spectral_transfer
     from lightning_spectral.record import SpectralReport as SpectralReport

@@ -1,10 +1,19 @@
-"""What a report says beside the paper: kinds of layers against its ranges."""
+"""What a report says: kinds of layers beside the paper's ranges, the transfer identity, and layers that deviate."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_spectral.record import SpectralReport, median
+from lightning_spectral.spectrum import LayerSpectrum
+
+GOOD_FIT = 0.9
+"""Below this r2 an alpha is not to be trusted: log h is then no straight line in log sigma."""
+
+DEVIATES, DEVIATES_STDERR, SIBLINGS = 0.25, 3.0, 3
+"""A layer deviates from the median of its kind, of at least so many layers, by more than 0.25 and 3 standard errors."""
 
 PAPER_ALPHA: dict[str, str] = {
     "conv": "1.94 to 2.17 (ResNet-18, VGG-11, ResNet-50)",
@@ -16,6 +25,12 @@ PAPER_ALPHA: dict[str, str] = {
     "mlp_down": "1.15 (small GPT)",
 }
 """alpha by kind of layer as arXiv 2606.02596 reports it: means, or the range of means over networks."""
+
+PAPER_RANGES: dict[str, tuple[float, float]] = {
+    "conv": (1.94, 2.17), "dense": (2.18, 2.18), "attention_qkv": (1.43, 1.43), "attention_out": (1.17, 1.17),
+    "mlp_up": (0.84, 0.84), "mlp_down": (1.15, 1.15),
+}  # fmt: skip
+"""The same as (lowest, highest), but for heads, whose alpha goes with the number of classes."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +69,121 @@ def compare_kinds(report: SpectralReport) -> list[KindSummary]:
         )
         for kind, layers in report.by_kind().items()
     ]
+
+
+@dataclass(frozen=True)
+class Exponents:
+    """What the fits of one layer say, from its spectrum or from what was logged of it; NaN where unknown.
+
+    Attributes:
+        name: of the layer.
+        kind: of the layer; empty where a log does not tell.
+        alpha, stderr, r2: exponent of curvature in sigma, its standard error and the fit's r2.
+        gamma, s: decay of the gradient's and of the curvature's spectrum.
+        transfer_error: abs(s - alpha gamma) / abs(s).
+        pr_curvature: participation ratio of the positive curvatures.
+        negative: directions of negative curvature.
+        note: why there is no alpha.
+    """
+
+    name: str
+    kind: str
+    alpha: float
+    stderr: float
+    r2: float
+    gamma: float
+    s: float
+    transfer_error: float
+    pr_curvature: float
+    negative: float
+    note: str = ""
+
+    @property
+    def alpha_gamma(self) -> float:
+        """alpha * gamma, which the transfer relation says is s."""
+        return self.alpha * self.gamma
+
+    @property
+    def trusted(self) -> bool:
+        """Whether alpha is the slope of a line and not of a cloud."""
+        return self.r2 >= GOOD_FIT
+
+    @property
+    def short(self) -> str:
+        """The name as tables show it."""
+        return self.name.removesuffix(".weight")
+
+    @classmethod
+    def of(cls, layer: LayerSpectrum) -> Exponents:
+        """Of a layer's spectrum."""
+        return cls.logged(layer.name, layer.scalars(), kind=layer.kind, note=layer.note)
+
+    @classmethod
+    def logged(cls, name: str, scalars: Mapping[str, float], *, kind: str = "", note: str = "") -> Exponents:
+        """Of a layer's logged quantities, of which any may be missing."""
+
+        def value(key: str) -> float:
+            return scalars.get(key, float("nan"))
+
+        return cls(
+            name=name,
+            kind=kind,
+            alpha=value("alpha"),
+            stderr=value("alpha_stderr"),
+            r2=value("r2_alpha"),
+            gamma=value("gamma"),
+            s=value("s"),
+            transfer_error=value("transfer_error"),
+            pr_curvature=value("pr_curvature"),
+            negative=value("negative_curvature"),
+            note=note,
+        )
+
+
+@dataclass(frozen=True)
+class TransferIdentity:
+    """How well s = alpha gamma holds.
+
+    Attributes:
+        layers: all that have s, alpha and gamma.
+        median_error: median of abs(s - alpha gamma) / abs(s) over those with a fit to trust; NaN where there is none.
+        worst: of those with a fit to trust, the one with the largest error; None where there is none.
+    """
+
+    layers: tuple[Exponents, ...]
+    median_error: float
+    worst: Exponents | None
+
+    @property
+    def trusted(self) -> list[Exponents]:
+        """The layers with a fit to trust."""
+        return [layer for layer in self.layers if layer.trusted]
+
+
+def transfer_identity(report: SpectralReport | Sequence[Exponents]) -> TransferIdentity:
+    """s against alpha gamma per layer, with the median error over the fits to trust."""
+    layers = tuple(x for x in of_each_layer(report) if not math.isnan(x.transfer_error))
+    trusted = [x for x in layers if x.trusted]
+    worst = max(trusted, key=lambda x: x.transfer_error, default=None)
+    return TransferIdentity(layers, median([x.transfer_error for x in trusted]), worst)
+
+
+def deviating(report: SpectralReport | Sequence[Exponents]) -> list[tuple[Exponents, float]]:
+    """Layers whose alpha is far from its kind's, each with the median of its kind; among fits to trust."""
+    kinds: dict[str, list[Exponents]] = {}
+    for layer in of_each_layer(report):
+        if layer.trusted:
+            kinds.setdefault(layer.kind, []).append(layer)
+    out = []
+    for layers in kinds.values():
+        middle = median([x.alpha for x in layers])
+        far = [x for x in layers if abs(x.alpha - middle) > max(DEVIATES, DEVIATES_STDERR * x.stderr)]
+        out += [(x, middle) for x in far if len(layers) >= SIBLINGS]
+    return out
+
+
+def of_each_layer(report: SpectralReport | Sequence[Exponents]) -> list[Exponents]:
+    """Those of a report's layers in the order of the network; others as they are."""
+    if isinstance(report, SpectralReport):
+        return [Exponents.of(layer) for layer in report.layers.values()]
+    return list(report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -44,9 +44,14 @@ def by_cause(failed: Mapping[str, str]) -> list[str]:
     layers: dict[str, list[str]] = {}
     for name, why in failed.items():
         layers.setdefault(why, []).append(name)
-    return [
-        ", ".join(names[:NAMES_SHOWN])
-        + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
-        + f": {why}"
-        for why, names in layers.items()
-    ]
+    return [f"{some_of(names)}: {why}" for why, names in layers.items()]
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names, and how many more there are.
+
+    >>> some_of(list("abcdefgh"))
+    'a, b, c, d, e, f and 2 more'
+    """
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+from lightning_spectral.encoding import number, numbers
 
 RankModel = Literal["power_law", "exponential", "lognormal"]
 
@@ -43,6 +45,11 @@ class PowerLawFit:
     n_dropped: int
     dropped: Mapping[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PowerLawFit:
+        """The inverse of `encoding.plain`."""
+        return cls(**numbers(data, skip=("dropped",)))
+
 
 @dataclass(frozen=True)
 class RankModelFit:
@@ -71,6 +78,60 @@ class RankModels:
     n_used: int
     n_dropped: int
 
+    @property
+    def margin(self) -> float:
+        """BIC of the runner-up minus that of the winner; NaN where fewer than two models could be fitted."""
+        known = sorted(bic for bic in self.bic.values() if not math.isnan(bic))
+        return known[1] - known[0] if len(known) > 1 else float("nan")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RankModels:
+        """The inverse of `encoding.plain`."""
+        bic: dict[RankModel, float] = {name: number(value) for name, value in data["bic"].items()}
+        coefficients = {name: tuple(map(number, fit["coefficients"])) for name, fit in data["fits"].items()}
+        fits = {name: RankModelFit(c, number(data["fits"][name]["rss"]), bic[name]) for name, c in coefficients.items()}
+        return cls(data["winner"], bic, fits, data["n_used"], data["n_dropped"])
+
+
+class LogPoints(NamedTuple):
+    """The points of a fit in logarithms, (n,) abscissae and ordinates, and how many were left out for which reason."""
+
+    x: Tensor
+    y: Tensor
+    dropped: Mapping[str, int]
+
+
+def log_points(x: Values, y: Values, exclude: Mapping[str, Tensor] | None = None) -> LogPoints:
+    """What `fit_power_law` fits: log x and log y of the usable points."""
+    x_n, y_n = _vector(x, "x"), _vector(y, "y")
+    if x_n.shape != y_n.shape:
+        raise ValueError(f"x and y must have one length, got {len(x_n)} and {len(y_n)}")
+    keep, dropped = _usable(x_n, y_n, exclude or {})
+    return LogPoints(x_n[keep].log(), y_n[keep].log(), dropped)
+
+
+def rank_points(values: Values, exclude: Mapping[str, Tensor] | None = None) -> LogPoints:
+    """What `fit_rank_decay` fits: -log rank, and the log of the usable values in decreasing order."""
+    values_n = _vector(values, "values")
+    keep, dropped = _usable(values_n, values_n, exclude or {})
+    kept = values_n[keep].sort(descending=True).values
+    ranks = torch.arange(1, len(kept) + 1, dtype=torch.float64, device=kept.device)
+    return LogPoints(-ranks.log(), kept.log(), dropped)
+
+
+def centred_sums(points: LogPoints) -> tuple[float, float, float]:
+    """Sums of dx^2, dx dy and dy^2, the deviations of the points from their means.
+
+    The first is 0 where no line can be fitted: fewer than 3 points, or abscissae that differ by rounding alone. The
+    last is 0 where the ordinates do.
+    """
+    x, y = points.x, points.y
+    dx, dy = x - x.mean(), y - y.mean()
+    fits = len(x) >= MIN_POINTS and _differ(x, dx)
+    xx = float(dx.square().sum()) if fits else 0.0
+    yy = float(dy.square().sum()) if fits and _differ(y, dy) else 0.0
+    return xx, float(dx @ dy), yy
+
 
 def fit_power_law(x: Values, y: Values, *, exclude: Mapping[str, Tensor] | None = None) -> PowerLawFit:
     """Fit y ~ exp(intercept) * x^exponent over the points with x, y > 0 and finite.
@@ -93,11 +154,7 @@ def fit_power_law(x: Values, y: Values, *, exclude: Mapping[str, Tensor] | None 
     >>> round(fit.exponent, 6), fit.n_used, fit.dropped
     (2.0, 3, {'not positive': 1})
     """
-    x_n, y_n = _vector(x, "x"), _vector(y, "y")
-    if x_n.shape != y_n.shape:
-        raise ValueError(f"x and y must have one length, got {len(x_n)} and {len(y_n)}")
-    keep, dropped = _usable(x_n, y_n, exclude or {})
-    return _least_squares(x_n[keep].log(), y_n[keep].log(), dropped)
+    return _least_squares(log_points(x, y, exclude))
 
 
 def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tensor, used: Tensor) -> PowerLawFit:
@@ -135,11 +192,7 @@ def fit_rank_decay(values: Values, *, exclude: Mapping[str, Tensor] | None = Non
     >>> round(fit_rank_decay([1.0, 1 / 9, 1 / 4]).exponent, 6)
     2.0
     """
-    values_n = _vector(values, "values")
-    keep, dropped = _usable(values_n, values_n, exclude or {})
-    kept = values_n[keep].sort(descending=True).values
-    ranks = torch.arange(1, len(kept) + 1, dtype=torch.float64)
-    return _least_squares(-ranks.log(), kept.log(), dropped)
+    return _least_squares(rank_points(values, exclude))
 
 
 def fit_rank_models(sigma: Values) -> RankModels:
@@ -275,20 +328,19 @@ def _usable(x: Tensor, y: Tensor, exclude: Mapping[str, Tensor]) -> tuple[Tensor
     return keep, dropped
 
 
-def _least_squares(x: Tensor, y: Tensor, dropped: Mapping[str, int]) -> PowerLawFit:
+def _least_squares(points: LogPoints) -> PowerLawFit:
+    x, y, dropped = points
     n, n_dropped, nan = len(x), sum(dropped.values()), float("nan")
-    dx, dy = x - x.mean(), y - y.mean()
-    sxx, syy = float(dx.square().sum()), float(dy.square().sum())
-    # Abscissae that differ by rounding alone have no slope.
-    if n < MIN_POINTS or not _differ(x, dx):
+    xx, xy, yy = centred_sums(points)
+    if not xx:
         return PowerLawFit(nan, nan, nan, nan, n, n_dropped, dict(dropped))
-    slope = float(dx @ dy) / sxx
-    rss = float((dy - slope * dx).square().sum())
+    slope = xy / xx
+    rss = float((y - y.mean() - slope * (x - x.mean())).square().sum())
     return PowerLawFit(
         exponent=slope,
         intercept=float(y.mean()) - slope * float(x.mean()),
-        stderr=math.sqrt(rss / (n - 2) / sxx),
-        r2=1 - rss / syy if _differ(y, dy) else nan,
+        stderr=math.sqrt(rss / (n - 2) / xx),
+        r2=1 - rss / yy if yy else nan,
         n_used=n,
         n_dropped=n_dropped,
         dropped=dict(dropped),

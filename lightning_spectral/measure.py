@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -15,17 +16,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_spectral.batch import FirstSamples, HeldBatches
-from lightning_spectral.curvature import Curvatures, check_method, measure_by
+from lightning_spectral.curvature import Curvatures, measure_by
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
+from lightning_spectral.fraction import CurvatureFraction
 from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import LayerSelection, MatrixLayer, check_selection, find_layers, matrix_parameters
+from lightning_spectral.layers import LayerSelection, MatrixLayer, find_layers, matrix_parameters
 from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
-from lightning_spectral.memory import measure_within_memory
+from lightning_spectral.memory import Measured, measure_within_memory
+from lightning_spectral.options import Options
 from lightning_spectral.pieces import Losses
-from lightning_spectral.quiet import MODES, PRECISIONS, Beginning, Mode, Precision, RandomStates, copy_batch, quiet
+from lightning_spectral.quiet import Beginning, Mode, Precision, RandomStates, copy_batch, quiet
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.spectrum import LayerSpectrum
 from lightning_spectral.svd import SingularTriplets
+from lightning_spectral.weights import WeightSpectrum
 
 
 def measure_spectra(
@@ -43,6 +47,11 @@ def measure_spectra(
     n_batches: int = 1,
     micro_batch_size: int | None = None,
     precision: Precision = "float32",
+    spectrum_top_k: int | None = None,
+    weight_spectra: bool = False,
+    bootstrap: int | None = None,
+    curvature_fraction: int | None = None,
+    alignment: bool = False,
 ) -> SpectralReport:
     """Gradient spectrum and curvature along it, of every layer, for one loss on one batch.
 
@@ -69,6 +78,13 @@ def measure_spectra(
         micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
             times a training step's, where the loss of a batch is a mean or sum of those of its parts.
         precision: "float32" or "float64", the lowest precision to compute in; half-precision weights are raised.
+        spectrum_top_k: singular values that the rank models are fitted to; None: top_k. They cost no curvature.
+        weight_spectra: take the singular values of each weight matrix, too (`WeightSpectrum`).
+        bootstrap: draws for 95 % intervals of alpha, gamma and s (`Intervals`); None or 0: none.
+        curvature_fraction: draws for the trace of each layer's Hessian block, to hold the curvature beside
+            (`CurvatureFraction`), a Hessian-vector product each; None or 0: none. With curvature="ggn" the h are
+            Gauss-Newton's, the trace is the Hessian's.
+        alignment: also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`).
 
     Returns:
         The report. Layers that could not be measured hold NaN and say why in their ``note``; each is warned about.
@@ -87,10 +103,7 @@ def measure_spectra(
     >>> report.layers["0.weight"].h.shape
     torch.Size([5])
     """
-    report = measure_quietly(
-        model,
-        _batches(batch, n_batches, model),
-        loss_fn,
+    options = Options(
         top_k=top_k,
         curvature=curvature,
         layers=layers,
@@ -98,9 +111,15 @@ def measure_spectra(
         fused_qkv=fused_qkv,
         mode=mode,
         max_samples=max_samples,
-        precision=precision,
         micro_batch_size=micro_batch_size,
+        precision=precision,
+        spectrum_top_k=spectrum_top_k,
+        weight_spectra=weight_spectra,
+        bootstrap=bootstrap,
+        curvature_fraction=curvature_fraction,
+        alignment=alignment,
     )
+    report = measure_quietly(model, _batches(batch, n_batches, model), options, loss_fn)
     for text in report.problems():
         warnings.warn(text, SpectralWarning, stacklevel=2)
     return report
@@ -109,66 +128,49 @@ def measure_spectra(
 def measure_quietly(
     model: nn.Module,
     batches: Sequence[Any],
+    options: Options,
     loss_fn: LossFunction | None = None,
     *,
-    top_k: int,
-    curvature: str,
-    layers: LayerSelection,
-    kinds: Mapping[str, Kind] | None,
-    fused_qkv: Sequence[str] | Mapping[str, Sequence[int]],
-    mode: Mode,
-    max_samples: int | None,
-    precision: Precision,
-    micro_batch_size: int | None,
     batch_idx: int = 0,
 ) -> SpectralReport:
     """`measure_spectra` without warnings, for callers that read the report's ``failed`` and ``warnings`` themselves.
 
     Args:
+        model, loss_fn: as there.
         batches: one or more; gradient and curvature are those of the mean of their losses, weighted by samples.
-        batch_idx: what training_step is told; the rest as in `measure_spectra`.
+        options: what to measure and how.
+        batch_idx: what training_step is told.
     """
     started = time.perf_counter()
-    check_options(
-        top_k=top_k,
-        curvature=curvature,
-        mode=mode,
-        max_samples=max_samples,
-        precision=precision,
-        micro_batch_size=micro_batch_size,
-    )
-    check_selection("layers", layers)
-    check_selection("fused_qkv", fused_qkv, only_patterns=True)
     model = unwrapped(model)
-    found = find_layers(model, layers=layers, kinds=kinds, fused_qkv=fused_qkv)
+    found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
     if not found.layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
         raise ValueError(f"layers: no layer is left to measure ({reasons})")
-    if max_samples is not None:
-        batches = FirstSamples(batches, max_samples)
-    with _losses(model, batches, loss_fn, found.layers, mode, precision, batch_idx) as (losses, notes):
-        measured = measure_within_memory(losses, curvature, top_k, micro_batch_size)
-        eps = {name: losses.eps(name) for name in found.layers}
-    failed, curvatures = measured.failed, measured.curvatures
-    if len(failed) == len(found.layers):
-        error = SecondDerivativeError if curvatures.failed else MeasurementError
-        raise error("; ".join(by_cause(failed)))
+    if options.max_samples is not None:
+        batches = FirstSamples(batches, options.max_samples)
+    with _losses(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx) as (losses, notes):
+        measured = measure_within_memory(losses, options)
+        failed, curvatures = measured.failed, measured.curvatures
+        if len(failed) == len(found.layers):
+            error = SecondDerivativeError if curvatures.failed else MeasurementError
+            raise error("; ".join(by_cause(failed)))
+        weights = losses.weights() if options.weight_spectra else {}
+        spectra = {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in found.layers}
     return SpectralReport(
-        layers={
-            name: _spectrum(name, layer, eps[name], measured.triplets.get(name), curvatures, failed)
-            for name, layer in found.layers.items()
-        },
+        layers=spectra,
         skipped=found.skipped,
         loss=measured.loss,
         n_samples=losses.samples,
         n_batches=len(batches),
         micro_batch_size=measured.most,
-        curvature=curvature,
-        mode=mode,
-        precision=precision,
-        top_k=top_k,
+        curvature=options.curvature,
+        mode=options.mode,
+        precision=options.precision,
+        top_k=options.top_k,
+        spectrum_top_k=options.spectrum_top_k or options.top_k,
         seconds=time.perf_counter() - started,
-        warnings=(*notes, *losses.notes(), *curvatures.notes),
+        warnings=(*notes, *losses.notes(), *curvatures.notes, *_left_out(measured, spectra, curvatures.notes)),
         chosen=curvatures.chosen,
         check_error=curvatures.check_error,
     )
@@ -201,7 +203,7 @@ def directional_curvature(
         MeasurementError: as in `measure_spectra`.
         SecondDerivativeError: if a layer's loss has no second derivative.
     """
-    check_options(curvature=method, mode=mode, precision=precision)
+    Options(curvature=method, mode=mode, precision=precision)
     model = unwrapped(model)
     parts = find_layers(model, layers=lambda layer: True).layers
     whole = matrix_parameters(model)[0]
@@ -227,28 +229,6 @@ def directional_curvature(
     if measured.failed:
         raise SecondDerivativeError("; ".join(by_cause(measured.failed)))
     return measured.h
-
-
-def check_options(
-    *,
-    curvature: str,
-    mode: str,
-    precision: str,
-    top_k: int = 1,
-    max_samples: int | None = None,
-    micro_batch_size: int | None = None,
-) -> None:
-    """Raise ValueError for an option out of range, with its name and what it may be."""
-    check_method(curvature)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
-    if not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k must be a whole number of at least 1, got {top_k!r}")
-    for option, value in {"max_samples": max_samples, "micro_batch_size": micro_batch_size}.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{option} must be None or a whole number of at least 1, got {value!r}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -329,22 +309,27 @@ def _losses(
         )
 
 
-def _spectrum(
-    name: str,
-    layer: MatrixLayer,
-    eps: float,
-    triplets: SingularTriplets | None,
-    measured: Curvatures,
-    failed: Mapping[str, str],
-) -> LayerSpectrum:
-    sigma = torch.zeros(0, dtype=torch.float64) if triplets is None else triplets.sigma.detach().cpu().double()
-    h = torch.full_like(sigma, float("nan"))
-    if name in measured.h:
-        h[: len(measured.h[name])] = measured.h[name]
-    stderr = torch.zeros_like(h)
-    if name in measured.stderr:
-        stderr[: len(measured.stderr[name])] = measured.stderr[name]
-    return LayerSpectrum.from_spectrum(
+def _unaligned(spectra: Mapping[str, LayerSpectrum]) -> list[str]:
+    """What of the alignment that was asked for is not there, beside the layers that were not measured at all."""
+    missing = {
+        name: f"no alignment: {x.alignment_note}" for name, x in spectra.items() if x.alignment_note and not x.note
+    }
+    partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
+    return by_cause(missing | partly)
+
+
+def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, weights: Tensor | None) -> LayerSpectrum:
+    layer, eps = losses.layers[name], losses.eps(name)
+    curvatures, factored = measured.curvatures, measured.alignment
+    triplets, nothing = measured.triplets.get(name), torch.zeros(0, dtype=torch.float64)
+    sigma = nothing if triplets is None else triplets.sigma
+    h, stderr = torch.full(sigma.shape, float("nan"), dtype=torch.float64), torch.zeros(len(sigma), dtype=torch.float64)
+    if name in curvatures.h:
+        h[: len(curvatures.h[name])] = curvatures.h[name]
+    if name in curvatures.stderr:
+        stderr[: len(curvatures.stderr[name])] = curvatures.stderr[name]
+    why = factored.notes.get(name) or measured.failed.get(name) or "no direction above the noise floor"
+    spectrum = LayerSpectrum.from_spectrum(
         sigma,
         h,
         name=name,
@@ -352,7 +337,39 @@ def _spectrum(
         shape=layer.shape,
         groups=layer.groups,
         h_stderr=stderr,
-        method=measured.methods.get(name, measured.method),
+        method=curvatures.methods.get(name, curvatures.method),
         eps=eps,
-        note=failed.get(name, ""),
+        note=measured.failed.get(name, ""),
+        spectrum=measured.spectra.get(name, nothing),
+        bootstrap=options.bootstrap,
+        factors=factored.factors.get(name),
+        alignment_note=why if options.alignment and name not in factored.factors else "",
+        per_sample=factored.per_sample,
     )
+    if weights is not None:
+        of_weights = WeightSpectrum.of(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
+        spectrum = replace(spectrum, weights=of_weights)
+    return replace(spectrum, fraction=_fraction(spectrum, measured.traces)) if options.curvature_fraction else spectrum
+
+
+def _fraction(spectrum: LayerSpectrum, traces: Curvatures) -> CurvatureFraction:
+    if spectrum.name not in traces.h:
+        return CurvatureFraction.missing(traces.failed.get(spectrum.name, spectrum.note))
+    return CurvatureFraction.of(
+        traces.h[spectrum.name],
+        spectrum.h,
+        shape=spectrum.shape,
+        h_stderr=spectrum.h_stderr,
+        note=traces.failed.get(spectrum.name, ""),
+    )
+
+
+def _left_out(measured: Measured, spectra: Mapping[str, LayerSpectrum], told: Sequence[str]) -> list[str]:
+    """What was measured on request could not be had of which layers, beside what the layers' own notes say."""
+    no_weights = {n: x.weights.note for n, x in spectra.items() if x.weights is not None and x.weights.note}
+    return [
+        *(note for note in measured.traces.notes if note not in told),
+        *(f"curvature_fraction: {text}" for text in by_cause(measured.traces.failed)),
+        *(f"weight_spectra: {text}" for text in by_cause(no_weights)),
+        *_unaligned(spectra),
+    ]

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import Curvature, Curvatures, Gradients, check_method, measure_by
+from lightning_spectral.curvature import (
+    Curvature,
+    Curvatures,
+    Gradients,
+    HutchinsonTrace,
+    Problem,
+    check_method,
+    measure_by,
+)
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.factors import Factored, kronecker_factors
 from lightning_spectral.fits import noise_floor
 from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.options import Options
 from lightning_spectral.pieces import Losses, NoSumError, Piece
 from lightning_spectral.quiet import release_memory
-from lightning_spectral.svd import SingularTriplets, top_singular_triplets
+from lightning_spectral.svd import SingularTriplets, singular_values, top_singular_triplets
 
 MEMORY = 3.0
 """Peak memory of a measurement that is aimed at, in that of a training step on the same samples."""
@@ -25,32 +36,44 @@ TRIES = 3
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What was measured of a loss before anything is fitted."""
+    """What was measured of a loss before anything is fitted.
+
+    Attributes:
+        triplets: layer name -> its gradient's, on the window of ``top_k``.
+        spectra: layer name -> its gradient's leading singular values, ``spectrum_top_k`` of them.
+        curvatures: along the triplets above the noise floor.
+        traces: draws of the trace of each layer's Hessian block; empty where none were asked for.
+        failed: layer name -> why it has no curvatures.
+        loss: its value.
+        most: samples measured at once at most.
+    """
 
     triplets: dict[str, SingularTriplets]
+    spectra: dict[str, Tensor]
     curvatures: Curvatures
+    traces: Curvatures
     failed: dict[str, str]
     loss: float
     most: int | None
+    alignment: Factored = field(default_factory=lambda: Factored({}, {}))
 
 
-def measure_within_memory(losses: Losses, curvature: str, top_k: int, micro_batch_size: int | None) -> Measured:
+def measure_within_memory(losses: Losses, options: Options) -> Measured:
     """Measure; where memory runs out, on pieces half as large, three tries in all.
 
     Args:
         losses: what to measure.
-        curvature: a method's name.
-        top_k: directions per layer.
-        micro_batch_size: samples at once; None: as many as `MEMORY` allows.
+        options: of them, the curvature, the numbers of directions and draws, and ``micro_batch_size``, the samples at
+            once; None: as many as `MEMORY` allows.
 
     Raises:
         MeasurementError: if memory ran out at every try.
     """
-    most = micro_batch_size
+    most = options.micro_batch_size
     errors: list[str] = []
     while len(errors) < TRIES:
         try:
-            return _measured(losses, curvature, top_k, most)
+            return _measured(losses, options, most)
         except Exception as error:
             if not is_out_of_memory(error):
                 if errors and isinstance(error, MeasurementError):
@@ -68,20 +91,23 @@ def measure_within_memory(losses: Losses, curvature: str, top_k: int, micro_batc
     )
 
 
-def _measured(losses: Losses, curvature: str, top_k: int, most: int | None) -> Measured:
+def _measured(losses: Losses, options: Options, most: int | None) -> Measured:
     """Gradient and curvature, on pieces of at most so many samples; None: as many as memory is likely to hold."""
-    named = check_method(curvature)
+    named = check_method(options.curvature)
     pieces = losses.whole() if most is None else losses.pieces(most)
     in_one = len(pieces) == 1 and (most is not None or not losses.divisible)
     keep_graph = in_one and named is not None and named.differentiates_gradients
-    gradients, loss, problem = losses.gradients(pieces, keep_graph=keep_graph)
-    triplets, failed = _triplets(gradients, losses.layers, top_k)
+    gradients, loss, problem = losses.gradients(
+        pieces, keep_graph=keep_graph, outputs=options.alignment and losses.samples is not None
+    )
+    triplets, spectra, failed = _triplets(gradients, losses.layers, options)
     smallest = _smallest(gradients)
     del gradients
     usable = {name: t.first(_usable(losses, name, t)) for name, t in triplets.items()}
     directions = {name: t for name, t in usable.items() if len(t)}
+    factored = _factored(losses, pieces, problem, directions) if options.alignment else Factored({}, {})
 
-    def measure(method: Curvature) -> Curvatures:
+    def measure(method: Curvature, directions: Mapping[str, SingularTriplets] = directions) -> Curvatures:
         smaller = [] if most is not None else _thrifty(losses, method)
         if smaller:
             problem.release()
@@ -94,8 +120,39 @@ def _measured(losses: Losses, curvature: str, top_k: int, most: int | None) -> M
         problem.release()
         return losses.curvatures(method, pieces, directions)
 
-    curvatures = measure_by(curvature, problem, directions, measure)
-    return Measured(triplets, curvatures, failed | curvatures.failed, loss, losses.in_use)
+    curvatures = measure_by(options.curvature, problem, directions, measure)
+    traces = Curvatures({}, "")
+    if options.curvature_fraction:
+        measurable = {name: t for name, t in directions.items() if name not in curvatures.failed}
+        try:
+            traces = measure(HutchinsonTrace(options.curvature_fraction, curvatures.h), measurable)
+        except MeasurementError as error:
+            traces = Curvatures({}, "", dict.fromkeys(measurable, str(error)))
+    failed |= curvatures.failed
+    return Measured(triplets, spectra, curvatures, traces, failed, loss, losses.in_use, factored)
+
+
+def _factored(
+    losses: Losses, pieces: list[Piece], problem: Problem, directions: Mapping[str, SingularTriplets]
+) -> Factored:
+    """The Kronecker factors; where memory runs out, of pieces half as large, and in the end none: curvature goes on."""
+    for _ in range(TRIES):
+        try:
+            return kronecker_factors(losses, pieces, problem, directions)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        problem.release()
+        release_memory(losses.parameters.values())
+        largest = losses.largest(pieces)
+        if largest is None or largest == 1 or not losses.divisible:
+            break
+        try:
+            pieces = losses.pieces(math.ceil(largest / 2))
+        except MeasurementError:
+            break
+        problem = losses.problem(pieces[0])
+    return Factored({}, dict.fromkeys(directions, "out of memory; measure fewer samples (max_samples)"))
 
 
 def _thrifty(losses: Losses, method: Curvature) -> list[Piece]:
@@ -117,9 +174,10 @@ def _smallest(gradients: Gradients) -> tuple[str, Tensor] | None:
 
 
 def _triplets(
-    gradients: Gradients, layers: Mapping[str, MatrixLayer], top_k: int
-) -> tuple[dict[str, SingularTriplets], dict[str, str]]:
-    triplets, failed = {}, {}
+    gradients: Gradients, layers: Mapping[str, MatrixLayer], options: Options
+) -> tuple[dict[str, SingularTriplets], dict[str, Tensor], dict[str, str]]:
+    """The triplets, the leading singular values, and the layers that have none."""
+    triplets, spectra, failed = {}, {}, {}
     for name, gradient in gradients.values.items():
         layer = layers[name]
         if gradient is None and name in gradients.failed:
@@ -132,12 +190,23 @@ def _triplets(
             )
             continue
         try:
-            triplets[name] = top_singular_triplets(layer.to_matrix(gradient.detach()), top_k, groups=layer.groups)
+            matrix = layer.to_matrix(gradient.detach())
+            triplets[name] = top_singular_triplets(matrix, options.top_k, groups=layer.groups)
+            spectra[name] = _spectrum(matrix, layer.groups, triplets[name].sigma, options)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             failed[name] = f"its gradient has no singular values: {error}"
-    return triplets, failed
+    return triplets, spectra, failed
+
+
+def _spectrum(matrix: Tensor, groups: int, sigma: Tensor, options: Options) -> Tensor:
+    """The ``spectrum_top_k`` leading singular values, of which those of the window, sigma, are known."""
+    k = options.spectrum_top_k or options.top_k
+    # A window that is not full holds all there are.
+    if k == options.top_k or len(sigma) < options.top_k:
+        return sigma
+    return torch.cat([sigma, singular_values(matrix, groups=groups)[len(sigma) : k].to(sigma)])
 
 
 def _usable(losses: Losses, name: str, triplets: SingularTriplets) -> int:

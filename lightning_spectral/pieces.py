@@ -120,10 +120,13 @@ class Losses:
             place = Place(sum(size or 0 for size in self.sizes[: piece.batch]) + piece.start, self.samples)
         return Problem(self._repeatable(piece), self.layers, self.parameters, samples, place)
 
-    def gradients(self, pieces: Sequence[Piece], *, keep_graph: bool) -> tuple[Gradients, float, Problem]:
+    def gradients(
+        self, pieces: Sequence[Piece], *, keep_graph: bool, outputs: bool = False
+    ) -> tuple[Gradients, float, Problem]:
         """The gradient of the loss, its value, and the problem of the first piece.
 
-        With keep_graph, and one piece alone, the gradient can be differentiated again.
+        With keep_graph, and one piece alone, the gradient can be differentiated again. With ``outputs`` the problem
+        holds its gradients in the layers' outputs, too, as far as they cost no backward pass of their own.
         """
         values: dict[str, Tensor | None] = {}
         failed: dict[str, str] = {}
@@ -132,7 +135,7 @@ class Losses:
         # The first piece comes last, since its graph is kept.
         for piece in reversed(pieces):
             problem = self.problem(piece)
-            part = problem.gradients(keep_graph=keep_graph and len(pieces) == 1)
+            part = problem.gradients(keep_graph=keep_graph and len(pieces) == 1, outputs=outputs and piece is pieces[0])
             self.casts |= problem.trace.casts
             loss += piece.weight * problem.loss
             failed |= part.failed
@@ -182,6 +185,11 @@ class Losses:
         """
         dtypes = [self.parameters[name].dtype, *([torch.float32] if self.casts else [])]
         return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The matrices themselves, as they were before any call of the loss."""
+        self.beginning.restore()
+        return {name: layer.to_matrix(self.parameters[name].detach()) for name, layer in self.layers.items()}
 
     def notes(self) -> list[str]:
         """What limits the precision of the measurement."""

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.encoding import number, plain
 from lightning_spectral.errors import by_cause
+from lightning_spectral.fits import RankModel
 from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum
 
 if TYPE_CHECKING:
     import pandas
 
-FORMAT, FORMAT_VERSION = "lightning-spectral-report", 2
+FORMAT, FORMAT_VERSION = "lightning-spectral-report", 3
+
+RANK_MODELS: tuple[RankModel, ...] = ("power_law", "exponential", "lognormal")
 
 REPORT_KEYS: dict[str, str] = {
     "loss": "the loss the probe measured, on its own batch and mode",
@@ -25,6 +28,10 @@ REPORT_KEYS: dict[str, str] = {
     "layers_failed": "layers chosen but without an alpha; the report's notes say why",
     "negative_curvature": "directions with h < 0, all layers",
     "check_error": "relative difference of one curvature to an exact product, with curvature ggn by auto",
+    **{
+        f"rank_model/{model}": "share of the layers whose gradient spectrum it fits best, by BIC"
+        for model in RANK_MODELS
+    },
 }
 
 
@@ -45,6 +52,7 @@ class SpectralReport:
         mode: "eval" or "train", of the network while it was measured.
         precision: the precision asked for.
         top_k: directions asked for per layer.
+        spectrum_top_k: singular values asked for per layer.
         seconds: wall time of the measurement.
         warnings: what was shared or left out beside single layers.
         step: optimizer steps taken before the measurement; None outside training.
@@ -67,6 +75,7 @@ class SpectralReport:
     check_error: float = float("nan")
     step: int | None = None
     epoch: int | None = None
+    spectrum_top_k: int | None = None
 
     @property
     def failed(self) -> dict[str, str]:
@@ -84,6 +93,11 @@ class SpectralReport:
             kinds.setdefault(layer.kind, []).append(layer)
         return kinds
 
+    def rank_model_shares(self) -> dict[RankModel, float]:
+        """The share of the layers that each model of the gradient spectrum wins, of those where one does."""
+        winners = [layer.rank_models.winner for layer in self.layers.values() if layer.rank_models.winner]
+        return {model: winners.count(model) / len(winners) if winners else float("nan") for model in RANK_MODELS}
+
     def medians(self) -> dict[str, float]:
         """Medians over all layers, and over those of each kind as ``kind/<kind>/<quantity>_median``; NaN left out."""
         out = _medians(self.layers.values(), "")
@@ -98,6 +112,7 @@ class SpectralReport:
         out["layers_measured"] = float(len(self.layers) - len(self.failed))
         out["layers_failed"] = float(len(self.failed))
         out["check_error"] = self.check_error
+        out |= {f"rank_model/{model}": share for model, share in self.rank_model_shares().items()}
         out["negative_curvature"] = float(sum(layer.n_negative for layer in self.layers.values()))
         for name in self.layers if layers is None else layers:
             out |= {f"{name}/{key}": value for key, value in self.layers[name].scalars().items()}
@@ -148,11 +163,8 @@ class SpectralReport:
             import pandas
         except ImportError as error:
             raise ImportError("to_pandas needs pandas: pip install pandas; to_dict() needs nothing") from error
-        rows = [
-            {"layer": x.name, "kind": x.kind, "m": x.shape[0], "n": x.shape[1], **x.scalars(), "note": x.note}
-            for x in self.layers.values()
-        ]
-        columns = ["layer", "kind", "m", "n", *(key.name for key in LAYER_KEYS), "note"]
+        rows = [_row(layer) for layer in self.layers.values()]
+        columns = list(rows[0]) if rows else ["layer"]
         frame: pandas.DataFrame = pandas.DataFrame(rows, columns=columns).set_index("layer")
         return frame
 
@@ -160,6 +172,20 @@ class SpectralReport:
         alpha = self.medians()["alpha_median"]
         where = "" if self.step is None else f" at step {self.step}"
         return f"SpectralReport({len(self.layers)} layers{where}, loss {self.loss:.4g}, median alpha {alpha:.3g})"
+
+
+def _row(layer: LayerSpectrum) -> dict[str, Any]:
+    quartiles = {f"alpha_q{i}": fit.exponent for i, fit in enumerate(layer.alpha_quartiles, 1)}
+    return {
+        "layer": layer.name,
+        "kind": layer.kind,
+        "m": layer.shape[0],
+        "n": layer.shape[1],
+        **layer.scalars(),
+        **quartiles,
+        "rank_model": layer.rank_models.winner,
+        "note": layer.note,
+    }
 
 
 def median(values: list[float]) -> float:
@@ -171,5 +197,7 @@ def median(values: list[float]) -> float:
 def _medians(layers: Iterable[LayerSpectrum], prefix: str) -> dict[str, float]:
     layers = list(layers)
     return {
-        f"{prefix}{key.name}_median": median([key.value(layer) for layer in layers]) for key in LAYER_KEYS if key.median
+        f"{prefix}{key.name}_median": median([key.value(layer) for layer in layers])
+        for key in LAYER_KEYS
+        if key.median and all(key.given(layer) for layer in layers)
     }

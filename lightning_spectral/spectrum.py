@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.alignment import KroneckerFactors, LayerAlignment
 from lightning_spectral.encoding import number, numbers, plain
 from lightning_spectral.fits import (
     MIN_POINTS,
     PowerLawFit,
-    RankModel,
-    RankModelFit,
     RankModels,
     directions_holding,
     entropy_rank,
@@ -26,6 +25,12 @@ from lightning_spectral.fits import (
     with_ordinate_errors,
     zeta_bound,
 )
+from lightning_spectral.fraction import CurvatureFraction
+from lightning_spectral.intervals import Intervals, exponent_intervals
+from lightning_spectral.weights import WeightSpectrum
+
+NOISE, EQUAL = "below the noise floor", "sigma equal to all others"
+"""Why a point is left out of a fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +62,15 @@ class LayerSpectrum:
         n_usable: directions above the noise floor.
         n_negative: of them, those with h < 0.
         n_repeated: of them, those whose sigma equals a neighbour's to rounding: u_k, v_k, h_k are not unique.
-        rank_models: power law, exponential and log-normal in rank of the usable sigma.
+        spectrum: (K',) leading singular values of the gradient, K' >= K of them; the first K are sigma.
+        rank_models: power law, exponential and log-normal in rank of those of ``spectrum`` above the noise floor.
+        alpha_quartiles: alpha within each quarter of the K directions, in the order of sigma.
         note: why something is NaN; empty where all is well.
+        weights: the spectrum of the weight matrix, on request.
+        intervals: bootstrap intervals of alpha, gamma and s, on request.
+        fraction: how much of the trace of H the K directions hold, on request.
+        alignment: Kronecker factors and the split of alpha; None where not asked for, or not to be had.
+        alignment_note: why it was not to be had; empty where it was, or was not asked for.
     """
 
     name: str
@@ -87,8 +99,15 @@ class LayerSpectrum:
     n_usable: int
     n_negative: int
     n_repeated: int
+    spectrum: Tensor
     rank_models: RankModels
+    alpha_quartiles: tuple[PowerLawFit, ...]
     note: str = ""
+    weights: WeightSpectrum | None = None
+    intervals: Intervals | None = None
+    fraction: CurvatureFraction | None = None
+    alignment: LayerAlignment | None = None
+    alignment_note: str = ""
 
     @property
     def alpha_gamma(self) -> float:
@@ -109,36 +128,43 @@ class LayerSpectrum:
         method: str = "exact",
         eps: float = torch.finfo(torch.float32).eps,
         note: str = "",
+        spectrum: Tensor | None = None,
+        bootstrap: int | None = None,
+        factors: KroneckerFactors | None = None,
+        alignment_note: str = "",
+        per_sample: float = 1.0,
     ) -> LayerSpectrum:
         """Fit everything there is to fit to singular values (K,) and curvatures (K,).
 
         Args:
             sigma: decreasing, not negative.
             h: in the order of sigma.
-            name, kind, shape, groups, h_stderr, method, note: as in the attributes.
+            name, kind, shape, groups, h_stderr, method, note, alignment_note: as in the attributes.
             eps: machine epsilon of the gradient, for the noise floor.
+            spectrum: as in the attributes; None: sigma.
+            bootstrap: draws for the intervals; None or 0: none are made.
+            factors: Kronecker factors along the leading directions, for ``alignment``.
+            per_sample: what h is multiplied by to be that of the mean of the samples' losses.
         """
         h_stderr = torch.zeros_like(h) if h_stderr is None else h_stderr
-        sigma, h, h_stderr = (t.detach().to("cpu", torch.float64) for t in (sigma, h, h_stderr))
+        spectrum = sigma if spectrum is None else spectrum
+        sigma, h, h_stderr, spectrum = (t.detach().to("cpu", torch.float64) for t in (sigma, h, h_stderr, spectrum))
         if sigma.shape != h.shape or sigma.ndim != 1:
             raise ValueError(f"sigma and h must be (K,), got {tuple(sigma.shape)} and {tuple(h.shape)}")
         floor = noise_floor(sigma, shape, groups, eps)
         usable = sigma > floor
-        noise = {"below the noise floor": ~usable}
+        noise = {NOISE: ~usable}
         positive = h[usable & (h > 0)]
         energy = sigma[usable].square()
-        # Where all sigma are equal to rounding, h against them has no slope.
-        flat = bool(usable.any()) and float(sigma[usable].max() - sigma[usable].min()) <= floor
-        equal = {"sigma equal to all others": usable} if flat and int(usable.sum()) > 1 else {}
-        alpha = fit_power_law(sigma, h, exclude=noise | equal)
-        alpha = with_ordinate_errors(alpha, sigma, h, h_stderr, used=usable & (h > 0))
+        alpha = _alpha(sigma, h, h_stderr, floor)
         gamma = fit_rank_decay(sigma, exclude=noise)
+        h = torch.where(usable, h, torch.full_like(h, float("nan")))
         s = fit_rank_decay(h, exclude=noise)
         product = alpha.exponent * gamma.exponent
         if not note and alpha.n_used < MIN_POINTS:
             note = (
                 "all sigma are equal to rounding, so h has no slope against them"
-                if equal
+                if EQUAL in alpha.dropped
                 else (
                     f"{int(usable.sum())} directions above the noise floor, {len(positive)} of them with h > 0; "
                     f"a fit of alpha needs {MIN_POINTS}"
@@ -150,7 +176,7 @@ class LayerSpectrum:
             shape=shape,
             groups=groups,
             sigma=sigma,
-            h=torch.where(usable, h, torch.full_like(h, float("nan"))),
+            h=h,
             h_stderr=h_stderr,
             method=method,
             noise_floor=floor,
@@ -171,13 +197,35 @@ class LayerSpectrum:
             n_usable=int(usable.sum()),
             n_negative=int((h[usable] < 0).sum()),
             n_repeated=_repeated(sigma[usable], floor),
-            rank_models=fit_rank_models(sigma[usable]),
+            spectrum=spectrum,
+            rank_models=fit_rank_models(spectrum[spectrum > floor]),
+            alpha_quartiles=tuple(
+                _alpha(sigma[k], h[k], h_stderr[k], floor) for k in torch.arange(len(sigma)).tensor_split(4)
+            ),
             note=note,
+            intervals=exponent_intervals(sigma[usable], h[usable], draws=bootstrap) if bootstrap else None,
+            alignment=None
+            if factors is None
+            else LayerAlignment.from_factors(
+                factors,
+                sigma,
+                h,
+                used=usable & (h > 0) & (EQUAL not in alpha.dropped),
+                h_stderr=h_stderr,
+                per_sample=per_sample,
+            ),
+            alignment_note=alignment_note,
         )
 
+    @property
+    def parts(self) -> set[str]:
+        """Which of `PARTS` were asked for."""
+        found = {part for part in PARTS if getattr(self, part) is not None}
+        return found | {"alignment"} if self.alignment_note else found
+
     def scalars(self) -> dict[str, float]:
-        """The logged quantities of `LAYER_KEYS` by name."""
-        return {key.name: float(key.value(self)) for key in LAYER_KEYS}
+        """The logged quantities of `LAYER_KEYS` by name; of those on request, the ones that were asked for."""
+        return {key.name: float(key.value(self)) for key in LAYER_KEYS if key.given(self)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-able values: NaN as None, infinity as "inf"."""
@@ -187,27 +235,58 @@ class LayerSpectrum:
     def from_dict(cls, data: Mapping[str, Any]) -> LayerSpectrum:
         """The inverse of `to_dict`."""
         values = {f.name: data[f.name] for f in fields(cls)}
-        for name in ("sigma", "h", "h_stderr"):
-            values[name] = torch.tensor([number(x) for x in values[name]], dtype=torch.float64)
+        read: dict[str, Any] = {name: values.pop(name) for name in ("name", "kind", "method", "note", "alignment_note")}
+        read["shape"] = tuple(values.pop("shape"))
+        for name in ("sigma", "h", "h_stderr", "spectrum"):
+            read[name] = torch.tensor([number(x) for x in values.pop(name)], dtype=torch.float64)
         for name in ("alpha", "gamma", "s"):
-            values[name] = PowerLawFit(**numbers(values[name], skip=("dropped",)))
-        models = values["rank_models"]
-        bic: dict[RankModel, float] = {name: number(models["bic"][name]) for name in models["bic"]}
-        coefficients = {k: tuple(number(x) for x in fit["coefficients"]) for k, fit in models["fits"].items()}
-        fits = {k: RankModelFit(c, number(models["fits"][k]["rss"]), bic[k]) for k, c in coefficients.items()}
-        values["rank_models"] = RankModels(models["winner"], bic, fits, models["n_used"], models["n_dropped"])
-        values["shape"] = tuple(values["shape"])
-        return cls(**numbers(values, skip=("name", "kind", "method", "note", "shape", "sigma", "h", "h_stderr")))
+            read[name] = PowerLawFit.from_dict(values.pop(name))
+        read["alpha_quartiles"] = tuple(PowerLawFit.from_dict(fit) for fit in values.pop("alpha_quartiles"))
+        read["rank_models"] = RankModels.from_dict(values.pop("rank_models"))
+        for name, part in PARTS.items():
+            of_part = values.pop(name)
+            read[name] = None if of_part is None else part.from_dict(of_part)
+        return cls(**read, **numbers(values))
+
+
+PARTS: dict[str, Any] = {
+    "weights": WeightSpectrum,
+    "intervals": Intervals,
+    "fraction": CurvatureFraction,
+    "alignment": LayerAlignment,
+}
+"""What is measured on request: the attribute of a `LayerSpectrum` that is None where it was not asked for."""
 
 
 @dataclass(frozen=True)
 class LoggedKey:
-    """A quantity logged per layer: its name, its meaning, how to read it, and whether its median is logged."""
+    """A quantity logged per layer.
+
+    Attributes:
+        name, meaning: what it is.
+        value: reads it from a spectrum, which must hold the part.
+        median: whether its median over layers is logged.
+        part: which of `PARTS` it belongs to; empty for what is always measured.
+    """
 
     name: str
     meaning: str
-    value: Callable[[LayerSpectrum], float]
+    value: Callable[[Any], float]
     median: bool = False
+    part: str = ""
+
+    def given(self, layer: LayerSpectrum) -> bool:
+        """Whether it was asked for, so that the layer holds it or says why not."""
+        return not self.part or self.part in layer.parts
+
+
+def _aligned(name: str, meaning: str, value: Callable[[LayerAlignment], float]) -> LoggedKey:
+    """A quantity of a layer's alignment; NaN where it was asked for and not to be had."""
+
+    def read(layer: LayerSpectrum) -> float:
+        return float("nan") if layer.alignment is None else value(layer.alignment)
+
+    return LoggedKey(name, meaning, read, median=True, part="alignment")
 
 
 LAYER_KEYS: tuple[LoggedKey, ...] = (
@@ -223,7 +302,38 @@ LAYER_KEYS: tuple[LoggedKey, ...] = (
     LoggedKey("zeta_bound_window", "the same over the measured window", lambda x: x.zeta_bound_window, median=True),
     LoggedKey("negative_curvature", "directions with h < 0", lambda x: x.n_negative),
     LoggedKey("points", "points in the fit of alpha", lambda x: x.alpha.n_used),
+    LoggedKey("rank_margin", "BIC of the runner-up minus the winner's", lambda x: x.rank_models.margin, median=True),
+    LoggedKey("alpha_low", "lower end of alpha's interval", lambda x: x.intervals.alpha.low, part="intervals"),
+    LoggedKey("alpha_high", "upper end", lambda x: x.intervals.alpha.high, part="intervals"),
+    LoggedKey("gamma_low", "lower end of gamma's interval", lambda x: x.intervals.gamma.low, part="intervals"),
+    LoggedKey("gamma_high", "upper end", lambda x: x.intervals.gamma.high, part="intervals"),
+    LoggedKey("s_low", "lower end of s's interval", lambda x: x.intervals.s.low, part="intervals"),
+    LoggedKey("s_high", "upper end", lambda x: x.intervals.s.high, part="intervals"),
+    LoggedKey("gamma_weight", "gamma of the weights", lambda x: x.weights.gamma.exponent, True, "weights"),
+    LoggedKey("s_weight", "s of the weights", lambda x: x.weights.s.exponent, True, "weights"),
+    LoggedKey("r2_s_weight", "r2 of the fit of s_weight", lambda x: x.weights.s.r2, part="weights"),
+    LoggedKey("hessian_trace", "trace of the Hessian block", lambda x: x.fraction.trace, part="fraction"),
+    LoggedKey("hessian_trace_stderr", "its standard error", lambda x: x.fraction.trace_stderr, part="fraction"),
+    LoggedKey("curvature_fraction", "sum of h over the trace", lambda x: x.fraction.value, True, "fraction"),
+    LoggedKey("curvature_fraction_stderr", "its standard error", lambda x: x.fraction.stderr, part="fraction"),
+    LoggedKey("curvature_over_random", "mean h over tr H / (m n)", lambda x: x.fraction.over_random, True, "fraction"),
+    _aligned("beta", "slope of log(Lambda_delta_k Lambda_A_k) on log sigma", lambda x: x.beta.exponent),
+    _aligned("phi", "slope of log Phi_k on log sigma", lambda x: x.phi.exponent),
+    _aligned("chi_slope", "slope of log chi_k on log sigma", lambda x: x.chi_slope.exponent),
+    _aligned("chi", "median of chi_k = h_k / h_kron_k over k", lambda x: x.median_chi),
+    _aligned("concentration_ratio", "mean of products over product of means", lambda x: x.concentration_ratio),
+    _aligned("effective_rank_a", "exp(entropy) of C_A's eigenvalues", lambda x: x.effective_rank_a),
+    _aligned("effective_rank_delta", "exp(entropy) of C_delta's eigenvalues", lambda x: x.effective_rank_delta),
 )
+
+
+def _alpha(sigma: Tensor, h: Tensor, h_stderr: Tensor, floor: float) -> PowerLawFit:
+    """h ~ sigma^alpha over the points above the noise floor."""
+    usable = sigma > floor
+    # Where all sigma are equal to rounding, h against them has no slope.
+    flat = int(usable.sum()) > 1 and float(sigma[usable].max() - sigma[usable].min()) <= floor
+    fit = fit_power_law(sigma, h, exclude={NOISE: ~usable, EQUAL: usable & flat})
+    return with_ordinate_errors(fit, sigma, h, h_stderr, used=usable & (h > 0))
 
 
 def _repeated(sigma: Tensor, floor: float) -> int:

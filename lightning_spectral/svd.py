@@ -1,4 +1,4 @@
-"""Leading singular triplets of a gradient."""
+"""Leading singular triplets of a gradient, and singular values alone."""
 
 from __future__ import annotations
 
@@ -68,6 +68,48 @@ def top_singular_triplets(matrix: Tensor, k: int, *, groups: int = 1) -> Singula
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    blocks_gmn = _blocks(matrix, groups)
+    m = len(matrix)
+    u_gmr, sigma_gr, vh_grn = _svd(blocks_gmn, k)
+    r = sigma_gr.shape[1]
+    sigma_k, order = sigma_gr.flatten().sort(descending=True, stable=True)
+    sigma_k, order = sigma_k[:k], order[:k]
+    group_k, rank_k = order // r, order % r
+    u_gmk = blocks_gmn.new_zeros(groups, m // groups, len(order))
+    u_gmk[group_k, :, torch.arange(len(order), device=order.device)] = u_gmr[group_k, :, rank_k]
+    return SingularTriplets(u_gmk.reshape(m, -1), sigma_k, vh_grn[group_k, rank_k].T.contiguous())
+
+
+def singular_values(matrix: Tensor, *, groups: int = 1) -> Tensor:
+    """All singular values of a matrix (m, n), decreasing, without the vectors.
+
+    Those of a float32 matrix are the roots of its Gram matrix's eigenvalues in float64: right to about 1e-7 above the
+    noise floor sigma_1 max(m, n) eps, at a third to a half of a full SVD's time.
+
+    Args:
+        matrix: (m, n).
+        groups: as in `top_singular_triplets`; the values of all blocks together.
+
+    Raises:
+        ValueError: if the matrix is not two-dimensional, or the groups do not divide its rows.
+        MeasurementError: if an entry is not finite.
+
+    >>> singular_values(torch.diag(torch.tensor([1.0, 3.0, 2.0]))).tolist()
+    [3.0, 2.0, 1.0]
+    """
+    blocks_gmn = _blocks(matrix, groups)
+    if blocks_gmn.dtype is not torch.float32 or blocks_gmn.device.type == "mps":
+        sigma_gr = torch.linalg.svdvals(blocks_gmn)
+    else:
+        tall = blocks_gmn if blocks_gmn.shape[1] >= blocks_gmn.shape[2] else blocks_gmn.mT
+        tall = tall.double()
+        sigma_gr = torch.linalg.eigvalsh(tall.mT @ tall).clamp(min=0).sqrt().to(blocks_gmn)
+    found: Tensor = sigma_gr.flatten().sort(descending=True).values
+    return found
+
+
+def _blocks(matrix: Tensor, groups: int) -> Tensor:
+    """The groups' matrices (g, m / g, n), finite and of a type that has an SVD."""
     if matrix.ndim != 2 or groups < 1 or matrix.shape[0] % groups:
         raise ValueError(f"need a matrix (m, n) whose m rows {groups} groups divide, got shape {tuple(matrix.shape)}")
     matrix = matrix.detach()
@@ -80,15 +122,7 @@ def top_singular_triplets(matrix: Tensor, k: int, *, groups: int = 1) -> Singula
             f"{bad} of {matrix.numel()} entries are NaN or infinite; a singular value needs finite ones"
         )
     m, n = matrix.shape
-    blocks_gmn = matrix.reshape(groups, m // groups, n)
-    u_gmr, sigma_gr, vh_grn = _svd(blocks_gmn, k)
-    r = sigma_gr.shape[1]
-    sigma_k, order = sigma_gr.flatten().sort(descending=True, stable=True)
-    sigma_k, order = sigma_k[:k], order[:k]
-    group_k, rank_k = order // r, order % r
-    u_gmk = matrix.new_zeros(groups, m // groups, len(order))
-    u_gmk[group_k, :, torch.arange(len(order), device=order.device)] = u_gmr[group_k, :, rank_k]
-    return SingularTriplets(u_gmk.reshape(m, -1), sigma_k, vh_grn[group_k, rank_k].T.contiguous())
+    return matrix.reshape(groups, m // groups, n)
 
 
 def _svd(blocks: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

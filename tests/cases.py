@@ -99,6 +99,24 @@ def grouped():
     )  # fmt: skip
 
 
+class Frames(nn.Module):
+    """A convolution of several images per sample."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 3, groups=2), nn.Linear(3 * 4 * 4, 5)
+        self.up, self.activation = nn.ConvTranspose2d(4, 4, 2, groups=2), activation
+
+    def forward(self, x):
+        y = self.activation(self.conv(x.flatten(0, 1)))
+        y = F.avg_pool2d(self.activation(self.up(y)), 2)
+        return self.head(y.reshape(len(x), -1))
+
+
+def frames(samples=12):
+    return lambda: (torch.randn(samples, 3, 2, 5, 5), torch.randint(0, 5, (samples,)))
+
+
 def signals():
     return nn.Sequential(
         nn.Conv1d(2, 5, 3), nn.GELU(), nn.ConvTranspose1d(5, 3, 2), nn.GELU(), nn.Flatten(), nn.Linear(21, 5)
@@ -130,6 +148,7 @@ CASES = [
     Case("cnn_batchnorm_train", cnn, images(), cross_entropy, {"mode": "train"}),
     Case("cnn_channels_last", ChannelsLast, images(), cross_entropy),
     Case("grouped_depthwise_transposed", grouped, images(4, 5), cross_entropy),
+    Case("frames", lambda: Frames(nn.GELU()), frames(), cross_entropy),
     Case("conv1d", signals, lambda: (torch.randn(12, 2, 8), torch.randint(0, 5, (12,))), cross_entropy),
     Case("conv3d", volumes, lambda: (torch.randn(8, 1, 3, 3, 3), torch.randint(0, 5, (8,))), cross_entropy),
     Case("gpt_block_tied", TiedLM, sequences, token_loss),

@@ -201,7 +201,7 @@ def test_callbacks_by_class_path_and_by_short_name(package):
         spectral_cli(package),
         [*words(package), "--trainer.callbacks+=SpectralProbe", "--trainer.callbacks.top_k=3", "--optimizer=SGD"],
     )
-    assert short.trainer.callbacks[0].options["top_k"] == 3
+    assert short.trainer.callbacks[0].options.top_k == 3
 
 
 def test_a_swap_over_the_command_lines_optimizer(package):

@@ -42,6 +42,10 @@ def test_demo_trains_measures_logs_and_prints(tmp_path, capsys):
         summary = wandb_summary(command.group(1))
         assert summary["spectral/alpha_median"] == pytest.approx(report.medians()["alpha_median"], rel=1e-6)
         assert summary["spectral/head.weight/gamma"] == pytest.approx(report.layers["head.weight"].gamma.exponent)
+    for name in reports:
+        page = tmp_path / name / "report.html"
+        assert str(page) in printed.replace("\n", "")
+        assert "blocks.0" in page.read_text(encoding="utf-8")
     for word in ("attention_qkv", "mlp_up", "conv", "head", "192x64", "1.94 to 2.17", "alpha in the paper"):
         assert word in printed
 

@@ -7,7 +7,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Attention, Case, TiedLM, cross_entropy, images, mse, sequences, token_loss, vectors
+from cases import (
+    CASES,
+    Attention,
+    Case,
+    Frames,
+    TiedLM,
+    cross_entropy,
+    frames,
+    images,
+    mse,
+    sequences,
+    token_loss,
+    vectors,
+)
 from modules import ConvNet, fit
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
@@ -143,9 +156,12 @@ PIECEWISE_LINEAR = [
     Case("mlp", relu_mlp, vectors, cross_entropy),
     Case("mlp_mse", relu_mlp, lambda: (torch.randn(24, 6), torch.randn(24, 5)), mse),
     Case("mlp_bce", relu_mlp, vectors, bce),
+    Case("mlp_in_place", lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5)), vectors,
+         cross_entropy),
     Case("cnn", relu_cnn, images(4, 6), cross_entropy),
     Case("conv1d", lambda: nn.Sequential(nn.Conv1d(2, 5, 3, dilation=2), nn.ReLU(), nn.Flatten(), nn.Linear(20, 5)),
          lambda: (torch.randn(12, 2, 8), torch.randint(0, 5, (12,))), cross_entropy),
+    Case("frames", lambda: Frames(nn.ReLU()), frames(), cross_entropy),
     Case("skips", Skips, vectors, cross_entropy, {"fused_qkv": {"qkv": [4, 4, 4]}}),
 ]  # fmt: skip
 
@@ -256,12 +272,20 @@ SKETCHED = [
          {"fused_qkv": ["*.qkv"]}),
     Case("attention", Attention, lambda: (torch.randn(32, 4, 8), torch.randint(0, 5, (32,))), cross_entropy),
     Case("cnn", CASES[5].model, lambda: (torch.randn(32, 4, 5, 5), torch.randint(0, 5, (32,))), cross_entropy),
+    Case("frames", lambda: Frames(nn.GELU()), frames(32), cross_entropy),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("case", "options"),
-    [(SKETCHED[0], {}), (SKETCHED[0], {"ranks": 1}), (SKETCHED[0], {"ranks": 4}), (SKETCHED[1], {}), (SKETCHED[2], {})],
+    [
+        (SKETCHED[0], {}),
+        (SKETCHED[0], {"ranks": 1}),
+        (SKETCHED[0], {"ranks": 4}),
+        (SKETCHED[1], {}),
+        (SKETCHED[2], {}),
+        (SKETCHED[3], {}),
+    ],
     ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
 def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options):

@@ -14,37 +14,51 @@ ROOT = Path(lightning_spectral.__file__).parent
 # module -> what of this package it may import. A package stands for its modules.
 ALLOWED = {
     "errors": set(),
-    "fits": set(),
+    "fits": {"encoding"},
+    "intervals": {"encoding", "fits"},
+    "fraction": {"encoding"},
+    "metrics": {"errors", "fits"},
     "encoding": set(),
     "kinds": set(),
     "layers": {"kinds"},
     "lanczos": set(),
+    "patches": set(),
+    "moments": {"svd"},
+    "alignment": {"encoding", "fits"},
     "svd": {"errors", "lanczos"},
+    "weights": {"encoding", "errors", "fits", "svd"},
     "batch": {"errors", "shadow"},
     "shadow": {"errors"},
     "precision": set(),
     "quiet": {"batch", "errors", "precision", "shadow"},
     "loss": {"errors", "shadow"},
     "curvature": {"curvature", "errors", "fits", "layers", "loss", "svd"},
+    "options": {"curvature", "kinds", "layers", "quiet"},
     "pieces": {"batch", "curvature", "errors", "layers", "quiet", "svd"},
-    "memory": {"curvature", "errors", "fits", "layers", "pieces", "quiet", "svd"},
-    "spectrum": {"encoding", "fits"},
-    "record": {"encoding", "errors", "spectrum"},
+    "factors": {"alignment", "curvature", "errors", "fits", "layers", "moments", "patches", "pieces", "svd"},
+    "memory": {"curvature", "errors", "factors", "fits", "layers", "options", "pieces", "quiet", "svd"},
+    "spectrum": {"alignment", "encoding", "fits", "fraction", "intervals", "weights"},
+    "record": {"encoding", "errors", "fits", "spectrum"},
     "measure": {
-        "batch", "curvature", "errors", "kinds", "layers", "loss", "memory", "pieces", "quiet", "record", "spectrum",
-        "svd",
+        "batch", "curvature", "errors", "fraction", "kinds", "layers", "loss", "memory", "options", "pieces", "quiet",
+        "record", "spectrum", "svd", "weights",
     },
-    "analysis": {"record"},
+    "analysis": {"record", "spectrum"},
+    "summary": {"analysis", "errors", "record"},
     "optim": {"errors", "kinds", "layers", "optim", "precision"},
-    "report": {"analysis", "record", "report", "spectrum"},
+    "report": {
+        "", "analysis", "errors", "fits", "kinds", "optim", "record", "report", "spectrum", "summary",
+    },
     "callbacks": {
-        "batch", "callbacks", "curvature", "errors", "kinds", "layers", "loss", "measure", "optim", "quiet", "record",
-        "spectrum",
+        "batch", "callbacks", "curvature", "errors", "kinds", "layers", "loss", "measure", "optim", "options", "quiet",
+        "record", "spectrum",
     },
     "demo": {"callbacks", "demo", "record", "report"},
     "lightning_cli": {"callbacks", "optim"},
-    "cli": {"", "callbacks", "demo", "lightning_cli"},
-    "__init__": {"callbacks", "errors", "fits", "measure", "optim", "record", "spectrum", "svd"},
+    "cli": {"", "callbacks", "demo", "lightning_cli", "report"},
+    "__init__": {
+        "alignment", "callbacks", "errors", "fits", "measure", "metrics", "optim", "record", "spectrum", "svd",
+    },
 }  # fmt: skip
 LIGHTNING = {"callbacks", "demo", "lightning_cli"}
 
@@ -83,11 +97,12 @@ def run_python(code):
 def test_measuring_works_without_lightning_and_wandb():
     done = run_python(
         "import sys\n"
-        "for name in ('pytorch_lightning', 'lightning', 'wandb', 'torchmetrics', 'sklearn', 'pandas'):\n"
+        "for name in ('pytorch_lightning', 'lightning', 'wandb', 'torchmetrics', 'sklearn', 'pandas', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "import torch\n"
         "from lightning_spectral import measure_spectra\n"
         "model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6))\n"
+        "import lightning_spectral.report.figures\n"
         "print(measure_spectra(model, torch.randn(64, 6), lambda m, x: m(x).square().mean()))\n"
         "try:\n    from lightning_spectral import SpectralProbe\nexcept ImportError as error:\n    print(error)\n"
     )

@@ -90,6 +90,18 @@ def test_training_is_bit_identical(module_class, accumulate, curvature, mode, tm
 
 
 @pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+@pytest.mark.parametrize("curvature", ["exact", "auto"])
+def test_training_is_bit_identical_with_all_that_is_measured_on_request(curvature, tmp_path):
+    extras = {"spectrum_top_k": 8, "weight_spectra": True, "bootstrap": 20, "curvature_fraction": 2}
+    probe = SpectralProbe(every_n_steps=10, top_k=4, curvature=curvature, **extras)
+    plain = train(GPT, 1, tmp_path / "plain", [])
+    probed = train(GPT, 1, tmp_path / "probed", [probe])
+    assert (probe.probes, probe.failed_probes) == (5, 0)
+    assert_identical(plain[0], probed[0])
+    assert_identical(plain[1], probed[1])
+
+
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 def test_an_interrupt_leaves_the_model_as_it_was():
     module = ConvNet()
     module.train()

@@ -13,6 +13,7 @@ from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
 from lightning_spectral.callbacks.alphas import ALPHA_KEY
 from lightning_spectral.callbacks.probe import PROBE_KEYS
 from lightning_spectral.record import REPORT_KEYS
+from lightning_spectral.report import figures
 from lightning_spectral.spectrum import LAYER_KEYS
 
 ROOT = Path(__file__).parents[1]
@@ -28,13 +29,16 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scope = {"model": ConvNet(), "train_loader": DataLoader(ConvNet.data(), 48)}
     snippets = fences("python")
-    assert len(snippets) == 5
+    assert len(snippets) == 7
     for snippet in snippets:
         exec(compile(snippet.replace("max_steps=300", "max_steps=2"), "README.md", "exec"), scope)
     printed = capsys.readouterr().out
     assert "alpha" in printed
     assert "PowerLawFit(exponent=" in printed
+    alphas = [layer.alpha for layer in scope["report"].layers.values()]
+    assert scope["metrics"]["alpha"].points == sum(alpha.n_used for alpha in alphas) > 0
     assert SpectralReport.from_json(Path("spectra.json")).n_samples == 512
+    assert {"power_law.pdf", "alpha.png"} <= {path.name for path in tmp_path.iterdir()}
     assert isinstance(scope["trainer"], pl.Trainer)
     assert scope["probe"].probes == 1
     assert scope["optimizer"].alpha_of(scope["net"][0].weight) <= 2.0
@@ -66,3 +70,11 @@ def test_make_targets_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {line.split()[1] for block in fences("bash") for line in block.splitlines() if line.startswith("make ")}
     assert {"demo", "test"} <= named <= targets
+
+
+def test_every_figure_is_named_and_those_shown_are_there_and_small():
+    for name in figures.__all__:
+        assert f"`{name}`" in README, name
+    shown = re.findall(r"!\[[^]]+\]\((.*?)\)", README)
+    assert len(shown) == 2
+    assert all((ROOT / path).stat().st_size < 80_000 for path in shown)

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_spectral import LayerSpectrum, SpectralReport, measure_spectra
 from lightning_spectral.analysis import compare_kinds
 from lightning_spectral.record import REPORT_KEYS
-from lightning_spectral.spectrum import LAYER_KEYS
+from lightning_spectral.spectrum import LAYER_KEYS, PARTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -39,6 +39,38 @@ def test_json_round_trip(report, tmp_path):
     assert SpectralReport.from_json(path).step == SpectralReport.from_json(str(path)).step == 7
 
 
+@pytest.fixture
+def full():
+    """A report of everything that is measured on request."""
+    case = CASES[0]
+    options = {"spectrum_top_k": 8, "weight_spectra": True, "bootstrap": 20, "curvature_fraction": 2}
+    model, batch = case.build()
+    return measure_spectra(model, batch, case.loss, top_k=5, curvature="exact", **options)
+
+
+def test_json_round_trip_of_what_is_measured_on_request(full):
+    back = SpectralReport.from_json(full.to_json())
+    assert back.to_json() == full.to_json()
+    assert back.spectrum_top_k == 8
+    for name, layer in full.layers.items():
+        found = back.layers[name]
+        assert torch.equal(found.spectrum, layer.spectrum)
+        assert torch.equal(found.weights.sigma, layer.weights.sigma)
+        assert repr(found.weights) == repr(layer.weights)
+        assert (found.intervals, found.fraction) == (layer.intervals, layer.fraction)
+        assert repr(found.alpha_quartiles) == repr(layer.alpha_quartiles)
+        assert found.rank_models.margin == layer.rank_models.margin
+
+
+def test_what_is_measured_on_request_is_logged_where_it_was_asked_for(full, report):
+    for key in LAYER_KEYS:
+        assert f"0.weight/{key.name}" in full.scalars()
+        assert (f"head.weight/{key.name}" in report.scalars()) == (not key.part)
+        assert (f"{key.name}_median" in full.scalars()) == key.median
+        assert (f"{key.name}_median" in report.scalars()) == (key.median and not key.part)
+    assert {key.part for key in LAYER_KEYS} == {"", *PARTS}
+
+
 def test_json_is_standard(report):
     def refuse(constant):
         raise AssertionError(constant)
@@ -54,7 +86,7 @@ def test_json_of_a_layer_without_a_direction():
 
 @pytest.mark.parametrize("data", [{}, {"format": "lightning-spectral-report", "version": 99}])
 def test_data_that_is_no_report(data):
-    with pytest.raises(ValueError, match="expected a lightning-spectral-report of version 2"):
+    with pytest.raises(ValueError, match="expected a lightning-spectral-report of version 3"):
         SpectralReport.from_dict(data)
 
 
@@ -63,6 +95,18 @@ def test_pandas(report):
     assert list(frame.index) == list(report.layers)
     assert frame.loc["head.weight", "alpha"] == report.layers["head.weight"].alpha.exponent
     assert {"kind", "m", "n", "note"} <= set(frame.columns)
+    assert frame.loc["head.weight", "rank_model"] == report.layers["head.weight"].rank_models.winner
+    assert "s_weight" not in frame.columns
+
+
+def test_pandas_holds_what_was_asked_for(full):
+    frame = full.to_pandas()
+    layer = full.layers["0.weight"]
+    assert frame.loc["0.weight", "s_weight"] == layer.weights.s.exponent
+    assert frame.loc["0.weight", "alpha_low"] == layer.intervals.alpha.low
+    assert frame.loc["0.weight", "curvature_fraction"] == layer.fraction.value
+    assert frame.loc["0.weight", "n"] == 6
+    assert math.isnan(frame.loc["0.weight", "alpha_q1"])
 
 
 def test_pandas_that_is_not_installed(report, monkeypatch):
@@ -80,7 +124,7 @@ def test_pandas_that_is_not_installed(report, monkeypatch):
 
 def test_scalars_have_one_name_per_quantity(report):
     scalars = report.scalars()
-    for key in LAYER_KEYS:
+    for key in (key for key in LAYER_KEYS if not key.part):
         assert scalars[f"head.weight/{key.name}"] == pytest.approx(key.value(report.layers["head.weight"]), nan_ok=True)
         if key.median:
             assert f"{key.name}_median" in scalars

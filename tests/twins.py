@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_spectral.layers import MatrixLayer
 
 
-def dense_hessian(model, batch, loss, parameter: str, *, train: bool = False) -> torch.Tensor:
-    """The Hessian block of one parameter, (numel, numel)."""
+def loss_of(model, batch, loss, parameter: str, *, train: bool = False):
+    """The loss as a function of one parameter, wherever that is used, and the parameter's value."""
     model = copy.deepcopy(model).train(train)
     value = dict(model.named_parameters(remove_duplicate=False))[parameter].detach()
     owners = [(m, leaf) for m in model.modules() for leaf, p in m._parameters.items() if p is not None]
@@ -23,9 +23,24 @@ def dense_hessian(model, batch, loss, parameter: str, *, train: bool = False) ->
             setattr(module, leaf, weight)
         return loss(model, batch)
 
+    return at, value
+
+
+def dense_hessian(model, batch, loss, parameter: str, *, train: bool = False) -> torch.Tensor:
+    """The Hessian block of one parameter, (numel, numel)."""
+    at, value = loss_of(model, batch, loss, parameter, train=train)
     with sdpa_kernel([SDPBackend.MATH]):
         hessian = torch.autograd.functional.hessian(at, value)
     return hessian.reshape(value.numel(), value.numel())
+
+
+def second_derivative(model, batch, loss, parameter: str, direction: torch.Tensor, *, train: bool = False) -> float:
+    """d^2/dt^2 of the loss at W + t D, D in the parameter's shape."""
+    at, value = loss_of(model, batch, loss, parameter, train=train)
+    t = torch.zeros((), dtype=value.dtype, requires_grad=True)
+    with sdpa_kernel([SDPBackend.MATH]):
+        (first,) = torch.autograd.grad(at(value + t * direction), t, create_graph=True)
+        return float(torch.autograd.grad(first, t)[0])
 
 
 def gradient(model, batch, loss, parameter: str, *, train: bool = False) -> torch.Tensor:

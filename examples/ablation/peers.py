@@ -147,11 +147,20 @@ class LayerRateAdamW(AdamW):
 
 
 class ScaleRates(SpectralProbe):
-    """A `SpectralProbe` that sets each layer's scale in `LayerRateAdamW` to its s over the mean of all layers' s.
+    """A `SpectralProbe` that sets each layer's scale in `LayerRateAdamW` to a power of its s, over the layers' mean.
 
     This is the negative control of arXiv 2606.02596: what the spectrum says of a layer, put into a number instead of a
     function of the matrix. A layer whose s is not above 0 keeps its rate.
+
+    Args:
+        power: of s.
+        shuffled: give each layer the scale of another one, drawn once: a control of the control.
+        options: of the probe.
     """
+
+    def __init__(self, *, power: float = 1.0, shuffled: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.power, self.shuffled = power, shuffled
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Probe, if it is time, and scale."""
@@ -160,15 +169,23 @@ class ScaleRates(SpectralProbe):
         report = self.last_report
         if report is None or report is before:
             return
+        decay = {name: layer.s.exponent for name, layer in report.layers.items()}
         for optimizer in trainer.optimizers:
             if not isinstance(optimizer, LayerRateAdamW):
                 raise ValueError(f"ScaleRates scales the rates of LayerRateAdamW, got {type(optimizer).__name__}")
-            scale_rates(optimizer, {name: layer.s.exponent for name, layer in report.layers.items()})
+            scale_rates(optimizer, permuted(decay) if self.shuffled else decay, power=self.power)
 
 
-def scale_rates(optimizer: LayerRateAdamW, decay: dict[str, float]) -> None:
-    """Set scale = s / mean s for the groups named in ``decay`` whose s is above 0."""
+def scale_rates(optimizer: LayerRateAdamW, decay: dict[str, float], *, power: float = 1.0) -> None:
+    """Set scale = s^power / mean s^power for the groups named in ``decay`` whose s is above 0."""
     named = {group["name"]: group for group in optimizer.param_groups}
-    usable = {name: s for name, s in decay.items() if name in named and math.isfinite(s) and s > 0}
-    for name, s in usable.items():
-        named[name]["scale"] = s * len(usable) / sum(usable.values())
+    scales = {name: s**power for name, s in decay.items() if name in named and math.isfinite(s) and s > 0}
+    for name, scale in scales.items():
+        named[name]["scale"] = scale * len(scales) / sum(scales.values())
+
+
+def permuted(values: dict[str, float]) -> dict[str, float]:
+    """The values under each other's names, always in the same way."""
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0)).tolist()
+    found = list(values.values())
+    return {name: found[i] for name, i in zip(values, order, strict=True)}

@@ -6,6 +6,7 @@ Networks: a ReLU ResNet (BatchNorm in eval mode), a GPT of 3 blocks and one of 1
 training step, of `measure_spectra` by each method, and, where curvlinops is installed, of one product with its Hessian
 operator of a layer, times layers and directions. Medians of the repeats, of which the slow methods get one; K = 20. A
 training step is timed before and after each. `memory` is the peak of what is allocated, in that of a training step.
+`alignment` is what the Kronecker factors of the layers add to `auto`.
 `svd` is the leading triplets of large matrices against a full SVD, both in float32, with errors against float64.
 """
 
@@ -201,12 +202,28 @@ def run(task: Task, repeats: int) -> dict[str, Any]:
         result["methods"][method] = {k: v for k, v in row.items() if v == v and v != ""}
         print(f"{task.name:8s} {method:8s} {steps:7.1f} steps  {result['methods'][method]}", flush=True)
     result["layers"] = len(report.layers)
+    result["alignment"] = alignment_figures(task, repeats, step, step_bytes)
     before = seconds(step, 10)
     if "exact" in task.methods and (peer := curvlinops_seconds(task, list(report.layers), 1)) is not None:
         steps = 2 * peer / (before + seconds(step, 10))
         result["methods"]["curvlinops"] = {"steps": steps, "seconds": peer}
         print(f"{task.name:8s} curvlinops {steps:7.1f} steps", flush=True)
     return result
+
+
+def alignment_figures(task: Task, repeats: int, step: Callable[[], None], step_bytes: int) -> dict[str, float]:
+    """What `alignment=True` adds to `auto`, in training steps: a step, a probe without and one with it, in turn."""
+
+    def measure(alignment: bool) -> None:
+        measure_spectra(task.model, task.batch, loss, top_k=K, alignment=alignment)
+
+    extra = []
+    for _ in range(max(5, repeats)):
+        before, without = seconds(step, 3), seconds(lambda: measure(False), 1)
+        extra.append(2 * (seconds(lambda: measure(True), 1) - without) / (before + seconds(step, 3)))
+    row = {"extra_steps": statistics.median(extra), "memory": peak_bytes(lambda: measure(True)) / step_bytes}
+    print(f"{task.name:8s} alignment {row['extra_steps']:+6.1f} steps  {row}", flush=True)
+    return row
 
 
 def spectra(m: int, n: int) -> dict[str, Tensor]:

@@ -19,17 +19,11 @@ from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.curvature.select import FEW_SAMPLES
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import (
-    LayerSelection,
-    MatrixLayer,
-    NoMatrixError,
-    check_kinds,
-    check_selection,
-    find_layers,
-)
+from lightning_spectral.layers import LayerSelection, MatrixLayer, NoMatrixError, check_selection, find_layers
 from lightning_spectral.loss import LossFunction, resolve_loss
-from lightning_spectral.measure import check_options, measure_quietly
+from lightning_spectral.measure import measure_quietly
 from lightning_spectral.optim.spectral_newton import SpectralNewton
+from lightning_spectral.options import Options
 from lightning_spectral.quiet import Mode, Precision, synchronize
 from lightning_spectral.record import REPORT_KEYS, SpectralReport
 from lightning_spectral.spectrum import LAYER_KEYS
@@ -93,6 +87,12 @@ class SpectralProbe(AnyCallback):
         micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
             times a training step's. Out of memory, a probe tries again with half as many, twice.
         precision: "float32" or "float64", the lowest precision to compute in, whatever the Trainer's.
+        spectrum_top_k: singular values that the rank models are fitted to; None: top_k. They cost no curvature.
+        weight_spectra: take the singular values of each weight matrix, too.
+        bootstrap: draws for 95 % intervals of alpha, gamma and s; None or 0: none.
+        curvature_fraction: draws for the trace of each layer's Hessian block, of which the fraction along the
+            directions is logged; a Hessian-vector product each; None or 0: none.
+        alignment: also take the Kronecker factors of each layer, and log how they split alpha (`LayerAlignment`).
         loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
             automatic optimization.
         log_layers: "auto", up to 24 layers evenly over depth; "all"; "none"; or glob patterns.
@@ -126,6 +126,11 @@ class SpectralProbe(AnyCallback):
         fixed_samples: int | None = None,
         micro_batch_size: int | None = None,
         precision: Precision = "float32",
+        spectrum_top_k: int | None = None,
+        weight_spectra: bool = False,
+        bootstrap: int | None = None,
+        curvature_fraction: int | None = None,
+        alignment: bool = False,
         loss_fn: LossFunction | None = None,
         log_layers: str | Sequence[str] = "auto",
         swap_optimizer: bool = False,
@@ -133,15 +138,22 @@ class SpectralProbe(AnyCallback):
         history_size: int = 100,
     ) -> None:
         super().__init__()
-        check_options(
+        self.options = Options(
             top_k=top_k,
             curvature=curvature,
+            layers=layers,
+            kinds=kinds,
+            fused_qkv=fused_qkv,
             mode=mode,
             max_samples=max_samples,
-            precision=precision,
             micro_batch_size=micro_batch_size,
+            precision=precision,
+            spectrum_top_k=spectrum_top_k,
+            weight_spectra=weight_spectra,
+            bootstrap=bootstrap,
+            curvature_fraction=curvature_fraction,
+            alignment=alignment,
         )
-        check_kinds(kinds or {})
         self.every_n_steps = None if every_n_steps is None else _at_least_one("every_n_steps", every_n_steps)
         self.budget = Budget(max_overhead)
         self.swap = SwapOptimizer() if swap_optimizer else None
@@ -152,24 +164,11 @@ class SpectralProbe(AnyCallback):
         if not prefix or prefix != prefix.strip("/"):
             raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
         self.prefix = prefix
-        check_selection("layers", layers)
         check_selection("log_layers", log_layers, only_patterns=True)
-        check_selection("fused_qkv", fused_qkv, only_patterns=True)
         self.log_layers = log_layers
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f"loss_fn must be a callable (module, batch) -> scalar, got {loss_fn!r}")
         self.loss_fn = loss_fn
-        self.options: dict[str, Any] = {
-            "top_k": top_k,
-            "curvature": curvature,
-            "layers": layers,
-            "kinds": kinds,
-            "fused_qkv": fused_qkv,
-            "mode": mode,
-            "max_samples": max_samples,
-            "precision": precision,
-            "micro_batch_size": micro_batch_size,
-        }
         self.probes = 0
         self.failed_probes = 0
         self._disabled = False
@@ -422,7 +421,7 @@ class SpectralProbe(AnyCallback):
         self, trainer: Any, module: Any, batches: Sequence[Any], batch_idx: int, step: int
     ) -> SpectralReport | None:
         try:
-            report = measure_quietly(module, batches, self.loss_fn, batch_idx=batch_idx, **self.options)
+            report = measure_quietly(module, batches, self.options, self.loss_fn, batch_idx=batch_idx)
         except Exception as error:
             # Whatever goes wrong in here, the training run is not ours to end.
             self._warn_once(f"nothing was measured at step {step}: {type(error).__name__}: {error}")
@@ -454,14 +453,16 @@ class SpectralProbe(AnyCallback):
             return {}
 
     def _found(self, module: Any) -> dict[str, MatrixLayer]:
-        return find_layers(module, **{name: self.options[name] for name in ("layers", "kinds", "fused_qkv")}).layers
+        options = self.options
+        return find_layers(module, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv).layers
 
     def _scalars(self, report: SpectralReport | None) -> dict[str, float]:
         failed = {"failed_probes": float(self.failed_probes)}
         if report is not None:
             return report.scalars(self._logged_layers(list(report.layers))) | failed
         nan = float("nan")
-        keys = [f"{key.name}_median" for key in LAYER_KEYS if key.median]
+        parts = {"", *self.options.parts}
+        keys = [f"{key.name}_median" for key in LAYER_KEYS if key.median and key.part in parts]
         return dict.fromkeys((*keys, *REPORT_KEYS), nan) | failed
 
     def _logged_layers(self, names: list[str]) -> list[str]:

@@ -1,17 +1,37 @@
 """Directional curvatures h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T), H the Hessian block of one layer."""
 
+from lightning_spectral.curvature.hutchinson import HutchinsonTrace
 from lightning_spectral.curvature.output_hessian import loss_normalizer
-from lightning_spectral.curvature.problem import Curvature, Curvatures, Gradients, Place, Problem
+from lightning_spectral.curvature.problem import (
+    Curvature,
+    Curvatures,
+    Gradients,
+    Place,
+    Problem,
+    accumulation_dtype,
+    cause_of,
+)
 from lightning_spectral.curvature.select import METHODS, check_method, measure_by
+from lightning_spectral.curvature.taps import Tap, groups_of, single_uses
+from lightning_spectral.curvature.trace import TRANSPOSED, Recorder, Use
 
 __all__ = [
     "METHODS",
+    "TRANSPOSED",
     "Curvature",
     "Curvatures",
     "Gradients",
+    "HutchinsonTrace",
     "Place",
     "Problem",
+    "Recorder",
+    "Tap",
+    "Use",
+    "accumulation_dtype",
+    "cause_of",
     "check_method",
+    "groups_of",
     "loss_normalizer",
     "measure_by",
+    "single_uses",
 ]

@@ -91,7 +91,7 @@ class GGNCurvature:
             squares = {name: _Moments() for name in taps}
             for column in self._columns(output, exact, seed):
                 r = torch.autograd.grad(
-                    output.output, [t.use.output for t in taps.values()], column, retain_graph=True, allow_unused=True
+                    output.output, [t.edge for t in taps.values()], column, retain_graph=True, allow_unused=True
                 )
                 for (name, tap), r_l in zip(taps.items(), r, strict=True):
                     if r_l is not None:
@@ -173,7 +173,7 @@ def half_alone(output: OutputHessian, taps: Mapping[str, Tap]) -> dict[str, Tens
     rows = half_of(output.samples).repeat_interleave(shape[0] // output.samples)
     seed = 1 + torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(output.output)
     seed[~rows.to(seed.device)] = 0
-    z = [tap.use.output for tap in taps.values()]
+    z = [tap.edge for tap in taps.values()]
     return dict(
         zip(taps, torch.autograd.grad(output.output, z, seed, retain_graph=True, allow_unused=True), strict=True)
     )

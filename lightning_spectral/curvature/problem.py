@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.curvature.opaque import leaves_behind, watch_custom_functions
-from lightning_spectral.curvature.trace import Recorder, Trace
+from lightning_spectral.curvature.trace import Recorder, Trace, Use
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.loss import checked_loss
@@ -74,16 +74,18 @@ class Problem:
         self._value: Tensor | None = None
         self._gradients: Gradients | None = None
         self._loss: float | None = None
+        self._outputs: dict[int, Tensor | None] = {}
 
-    def gradients(self, *, keep_graph: bool) -> Gradients:
-        """The gradient of the loss in every layer's parameter; with keep_graph it can be differentiated again."""
+    def gradients(self, *, keep_graph: bool, outputs: bool = False) -> Gradients:
+        """The gradient of the loss in every layer's parameter; with keep_graph it can be differentiated again.
+
+        With ``outputs``, and without keep_graph, those in the layers' outputs are kept for `output_gradients`.
+        """
         if self._gradients is None:
             leaves = {id(leaf): leaf for leaf in self.parameters.values()}
-            with Recorder(set(leaves)) as recorder:
-                loss = checked_loss(self.evaluate())
-            self._trace, self._value, self._loss = recorder.trace, loss, float(loss.detach())
-            with watch_custom_functions(loss) as custom:
-                values, failed = _differentiate(loss, leaves, keep_graph)
+            self.run()
+            with watch_custom_functions(self.value) as custom:
+                values, failed = self._differentiate(leaves, keep_graph, outputs and not keep_graph)
             trusted: dict[int, str] = {}
             if keep_graph:
                 for node, function in custom.cut.items():
@@ -99,9 +101,53 @@ class Problem:
             )
         return self._gradients
 
+    def output_gradients(self, uses: Iterable[Use]) -> dict[int, Tensor | None]:
+        """id of a use -> the gradient of the loss in its output; None where it does not depend on that. Given once."""
+        edges = {id(use): use.edge for use in uses if use.edge is not None}
+        missing = {key: edge for key, edge in edges.items() if key not in self._outputs}
+        known, self._outputs = {key: self._outputs[key] for key in edges.keys() - missing.keys()}, {}
+        if not missing:
+            return known
+        found = torch.autograd.grad(self.value, list(missing.values()), retain_graph=True, allow_unused=True)
+        return known | dict(zip(missing, found, strict=True))
+
+    def run(self) -> None:
+        """Compute the loss, if it is not known with its graph."""
+        if self._value is None:
+            with Recorder({id(leaf) for leaf in self.parameters.values()}) as recorder:
+                loss = checked_loss(self.evaluate())
+            self._trace, self._value, self._loss = recorder.trace, loss, float(loss.detach())
+
+    def _differentiate(
+        self, leaves: Mapping[int, Tensor], keep_graph: bool, outputs: bool
+    ) -> tuple[dict[int, Tensor | None], dict[int, str]]:
+        uses = [uses[0] for uses in self.trace.uses.values() if len(uses) == 1] if outputs else []
+        edges = {id(use): use.edge for use in uses if use.edge is not None}
+        options: dict[str, Any] = {"create_graph": keep_graph, "retain_graph": True, "allow_unused": True}
+        try:
+            places: Any = [*leaves.values(), *edges.values()]
+            values = torch.autograd.grad(self.value, places, **options)
+            self._outputs = dict(zip(edges, values[len(leaves) :], strict=True))
+            return dict(zip(leaves, values[: len(leaves)], strict=True)), {}
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # One at a time, so that what stands in the way of some layers does not stop the others.
+            found: dict[int, Tensor | None] = {}
+            failed = {}
+            for key, leaf in leaves.items():
+                try:
+                    found[key] = torch.autograd.grad(self.value, leaf, **options)[0]
+                except RuntimeError as failure:
+                    if is_out_of_memory(failure):
+                        raise
+                    failed[key] = cause_of(failure)
+            return found, failed
+
     def release(self) -> None:
         """Let go of all graphs; the value of the loss stays known."""
         self._trace = self._value = self._gradients = None
+        self._outputs = {}
 
     @property
     def trace(self) -> Trace:
@@ -176,32 +222,6 @@ def _known(value: T | None) -> T:
     if value is None:
         raise MeasurementError("this is known once the gradients are")
     return value
-
-
-def _differentiate(
-    loss: Tensor, leaves: Mapping[int, Tensor], keep_graph: bool
-) -> tuple[dict[int, Tensor | None], dict[int, str]]:
-    try:
-        values = torch.autograd.grad(
-            loss, list(leaves.values()), create_graph=keep_graph, retain_graph=True, allow_unused=True
-        )
-        return dict(zip(leaves, values, strict=True)), {}
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        # One at a time, so that what stands in the way of some layers does not stop the others.
-        found: dict[int, Tensor | None] = {}
-        failed = {}
-        for key, leaf in leaves.items():
-            try:
-                found[key] = torch.autograd.grad(
-                    loss, leaf, create_graph=keep_graph, retain_graph=True, allow_unused=True
-                )[0]
-            except RuntimeError as failure:
-                if is_out_of_memory(failure):
-                    raise
-                failed[key] = cause_of(failure)
-        return found, failed
 
 
 def cause_of(error: RuntimeError) -> str:

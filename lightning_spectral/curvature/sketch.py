@@ -168,7 +168,7 @@ class _Products:
         assert problem.samples is not None
         self.samples, self.generator = problem.samples, torch.Generator().manual_seed(seed)
         self.place = problem.place or Place(0, problem.samples)
-        self.taps, self.zeros, self.gradients = _perturbed(problem, taps)
+        self.taps, self.zeros, self.gradients = perturbed(problem, taps)
         self.triplets = {name: directions[name] for name in taps}
         self.right = {
             n: t.right(self.triplets[n].v, groups_of(t.layer, self.triplets[n])) for n, t in self.taps.items()
@@ -260,7 +260,7 @@ def _random_columns(outputs: list[OutputHessian], taps: Mapping[str, Tap], seed:
     for output, column in zip(outputs, columns, strict=True):
         rows = half_of(output.samples).repeat_interleave(column.shape[0] // output.samples)
         column[~rows.to(column.device)] = 0
-    z = [tap.use.output for tap in taps.values()]
+    z = [tap.edge for tap in taps.values()]
     found = torch.autograd.grad([output.output for output in outputs], z, columns, retain_graph=True, allow_unused=True)
     return dict(zip(taps, found, strict=True))
 
@@ -309,7 +309,7 @@ def _alpha_error(
     return float(torch.tensor(errors).nanmedian())
 
 
-def _perturbed(problem: Problem, taps: Mapping[str, Tap]) -> tuple[dict[str, Tap], list[Tensor], list[Tensor]]:
+def perturbed(problem: Problem, taps: Mapping[str, Tap]) -> tuple[dict[str, Tap], list[Tensor], list[Tensor]]:
     """Another forward pass with zeros added to the layers' outputs: taps on it, the zeros, the gradients in them."""
     leaves = {id(problem.parameters[name]) for name in taps}
     # Only the zeros are differentiated in; without weights in its graph a product costs a quarter less. What is

@@ -6,11 +6,12 @@ layout, which a tap reads as (B, m, P).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.graph import Dependence
@@ -37,6 +38,12 @@ class Tap:
         self.layer, self.use, self.samples, self.shape = layer, use, samples, shape
         self.channels_last = use.function is F.linear
 
+    @property
+    def edge(self) -> GradientEdge:
+        """Where z stands in the graph."""
+        assert self.use.edge is not None
+        return self.use.edge
+
     @staticmethod
     def fits(use: Use, samples: int) -> bool:
         """Whether the rows of an activation can be told apart by sample."""
@@ -60,11 +67,11 @@ class Tap:
         filters = filters.reshape(k, g * ins, *kernel)
         if self.use.function in TRANSPOSED:
             filters = filters.transpose(0, 1)
-        return self.use.function(a, filters, None, **options).reshape(self.samples, k, -1)  # type: ignore[no-any-return]
+        return self.by_sample(self.use.function(a, filters, None, **options))
 
     def left(self, r: Tensor, u: Tensor) -> Tensor:
         """u_k^T r, (B, K, P), of a tensor in the layout of z."""
-        r_bmp, u = self._rows(self.by_sample(r)), u.to(r.dtype)
+        r_bmp, u = self.rows(r), u.to(r.dtype)
         return (r_bmp.mT @ u).mT if self.channels_last else u.T @ r_bmp
 
     def moved(self, u: Tensor, c_bkp: Tensor) -> Tensor:
@@ -75,20 +82,50 @@ class Tap:
             whole[slice(*self.layer.rows)] = u
             u = whole
         if not self.channels_last:
-            return (u @ c_bkp).reshape(z.shape)
+            move_bmp = u @ c_bkp
+            images = z.shape[0] // self.samples
+            return move_bmp.reshape(*move_bmp.shape[:2], images, -1).transpose(1, 2).reshape(z.shape)
         rows_pb = c_bkp.permute(2, 0, 1) if self.use.time_first else c_bkp.mT
         return (rows_pb @ u.T).reshape(z.shape)
+
+    def moved_by_sample(self, u_bm: Tensor, v_bn: Tensor) -> Tensor:
+        """u_b (v_b^T a_b), each sample with a direction of its own, as a tensor in the layout of z."""
+        a, z = self.use.input, self.use.output
+        u, v = self._whole_rows(u_bm.to(a)), v_bn.to(a)
+        if self.channels_last:
+            c_bp = (v[:, None] @ self.by_sample(a)).squeeze(1)
+            move_bmp = u[:, :, None] * c_bp[:, None]
+            return (move_bmp.permute(2, 0, 1) if self.use.time_first else move_bmp.mT).reshape(z.shape)
+        # A sample may be several images; of each image, every group of channels is convolved with the same v.
+        images, g, kernel = a.shape[0], self.layer.groups, self.shape[2:]
+        u, v = (x.repeat_interleave(images // self.samples, 0) for x in (u, v))
+        filters = v.reshape(images, 1, -1, *kernel).repeat(1, g, *[1] * (1 + len(kernel))).flatten(0, 1)
+        if self.use.function in TRANSPOSED:
+            filters = filters.flatten(0, 1).unsqueeze(1)
+        options = {**self.use.options, "groups": images * g}
+        c_bgp = self.use.function(a.flatten(0, 1).unsqueeze(0), filters, None, **options).reshape(images, g, 1, -1)
+        return (u.reshape(images, g, -1, 1) * c_bgp).reshape(z.shape)  # type: ignore[no-any-return]
+
+    def _whole_rows(self, u_bm: Tensor) -> Tensor:
+        if self.layer.rows is None:
+            return u_bm
+        whole = u_bm.new_zeros(len(u_bm), self.use.output.shape[-1 if self.channels_last else 1])
+        whole[:, slice(*self.layer.rows)] = u_bm
+        return whole
 
     def by_sample(self, x: Tensor) -> Tensor:
         """(B, channels, P)."""
         if not self.channels_last:
-            return x.reshape(self.samples, x.shape[1], -1)
+            # A sample may be several images: their pixels are its positions.
+            return x.reshape(self.samples, -1, x.shape[1], x.shape[2:].numel()).transpose(1, 2).flatten(2)
         if self.use.time_first:
             return x.reshape(-1, self.samples, x.shape[-1]).permute(1, 2, 0)
         return x.reshape(self.samples, -1, x.shape[-1]).transpose(1, 2)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        return x if self.layer.rows is None else x[:, slice(*self.layer.rows)]
+    def rows(self, r: Tensor) -> Tensor:
+        """(B, m, P), those channels of a tensor in the layout of z that are this layer's."""
+        r_bmp = self.by_sample(r)
+        return r_bmp if self.layer.rows is None else r_bmp[:, slice(*self.layer.rows)]
 
 
 def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
@@ -96,22 +133,32 @@ def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
     return triplets.u.abs().argmax(0) // (layer.shape[0] // layer.groups)
 
 
-def tapped(problem: Problem, directions: Mapping[str, SingularTriplets]) -> tuple[dict[str, Tap], dict[str, str]]:
-    """Layers that can be seen through their output, and why the others cannot."""
+def single_uses(problem: Problem, names: Iterable[str]) -> tuple[dict[str, Use], dict[str, str]]:
+    """The one product that each of these layers took part in, and why others have none or several."""
     root = problem.value.grad_fn
     assert root is not None
     counts = Dependence(root, {id(leaf) for leaf in problem.parameters.values()}).uses
-    taps, rest = {}, {}
-    for name in directions:
+    found, rest = {}, {}
+    for name in names:
         leaf = problem.parameters[name]
-        uses = problem.trace.uses.get(id(leaf), [])
-        if len(uses) != 1 or counts[id(leaf)] != 1:
+        uses = [use for use in problem.trace.uses.get(id(leaf), []) if use.edge is not None]
+        if len(uses) == 1 and counts[id(leaf)] == 1:
+            found[name] = uses[0]
+        else:
             times = max(len(uses), counts[id(leaf)])
             rest[name] = f"it is used {times} times" if times > 1 else "it is not applied by linear or a convolution"
-        elif problem.samples is None or not Tap.fits(uses[0], problem.samples):
+    return found, rest
+
+
+def tapped(problem: Problem, directions: Mapping[str, SingularTriplets]) -> tuple[dict[str, Tap], dict[str, str]]:
+    """Layers that can be seen through their output, and why the others cannot."""
+    uses, rest = single_uses(problem, directions)
+    taps = {}
+    for name, use in uses.items():
+        if problem.samples is None or not Tap.fits(use, problem.samples):
             rest[name] = "the rows of its output cannot be told apart by sample"
         else:
-            taps[name] = Tap(problem.layers[name], uses[0], problem.samples, leaf.shape)
+            taps[name] = Tap(problem.layers[name], use, problem.samples, problem.parameters[name].shape)
     return taps, rest
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from lightning_spectral.curvature.smooth import cheap_twin
@@ -43,7 +43,8 @@ class Use:
     Attributes:
         function: F.linear or a convolution.
         input: a, detached.
-        output: z, with its graph.
+        output: z, for its shape: what comes after may have written over its entries.
+        edge: z in the graph, to differentiate in; None where it has none.
         options: stride, padding and the like of a convolution.
         time_first: how many samples there are where rows run over time first, as inside `nn.MultiheadAttention`;
             None where they run over samples first.
@@ -53,6 +54,7 @@ class Use:
     function: Function
     input: Tensor
     output: Tensor
+    edge: GradientEdge | None
     options: Mapping[str, Any]
     time_first: int | None = None
     zero: Tensor | None = None
@@ -154,7 +156,9 @@ class Recorder(TorchFunctionMode):
         given.pop("bias", None)
         zero = torch.zeros_like(output, requires_grad=True) if self.add_zeros else None
         output = output if zero is None else output + zero
-        self.trace.uses.setdefault(id(weight), []).append(Use(func, a, output, given, time_first, zero))
+        # Taken now: after an operation in place, the tensor stands for what that made of it.
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        self.trace.uses.setdefault(id(weight), []).append(Use(func, a, output, edge, given, time_first, zero))
         return output
 
     @contextmanager

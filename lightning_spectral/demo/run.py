@@ -20,7 +20,8 @@ from lightning_spectral.callbacks import SpectralProbe
 from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.report import print_report
+from lightning_spectral.report import print_report, run_of, write_page
+from lightning_spectral.report.page import plotly_js
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,21 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
         folder: where the logs go.
         steps_factor: shortens the runs, for a test.
     """
+    # What is missing is better said before training than after it.
+    plotly_js()
     folder = Path(folder)
     console = Console()
     _hush_lightning()
     # W&B's own summary of every key would bury the tables.
     os.environ.setdefault("WANDB_SILENT", "true")
     planned = experiments(steps_factor)
-    reports, runs = {}, {}
+    reports, runs, pages = {}, {}, []
     for experiment in planned:
         console.print(f"\n[bold]{experiment.title}[/bold], {experiment.steps} steps")
-        reports[experiment.name], runs[experiment.name] = _train(experiment, folder)
+        history, runs[experiment.name] = _train(experiment, folder)
+        reports[experiment.name] = history[-1]
+        run_shown = run_of(history, experiment.name)
+        pages.append(write_page(run_shown, folder / experiment.name / "report.html", title=experiment.title))
     for experiment in planned:
         print_report(reports[experiment.name], experiment.title)
     beside_python = Path(sys.executable).with_name("wandb")
@@ -88,6 +94,9 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
     for name, path in runs.items():
         console.print(f"\n{name}: W&B run in {path}", soft_wrap=True)
         console.print(f"  see it in this terminal:  {wandb} leet run {path}", soft_wrap=True)
+    console.print("\nPages for a browser, each one file:")
+    for page in pages:
+        console.print(f"  {page}", soft_wrap=True, markup=False, highlight=False)
     return reports
 
 
@@ -99,7 +108,7 @@ def _hush_lightning() -> None:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
-def _train(experiment: Experiment, folder: Path) -> tuple[SpectralReport, Path]:
+def _train(experiment: Experiment, folder: Path) -> tuple[list[SpectralReport], Path]:
     probe = SpectralProbe(every_n_steps=experiment.every_n_steps, max_samples=experiment.max_samples)
     home = folder / experiment.name
     home.mkdir(parents=True, exist_ok=True)
@@ -117,6 +126,6 @@ def _train(experiment: Experiment, folder: Path) -> tuple[SpectralReport, Path]:
     trainer.fit(experiment.module, loader)
     run_folder = Path(wandb_logger.experiment.dir).parent
     wandb_logger.experiment.finish()
-    if probe.last_report is None:
+    if not probe.history:
         raise RuntimeError(f"{experiment.name}: the probe measured nothing; its warnings say why")
-    return probe.last_report, run_folder
+    return probe.history, run_folder

@@ -9,13 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_spectral.analysis import compare_kinds
+from lightning_spectral.analysis import GOOD_FIT, compare_kinds
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.spectrum import LayerSpectrum
-
-GOOD_FIT = 0.9
-"""Below this r2 an alpha is shown dimmed: log h is then no straight line in log sigma."""
-
 
 TABLE_WIDTH = 112
 """Width that a row needs. In a narrower terminal lines wrap, where a table made to fit would lose its figures."""
@@ -32,14 +28,19 @@ def print_report(report: SpectralReport, title: str = "spectral report") -> None
     console.width = max(console.width, TABLE_WIDTH)
     where = "" if report.step is None else f"step {report.step}, "
     console.print()
-    chosen = report.chosen.partition(":")[0] or report.curvature
     heading = (
-        f"{title}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode, curvature by {chosen}"
+        f"{title}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode, "
+        f"curvature by {method_of(report)}"
     )
     for table in (layer_table(report, heading), kind_table(report, "median per kind of layer, beside the paper's")):
         console.print(table)
     for text in report.problems():
         console.print(escape(text), style="yellow", soft_wrap=True)
+
+
+def method_of(report: SpectralReport) -> str:
+    """The method of the curvature: what "auto" chose, or what was asked for."""
+    return report.chosen.partition(":")[0] or report.curvature
 
 
 def layer_table(report: SpectralReport, title: str = "") -> Table:

@@ -1,0 +1,83 @@
+"""Train the demo's two networks, a probe every few steps on a fixed batch, and draw the figures of the README.
+
+python examples/figures/make.py              # the README's two, into this folder: some minutes on one CPU core
+python examples/figures/make.py --all FOLDER # every figure of both networks
+"""
+
+from __future__ import annotations
+
+import argparse
+from io import BytesIO
+from pathlib import Path
+
+import pytorch_lightning as pl
+from matplotlib.figure import Figure
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lightning_spectral import SpectralProbe, SpectralReport
+from lightning_spectral.demo.run import Experiment, experiments
+from lightning_spectral.report import figures
+
+PROBES = 10
+"""Of one run, and one before its first step."""
+
+DPI = 150
+"""Of the README's figures."""
+
+
+def train(experiment: Experiment) -> list[SpectralReport]:
+    """The reports of one run of the demo, all measured on its first batch."""
+    every = max(1, experiment.steps // PROBES)
+    probe = SpectralProbe(every_n_steps=every, max_samples=experiment.max_samples, batch="fixed")
+    trainer = pl.Trainer(
+        max_steps=experiment.steps + 1,
+        callbacks=[probe],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    pl.seed_everything(0, verbose=False)
+    trainer.fit(experiment.module, DataLoader(experiment.data, experiment.batch_size, shuffle=True, drop_last=True))
+    return probe.history
+
+
+def draw_readme(histories: dict[str, list[SpectralReport]], folder: Path) -> None:
+    """The two figures that the README shows."""
+    resnet, gpt = histories["resnet-digits"], histories["gpt-python"]
+    save_small(figures.plot_power_law(resnet[-1]), folder / "resnet_power_law.png")
+    save_small(figures.plot_alpha_over_training(gpt), folder / "gpt_alpha_over_training.png")
+
+
+def save_small(figure: Figure, path: Path) -> None:
+    """Write a PNG of 64 colours, a quarter of the size of one in full colour."""
+    with BytesIO() as buffer:
+        figure.savefig(buffer, dpi=DPI)
+        Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def draw_all(histories: dict[str, list[SpectralReport]], folder: Path) -> None:
+    """Every figure of every run, as PDF."""
+    of_one = ("power_law", "alpha_by_depth", "rank_profiles", "spectrum_heatmap", "transfer_functions")
+    for run, history in histories.items():
+        for name in figures.__all__:
+            what = history[-1] if name.removeprefix("plot_") in of_one else history
+            getattr(figures, name)(what).savefig(folder / f"{run}_{name.removeprefix('plot_')}.pdf")
+
+
+def main(arguments: list[str] | None = None, *, steps_factor: float = 1.0) -> None:
+    """Train and draw; a factor below 1 shortens the runs, for a test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="FOLDER")
+    parser.add_argument("--all", type=Path, metavar="FOLDER", help="draw every figure into this folder instead")
+    options = parser.parse_args(arguments)
+    folder = options.all or options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    histories = {experiment.name: train(experiment) for experiment in experiments(steps_factor)}
+    (draw_all if options.all else draw_readme)(histories, folder)
+    print(f"figures in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The trace of every layer's Hessian block by random signs, one Hessian-vector product for all layers (Hutchinson).
+
+For random signs z of all layers, E[z_l^T (H z)_l] = tr H_ll: terms of two entries, of one layer or of two, carry the
+product of their signs, whose mean is zero. What they add to the variance is large: curvature lies along few directions,
+and layers share them. Where samples do not interact, H is a sum over them, and each sample b has signs of its own,
+z_lb = u_lb v_lb^T, which move the layer's output by u_lb (v_lb^T a_b). Then the noise of the samples averages out. Of
+one draw it was 0.24 of the trace in the median layer of a ResNet on 128 images, and 2.0 with one z for all samples; on
+a GPT, 64 sequences, 0.14 and 0.38. A layer's signs are scaled by the root of its curvature along its gradient
+directions, so that stiff layers do not drown the others.
+
+Source: M. Hutchinson, Communications in Statistics 18 (1989), 1059.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.curvature.opaque import custom_functions
+from lightning_spectral.curvature.problem import (
+    Curvatures,
+    Gradients,
+    Problem,
+    accumulation_dtype,
+    cause_of,
+    unverified,
+)
+from lightning_spectral.curvature.sketch import perturbed
+from lightning_spectral.curvature.taps import Tap, check_samples_apart, half_of, tapped
+from lightning_spectral.errors import by_cause, is_out_of_memory
+from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.svd import SingularTriplets
+
+
+@dataclass(frozen=True)
+class HutchinsonTrace:
+    """Estimates z_l^T (H z)_l of each layer's trace, for each of some draws of z, in the place of curvatures.
+
+    Like them they are linear in the loss, so those of pieces add up. Layers that are not applied exactly once as a
+    linear layer or convolution, and all where samples interact, have one z for all samples.
+
+    Args:
+        draws: N.
+        h: layer name -> (K,) curvatures, to scale by.
+        seed: of a generator of its own.
+    """
+
+    draws: int
+    h: Mapping[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+    name: str = "trace"
+    differentiates_gradients: bool = False
+    memory: float = 6.2
+
+    def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
+        """(N,) draws for each layer in ``directions``."""
+        problem.gradients(keep_graph=False)
+        taps, _ = tapped(problem, directions)
+        found: dict[str, Tensor] = {}
+        if not custom_functions(problem.value):
+            try:
+                found = self._by_sample(problem, taps)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+        rest = [name for name in directions if name not in found]
+        others, failed, notes = self._whole(problem, rest)
+        nothing = torch.full((self.draws,), float("nan"), dtype=torch.float64)
+        h = {name: (found | others).get(name, nothing) for name in directions}
+        return Curvatures(h, self.name, failed, notes=notes)
+
+    def _by_sample(self, problem: Problem, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
+        """Signs for each sample, with products in the layers' outputs."""
+        if not taps:
+            return {}
+        taps, zeros, gradients = perturbed(problem, taps)
+
+        def product(moves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = torch.autograd.grad(gradients, zeros, list(moves.values()), retain_graph=True, allow_unused=True)
+            return {
+                name: torch.zeros_like(zero) if part is None else part
+                for name, zero, part in zip(taps, zeros, found, strict=True)
+            }
+
+        generator = _generator(self.seed, problem)
+        half = {name: half_of(tap.samples)[:, None] * self._scale(name) for name, tap in taps.items()}
+        check_samples_apart(taps, product(_moves(taps, generator, half)))
+        scales = {name: torch.tensor(self._scale(name)) for name in taps}
+        draws = []
+        for _ in range(self.draws):
+            moves = _moves(taps, generator, scales)
+            moved = product(moves)
+            draws.append([_dot(moves[name], moved[name]) / self._scale(name) ** 2 for name in taps])
+        drawn = torch.tensor(draws, dtype=torch.float64)
+        return {name: drawn[:, i] for i, name in enumerate(taps)}
+
+    def _scale(self, name: str) -> float:
+        """About 1 / sqrt(sum_k h_k), a power of 2, by which signs are multiplied without rounding."""
+        held = float(self.h[name].nansum().abs()) if name in self.h else 1.0
+        return 2.0 ** max(-60, min(60, round(-math.log2(held) / 2))) if held else 1.0
+
+    def _whole(self, problem: Problem, names: list[str]) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
+        """One z for all samples, with products in the weights; where those fail together, for each layer by itself."""
+        if not names:
+            return {}, {}, ()
+        layers = {name: problem.layers[name] for name in names}
+        parameters = {name: problem.parameters[name] for name in names}
+        alone = Problem(problem.evaluate, layers, parameters, problem.samples, problem.place)
+        gradients = alone.gradients(keep_graph=True)
+        failed = {name: gradients.failed[name] for name in names if name in gradients.failed}
+        names = [name for name in names if name not in failed]
+        try:
+            found = self._drawn(alone, gradients, names)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            found = {}
+            for name in names:
+                try:
+                    found |= self._drawn(alone, gradients, [name])
+                except RuntimeError as failure:
+                    if is_out_of_memory(failure):
+                        raise
+                    failed[name] = cause_of(failure)
+        trusted = {name: unverified(gradients.trusted[name]) for name in found if name in gradients.trusted}
+        return found, failed, tuple(by_cause(trusted))
+
+    def _drawn(self, problem: Problem, gradients: Gradients, names: list[str]) -> dict[str, Tensor]:
+        layers = {name: problem.layers[name] for name in names}
+        leaves = {name: problem.parameters[name] for name in names}
+        draws = []
+        for z in _signs(layers, self.draws, _generator(self.seed, problem)):
+            scaled = {name: z[name] * self._scale(name) for name in names}
+            product = _product(gradients, leaves, _by_leaf(layers, leaves, scaled))
+            draws.append(
+                [_inner(layers[name], z[name], product[id(leaves[name])]) / self._scale(name) for name in names]
+            )
+        drawn = torch.tensor(draws, dtype=torch.float64)
+        return {name: drawn[:, i] for i, name in enumerate(names)}
+
+
+def _generator(seed: int, problem: Problem) -> torch.Generator:
+    # Pieces of a batch draw signs of their own, so that their errors average out.
+    return torch.Generator().manual_seed(seed + (problem.place.first if problem.place else 0))
+
+
+def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
+def _moves(taps: Mapping[str, Tap], generator: torch.Generator, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Moves of the layers' outputs along random signs u_b v_b^T, times a scale or one for each sample (B, 1)."""
+    moves = {}
+    for name, tap in taps.items():
+        u, v = (_random_signs((tap.samples, size), generator) for size in tap.layer.shape)
+        moves[name] = tap.moved_by_sample(u * scales[name], v)
+    return moves
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(dtype=accumulation_dtype(a)))
+
+
+def _product(gradients: Gradients, leaves: Mapping[str, Tensor], z: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
+    """H z, by the leaves' ids; None for zero."""
+    outputs, inputs = {}, {id(leaf): leaf for leaf in leaves.values()}
+    for name, leaf in leaves.items():
+        gradient = gradients.values[name]
+        # The gradient of a loss that is linear in the weights has no graph: its Hessian is zero.
+        if gradient is not None and gradient.requires_grad:
+            outputs[id(leaf)] = gradient
+    if not outputs:
+        return dict.fromkeys(inputs)
+    found = torch.autograd.grad(
+        list(outputs.values()),
+        list(inputs.values()),
+        [z[key] for key in outputs],
+        retain_graph=True,
+        allow_unused=True,
+    )
+    return dict(zip(inputs, found, strict=True))
+
+
+def _signs(layers: Mapping[str, MatrixLayer], draws: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Per draw, signs (m, n) for each layer."""
+    for _ in range(draws):
+        yield {name: _random_signs(layer.shape, generator) for name, layer in layers.items()}
+
+
+def _by_leaf(
+    layers: Mapping[str, MatrixLayer], leaves: Mapping[str, Tensor], z: Mapping[str, Tensor]
+) -> dict[int, Tensor]:
+    """The signs in the shape of the parameters; parts of a fused projection share one."""
+    whole: dict[int, Tensor] = {}
+    for name, layer in layers.items():
+        leaf = leaves[name]
+        part = layer.to_tensor(z[name].to(leaf), leaf)
+        whole[id(leaf)] = part if id(leaf) not in whole else whole[id(leaf)] + part
+    return whole
+
+
+def _inner(layer: MatrixLayer, z: Tensor, product: Tensor | None) -> float:
+    if product is None:
+        return 0.0
+    matrix = layer.to_matrix(product)
+    return _dot(matrix, z.to(matrix))

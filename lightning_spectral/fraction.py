@@ -1,0 +1,85 @@
+"""How much of a layer's curvature lies along its leading gradient directions, and how much would by chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.encoding import numbers
+
+
+@dataclass(frozen=True)
+class CurvatureFraction:
+    """The curvature along gradient directions beside the trace of the layer's Hessian block H (m n, m n).
+
+    The u_k v_k^T are orthonormal, so sum_k h_k is a part of tr H; where curvatures are negative as well it may exceed
+    it. A random direction u v^T, u and v uniform on their unit spheres, has the mean curvature tr H / (m n).
+
+    Attributes:
+        trace: the mean of z^T H z over draws of random signs z; loss per squared unit of weight.
+        trace_stderr: its standard error, from what the draws differ by.
+        n_draws: of them.
+        n_directions: how many h_k there are.
+        value: sum_k h_k / tr H.
+        stderr: its standard error, to first order, from those of the trace and of h.
+        over_random: (mean_k h_k) / (tr H / (m n)), how many times a random direction's curvature the k-th's is.
+        note: why something is NaN; empty where all is well.
+
+    A trace within two standard errors of zero tells nothing but its size; more draws do.
+    """
+
+    trace: float
+    trace_stderr: float
+    n_draws: int
+    n_directions: int
+    value: float
+    stderr: float
+    over_random: float
+    note: str = ""
+
+    @classmethod
+    def of(
+        cls, draws: Tensor, h: Tensor, *, shape: tuple[int, int], h_stderr: Tensor | None = None, note: str = ""
+    ) -> CurvatureFraction:
+        """From draws (N,) of z^T H z and curvatures h (K,), of which those that are NaN are left out.
+
+        >>> fraction = CurvatureFraction.of(torch.tensor([9.0, 11.0]), torch.tensor([4.0, 1.0]), shape=(4, 5))
+        >>> fraction.trace, fraction.value, fraction.over_random
+        (10.0, 0.5, 5.0)
+        """
+        draws, h = draws.double(), h.double()
+        measured = ~h.isnan()
+        n, k = len(draws), int(measured.sum())
+        trace = float(draws.mean()) if n else math.nan
+        error = float(draws.std()) / math.sqrt(n) if n > 1 else math.nan
+        held = float(h[measured].sum()) if k else math.nan
+        held_error = 0.0 if h_stderr is None else float(h_stderr.double()[measured].square().sum().sqrt())
+        value = held / trace if trace else math.nan
+        if trace == 0 and not note:
+            note = "its Hessian block has no trace: the loss is linear in it"
+        return cls(
+            trace=trace,
+            trace_stderr=error,
+            n_draws=n,
+            n_directions=k,
+            value=value,
+            stderr=math.hypot(held_error, value * error) / abs(trace) if trace else math.nan,
+            over_random=value * shape[0] * shape[1] / k if k else math.nan,
+            note=note,
+        )
+
+    @classmethod
+    def missing(cls, note: str) -> CurvatureFraction:
+        """What there is of a layer that could not be measured."""
+        empty = torch.zeros(0)
+        return cls.of(empty, empty, shape=(0, 0), note=note)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CurvatureFraction:
+        """The inverse of `encoding.plain`."""
+        return cls(**numbers(data, skip=("note",)))

@@ -1,0 +1,142 @@
+// What all figures share: colours, how figures are written, values by layer and probe, and `draw`.
+
+const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down"];
+const PALETTES = {
+  light: ["#0072b2", "#c8501e", "#00845a", "#9a4f92", "#8a6d00", "#3d6fd6", "#b3243c", "#555f6b"],
+  dark: ["#56b4e9", "#f08a5d", "#3ecf9a", "#d58fcb", "#e3c04b", "#8fb0ff", "#ff7d8e", "#aab4c0"],
+};
+
+// plotly reads a subset of HTML in all of its texts; names of layers are to be shown as they are.
+const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const known = (value) => typeof value === "number";
+const fixed = (value, digits = 2) =>
+  known(value)
+    ? Math.abs(value) < 1000
+      ? value.toFixed(digits)
+      : value.toExponential(1)
+    : value === "inf"
+      ? "∞"
+      : "–";
+const percent = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
+const short = (name) => name.replace(/\.weight$/, "");
+const clipped = (name) => plain(name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
+const middle = (values) => {
+  const sorted = values.filter(known).sort((a, b) => a - b);
+  const half = sorted.length >> 1;
+  return sorted.length ? (sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2) : null;
+};
+
+function colours() {
+  const style = getComputedStyle(document.documentElement);
+  const of = (name) => style.getPropertyValue(`--${name}`).trim();
+  const dark = style.colorScheme === "dark";
+  return {
+    ink: of("ink"),
+    quiet: of("quiet"),
+    grid: of("grid"),
+    line: of("line"),
+    card: of("card"),
+    select: of("select"),
+    kinds: PALETTES[dark ? "dark" : "light"],
+  };
+}
+
+function kindsOf(data) {
+  return [...new Set(data.kinds)];
+}
+
+function markOf(data, kind, c) {
+  const i = kindsOf(data).indexOf(kind);
+  return { colour: c.kinds[i % c.kinds.length], symbol: SYMBOLS[i % SYMBOLS.length], name: plain(kind || "layers") };
+}
+
+function value(data, probe, layer, key) {
+  const row = data.probes[probe].values[layer];
+  return row ? row[data.keys.indexOf(key)] : null;
+}
+
+function product(data, probe, layer) {
+  const [alpha, gamma] = [value(data, probe, layer, "alpha"), value(data, probe, layer, "gamma")];
+  return known(alpha) && known(gamma) ? alpha * gamma : null;
+}
+
+function trusted(data, probe, layer) {
+  return value(data, probe, layer, "r2_alpha") >= data.good_fit;
+}
+
+// Limits that hold at every probe, so that points move and axes do not. Far outliers are left outside.
+function limits(data, read) {
+  const all = data.probes
+    .flatMap((_, probe) => data.layers.map((_, layer) => read(probe, layer)))
+    .filter(known)
+    .sort((a, b) => a - b);
+  if (!all.length) return undefined;
+  const at = (share) => all[Math.round(share * (all.length - 1))];
+  const reach = 3 * (at(0.75) - at(0.25)) + 0.05;
+  const [low, high] = [Math.max(all[0], at(0.25) - reach), Math.min(all[all.length - 1], at(0.75) + reach)];
+  const margin = 0.06 * (high - low) + 0.05;
+  return [low - margin, high + margin];
+}
+
+// Says how many points the axes leave out.
+function outside(count, c) {
+  return count
+    ? [
+        {
+          text: `${count} outside`,
+          xref: "paper",
+          yref: "paper",
+          x: 1,
+          y: 0,
+          xanchor: "right",
+          yanchor: "bottom",
+          showarrow: false,
+          font: { color: c.quiet },
+        },
+      ]
+    : [];
+}
+
+const beyond = (x, range) => known(x) && range && (x < range[0] || x > range[1]);
+
+function hover(data, probe, layer) {
+  const of = (key) => value(data, probe, layer, key);
+  return (
+    `<b>${plain(short(data.layers[layer]))}</b>${data.kinds[layer] ? ` (${plain(data.kinds[layer])})` : ""}` +
+    `<br>alpha ${fixed(of("alpha"))} ± ${fixed(of("alpha_stderr"))}, r2 ${fixed(of("r2_alpha"))}` +
+    `<br>gamma ${fixed(of("gamma"))}, s ${fixed(of("s"))}, alpha · gamma ${fixed(product(data, probe, layer))}`
+  );
+}
+
+function draw(id, [traces, layout], c) {
+  const axis = { gridcolor: c.grid, linecolor: c.line, zeroline: false, ticks: "outside", tickcolor: c.line };
+  const entries = traces.filter((trace) => trace.showlegend !== false && trace.name);
+  const whole = {
+    ...layout,
+    paper_bgcolor: c.card,
+    plot_bgcolor: c.card,
+    font: { color: c.ink, size: 12, family: getComputedStyle(document.body).fontFamily },
+    margin: { l: 58, r: 14, t: 12, b: 46 },
+    showlegend: entries.length > 1,
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
+    hoverlabel: {
+      bgcolor: c.card,
+      bordercolor: c.line,
+      font: { color: c.ink, size: 12 },
+      align: "left",
+      namelength: -1,
+    },
+    hovermode: "closest",
+    xaxis: { ...axis, automargin: true, ...layout.xaxis },
+    yaxis: { ...axis, automargin: true, ...layout.yaxis, title: { ...layout.yaxis.title, standoff: 12 } },
+    // On a touch screen a finger scrolls the page.
+    dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: c.quiet, activecolor: c.ink },
+  };
+  return Plotly.react(id, traces, whole, {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: true,
+    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+  });
+}

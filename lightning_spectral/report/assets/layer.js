@@ -1,0 +1,215 @@
+// Figures of one layer: functions of (data, state, colours) that give traces and a layout.
+
+const raised = (n) => String(n).replace(/./g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit] ?? "⁻");
+
+// Ticks at 1, 2 and 5 of each decade, at decades alone where there are many.
+function logAxis(text, values) {
+  const logs = values.filter((v) => v > 0).map(Math.log10);
+  if (!logs.length) return { title: { text } };
+  const [low, high] = [Math.min(...logs), Math.max(...logs)];
+  const steps = high - low < 2.5 ? [1, 2, 5] : [1];
+  const ticks = [];
+  for (let n = Math.floor(low) - 1; n <= Math.ceil(high); n += Math.ceil((high - low) / 8) || 1) {
+    for (const m of steps)
+      ticks.push([
+        m * 10 ** n,
+        n >= -2 && n < 4 ? String(Number((m * 10 ** n).toPrecision(1))) : `${m === 1 ? "" : `${m}·`}10${raised(n)}`,
+      ]);
+  }
+  return { type: "log", title: { text }, tickvals: ticks.map(([v]) => v), ticktext: ticks.map(([, name]) => name) };
+}
+
+const line = (x, y, colour, name) => ({
+  type: "scatter",
+  mode: "lines",
+  x,
+  y,
+  name,
+  hoverinfo: "skip",
+  line: { color: colour, width: 2 },
+});
+
+function lawFigure(data, state, c, spectra) {
+  const mark = markOf(data, data.kinds[state.layer], c);
+  const alpha = value(data, state.probe, state.layer, "alpha");
+  const at = spectra.sigma.map((_, k) => k).filter((k) => known(spectra.h[k]) && spectra.h[k] !== 0);
+  const group = (name, ks, marker) => ({
+    type: "scatter",
+    mode: "markers",
+    name,
+    x: ks.map((k) => spectra.sigma[k]),
+    y: ks.map((k) => Math.abs(spectra.h[k])),
+    marker,
+    hoverinfo: "text",
+    hovertext: ks.map(
+      (k) =>
+        `k = ${k + 1}<br>sigma ${spectra.sigma[k].toExponential(2)}<br>h ${spectra.h[k].toExponential(2)}${spectra.error ? ` ± ${spectra.error[k]?.toExponential(1)}` : ""}`,
+    ),
+    ...(spectra.error
+      ? {
+          error_y: {
+            type: "data",
+            array: ks.map((k) => spectra.error[k] ?? 0),
+            color: marker.color,
+            thickness: 1,
+            width: 3,
+          },
+        }
+      : {}),
+  });
+  const positive = at.filter((k) => spectra.h[k] > 0);
+  const negative = at.filter((k) => spectra.h[k] < 0);
+  const traces = [group("h > 0", positive, { size: 9, color: mark.colour })];
+  if (negative.length)
+    traces.push(
+      group("h < 0, |h| shown".replace("<", "&lt;"), negative, {
+        size: 9,
+        color: c.select,
+        symbol: "x-thin",
+        line: { width: 2, color: c.select },
+      }),
+    );
+  if (known(alpha) && known(spectra.lines[0]) && positive.length) {
+    const ends = [positive[0], positive[positive.length - 1]].map((k) => spectra.sigma[k]);
+    traces.push(
+      line(
+        ends,
+        ends.map((sigma) => Math.exp(spectra.lines[0]) * sigma ** alpha),
+        c.ink,
+        `alpha = ${fixed(alpha)}`,
+      ),
+    );
+  }
+  return [
+    traces,
+    {
+      xaxis: logAxis(
+        "sigma, gradient singular value",
+        at.map((k) => spectra.sigma[k]),
+      ),
+      yaxis: logAxis(
+        "h, curvature",
+        at.map((k) => Math.abs(spectra.h[k])),
+      ),
+    },
+  ];
+}
+
+function spectrumFigure(data, state, c, spectra) {
+  const mark = markOf(data, data.kinds[state.layer], c);
+  const other = c.kinds[(kindsOf(data).indexOf(data.kinds[state.layer]) + 1) % c.kinds.length];
+  const sorted = spectra.h.filter((h) => h > 0).sort((a, b) => b - a);
+  const usable = spectra.sigma.slice(0, spectra.usable);
+  const curve = (values, name, what, colour, symbol) => ({
+    type: "scatter",
+    mode: "markers",
+    name,
+    x: values.map((_, k) => k + 1),
+    y: values.map((v) => v / values[0]),
+    marker: { size: 8, color: colour, symbol },
+    hoverinfo: "text",
+    hovertext: values.map((v, k) => `${what} ${k + 1}: ${v.toExponential(2)}`),
+  });
+  const decay = (values, exponent, intercept, name, colour) => {
+    if (!known(exponent) || !known(intercept)) return [];
+    const ends = [1, values.length];
+    return [
+      {
+        ...line(
+          ends,
+          ends.map((k) => (Math.exp(intercept) * k ** -exponent) / values[0]),
+          colour,
+          name,
+        ),
+        line: { color: colour, width: 1.5 },
+      },
+    ];
+  };
+  const noise = spectra.sigma
+    .slice(spectra.usable)
+    .map((v, i) => [spectra.usable + i + 1, v / spectra.sigma[0]])
+    .filter(([, v]) => v > 0);
+  const traces = [
+    curve(usable, "sigma<sub>k</sub>", "sigma", mark.colour, "circle"),
+    ...decay(
+      usable,
+      value(data, state.probe, state.layer, "gamma"),
+      spectra.lines[1],
+      `gamma = ${fixed(value(data, state.probe, state.layer, "gamma"))}`,
+      mark.colour,
+    ),
+    curve(sorted, "h, sorted", "h", other, "diamond"),
+    ...decay(
+      sorted,
+      value(data, state.probe, state.layer, "s"),
+      spectra.lines[2],
+      `s = ${fixed(value(data, state.probe, state.layer, "s"))}`,
+      other,
+    ),
+  ];
+  if (noise.length)
+    traces.push({
+      type: "scatter",
+      mode: "markers",
+      name: "rounding noise",
+      x: noise.map(([k]) => k),
+      y: noise.map(([, v]) => v),
+      hoverinfo: "name",
+      marker: { size: 7, color: c.quiet, symbol: "circle-open" },
+    });
+  const shown = traces.filter(({ mode }) => mode === "markers");
+  return [
+    traces,
+    {
+      xaxis: logAxis(
+        "rank",
+        shown.flatMap(({ x }) => x),
+      ),
+      yaxis: logAxis(
+        "relative to the first",
+        shown.flatMap(({ y }) => y),
+      ),
+    },
+  ];
+}
+
+function layerTrainingFigure(data, state, c) {
+  const x = data.probes.map((probe, i) => probe.step ?? i);
+  const curve = (key, name, colour, symbol) => {
+    const y = x.map((_, probe) => value(data, probe, state.layer, key));
+    return {
+      type: "scatter",
+      mode: "lines+markers",
+      name,
+      x,
+      y,
+      line: { color: colour, width: 2 },
+      marker: { size: 6, symbol },
+      hoverinfo: "text",
+      hovertext: y.map((v, probe) => `${name} ${fixed(v)}<br>${plain(data.probes[probe].label)}`),
+    };
+  };
+  const traces = [
+    curve("alpha", "alpha", c.kinds[0], "circle"),
+    curve("gamma", "gamma", c.kinds[1], "square"),
+    curve("s", "s", c.kinds[2], "diamond"),
+  ];
+  return [
+    traces,
+    {
+      xaxis: { title: { text: "step" } },
+      yaxis: { title: { text: "exponent" } },
+      shapes: [
+        {
+          type: "line",
+          yref: "paper",
+          y0: 0,
+          y1: 1,
+          x0: x[state.probe],
+          x1: x[state.probe],
+          line: { color: c.quiet, width: 1, dash: "dot" },
+        },
+      ],
+    },
+  ];
+}

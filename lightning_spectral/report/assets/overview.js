@@ -1,0 +1,175 @@
+// Figures of all layers: functions of (data, state, colours) that give traces and a layout.
+
+// One trace per kind of the layers' points; the chosen layer has a ring around it.
+function points(data, state, c, x, y, error) {
+  const traces = kindsOf(data).map((kind) => {
+    const layers = data.layers
+      .map((_, layer) => layer)
+      .filter((layer) => data.kinds[layer] === kind && known(x(layer)) && known(y(layer)));
+    const mark = markOf(data, kind, c);
+    const trace = {
+      type: "scatter",
+      mode: "markers",
+      name: mark.name,
+      x: layers.map(x),
+      y: layers.map(y),
+      customdata: layers,
+      hoverinfo: "text",
+      hovertext: layers.map((layer) => hover(data, state.probe, layer)),
+      marker: {
+        size: data.layers.length > 60 ? 6 : 9,
+        line: { width: 1.5, color: mark.colour },
+        symbol: layers.map((layer) => mark.symbol + (trusted(data, state.probe, layer) ? "" : "-open")),
+        color: mark.colour,
+      },
+    };
+    if (error)
+      trace.error_y = {
+        type: "data",
+        array: layers.map((layer) => error(layer) ?? 0),
+        color: mark.colour,
+        thickness: 1,
+        width: 3,
+      };
+    return trace;
+  });
+  if (known(x(state.layer)) && known(y(state.layer))) {
+    traces.push({
+      type: "scatter",
+      mode: "markers",
+      x: [x(state.layer)],
+      y: [y(state.layer)],
+      hoverinfo: "skip",
+      showlegend: false,
+      marker: { size: 18, symbol: "circle-open", color: c.select, line: { width: 2.5 } },
+    });
+  }
+  return traces;
+}
+
+function depthFigure(data, state, c, wide) {
+  const read = (layer) => value(data, state.probe, layer, "alpha");
+  const range = limits(data, (probe, layer) => value(data, probe, layer, "alpha"));
+  const edge = Math.max(0.6, 0.015 * data.layers.length);
+  const named = wide && data.layers.length <= 30;
+  return [
+    points(
+      data,
+      state,
+      c,
+      (layer) => layer,
+      read,
+      (layer) => value(data, state.probe, layer, "alpha_stderr"),
+    ),
+    {
+      xaxis: {
+        range: [-edge, data.layers.length - 1 + edge],
+        title: named
+          ? undefined
+          : { text: data.kinds.some(Boolean) ? "layer, from the input to the output" : "layer, by name" },
+        ...(named
+          ? {
+              tickvals: data.layers.map((_, i) => i),
+              ticktext: data.layers.map((name) => clipped(short(name))),
+              tickangle: -35,
+            }
+          : {}),
+      },
+      yaxis: { title: { text: "alpha" }, range },
+      annotations: outside(data.layers.filter((_, layer) => beyond(read(layer), range)).length, c),
+      shapes: [
+        { type: "line", xref: "paper", x0: 0, x1: 1, y0: 2, y1: 2, line: { color: c.quiet, width: 1, dash: "dot" } },
+      ],
+    },
+  ];
+}
+
+function transferFigure(data, state, c) {
+  const [x, y] = [(layer) => product(data, state.probe, layer), (layer) => value(data, state.probe, layer, "s")];
+  const both = [
+    limits(data, (probe, layer) => product(data, probe, layer)),
+    limits(data, (probe, layer) => value(data, probe, layer, "s")),
+  ].filter(Boolean);
+  const range = both.length
+    ? [Math.min(...both.map(([low]) => low)), Math.max(...both.map(([, high]) => high))]
+    : [0, 3];
+  return [
+    points(data, state, c, x, y),
+    {
+      xaxis: { title: { text: "alpha · gamma" }, range },
+      yaxis: { title: { text: "s" }, range },
+      annotations: outside(
+        data.layers.filter((_, layer) => beyond(x(layer), range) || beyond(y(layer), range)).length,
+        c,
+      ),
+      shapes: [
+        {
+          type: "line",
+          x0: range[0],
+          x1: range[1],
+          y0: range[0],
+          y1: range[1],
+          line: { color: c.quiet, width: 1, dash: "dot" },
+          layer: "below",
+        },
+      ],
+    },
+  ];
+}
+
+function trainingFigure(data, state, c) {
+  const x = data.probes.map((probe, i) => probe.step ?? i);
+  const curve = (layer) => x.map((_, probe) => value(data, probe, layer, "alpha"));
+  const thin = data.layers.map((name, layer) => ({
+    type: "scatter",
+    mode: "lines",
+    x,
+    y: curve(layer),
+    showlegend: layer === state.layer,
+    name: clipped(short(name)),
+    hoverinfo: "text",
+    customdata: x.map(() => layer),
+    hovertext: x.map((_, probe) => hover(data, probe, layer)),
+    line: {
+      color: layer === state.layer ? c.select : markOf(data, data.kinds[layer], c).colour,
+      width: layer === state.layer ? 2.5 : 1,
+    },
+    opacity: layer === state.layer ? 1 : 0.35,
+  }));
+  const medians = kindsOf(data).map((kind) => {
+    const mark = markOf(data, kind, c);
+    const of = (probe) =>
+      middle(data.layers.map((_, layer) => (data.kinds[layer] === kind ? value(data, probe, layer, "alpha") : null)));
+    return {
+      type: "scatter",
+      mode: "lines+markers",
+      name: kind ? mark.name : "median",
+      x,
+      y: x.map((_, probe) => of(probe)),
+      hoverinfo: "text",
+      hovertext: x.map(
+        (at, probe) => `<b>${mark.name}</b>, median<br>${plain(data.probes[probe].label)}: alpha ${fixed(of(probe))}`,
+      ),
+      line: { color: mark.colour, width: 2.5 },
+      marker: { size: 5, symbol: mark.symbol },
+    };
+  });
+  return [
+    [...thin, ...medians],
+    {
+      xaxis: { title: { text: "step" } },
+      yaxis: { title: { text: "alpha" }, range: limits(data, (probe, layer) => value(data, probe, layer, "alpha")) },
+      shapes: [
+        {
+          type: "line",
+          yref: "paper",
+          y0: 0,
+          y1: 1,
+          x0: x[state.probe],
+          x1: x[state.probe],
+          line: { color: c.quiet, width: 1, dash: "dot" },
+        },
+      ],
+    },
+  ];
+}

@@ -1,0 +1,320 @@
+// The page: its state, the table, and what a reader can do.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const get = (id) => document.getElementById(id);
+const state = { probe: data.probes.length - 1, layer: 0, column: "", down: false, query: "", plots: false };
+
+function make(tag, text, attributes = {}) {
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;
+  for (const [name, content] of Object.entries(attributes)) element.setAttribute(name, content);
+  return element;
+}
+
+function list(id, lines) {
+  get(id).replaceChildren(...lines.map((text) => make("li", text)));
+}
+
+const of = (key) => (layer) => value(data, state.probe, layer, key);
+const spectraOf = (layer) => data.probes[state.probe].spectra?.[layer];
+
+// head, what a cell says, what it sorts by, what the column means
+const COLUMNS = [
+  { key: "layer", head: "layer", sort: (i) => i, text: (i) => short(data.layers[i]), meaning: "sorts by depth" },
+  {
+    key: "kind",
+    head: "kind",
+    sort: (i) => data.kinds[i],
+    text: (i) => data.kinds[i],
+    meaning: "inferred from the module's structure",
+    words: true,
+  },
+  {
+    key: "shape",
+    head: "shape",
+    sort: (i) => data.shapes[i].split("×").reduce((a, b) => a * parseFloat(b), 1),
+    text: (i) => data.shapes[i],
+    meaning: "of the matrix; sorts by its entries",
+  },
+  {
+    key: "alpha",
+    head: "alpha ± se",
+    sort: of("alpha"),
+    text: (i) => (known(of("alpha")(i)) ? `${fixed(of("alpha")(i))} ± ${fixed(of("alpha_stderr")(i))}` : "–"),
+    meaning: data.meanings.alpha,
+  },
+  {
+    key: "r2_alpha",
+    head: "r2",
+    sort: of("r2_alpha"),
+    text: (i) => fixed(of("r2_alpha")(i)),
+    meaning: data.meanings.r2_alpha,
+  },
+  { key: "gamma", head: "gamma", sort: of("gamma"), text: (i) => fixed(of("gamma")(i)), meaning: data.meanings.gamma },
+  { key: "s", head: "s", sort: of("s"), text: (i) => fixed(of("s")(i)), meaning: data.meanings.s },
+  {
+    key: "product",
+    head: "α·γ",
+    sort: (i) => product(data, state.probe, i),
+    text: (i) => fixed(product(data, state.probe, i)),
+    meaning: "alpha times gamma, which the transfer identity says is s",
+  },
+  {
+    key: "transfer_error",
+    head: "error",
+    sort: of("transfer_error"),
+    text: (i) => percent(of("transfer_error")(i)),
+    meaning: data.meanings.transfer_error,
+  },
+  {
+    key: "pr_curvature",
+    head: "PR_h",
+    sort: of("pr_curvature"),
+    text: (i) => fixed(of("pr_curvature")(i)),
+    meaning: data.meanings.pr_curvature,
+  },
+  {
+    key: "zeta_bound",
+    head: "zeta",
+    sort: of("zeta_bound"),
+    text: (i) => fixed(of("zeta_bound")(i)),
+    meaning: data.meanings.zeta_bound,
+  },
+  {
+    key: "points",
+    head: "points",
+    sort: of("points"),
+    text: (i) =>
+      known(of("points")(i)) ? String(of("points")(i)) + (spectraOf(i) ? `/${spectraOf(i).sigma.length}` : "") : "–",
+    meaning: data.meanings.points,
+  },
+  {
+    key: "negative_curvature",
+    head: "h < 0",
+    sort: of("negative_curvature"),
+    text: (i) => fixed(of("negative_curvature")(i), 0),
+    meaning: data.meanings.negative_curvature,
+  },
+].filter((column) => !["kind", "shape"].includes(column.key) || data.kinds.some(Boolean));
+
+function order(layers) {
+  const column = COLUMNS.find(({ key }) => key === state.column);
+  if (!column) return layers;
+  const number = (x) => (x === "inf" ? Infinity : x === "-inf" ? -Infinity : x);
+  const missing = (x) => x === null || x === undefined || x === "" || Number.isNaN(x);
+  return [...layers].sort((i, j) => {
+    const [a, b] = [number(column.sort(i)), number(column.sort(j))];
+    if (missing(a) || missing(b)) return missing(a) - missing(b);
+    const way = typeof a === "string" ? a.localeCompare(b) : a < b ? -1 : a > b ? 1 : 0;
+    return state.down ? -way : way;
+  });
+}
+
+function found() {
+  const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
+  const all = data.layers.map((_, i) => i);
+  return order(
+    all.filter((i) => words.every((word) => `${data.layers[i]} ${data.kinds[i]}`.toLowerCase().includes(word))),
+  );
+}
+
+function showHead() {
+  for (const { key, head, meaning, words } of COLUMNS) {
+    const button = make("button", head, { type: "button", title: meaning });
+    button.addEventListener("click", () => {
+      state.down = state.column === key && !state.down;
+      state.column = key;
+      showTable();
+    });
+    const cell = make("th", undefined, {
+      scope: "col",
+      "data-key": key,
+      "aria-sort": "none",
+      ...(words ? { class: "text" } : {}),
+    });
+    cell.append(button);
+    get("columns").append(cell);
+  }
+}
+
+function showTable() {
+  for (const cell of get("columns").children) {
+    const sorted = cell.dataset.key === state.column;
+    cell.setAttribute("aria-sort", sorted ? (state.down ? "descending" : "ascending") : "none");
+  }
+  const layers = found();
+  const rows = layers.map((layer) => {
+    const row = make("tr");
+    row.classList.toggle("doubtful", !trusted(data, state.probe, layer));
+    if (layer === state.layer) row.setAttribute("aria-current", "true");
+    for (const { key, text, words } of COLUMNS) {
+      const cell = make("td", key === "layer" ? undefined : text(layer), {
+        "data-key": key,
+        ...(words ? { class: "text" } : {}),
+      });
+      if (key === "layer")
+        cell.append(
+          make("a", text(layer), {
+            href: address(layer),
+            title: data.probes[state.probe].notes[data.layers[layer]] || data.layers[layer],
+          }),
+        );
+      row.append(cell);
+    }
+    row.addEventListener("click", (event) => {
+      event.preventDefault();
+      open(layer);
+    });
+    return row;
+  });
+  get("rows").replaceChildren(...rows);
+  get("count").textContent = `${layers.length} of ${data.layers.length} layers`;
+}
+
+const address = (layer) => `#layer=${encodeURIComponent(data.layers[layer].toWellFormed?.() ?? data.layers[layer])}`;
+
+// Choose a layer, show its plots and go to them; the address then leads there again.
+function open(layer) {
+  choose(layer);
+  history.replaceState(null, "", address(layer));
+  get("layer").focus({ preventScroll: true });
+  get("layer").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+}
+
+function choose(layer) {
+  state.layer = layer;
+  showTable();
+  showLayer();
+  showOverview();
+}
+
+function showProbe() {
+  const probe = data.probes[state.probe];
+  const loss = known(probe.loss) ? `, loss ${probe.loss.toPrecision(3)}` : "";
+  get("at").textContent = probe.label + loss;
+  get("step").value = state.probe;
+  get("step").setAttribute("aria-valuetext", probe.label);
+  get("facts").textContent = [probe.facts, `${data.layers.length} layers`, `${data.probes.length} probes`]
+    .filter(Boolean)
+    .join(", ");
+  list("summary", probe.summary);
+  list("notes", [...data.notes, ...probe.problems]);
+  list(
+    "skipped",
+    probe.skipped.map((text) => `Not measured: ${text}`),
+  );
+  showTable();
+  showLayer();
+  showOverview();
+}
+
+function showOverview() {
+  if (!state.plots) return;
+  const c = colours();
+  draw("depth", depthFigure(data, state, c, get("depth").clientWidth > 640), c);
+  draw("transfer", transferFigure(data, state, c), c);
+  draw("training", trainingFigure(data, state, c), c);
+}
+
+function showLayer() {
+  const [layer, spectra] = [state.layer, spectraOf(state.layer)];
+  get("layer-title").textContent = short(data.layers[layer]);
+  const exponents = `alpha ${COLUMNS.find(({ key }) => key === "alpha").text(layer)}, gamma ${fixed(of("gamma")(layer))}, s ${fixed(of("s")(layer))}`;
+  get("layer-facts").textContent = [
+    data.probes[state.probe].label,
+    data.kinds[layer],
+    data.shapes[layer],
+    exponents,
+    spectra && `curvature by ${spectra.method}`,
+  ]
+    .filter(Boolean)
+    .join(", ");
+  const note = data.probes[state.probe].notes[data.layers[layer]];
+  const missing = spectra ? "" : `No sigma and h of this layer at ${data.probes[state.probe].label} on this page.`;
+  get("layer-missing").textContent = [note, missing].filter(Boolean).join(" ");
+  get("layer-missing").hidden = !note && !missing;
+  get("layer-training-figure").hidden = data.probes.length < 2;
+  for (const figure of document.querySelectorAll("figure.spectral")) figure.hidden = !spectra;
+  if (!state.plots) return;
+  const c = colours();
+  if (spectra) {
+    draw("law", lawFigure(data, state, c, spectra), c);
+    draw("spectrum", spectrumFigure(data, state, c, spectra), c);
+  }
+  if (data.probes.length > 1) draw("layer-training", layerTrainingFigure(data, state, c), c);
+}
+
+function isDark() {
+  return getComputedStyle(document.documentElement).colorScheme === "dark";
+}
+
+function showTheme() {
+  get("theme").textContent = isDark() ? "Light" : "Dark";
+  get("theme").setAttribute("aria-label", `Switch to the ${isDark() ? "light" : "dark"} theme`);
+  showLayer();
+  showOverview();
+}
+
+function listen() {
+  get("step").max = data.probes.length - 1;
+  get("toolbar").hidden = data.probes.length < 2;
+  get("step").addEventListener("input", (event) => {
+    state.probe = Number(event.target.value);
+    showProbe();
+  });
+  get("search").addEventListener("input", (event) => {
+    state.query = event.target.value;
+    showTable();
+  });
+  get("theme").addEventListener("click", () => {
+    document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+    showTheme();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
+  const beside = (by) => {
+    const layers = found().length ? found() : [state.layer];
+    const at = layers.indexOf(state.layer) + by;
+    choose(layers[(at + layers.length) % layers.length]);
+    history.replaceState(null, "", address(state.layer));
+  };
+  get("previous").addEventListener("click", () => beside(-1));
+  get("next").addEventListener("click", () => beside(1));
+  addEventListener("hashchange", () => {
+    if (fromAddress() >= 0) open(fromAddress());
+  });
+}
+
+function fromAddress() {
+  try {
+    return data.layers.indexOf(decodeURIComponent(location.hash.replace(/^#layer=/, "")));
+  } catch {
+    return -1;
+  }
+}
+
+// plotly.js is compressed within the page, which makes it a third of the size.
+async function loadPlots() {
+  const bytes = Uint8Array.from(atob(get("plotly").textContent), (character) => character.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  document.head.append(make("script", await new Response(stream).text()));
+  state.plots = true;
+  if (data.probes.length < 2) get("training").closest("figure").hidden = true;
+  showTheme();
+  for (const id of ["depth", "transfer", "training"]) {
+    get(id).on?.("plotly_click", ({ points: [point] }) => {
+      if (point.customdata !== undefined) open(point.customdata);
+    });
+  }
+}
+
+showHead();
+listen();
+for (const key of data.keys) get("meanings").append(make("dt", key), make("dd", data.meanings[key]));
+state.layer = Math.max(0, fromAddress());
+showProbe();
+loadPlots()
+  .then(() => (document.documentElement.dataset.ready = "yes"))
+  .catch((error) => {
+    get("failed").textContent = `The plots need a browser of 2023 or later (${error}).`;
+    get("failed").hidden = false;
+  });

@@ -1,0 +1,78 @@
+"""Legends: keys to kinds of layers, markers, lines and areas, below the axes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_spectral.kinds import KINDS
+from lightning_spectral.report.figures.style import Dash, ground, ink, kind_style
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.figure import Figure
+
+LEGEND_LETTER, LEGEND_MARK, LEGEND_LINE = 0.056, 0.43, 0.16
+"""Inches that a letter of the legend takes in the mean, a mark with the space around it, and a line."""
+
+
+def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
+    """Keys to the kinds given, in the order of `KINDS`."""
+    from matplotlib.lines import Line2D
+
+    found = list(dict.fromkeys(kinds))
+    order = [kind for kind in KINDS if kind in found] + [kind for kind in found if kind not in KINDS]
+    style: Dash = "-" if line else "none"
+    return [
+        Line2D([], [], color=colour, marker=marker, linestyle=style, label=kind.replace("_", " "))
+        for kind in order
+        for colour, marker in [kind_style(kind)]
+    ]
+
+
+def mark_handle(marker: str, label: str, *, hollow: bool = False, opacity: float = 1.0) -> Artist:
+    """A key to a marker that means the same in every colour."""
+    from matplotlib.lines import Line2D
+
+    look: dict[str, Any] = {"markerfacecolor": ground() if hollow else ink(), "alpha": opacity}
+    return Line2D([], [], color=ink(), marker=marker, linestyle="none", label=label, **look)
+
+
+def line_handle(dash: Dash, label: str, colour: str | None = None) -> Artist:
+    """A key to a line, in the colour of text where none is given."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour or ink(), linestyle=dash, linewidth=1.0, label=label)
+
+
+def patch_handle(label: str, **look: Any) -> Artist:
+    """A key to an area."""
+    from matplotlib.patches import Patch
+
+    return Patch(label=label, linewidth=0, **look)
+
+
+def legend(figure: Figure, handles: Sequence[Artist], *, abscissa: str = "") -> None:
+    """A legend below the axes, by which the figure grows, with an abscissa for all panels.
+
+    The abscissa is the legend's title, since matplotlib lays a legend out over a `supxlabel`.
+    """
+    if not handles:
+        return
+    columns = _columns([str(handle.get_label()) for handle in handles], figure.get_figwidth())
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, title=abscissa or None)
+    rows = math.ceil(len(handles) / columns) + bool(abscissa)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * rows)
+
+
+def _columns(labels: Sequence[str], width: float) -> int:
+    """The most columns of a legend that fit into a width in inches; a legend is filled column by column."""
+    for count in range(len(labels), 1, -1):
+        rows, longer = divmod(len(labels), count)
+        starts = [i * rows + min(i, longer) for i in range(count + 1)]
+        longest = [max(map(len, labels[a:b])) for a, b in itertools.pairwise(starts)]
+        if sum(LEGEND_LETTER * length + LEGEND_MARK for length in longest) <= width - 0.1:
+            return count
+    return 1

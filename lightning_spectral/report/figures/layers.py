@@ -1,0 +1,239 @@
+"""Figures with a point or a curve per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.analysis import GOOD_FIT
+from lightning_spectral.fits import zeta_bound
+from lightning_spectral.record import SpectralReport, median
+from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
+from lightning_spectral.report.figures.style import (
+    EDGE,
+    WIDTH,
+    Reports,
+    all_reports,
+    canvas,
+    ground,
+    ink,
+    kind_style,
+    one_report,
+    say,
+    title,
+    trusted,
+)
+from lightning_spectral.report.figures.ticks import log_ticks, name_ticks, short_name
+from lightning_spectral.spectrum import LayerSpectrum
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ALPHA_BAND = (1.85, 2.15)
+"""Around alpha = 2, where curvature is the square of the gradient."""
+
+TRANSFER_BAND = 0.1
+"""Of the transfer error."""
+
+EARLIER = 0.35
+"""Opacity of the layers of all reports but the last."""
+
+
+def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: bool = False) -> Figure:
+    """The exponent alpha of each layer in the order of the network, with its standard error.
+
+    Colour and marker are the layer's kind, hollow where the fit has an r2 below 0.9. The grey band is alpha from 1.85
+    to 2.15. A layer without a fit is a cross on the bottom edge. Where there are too many names, some are left out.
+
+    Args:
+        report: what was measured.
+        width: of the figure, in inches.
+        dark: light on dark.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if the report holds no layers.
+    """
+    layers = list(one_report(report).layers.values())
+    names = [layer.name for layer in layers]
+    with canvas(width, 2.4 + 0.055 * max(len(short_name(name)) for name in names), dark=dark) as figure:
+        axes = figure.subplots()
+        draw_alpha_band(axes)
+        missing = [i for i, layer in enumerate(layers) if math.isnan(layer.alpha.exponent)]
+        for i, layer in enumerate(layers):
+            if i not in missing:
+                _alpha_point(axes, i, layer, size=4.5 if len(layers) <= 40 else 3.0)
+        # An empty line that is not clipped would upset the layout.
+        if missing:
+            edge = axes.get_xaxis_transform()
+            axes.plot(missing, [0.0] * len(missing), "x", color=ink(), transform=edge, label="no fit", **EDGE)
+        axes.set(xlim=(-0.6, len(layers) - 0.4), ylim=_alpha_limits(layers), ylabel="α ± standard error")
+        name_ticks(axes.xaxis, names, width - 0.7)
+        axes.tick_params(axis="x", which="major", labelrotation=90)
+        if len(missing) == len(layers):
+            say(axes, f"no layer has a fit of α\n({layers[0].note or 'too few usable directions'})")
+        title(figure, "Curvature exponent α by depth", [report])
+        marks = [mark_handle("x", "no fit")] if missing else []
+        fitted = [layer for layer in layers if not math.isnan(layer.alpha.exponent)]
+        legend(figure, kind_handles(layer.kind for layer in fitted) + _hollow_handle(fitted) + marks)
+    return figure
+
+
+def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool = False) -> Figure:
+    """The decay s of the curvature against alpha gamma, which the transfer relation says it is, a point per layer.
+
+    On the line s = alpha gamma; the band holds transfer errors abs(s - alpha gamma) / abs(s) up to 10 %. Hollow
+    where alpha's fit has an r2 below 0.9. Of several reports, the layers of all but the last are pale.
+
+    Args:
+        reports: one, or several such as ``probe.history``.
+        width: of the figure, in inches.
+        dark: light on dark.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if there is no report, or one holds no layers.
+    """
+    found = all_reports(reports)
+    with canvas(width, 0.9 * width, dark=dark) as figure:
+        axes = figure.subplots()
+        points = _points(found, lambda layer: layer.s.exponent)
+        low, high = padded([v for x, y, _, _ in points for v in (x, y)])
+        ends = torch.linspace(low, high, 200)
+        _identity_band(axes, ends)
+        for x, y, layer, opacity in points:
+            _point(axes, x, y, layer, opacity)
+        axes.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="α γ", ylabel="decay s of the curvature")
+        axes.locator_params(nbins=7)
+        errors = [layer.transfer_error for _, _, layer, _ in points]
+        if errors:
+            within = sum(error <= TRANSFER_BAND for error in errors)
+            note = f"median error {100 * median(errors):.1f} %, {within} of {len(errors)} within 10 %"
+        else:
+            note = ""
+            say(axes, "no layer has fits of α, γ and s")
+        title(figure, "Transfer relation s = α γ", found, note)
+        band = patch_handle("error up to 10 %", color=ink(), alpha=0.12)
+        legend(figure, [*_keys(found, points), line_handle("-", "s = α γ"), band])
+    return figure
+
+
+def plot_participation_ratio(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
+    """Participation ratio of the curvature against alpha gamma, with the zeta bound and its finite-window form.
+
+    The solid line is zeta(alpha gamma)^2 / zeta(2 alpha gamma), infinite up to alpha gamma = 1; the dashed one is what
+    a pure power law of n directions has, n the number of positive h that most layers have. Both are bounds for exact
+    power laws: a spectrum that bends can lie above them.
+
+    Args:
+        reports: one, or several such as ``probe.history``; the layers of all but the last are pale.
+        width: of the figure, in inches.
+        dark: light on dark.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if there is no report, or one holds no layers.
+    """
+    found = all_reports(reports)
+    with canvas(width, 2.9, dark=dark) as figure:
+        axes = figure.subplots()
+        points = _points(found, lambda layer: layer.pr_curvature)
+        low, high = padded([0.9, 1.6, *(x for x, _, _, _ in points)])
+        curves = _bounds(axes, [layer.alpha.n_used for _, _, layer, _ in points], low, high)
+        for x, y, layer, opacity in points:
+            _point(axes, x, y, layer, opacity)
+        top = 1.5 * max([10.0, *(y for _, y, _, _ in points)])
+        axes.set(xlim=(low, high), yscale="log", ylim=(0.9, top), xlabel="α γ")
+        axes.set_ylabel("PR of curvature (directions)")
+        log_ticks(axes.yaxis, 0.9, top, gap=0.1)
+        if not points:
+            say(axes, "no layer has a fit of α and γ")
+        title(figure, "Participation ratio of curvature, zeta bound", found)
+        legend(figure, [*_keys(found, points), *curves])
+    return figure
+
+
+def draw_alpha_band(axes: Axes) -> None:
+    """The band around alpha = 2, and its name at the right end."""
+    axes.axhspan(*ALPHA_BAND, color=ink(), alpha=0.12, linewidth=0, label="band")
+
+
+def _alpha_point(axes: Axes, i: int, layer: LayerSpectrum, size: float) -> None:
+    colour, marker = kind_style(layer.kind)
+    face = colour if trusted(layer) else ground()
+    axes.errorbar(
+        i, layer.alpha.exponent, layer.alpha.stderr, fmt=marker, color=colour, markerfacecolor=face,
+        markersize=size, elinewidth=0.8, label=layer.name,
+    )  # fmt: skip
+
+
+def _alpha_limits(layers: Sequence[LayerSpectrum]) -> tuple[float, float]:
+    """Around the exponents and the band; of an error bar, what is longer than 1 may leave the axes."""
+    ends = [*ALPHA_BAND]
+    for layer in layers:
+        if not math.isnan(layer.alpha.exponent):
+            error = min(layer.alpha.stderr, 1.0)
+            ends += [layer.alpha.exponent - error, layer.alpha.exponent + error]
+    return padded(ends)
+
+
+def padded(values: Sequence[float]) -> tuple[float, float]:
+    """Limits around values, with some room."""
+    low, high = (min(values), max(values)) if values else (0.0, 3.0)
+    room = 0.07 * max(high - low, 0.2)
+    return low - room, high + room
+
+
+Point = tuple[float, float, LayerSpectrum, float]
+
+
+def _points(reports: Sequence[SpectralReport], ordinate: Callable[[LayerSpectrum], float]) -> list[Point]:
+    """(alpha gamma, ordinate, layer, opacity) of every layer that has both."""
+    return [
+        (layer.alpha_gamma, ordinate(layer), layer, 1.0 if report is reports[-1] else EARLIER)
+        for report in reports
+        for layer in report.layers.values()
+        if not (math.isnan(layer.alpha_gamma) or math.isnan(ordinate(layer)))
+    ]
+
+
+def _point(axes: Axes, x: float, y: float, layer: LayerSpectrum, opacity: float) -> None:
+    colour, marker = kind_style(layer.kind)
+    face = colour if trusted(layer) else ground()
+    axes.plot(x, y, marker, color=colour, markerfacecolor=face, alpha=opacity, label=layer.name)
+
+
+def _identity_band(axes: Axes, x: Tensor) -> None:
+    axes.plot(x.numpy(), x.numpy(), color=ink(), linewidth=0.8, label="s = αγ")
+    limits = (x / (1 + TRANSFER_BAND)).numpy(), (x / (1 - TRANSFER_BAND)).numpy()
+    axes.fill_between(x.numpy(), *limits, color=ink(), alpha=0.12, linewidth=0, label="10 %")
+
+
+def _bounds(axes: Axes, windows: Sequence[int], low: float, high: float) -> list[Artist]:
+    """Draw both bounds; returns their keys."""
+    x = torch.linspace(low, high, 300).tolist()
+    infinite = [value for value in x if value > 1.001]
+    axes.plot(infinite, [zeta_bound(value) for value in infinite], color=ink(), linewidth=1.0, label="zeta bound")
+    keys = [line_handle("-", "zeta bound")]
+    if windows:
+        n = max(set(windows), key=lambda window: (windows.count(window), window))
+        axes.plot(x, [zeta_bound(v, n) for v in x], "--", color=ink(), linewidth=1.0, label="window")
+        keys.append(line_handle("--", f"bound for {n} directions"))
+    return keys
+
+
+def _keys(reports: Sequence[SpectralReport], points: Sequence[Point]) -> list[Artist]:
+    keys = kind_handles(layer.kind for _, _, layer, _ in points)
+    keys += _hollow_handle(layer for _, _, layer, _ in points)
+    return [*keys, mark_handle("o", "earlier, pale", opacity=EARLIER)] if len(reports) > 1 else keys
+
+
+def _hollow_handle(layers: Iterable[LayerSpectrum]) -> list[Artist]:
+    hollow = any(layer.alpha.r2 < GOOD_FIT for layer in layers)
+    return [mark_handle("o", "r² < 0.9", hollow=True)] if hollow else []

@@ -1,0 +1,290 @@
+"""Figures with a panel per layer: curvature against singular value, and the singular values by rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.fits import RankModel
+from lightning_spectral.record import SpectralReport
+from lightning_spectral.report.figures.band import fitted_points, line_and_band
+from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
+from lightning_spectral.report.figures.style import (
+    EDGE,
+    MODEL_STYLE,
+    WIDTH,
+    canvas,
+    ground,
+    ink,
+    kind_style,
+    one_report,
+    title,
+)
+from lightning_spectral.report.figures.ticks import log_ticks, short_name
+from lightning_spectral.spectrum import LayerSpectrum
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_PANELS = 12
+"""Of one figure, which with three in a row is a page."""
+
+PANEL, PANEL_NAME = 1.75, 20
+"""Least width of a panel in inches, and characters of a layer's name that fit above it."""
+
+MARKS = {
+    "negative": ("v", "h < 0, on the bottom edge"),
+    "left out": ("o", "left out of the fit"),
+    "off": ("<", "σ is rounding noise"),
+}
+"""Marker of points that are not in the fit, and what they are; hollow but for the first."""
+
+NOTE: dict[str, Any] = {"fontsize": 6.5, "zorder": 1.5}
+"""Of the text within a panel, which lies below its points."""
+
+NOTE_SIZE = (0.6, 0.36)
+"""Fractions of a panel that three lines of it take."""
+
+Layers = str | Sequence[str] | None
+
+
+def plot_power_law(
+    report: SpectralReport, layers: Layers = None, *, width: float = WIDTH, dark: bool = False
+) -> Figure:
+    """Curvature h_k against singular value sigma_k, a panel per layer, with the fitted line h ~ sigma^alpha.
+
+    The shaded band is the 95 % confidence band of the line (`line_and_band`); bars are standard errors of sampled h.
+    Directions with h < 0 are triangles on the bottom edge. Those left out of the fit are hollow: at their h where it
+    is positive, else on the bottom edge, and as a triangle to the left where sigma, rounding noise, is off the scale.
+
+    Args:
+        report: what was measured.
+        layers: names or glob patterns, as of `measure_spectra`; None: all. Of more than 12, 12 evenly over depth.
+        width: of the figure, in inches.
+        dark: light on dark.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if the report holds no layers, or a pattern matches none of them.
+    """
+    chosen, note = choose_layers(report, layers)
+    rows, columns = _grid(len(chosen), width)
+    with canvas(width, _height(rows), dark=dark) as figure:
+        marks: set[str] = set()
+        for axes, layer in zip(_panels(figure, rows, columns, len(chosen)), chosen, strict=True):
+            marks |= _power_law(axes, layer)
+        figure.supylabel("curvature h (loss per squared unit of weight)")
+        title(figure, r"Power law $h\propto\sigma^\alpha$ of curvature", [report], note)
+        keys = [*kind_handles(layer.kind for layer in chosen), *_mark_handles(marks)]
+        if any(not math.isnan(layer.alpha.exponent) for layer in chosen):
+            keys += [line_handle("-", "fit"), patch_handle("95 % band", color=ink(), alpha=0.15)]
+        legend(figure, keys, abscissa="singular value σ (loss per unit of weight)")
+    return figure
+
+
+def plot_rank_profiles(
+    report: SpectralReport, layers: Layers = None, *, width: float = WIDTH, dark: bool = False
+) -> Figure:
+    """Singular values sigma_k against their rank k, a panel per layer, with the three rank models.
+
+    The model with the lowest BIC is drawn thick and named, with the difference of the next one's BIC to its own.
+    Values at or below the noise floor, which no model is fitted to, are hollow.
+
+    Args:
+        report: what was measured.
+        layers: as of `plot_power_law`.
+        width: of the figure, in inches.
+        dark: light on dark.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if the report holds no layers, or a pattern matches none of them.
+    """
+    chosen, note = choose_layers(report, layers)
+    rows, columns = _grid(len(chosen), width)
+    with canvas(width, _height(rows), dark=dark) as figure:
+        for axes, layer in zip(_panels(figure, rows, columns, len(chosen)), chosen, strict=True):
+            _rank_profile(axes, layer)
+        figure.supylabel("singular value σ (loss per unit of weight)")
+        title(figure, "Gradient spectra and rank models, by BIC", [report], note)
+        models = [line_handle(style.dash, style.name, style.colour) for style in MODEL_STYLE.values()]
+        legend(figure, [*kind_handles(layer.kind for layer in chosen), *models], abscissa="rank k")
+    return figure
+
+
+def choose_layers(report: SpectralReport, layers: Layers) -> tuple[list[LayerSpectrum], str]:
+    """(the layers that a grid of panels shows, a note if those are not all that were asked for)."""
+    found = list(one_report(report).layers.values())
+    if layers is not None:
+        patterns = [layers] if isinstance(layers, str) else list(layers)
+        unused = [p for p in patterns if not any(_matches(layer.name, p) for layer in found)]
+        if unused or not patterns:
+            names = ", ".join(list(report.layers)[:8]) + (", ..." if len(found) > 8 else "")
+            what = ", ".join(map(repr, unused)) or "an empty list"
+            raise ValueError(f"layers: {what} matches no layer of the report; its layers are {names}")
+        found = [layer for layer in found if any(_matches(layer.name, p) for p in patterns)]
+    if len(found) <= MAX_PANELS:
+        return found, ""
+    shown = [found[round(i * (len(found) - 1) / (MAX_PANELS - 1))] for i in range(MAX_PANELS)]
+    return shown, f"{MAX_PANELS} of {len(found)} layers"
+
+
+def rank_values(layer: LayerSpectrum) -> Tensor:
+    """(n,) the singular values that the rank models of a layer are fitted to."""
+    return layer.spectrum[layer.spectrum > layer.noise_floor]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
+
+
+def _grid(panels: int, width: float) -> tuple[int, int]:
+    columns = max(1, min(panels, int(width / PANEL)))
+    return math.ceil(panels / columns), columns
+
+
+def _height(rows: int) -> float:
+    """Inches of the panels; of one row enough for the label of its ordinate."""
+    return max(0.1 + 1.5 * rows, 2.8)
+
+
+def _panels(figure: Figure, rows: int, columns: int, count: int) -> list[Axes]:
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for empty in panels[count:]:
+        empty.remove()
+    return panels[:count]
+
+
+def _power_law(axes: Axes, layer: LayerSpectrum) -> set[str]:
+    """Draw one layer; returns which of `MARKS` it has."""
+    colour, marker = kind_style(layer.kind)
+    used, sigma, h = fitted_points(layer), layer.sigma, layer.h
+    positive = (h > 0) & (sigma > 0)
+    axes.set(xscale="log", yscale="log")
+    axes.set_title(short_name(layer.name, PANEL_NAME), fontsize=7)
+    _frame(axes, sigma[positive | (sigma > layer.noise_floor)], h[positive])
+    if bool(used.any()):
+        _fit_line(axes, layer, sigma[used])
+    if bool((layer.h_stderr[positive] > 0).any()):
+        bars = layer.h_stderr[positive].numpy()
+        axes.errorbar(sigma[positive].numpy(), h[positive].numpy(), bars, fmt="none", ecolor=colour, elinewidth=0.6)
+    points: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 3.5}
+    axes.plot(sigma[used].numpy(), h[used].numpy(), label="fitted", **points)
+    left_out = positive & ~used
+    if bool(left_out.any()):
+        axes.plot(sigma[left_out].numpy(), h[left_out].numpy(), label="left out", **points | {"mfc": ground()})
+    marks = _edge_marks(axes, layer)
+    _alpha_text(axes, layer)
+    return marks | ({"left out"} if bool(left_out.any()) else set())
+
+
+def _fit_line(axes: Axes, layer: LayerSpectrum, fitted: Tensor) -> None:
+    low, high = (float(end.log10()) for end in fitted.aminmax())
+    x = torch.logspace(low, high, 100, dtype=torch.float64)
+    line, lower, upper = line_and_band(layer, x)
+    axes.fill_between(x.numpy(), lower.numpy(), upper.numpy(), color=ink(), alpha=0.15, linewidth=0, label="band")
+    axes.plot(x.numpy(), line.numpy(), color=ink(), linewidth=0.9, label="fit")
+
+
+def _edge_marks(axes: Axes, layer: LayerSpectrum) -> set[str]:
+    """Mark on the bottom edge the directions that a logarithmic ordinate cannot hold; returns which of `MARKS`."""
+    colour, _ = kind_style(layer.kind)
+    left = axes.get_xlim()[0]
+    off = ~(layer.sigma > left)
+    masks = {"negative": layer.h < 0, "left out": ~(layer.h < 0) & ~(layer.h > 0) & ~off, "off": ~(layer.h < 0) & off}
+    for key, mask in masks.items():
+        x = layer.sigma[mask].clamp_min(left).numpy()
+        face = colour if key == "negative" else ground()
+        edge = axes.get_xaxis_transform()
+        # An empty line that is not clipped would upset the layout.
+        if len(x):
+            axes.plot(x, 0 * x, MARKS[key][0], color=colour, mfc=face, transform=edge, label=key, **EDGE)
+    return {key for key, mask in masks.items() if bool(mask.any())}
+
+
+def _mark_handles(marks: Collection[str]) -> list[Artist]:
+    return [mark_handle(m, text, hollow=key != "negative") for key, (m, text) in MARKS.items() if key in marks]
+
+
+def _frame(axes: Axes, x: Tensor, y: Tensor) -> None:
+    """Limits and ticks of logarithmic axes around points, with room at the bottom for marks on the edge."""
+    sides = ((x, axes.xaxis, axes.set_xlim, 0.06, 0.06, 0.3), (y, axes.yaxis, axes.set_ylim, 0.12, 0.08, 0.18))
+    for values, axis, set_limits, below, above, gap in sides:
+        if not len(values):
+            axis.set_ticks([])
+            axis.set_ticks([], minor=True)
+            continue
+        low, high = (float(end.log10()) for end in values.aminmax())
+        # Where all values are equal, or nearly so, a tenth of a decade is shown around them.
+        middle, span = (low + high) / 2, max(high - low, 0.1)
+        ends = 10 ** (middle - span * (0.5 + below)), 10 ** (middle + span * (0.5 + above))
+        set_limits(*ends)
+        log_ticks(axis, *ends, gap=gap)
+
+
+def _alpha_text(axes: Axes, layer: LayerSpectrum) -> None:
+    fit = layer.alpha
+    text = "no fit" if math.isnan(fit.exponent) else f"α = {fit.exponent:.2f} ± {fit.stderr:.2f}\nr² = {fit.r2:.2f}"
+    if layer.n_negative:
+        text += f"\n{layer.n_negative} of {layer.n_usable} h < 0"
+    x, y = _emptiest_corner(axes)
+    look: dict[str, Any] = {"ha": "right" if x > 0.5 else "left", "va": "top" if y > 0.5 else "bottom"}
+    axes.text(x, y, text, transform=axes.transAxes, **NOTE, **look)
+
+
+def _emptiest_corner(axes: Axes) -> tuple[float, float]:
+    """Where in the axes the fewest markers lie under a note; of equals that which a rising line leaves free."""
+    points = [axes.transAxes.inverted().transform(line.get_transform().transform(line.get_xydata()))
+              for line in axes.lines if line.get_marker() != "None"]  # fmt: skip
+    x, y = torch.cat([torch.from_numpy(xy) for xy in points]).T if points else torch.zeros(2, 0)
+    corners = ((0.04, 0.96), (0.96, 0.07), (0.96, 0.96), (0.04, 0.07))
+    covered = [int((((x - a).abs() < NOTE_SIZE[0]) & ((y - b).abs() < NOTE_SIZE[1])).sum()) for a, b in corners]
+    return corners[covered.index(min(covered))]
+
+
+def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:
+    colour, marker = kind_style(layer.kind)
+    values = rank_values(layer)
+    noise = layer.spectrum[(layer.spectrum <= layer.noise_floor) & (layer.spectrum > 0)]
+    axes.set(xscale="log", yscale="log")
+    axes.set_title(short_name(layer.name, PANEL_NAME), fontsize=7)
+    points: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 3.5}
+    axes.plot(range(1, len(values) + 1), values.numpy(), label="sigma", **points)
+    ranks = range(len(values) + 1, len(values) + len(noise) + 1)
+    axes.plot(ranks, noise.numpy(), label="noise", **points | {"mfc": ground()})
+    _frame(axes, torch.arange(1, max(2, len(values) + len(noise)) + 1), values)
+    k = torch.linspace(1, max(1, len(values)), 100, dtype=torch.float64)
+    for model, fit in layer.rank_models.fits.items():
+        if math.isnan(fit.bic):
+            continue
+        style, line = MODEL_STYLE[model], model_curve(model, fit.coefficients, k)
+        width = 1.8 if model == layer.rank_models.winner else 0.9
+        stroke: dict[str, Any] = {"color": style.colour, "linestyle": style.dash, "linewidth": width}
+        axes.plot(k.numpy(), line.numpy(), zorder=1, label=model, **stroke)
+    axes.text(0.04, 0.04, _winner_text(layer), transform=axes.transAxes, ha="left", va="bottom", **NOTE)
+
+
+def model_curve(model: RankModel, coefficients: Sequence[float], k: Tensor) -> Tensor:
+    """sigma at the ranks k by a rank model: exp(a + b log k), exp(a + b k) or exp(a + b log k + c (log k)^2)."""
+    columns = {
+        "power_law": [torch.ones_like(k), k.log()],
+        "exponential": [torch.ones_like(k), k],
+        "lognormal": [torch.ones_like(k), k.log(), k.log().square()],
+    }
+    return torch.stack([c * column for c, column in zip(coefficients, columns[model], strict=True)]).sum(0).exp()
+
+
+def _winner_text(layer: LayerSpectrum) -> str:
+    models = layer.rank_models
+    if models.winner is None:
+        return f"no model: {models.n_used} values"
+    others = [bic for name, bic in models.bic.items() if name != models.winner and not math.isnan(bic)]
+    margin = f"\nΔBIC {min(others) - models.bic[models.winner]:.1f}" if others else ""
+    return MODEL_STYLE[models.winner].name + margin

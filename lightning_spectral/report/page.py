@@ -1,0 +1,248 @@
+"""One self-contained HTML page of a run: summary in words, table of layers, interactive plots."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import math
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import lightning_spectral
+from lightning_spectral.analysis import GOOD_FIT, PAPER_ALPHA
+from lightning_spectral.errors import by_cause
+from lightning_spectral.record import SpectralReport
+from lightning_spectral.report.read import Probe, Run, RunError
+from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum
+from lightning_spectral.summary import summary, summary_over_training
+
+PAGE_BYTES = 6_000_000
+"""What a page may weigh, to be sent by mail. plotly.js takes 2 MB of it, compressed."""
+
+DATA_BYTES = 3_000_000
+"""What its data may weigh. Longer runs are thinned evenly."""
+
+DIGITS = 6
+"""Significant digits of the page's figures."""
+
+
+def plotly_js() -> str:
+    """The source of plotly.js, from the Python package plotly.
+
+    Raises:
+        ImportError: if plotly is not installed; the message says how to install it.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ImportError('the page\'s plots need plotly: pip install "lightning-spectral[report]"') from error
+    source: str = get_plotlyjs()
+    return source
+
+
+def write_page(run: Run, path: str | Path, *, title: str | None = None) -> Path:
+    """Write a run's page to a file, whose folder is made if it is not there.
+
+    Args:
+        run: what to show: `read_run` of files, or `run_of` a probe's history.
+        path: the file.
+        title: of the page; the run's name where none is given.
+
+    Raises:
+        ImportError: if plotly is not installed.
+        RunError: if the run is empty, or the file cannot be written.
+    """
+    path = Path(path)
+    text = page(run, title=title)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Names of files may hold bytes that are no UTF-8.
+        path.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+    return path
+
+
+def page(run: Run, *, title: str | None = None) -> str:
+    """The page's HTML, which needs no network: its style, its scripts and its data are within it."""
+    if not run.probes:
+        raise RunError(f"{run.name}: no probe to show")
+    data = page_data(run)
+    compressed = gzip.compress(plotly_js().encode(), mtime=0)
+    parts = {
+        "title": html.escape(title or run.name),
+        "version": lightning_spectral.__version__,
+        "summary": "".join(f"<li>{html.escape(sentence)}</li>" for sentence in data["probes"][-1]["summary"]),
+        "sources": html.escape("; ".join(run.sources)),
+        "style": _asset("page.css"),
+        "plotly": base64.b64encode(compressed).decode(),
+        "data": script_json(data),
+        **{name: _asset(f"{name}.js") for name in ("figures", "overview", "layer", "page")},
+    }
+    # In one pass: what is put in may look like a place to put something.
+    return re.sub(
+        r"<!--=(\w+)-->|/\*=(\w+)\*/", lambda match: parts[match.group(1) or match.group(2)], _asset("page.html")
+    )
+
+
+def script_json(data: Any) -> str:
+    """JSON that may stand within a script element: no tag, comment or line separator can be in it.
+
+    >>> "<" in script_json("</script><!--")
+    False
+    """
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
+    """What the page's scripts show, thinned to about ``limit`` bytes of JSON."""
+    names = _names(run.probes)
+    rows = [_probe(probe, names, run.probes[: i + 1]) for i, probe in enumerate(run.probes)]
+    spectra = [None if p.report is None else _spectra(p.report, names) for p in run.probes]
+    kept, whole = _thin(rows, spectra, limit)
+    last = next((p.report for p in reversed(run.probes) if p.report is not None), None)
+    layers = {} if last is None else last.layers
+    return {
+        "layers": names,
+        "kinds": [layers[name].kind if name in layers else "" for name in names],
+        "shapes": [_shape(layers[name]) if name in layers else "" for name in names],
+        "keys": [key.name for key in LAYER_KEYS],
+        "meanings": {key.name: key.meaning for key in LAYER_KEYS},
+        "paper": PAPER_ALPHA,
+        "good_fit": GOOD_FIT,
+        "notes": _notes(run, spectra, kept, whole),
+        "probes": [rows[i] | {"spectra": spectra[i] if i in whole else None} for i in kept],
+    }
+
+
+def evenly(n: int, m: int) -> list[int]:
+    """At most m of n indices, evenly, with the last and, from two on, the first.
+
+    >>> evenly(7, 3), evenly(3, 5), evenly(3, 1), evenly(3, 0)
+    ([0, 3, 6], [0, 1, 2], [2], [])
+    """
+    if m <= 1:
+        return [n - 1] if m == 1 else []
+    return list(range(n)) if m >= n else [round(i * (n - 1) / (m - 1)) for i in range(m)]
+
+
+def _thin(rows: Sequence[Any], spectra: Sequence[Any], limit: int) -> tuple[list[int], set[int]]:
+    """Which probes to keep, and of these the ones to keep with their spectra.
+
+    Scalars, the curves over training, may take half of the limit, and spectra what is left.
+    """
+    size = max(len(script_json(row)) for row in rows)
+    with_spectra = [i for i, spectrum in enumerate(spectra) if spectrum is not None]
+    half = limit // 2 if with_spectra else limit
+    kept = evenly(len(rows), max(1, half // size))
+    candidates = [i for i in kept if spectra[i] is not None]
+    if not candidates:
+        return kept, set()
+    each = max(len(script_json(spectra[i])) for i in candidates)
+    whole = evenly(len(candidates), (limit - size * len(kept)) // each)
+    return kept, {candidates[i] for i in whole}
+
+
+def _notes(run: Run, spectra: Sequence[Any], kept: Sequence[int], whole: set[int]) -> list[str]:
+    """What the page lacks and how to get it."""
+    n, known = len(run.probes), sum(spectrum is not None for spectrum in spectra)
+    notes = []
+    if not known:
+        notes.append(
+            "A log holds scalars only: no single sigma_k and h_k, and neither the kind nor the shape nor the place of "
+            "a layer. Layers stand in the order of their names. Checkpoints and JSON reports hold all of it and can "
+            "be given beside the log: lightning-spectral report LOG last.ckpt, or a file written by "
+            "probe.last_report.to_json(FILE)."
+        )
+    elif known < n:
+        notes.append(
+            f"sigma_k and h_k are known at {known} of {n} probes, where a checkpoint or JSON report holds them; the "
+            "others are scalars of a log."
+        )
+    if len(kept) < n:
+        notes.append(f"{len(kept)} of {n} probes are shown, evenly, to keep this page small.")
+    if known and len(whole) < min(known, len(kept)):
+        notes.append(
+            f"sigma_k and h_k are shown at {len(whole)} of {known} probes, evenly, to keep this page small; a page of "
+            "fewer probes shows them all."
+        )
+    most = max(probe.n_layers for probe in run.probes)
+    logged = max(len(probe.layers) for probe in run.probes)
+    if logged < most:
+        notes.append(f"{logged} of {most} layers were logged one by one; SpectralProbe(log_layers=...) chooses which.")
+    return notes
+
+
+def _names(probes: Sequence[Probe]) -> list[str]:
+    """All layers, in the order of the last whole report, else of the last probe."""
+    first = next((p for p in reversed(probes) if p.report is not None), probes[-1])
+    return list(dict.fromkeys(name for probe in (first, *reversed(probes)) for name in probe.layers))
+
+
+def _probe(probe: Probe, names: Sequence[str], until: Sequence[Probe]) -> dict[str, Any]:
+    exponents = probe.exponents()
+    said = [*summary(exponents), *summary_over_training([(p.step, p.exponents()) for p in (until[0], until[-1])])]
+    empty: dict[str, float] = {}
+    rows = [probe.layers.get(name, empty) for name in names]
+    report = probe.report
+    return {
+        "label": probe.label,
+        "step": probe.step,
+        "loss": _short(probe.loss),
+        "facts": "" if report is None else _facts(report),
+        "summary": said,
+        "problems": [] if report is None else report.problems(),
+        "skipped": [] if report is None else by_cause(report.skipped),
+        "values": [[_short(row.get(key.name, math.nan)) for key in LAYER_KEYS] if row else None for row in rows],
+        "notes": {} if report is None else {x.name: x.note for x in report.layers.values() if x.note},
+    }
+
+
+def _spectra(report: SpectralReport, names: Sequence[str]) -> list[Any]:
+    return [_spectrum(report.layers[name]) if name in report.layers else None for name in names]
+
+
+def _spectrum(layer: LayerSpectrum) -> dict[str, Any]:
+    """What the plots of one layer need: the points, and the intercepts of the lines through them."""
+    sampled = bool((layer.h_stderr > 0).any())
+    return {
+        "sigma": [_short(x) for x in layer.sigma.tolist()],
+        "h": [_short(x) for x in layer.h.tolist()],
+        "error": [_short(x) for x in layer.h_stderr.tolist()] if sampled else None,
+        "usable": layer.n_usable,
+        "lines": [_short(fit.intercept) for fit in (layer.alpha, layer.gamma, layer.s)],
+        "method": layer.method,
+    }
+
+
+def _facts(report: SpectralReport) -> str:
+    samples = "" if report.n_samples is None else f"{report.n_samples} samples, "
+    method = report.chosen.partition(":")[0] or report.curvature
+    return (
+        f"{samples}{report.mode} mode, {report.precision}, curvature by {method}, {report.top_k} directions per layer"
+    )
+
+
+def _shape(layer: LayerSpectrum) -> str:
+    m, n = layer.shape
+    return f"{m} × {n}" + (f" / {layer.groups}" if layer.groups > 1 else "")
+
+
+def _short(value: float) -> float | int | str | None:
+    """A figure for JSON: rounded, NaN as None, infinity as "inf"."""
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return str(value)
+    rounded = float(f"{value:.{DIGITS}g}")
+    return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e15 else rounded
+
+
+def _asset(name: str) -> str:
+    return (files("lightning_spectral.report") / "assets" / name).read_text(encoding="utf-8")

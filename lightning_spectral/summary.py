@@ -1,0 +1,163 @@
+"""What a measurement says, in words: pure functions of the layers' exponents, for the terminal and the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lightning_spectral.analysis import GOOD_FIT, PAPER_ALPHA, Exponents, deviating, of_each_layer, transfer_identity
+from lightning_spectral.errors import some_of
+from lightning_spectral.record import SpectralReport, median
+
+IDENTITY_HOLDS, IDENTITY_ROUGH = 0.05, 0.15
+"""Median transfer errors up to which s = alpha gamma holds, and holds roughly. The paper's are 0.010 to 0.019."""
+
+
+def summary(report: SpectralReport | Sequence[Exponents]) -> list[str]:
+    """What a measurement says, a sentence or two per entry: the fits, the exponents, who deviates, the identity.
+
+    >>> flat = {"alpha": 2.0, "r2_alpha": 0.99, "gamma": 1.0, "s": 2.0, "transfer_error": 0.0}
+    >>> for sentence in summary([Exponents.logged("a", flat), Exponents.logged("b", flat | {"r2_alpha": 0.5})]):
+    ...     print(sentence)
+    1 of 2 layers has an alpha to trust (r2 of at least 0.9).
+    Not to be trusted: b (r2 0.50). There log h is no straight line in log sigma, and alpha is the slope of a cloud.
+    The median alpha of the fits to trust is 2.00: curvature grows about as the square of the gradient.
+    s = alpha gamma holds: median error 0.0 % over 1 fit to trust.
+    """
+    layers = of_each_layer(report)
+    parts = (_trust, _clouds, _unmeasured, _exponent, _by_kind, _deviation, _identity, _participation, _negative)
+    return [sentence for part in parts if (sentence := part(layers))]
+
+
+def summary_over_training(probes: Sequence[tuple[int | None, Sequence[Exponents]]]) -> list[str]:
+    """How alpha moved between the first and the last of several measurements of one run.
+
+    Args:
+        probes: step and layers of each, in order.
+    """
+    placed = [(step, _alphas(layers)) for step, layers in probes if step is not None]
+    placed = [(step, alphas) for step, alphas in placed if alphas]
+    if not placed or placed[0][0] == placed[-1][0]:
+        return []
+    (first, before), (last, after) = placed[0], placed[-1]
+    text = (
+        f"From step {first} to {last} the median alpha of all layers went from {median(list(before.values())):.2f} "
+        f"to {median(list(after.values())):.2f}"
+    )
+    both = [name for name in after if name in before]
+    if not both:
+        return [f"{text}."]
+    most = max(both, key=lambda name: abs(after[name] - before[name]))
+    return [f"{text}; {most} moved most, from {before[most]:.2f} to {after[most]:.2f}."]
+
+
+def _alphas(layers: Sequence[Exponents]) -> dict[str, float]:
+    return {x.short: x.alpha for x in layers if not math.isnan(x.alpha)}
+
+
+def _trust(layers: Sequence[Exponents]) -> str:
+    if not layers:
+        return "No layer was measured."
+    good, n = sum(x.trusted for x in layers), len(layers)
+    if good == n:
+        who = "The one layer has" if n == 1 else f"All {n} layers have"
+    else:
+        who = f"{good or 'None'} of {n} layers {'has' if good <= 1 else 'have'}"
+    return f"{who} an alpha to trust (r2 of at least {GOOD_FIT})."
+
+
+def _clouds(layers: Sequence[Exponents]) -> str:
+    clouds = [x for x in layers if not x.trusted and not math.isnan(x.alpha)]
+    bad = [f"{x.short} (r2 {x.r2:.2f})" for x in sorted(clouds, key=lambda x: x.r2)]
+    if not bad:
+        return ""
+    return (
+        f"Not to be trusted: {some_of(bad)}. There log h is no straight line in log sigma, and alpha is the slope of a "
+        "cloud."
+    )
+
+
+def _unmeasured(layers: Sequence[Exponents]) -> str:
+    missing = [x.short for x in layers if math.isnan(x.alpha)]
+    if not missing:
+        return ""
+    why = sorted({x.note for x in layers if math.isnan(x.alpha) and x.note})
+    return f"No alpha: {some_of(missing)}" + (f" ({why[0]})." if len(why) == 1 else ".")
+
+
+def _exponent(layers: Sequence[Exponents]) -> str:
+    trusted = sorted((x for x in layers if x.trusted), key=lambda x: x.alpha)
+    if not trusted:
+        return ""
+    low, high = trusted[0], trusted[-1]
+    reach = f", from {low.alpha:.2f} ({low.short}) to {high.alpha:.2f} ({high.short})" if len(trusted) > 1 else ""
+    middle = median([x.alpha for x in trusted])
+    return f"The median alpha of the fits to trust is {middle:.2f}{reach}: {in_words(middle)}."
+
+
+def in_words(alpha: float) -> str:
+    """What an exponent says of curvature against gradient, as half a sentence.
+
+    >>> in_words(2.07), in_words(1.0)
+    ('curvature grows about as the square of the gradient', 'curvature grows about in proportion to the gradient')
+    """
+    bounds = (
+        (0.2, "curvature hardly depends on the size of the gradient"),
+        (0.8, "curvature grows more slowly than the gradient"),
+        (1.2, "curvature grows about in proportion to the gradient"),
+        (1.8, "curvature grows faster than the gradient and more slowly than its square"),
+        (2.2, "curvature grows about as the square of the gradient"),
+        (math.inf, "curvature grows faster than the square of the gradient"),
+    )
+    if alpha < -bounds[0][0]:
+        return "curvature falls where the gradient is large"
+    return next(text for bound, text in bounds if alpha <= bound)
+
+
+def _by_kind(layers: Sequence[Exponents]) -> str:
+    kinds: dict[str, list[float]] = {}
+    for x in layers:
+        if x.kind and x.trusted:
+            kinds.setdefault(x.kind, []).append(x.alpha)
+    if not kinds:
+        return ""
+    said = "; ".join(f"{kind} {median(alphas):.2f}" for kind, alphas in kinds.items())
+    paper = "; ".join(f"{kind} {PAPER_ALPHA[kind]}" for kind in kinds if kind in PAPER_ALPHA)
+    return f"Median alpha by kind of layer: {said}." + (f" In the paper: {paper}." if paper else "")
+
+
+def _deviation(layers: Sequence[Exponents]) -> str:
+    far = [(x, f"{x.short} ({x.alpha:.2f} ± {x.stderr:.2f}; {middle:.2f})") for x, middle in deviating(layers)]
+    if not far:
+        return ""
+    # A log tells no kinds, and then all layers are compared.
+    of = "their kind" if all(x.kind for x, _ in far) else "all layers"
+    return f"Far from the median of {of} (alpha; the median): {some_of([text for _, text in far])}."
+
+
+def _identity(layers: Sequence[Exponents]) -> str:
+    identity = transfer_identity(layers)
+    n, error, worst = len(identity.trusted), identity.median_error, identity.worst
+    if worst is None:
+        return ""
+    verdict = "holds" if error <= IDENTITY_HOLDS else "holds roughly" if error <= IDENTITY_ROUGH else "does not hold"
+    text = f"s = alpha gamma {verdict}: median error {100 * error:.1f} % over {n} fit{'s' if n > 1 else ''} to trust"
+    return f"{text}, {100 * worst.transfer_error:.1f} % at worst ({worst.short})." if n > 1 else f"{text}."
+
+
+def _participation(layers: Sequence[Exponents]) -> str:
+    middle = median([x.pr_curvature for x in layers])
+    if math.isnan(middle):
+        return ""
+    return f"The participation ratio of curvature is {middle:.1f} in the median: about so many directions carry it."
+
+
+def _negative(layers: Sequence[Exponents]) -> str:
+    negative = [x for x in layers if x.negative > 0]
+    if not negative:
+        return ""
+    total, most = int(sum(x.negative for x in negative)), max(negative, key=lambda x: x.negative)
+    return (
+        f"{total} direction{'s' if total > 1 else ''} of negative curvature, left out of the fits, "
+        f"in {len(negative)} layer{'s' if len(negative) > 1 else ''}; most in {most.short} ({int(most.negative)})."
+    )

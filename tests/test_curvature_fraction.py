@@ -1,0 +1,323 @@
+"""Traces of Hessian blocks by Hutchinson's estimator against dense Hessians, and the part of gradient directions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case, cross_entropy, mlp
+from modules import ConvNet, ProbeRows, fit
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from twins import dense_hessian, matrix_entries, second_derivative
+
+from lightning_spectral import SpectralProbe, measure_spectra
+from lightning_spectral.curvature.hutchinson import HutchinsonTrace
+from lightning_spectral.fraction import CurvatureFraction
+from lightning_spectral.layers import find_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+
+by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def blocks(case, model, batch):
+    """layer name -> (layer, its Hessian block over the entries of its matrix)."""
+    found = find_layers(model, layers=lambda layer: True, fused_qkv=case.options.get("fused_qkv", ())).layers
+    out = {}
+    for name, layer in found.items():
+        train = case.options.get("mode") == "train"
+        hessian = dense_hessian(model, batch, case.loss, layer.parameter, train=train)
+        entries = matrix_entries(layer, model.get_parameter(layer.parameter).shape).flatten()
+        out[name] = layer, hessian[entries][:, entries]
+    return out
+
+
+def measured(case, model, batch, draws, **options):
+    options = {"layers": lambda layer: True, "curvature": "exact", "top_k": 4} | case.options | options
+    return measure_spectra(model, batch, case.loss, curvature_fraction=draws, **options)
+
+
+def signs(shape, generator):
+    return torch.empty(shape).bernoulli_(0.5, generator=generator).mul(2).sub(1).double()
+
+
+def in_shape(layer, z, parameter):
+    """Signs of the layer's matrix in the parameter's shape, entry by entry."""
+    whole = torch.zeros(parameter.numel(), dtype=torch.float64)
+    whole[matrix_entries(layer, parameter.shape).flatten()] = z.flatten()
+    return whole.view(parameter.shape)
+
+
+@by_name
+def test_draws_are_second_derivatives_along_signs_of_each_sample(case: Case):
+    model, batch = case.build()
+    train, samples = case.options.get("mode") == "train", len(batch[0])
+    found = find_layers(model, layers=lambda layer: True, fused_qkv=case.options.get("fused_qkv", ())).layers
+    if train:
+        # Behind its BatchNorm samples do not interact, but its statistics are those of all of them.
+        found = {"0.weight": found["0.weight"]}
+    for name, layer in found.items():
+        options = {"layers": lambda other, name=name: other.name == name, "micro_batch_size": samples}
+        alone = measured(case, model, batch, 2, **options)
+        parameter = model.get_parameter(layer.parameter)
+        generator = torch.Generator().manual_seed(0)
+
+        def along(part, z, layer=layer, parameter=parameter):
+            direction = in_shape(layer, z, parameter)
+            return second_derivative(model, part, case.loss, layer.parameter, direction, train=train)
+
+        draws = []
+        if train or layer.aliases:
+            # Samples that interact, and a weight that is used twice, have one z for all samples.
+            draws = [along(batch, signs(layer.shape, generator)) for _ in range(2)]
+        else:
+            pairs = [[signs((samples, size), generator) for size in layer.shape] for _ in range(3)][1:]
+            for u, v in pairs:
+                each = [along([t[b : b + 1] for t in batch], torch.outer(u[b], v[b])) for b in range(samples)]
+                draws.append(sum(each) / samples)
+        draws = torch.tensor(draws, dtype=torch.float64)
+        fraction = alone.layers[name].fraction
+        assert fraction.trace == pytest.approx(float(draws.mean()), rel=1e-8, abs=1e-12), name
+        assert fraction.trace_stderr == pytest.approx(float(draws.std()) / math.sqrt(2), rel=1e-6, abs=1e-12)
+
+
+@by_name
+def test_one_product_for_all_layers_is_unbiased_and_its_errors_are_calibrated(case: Case):
+    model, batch = case.build()
+    report = measured(case, model, batch, 200)
+    z = []
+    for name, (layer, block) in blocks(case, model, batch).items():
+        spectrum, fraction = report.layers[name], report.layers[name].fraction
+        z.append((fraction.trace - float(block.trace())) / fraction.trace_stderr)
+        h = spectrum.h[~spectrum.h.isnan()]
+        assert (fraction.n_draws, fraction.n_directions) == (200, len(h))
+        assert fraction.value == pytest.approx(float(h.sum()) / fraction.trace)
+        random = fraction.trace / (layer.shape[0] * layer.shape[1])
+        assert fraction.over_random == pytest.approx(float(h.mean()) / random)
+        assert fraction.stderr == pytest.approx(abs(fraction.value / fraction.trace) * fraction.trace_stderr)
+    z = torch.tensor(z)
+    assert z.abs().max() < 4
+    assert z.square().mean() < 4
+
+
+def test_standard_errors_are_calibrated_over_networks():
+    z = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        case = Case("mlp", mlp, lambda: None, cross_entropy)
+        model, batch = mlp().double(), (torch.randn(24, 6).double(), torch.randint(0, 5, (24,)))
+        report = measured(case, model, batch, 40)
+        for name, (_, block) in blocks(case, model, batch).items():
+            fraction = report.layers[name].fraction
+            z.append((fraction.trace - float(block.trace())) / fraction.trace_stderr)
+    z = torch.tensor(z)
+    assert 0.4 < z.square().mean() < 2.0
+    assert z.mean().abs() < 4 / len(z) ** 0.5
+
+
+def test_random_rank_one_directions_have_the_mean_curvature_of_the_trace():
+    torch.manual_seed(0)
+    hessian = torch.randn(12, 12, dtype=torch.float64)
+    hessian = hessian @ hessian.T
+    u, v = F.normalize(torch.randn(40_000, 3).double()), F.normalize(torch.randn(40_000, 4).double())
+    directions = torch.einsum("bm,bn->bmn", u, v).flatten(1)
+    curvature = torch.einsum("bi,ij,bj->b", directions, hessian, directions)
+    error = curvature.std() / len(curvature) ** 0.5
+    assert (curvature.mean() - hessian.trace() / 12).abs() < 4 * error
+
+
+@pytest.mark.parametrize("size", [7, 24])
+@pytest.mark.parametrize("method", ["exact", "ggn", "sketch", "auto"])
+def test_pieces_and_batches_have_the_trace_of_the_mean_loss(size, method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 5))
+    model, x, y = model.double(), torch.randn(40, 6).double(), torch.randint(0, 5, (40,))
+    case = Case("relu", None, None, cross_entropy)
+    loader = DataLoader(TensorDataset(x, y), 16)
+    z = []
+    for options in ({"micro_batch_size": size}, {"n_batches": 3}, {}):
+        batch = loader if "n_batches" in options else (x, y)
+        report = measured(case, model, batch, 20, curvature=method, **options)
+        for name, (_, block) in blocks(case, model, (x, y)).items():
+            fraction = report.layers[name].fraction
+            z.append((fraction.trace - float(block.trace())) / fraction.trace_stderr)
+    z = torch.tensor(z)
+    assert z.abs().max() < 4.5
+    assert z.square().mean() < 3
+
+
+def test_pieces_where_samples_have_one_z_differ_in_it():
+    case = next(case for case in CASES if case.name == "gpt_block_tied")
+    model, batch = case.build()
+    report = measured(case, model, batch, 60, micro_batch_size=2)
+    for name, (_, block) in blocks(case, model, batch).items():
+        fraction = report.layers[name].fraction
+        assert abs(fraction.trace - float(block.trace())) < 4.5 * fraction.trace_stderr
+
+
+@by_name
+def test_signs_of_their_own_are_left_to_samples_that_do_not_interact(case: Case, monkeypatch):
+    model, batch = case.build()
+    names, whole = [], HutchinsonTrace._whole
+    monkeypatch.setattr(
+        HutchinsonTrace, "_whole", lambda self, problem, rest: (names.extend(rest), whole(self, problem, rest))[1]
+    )
+    report = measured(case, model, batch, 2)
+    if case.options.get("mode") == "train":
+        assert list(dict.fromkeys(names)) == list(report.layers)
+    else:
+        assert list(dict.fromkeys(names)) == [
+            name for name in report.layers if name in ("head.weight",) and "gpt" in case.name
+        ]
+
+
+def test_it_repeats_leaves_no_trace_and_does_not_change_the_rest():
+    case = CASES[0]
+    model, batch = case.build(torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    first, second = (measured(case, model, batch, 4) for _ in range(2))
+    without = measured(case, model, batch, None)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, layer in first.layers.items():
+        assert layer.fraction == second.layers[name].fraction
+        assert torch.equal(layer.h, without.layers[name].h)
+        assert without.layers[name].fraction is None
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+class Squares(nn.Module):
+    def forward(self, x):
+        return Once.apply(x)
+
+
+class Segments(nn.Module):
+    """Sums of neighbours, by an operation whose backward has no derivative."""
+
+    def forward(self, x):
+        return torch.segment_reduce(x.tanh(), "sum", lengths=torch.full((len(x), 4), 2), axis=1)
+
+
+@pytest.mark.parametrize(
+    ("part", "inner", "why"),
+    [(Squares, 8, "function Once has no second"), (Segments, 4, "segment_reduce has no second")],
+)
+def test_layers_without_second_derivatives_are_noted_and_do_not_stop_the_others(part, inner, why):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), part(), nn.Linear(inner, 8), nn.GELU(), nn.Linear(8, 5)).double()
+    batch = torch.randn(24, 6).double(), torch.randint(0, 5, (24,))
+    report = measure_spectra(model, batch, cross_entropy, curvature="ggn", top_k=3, curvature_fraction=100)
+    first = report.layers["0.weight"]
+    assert math.isfinite(first.alpha.exponent)
+    assert math.isnan(first.fraction.trace)
+    assert why in first.fraction.note
+    assert any(text.startswith("curvature_fraction: 0.weight: ") and why in text for text in report.warnings)
+    for name in ("2.weight", "4.weight"):
+        fraction = report.layers[name].fraction
+        trace = float(dense_hessian(model, batch, cross_entropy, name).trace())
+        assert abs(fraction.trace - trace) < 4 * fraction.trace_stderr
+        assert fraction.note == ""
+
+
+@pytest.mark.parametrize("part", ["_by_sample", "_drawn"])
+def test_out_of_memory_is_not_taken_for_a_missing_derivative(part, monkeypatch):
+    case = next(case for case in CASES if case.name == "gpt_block_tied")
+    model, batch = case.build()
+    sizes, measure = [], getattr(HutchinsonTrace, part)
+
+    def short(self, problem, *args):
+        sizes.append(problem.samples)
+        if problem.samples > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return measure(self, problem, *args)
+
+    monkeypatch.setattr(HutchinsonTrace, part, short)
+    assert measured(case, model, batch, 2).micro_batch_size == 1
+    assert sizes[0] > 1
+
+
+def test_a_loss_that_cannot_be_called_again_keeps_its_curvatures():
+    model, calls = mlp().double(), []
+    batch = torch.randn(24, 6).double(), torch.randint(0, 5, (24,))
+
+    def changes(m, b):
+        calls.append(1)
+        return cross_entropy(m, b) * len(calls)
+
+    report = measure_spectra(model, batch, changes, curvature="exact", micro_batch_size=24, curvature_fraction=2)
+    for layer in report.layers.values():
+        assert math.isfinite(layer.alpha.exponent)
+        assert math.isnan(layer.fraction.trace)
+        assert "at a second call" in layer.fraction.note
+
+
+def test_a_loss_linear_in_a_layer_has_no_trace():
+    model = nn.Linear(4, 4, bias=False).double()
+    report = measure_spectra(
+        model, torch.randn(9, 4).double(), lambda m, x: m(x).sum(0) @ torch.arange(4.0).double(), curvature_fraction=2
+    )
+    fraction = report.layers["weight"].fraction
+    assert (fraction.trace, fraction.trace_stderr) == (0.0, 0.0)
+    assert math.isnan(fraction.value)
+    assert "linear" in fraction.note
+
+
+def test_a_layer_without_directions_is_missing():
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.dead = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x) + 0 * self.dead(x)
+
+    report = measure_spectra(
+        Dead(), torch.randn(9, 4), lambda m, x: m(x).square().mean(), curvature="exact", curvature_fraction=2
+    )
+    assert report.layers["used.weight"].fraction.trace > 0
+    missing = report.layers["dead.weight"].fraction
+    assert (missing.n_draws, missing.n_directions) == (0, 0)
+    assert math.isnan(missing.value)
+    assert "0 directions above the noise floor" in missing.note
+
+
+def test_errors_of_h_are_in_the_error_of_the_fraction():
+    draws, h = torch.tensor([9.0, 11.0]), torch.tensor([4.0, 1.0, float("nan")])
+    fraction = CurvatureFraction.of(draws, h, shape=(4, 5), h_stderr=torch.tensor([0.3, 0.4, 7.0]))
+    assert fraction.n_directions == 2
+    assert fraction.trace_stderr == pytest.approx(1.0)
+    assert fraction.stderr == pytest.approx(math.hypot(0.5, 0.5 * 1.0) / 10)
+
+
+def test_a_probe_logs_it_on_request():
+    torch.manual_seed(0)
+    logger = ProbeRows()
+    probe = SpectralProbe(every_n_steps=2, top_k=4, curvature_fraction=2, weight_spectra=True, bootstrap=20)
+    fit(ConvNet(), [probe], steps=1, logger=[logger])
+    metrics = logger.rows[0][1]
+    for key in ("curvature_fraction", "curvature_over_random", "s_weight", "gamma_weight"):
+        assert math.isfinite(metrics[f"spectral/{key}_median"])
+        assert math.isfinite(metrics[f"spectral/net.0.weight/{key}"])
+    assert metrics["spectral/net.0.weight/alpha_low"] <= metrics["spectral/net.0.weight/alpha_high"]
+
+
+def test_a_probe_that_fails_logs_what_was_asked_for_as_nan():
+    logger, extras = ProbeRows(), {"curvature_fraction": 2, "weight_spectra": True}
+    fit(ConvNet(), [SpectralProbe(every_n_steps=2, loss_fn=lambda m, b: None, **extras)], steps=1, logger=[logger])
+    metrics = logger.rows[0][1]
+    for key in ("curvature_fraction_median", "s_weight_median", "rank_margin_median", "rank_model/lognormal"):
+        assert math.isnan(metrics[f"spectral/{key}"])

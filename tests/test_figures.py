@@ -1,0 +1,582 @@
+"""Figures show the report's numbers, fit into their width, and leave matplotlib's settings alone."""
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import synthetic
+import torch
+
+from lightning_spectral import fit_rank_models, spectral_transfer, zeta_bound
+from lightning_spectral.kinds import KINDS
+from lightning_spectral.report import figures
+from lightning_spectral.report.figures.band import line_and_band, student_quantile
+from lightning_spectral.report.figures.heat import MISSING, NEGATIVE, heat
+from lightning_spectral.report.figures.panels import MAX_PANELS, choose_layers, model_curve, rank_values
+from lightning_spectral.report.figures.style import KIND_STYLE, MODEL_STYLE, OTHER_STYLE
+from lightning_spectral.report.figures.ticks import log_ticks, short_name
+from lightning_spectral.report.figures.transfer import sigma_hat
+
+matplotlib = pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+ONE = {
+    "power_law": figures.plot_power_law,
+    "alpha_by_depth": figures.plot_alpha_by_depth,
+    "rank_profiles": figures.plot_rank_profiles,
+    "spectrum_heatmap": figures.plot_spectrum_heatmap,
+    "transfer_functions": figures.plot_transfer_functions,
+}
+SEVERAL = {
+    "transfer_identity": figures.plot_transfer_identity,
+    "alpha_over_training": figures.plot_alpha_over_training,
+    "rank_models_over_training": figures.plot_rank_models_over_training,
+    "participation_ratio": figures.plot_participation_ratio,
+}
+ALL = ONE | SEVERAL
+REPORTS = {
+    "network": synthetic.network,
+    "deep": synthetic.deep,
+    "broken": synthetic.broken,
+    "one layer": lambda: synthetic.report([synthetic.spectrum("head.weight", "head")]),
+    "only dead": lambda: synthetic.report([synthetic.dead("a"), synthetic.dead("b")], step=1),
+    "only negative": lambda: synthetic.report([synthetic.spectrum("a", negative=range(20))]),
+}
+FIGURES = [
+    ("network", 3.5), ("network", 6.0), ("deep", 3.5), ("deep", 6.0), ("broken", 3.5), ("one layer", 6.0),
+    ("one layer", 3.5), ("only dead", 6.0), ("only negative", 3.5),
+]  # fmt: skip
+
+
+def lines(axes, label):
+    return [line for line in axes.lines if line.get_label() == label]
+
+
+def xy(line):
+    return torch.tensor(line.get_xdata(), dtype=torch.float64), torch.tensor(line.get_ydata(), dtype=torch.float64)
+
+
+def words(figure):
+    return "\n".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def hollow(line):
+    return line.get_markerfacecolor() == "white"
+
+
+def close(actual, expected):
+    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64), torch.as_tensor(expected).double())
+
+
+# --- what all have in common
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_names_are_public(name):
+    assert getattr(figures, f"plot_{name}") is ALL[name]
+    assert sorted(figures.__all__) == sorted(f"plot_{name}" for name in ALL)
+
+
+@pytest.mark.filterwarnings("error:constrained_layout", "error:Glyph")
+@pytest.mark.parametrize(("kind", "width"), FIGURES)
+@pytest.mark.parametrize("name", ALL)
+def test_every_report_makes_a_figure_with_its_text_inside_and_apart(name, kind, width):
+    figure = ALL[name](REPORTS[kind](), width=width)
+    assert isinstance(figure, matplotlib.figure.Figure)
+    assert figure.get_figwidth() == width
+    renderer, page = figure._get_renderer(), figure.bbox.padded(1)
+    texts = [figure._suptitle, *(figure.texts), *(text for legend in figure.legends for text in legend.get_texts())]
+    for axes in figure.axes:
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            boxes = [label.get_window_extent(renderer) for label in ticks if label.get_text()]
+            assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes)), ticks
+            texts += ticks
+    for text in texts:
+        box = text.get_window_extent(renderer)
+        if text.get_text():
+            assert page.x0 <= box.x0 <= box.x1 <= page.x1, text
+            assert page.y0 <= box.y0 <= box.y1 <= page.y1, text
+    for part in (figure._suptitle, *figure.legends):
+        box = part.get_window_extent(renderer)
+        assert not any(box.overlaps(axes.get_tightbbox(renderer)) for axes in figure.axes), part
+        assert figure._supylabel is None or not box.overlaps(figure._supylabel.get_window_extent(renderer)), part
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_titles_say_step_and_method(name):
+    report = synthetic.report([synthetic.spectrum("a")], step=7, curvature="auto", chosen="ggn: equal to the Hessian")
+    title = ALL[name](report)._suptitle.get_text()
+    assert "step 7" in title
+    assert "curvature by ggn" in title
+    assert "eval mode" in title
+    assert "step" not in ALL[name](synthetic.report([synthetic.spectrum("a")]))._suptitle.get_text()
+    if name in SEVERAL:
+        assert "steps 0 to 160, 5 reports" in ALL[name](synthetic.history())._suptitle.get_text()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_settings_are_neither_changed_nor_taken(name, tmp_path):
+    def pixels():
+        figure = ALL[name](synthetic.network())
+        before = dict(matplotlib.rcParams)
+        figure.savefig(tmp_path / "figure.png", dpi=50)
+        assert dict(matplotlib.rcParams) == before
+        return matplotlib.image.imread(tmp_path / "figure.png")
+
+    plain = pixels()
+    odd = {
+        "axes.facecolor": "red", "figure.facecolor": "green", "text.color": "blue", "lines.linewidth": 9,
+        "xtick.labelsize": 30, "ytick.major.size": 20, "font.sans-serif": ["cmr10"], "axes.grid": True,
+    }  # fmt: skip
+    with matplotlib.rc_context(odd):
+        assert abs(pixels() - plain).max() <= 2 / 255
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_white_and_opaque_or_dark(name):
+    white, dark = (ALL[name](synthetic.network(), dark=dark) for dark in (False, True))
+    assert white.get_facecolor() == (1, 1, 1, 1)
+    assert sum(dark.get_facecolor()[:3]) < 0.5
+    assert dark.get_facecolor()[3] == 1
+    assert all(sum(axes.get_facecolor()[:3]) < 0.5 for axes in dark.axes)
+    assert sum(matplotlib.colors.to_rgb(dark._suptitle.get_color())) > 2.5
+
+
+def test_neither_pyplot_nor_a_backend_is_needed():
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import synthetic\n"
+        "from lightning_spectral.report import figures\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "figures.plot_alpha_by_depth(synthetic.network()).savefig(sys.argv[1])\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "/dev/null"], capture_output=True, text=True, check=False)
+    assert "Error" not in done.stderr.replace("/dev/null", ""), done.stderr
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_without_matplotlib_the_extra_is_named(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "lightning-spectral\[plot\]"'):
+        ALL[name](synthetic.network())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_reports_without_layers(name):
+    empty = synthetic.report([])
+    with pytest.raises(ValueError, match=r"the report holds no layers to draw$"):
+        ALL[name](empty)
+    with pytest.raises(ValueError, match=r"no layers to draw \(w: frozen\)"):
+        ALL[name](synthetic.report([], skipped={"w": "frozen"}))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_empty_history(name):
+    with pytest.raises(ValueError, match=r"no reports to draw: probe\.history is empty until the first probe"):
+        ALL[name]([])
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_a_list_where_one_report_is_drawn(name):
+    with pytest.raises(TypeError, match=r"need one SpectralReport, such as probe\.last_report, got list"):
+        ALL[name](synthetic.history())
+
+
+@pytest.mark.parametrize("width", [1.0, 3.0, math.nan, math.inf])
+def test_too_narrow(width):
+    with pytest.raises(ValueError, match=r"width must be at least 3\.25 inches"):
+        figures.plot_alpha_by_depth(synthetic.network(), width=width)
+
+
+def test_every_kind_and_model_has_a_look_of_its_own():
+    assert set(KIND_STYLE) == set(KINDS)
+    looks = [*KIND_STYLE.values(), OTHER_STYLE]
+    for colours_or_markers in zip(*looks, strict=True):
+        assert len(set(colours_or_markers)) == len(looks)
+    for look in zip(*MODEL_STYLE.values(), strict=True):
+        assert len(set(look)) == len(MODEL_STYLE)
+    assert set(MODEL_STYLE) == set(fit_rank_models([3.0, 2.0, 1.0]).fits)
+
+
+def test_a_kind_looks_the_same_in_every_figure():
+    report = synthetic.network()
+    for name in ("power_law", "alpha_by_depth", "transfer_identity", "participation_ratio", "rank_profiles"):
+        keys = {handle.get_label(): handle for handle in ALL[name](report).legends[0].legend_handles}
+        for kind, (colour, marker) in KIND_STYLE.items():
+            key = keys[kind.replace("_", " ")]
+            assert key.get_color() == ("black" if colour == "ink" else colour)
+            assert key.get_marker() == marker
+
+
+def test_short_names():
+    assert short_name("a.weight") == "a"
+    long = short_name("model.decoder.layers.17.self_attention.query_key_value_projection.weight")
+    assert long.startswith("m.d.l.17.s.query_key")
+    assert len(long) == 25
+    assert short_name("x" * 40) == "x" * 24 + "…"
+
+
+@pytest.mark.parametrize("decades", [1e-3, 0.02, 0.1, 0.3, 0.6, 1.0, 1.75, 3.0, 8.0, 40.0])
+@pytest.mark.parametrize("low", [1.3e-7, 0.011, 2.0])
+def test_logarithmic_ticks(low, decades):
+    axis = matplotlib.figure.Figure().subplots().xaxis
+    axis.axes.set_xscale("log")
+    high = low * 10**decades
+    log_ticks(axis, low, high, gap=0.25)
+    ticks = list(axis.get_majorticklocs())
+    assert len(ticks) <= 5
+    assert decades < 0.1 or len(ticks) >= 2
+    assert all(low <= tick <= high for tick in ticks)
+    assert all(math.log10(b / a) >= 0.25 * decades * (1 - 1e-9) for a, b in itertools.pairwise(ticks))
+
+
+# --- panels
+
+
+def test_power_law_panels():
+    report = synthetic.network()
+    figure = figures.plot_power_law(report)
+    assert len(figure.axes) == len(report.layers)
+    for axes, layer in zip(figure.axes, report.layers.values(), strict=True):
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+        assert axes.get_title() == layer.name.removesuffix(".weight")
+        (fit,), (points,) = lines(axes, "fit"), lines(axes, "fitted")
+        x, y = xy(fit)
+        close(y, math.exp(layer.alpha.intercept) * x**layer.alpha.exponent)
+        used = layer.h > 0
+        close(x[[0, -1]], layer.sigma[used][[-1, 0]])
+        close(torch.stack(xy(points)), torch.stack([layer.sigma[used], layer.h[used]]))
+        assert not hollow(points)
+        negative = lines(axes, "negative")
+        assert len(negative) == (layer.n_negative > 0)
+        for marks in negative:
+            close(torch.stack(xy(marks)), torch.stack([layer.sigma[~used], torch.zeros(layer.n_negative)]))
+            assert marks.get_transform() == axes.get_xaxis_transform()
+        assert f"α = {layer.alpha.exponent:.2f} ± {layer.alpha.stderr:.2f}" in axes.texts[0].get_text()
+        bars = [c for c in axes.collections if isinstance(c, matplotlib.collections.LineCollection)]
+        assert len(bars) == (layer.method == "sketch")
+    assert "loss per squared unit of weight" in words(figure)
+    assert "loss per unit of weight" in words(figure)
+
+
+def test_points_that_are_left_out_are_hollow():
+    report = synthetic.broken()
+    axes = dict(zip(report.layers, figures.plot_power_law(report).axes, strict=True))
+    (marks,) = lines(axes["rounding"], "off")
+    assert hollow(marks)
+    assert marks.get_xdata() == pytest.approx(axes["rounding"].get_xlim()[0])
+    (zero,) = lines(axes["rounding"], "left out")
+    assert hollow(zero)
+    assert zero.get_xdata() == pytest.approx(0.02)
+    (points,) = lines(axes["short"], "left out")
+    assert hollow(points)
+    assert len(points.get_xdata()) == 2
+    assert len(lines(axes["dead"], "left out")[0].get_xdata()) == 20
+    assert "no fit\n20 of 20 h < 0" in axes["negative"].texts[0].get_text()
+    assert axes["falling"].texts[0].get_horizontalalignment() == "right"
+    for name in ("dead", "negative", "short", "empty", "zero", "flat"):
+        assert not lines(axes[name], "fit")
+
+
+def test_grids_hold_twelve_layers_evenly_over_depth_and_say_so():
+    report = synthetic.deep()
+    for plot in (figures.plot_power_law, figures.plot_rank_profiles):
+        figure = plot(report)
+        assert len(figure.axes) == MAX_PANELS
+        assert "12 of 160 layers" in figure._suptitle.get_text()
+    shown = [layer.name for layer in choose_layers(report, None)[0]]
+    assert shown[0] == next(iter(report.layers))
+    assert shown[-1] == list(report.layers)[-1]
+
+
+def test_layers_by_name_and_pattern():
+    report = synthetic.network()
+    assert [x.name for x in choose_layers(report, "block.conv.weight")[0]] == ["block.conv.weight"]
+    assert [x.name for x in choose_layers(report, ["*.mlp_*", "block.conv"])[0]] == [
+        "block.conv.weight", "block.mlp_up.weight", "block.mlp_down.weight",
+    ]  # fmt: skip
+    assert len(figures.plot_rank_profiles(report, layers="*.mlp_*").axes) == 2
+    with pytest.raises(
+        ValueError, match=r"layers: 'nowhere' matches no layer of the report; its layers are block.conv"
+    ):
+        figures.plot_power_law(report, layers=["*", "nowhere"])
+    with pytest.raises(ValueError, match="layers: an empty list matches no layer"):
+        figures.plot_rank_profiles(report, layers=[])
+    with pytest.raises(ValueError, match=r", \.\.\.$"):
+        choose_layers(synthetic.deep(), "x")
+
+
+def test_rank_profiles_draw_the_models_and_name_the_winner():
+    report = synthetic.network(0)
+    figure = figures.plot_rank_profiles(report)
+    winners = set()
+    for axes, layer in zip(figure.axes, report.layers.values(), strict=True):
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+        models = layer.rank_models
+        winners.add(models.winner)
+        close(
+            torch.stack(xy(lines(axes, "sigma")[0])), torch.stack([torch.arange(1, len(layer.sigma) + 1), layer.sigma])
+        )
+        widths = {name: lines(axes, name)[0].get_linewidth() for name in models.fits}
+        assert max(widths, key=widths.get) == models.winner
+        margin = sorted(models.bic.values())[1] - models.bic[models.winner]
+        assert axes.texts[0].get_text() == f"{MODEL_STYLE[models.winner].name}\nΔBIC {margin:.1f}"
+    assert winners == set(MODEL_STYLE)
+
+
+def test_model_curves_have_the_residuals_of_the_fits():
+    for layer in synthetic.network(0).layers.values():
+        sigma = rank_values(layer)
+        k = torch.arange(1, len(sigma) + 1, dtype=torch.float64)
+        for model, fit in layer.rank_models.fits.items():
+            residual = sigma.log() - model_curve(model, fit.coefficients, k).log()
+            assert float(residual.square().sum()) == pytest.approx(fit.rss, rel=1e-6)
+
+
+def test_values_below_the_noise_floor_are_hollow_in_rank_profiles():
+    axes = figures.plot_rank_profiles(synthetic.broken(), layers="rounding").axes[0]
+    (noise,) = lines(axes, "noise")
+    assert hollow(noise)
+    close(torch.stack(xy(noise))[:, 0], [5.0, 1e-11])
+    text = figures.plot_rank_profiles(synthetic.broken(), layers="empty").axes[0].texts[0].get_text()
+    assert text == "no model: 0 values"
+
+
+# --- the confidence band
+
+
+@pytest.mark.parametrize(
+    ("dof", "t_95", "t_99"),
+    [(1, 12.706, 63.657), (2, 4.303, 9.925), (3, 3.182, 5.841), (18, 2.101, 2.878), (100, 1.984, 2.626)],
+)
+def test_student_quantiles_of_the_tables(dof, t_95, t_99):
+    assert student_quantile(0.95, dof) == pytest.approx(t_95, abs=6e-4)
+    assert student_quantile(0.99, dof) == pytest.approx(t_99, abs=6e-4)
+
+
+def test_band_is_that_of_the_textbook():
+    layer = synthetic.spectrum("a", noise=0.5, negative=(4,))
+    used = layer.h > 0
+    x, y = layer.sigma[used].log().tolist(), layer.h[used].log().tolist()
+    n, mean = len(x), sum(x) / len(x)
+    sxx = sum((v - mean) ** 2 for v in x)
+    rss = sum((b - layer.alpha.intercept - layer.alpha.exponent * a) ** 2 for a, b in zip(x, y, strict=True))
+    at = torch.tensor([1e-3, 0.02, 0.5], dtype=torch.float64)
+    line, low, high = line_and_band(layer, at)
+    for i, x_0 in enumerate(at.log().tolist()):
+        half = 2.1098 * math.sqrt(rss / (n - 2) * (1 / n + (x_0 - mean) ** 2 / sxx))
+        assert math.log(high[i] / line[i]) == pytest.approx(half, rel=1e-4)
+        assert math.log(line[i] / low[i]) == pytest.approx(half, rel=1e-4)
+
+
+def test_far_out_the_band_is_that_of_the_exponent_sampled_or_not():
+    for stderr in (torch.zeros(20), torch.linspace(1e-5, 1e-3, 20)):
+        layer = synthetic.spectrum("a", h_stderr=stderr)
+        far = torch.tensor([1e120], dtype=torch.float64)
+        line, _, high = line_and_band(layer, far)
+        distance = far.log() - layer.sigma.log().mean()
+        per_unit = float((high / line).log() / distance) / student_quantile(0.95, 18)
+        assert per_unit == pytest.approx(layer.alpha.stderr, rel=5e-3)
+
+
+# --- a point or a curve per layer
+
+
+def test_alpha_by_depth():
+    report = synthetic.network()
+    (axes,) = figures.plot_alpha_by_depth(report).axes
+    bars = {container.get_label(): container for container in axes.containers}
+    for i, (name, layer) in enumerate(report.layers.items()):
+        point, _, (bar,) = bars[name].lines
+        assert (point.get_xdata()[0], point.get_ydata()[0]) == (i, layer.alpha.exponent)
+        low, high = bar.get_segments()[0][:, 1]
+        assert (high - low) / 2 == pytest.approx(layer.alpha.stderr)
+        assert hollow(point) == (layer.alpha.r2 < 0.9)
+    assert any(layer.alpha.r2 < 0.9 for layer in report.layers.values())
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names == [name.removesuffix(".weight") for name in report.layers]
+    (band,) = axes.patches
+    assert band.get_extents().transformed(axes.transData.inverted()).intervaly == pytest.approx((1.85, 2.15))
+
+
+def test_layers_without_a_fit_are_crosses():
+    (axes,) = figures.plot_alpha_by_depth(synthetic.broken()).axes
+    (crosses,) = lines(axes, "no fit")
+    assert list(crosses.get_xdata()) == [1, 2, 3, 6, 7, 8]
+    assert "no layer has a fit of α\n(no second derivative)" in words(
+        figures.plot_alpha_by_depth(synthetic.report([synthetic.dead("a")]))
+    )
+
+
+def test_names_of_many_layers_are_thinned():
+    for width in (3.5, 6.0, 12.0):
+        (axes,) = figures.plot_alpha_by_depth(synthetic.deep(), width=width).axes
+        assert 160 / 12 < len(axes.get_xticklabels()) * 12 / width < 160
+        assert len(axes.get_xticks(minor=True)) + len(axes.get_xticks()) == 160
+    heat_axes = figures.plot_spectrum_heatmap(synthetic.deep()).axes[0]
+    assert 30 < len(heat_axes.get_yticklabels()) < 60
+
+
+def test_transfer_identity():
+    reports = synthetic.history()
+    figure = figures.plot_transfer_identity(reports)
+    (axes,) = figure.axes
+    for report in (reports[0], reports[-1]):
+        for name, layer in report.layers.items():
+            point = lines(axes, name)[reports.index(report)]
+            assert (point.get_xdata()[0], point.get_ydata()[0]) == (layer.alpha_gamma, layer.s.exponent)
+            assert (point.get_alpha() == 1.0) == (report is reports[-1])
+            assert hollow(point) == (layer.alpha.r2 < 0.9)
+    (identity,) = lines(axes, "s = αγ")
+    close(*xy(identity))
+    (band,) = axes.collections
+    # On the edges of the band the transfer error is 10 %.
+    for x, s in band.get_paths()[0].vertices:
+        assert min(abs(abs(s - x) / abs(s) - 0.1), abs(s - x)) < 1e-5
+    assert axes.get_aspect() == 1
+    errors = [layer.transfer_error for report in reports for layer in report.layers.values()]
+    within = sum(error <= 0.1 for error in errors)
+    assert f"{within} of 40 within 10 %" in figure._suptitle.get_text().replace("\n", " ")
+    assert "no layer has fits of α, γ and s" in words(figures.plot_transfer_identity(REPORTS["only dead"]()))
+
+
+def test_participation_ratio():
+    report = synthetic.network()
+    (axes,) = figures.plot_participation_ratio(report).axes
+    assert axes.get_yscale() == "log"
+    for name, layer in report.layers.items():
+        (point,) = lines(axes, name)
+        assert (point.get_xdata()[0], point.get_ydata()[0]) == (layer.alpha_gamma, layer.pr_curvature)
+    for label, window in (("zeta bound", None), ("window", 20)):
+        x, y = xy(lines(axes, label)[0])
+        close(y, [zeta_bound(s, window) for s in x.tolist()])
+        assert window or bool((x > 1).all())
+    assert "bound for 20 directions" in words(axes.figure)
+    assert "no layer has a fit" in words(figures.plot_participation_ratio(REPORTS["only dead"]()))
+
+
+def test_transfer_functions():
+    report = synthetic.network()
+    (axes,) = figures.plot_transfer_functions(report, damping=0.03).axes
+    for name, layer in report.layers.items():
+        curve, marks = lines(axes, name)
+        for line in (curve, marks):
+            x, y = xy(line)
+            close(y, x / (x**layer.alpha.exponent + 0.03))
+        close(xy(marks)[0], sigma_hat(layer))
+    with pytest.raises(ValueError, match="damping must be a finite number above 0"):
+        figures.plot_transfer_functions(report, damping=0.0)
+    flawed = figures.plot_transfer_functions(synthetic.broken())
+    assert "layers without a fit: 6" in flawed._suptitle.get_text()
+    assert "no layer has a fit of α" in words(figures.plot_transfer_functions(REPORTS["only dead"]()))
+
+
+def test_sigma_hat_is_the_optimizers_where_all_values_are_measured():
+    layer = synthetic.spectrum("a", k=16, shape=(16, 30))
+    matrix = torch.zeros(16, 30, dtype=torch.float64)
+    matrix.diagonal().copy_(layer.sigma)
+    x = sigma_hat(layer)
+    update = spectral_transfer(matrix, alpha=1.3, damping=0.1, exact=True).diagonal()
+    close(update, x / (x**1.3 + 0.1))
+    # A grouped convolution's values are those of all its blocks; with fewer than all, they are an upper bound.
+    grouped = synthetic.spectrum("b", k=16, shape=(16, 4), groups=2)
+    close(sigma_hat(grouped).square().mean(), 8 / 16)
+    part = synthetic.spectrum("a", k=8, shape=(16, 30))
+    assert bool((sigma_hat(part) > x[:8]).all())
+
+
+def test_heatmap():
+    report = synthetic.broken()
+    names = list(report.layers)
+    sigma_lk, _ = heat(report, "sigma")
+    h_lk, classes_lk = heat(report, "h")
+    assert sigma_lk.shape == h_lk.shape == (10, 20)
+    good = report.layers["good"]
+    close(sigma_lk[0], good.sigma.log10())
+    close(h_lk[0], good.h.log10())
+    assert classes_lk[names.index("negative")].tolist() == [2.0] * 20
+    assert classes_lk[names.index("dead")].tolist() == [1.0] * 20
+    assert classes_lk[names.index("short")].tolist() == [0.0] * 20
+    assert classes_lk[names.index("rounding"), :6].tolist() == [0, 0, 0, 1, 1, 0]
+    figure = figures.plot_spectrum_heatmap(report, "h")
+    background, image = figure.axes[0].images
+    close(torch.nan_to_num(torch.tensor(image.get_array().filled(0.0))), torch.nan_to_num(h_lk))
+    assert [matplotlib.colors.to_hex(background.cmap(i / 2)).upper() for i in (1, 2)] == [MISSING, NEGATIVE]
+    assert figure.axes[1].get_xlabel() == "log₁₀ h (loss per squared unit of weight)"
+    assert len(figures.plot_spectrum_heatmap(REPORTS["only negative"](), "h").axes) == 1
+    with pytest.raises(ValueError, match="quantity must be 'sigma' or 'h', got 'alpha'"):
+        figures.plot_spectrum_heatmap(report, "alpha")
+
+
+# --- over training
+
+
+def test_alpha_over_training():
+    reports = synthetic.history()
+    reports[1] = synthetic.report([*reports[1].layers.values(), synthetic.spectrum("late", alpha=1.0)], step=20)
+    (axes,) = figures.plot_alpha_over_training(reports[::-1]).axes
+    thick = {line.get_label(): line for line in axes.lines if line.get_linewidth() == 2.0}
+    thin = [line for line in axes.lines if line.get_linewidth() < 1]
+    assert len(thin) == len(KINDS) + 1
+    for kind, line in thick.items():
+        assert list(line.get_xdata()) == [0, 20, 40, 80, 160]
+        assert list(line.get_ydata()) == [report.medians()[f"kind/{kind}/alpha_median"] for report in reports]
+    assert [math.isnan(y) for y in thin[-1].get_ydata()] == [True, False, True, True, True]
+    assert axes.get_xlabel() == "optimizer step"
+    assert "no layer has a fit" in words(figures.plot_alpha_over_training(REPORTS["only dead"]()))
+
+
+def test_reports_from_outside_training_are_numbered():
+    reports = [synthetic.report([synthetic.spectrum("a", alpha=a)]) for a in (2.0, 1.0, 1.5)]
+    (axes,) = figures.plot_alpha_over_training(reports).axes
+    assert axes.get_xlabel() == "measurement"
+    assert list(axes.lines[0].get_xdata()) == [0, 1, 2]
+    assert axes.lines[0].get_ydata() == pytest.approx([2.0, 1.0, 1.5], abs=0.05)
+
+
+def test_rank_models_over_training():
+    reports = synthetic.history()
+    (axes,) = figures.plot_rank_models_over_training(iter(reports)).axes
+    bottoms = [0.0] * len(reports)
+    for patch, (model, style) in zip(axes.patches, MODEL_STYLE.items(), strict=True):
+        tops, edges, baseline = patch.get_data()
+        winners = [[layer.rank_models.winner for layer in report.layers.values()] for report in reports]
+        close(tops - baseline, [of.count(model) / len(of) for of in winners])
+        close(baseline, bottoms)
+        bottoms = tops
+        assert patch.get_label() == style.name
+        assert all(a < step < b for step, (a, b) in zip((0, 20, 40, 80, 160), itertools.pairwise(edges), strict=True))
+    close(bottoms, [1.0] * len(reports))
+    assert len({tuple(patch.get_data()[0]) for patch in axes.patches}) == 3
+    (flawed,) = figures.plot_rank_models_over_training(synthetic.broken()).axes
+    assert flawed.patches[-1].get_label() == "too few values"
+    assert flawed.patches[-1].get_data()[0] - flawed.patches[-1].get_data()[2] == pytest.approx(0.3)
+
+
+def test_two_reports_of_one_step():
+    figure = figures.plot_rank_models_over_training([synthetic.network(5), synthetic.network(5)])
+    assert "step 5, 2 reports" in figure._suptitle.get_text()
+
+
+# --- the example
+
+
+def test_the_example_draws_the_readmes_figures_and_all(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    from examples.figures import make
+
+    monkeypatch.setattr(make, "PROBES", 2)
+    make.main(["--output", str(tmp_path / "readme")], steps_factor=0.02)
+    committed = {path.name for path in (ROOT / "examples" / "figures").glob("*.png")}
+    assert {path.name for path in (tmp_path / "readme").iterdir()} == committed
+    make.main(["--all", str(tmp_path / "all")], steps_factor=0.02)
+    assert len(list((tmp_path / "all").glob("*.pdf"))) == 2 * len(ALL)

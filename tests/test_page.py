@@ -1,0 +1,200 @@
+"""The page's HTML and data: what is in it, how names are escaped, how long runs are thinned."""
+
+import base64
+import gzip
+import html.parser
+import itertools
+import json
+import math
+import re
+from importlib.resources import files
+
+import pytest
+from reports import dead, layer, report
+
+from lightning_spectral.record import SpectralReport
+from lightning_spectral.report import RunError, run_of, write_page
+from lightning_spectral.report.page import PAGE_BYTES, evenly, page, page_data, plotly_js, script_json
+from lightning_spectral.report.read import Probe, Run
+from lightning_spectral.spectrum import LAYER_KEYS
+from lightning_spectral.summary import summary
+
+HOSTILE = [
+    "<script>alert(1)</script>", "</script><!--", "]]><b>&amp;", "a\u2028b\u2029c",
+    "<!--=data-->/*=page*/", '"\'`${1}\\',
+    "<a href='javascript:alert(1)'>x</a>", "\ud800",
+]  # fmt: skip
+
+
+def run(*steps, layers=("a", "b")):
+    return run_of([report(*(layer(name) for name in layers), step=step) for step in steps or (0, 5)], "mine")
+
+
+def scripts(text):
+    """The contents of the page's script elements, as an HTML parser finds them."""
+
+    class Parser(html.parser.HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.found, self.tags, self.inside = [], [], False
+
+        def handle_starttag(self, tag, attributes):
+            self.tags.append((tag, dict(attributes)))
+            self.inside = tag == "script"
+            if self.inside:
+                self.found.append("")
+
+        def handle_endtag(self, tag):
+            self.inside = False
+
+        def handle_data(self, data):
+            if self.inside:
+                self.found[-1] += data
+
+    parser = Parser()
+    parser.feed(text)
+    return parser.found, parser.tags
+
+
+def embedded(text):
+    return json.loads(scripts(text)[0][0])
+
+
+def test_page_is_one_file_that_loads_nothing():
+    text = page(run(), title="A <run> & more")
+    found, tags = scripts(text)
+    assert len(found) == 3
+    assert not any({"src", "srcset"} & attributes.keys() for _, attributes in tags)
+    assert [attributes for tag, attributes in tags if tag == "link"] == [{"rel": "icon", "href": "data:,"}]
+    assert "default-src 'none'" in text
+    assert "@import" not in text
+    assert text.count("A &lt;run&gt; &amp; more") == 2
+    assert gzip.decompress(base64.b64decode(found[1])).decode() == plotly_js()
+    assert len(text.encode()) < PAGE_BYTES
+
+
+def test_data_is_the_reports():
+    steps = [
+        report(layer("a", noise=0.3, negative=2, k=5), dead("b"), step=step, skipped={"e": "frozen"}) for step in (0, 7)
+    ]
+    data = embedded(page(run_of(steps, "mine")))
+    assert (data["layers"], data["kinds"], data["shapes"]) == (["a", "b"], ["dense", "dense"], ["64 × 32", "5 × 5"])
+    last, expected = data["probes"][-1], steps[-1].layers["a"]
+    assert (last["label"], last["step"], last["loss"]) == ("step 7", 7, 1.25)
+    for key, value in zip(data["keys"], last["values"][0], strict=True):
+        assert value == pytest.approx(expected.scalars()[key], rel=1e-5)
+    assert last["values"][1][data["keys"].index("alpha")] is None
+    assert last["spectra"][0]["sigma"] == pytest.approx(expected.sigma.tolist(), rel=1e-5)
+    assert last["spectra"][0]["h"] == pytest.approx(expected.h.tolist(), rel=1e-5)
+    assert last["spectra"][0]["error"] is None
+    assert last["spectra"][0]["lines"] == pytest.approx(
+        [fit.intercept for fit in (expected.alpha, expected.gamma, expected.s)], rel=1e-5, abs=1e-9
+    )
+    assert last["summary"][:2] == summary(steps[-1])[:2]
+    assert last["summary"][-1].startswith("From step 0 to 7")
+    assert last["notes"] == {"b": "nothing flows through it"}
+    assert last["problems"] == ["b: nothing flows through it"]
+    assert last["skipped"] == ["e: frozen"]
+    assert "8 samples, eval mode, float32, curvature by exact" in last["facts"]
+    assert "inf" in json.dumps(embedded(page(run_of([report(layer("a", alpha=0.5))], "x"))))
+
+
+def test_layers_that_come_and_go():
+    reports = [report(layer("a"), step=0), report(layer("b"), layer("a"), step=1), report(layer("b"), step=2)]
+    data = page_data(run_of(reports, "x"))
+    assert data["layers"] == ["b", "a"]
+    assert [[row is None for row in probe["values"]] for probe in data["probes"]] == [
+        [True, False], [False, False], [False, True],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_stay_names(name, tmp_path):
+    ordinary = scripts(page(run(layers=("a",))))
+    text = write_page(run(layers=(name,)), tmp_path / "p.html", title=name).read_text(encoding="utf-8")
+    found, tags = scripts(text)
+    assert json.loads(found[0])["layers"] == [name]
+    assert [tag for tag, _ in tags if tag != "li"] == [tag for tag, _ in ordinary[1] if tag != "li"]
+    assert found[2] == ordinary[0][2]
+    assert not {"<", ">", "&", "\u2028", "\u2029"} & set(found[0])
+
+
+def test_json_for_a_script_is_the_same_json():
+    value = {"</script>": ["<!--", "\u2028", "&", 1.5]}
+    assert json.loads(script_json(value)) == value
+
+
+def long_run(probes, layers):
+    names = [f"blocks.{i}.attention.projection.weight" for i in range(layers)]
+    made = report(*(layer(name, noise=0.1) for name in names))
+    return run_of([made.at(step=10 * i, epoch=0) for i in range(probes)], "long")
+
+
+def test_long_runs_are_thinned_evenly_and_say_so():
+    long = long_run(30, 8)
+    size = len(script_json(page_data(long)))
+    assert page_data(long)["notes"] == []
+    for limit in (size // 2, size // 8, size // 20):
+        data = page_data(long, limit=limit)
+        assert len(script_json(data)) < 1.2 * limit + 3000
+        steps = [probe["step"] for probe in data["probes"]]
+        whole = [probe["step"] for probe in data["probes"] if probe["spectra"] is not None]
+        assert steps[0] == 0
+        assert steps[-1] == 290
+        assert len(whole) < 30
+        assert any(f"are shown at {len(whole)} of 30 probes" in note for note in data["notes"])
+        assert any(f"{len(steps)} of 30 probes are shown" in note for note in data["notes"]) == (len(steps) < 30)
+        gaps = [b - a for a, b in itertools.pairwise(steps)]
+        assert max(gaps) - min(gaps) <= 10
+
+
+def test_a_log_is_thinned_without_spectra():
+    probes = [Probe(p.step, p.label, p.loss, p.layers, None, 8) for p in long_run(30, 8).probes]
+    log = Run("log", ("CSV log x",), tuple(probes))
+    data = page_data(log)
+    assert (len(data["probes"]), data["kinds"][0]) == (30, "")
+    assert "A log holds scalars only" in data["notes"][0]
+    assert "last.ckpt" in data["notes"][0]
+    assert all(probe["spectra"] is None for probe in data["probes"])
+    assert len(page_data(log, limit=len(script_json(data)) // 3)["probes"]) < 12
+
+
+def test_mixed_and_capped_logs_say_what_is_missing():
+    whole = long_run(2, 2).probes
+    mixed = Run("m", ("x",), (Probe(0, "step 0", 1.0, whole[0].layers, None, 5), whole[1]))
+    notes = page_data(mixed)["notes"]
+    assert notes[0].startswith("sigma_k and h_k are known at 1 of 2 probes")
+    assert notes[1].startswith("2 of 5 layers were logged one by one")
+
+
+def test_a_huge_run_stays_small():
+    assert len(page(long_run(100, 200)).encode()) < PAGE_BYTES
+
+
+def test_empty_run(tmp_path):
+    with pytest.raises(RunError, match="empty: no probe to show"):
+        write_page(Run("empty", (), ()), tmp_path / "p.html")
+
+
+def test_evenly_keeps_the_ends():
+    for n in range(1, 30):
+        for m in range(n + 3):
+            kept = evenly(n, m)
+            assert len(kept) == len(set(kept)) == min(n, m)
+            assert kept == sorted(kept)
+            assert not kept or kept[-1] == n - 1
+
+
+def test_every_place_in_the_template_is_filled_and_every_element_is_there():
+    folder = files("lightning_spectral.report") / "assets"
+    template = (folder / "page.html").read_text(encoding="utf-8")
+    wanted = set(re.findall(r'get\("([\w-]+)"\)', (folder / "page.js").read_text(encoding="utf-8")))
+    assert wanted <= set(re.findall(r' id="([\w-]+)"', template))
+    assert "<!--=" not in page(run()).partition('<script type="application/json"')[0]
+
+
+def test_meanings_cover_the_keys():
+    data = page_data(run())
+    assert data["keys"] == [key.name for key in LAYER_KEYS] == list(data["meanings"])
+    assert not any(isinstance(value, float) and math.isnan(value) for value in data["probes"][0]["values"][0])
+    assert isinstance(run().probes[0].report, SpectralReport)

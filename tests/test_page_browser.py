@@ -1,0 +1,225 @@
+"""The page in a real browser: no network, no errors, and everything a reader can do. Skipped where there is none."""
+
+import pytest
+import torch
+from browser import Page, find_browser
+from reports import dead, layer, report
+from torch import nn
+
+from lightning_spectral import measure_spectra
+from lightning_spectral.report import run_of, write_page
+from lightning_spectral.report.read import Probe, Run
+
+pytestmark = pytest.mark.skipif(
+    find_browser() is None, reason="no Chromium or Chrome on PATH (or in the variable CHROMIUM)"
+)
+
+SCRIPT = "<script>alert(1)</script>"
+SLANTED = "<i>x</i><img src=x onerror=alert(1)>"
+"""Of it, plotly itself would read the slant."""
+NAMES = ["stem.weight", "blocks.2.qkv.weight", "blocks.10.qkv.weight", "head.weight"]
+LAYERS = "[...document.querySelectorAll('#rows td:first-child')].map(cell => cell.textContent)"
+ALPHAS = "document.getElementById('depth').data.filter(t => t.customdata).flatMap(t => [...t.y])"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    page = Page(find_browser(), tmp_path_factory.mktemp("profile"))
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def steps():
+    def at(step):
+        kinds = ("conv", "attention_qkv", "attention_qkv", "head")
+        alphas = (1.2 + step / 10, 2.5, 2.0, 0.6)
+        made = zip(NAMES, kinds, alphas, strict=True)
+        layers = [layer(n, kind=k, alpha=a, noise=0.1, negative=2 if k == "head" else 0) for n, k, a in made]
+        return report(*layers, dead("dead.weight"), step=step)
+
+    return [at(step) for step in (0, 5, 10)]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory, steps):
+    return write_page(run_of(steps, "mine"), tmp_path_factory.mktemp("page") / "page.html")
+
+
+@pytest.fixture
+def opened(browser, file):
+    browser.open(file)
+    return browser
+
+
+def test_loads_without_errors_or_requests(opened, steps):
+    assert opened.problems == []
+    assert opened.requests == []
+    assert opened.evaluate("document.querySelectorAll('.js-plotly-plot').length") == 6
+    assert opened.evaluate("document.getElementById('failed').hidden")
+    assert opened.evaluate(LAYERS) == ["stem", "blocks.2.qkv", "blocks.10.qkv", "head", "dead"]
+    assert opened.evaluate("document.querySelectorAll('tr.doubtful').length") == 1
+    assert opened.evaluate(ALPHAS) == pytest.approx([steps[-1].layers[name].alpha.exponent for name in NAMES], rel=1e-5)
+
+
+def test_a_network_is_out_of_reach(opened):
+    opened.evaluate("fetch('http://127.0.0.1:9/x').catch(() => 0)")
+    assert any("Content Security Policy" in str(problem) for problem in opened.problems)
+    assert opened.requests == []
+
+
+def test_table_sorts_by_button_and_says_so(opened):
+    sorted_by = "document.querySelector('th[data-key=alpha]').getAttribute('aria-sort')"
+    assert opened.evaluate(sorted_by) == "none"
+    opened.evaluate("document.querySelector('th[data-key=alpha] button').click()")
+    assert opened.evaluate(sorted_by) == "ascending"
+    assert opened.evaluate(LAYERS) == ["head", "blocks.10.qkv", "stem", "blocks.2.qkv", "dead"]
+    opened.evaluate("document.querySelector('th[data-key=alpha] button').focus()")
+    opened.press("Enter", 13, "\r")
+    assert opened.evaluate(sorted_by) == "descending"
+    assert opened.evaluate(LAYERS) == ["blocks.2.qkv", "stem", "blocks.10.qkv", "head", "dead"]
+    opened.evaluate("document.querySelector('th[data-key=layer] button').click()")
+    assert opened.evaluate(LAYERS)[0] == "stem"
+    assert opened.evaluate(sorted_by) == "none"
+
+
+def search(page, text):
+    page.evaluate(
+        f"(() => {{ const box = document.getElementById('search'); box.value = {text!r};"
+        " box.dispatchEvent(new Event('input')) })()"
+    )
+    return page.evaluate(LAYERS)
+
+
+def test_search_filters_by_name_and_kind(opened):
+    assert search(opened, "QKV") == ["blocks.2.qkv", "blocks.10.qkv"]
+    assert opened.evaluate("document.getElementById('count').textContent") == "2 of 5 layers"
+    assert search(opened, "attention .10") == ["blocks.10.qkv"]
+    assert search(opened, "nothing like it") == []
+    assert len(search(opened, "")) == 5
+
+
+def law(page):
+    return page.evaluate("[...document.getElementById('law').data[0].x]")
+
+
+def test_a_row_opens_its_layer(opened, steps):
+    before = law(opened)
+    opened.evaluate("document.querySelectorAll('#rows tr')[3].click()")
+    assert opened.evaluate("document.getElementById('layer-title').textContent") == "head"
+    assert opened.evaluate("location.hash") == "#layer=head.weight"
+    assert opened.evaluate("document.activeElement.id") == "layer"
+    below = "document.getElementById('toolbar').getBoundingClientRect().bottom"
+    title = "document.getElementById('layer-title').getBoundingClientRect().top"
+    opened.wait(f"{below} < {title} && {title} < innerHeight / 2")
+    assert opened.evaluate("document.querySelector('tr[aria-current]').textContent").startswith("head")
+    assert law(opened) == pytest.approx(steps[-1].layers["head.weight"].sigma[:18].tolist(), rel=1e-5)
+    assert law(opened) != before
+    assert opened.evaluate("document.getElementById('law').data[1].x.length") == 2
+    opened.evaluate("document.getElementById('next').click()")
+    assert "nothing flows through it" in opened.evaluate("document.getElementById('layer-missing').textContent")
+    opened.evaluate("document.getElementById('next').click()")
+    assert opened.evaluate("document.getElementById('layer-title').textContent") == "stem"
+    assert opened.problems == []
+
+
+def test_a_link_opens_its_layer_by_keyboard_and_by_address(opened, file):
+    opened.evaluate("document.querySelectorAll('#rows a')[1].focus()")
+    opened.press("Enter", 13, "\r")
+    assert opened.evaluate("document.getElementById('layer-title').textContent") == "blocks.2.qkv"
+    opened.open(file, fragment="#layer=head.weight")
+    assert opened.evaluate("document.getElementById('layer-title').textContent") == "head"
+    opened.open(file, fragment="#layer=%E0%A4%A")
+    assert opened.evaluate("document.getElementById('layer-title').textContent") == "stem"
+
+
+def test_a_point_opens_its_layer(opened):
+    opened.evaluate("document.getElementById('depth').emit('plotly_click', {points: [{customdata: 3}]})")
+    assert opened.evaluate("document.getElementById('layer-title').textContent") == "head"
+
+
+def test_slider_moves_the_points_and_the_words(opened, steps):
+    opened.evaluate("document.getElementById('step').focus()")
+    for _ in range(2):
+        opened.press("ArrowLeft", 37)
+    assert opened.evaluate("document.getElementById('at').textContent") == "step 0, loss 1.25"
+    assert opened.evaluate(ALPHAS)[0] == pytest.approx(steps[0].layers["stem.weight"].alpha.exponent, rel=1e-5)
+    assert "From step" not in opened.evaluate("document.getElementById('summary').textContent")
+    assert f"{steps[0].layers['stem.weight'].alpha.exponent:.2f} ±" in opened.evaluate(
+        "document.querySelector('#rows tr').textContent"
+    )
+    ranges = "document.getElementById('depth').layout.yaxis.range.join()"
+    before = opened.evaluate(ranges)
+    opened.press("ArrowRight", 39)
+    assert opened.evaluate(ranges) == before
+    assert opened.problems == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_theme_follows_the_system_and_toggles(browser, file, dark):
+    browser.open(file, dark=dark)
+    ground = "getComputedStyle(document.body).backgroundColor"
+    paper = "document.getElementById('depth').layout.paper_bgcolor"
+    grounds = ["rgb(246, 247, 249)", "rgb(20, 23, 27)"]
+    papers = ["#ffffff", "#1c2025"]
+    assert (browser.evaluate(ground), browser.evaluate(paper)) == (grounds[dark], papers[dark])
+    browser.evaluate("document.getElementById('theme').click()")
+    assert (browser.evaluate(ground), browser.evaluate(paper)) == (grounds[not dark], papers[not dark])
+    assert browser.problems == []
+
+
+def test_narrow_windows_do_not_scroll_sideways(browser, file):
+    browser.open(file, width=420)
+    assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+class Hostile(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({SCRIPT: nn.Linear(8, 8), SLANTED: nn.Linear(8, 8)})
+
+    def forward(self, x):
+        for part in self.parts.values():
+            x = part(x).tanh()
+        return x
+
+
+def test_names_of_layers_are_shown_and_never_read_as_html(browser, tmp_path):
+    torch.manual_seed(0)
+    measured = measure_spectra(Hostile(), torch.randn(64, 8), lambda model, x: model(x).square().mean())
+    file = write_page(run_of([measured.at(step=i, epoch=0) for i in (0, 1)], SCRIPT), tmp_path / "p.html")
+    browser.open(file)
+    assert f"parts.{SCRIPT}" in browser.evaluate(LAYERS)
+    assert browser.evaluate("document.querySelector('h1').textContent") == SCRIPT
+    assert browser.evaluate("document.querySelectorAll('#rows tr')[1].click(), location.hash").startswith(
+        "#layer=parts.%3C"
+    )
+    # The text that shows while the mouse is over a point is plotly's, which reads some HTML; so are the axis's names.
+    for kind, name in enumerate((SCRIPT, SLANTED)):
+        browser.evaluate(f"Plotly.Fx.hover('depth', [{{curveNumber: {kind}, pointNumber: 0}}])")
+        browser.wait(f"document.querySelector('#depth .hovertext')?.textContent.includes({name!r})")
+    ticks = browser.evaluate("[...document.querySelectorAll('#depth .xtick text')].map(tick => tick.textContent)")
+    assert ticks == [f"parts.{name[:5]}…{name[-12:]}" for name in (SCRIPT, SLANTED)]
+    assert browser.evaluate("document.querySelectorAll('img, script:not([type]):not([id])').length") == 2
+    assert browser.evaluate("[...document.scripts].filter(s => s.textContent.trim().startsWith('alert')).length") == 0
+    assert browser.problems == []
+
+
+def test_a_log_shows_what_there_is(browser, steps, tmp_path):
+    probes = [
+        Probe(r.step, f"step {r.step}", r.loss, p.layers, None, 5)
+        for r, p in zip(steps, run_of(steps, "").probes, strict=True)
+    ]
+    browser.open(write_page(Run("log", ("CSV log x",), tuple(probes)), tmp_path / "p.html"))
+    assert browser.problems == []
+    assert "A log holds scalars only" in browser.evaluate("document.getElementById('notes').textContent")
+    assert browser.evaluate("[...document.querySelectorAll('figure.spectral')].every(figure => figure.hidden)")
+    assert browser.evaluate("document.querySelector('th[data-key=kind]')") is None
+    assert browser.evaluate("document.querySelectorAll('.js-plotly-plot').length") == 4
+
+
+def test_one_probe_has_no_slider(browser, steps, tmp_path):
+    browser.open(write_page(run_of(steps[:1], "one"), tmp_path / "p.html"))
+    assert browser.evaluate("document.getElementById('toolbar').hidden")
+    assert browser.evaluate("document.getElementById('training').closest('figure').hidden")
+    assert browser.problems == []

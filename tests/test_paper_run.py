@@ -1,0 +1,230 @@
+"""The reproduction: its config files, its runs, what it says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("sklearn", reason="the reproduction's digits are scikit-learn's")
+pytest.importorskip("matplotlib", reason="every experiment makes a figure")
+
+from examples.ablation.peers import LayerRateAdamW, permuted, scale_rates
+from examples.paper import run as paper
+from examples.paper.archives import FOLDER_VARIABLE
+from examples.paper.experiments import EXPERIMENTS
+from examples.paper.finding import correlation, spread
+from examples.paper.outcome import Outcome, Training, outcome
+from examples.paper.tasks import DATA, NETWORKS, digit_pairs, python_modules, without_layer_norm
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.SpectralWarning")
+
+CONFIGS = sorted(paper.HERE.glob("*.yaml"))
+PROBE = {"top_k": 6, "spectrum_top_k": 10, "alignment": True}
+TINY = {
+    "data": {"name": "digits"},
+    "network": {"name": "resnet18", "channels": 1, "width": 4, "depths": [1, 1, 1, 1]},
+    "steps": 3,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "measure_at": [0, 3],
+    "samples": 64,
+    "probe": PROBE,
+}
+MLP = TINY | {"network": {"name": "mlp", "inputs": 64, "width": 16, "depth": 2}}
+GPT = TINY | {
+    "data": {"name": "python_source", "length": 8, "limit": 20000},
+    "network": {"name": "gpt", "length": 8, "width": 16, "heads": 2, "depth": 1, "tied": False},
+}
+
+
+def config(tmp_path: Path, trainings: dict[str, object], experiments: dict[str, list[str]]) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"seeds": [0, 1], "trainings": trainings, "experiments": experiments}))
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_files_name_every_experiment_and_only_what_there_is(path: Path) -> None:
+    plan = paper.Plan.read(path)
+    assert list(plan.experiments) == list(EXPERIMENTS)
+    used = {training.name for training, _ in plan.runs}
+    assert used == set(plan.trainings)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_networks_of_the_config_files_can_be_built(path: Path) -> None:
+    for training in paper.Plan.read(path).trainings.values():
+        options = dict(training.network)
+        name, norms = options.pop("name"), options.pop("layer_norm", True)
+        if name == "pretrained_resnet50":
+            continue
+        with torch.device("meta"):
+            network = NETWORKS[name](10, **options)
+        if not norms:
+            without_layer_norm(network)
+            assert not any(isinstance(module, torch.nn.LayerNorm) for module in network.modules())
+
+
+def test_all_experiments_end_to_end(tmp_path: Path) -> None:
+    trainings = {"resnet": TINY, "mlp": MLP, "gpt": GPT, "scaled": TINY | {"rate_power": 1.0}}
+    networks = ["resnet", "mlp", "gpt"]
+    experiments = dict.fromkeys(EXPERIMENTS, networks) | {
+        "width_scaling": ["mlp"],
+        "layer_norm": ["gpt", "scaled"],
+        "output_size": ["resnet", "scaled"],
+        "task": ["gpt", "scaled"],
+        "scalar_control": ["resnet", "scaled"],
+    }
+    given = ["--config", str(config(tmp_path, trainings, experiments)), "--output", str(tmp_path), "--jobs", "1"]
+    assert paper.main(given) == 0
+    page = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    for name in EXPERIMENTS:
+        assert f"](figures/{name}.png)" in page
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 3000
+    assert len(list(tmp_path.glob("*.json"))) == 8
+    assert " nan" not in page
+
+
+def test_a_run_is_read_back_and_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training.from_config("mlp", MLP)
+    first = outcome(training, 0, tmp_path)
+    monkeypatch.setattr("examples.paper.outcome._run", lambda *_: pytest.fail("trained again"))
+    again = outcome(training, 0, tmp_path)
+    assert again.test == first.test
+    assert [report.step for report in again.reports] == [0, 3]
+    for before, after in zip(first.reports, again.reports, strict=True):
+        for name, layer in before.layers.items():
+            torch.testing.assert_close(after.layers[name].h, layer.h, rtol=0, atol=0, equal_nan=True)
+
+
+def test_another_option_or_seed_is_another_run() -> None:
+    training = Training.from_config("mlp", MLP)
+    others = [Training.from_config("mlp", MLP | {"lr": 2e-3}), Training.from_config("mlp", MLP | {"shuffled": True})]
+    digests = {training.digest(0), training.digest(1), *(other.digest(0) for other in others)}
+    assert len(digests) == 4
+    # The name of an entry is not what a run is of.
+    assert Training.from_config("another", MLP).digest(0) == training.digest(0)
+
+
+def test_measuring_leaves_training_as_it_is(tmp_path: Path) -> None:
+    seldom = outcome(Training.from_config("a", MLP | {"measure_at": [3]}), 0, tmp_path)
+    often = outcome(Training.from_config("b", MLP | {"measure_at": [0, 1, 2, 3]}), 0, tmp_path)
+    assert seldom.test == often.test
+    assert [report.step for report in often.reports] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stepz": 3}, "stepz is no option"),
+        ({"data": {"name": "mnist"}}, "data has no 'mnist'"),
+        ({"network": {"name": "lenet"}}, "network has no 'lenet'"),
+        ({"measure_at": [4]}, "measure_at holds step 4, and there are 3 steps"),
+    ],
+)
+def test_bad_trainings_are_refused(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Training.from_config("mlp", MLP | change)
+    with pytest.raises(ValueError, match="missing"):
+        Training.from_config("mlp", {name: value for name, value in MLP.items() if name != "lr"})
+
+
+def test_bad_config_files_and_names_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config(tmp_path, {"mlp": MLP}, {"width_scaling": ["resnet"]})
+    with pytest.raises(ValueError, match="width_scaling names no training by resnet"):
+        paper.Plan.read(path)
+    for given in (["nonsense"], ["--config", str(tmp_path / "absent.yaml")]):
+        with pytest.raises(SystemExit) as stopped:
+            paper.main(given)
+        assert stopped.value.code == 2
+        assert given[-1] in capsys.readouterr().err
+
+
+def test_data_that_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # --data writes it for the runs' processes.
+    monkeypatch.setenv(FOLDER_VARIABLE, "elsewhere")
+    trainings = {"text": GPT | {"data": {"name": "text_file", "path": "absent.txt", "length": 8}}}
+    path = config(tmp_path, trainings, {"dynamics": ["text"]})
+    with pytest.raises(SystemExit) as stopped:
+        paper.main(["--config", str(path), "--output", str(tmp_path), "--data", str(tmp_path), "--jobs", "1"])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "absent.txt is no file" in said
+
+
+def test_a_failed_measurement_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no curvature today")
+
+    monkeypatch.setattr("lightning_spectral.callbacks.probe.measure_quietly", fails)
+    with pytest.raises(RuntimeError, match="mlp, seed 0: 1 measurements failed"):
+        outcome(Training.from_config("mlp", MLP), 0, tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_digit_pairs_hold_a_hundred_classes_and_share_no_digit() -> None:
+    parts = digit_pairs(500)
+    images, labels = next(iter(_all(parts.train)))
+    assert images.shape[1:] == (1, 8, 16)
+    assert parts.classes == 100
+    assert set(labels.tolist()) <= set(range(100))
+    halves = {tuple(half.flatten().tolist()) for image in images for half in image.split(8, 2)}
+    tested, _ = next(iter(_all(parts.test)))
+    assert not halves & {tuple(half.flatten().tolist()) for image in tested for half in image.split(8, 2)}
+
+
+def test_python_modules_are_windows_of_ten_files() -> None:
+    parts = python_modules(32)
+    windows, labels = next(iter(_all(parts.plain)))
+    assert windows.shape[1:] == (32,)
+    assert windows.dtype == torch.long
+    assert sorted(set(labels.tolist())) == list(range(10))
+
+
+def _all(dataset: object) -> object:
+    from examples.paper.data import loader
+
+    return loader(dataset, len(dataset))
+
+
+def test_powers_of_s_and_shuffled_scales() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+    )
+    optimizer = LayerRateAdamW(LayerRateAdamW.groups(model))
+    named = {group["name"]: group for group in optimizer.param_groups}
+    decay = {"0.weight": 1.0, "1.weight": 2.0, "2.weight": 4.0}
+    scale_rates(optimizer, decay, power=-1.0)
+    mean = (1 + 0.5 + 0.25) / 3
+    assert [named[name]["scale"] for name in decay] == pytest.approx([1 / mean, 0.5 / mean, 0.25 / mean])
+    moved = permuted(decay)
+    assert sorted(moved.values()) == [1.0, 2.0, 4.0]
+    assert moved != decay
+    assert permuted(decay) == moved
+
+
+def test_correlation_against_torch() -> None:
+    x, y = torch.randn(2, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
+    assert correlation(x, y) == pytest.approx(float(torch.corrcoef(torch.tensor([x, y]))[0, 1]))
+    nan = float("nan")
+    assert correlation([1.0, 2.0, nan], [1.0, 2.0, 3.0]) != correlation([1.0, 2.0, nan], [1.0, 2.0, 3.0])
+    assert spread([1.0, nan, 3.0]) == "2.00 ± 1.41"
+
+
+def test_outcomes_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Outcome("mlp", 0, {}, 1.0, [])
+    monkeypatch.setattr("json.dumps", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        found.save(tmp_path / "run.json")
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_every_data_set_and_network_is_documented_by_its_name() -> None:
+    assert set(DATA) >= {"digits", "python_source", "cifar10", "cifar100", "tiny_imagenet", "imagenet"}
+    assert set(NETWORKS) >= {"resnet18", "resnet50", "vgg11", "vit", "mlp", "gpt", "pretrained_resnet50"}

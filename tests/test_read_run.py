@@ -1,0 +1,320 @@
+"""Runs from every source that `lightning-spectral report` takes, and what it says of others."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from modules import ConvNet
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from reports import dead, layer, report
+from torch.utils.data import DataLoader
+
+from lightning_spectral import SpectralProbe
+from lightning_spectral.callbacks.probe import LAYER_KEYS
+from lightning_spectral.cli import main
+from lightning_spectral.report import RunError, read_run, run_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*")
+
+NAMES = ["net.2.weight", "net.10.weight", "a/b.weight", "<script>alert(1)</script>.weight"]
+
+
+def steps():
+    """Three probes of one run."""
+    return [
+        report(
+            *(layer(name, alpha=0.9 + step / 4, negative=i) for i, name in enumerate(NAMES)), dead("dead"), step=step
+        )
+        for step in (0, 4, 8)
+    ]
+
+
+def logged(tracker, reports=(), prefix="spectral"):
+    for r in reports or steps():
+        tracker.log_metrics({"train_loss": 2.0, "epoch": 0}, step=r.step)
+        tracker.log_metrics({f"{prefix}/{k}": v for k, v in r.scalars().items()}, step=r.step)
+    return tracker
+
+
+@pytest.fixture
+def log(tmp_path):
+    tracker = logged(CSVLogger(tmp_path, name="csv"))
+    tracker.save()
+    return Path(tracker.log_dir)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint and a CSV log of one short training."""
+    folder = tmp_path_factory.mktemp("trained")
+    probe = SpectralProbe(every_n_steps=2, top_k=5, max_samples=16)
+    trainer = pl.Trainer(
+        max_steps=3, callbacks=[probe], logger=CSVLogger(folder, name="csv"), enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(ConvNet(), DataLoader(ConvNet.data(), 24))
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return folder, probe
+
+
+def equal_scalars(probe, expected):
+    assert set(probe.layers) == set(expected.layers)
+    for name, values in probe.layers.items():
+        for key, value in expected.layers[name].scalars().items():
+            assert values[key] == pytest.approx(value, nan_ok=True), (name, key)
+
+
+def test_csv_log(log):
+    for path in (log, log / "metrics.csv", log.parent):
+        run = read_run([path])
+        assert [probe.label for probe in run.probes] == ["step 0", "step 4", "step 8"]
+        assert run.sources == (f"CSV log {log / 'metrics.csv'}",)
+        for probe, expected in zip(run.probes, steps(), strict=True):
+            assert probe.report is None
+            assert probe.loss == expected.loss
+            assert probe.n_layers == 5
+            equal_scalars(probe, expected)
+            assert [x.alpha for x in probe.exponents()] == pytest.approx(
+                [expected.layers[name].alpha.exponent for name in probe.layers], nan_ok=True
+            )
+    assert list(run.probes[0].layers)[-2:] == ["net.2.weight", "net.10.weight"]
+    assert run.name.endswith("csv/version_0") or run.name.endswith("/csv")
+
+
+def test_logged_keys_are_all_read(log):
+    assert set(read_run([log]).probes[0].layers["dead"]) == {key.name for key in LAYER_KEYS}
+
+
+def test_wandb_offline_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracker = logged(WandbLogger(project="p", save_dir=tmp_path, offline=True))
+    folder = Path(tracker.experiment.dir).parent
+    tracker.experiment.finish()
+    (file,) = folder.glob("*.wandb")
+    for path in (folder, file):
+        run = read_run([path])
+        assert run.sources == (f"W&B run {file}",)
+        for probe, expected in zip(run.probes, steps(), strict=True):
+            assert probe.step == expected.step
+            equal_scalars(probe, expected)
+    assert math.isinf(run.probes[0].layers["net.2.weight"]["zeta_bound"])
+
+
+def test_wandb_without_its_reader(tmp_path, monkeypatch):
+    file = tmp_path / "run-x.wandb"
+    file.write_bytes(b"nonsense" * 9)
+    with pytest.raises(RunError, match=r"no W&B run that can be read \(.*bad header"):
+        read_run([file])
+    old = subprocess.CompletedProcess([], 2, "", "Usage: ...\n\nError: No such command 'leet'.")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: old)
+    with pytest.raises(RunError, match="needs `wandb leet inspect`: pip install --upgrade wandb"):
+        read_run([file])
+
+
+def test_checkpoint_alone_and_beside_its_log(trained):
+    folder, probe = trained
+    alone = read_run([folder / "last.ckpt"])
+    assert [p.label for p in alone.probes] == ["step 2"]
+    assert alone.probes[0].report.to_json() == probe.last_report.to_json()
+    for paths in ([folder / "csv", folder / "last.ckpt"], [folder / "last.ckpt", folder / "csv"]):
+        both = read_run(paths)
+        assert [(p.step, p.report is not None) for p in both.probes] == [(0, False), (2, True)]
+
+
+def test_json_reports_one_several_or_a_folder(tmp_path):
+    files = []
+    for r in steps():
+        files.append(tmp_path / f"step{r.step}.json")
+        r.to_json(files[-1])
+    (tmp_path / "hparams.json").write_text("{}")
+    for paths in (files, files[::-1], [tmp_path], [str(tmp_path)]):
+        run = read_run(paths)
+        assert [p.step for p in run.probes] == [0, 4, 8]
+        assert all(p.report is not None for p in run.probes)
+    assert run.sources == (f"3 JSON reports in {tmp_path}",)
+    outside = tmp_path / "after.json"
+    report(layer("a")).to_json(outside)
+    assert [p.label for p in read_run([outside]).probes] == ["after"]
+
+
+def test_reports_in_memory():
+    run = run_of(steps()[::-1], "mine")
+    assert ([p.step for p in run.probes], run.sources) == ([0, 4, 8], ("3 reports",))
+    assert run_of([report(layer("a"))], "mine").probes[0].label == "report 1"
+
+
+def test_two_probes_need_a_prefix(tmp_path):
+    tracker = CSVLogger(tmp_path, name="csv")
+    for prefix in ("spectral", "other/one"):
+        logged(tracker, prefix=prefix)
+    tracker.save()
+    with pytest.raises(RunError, match="several probes; choose one with --prefix: other/one, spectral"):
+        read_run([tracker.log_dir])
+    with pytest.raises(RunError, match="no probe with the prefix 'x', but other/one, spectral"):
+        read_run([tracker.log_dir], prefix="x")
+    assert len(read_run([tracker.log_dir], prefix="other/one").probes) == 3
+
+
+def test_checkpoint_of_two_probes(tmp_path):
+    probes = [SpectralProbe(1), SpectralProbe(1, prefix="it's")]
+    for probe in probes:
+        probe._last_report = steps()[0]
+    torch.save({"callbacks": {p.state_key: p.state_dict() for p in probes}}, tmp_path / "two.ckpt")
+    with pytest.raises(RunError, match="choose one with --prefix: it's, spectral"):
+        read_run([tmp_path / "two.ckpt"])
+    assert read_run([tmp_path / "two.ckpt"], prefix="it's").probes[0].step == 0
+
+
+def test_failed_probes_are_left_out(tmp_path):
+    tracker = logged(CSVLogger(tmp_path, name="csv"), steps()[:1])
+    tracker.log_metrics({"spectral/alpha_median": math.nan, "spectral/layers_measured": math.nan}, step=9)
+    tracker.save()
+    assert [p.step for p in read_run([tracker.log_dir]).probes] == [0]
+
+
+def test_log_without_steps(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text("spectral/layers_measured,spectral/alpha_median,spectral/a/alpha\n1,2.0,2.0\n1,2.1,2.1\n")
+    assert [p.label for p in read_run([file]).probes] == ["probe 1", "probe 2"]
+
+
+def bad(tmp_path, name, content):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    return path
+
+
+HEAD = b"spectral/layers_measured,spectral/alpha_median,spectral/a/alpha\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("gone", None, "no such file or folder"),
+        ("notes.txt", b"hello", "not a file that can be read; give a CSVLogger's"),
+        ("metrics.csv", b"step,loss\n0,1.0\n", "holds nothing that a SpectralProbe logged"),
+        ("metrics.csv", b"", "holds nothing that a SpectralProbe logged"),
+        ("metrics.csv", b"\xff\xfe\x00", "no CSV file that can be read"),
+        ("metrics.csv", HEAD + b"1,2.0,blue\n", "spectral/a/alpha should be a number, got 'blue'"),
+        ("metrics.csv", HEAD + b"nan,nan,\n", "the probe measured nothing"),
+        ("metrics.csv", b"spectral/layers_measured,spectral/alpha_median\n0,2.0\n", "medians but no layers"),
+        ("r.json", b"{", "no report that can be read"),
+        ("r.json", b"[]", "no report that can be read"),
+        ("r.json", b"{}", "expected a lightning-spectral-report"),
+        ("r.json", b'{"format": "lightning-spectral-report", "version": 99}', "of version"),
+        ("x.ckpt", b"nonsense", "no checkpoint that loads with weights_only=True"),
+        ("x.ckpt", b"", "no checkpoint that loads with weights_only=True"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path, capsys, name, content, says):
+    path = bad(tmp_path, name, content)
+    with pytest.raises(RunError, match=says):
+        read_run([path])
+    assert main(["report", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"lightning-spectral report: {path}")
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+class Code:
+    """Not for a checkpoint that loads with weights_only."""
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({}, "is no checkpoint of a Trainer with a SpectralProbe"),
+        ([1, 2], "is no checkpoint of a Trainer with a SpectralProbe"),
+        ({"callbacks": {"EarlyStopping": {}}}, "is no checkpoint of a Trainer with a SpectralProbe"),
+        ({"callbacks": {SpectralProbe(1).state_key: {"last_report": None}}}, "the probe measured nothing"),
+        ({"callbacks": {SpectralProbe(1).state_key: {"last_report": {"format": "x"}}}}, "its report cannot be read"),
+        ({"hyper_parameters": Code()}, "loads with weights_only=True .* can be read instead"),
+    ],
+)
+def test_checkpoints_without_a_report(tmp_path, state, says):
+    torch.save(state, tmp_path / "x.ckpt")
+    with pytest.raises(RunError, match=says):
+        read_run([tmp_path / "x.ckpt"])
+
+
+def test_report_with_a_field_missing(tmp_path):
+    data = report(layer("a")).to_dict()
+    del data["layers"]["a"]["sigma"]
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    with pytest.raises(RunError, match=r"no report that can be read \(no 'sigma'\)"):
+        read_run([tmp_path / "r.json"])
+
+
+def test_folders_with_no_run_and_with_several(tmp_path):
+    with pytest.raises(RunError, match="holds no run; give a CSVLogger's folder"):
+        read_run([tmp_path])
+    for _ in range(2):
+        logged(CSVLogger(tmp_path, name="csv")).save()
+    with pytest.raises(
+        RunError, match=r"holds several runs, name one: .*version_0/metrics.csv, .*version_1/metrics.csv"
+    ):
+        read_run([tmp_path])
+
+
+def test_a_log_above_checkpoints_is_the_run(log):
+    (log / "checkpoints").mkdir()
+    (log / "checkpoints" / "epoch=0.ckpt").write_bytes(b"not read")
+    assert [probe.step for probe in read_run([log.parent]).probes] == [0, 4, 8]
+
+
+def test_command_writes_beside_the_run(log, tmp_path, capsys):
+    assert main(["report", str(log)]) == 0
+    assert capsys.readouterr().out.strip() == str(log / "report.html")
+    report(layer("a"), step=1).to_json(tmp_path / "one.json")
+    assert main(["report", str(tmp_path / "one.json"), "--title", "A & B"]) == 0
+    assert "<title>A &amp; B</title>" in (tmp_path / "one.html").read_text()
+    assert main(["report", str(log), "--output", str(tmp_path / "new" / "p.html"), "--prefix", "spectral"]) == 0
+    assert (tmp_path / "new" / "p.html").stat().st_size > 1e6
+
+
+def test_command_says_where_it_cannot_write(log, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path, tmp_path / "file" / "p.html"):
+        assert main(["report", str(log), "--output", str(target)]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+
+
+def test_command_without_plotly(log, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert main(["report", str(log)]) == 2
+    assert capsys.readouterr().err == (
+        'lightning-spectral report: the page\'s plots need plotly: pip install "lightning-spectral[report]"\n'
+    )
+
+
+def test_help_and_unknown_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "--help"])
+    assert stop.value.code == 0
+    assert "offline W&B run" in " ".join(capsys.readouterr().out.split())
+    for arguments in (["report"], ["report", "x", "--colour", "red"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+def test_reading_needs_neither_lightning_nor_wandb_nor_plotly(log):
+    done = subprocess.run(
+        [
+            sys.executable, "-c",
+            "import sys\n"
+            "for name in ('pytorch_lightning', 'lightning', 'wandb', 'plotly'):\n    sys.modules[name] = None\n"
+            "from lightning_spectral.report import read_run\n"
+            f"print(len(read_run([{str(log)!r}]).probes))",
+        ],
+        capture_output=True, text=True, check=False, env=os.environ,
+    )  # fmt: skip
+    assert done.stdout.strip() == "3", done.stderr
