@@ -161,6 +161,25 @@ def test_the_figure_needs_matplotlib(monkeypatch, tmp_path):
         figure(summary(), {}, {}, tmp_path / "train.png")
 
 
+def test_the_grid_is_of_rates_near_the_best_of_the_defaults(tmp_path):
+    store = Store(tmp_path / "train.json", {})
+    bench = train.Benchmark(store, ["language"], {"spectral_newton": train.ARMS["spectral_newton"]}, (0,), quick=True)
+    (seed,) = train.TUNING_SEEDS["language"]
+    losses = {
+        "alpha=2 damping=0.03": {0.01: 2.0, 0.02: 1.0, 0.04: 3.0},
+        "alpha=2 damping=0.1": {0.01: 1.25, 0.02: 1.5, 0.04: 1.75, 0.08: 0.5},
+        "alpha=1.5 damping=0.1": {0.01: 0.1, 0.02: 0.1},
+    }
+    for arm, curve in losses.items():
+        for lr, loss in curve.items():
+            store.add(Result(Run("language", bench.recipes["language", arm], lr, seed, 3), loss, 0.0, 0.0))
+    assert bench.grid() == {"language": {2.0: {0.03: 1.0, 0.1: 1.25}}}
+    trained = []
+    bench.train = trained.extend
+    bench.study()
+    assert trained == [("language", arm, lr, seed) for arm in train.studied() for lr in (0.01, 0.02, 0.04)]
+
+
 def test_the_study_needs_the_defaults(capsys):
     with pytest.raises(SystemExit):
         train.main(["--study", "--arm=muon"])

@@ -7,21 +7,29 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = {
-    "spectral_newton": "#0072B2",
-    "muon": "#D55E00",
     "adamw": "#000000",
-    "layer_rates": "#999999",
+    "muon": "#D55E00",
+    "muon_momentum_0.85": "#E69F00",
+    "spectral_newton": "#0072B2",
+    "spectral_newton_momentum_0.85": "#56B4E9",
+    "alpha_1": "#009E73",
     "probe": "#CC79A7",
-    "paper": "#009E73",
-    "alpha_1": "#E69F00",
-    "alpha_2": "#56B4E9",
 }
 """Okabe and Ito's, which the colour-blind can tell apart; other arms are grey."""
 
-CURVES = ("spectral_newton", "muon", "adamw", "alpha_1", "probe")
-"""Arms with a curve of validation loss against learning rate."""
+GREY = "#777777"
 
-MARKERS = dict(zip(CURVES, "osD^v", strict=True))
+MARKERS = {
+    "adamw": "D",
+    "muon": "s",
+    "muon_momentum_0.85": "s",
+    "spectral_newton": "o",
+    "spectral_newton_momentum_0.85": "o",
+}
+"""Of the arms with a curve of validation loss against learning rate; those with their own momentum are dashed."""
+
+ALPHAS = {1.5: ("#E69F00", "^"), 2.0: ("#0072B2", "o")}
+"""Colour and marker of the exponents on the grid."""
 
 Curve = Mapping[float, float]
 
@@ -56,13 +64,15 @@ def figure(
         left.set_title(f"{task.replace('_', ' ')}: test loss, 5 seeds", fontsize=10)
         _rates(middle, {arm: curve for (of, arm), curve in curves.items() if of == task})
         _dampings(right, grid.get(task, {}))
+    if axes[0, 1].lines:
+        axes[0, 1].legend(fontsize=7)  # one key for all rows, where the curves leave room for it
     made.savefig(path, dpi=120)
 
 
 def _tests(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """A dot per seed, with their mean and standard deviation."""
     for y, row in enumerate(rows):
-        colour = COLOURS.get(row["arm"], "#777777")
+        colour = COLOURS.get(row["arm"], GREY)
         axes.plot(row["tests"], [y - 0.22] * len(row["tests"]), ".", color=colour, markersize=5, alpha=0.8)
         axes.errorbar(row["test"], y + 0.1, xerr=row["std"], fmt="o", color=colour, capsize=3, markersize=5)
     axes.set_yticks(range(len(rows)), [f"{row['arm'].replace('_', ' ')}, lr {row['lr']:g}" for row in rows])
@@ -72,35 +82,35 @@ def _tests(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _rates(axes: Any, curves: Mapping[str, Curve]) -> None:
-    shown = {arm: dict(sorted(curves[arm].items())) for arm in CURVES if curves.get(arm)}
+    shown = {arm: dict(sorted(curves[arm].items())) for arm in MARKERS if curves.get(arm)}
     for arm, curve in shown.items():
+        dashed = "--" if "momentum" in arm else "-"
         label = arm.replace("_", " ")
-        axes.plot(list(curve), list(curve.values()), marker=MARKERS[arm], color=COLOURS[arm], label=label, markersize=4)
-    _limit(axes, [min(curve.values()) for curve in shown.values()], above=0.35)
+        axes.plot(list(curve), list(curve.values()), dashed, marker=MARKERS[arm], color=COLOURS[arm], label=label)
+    _limit(axes, [min(curve.values()) for curve in shown.values()], above=0.5)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="learning rate", ylabel="validation loss, 2 seeds")
+    axes.set(xlabel="learning rate", ylabel="validation loss")
     _plain_ticks(axes, sorted({lr for curve in shown.values() for lr in curve}))
-    axes.legend(fontsize=7)
 
 
 def _dampings(axes: Any, grid: Mapping[float, Curve]) -> None:
-    styles = zip(("#56B4E9", "#0072B2", "#000000"), "^os", strict=True)
-    for (alpha, curve), (colour, marker) in zip(sorted(grid.items()), styles, strict=False):
+    for alpha, curve in sorted(grid.items()):
+        colour, marker = ALPHAS[alpha]
         ordered = dict(sorted(curve.items()))
-        axes.plot(list(ordered), list(ordered.values()), marker=marker, color=colour, label=f"alpha {alpha:g}")
-    _limit(axes, [loss for curve in grid.values() for loss in curve.values()], above=0.6)
+        axes.plot(list(ordered), list(ordered.values()), marker=marker, color=colour, label=f"alpha = {alpha:g}")
+    _limit(axes, [loss for curve in grid.values() for loss in curve.values()], above=0.15)
     axes.set_xscale("log")
-    axes.set(xlabel="damping, SpectralNewton at its best rate", ylabel="validation loss, 2 seeds")
+    axes.set(xlabel="damping", ylabel="validation loss")
     _plain_ticks(axes, sorted({d for curve in grid.values() for d in curve}))
     if grid:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper right")
 
 
 def _limit(axes: Any, losses: Sequence[float], *, above: float) -> None:
     """Show what lies near the best: losses that went far off would flatten the rest."""
     if losses:
         low, high = min(losses), max(losses)
-        axes.set_ylim(low - 0.03 * abs(low), min(high, low * (1 + above)) + above * 0.3 * abs(low))
+        axes.set_ylim(low - 0.04 * abs(low), high + above * abs(low))
     axes.grid(alpha=0.3)
 
 

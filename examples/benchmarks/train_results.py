@@ -167,14 +167,14 @@ def claims(summary: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
     """What was hoped for of SpectralNewton's defaults -> whether it holds."""
     rows = {(row["task"], row["arm"]): row for row in summary}
     out = []
-    for peer, margin in (("muon", 0.04), ("adamw", 0.25)):
+    for peer, margin in (("muon", 0.04), ("muon_momentum_0.85", 0.04), ("adamw", 0.25)):
         ours, theirs = rows.get(("language", "spectral_newton")), rows.get(("language", peer))
         if ours and theirs:
             gap = theirs["test"] - ours["test"]
             out.append((f"language: {margin} nats below {peer} (it is {gap:.3f})", gap >= margin))
     for task in ("noisy_pixels", "wrong_labels"):
         ours = rows.get((task, "spectral_newton"))
-        peers = [rows[task, peer] for peer in ("muon", "adamw") if (task, peer) in rows]
+        peers = [rows[task, peer] for peer in ("muon", "muon_momentum_0.85", "adamw") if (task, peer) in rows]
         if ours and peers:
             best = min(peers, key=lambda row: row["test"])
             gap, width = ours["test"] - best["test"], math.hypot(ours["std"], best["std"]) / math.sqrt(2)

@@ -70,7 +70,7 @@ class SpectralNewton(Optimizer):
         damping: d > 0, in units of the root mean square singular value to the power alpha; "auto": 0.03 for transformer
             blocks known from `SpectralNewton.groups`, else 0.1. Smaller values lift weak directions more, which
             noisy labels punish.
-        momentum: mu.
+        momentum: mu. Runs of a few hundred steps may do better with 0.85 to 0.9, as Muon's do.
         nesterov: whether M looks one step ahead.
         weight_decay: decoupled, times lr.
         update_rms: root mean square entry of an update before lr; null: X as it is.
