@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from itertools import chain
 
-from lightning_spectral.report.figures import plot_transfer_identity
-
 from examples.paper.finding import (
     Finding,
     Outcomes,
@@ -22,6 +20,7 @@ from examples.paper.plots import curves, strips
 from lightning_spectral.analysis import PAPER_ALPHA, PAPER_RANGES
 from lightning_spectral.analysis import transfer_identity as identity_of
 from lightning_spectral.record import median
+from lightning_spectral.report.figures import plot_transfer_identity
 
 ROUGH_ERROR = 0.06
 
