@@ -74,18 +74,24 @@ class Checkpoint:
 
     Attributes:
         path: of the file.
-        state: name -> weight.
-        content: all of it; the state alone where the file is a plain state dict.
+        content: all of it.
+        key: under which it holds the weights; None where it is a plain state dict.
     """
 
     path: Path
-    state: dict[str, Any]
     content: dict[str, Any]
+    key: str | None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Name -> weight."""
+        state: dict[str, Any] = self.content if self.key is None else self.content[self.key]
+        return state
 
     @property
     def hyper_parameters(self) -> dict[str, Any]:
         """What the module's `save_hyperparameters` kept."""
-        kept = self.content.get("hyper_parameters") if self.content is not self.state else None
+        kept = self.content.get("hyper_parameters")
         return {str(k): v for k, v in kept.items()} if isinstance(kept, Mapping) else {}
 
     @property
@@ -115,14 +121,13 @@ class Checkpoint:
             ) from error
         if not isinstance(content, Mapping):
             raise SourceError(f"--checkpoint {path}: a {type(content).__name__}, and no state dict or checkpoint")
-        found = [content[key] for key in STATES if _is_state(content.get(key))]
-        if not found and not _is_state(content):
+        key = next((key for key in STATES if _is_state(content.get(key))), None)
+        if key is None and not _is_state(content):
             raise SourceError(
                 f"--checkpoint {path}: no weights under {', '.join(STATES)}; it has "
                 f"{some_of([str(key) for key in content]) or 'nothing'}"
             )
-        state = dict(found[0]) if found else dict(content)
-        return cls(path, state, dict(content) if found else state)
+        return cls(path, dict(content), key)
 
     def load_into(self, model: nn.Module, *, prefix: str = "", strict: bool = True) -> str:
         """Load the weights into a model.
@@ -138,7 +143,7 @@ class Checkpoint:
         Raises:
             SourceError: if names or shapes do not match.
         """
-        if self.content is not self.state and callable(hook := getattr(model, "on_load_checkpoint", None)):
+        if self.key is not None and callable(hook := getattr(model, "on_load_checkpoint", None)):
             hook(self.content)
         state = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
         own = model.state_dict()
@@ -248,6 +253,8 @@ def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:
     Raises:
         SourceError: if there is no such data, or not enough of it.
     """
+    if n_batches < 1:
+        raise SourceError(f"--n-batches must be a whole number of at least 1, got {n_batches}")
     value = imported(path, "--data")
     try:
         value = value() if callable(value) else value
