@@ -54,6 +54,7 @@ def functional_loss(name: str) -> LossFunction:
         ValueError: for a name that is none of `FUNCTIONAL_LOSSES`.
         MeasurementError: when called, for a batch or an output that is none of these.
 
+    >>> import torch
     >>> model = torch.nn.Linear(3, 1)
     >>> x, y = torch.ones(4, 3), torch.zeros(4)
     >>> bool(functional_loss("mse_loss")(model, (x, y)) == model(x).square().mean())
