@@ -13,8 +13,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/lightning-spectral demo
 
+# A process per core, each with one thread: the tests' tensors are small.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ REPORT_KEYS: dict[str, str] = {
     "layers_measured": "layers with an alpha",
     "layers_failed": "layers chosen but without an alpha; the report's notes say why",
     "negative_curvature": "directions with h < 0, all layers",
+    "zeta_unbounded": "layers whose zeta bound is infinite, alpha gamma <= 1",
     "check_error": "relative difference of one curvature to an exact product, with curvature ggn by auto",
     **{
         f"rank_model/{model}": "share of the layers whose gradient spectrum it fits best, by BIC"
@@ -114,6 +115,7 @@ class SpectralReport:
         out["check_error"] = self.check_error
         out |= {f"rank_model/{model}": share for model, share in self.rank_model_shares().items()}
         out["negative_curvature"] = float(sum(layer.n_negative for layer in self.layers.values()))
+        out["zeta_unbounded"] = float(sum(math.isinf(layer.zeta_bound) for layer in self.layers.values()))
         for name in self.layers if layers is None else layers:
             out |= {f"{name}/{key}": value for key, value in self.layers[name].scalars().items()}
         return out
@@ -157,13 +159,17 @@ class SpectralReport:
         text = source if isinstance(source, str) and source.lstrip().startswith("{") else None
         return cls.from_dict(json.loads(Path(source).read_text(encoding="utf-8") if text is None else text))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per layer: name, kind, shape, every logged quantity, alpha by quarter, rank model and note."""
+        return [_row(layer) for layer in self.layers.values()]
+
     def to_pandas(self) -> pandas.DataFrame:
         """A row per layer, indexed by its name. Needs pandas."""
         try:
             import pandas
         except ImportError as error:
             raise ImportError("to_pandas needs pandas: pip install pandas; to_dict() needs nothing") from error
-        rows = [_row(layer) for layer in self.layers.values()]
+        rows = self.rows()
         columns = list(rows[0]) if rows else ["layer"]
         frame: pandas.DataFrame = pandas.DataFrame(rows, columns=columns).set_index("layer")
         return frame

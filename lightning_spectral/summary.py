@@ -127,12 +127,16 @@ def _by_kind(layers: Sequence[Exponents]) -> str:
 
 
 def _deviation(layers: Sequence[Exponents]) -> str:
-    far = [(x, f"{x.short} ({x.alpha:.2f} ± {x.stderr:.2f}; {middle:.2f})") for x, middle in deviating(layers)]
+    far = [(x, f"{x.short} ({_with_error(x)}; {middle:.2f})") for x, middle in deviating(layers)]
     if not far:
         return ""
     # A log tells no kinds, and then all layers are compared.
     of = "their kind" if all(x.kind for x, _ in far) else "all layers"
     return f"Far from the median of {of} (alpha; the median): {some_of([text for _, text in far])}."
+
+
+def _with_error(x: Exponents) -> str:
+    return f"{x.alpha:.2f}" + ("" if math.isnan(x.stderr) else f" ± {x.stderr:.2f}")
 
 
 def _identity(layers: Sequence[Exponents]) -> str:

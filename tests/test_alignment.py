@@ -28,6 +28,7 @@ from lightning_spectral.fits import entropy_rank, fit_power_law
 from lightning_spectral.layers import find_layers
 from lightning_spectral.spectrum import LAYER_KEYS
 
+NAMED = {case.name: case for case in CASES}
 ALIGNMENT_KEYS = [key for key in LAYER_KEYS if key.part == "alignment"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -170,7 +171,11 @@ def test_inner_layout_of_attention_does_not_matter():
     same(aligned(batch_first, (x, y), case.loss), report)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [NAMED["mlp_cross_entropy"], NAMED["cnn_batchnorm_eval"], NAMED["gpt_block_fused_qkv"]],
+    ids=lambda case: case.name,
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_batch_twice_as_large_has_the_same_chi(case, reduction):
     model, batch = case.build()
@@ -214,7 +219,7 @@ def test_uneven_batches_of_a_mean_give_the_same():
 
 
 def test_pieces_of_a_convolution_give_the_same():
-    model, batch = CASES[5].build()
+    model, batch = NAMED["grouped_depthwise_transposed"].build()
     expected = aligned(model, batch, cross_entropy, micro_batch_size=12)
     same(aligned(model, batch, cross_entropy, micro_batch_size=5), expected)
 
@@ -301,7 +306,7 @@ def test_a_layer_that_fails_stops_no_other(monkeypatch):
         real(self, *args)
 
     monkeypatch.setattr(_Sums, "add", broken)
-    model, batch = CASES[0].build()
+    model, batch = NAMED["mlp_cross_entropy"].build()
     report = aligned(model, batch, cross_entropy)
     assert report.layers["2.weight"].alignment_note == "RuntimeError: no luck"
     assert not math.isnan(report.layers["2.weight"].alpha.exponent)
@@ -318,14 +323,14 @@ def test_a_backward_pass_that_fails_stops_no_other_layer(monkeypatch):
         return real(self, uses)
 
     monkeypatch.setattr(Problem, "output_gradients", broken)
-    report = aligned(*CASES[0].build(), cross_entropy)
+    report = aligned(*NAMED["mlp_cross_entropy"].build(), cross_entropy)
     assert report.layers["2.weight"].alignment_note == "its backward pass failed: no luck"
     adds_up(report.layers["0.weight"])
     adds_up(report.layers["4.weight"])
 
 
 def test_gradients_in_outputs_are_those_of_a_pass_of_their_own(monkeypatch):
-    model, batch = CASES[5].build()
+    model, batch = NAMED["grouped_depthwise_transposed"].build()
     # The fifth direction of five classes is rounding noise.
     found = aligned(model, batch, cross_entropy, curvature="ggn", top_k=4)
     real = Problem.gradients
@@ -335,7 +340,7 @@ def test_gradients_in_outputs_are_those_of_a_pass_of_their_own(monkeypatch):
 
 def test_a_failure_of_all_is_noted(monkeypatch):
     monkeypatch.setattr(factors_module, "_factors", lambda *args: 1 / 0)
-    report = aligned(*CASES[0].build(), cross_entropy)
+    report = aligned(*NAMED["mlp_cross_entropy"].build(), cross_entropy)
     assert {layer.alignment_note for layer in report.layers.values()} == {"ZeroDivisionError: division by zero"}
 
 
@@ -371,7 +376,16 @@ def test_out_of_memory_of_both(monkeypatch):
     same(aligned(model, batch, short.loss), expected)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[5], CASES[9]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        NAMED["mlp_cross_entropy"],
+        NAMED["cnn_batchnorm_eval"],
+        NAMED["grouped_depthwise_transposed"],
+        NAMED["gpt_block_fused_qkv"],
+    ],
+    ids=lambda case: case.name,
+)
 def test_of_large_factors_the_leading_eigenvalues(monkeypatch, case):
     model, batch = case.build()
     expected = aligned(model, batch, case.loss, top_k=3, **case.options)
@@ -401,14 +415,14 @@ def test_of_large_factors_the_leading_eigenvalues(monkeypatch, case):
 
 
 def test_a_few_rows_of_a_large_factor_are_taken_whole(monkeypatch):
-    model, batch = CASES[0].build()
+    model, batch = NAMED["mlp_cross_entropy"].build()
     expected = aligned(model, batch, cross_entropy)
     monkeypatch.setattr(moments_module, "LARGE", 4)
     same(aligned(model, batch, cross_entropy), expected)
 
 
 def test_float32_is_near_float64():
-    for case in (CASES[2], CASES[9]):
+    for case in (NAMED["cnn_batchnorm_eval"], NAMED["gpt_block_fused_qkv"]):
         model, batch = case.build()
         expected = aligned(model, batch, case.loss, top_k=3, **case.options)
         narrow = tuple(t.float() if t.is_floating_point() else t for t in batch)
@@ -473,7 +487,7 @@ def test_a_factor_without_variance_has_no_slopes():
 
 
 def test_round_trip():
-    model, batch = CASES[8].build()
+    model, batch = NAMED["gpt_block_tied"].build()
     report = aligned(model, batch, token_loss)
     back = SpectralReport.from_json(report.to_json())
     assert back.to_json() == report.to_json()
@@ -489,7 +503,7 @@ def test_round_trip():
 
 
 def test_keys_are_there_where_they_were_asked_for():
-    model, batch = CASES[8].build()
+    model, batch = NAMED["gpt_block_tied"].build()
     names = {key.name for key in ALIGNMENT_KEYS}
     plain = measure_spectra(model, batch, token_loss, top_k=3)
     assert not any(key.rpartition("/")[2].removesuffix("_median") in names for key in plain.scalars())
@@ -508,7 +522,7 @@ def test_keys_are_there_where_they_were_asked_for():
 
 
 def test_alignment_changes_nothing_else():
-    model, batch = CASES[9].build()
+    model, batch = NAMED["gpt_block_fused_qkv"].build()
     for method in ("exact", "sketch"):
         report = aligned(model, batch, token_loss, curvature=method)
         plain = measure_spectra(model, batch, token_loss, top_k=6, curvature=method)
@@ -587,6 +601,6 @@ def test_the_papers_alignment_ratios():
 
 
 def test_sequences_take_all_positions():
-    model, batch = CASES[8].build()
+    model, batch = NAMED["gpt_block_tied"].build()
     tokens = sequences()[0]
     assert aligned(model, batch, token_loss).layers["block.up.weight"].alignment.rows == tokens.numel()

@@ -41,7 +41,7 @@ def test_demo_trains_measures_logs_and_prints(tmp_path, capsys):
         command = re.search(rf"wandb leet run (\S*{name}\S*)", printed)
         summary = wandb_summary(command.group(1))
         assert summary["spectral/alpha_median"] == pytest.approx(report.medians()["alpha_median"], rel=1e-6)
-        assert summary["spectral/head.weight/gamma"] == pytest.approx(report.layers["head.weight"].gamma.exponent)
+        assert summary["spectral/head.weight/r2_alpha"] == pytest.approx(report.layers["head.weight"].alpha.r2)
     for name in reports:
         page = tmp_path / name / "report.html"
         assert str(page) in printed.replace("\n", "")

@@ -415,6 +415,9 @@ ALONE = """
         result.append(metric.compute().item())
     with open(f"{{folder}}/{{rank}}.json", "w") as file:
         json.dump(result, file)
+    # Threads of gloo that outlive the interpreter abort the process.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 

@@ -165,6 +165,10 @@ def test_mixed_and_capped_logs_say_what_is_missing():
     notes = page_data(mixed)["notes"]
     assert notes[0].startswith("sigma_k and h_k are known at 1 of 2 probes")
     assert notes[1].startswith("2 of 5 layers were logged one by one")
+    assert len(notes) == 2
+    few = {name: {"alpha": 2.0, "r2_alpha": 0.99} for name in whole[0].layers}
+    notes = page_data(Run("m", ("x",), (Probe(0, "step 0", 1.0, few, None, 2),)))["notes"]
+    assert 'SpectralProbe(log_quantities="all")' in notes[-1]
 
 
 def test_a_huge_run_stays_small():

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib", reason="every experiment makes a figure")
 
 from examples.ablation.peers import LayerRateAdamW, permuted, scale_rates
 from examples.paper import run as paper
+from examples.paper.archives import FOLDER_VARIABLE
 from examples.paper.experiments import EXPERIMENTS
 from examples.paper.finding import correlation, spread
 from examples.paper.outcome import Outcome, Training, outcome
@@ -140,6 +141,21 @@ def test_bad_config_files_and_names_are_refused(tmp_path: Path, capsys: pytest.C
             paper.main(given)
         assert stopped.value.code == 2
         assert given[-1] in capsys.readouterr().err
+
+
+def test_data_that_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # --data writes it for the runs' processes.
+    monkeypatch.setenv(FOLDER_VARIABLE, "elsewhere")
+    trainings = {"text": GPT | {"data": {"name": "text_file", "path": "absent.txt", "length": 8}}}
+    path = config(tmp_path, trainings, {"dynamics": ["text"]})
+    with pytest.raises(SystemExit) as stopped:
+        paper.main(["--config", str(path), "--output", str(tmp_path), "--data", str(tmp_path), "--jobs", "1"])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "absent.txt is no file" in said
 
 
 def test_a_failed_measurement_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
-from lightning_spectral.callbacks.probe import LOGGED_LAYERS, PROBE_KEYS
+from lightning_spectral.callbacks.logged import CURVES, LOGGED_LAYERS, PER_LAYER, PROBE_KEYS
 from lightning_spectral.record import REPORT_KEYS
 from lightning_spectral.spectrum import LAYER_KEYS
 
@@ -122,14 +122,9 @@ def test_one_dict_per_probe_with_every_key():
     fit_tiny(probe, steps=4, logger=[logger])
     assert [step for step, _ in logger.rows] == [0, 2]
     metrics = logger.rows[-1][1]
-    keys = [key for key in LAYER_KEYS if not key.part]
-    layers = {f"spectral/{name}/{key.name}" for name in ("net.0.weight", "net.2.weight") for key in keys}
-    medians = {
-        f"spectral/{where}{key.name}_median"
-        for where in ("", "kind/head/", "kind/dense/")
-        for key in keys
-        if key.median
-    }
+    layers = {f"spectral/{name}/{quantity}" for name in ("net.0.weight", "net.2.weight") for quantity in PER_LAYER}
+    medians = {f"spectral/{key.name}_median" for key in LAYER_KEYS if key.median and not key.part}
+    medians |= {f"spectral/kind/{kind}/{quantity}_median" for kind in ("head", "dense") for quantity in CURVES}
     assert set(metrics) == layers | medians | {f"spectral/{key}" for key in (*REPORT_KEYS, *PROBE_KEYS)}
     report = probe.last_report
     assert metrics["spectral/net.0.weight/alpha"] == report.layers["net.0.weight"].alpha.exponent
@@ -144,7 +139,9 @@ def test_values_reach_csv_and_tensorboard(tmp_path):
         rows = [row for row in csv.DictReader(file) if row["spectral/alpha_median"]]
     assert [int(row["step"]) for row in rows] == [0, 2]
     for row, report in zip(rows, probe.history, strict=True):
-        for name, value in report.scalars().items():
+        logged = probe.logged.scalars(report)
+        assert {"alpha_median", "kind/head/zeta_bound_median", "net.0.weight/r2_alpha"} <= set(logged)
+        for name, value in logged.items():
             assert float(row[f"spectral/{name}"]) == pytest.approx(value, rel=1e-12, nan_ok=True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

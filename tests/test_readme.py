@@ -1,5 +1,6 @@
 """The README's snippets run, its table of keys is the code's, and its commands exist."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import pytest
 import pytorch_lightning as pl
 import yaml
 from modules import ConvNet
+from reports import layer, report
 from torch.utils.data import DataLoader
 
+import wandb
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
 from lightning_spectral.callbacks.alphas import ALPHA_KEY
-from lightning_spectral.callbacks.probe import PROBE_KEYS
+from lightning_spectral.callbacks.logged import LOGGED_LAYERS, PROBE_KEYS, Logged, charts
+from lightning_spectral.callbacks.outputs import FIGURES
 from lightning_spectral.record import REPORT_KEYS
 from lightning_spectral.report import figures
 from lightning_spectral.spectrum import LAYER_KEYS
@@ -32,6 +36,8 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     assert len(snippets) == 7
     for snippet in snippets:
         exec(compile(snippet.replace("max_steps=300", "max_steps=2"), "README.md", "exec"), scope)
+    # W&B would go on with this run in another test.
+    wandb.finish()
     printed = capsys.readouterr().out
     assert "alpha" in printed
     assert "PowerLawFit(exponent=" in printed
@@ -78,3 +84,33 @@ def test_every_figure_is_named_and_those_shown_are_there_and_small():
     shown = re.findall(r"!\[[^]]+\]\((.*?)\)", README)
     assert len(shown) == 2
     assert all((ROOT / path).stat().st_size < 80_000 for path in shown)
+
+
+def test_options_of_logging_are_named():
+    parameters = set(inspect.signature(SpectralProbe).parameters)
+    options = {
+        "log_layers",
+        "log_quantities",
+        "wandb_charts",
+        "log_tables",
+        "log_figures_every",
+        "print_every",
+        "print_end",
+    }
+    assert options <= parameters
+    assert all(f"`{option}`" in README for option in options)
+    assert all(f"`plot_{name}" in README for name in FIGURES if name != "rank_models")
+    assert f"for up to\n{LOGGED_LAYERS} layers" in README
+
+
+@pytest.mark.parametrize(
+    ("row", "kinds"),
+    [
+        ("ResNet-50, 54 layers", ["conv"] * 53 + ["head"]),
+        ("GPT of 12 blocks, 49 layers", [*["attention_qkv", "attention_out", "mlp_up", "mlp_down"] * 12, "head"]),
+    ],
+)
+def test_numbers_of_keys_and_charts(row, kinds):
+    measured = report(*(layer(f"{i}.weight", kind=kind) for i, kind in enumerate(kinds)))
+    keys = list(Logged("auto", "auto", (), lambda text: None).scalars(measured) | dict.fromkeys(PROBE_KEYS, 0.0))
+    assert re.search(rf"\| {row}[^|]*\| {len(keys)} \| {len(charts(keys, 40))}:", README)

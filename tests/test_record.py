@@ -43,7 +43,7 @@ def test_json_round_trip(report, tmp_path):
 def full():
     """A report of everything that is measured on request."""
     case = CASES[0]
-    options = {"spectrum_top_k": 8, "weight_spectra": True, "bootstrap": 20, "curvature_fraction": 2}
+    options = {"spectrum_top_k": 8, "weight_spectra": True, "bootstrap": 20, "curvature_fraction": 2, "alignment": True}
     model, batch = case.build()
     return measure_spectra(model, batch, case.loss, top_k=5, curvature="exact", **options)
 

@@ -415,4 +415,4 @@ def test_processes_measure_alike_and_the_first_one_logs():
     class Rank:
         is_global_zero, loggers = False, ["never asked"]
 
-    SpectralProbe()._log(Rank(), {"spectral/loss": 1.0}, 0)
+    SpectralProbe().outputs.write(Rank(), 0, {"loss": 1.0})

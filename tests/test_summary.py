@@ -90,6 +90,8 @@ def test_layers_far_from_their_kind():
     assert said("Far from", *siblings, far, head) == (
         "Far from the median of their kind (alpha; the median): far (1.00 ± 0.00; 2.00)."
     )
+    logged = [Exponents.logged(f"{i}", {"alpha": 4.0 if i == 3 else 2.0, "r2_alpha": 1.0}) for i in range(4)]
+    assert "Far from the median of all layers (alpha; the median): 3 (4.00; 2.00)." in summary(logged)
     assert said("Far from", *siblings, layer("near", alpha=2.2, kind="conv"), head) == ""
     assert said("Far from", siblings[0], far) == ""
     assert deviating(report(*siblings, cloud("noise", kind="conv"))) == []

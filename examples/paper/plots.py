@@ -61,6 +61,31 @@ def strips(
     return figure
 
 
+def parts(rows: Mapping[str, Mapping[str, Sequence[float]]], title: str, label: str) -> Figure:
+    """A row per group with several quantities in it, each with its mean and standard deviation in its own colour.
+
+    Args:
+        rows: name of a row -> quantity -> values.
+        title, label: of the figure and its abscissa.
+    """
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    with canvas(6.0, 1.3 + 0.24 * len(rows), dark=False) as figure:
+        axes = figure.subplots()
+        axes.axvline(0, color=BAND, linewidth=0.8, zorder=0)
+        for i, name in enumerate(names):
+            found = {y: row[name] for y, row in enumerate(rows.values()) if row.get(name)}
+            means = [fmean(values) for values in found.values()]
+            widths = [stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
+            marker, colour = "osD^vPX"[i % 7], PALETTE[i % len(PALETTE)]
+            axes.errorbar(means, list(found), xerr=widths, fmt=marker, color=colour, capsize=2, label=name)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        figure.legend(loc="outside lower center", ncols=len(names))
+        figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
 def curves(
     series: Mapping[str, Mapping[float, Sequence[float]]],
     title: str,

@@ -27,7 +27,7 @@ ROOT = HERE.parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from examples.paper.archives import FOLDER_VARIABLE  # noqa: E402
+from examples.paper.archives import FOLDER_VARIABLE, ArchiveError  # noqa: E402
 from examples.paper.experiments import EXPERIMENTS  # noqa: E402
 from examples.paper.finding import Finding  # noqa: E402
 from examples.paper.outcome import Outcome, Training, outcome  # noqa: E402
@@ -169,7 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     started = time.perf_counter()
-    found = findings(plan, options.output, options.jobs)
+    try:
+        found = findings(plan, options.output, options.jobs)
+    except (ArchiveError, ImportError) as error:
+        parser.exit(1, f"{error}\n")
     command = " ".join(["python examples/paper/run.py", *(sys.argv[1:] if argv is None else argv)])
     page = write_page(plan, found, options.page or options.output, command, time.perf_counter() - started)
     print(f"{len(found)} experiments in {page}")

@@ -3,49 +3,32 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, sharded, steps_in_all, to_device
+from lightning_spectral.callbacks.advice import Advice
 from lightning_spectral.callbacks.alphas import Fits, alphas_in_use, fits_of, takers, unmeasured, write_alphas
 from lightning_spectral.callbacks.batches import BatchChoice, BatchSource
+from lightning_spectral.callbacks.logged import Logged
+from lightning_spectral.callbacks.outputs import OutputOptions, Outputs
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.callbacks.swap import SwapOptimizer
-from lightning_spectral.curvature.select import FEW_SAMPLES
-from lightning_spectral.errors import SpectralWarning
+from lightning_spectral.callbacks.warned import WarnOnce
 from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import LayerSelection, MatrixLayer, NoMatrixError, check_selection, find_layers
+from lightning_spectral.layers import LayerSelection, MatrixLayer, NoMatrixError, find_layers
 from lightning_spectral.loss import LossFunction, resolve_loss
 from lightning_spectral.measure import measure_quietly
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.options import Options
 from lightning_spectral.quiet import Mode, Precision, synchronize
-from lightning_spectral.record import REPORT_KEYS, SpectralReport
-from lightning_spectral.spectrum import LAYER_KEYS
+from lightning_spectral.record import SpectralReport
 
 logger = logging.getLogger(__name__)
 
-PROBE_KEYS: dict[str, str] = {
-    "probe_seconds": "wall time of the probe",
-    "probe_overhead": "share of wall time that all probes took so far",
-    "failed_probes": "probes since the start that measured nothing",
-}
-FEWEST_SAMPLES = 16
-"""A suggestion of fewer would measure noise."""
-
-STEPS_TO_JUDGE = 4
-"""Steps after the first probe from which on the length of the whole run is foretold."""
-
 NAMES_SHOWN = 8
 """How many layers a message names."""
-
-LOGGED_LAYERS = 24
-"""How many layers `log_layers="auto"` logs one by one: what a chart shows apart."""
 
 
 class SpectralProbe(AnyCallback):
@@ -58,7 +41,7 @@ class SpectralProbe(AnyCallback):
     measure it logs as NaN, with a count, and warns about once per cause; it never stops training.
 
     Every logger of the Trainer gets one dict per probe: `<prefix>/<quantity>_median` over all layers,
-    `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts.
+    `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts; on request figures and tables.
 
     In distributed training each process measures its own batch, and the first one logs.
 
@@ -96,6 +79,12 @@ class SpectralProbe(AnyCallback):
         loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
             automatic optimization.
         log_layers: "auto", up to 24 layers evenly over depth; "all"; "none"; or glob patterns.
+        log_quantities: of each of these layers: "auto", alpha, its r2 and what is measured on request; "all"; or names.
+        log_figures_every: log figures with the first probe and every so many from it on; None: never.
+        log_tables: log a table of all layers with each probe.
+        wandb_charts: keys that W&B makes a chart of; the others are logged, and hidden. None: all.
+        print_every: print a table with the first probe and every so many from it on; None: never.
+        print_end: print the last probe's table when training ends; None: where the Trainer has a bar and no logger.
         swap_optimizer: train with `SpectralNewton` and its defaults in place of the configured optimizer, as with a
             `SwapOptimizer` beside the probe.
         prefix: first part of the logged keys. Two probes in one Trainer need two.
@@ -133,6 +122,12 @@ class SpectralProbe(AnyCallback):
         alignment: bool = False,
         loss_fn: LossFunction | None = None,
         log_layers: str | Sequence[str] = "auto",
+        log_quantities: str | Sequence[str] = "auto",
+        log_figures_every: int | None = None,
+        log_tables: bool = False,
+        wandb_charts: int | None = 40,
+        print_every: int | None = None,
+        print_end: bool | None = None,
         swap_optimizer: bool = False,
         prefix: str = "spectral",
         history_size: int = 100,
@@ -164,8 +159,11 @@ class SpectralProbe(AnyCallback):
         if not prefix or prefix != prefix.strip("/"):
             raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
         self.prefix = prefix
-        check_selection("log_layers", log_layers, only_patterns=True)
-        self.log_layers = log_layers
+        self._warn_once = WarnOnce()
+        self.logged = Logged(log_layers, log_quantities, self.options.parts, self._warn_once)
+        outputs = OutputOptions(log_figures_every, log_tables, wandb_charts, print_every, print_end)
+        self.outputs = Outputs(prefix, outputs, self.logged.layers, self._warn_once)
+        self.advice = Advice(self.budget, self._warn_once)
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f"loss_fn must be a callable (module, batch) -> scalar, got {loss_fn!r}")
         self.loss_fn = loss_fn
@@ -177,9 +175,7 @@ class SpectralProbe(AnyCallback):
         self._window: int | None = None
         self._collecting = False
         self._collected = 0.0
-        self._judged = self._judged_over = False
         self._agreed: Callable[[int], int] = int
-        self._warned: set[str] = set()
         self._chosen = ""
 
     @property
@@ -249,9 +245,7 @@ class SpectralProbe(AnyCallback):
         except NoMatrixError as error:
             self._warn_once(str(error))
             return
-        if found and self.log_layers not in ("none", []) and not self._logged_layers(list(found)):
-            names = ", ".join(list(found)[:NAMES_SHOWN])
-            raise ValueError(f"log_layers: {self.log_layers!r} matches no layer; the layers measured are {names}")
+        self.logged.check(list(found))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock, and say which matrices of alpha="probe" are not measured."""
@@ -261,14 +255,17 @@ class SpectralProbe(AnyCallback):
                 "not measured, so their alpha stays as it is; choose them with layers, or leave them to AdamW"
             )
         self._agreed = trainer.strategy.broadcast if trainer.world_size > 1 else int
-        self._judged = self._judged_over = False
+        self.advice.start()
+        self.outputs.start()
         self.budget.start(optimizer_steps(trainer))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stop the clock, and say if one probe took more than the whole run allows."""
-        self._judge(trainer, optimizer_steps(trainer), ended=True)
+        """Stop the clock, say what a user would miss in the curves, and print the last probe where that is wanted."""
+        if self.probes == 1 and self.every_n_steps is None:
+            self.advice.judge(optimizer_steps(trainer), self._last_report, None)
         self._look_back()
         self.budget.stop()
+        self.outputs.end(trainer, self._last_report)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Probe, if it is time, before the step on this batch."""
@@ -280,7 +277,8 @@ class SpectralProbe(AnyCallback):
             if 1 < self.source.takes_per_probe <= trainer.accumulate_grad_batches:
                 # An epoch's end cut the last window short; a probe takes the batches of one step.
                 self.source.forget()
-            self._judge(trainer, step)
+            if self.probes == 1 and self.every_n_steps is None:
+                self.advice.judge(step, self._last_report, lambda: steps_in_all(trainer))
             # Asked of a probe that is off too: other processes wait for its answer.
             self._collecting |= self.should_measure(step)
         if self._disabled or not (self._collecting or self.source.collects):
@@ -308,10 +306,14 @@ class SpectralProbe(AnyCallback):
         self.failed_probes += report is None
         self.budget.probed(step, self._collected + self.budget.clock() - started)
         self._collected = 0.0
+        self._write(trainer, report, alphas, step)
+
+    def _write(self, trainer: Any, report: SpectralReport | None, alphas: dict[str, float], step: int) -> None:
         cost = {"probe_seconds": self.budget.last_seconds, "probe_overhead": self.budget.overhead}
-        scalars = self._scalars(report) | cost
+        counts = {"failed_probes": float(self.failed_probes)}
         started = self.budget.clock()
-        self._log(trainer, {f"{self.prefix}/{key}": value for key, value in scalars.items()} | alphas, step)
+        scalars = self.logged.scalars(report) | counts | cost
+        self.outputs.write(trainer, step, scalars, alphas, report=report, history=self.history, probes=self.probes)
         self.budget.logged(self.budget.clock() - started)
 
     def state_dict(self) -> dict[str, Any]:
@@ -371,37 +373,6 @@ class SpectralProbe(AnyCallback):
             self._disabled = trainer.world_size == 1
             return None
 
-    def _judge(self, trainer: Any, step: int, *, ended: bool = False) -> None:
-        """Say once if one probe takes more than the budget of the whole run, as soon as its length is known."""
-        budget, first = self.budget, self.budget.last_step
-        if self._judged or first is None or self.every_n_steps is not None:
-            return
-        if self.probes != 1 or step - first < (1 if ended else STEPS_TO_JUDGE):
-            return
-        self._judged = True
-        left = 0.0 if ended else steps_in_all(trainer) - step
-        seconds = budget.wall_seconds + left * budget.step_seconds(step)
-        allowed = budget.max_overhead * seconds
-        if not math.isfinite(seconds) or budget.last_seconds <= allowed:
-            return
-        self._judged_over = True
-        report = self._last_report
-        n = report.n_samples if report is not None else None
-        enough = 0 if n is None else int(n * allowed / budget.last_seconds)
-        # The cost of Gauss-Newton goes with the samples; below FEW_SAMPLES other networks get no sketch.
-        known = report is not None and report.chosen.startswith("ggn") and enough >= FEWEST_SAMPLES
-        self._warn_once(
-            f"one probe took {budget.last_seconds:.2g} s, more than the max_overhead={budget.max_overhead:g} of this "
-            f"whole run of about {seconds:.2g} s, so there will be no other; set max_samples "
-            f"({f'about {enough} of {n}' if known else f'but not below {FEW_SAMPLES}'}), fewer layers or directions "
-            "(layers, top_k), a larger max_overhead, or every_n_steps. "
-            f"A second probe takes a run of {self._second():.2g} s"
-        )
-
-    def _second(self) -> float:
-        """Wall time from which on a second probe of the last one's cost is within the budget."""
-        return 2 * self.budget.last_seconds / self.budget.max_overhead
-
     def _look_back(self) -> None:
         """Say at the end of training what a user would miss in the curves."""
         if self._disabled or self.failed_probes:
@@ -410,12 +381,8 @@ class SpectralProbe(AnyCallback):
             self._warn_once(
                 f"training ended before there were the batches that a probe takes ({self.source.told}): there was none"
             )
-        elif self.probes == 1 and not self._judged_over and self.every_n_steps is None:
-            self._warn_once(
-                "the one probe before the first steps was the only one: in this run of "
-                f"{self.budget.wall_seconds:.2g} s max_overhead={self.budget.max_overhead:g} leaves no room for a "
-                f"second, which takes a run of {self._second():.2g} s; raise max_overhead, or set every_n_steps"
-            )
+        elif self.probes == 1 and self.every_n_steps is None:
+            self.advice.look_back()
 
     def _measure(
         self, trainer: Any, module: Any, batches: Sequence[Any], batch_idx: int, step: int
@@ -442,7 +409,7 @@ class SpectralProbe(AnyCallback):
             return {}
         layers = self._layers(module)
         write_alphas(optimizers, module, layers, fits)
-        logged = self._logged_layers(list(layers))
+        logged = self.logged.layers(list(layers))
         return alphas_in_use(optimizers, module, {name: layers[name] for name in logged})
 
     def _layers(self, module: Any) -> dict[str, MatrixLayer]:
@@ -456,50 +423,9 @@ class SpectralProbe(AnyCallback):
         options = self.options
         return find_layers(module, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv).layers
 
-    def _scalars(self, report: SpectralReport | None) -> dict[str, float]:
-        failed = {"failed_probes": float(self.failed_probes)}
-        if report is not None:
-            return report.scalars(self._logged_layers(list(report.layers))) | failed
-        nan = float("nan")
-        parts = {"", *self.options.parts}
-        keys = [f"{key.name}_median" for key in LAYER_KEYS if key.median and key.part in parts]
-        return dict.fromkeys((*keys, *REPORT_KEYS), nan) | failed
-
-    def _logged_layers(self, names: list[str]) -> list[str]:
-        if self.log_layers == "all" or (self.log_layers == "auto" and len(names) <= LOGGED_LAYERS):
-            return names
-        if self.log_layers == "none":
-            return []
-        if self.log_layers == "auto":
-            self._warn_once(f"logging {LOGGED_LAYERS} of {len(names)} layers one by one; log_layers chooses which")
-            return [names[round(i * (len(names) - 1) / (LOGGED_LAYERS - 1))] for i in range(LOGGED_LAYERS)]
-        patterns = [self.log_layers] if isinstance(self.log_layers, str) else self.log_layers
-        return [n for n in names if any(fnmatchcase(n, p) or fnmatchcase(n.rpartition(".")[0], p) for p in patterns)]
-
-    def _log(self, trainer: Any, scalars: dict[str, float], step: int) -> None:
-        if not trainer.is_global_zero:
-            return
-        for tracker in trainer.loggers:
-            try:
-                tracker.log_metrics(scalars, step=step)
-            except Exception as error:
-                self._warn_once(f"{type(tracker).__name__} could not log: {error}")
-
     def _disable(self, why: str) -> None:
         self._disabled = True
         self._warn_once(f"SpectralProbe is off: {why}")
-
-    def _warn_once(self, text: str) -> None:
-        # Steps, sizes and values change from probe to probe; the cause, and the layer it names, do not.
-        cause = re.sub(r"(?<![\w.])\d[\d.e+-]*(?![\w.])|\bnan\b|\binf\b", "#", text)
-        if cause in self._warned:
-            return
-        self._warned.add(cause)
-        try:
-            warnings.warn(text, SpectralWarning, stacklevel=2)
-        except SpectralWarning:
-            # Where warnings are errors they still must not end the run.
-            logger.warning(text)
 
 
 def _at_least_one(option: str, value: int) -> int:

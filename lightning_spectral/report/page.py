@@ -176,7 +176,15 @@ def _notes(run: Run, spectra: Sequence[Any], kept: Sequence[int], whole: set[int
     logged = max(len(probe.layers) for probe in run.probes)
     if logged < most:
         notes.append(f"{logged} of {most} layers were logged one by one; SpectralProbe(log_layers=...) chooses which.")
+    if any(probe.report is None and not _quantities(probe) >= {"gamma", "s"} for probe in run.probes):
+        notes.append(
+            'The log holds some quantities of each layer; SpectralProbe(log_quantities="all") logs all of them.'
+        )
     return notes
+
+
+def _quantities(probe: Probe) -> set[str]:
+    return {quantity for values in probe.layers.values() for quantity in values}
 
 
 def _names(probes: Sequence[Probe]) -> list[str]:

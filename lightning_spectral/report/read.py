@@ -212,8 +212,12 @@ def _read_csv(path: Path, prefix: str | None) -> list[Probe]:
     return _logged(path, rows, "step", prefix)
 
 
-def _read_wandb(path: Path, prefix: str | None) -> list[Probe]:
-    """The history in an offline run's file, as W&B's own command prints it."""
+def wandb_records(path: str | Path) -> list[dict[str, Any]]:
+    """All that an offline run's file holds, in its order, as W&B's own command prints it.
+
+    Raises:
+        RunError: if there is no such command, or it cannot read the file.
+    """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     # Offline, it reports nothing to anyone.
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
@@ -226,8 +230,12 @@ def _read_wandb(path: Path, prefix: str | None) -> list[Probe]:
             else f"no W&B run that can be read ({_why(done.stderr)})"
         )
         raise RunError(f"{path}: {what}")
-    records = (json.loads(line) for line in done.stdout.splitlines() if '"history"' in line)
-    rows = [record["history"]["item"] for record in records if record.get("type") == "history"]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def _read_wandb(path: Path, prefix: str | None) -> list[Probe]:
+    """The history in an offline run's file."""
+    rows = [record["history"]["item"] for record in wandb_records(path) if record.get("type") == "history"]
     return _logged(path, rows, "trainer/global_step", prefix)
 
 

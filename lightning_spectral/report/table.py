@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from dataclasses import replace
 
 from rich import box
 from rich.console import Console
@@ -17,14 +19,22 @@ TABLE_WIDTH = 112
 """Width that a row needs. In a narrower terminal lines wrap, where a table made to fit would lose its figures."""
 
 
-def print_report(report: SpectralReport, title: str = "spectral report") -> None:
+def print_report(
+    report: SpectralReport,
+    title: str = "spectral report",
+    *,
+    layers: Collection[str] | None = None,
+    console: Console | None = None,
+) -> None:
     """Print a report to the terminal: a row per layer, then a row per kind of layer beside the paper's alpha.
 
     Args:
         report: what was measured.
         title: above the tables, before the step, the loss and the number of samples.
+        layers: names of those that get a row; None: all.
+        console: where to print; None: the terminal.
     """
-    console = Console()
+    console = Console() if console is None else console
     console.width = max(console.width, TABLE_WIDTH)
     where = "" if report.step is None else f"step {report.step}, "
     console.print()
@@ -32,8 +42,13 @@ def print_report(report: SpectralReport, title: str = "spectral report") -> None
         f"{title}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode, "
         f"curvature by {method_of(report)}"
     )
-    for table in (layer_table(report, heading), kind_table(report, "median per kind of layer, beside the paper's")):
-        console.print(table)
+    shown = report if layers is None else replace(report, layers={n: report.layers[n] for n in layers})
+    if shown.layers or not report.layers:
+        console.print(layer_table(shown, heading))
+        heading = "median per kind of layer, beside the paper's"
+    if left := len(report.layers) - len(shown.layers):
+        console.print(f"{left} of {len(report.layers)} layers are not shown\n", style="dim")
+    console.print(kind_table(report, heading))
     for text in report.problems():
         console.print(escape(text), style="yellow", soft_wrap=True)
 

@@ -91,9 +91,9 @@ def _changes(
     """Of every kind of layer that has an alpha in all runs."""
     found = []
     for kind in kinds_of(before):
-        values = [[alphas(by_kind(seed.last, kind)) for seed in seeds] for seeds in (before, after)]
-        if not any(math.isnan(value) for of_training in values for value in of_training):
-            found.append(Change(kind, *values, paper.get(kind)))
+        first, second = ([alphas(by_kind(seed.last, kind)) for seed in seeds] for seeds in (before, after))
+        if not any(map(math.isnan, first + second)):
+            found.append(Change(kind, first, second, paper.get(kind)))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from examples.paper.finding import Finding, Outcomes, correlation, ranks, spread
 from examples.paper.outcome import Outcome
-from examples.paper.plots import clouds, strips
+from examples.paper.plots import clouds, parts
 from lightning_spectral import LayerAlignment, LayerSpectrum
 from lightning_spectral.analysis import GOOD_FIT
 from lightning_spectral.fits import RankModel
@@ -99,17 +99,14 @@ def kronecker(outcomes: Outcomes) -> Finding:
 def alignment(outcomes: Outcomes) -> Finding:
     """alpha as a sum of three slopes."""
     rows: list[list[str]] = []
-    groups: dict[str, Any] = {}
+    drawn: dict[str, dict[str, list[float]]] = {}
     for name, seeds in outcomes.items():
         layers = _aligned(seeds)
         for kind in dict.fromkeys(x.layer.kind for x in layers):
             of_kind = [x for x in layers if x.layer.kind == kind]
-            slopes = _slopes(of_kind)
-            rows.append(
-                [name, kind, *(spread(values) for values in slopes.values()), spread([x.alpha for x in of_kind])]
-            )
-            shown = zip(("beta", "phi", "chi"), slopes.values(), strict=True)
-            groups |= {f"{name}, {kind.replace('_', ' ')}: {part}": values for part, values in shown}
+            slopes = _slopes(of_kind) | {"alpha": [x.alpha for x in of_kind]}
+            rows.append([name, kind, *map(spread, slopes.values())])
+            drawn[f"{name}: {kind.replace('_', ' ')}"] = slopes
     return Finding(
         "Alignment",
         "alpha = beta + phi + (slope of log chi): how much of it comes from the factors' eigenvalues, how much from "
@@ -118,7 +115,9 @@ def alignment(outcomes: Outcomes) -> Finding:
         [_parts([x for seeds in outcomes.values() for x in _aligned(seeds) if x.layer.alpha.r2 >= GOOD_FIT])],
         ["network", "kind", "beta", "phi", "slope of log chi", "alpha"],
         rows,
-        strips(groups, "The three parts of alpha, a tick per layer and seed", "slope on log sigma"),
+        parts(
+            drawn, "alpha and its three parts, mean and standard deviation over layers and seeds", "slope on log sigma"
+        ),
     )
 
 

@@ -138,7 +138,7 @@ def choose_layers(report: SpectralReport, layers: Layers) -> tuple[list[LayerSpe
 
 def rank_values(layer: LayerSpectrum) -> Tensor:
     """(n,) the singular values that the rank models of a layer are fitted to."""
-    return layer.sigma[layer.sigma > layer.noise_floor]
+    return layer.spectrum[layer.spectrum > layer.noise_floor]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -252,7 +252,7 @@ def _emptiest_corner(axes: Axes) -> tuple[float, float]:
 def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:
     colour, marker = kind_style(layer.kind)
     values = rank_values(layer)
-    noise = layer.sigma[(layer.sigma <= layer.noise_floor) & (layer.sigma > 0)]
+    noise = layer.spectrum[(layer.spectrum <= layer.noise_floor) & (layer.spectrum > 0)]
     axes.set(xscale="log", yscale="log")
     axes.set_title(short_name(layer.name, PANEL_NAME), fontsize=7)
     points: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 3.5}

@@ -1,0 +1,77 @@
+"""What a user would miss in the curves: that the budget leaves no room for probes, and what would make some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lightning_spectral.callbacks.schedule import Budget
+from lightning_spectral.curvature.select import FEW_SAMPLES
+from lightning_spectral.record import SpectralReport
+
+FEWEST_SAMPLES = 16
+"""A suggestion of fewer would measure noise."""
+
+STEPS_TO_JUDGE = 4
+"""Steps after the first probe from which on the length of the whole run is foretold."""
+
+
+class Advice:
+    """Warn if one probe takes more than the whole run allows, or was the only one.
+
+    Args:
+        budget: of the probes.
+        warn: tells a text once.
+    """
+
+    def __init__(self, budget: Budget, warn: Callable[[str], None]) -> None:
+        self.budget, self.warn = budget, warn
+        self.start()
+
+    def start(self) -> None:
+        """A run begins."""
+        self._judged = self._judged_over = False
+
+    def judge(self, step: int, report: SpectralReport | None, steps: Callable[[], float] | None) -> None:
+        """After one probe, say if it takes more than the budget of the whole run, as soon as its length is known.
+
+        Args:
+            step: optimizer step that training has come to.
+            report: what was measured.
+            steps: tells the optimizer steps of the whole run; None: they are over.
+        """
+        budget, first = self.budget, self.budget.last_step
+        if self._judged or first is None or step - first < (1 if steps is None else STEPS_TO_JUDGE):
+            return
+        self._judged = True
+        left = 0.0 if steps is None else steps() - step
+        seconds = budget.wall_seconds + left * budget.step_seconds(step)
+        allowed = budget.max_overhead * seconds
+        if not math.isfinite(seconds) or budget.last_seconds <= allowed:
+            return
+        self._judged_over = True
+        n = report.n_samples if report is not None else None
+        enough = 0 if n is None else int(n * allowed / budget.last_seconds)
+        # The cost of Gauss-Newton goes with the samples; below FEW_SAMPLES other networks get no sketch.
+        known = report is not None and report.chosen.startswith("ggn") and enough >= FEWEST_SAMPLES
+        self.warn(
+            f"one probe took {budget.last_seconds:.2g} s, more than the max_overhead={budget.max_overhead:g} of this "
+            f"whole run of about {seconds:.2g} s, so there will be no other; set max_samples "
+            f"({f'about {enough} of {n}' if known else f'but not below {FEW_SAMPLES}'}), fewer layers or directions "
+            "(layers, top_k), a larger max_overhead, or every_n_steps. "
+            f"A second probe takes a run of {self._second():.2g} s"
+        )
+
+    def look_back(self) -> None:
+        """At the end of a run with one probe, say what a second takes, unless `judge` did."""
+        if self._judged_over:
+            return
+        self.warn(
+            "the one probe before the first steps was the only one: in this run of "
+            f"{self.budget.wall_seconds:.2g} s max_overhead={self.budget.max_overhead:g} leaves no room for a "
+            f"second, which takes a run of {self._second():.2g} s; raise max_overhead, or set every_n_steps"
+        )
+
+    def _second(self) -> float:
+        """Wall time from which on a second probe of the last one's cost is within the budget."""
+        return 2 * self.budget.last_seconds / self.budget.max_overhead

@@ -1,0 +1,159 @@
+"""Which scalars a probe logs, of which layers, and which of them get a chart of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from lightning_spectral.layers import check_selection
+from lightning_spectral.record import REPORT_KEYS, SpectralReport
+from lightning_spectral.report.page import evenly
+from lightning_spectral.spectrum import LAYER_KEYS
+
+PROBE_KEYS: dict[str, str] = {
+    "probe_seconds": "wall time of the probe",
+    "probe_overhead": "share of wall time that all probes took so far",
+    "failed_probes": "probes since the start that measured nothing",
+}
+
+LOGGED_LAYERS = 24
+"""How many layers `log_layers="auto"` logs one by one."""
+
+CURVES = ("alpha", "gamma", "s", "transfer_error", "pr_curvature", "zeta_bound")
+"""Whose medians are logged for each kind of layer, too."""
+
+PER_LAYER = ("alpha", "r2_alpha")
+"""What `log_quantities="auto"` logs per layer: the exponent, and whether to trust it."""
+
+HEALTH = ("layers_failed", "negative_curvature", "r2_alpha_median", "probe_overhead")
+"""Charts that tell whether to trust the others."""
+
+_PART_OF = {key.name: key.part for key in LAYER_KEYS}
+
+
+class Logged:
+    """Choose what is logged of a report.
+
+    Args:
+        log_layers: "auto", up to `LOGGED_LAYERS` layers evenly over depth; "all"; "none"; or glob patterns.
+        log_quantities: of each of them: "auto", `PER_LAYER` and what is measured on request; "all"; or names.
+        parts: what is measured on request.
+        warn: tells a text once.
+
+    Raises:
+        ValueError: for an option out of range.
+    """
+
+    def __init__(
+        self,
+        log_layers: str | Sequence[str],
+        log_quantities: str | Sequence[str],
+        parts: Iterable[str],
+        warn: Callable[[str], None],
+    ) -> None:
+        check_selection("log_layers", log_layers, only_patterns=True)
+        self.log_layers = log_layers
+        self.parts = {"", *parts}
+        self.quantities = self._quantities(log_quantities)
+        self.warn = warn
+
+    def _quantities(self, chosen: str | Sequence[str]) -> frozenset[str]:
+        given = [name for name, part in _PART_OF.items() if part in self.parts]
+        if chosen == "all":
+            return frozenset(given)
+        if chosen == "auto":
+            return frozenset(name for name in given if name in PER_LAYER or _PART_OF[name])
+        names = [chosen] if isinstance(chosen, str) else list(chosen)
+        if unknown := [name for name in names if name not in _PART_OF]:
+            raise ValueError(
+                f"log_quantities must be 'auto', 'all' or names of quantities, got {unknown[0]!r}; "
+                f"there are {', '.join(_PART_OF)}"
+            )
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(
+                f"log_quantities: {missing[0]!r} is measured on request, by an option that README names, and was not "
+                "asked for"
+            )
+        return frozenset(names)
+
+    def layers(self, names: Sequence[str]) -> list[str]:
+        """Those of these layers that are logged one by one."""
+        if self.log_layers == "all" or (self.log_layers == "auto" and len(names) <= LOGGED_LAYERS):
+            return list(names)
+        if self.log_layers == "none":
+            return []
+        if self.log_layers == "auto":
+            self.warn(f"logging {LOGGED_LAYERS} of {len(names)} layers one by one; log_layers chooses which")
+            return [names[i] for i in evenly(len(names), LOGGED_LAYERS)]
+        patterns = [self.log_layers] if isinstance(self.log_layers, str) else self.log_layers
+        return [n for n in names if any(fnmatchcase(n, p) or fnmatchcase(n.rpartition(".")[0], p) for p in patterns)]
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise ValueError if layers are to be logged and the patterns match none of these."""
+        if names and self.log_layers not in ("none", []) and not self.layers(names):
+            shown = ", ".join(names[:8])
+            raise ValueError(f"log_layers: {self.log_layers!r} matches no layer; the layers measured are {shown}")
+
+    def scalars(self, report: SpectralReport | None) -> dict[str, float]:
+        """Logged names, without a prefix, in the order of the README; NaN of a probe that measured nothing.
+
+        Infinity, which no chart shows and some trackers store as the largest number there is, becomes NaN.
+        """
+        if report is None:
+            keys = [f"{key.name}_median" for key in LAYER_KEYS if key.median and key.part in self.parts]
+            return dict.fromkeys((*keys, *REPORT_KEYS), float("nan"))
+        chosen = self.layers(list(report.layers))
+        return {
+            key: value if math.isfinite(value) else float("nan")
+            for key, value in report.scalars(chosen).items()
+            if self._logs(key, chosen)
+        }
+
+    def _logs(self, key: str, chosen: Sequence[str]) -> bool:
+        owner, _, quantity = key.rpartition("/")
+        if owner in chosen:
+            return quantity in self.quantities
+        if owner.startswith("kind/"):
+            name = quantity.removesuffix("_median")
+            return name in CURVES or bool(_PART_OF[name])
+        return True
+
+
+def charts(keys: Iterable[str], n: int | None) -> list[str]:
+    """The keys, without a prefix, that get one of n charts; the most telling first, layers evenly over depth.
+
+    First the medians of `CURVES` over all layers, then those of each kind, `HEALTH`, medians of what was measured
+    on request, alpha of the layers, other counts and medians, and all the rest.
+
+    >>> keys = ["loss", "alpha_median", "kind/conv/alpha_median", "layers_failed", *(f"{i}/alpha" for i in range(9))]
+    >>> charts(keys, 6)
+    ['alpha_median', 'kind/conv/alpha_median', 'layers_failed', '0/alpha', '4/alpha', '8/alpha']
+    """
+    keys = list(keys)
+    if n is None:
+        return keys
+    groups: dict[tuple[int, int], list[str]] = {}
+    for key in keys:
+        groups.setdefault(_rank(key), []).append(key)
+    shown: list[str] = []
+    for rank in sorted(groups):
+        shown += [groups[rank][i] for i in evenly(len(groups[rank]), n - len(shown))]
+    return shown
+
+
+def _rank(key: str) -> tuple[int, int]:
+    """The place of a key's group among the groups of `charts`."""
+    owner, _, quantity = key.rpartition("/")
+    name = quantity.removesuffix("_median")
+    if name != quantity and name in CURVES:
+        return (1, CURVES.index(name)) if owner else (0, 0)
+    if key in HEALTH:
+        return (2, 0)
+    if not owner and _PART_OF.get(name):
+        return (3, 0)
+    if owner.startswith(("kind/", "spectral_newton/")):
+        return (6, 0)
+    if quantity in _PART_OF:
+        return (4, 0) if quantity == "alpha" else (6, 0)
+    return (5, 0)

@@ -1,0 +1,237 @@
+"""What one probe gives to a logger, in the way of W&B, TensorBoard, MLflow, CSV files and any other.
+
+Loggers are told by the names of their classes, of either Lightning package, and what is of one tracker alone is
+imported where it is used.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEP = "trainer/global_step"
+"""W&B's axis of everything that Lightning's logger logs."""
+
+DPI = 110
+"""Of figures as images: 6 inches fill a column of a dashboard."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One probe, as loggers get it.
+
+    Attributes:
+        prefix: of its keys.
+        step: optimizer steps before it.
+        scalars: whole keys -> values.
+        charted: of these keys, the ones that get a chart of their own in W&B.
+        table: a row per layer: column -> value.
+        lines: a chart of several lines, label -> (abscissas, ordinates); in W&B, with the table.
+        figures: name -> figure.
+    """
+
+    prefix: str
+    step: int
+    scalars: Mapping[str, float]
+    charted: Sequence[str] = ()
+    table: Sequence[Mapping[str, Any]] = ()
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+    def cells(self) -> list[list[Any]]:
+        """The table without its heading; None for what is no finite number."""
+        return [[_cell(value) for value in row.values()] for row in self.table]
+
+    def columns(self) -> list[str]:
+        """The table's heading."""
+        return list(self.table[0]) if self.table else []
+
+
+class Tracker:
+    """Any logger: it gets the scalars.
+
+    Args:
+        logger: of a Trainer.
+        warn: tells once what a logger could not do; training goes on.
+    """
+
+    figures = tables = False
+    """Whether it takes them."""
+
+    def __init__(self, logger: Any, warn: Callable[[str], None]) -> None:
+        self.logger, self.warn = logger, warn
+
+    def write(self, row: Row) -> None:
+        """Log a probe; figures and tables that fail take no scalars with them."""
+        with self.trying(""):
+            self.logger.log_metrics(dict(row.scalars), step=row.step)
+        for name, figure in row.figures.items():
+            with self.trying(" figures"):
+                self.write_figure(row, name, figure)
+        if row.table:
+            with self.trying(" tables"):
+                self.write_table(row)
+
+    def write_figure(self, row: Row, name: str, figure: Figure) -> None:
+        """Log a figure, where the logger takes any."""
+
+    def write_table(self, row: Row) -> None:
+        """Log the table, where the logger takes any."""
+
+    @contextmanager
+    def trying(self, what: str) -> Iterator[None]:
+        """Warn of what goes wrong within, in place of raising it."""
+        try:
+            yield
+        except Exception as error:
+            self.warn(f"{type(self.logger).__name__} could not log{what}: {error}")
+
+
+class WandbTracker(Tracker):
+    """One row per probe in W&B's history, on Lightning's axis, with media in the same row."""
+
+    figures = tables = True
+
+    def __init__(self, logger: Any, warn: Callable[[str], None]) -> None:
+        super().__init__(logger, warn)
+        self._defined: set[str] = set()
+
+    def write(self, row: Row) -> None:
+        """Hide the keys beyond the charts, and log the row; without media where they fail."""
+        with self.trying(" which keys have charts"):
+            self._hide(row)
+        media: dict[str, Any] = {}
+        with self.trying(" figures"):
+            media |= {f"{row.prefix}/figures/{name}": _wandb_image(figure) for name, figure in row.figures.items()}
+        with self.trying(" tables"):
+            media |= _wandb_tables(row)
+        if media:
+            with self.trying(" figures and tables"):
+                self.logger.log_metrics(dict(row.scalars) | media, step=row.step)
+                return
+        super().write(Row(row.prefix, row.step, row.scalars))
+
+    def _hide(self, row: Row) -> None:
+        """W&B makes a chart of each key that it is not told to hide."""
+        before = getattr(self.logger, "_prefix", "")
+        for key in sorted(row.scalars.keys() - set(row.charted) - self._defined):
+            name = f"{before}-{key}" if before else key
+            self.logger.experiment.define_metric(name, step_metric=STEP, step_sync=True, hidden=True)
+            self._defined.add(key)
+
+
+def _wandb_image(figure: Figure) -> Any:
+    import wandb
+
+    return wandb.Image(image(figure))
+
+
+def _wandb_tables(row: Row) -> dict[str, Any]:
+    if not row.table:
+        return {}
+    import wandb
+
+    media: dict[str, Any] = {f"{row.prefix}/layers": wandb.Table(columns=[*row.columns()], data=[*row.cells()])}
+    if row.lines:
+        xs, ys = zip(*row.lines.values(), strict=True)
+        media[f"{row.prefix}/alpha_by_depth"] = wandb.plot.line_series(
+            list(xs), list(ys), keys=list(row.lines), title="alpha by depth", xname="layer", split_table=True
+        )
+    return media
+
+
+class TensorBoardTracker(Tracker):
+    """Figures as images, the table as text."""
+
+    figures = tables = True
+
+    def write_figure(self, row: Row, name: str, figure: Figure) -> None:
+        """Log a figure as an image."""
+        import numpy
+
+        pixels = numpy.asarray(image(figure))
+        self.logger.experiment.add_image(f"{row.prefix}/figures/{name}", pixels, row.step, dataformats="HWC")
+
+    def write_table(self, row: Row) -> None:
+        """Log the table as Markdown."""
+        cells = [row.columns(), ["---"] * len(row.columns()), *row.cells()]
+        lines = ("| " + " | ".join(map(_markdown, line)) + " |" for line in cells)
+        self.logger.experiment.add_text(f"{row.prefix}/layers", "\n".join(lines), row.step)
+
+
+class MLFlowTracker(Tracker):
+    """Figures and tables as artifacts, a file for each step."""
+
+    figures = tables = True
+
+    def write_figure(self, row: Row, name: str, figure: Figure) -> None:
+        """Log a figure as an artifact."""
+        file = f"{row.prefix}/figures/{name}/{row.step:08d}.png"
+        self.logger.experiment.log_figure(self.logger.run_id, figure, file)
+
+    def write_table(self, row: Row) -> None:
+        """Log the table as an artifact."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([row.columns(), *row.cells()])
+        file = f"{row.prefix}/layers/{row.step:08d}.csv"
+        self.logger.experiment.log_text(self.logger.run_id, text.getvalue(), file)
+
+
+class CSVTracker(Tracker):
+    """The table beside metrics.csv: a row per step and layer in one file."""
+
+    tables = True
+
+    def write_table(self, row: Row) -> None:
+        """Append to the file."""
+        folder = Path(self.logger.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{row.prefix.replace('/', '_')}_layers.csv"
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", *row.columns()])
+            writer.writerows([row.step, *cells] for cells in row.cells())
+
+
+_TRACKERS: dict[str, type[Tracker]] = {
+    "WandbLogger": WandbTracker,
+    "TensorBoardLogger": TensorBoardTracker,
+    "MLFlowLogger": MLFlowTracker,
+    "CSVLogger": CSVTracker,
+}
+
+
+def tracker_of(logger: Any, warn: Callable[[str], None]) -> Tracker:
+    """The way to log to a Trainer's logger."""
+    names = [base.__name__ for base in type(logger).__mro__]
+    return next((_TRACKERS[name] for name in names if name in _TRACKERS), Tracker)(logger, warn)
+
+
+def image(figure: Figure) -> Any:
+    """A figure as a PIL image."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return Image.open(file)
+
+
+def _cell(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _markdown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
