@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint ablation paper baselines clean
+.PHONY: demo test lint docs ablation paper baselines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -21,6 +21,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The public names' docstrings as pages: site/index.html.
+DOCUMENTED := lightning_spectral $(addprefix lightning_spectral.,analysis functional lightning_cli options report \
+  report.figures summary)
+docs: $(READY)
+	$(BIN)/python -W error::UserWarning -W error::RuntimeWarning -m pdoc -d google --no-show-source -o site $(DOCUMENTED)
 
 # Optimizers side by side, three seeds each: examples/ablation.
 ablation: $(READY)
@@ -36,8 +42,8 @@ baselines: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test,lint]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test,lint,docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-runs ablation-runs paper-runs
+	rm -rf $(VENV) demo-runs ablation-runs paper-runs site

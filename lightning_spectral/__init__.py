@@ -2,6 +2,18 @@
 
 Per layer: singular values sigma_k of the gradient, exact curvature h_k of the loss along them, and the exponents
 alpha (h ~ sigma^alpha), gamma (sigma_k ~ k^-gamma) and s (sorted h ~ rank^-s). Source: arXiv 2606.02596.
+
+While it trains, a network is measured by `SpectralProbe`, once by `measure_spectra`; both give a `SpectralReport` of a
+`LayerSpectrum` per layer, whose attributes are the quantities with their formulas. `SpectralNewton` is the optimizer,
+`SwapOptimizer` the callback that puts it in. Beside these names:
+
+- `lightning_spectral.report`: tables and the HTML page; `lightning_spectral.report.figures`: figures for papers.
+- `lightning_spectral.summary` and `lightning_spectral.analysis`: what a report says, in sentences and as records.
+- `lightning_spectral.functional`: losses of `torch.nn.functional` by name, as the command `measure` takes them.
+- `lightning_spectral.lightning_cli`: a LightningCLI that gives an optimizer the model's groups.
+- `lightning_spectral.options`: the options that the probe and `measure_spectra` share.
+
+Formulas are written as the code has them: sigma_k is an index, a^b a power, and log the natural logarithm.
 """
 
 from __future__ import annotations

@@ -13,10 +13,33 @@ import lightning_spectral
 
 LIGHTNING_COMMANDS = {
     "fit": "train a LightningModule from a configuration (a LightningCLI with this package's parts)",
-    "validate": "validate one",
-    "test": "test one",
-    "predict": "predict with one",
+    "validate": "validate a LightningModule, likewise",
+    "test": "test a LightningModule, likewise",
+    "predict": "predict with a LightningModule, likewise",
 }
+
+METHODS = ("auto", "exact", "ggn", "sketch")
+"""Of `curvature.METHODS`, whose import takes seconds."""
+
+LOSSES_TOLD = "cross_entropy, nll_loss, mse_loss, binary_cross_entropy_with_logits"
+"""Of `functional.FUNCTIONAL_LOSSES`, likewise."""
+
+MEASURE_EPILOG = """\
+examples:
+  lightning-spectral measure --model nets:resnet --data data:loader --loss cross_entropy --checkpoint last.pt
+  lightning-spectral measure --model nets:LitGPT --data data:DataModule --checkpoint last.ckpt
+
+The first names functions without arguments in nets.py and data.py of the current folder. The second names a
+LightningModule, which gets the checkpoint's hyper_parameters and whose training_step is the loss.
+
+--data may be a DataLoader, a LightningDataModule (its training data), an iterator of batches, or one batch, or
+return one of these. With a loss of torch.nn.functional a batch is (inputs, targets), or a mapping with its
+targets under labels, target or y. For cross_entropy of sequences, logits are (N, T, classes) and targets
+(N, T); a batch of tokens (N, T) alone is text, each of whose tokens is predicted from those before it.
+
+Checkpoints are read with weights_only=True: nothing in them is executed. --model, --data and --loss are
+imported, which executes their modules.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,8 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("lightning-spectral", description="Curvature exponents of a network in training.")
     parser.add_argument("--version", action="version", version=lightning_spectral.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train two small networks with a probe and show what it sees")
+    demo = commands.add_parser(
+        "demo",
+        help="train two small networks with a probe and show what it sees",
+        description="Train a ResNet on digits and a GPT on Python's source, each with a probe, for half a minute; "
+        "print what the probes saw, and write a W&B run, a CSV log and an HTML page of each.",
+    )
     demo.add_argument("--output", default="demo-runs", metavar="FOLDER", help="where the logs go (%(default)s)")
+    _add_measure(commands)
     _add_report(commands)
     for name, help_text in LIGHTNING_COMMANDS.items():
         commands.add_parser(name, help=help_text)
@@ -33,7 +62,108 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0] in LIGHTNING_COMMANDS:
         return _lightning(given, from_command_line=arguments is None)
     options = parser.parse_args(given)
-    return _report(options) if options.command == "report" else _demo(options.output)
+    run = {"demo": _demo, "measure": _measure, "report": _report}[options.command]
+    return run(options)
+
+
+def _add_measure(commands: Any) -> None:
+    measure = commands.add_parser(
+        "measure",
+        help="measure a checkpoint without training: table, JSON and HTML page",
+        description="Measure a network once, without training: the exponents of every layer as a table, and as\n"
+        "spectra.json and spectra.html in a folder.",
+        epilog=MEASURE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_sources(measure.add_argument_group("what is measured (NAME is an import path, pkg.module:name)"))
+    _add_options(measure.add_argument_group("how it is measured"))
+    where = measure.add_argument_group("where it goes")
+    where.add_argument("--output", default="spectra", metavar="FOLDER", help="of the files (%(default)s)")
+    where.add_argument("--no-page", dest="page", action="store_false", help="write no HTML page, which needs plotly")
+    where.add_argument("--traceback", action="store_true", help="of an error, show all instead of one line")
+
+
+def _add_sources(add: Any) -> None:
+    add.add_argument("--model", required=True, metavar="NAME", help="a module, or a class or function that makes one")
+    add.add_argument("--data", required=True, metavar="NAME", help="a DataLoader or a batch, or what returns one")
+    add.add_argument(
+        "--loss",
+        metavar="NAME",
+        help=f"of torch.nn.functional ({LOSSES_TOLD}, ...), or a function of (model, batch); without it, the module's "
+        "own spectral_loss(batch) or training_step",
+    )
+    add.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="of a Lightning Trainer, or a state dict; without it, the model is measured as it is made",
+    )
+    add.add_argument("--prefix", default="", help="what the checkpoint's names begin with and the model's do not")
+    add.add_argument("--no-strict", dest="strict", action="store_false", help="load the names that are in both")
+    add.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
+
+
+def _add_options(add: Any) -> None:
+    add.add_argument("--layers", nargs="+", metavar="GLOB", help="patterns of names (all but embeddings)")
+    add.add_argument("--top-k", type=int, default=20, metavar="K", help="directions per layer (%(default)s)")
+    add.add_argument("--curvature", choices=METHODS, default="auto", help="the method (%(default)s)")
+    add.add_argument("--n-batches", type=int, default=1, metavar="N", help="batches averaged over (%(default)s)")
+    add.add_argument("--max-samples", type=int, metavar="N", help="of each batch, measure the first so many")
+    add.add_argument("--micro-batch-size", type=int, metavar="N", help="samples in memory at once (by itself)")
+    add.add_argument("--mode", choices=("eval", "train"), default="eval", help="of the network (%(default)s)")
+    add.add_argument("--precision", choices=("float32", "float64"), default="float32", help="at least (%(default)s)")
+    add.add_argument("--alignment", action="store_true", help="split alpha by the layer's Kronecker factors")
+    add.add_argument("--spectrum-top-k", type=int, metavar="K", help="singular values for the rank models (top-k)")
+    add.add_argument("--curvature-fraction", type=int, metavar="N", help="draws for the trace of the Hessian (none)")
+    add.add_argument("--weight-spectra", action="store_true", help="take the weights' singular values, too")
+    add.add_argument("--bootstrap", type=int, metavar="N", help="draws for intervals of the exponents (none)")
+    add.add_argument("--device", default="auto", help="such as cpu or cuda:0 (cuda where there is one)")
+
+
+OPTIONS = (
+    "top_k", "curvature", "layers", "mode", "max_samples", "micro_batch_size", "precision", "spectrum_top_k",
+    "weight_spectra", "bootstrap", "curvature_fraction", "alignment",
+)  # fmt: skip
+"""Of `options.Options`, those of the command."""
+
+
+def _measure(options: argparse.Namespace) -> int:
+    _import_from_here()
+    from lightning_spectral.options import Options
+    from lightning_spectral.posthoc import check_folder, check_page, measure_checkpoint, write_report
+    from lightning_spectral.report import print_report
+    from lightning_spectral.sources import first_line
+
+    try:
+        chosen = Options(**{name: getattr(options, name) for name in OPTIONS})
+        if options.page:
+            check_page()
+        check_folder(options.output)
+        report, left_out = measure_checkpoint(
+            options.model,
+            options.data,
+            loss=options.loss,
+            checkpoint=options.checkpoint,
+            prefix=options.prefix,
+            strict=options.strict,
+            n_batches=options.n_batches,
+            device=options.device,
+            seed=options.seed,
+            options=chosen,
+        )
+        if left_out:
+            print(f"lightning-spectral measure: of {options.checkpoint}, {left_out}", file=sys.stderr)
+        name = options.model if options.checkpoint is None else Path(options.checkpoint).name
+        print_report(report, name)
+        print(*write_report(report, options.output, name=name, page=options.page), sep="\n")
+    except Exception as error:
+        # The model, the data and the loss are anyone's code, and raise anything.
+        if options.traceback:
+            raise
+        own = isinstance(error, ValueError) or type(error).__module__.startswith("lightning_spectral")
+        told = " ".join(str(error).split()) if own else f"{first_line(error)} (--traceback shows where)"
+        print(f"lightning-spectral measure: {told}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _add_report(commands: Any) -> None:
@@ -70,28 +200,38 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _demo(folder: str) -> int:
+def _demo(options: argparse.Namespace) -> int:
     try:
+        Path(options.output).mkdir(parents=True, exist_ok=True)
         # Loading Lightning takes seconds, which --help should not.
         from lightning_spectral.demo.run import run
 
-        run(folder)
-    except ImportError as error:
+        run(options.output)
+    except (ImportError, OSError) as error:
         print(f"lightning-spectral demo: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _lightning(arguments: Sequence[str], *, from_command_line: bool) -> int:
-    # As with `python train.py fit`, models and data beside which the command is run can be imported.
+def _import_from_here() -> None:
+    """As with `python train.py`, models and data beside which the command is run can be imported."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+
+
+def _lightning(arguments: Sequence[str], *, from_command_line: bool) -> int:
+    _import_from_here()
     from lightning_spectral.callbacks._lightning import jsonargparse_missing
 
     if missing := jsonargparse_missing():
         print(f"lightning-spectral {arguments[0]}: {missing}", file=sys.stderr)
         return 2
     from lightning_spectral.lightning_cli import run
+    from lightning_spectral.sources import SourceError
 
-    run(arguments, from_command_line=from_command_line)
+    try:
+        run(arguments, from_command_line=from_command_line)
+    except SourceError as error:
+        print(f"lightning-spectral {arguments[0]}: {error}", file=sys.stderr)
+        return 2
     return 0

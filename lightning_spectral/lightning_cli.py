@@ -16,6 +16,7 @@ import yaml
 from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import lightning_cli, package_of
 from lightning_spectral.optim.spectral_newton import SpectralNewton
+from lightning_spectral.sources import imported
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI as _LightningCLI
@@ -25,6 +26,9 @@ else:
 __all__ = ["NamedGroups", "SpectralNewton", "SpectralProbe", "SwapOptimizer", "spectral_cli"]
 
 logger = logging.getLogger(__name__)
+
+USAGE = "%(prog)s [-c CONFIG] --model CLASS [--optimizer CLASS] [--trainer.OPTION VALUE] ..."
+"""In place of all options, of which an error would be the last line of forty."""
 
 
 class NamedGroups(_LightningCLI):
@@ -82,10 +86,17 @@ def spectral_cli(package: str = "pytorch_lightning") -> type[_LightningCLI]:
 
 
 def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
-    """Run ``fit --config ...`` and the like with the LightningCLI of the package that the model is of."""
-    cli = spectral_cli(package_of(_imported(named_model(arguments))))
+    """Run ``fit --config ...`` and the like with the LightningCLI of the package that the model is of.
+
+    Raises:
+        SourceError: if the model cannot be imported.
+    """
+    path = named_model(arguments)
+    # A short name is for LightningCLI to resolve, and so is a file of options.
+    by_path = path is not None and "." in path and Path(path).suffix not in (".yaml", ".yml", ".json")
+    cli = spectral_cli(package_of(imported(path, "--model") if path and by_path else None))
     # LightningCLI warns of arguments given beside those of the command line.
-    cli(args=None if from_command_line else list(arguments))
+    cli(args=None if from_command_line else list(arguments), parser_kwargs={arguments[0]: {"usage": USAGE}})
 
 
 def named_model(arguments: Sequence[str]) -> str | None:

@@ -292,15 +292,28 @@ def test_a_class_of_neither_package_is_left_to_the_first():
     assert [package_of(importlib.import_module(name).LightningModule) for name in PACKAGES] == list(PACKAGES)
 
 
-def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch, capsys):
     (tmp_path / "needy.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("sys.argv", ["lightning-spectral"])
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-        main(["fit", "--model", "needy.Model"])
+    for model, says in {
+        "needy.Model": "importing needy failed (ModuleNotFoundError: No module named 'a_package_that_is_not_there')",
+        "nowhere.Model": f"there is no module 'nowhere', neither installed nor in {Path.cwd()}",
+    }.items():
+        assert main(["fit", "--model", model]) == 2
+        assert capsys.readouterr().err == f"lightning-spectral fit: --model {model}: {says}\n"
+
+
+@pytest.mark.parametrize("wrong", [["--config", "nowhere.yaml"], ["--model", "nowhere.yaml"], ["--colour", "red"]])
+def test_what_lightning_cli_refuses_comes_with_a_short_usage(monkeypatch, capsys, wrong):
+    monkeypatch.setattr("sys.argv", ["lightning-spectral"])
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--model", "nowhere.Model"])
+        main(["fit", *wrong])
     assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("usage: lightning-spectral")
+    assert wrong[1] in printed
+    assert len(printed.splitlines()) < 16
 
 
 def test_without_jsonargparse_the_command_names_the_extra(capsys, monkeypatch):

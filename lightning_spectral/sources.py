@@ -1,0 +1,302 @@
+"""What a command line names: models, checkpoints, data and losses, found with errors that fit on a line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_spectral.errors import some_of
+from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
+from lightning_spectral.loss import LossFunction
+from lightning_spectral.measure import first_batches
+
+STATES = ("state_dict", "model_state_dict", "model")
+"""Where a checkpoint keeps the weights, if it holds more than them."""
+
+
+class SourceError(ValueError):
+    """Something named cannot be found or loaded; the message names the option, what was found and what would do."""
+
+
+def first_line(error: BaseException) -> str:
+    """The class of an error and the first line of it that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def imported(path: str, option: str) -> Any:
+    """What ``pkg.module:name`` names.
+
+    Raises:
+        SourceError: if there is no such module or name, or importing it fails.
+    """
+    module, colon, name = path.partition(":")
+    if not colon:
+        module, _, name = path.rpartition(".")
+    if not module or not name:
+        raise SourceError(f"{option} must be an import path such as pkg.module:name, got {path!r}")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            raise SourceError(
+                f"{option} {path}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}"
+            ) from error
+        raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
+    except Exception as error:
+        raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            close = difflib.get_close_matches(part, dir(found), 3)
+            what = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise SourceError(f"{option} {path}: {module} has no {name!r}{what}")
+        found = getattr(found, part)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a checkpoint's file holds.
+
+    Attributes:
+        path: of the file.
+        content: all of it.
+        key: under which it holds the weights; None where it is a plain state dict.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    key: str | None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Name -> weight."""
+        state: dict[str, Any] = self.content if self.key is None else self.content[self.key]
+        return state
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """What the module's `save_hyperparameters` kept."""
+        kept = self.content.get("hyper_parameters")
+        return {str(k): v for k, v in kept.items()} if isinstance(kept, Mapping) else {}
+
+    @property
+    def place(self) -> dict[str, int]:
+        """The step and the epoch that it was saved at, where it tells both."""
+        step, epoch = self.content.get("global_step"), self.content.get("epoch")
+        return {"step": step, "epoch": epoch} if isinstance(step, int) and isinstance(epoch, int) else {}
+
+    @classmethod
+    def read(cls, path: str | Path) -> Checkpoint:
+        """Read a Lightning checkpoint or a state dict with ``weights_only=True``: nothing in it is executed.
+
+        Raises:
+            SourceError: if there is no such file, or it holds something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            folder = "; of a sharded checkpoint, make one file first" if path.is_dir() else ""
+            raise SourceError(f"--checkpoint {path}: no such file{folder}")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:
+            # Whatever bytes may raise in torch.load, whose own advice is to load code that may be anyone's.
+            raise SourceError(
+                f"--checkpoint {path}: no checkpoint that loads with weights_only=True ({first_line(error)}); "
+                "a file of torch.save(model.state_dict()) does"
+            ) from error
+        if not isinstance(content, Mapping):
+            raise SourceError(f"--checkpoint {path}: a {type(content).__name__}, and no state dict or checkpoint")
+        key = next((key for key in STATES if _is_state(content.get(key))), None)
+        if key is None and not _is_state(content):
+            raise SourceError(
+                f"--checkpoint {path}: no weights under {', '.join(STATES)}; it has "
+                f"{some_of([str(key) for key in content]) or 'nothing'}"
+            )
+        return cls(path, dict(content), key)
+
+    def load_into(self, model: nn.Module, *, prefix: str = "", strict: bool = True) -> str:
+        """Load the weights into a model.
+
+        Args:
+            model: a LightningModule's ``on_load_checkpoint`` is called first, as Lightning does.
+            prefix: what the checkpoint's names begin with and the model's do not; other names are left out.
+            strict: whether every name has to be in both.
+
+        Returns:
+            What was left out; empty where nothing was.
+
+        Raises:
+            SourceError: if names or shapes do not match.
+        """
+        if self.key is not None and callable(hook := getattr(model, "on_load_checkpoint", None)):
+            hook(self.content)
+        state = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
+        own = model.state_dict()
+        if prefix and not state:
+            raise SourceError(f"--prefix {prefix}: no name in {self.path} begins so; it has {some_of([*self.state])}")
+        if wrong := _wrong_shapes(own, state):
+            raise SourceError(f"--checkpoint {self.path}: {some_of(wrong)}; is the model of the same size?")
+        missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+        what = _unmatched(missing, unexpected)
+        if what and (strict or len(missing) == len(own)):
+            raise SourceError(f"--checkpoint {self.path}: {what}; {_remedy(own, self.state, missing)}")
+        model.load_state_dict(state, strict=False)
+        return what
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and any(isinstance(x, Tensor) for x in value.values())
+
+
+def _wrong_shapes(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    both = {k: (own[k], state[k]) for k in own if k in state}
+    tensors = {k: (a, b) for k, (a, b) in both.items() if isinstance(a, Tensor) and isinstance(b, Tensor)}
+    return [
+        f"{name} is {tuple(there.shape)} in the checkpoint and {tuple(here.shape)} in the model"
+        for name, (here, there) in tensors.items()
+        if not is_lazy(here) and here.shape != there.shape
+    ]
+
+
+def _unmatched(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    parts = {"it lacks": missing, "the model lacks": unexpected}
+    return ", and ".join(f"{what} {some_of(names)}" for what, names in parts.items() if names)
+
+
+def _remedy(own: Mapping[str, Any], state: Mapping[str, Any], missing: Sequence[str]) -> str:
+    """What to do about names that do not match."""
+    if prefix := _common_prefix(own, state):
+        return f"with --prefix {prefix} all of the model's names are found"
+    if prefix := _common_prefix(state, own):
+        return f"its names are those of the model's {prefix.removesuffix('.')}: give that module as --model"
+    if len(missing) == len(own):
+        return "no name is in both: is it another network's?"
+    return "--no-strict loads what is in both"
+
+
+def _common_prefix(names: Iterable[str], longer: Iterable[str]) -> str:
+    """The prefix with which all of the names are among the longer ones, or nothing."""
+    names = set(names)
+    counts = Counter(
+        long[:end] for long in longer for end in range(1, len(long)) if long[end - 1] == "." and long[end:] in names
+    )
+    prefix, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
+    return prefix if count == len(names) else ""
+
+
+def build_model(path: str, checkpoint: Checkpoint | None = None) -> nn.Module:
+    """The model that an import path names: a module, or a class or function that makes one.
+
+    A class is given the checkpoint's hyper-parameters that it takes, as Lightning's ``load_from_checkpoint`` does;
+    anything else is called without arguments. A LightningModule's ``configure_model`` is called.
+
+    Raises:
+        SourceError: if there is none, or making it fails.
+    """
+    made = imported(path, "--model")
+    arguments: dict[str, Any] = {}
+    if not isinstance(made, nn.Module):
+        if not callable(made):
+            raise SourceError(f"--model {path} is a {type(made).__name__}, and no module nor anything that makes one")
+        arguments = _taken(made, checkpoint) if isinstance(made, type) else {}
+        try:
+            made = made(**arguments)
+        except Exception as error:
+            given = f"hyper_parameters {', '.join(arguments)}" if arguments else "no arguments"
+            raise SourceError(f"--model {path}: calling it with {given} failed ({first_line(error)})") from error
+    if not isinstance(made, nn.Module):
+        raise SourceError(f"--model {path} gave a {type(made).__name__}, and should give a torch.nn.Module")
+    if callable(configure := getattr(made, "configure_model", None)):
+        configure()
+    return made
+
+
+def _taken(model_class: type, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """The hyper-parameters that a class takes."""
+    if checkpoint is None:
+        return {}
+    parameters = inspect.signature(model_class).parameters
+    # Where the class takes all of them as one argument, Lightning keeps its name.
+    whole = str(checkpoint.content.get("hparams_name"))
+    if whole in parameters and parameters[whole].kind is not inspect.Parameter.VAR_KEYWORD:
+        return {whole: checkpoint.hyper_parameters}
+    every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    # LightningCLI keeps notes of its own beside them.
+    kept = {k: v for k, v in checkpoint.hyper_parameters.items() if not k.startswith("_")}
+    return {k: v for k, v in kept.items() if every or k in parameters}
+
+
+def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:
+    """The first batches of the data that an import path names.
+
+    Args:
+        path: of a DataLoader, a LightningDataModule (its training data), another iterable of batches, or one batch: a
+            tensor, tuple, list or mapping; or of something that returns one of these when called without arguments.
+        n_batches: how many.
+        model: whose random states are kept.
+
+    Raises:
+        SourceError: if there is no such data, or not enough of it.
+    """
+    if n_batches < 1:
+        raise SourceError(f"--n-batches must be a whole number of at least 1, got {n_batches}")
+    value = imported(path, "--data")
+    try:
+        value = value() if callable(value) else value
+        if callable(getattr(value, "train_dataloader", None)):
+            value.prepare_data()
+            value.setup("fit")
+            value = value.train_dataloader()
+        if isinstance(value, DataLoader):
+            return first_batches(value, n_batches, model)
+        found = _first(path, value, n_batches)
+    except SourceError:
+        raise
+    except Exception as error:
+        raise SourceError(f"--data {path}: reading it failed ({first_line(error)})") from error
+    if len(found) < n_batches:
+        raise SourceError(f"--data {path}: {n_batches} batches were asked for, and there are {len(found)}")
+    return found
+
+
+def _first(path: str, value: Any, n_batches: int) -> list[Any]:
+    if isinstance(value, (Tensor, tuple, list, Mapping)):
+        return [value]
+    if isinstance(value, Dataset):
+        raise SourceError(f"--data {path} is a data set; wrap it in a DataLoader, whose batch size is what is measured")
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        return list(islice(value, n_batches))
+    raise SourceError(f"--data {path} gave a {type(value).__name__}, and should give a DataLoader or a batch")
+
+
+def named_loss(name: str | None) -> LossFunction | None:
+    """The loss that a name means: of `torch.nn.functional`, or ``pkg.module:function`` of (model, batch).
+
+    None stays None: the module's own loss.
+
+    Raises:
+        SourceError: if there is no such loss.
+    """
+    if name is None or name in FUNCTIONAL_LOSSES:
+        return None if name is None else functional_loss(name)
+    if ":" not in name and "." not in name:
+        raise SourceError(f"--loss {name}: must be pkg.module:function or one of {', '.join(FUNCTIONAL_LOSSES)}")
+    found = imported(name, "--loss")
+    if not callable(found):
+        raise SourceError(f"--loss {name} is a {type(found).__name__}, and should be a function of (model, batch)")
+    return found  # type: ignore[no-any-return]
