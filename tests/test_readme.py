@@ -1,11 +1,19 @@
-"""The README's snippets run, its table of keys is the code's, and its commands exist."""
+"""The README's snippets run, its tables are the code's, and its commands exist.
 
+Run as a program, this writes the README's table of logged keys.
+"""
+
+import importlib
 import inspect
+import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import torch
 import wandb
 import yaml
 from modules import ConvNet
@@ -16,6 +24,8 @@ from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
 from lightning_spectral.callbacks.alphas import ALPHA_KEY
 from lightning_spectral.callbacks.logged import LOGGED_LAYERS, PROBE_KEYS, Logged, charts
 from lightning_spectral.callbacks.outputs import FIGURES
+from lightning_spectral.cli import main
+from lightning_spectral.options import Options
 from lightning_spectral.record import REPORT_KEYS
 from lightning_spectral.report import figures
 from lightning_spectral.spectrum import LAYER_KEYS
@@ -33,9 +43,13 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scope = {"model": ConvNet(), "train_loader": DataLoader(ConvNet.data(), 48)}
     snippets = fences("python")
-    assert len(snippets) == 7
-    for snippet in snippets:
+    assert len(snippets) == 10
+    for i, snippet in enumerate(snippets):
         exec(compile(snippet.replace("max_steps=300", "max_steps=2"), "README.md", "exec"), scope)
+        if i == 0:
+            scope["trained"] = scope["probe"]
+        # Recipes make other probes, and what comes after them shows the history of the one that ran.
+        scope["probe"] = scope["trained"]
     # W&B would go on with this run in another test.
     wandb.finish()
     printed = capsys.readouterr().out
@@ -46,7 +60,7 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     assert SpectralReport.from_json(Path("spectra.json")).n_samples == 512
     assert {"power_law.pdf", "alpha.png"} <= {path.name for path in tmp_path.iterdir()}
     assert isinstance(scope["trainer"], pl.Trainer)
-    assert scope["probe"].probes == 1
+    assert scope["trained"].probes == 1
     assert scope["optimizer"].alpha_of(scope["net"][0].weight) <= 2.0
     assert "[('dense', 0.003), ('adamw', 0.003)]" in printed
 
@@ -70,6 +84,92 @@ def test_every_logged_key_is_documented():
     assert f"`{ALPHA_KEY}`" in README
     for key in (*REPORT_KEYS, *PROBE_KEYS):
         assert f"`spectral/{key}`" in README, key
+
+
+KEYS = re.compile(
+    r"(?<=<!-- keys: written by `python tests/test_readme.py` -->\n).*?(?=<!-- end of keys -->)", re.DOTALL
+)
+ON_REQUEST = {"weight_spectra": True, "bootstrap": 2, "curvature_fraction": 2, "alignment": True}
+
+
+def table_of_keys():
+    option_of = {part: name for name, value in ON_REQUEST.items() for part in Options(**{name: value}).parts}
+    rows = ["| key | what it is | median | asked for by |", "|---|---|---|---|"]
+    for key in LAYER_KEYS:
+        option = f"`{option_of[key.part]}`" if key.part else ""
+        rows.append(f"| `spectral/<layer>/{key.name}` | {key.meaning} | {'yes' if key.median else ''} | {option} |")
+    rows += [f"| `spectral/{name}` | {meaning} | | |" for name, meaning in (REPORT_KEYS | PROBE_KEYS).items()]
+    rows.append(f'| `{ALPHA_KEY}` | exponent a matrix steps with | | `SpectralNewton(alpha="probe")` |')
+    medians = "With a median: also as `spectral/<key>_median` and `spectral/kind/<kind>/<key>_median`."
+    return "\n".join([*rows, "", medians, ""])
+
+
+def test_the_table_of_keys_is_the_codes():
+    (written,) = KEYS.findall(README)
+    assert written == table_of_keys(), "run `python tests/test_readme.py`"
+
+
+def test_the_table_of_costs_is_the_benchmarks():
+    found = json.loads((ROOT / "examples/benchmarks/results/probe_cpu.json").read_text())["figures"]
+    for title, name in {
+        "ReLU ResNet, 16": "resnet",
+        "GPT of 3 blocks, 13": "gpt3",
+        "GPT of 12 blocks, 49": "gpt12",
+    }.items():
+        (row,) = re.findall(rf"^\| ({title} matrices.*) \|$", README, re.MULTILINE)
+        methods = found[name]["methods"]
+        shown = ["-" if x not in methods else str(round(methods[x]["steps"])) for x in COSTS]
+        assert row.split(" | ")[1:] == shown
+
+
+COSTS = ("exact", "curvlinops", "ggn", "sketch", "auto")
+NETS = """
+import torch
+from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
+
+def resnet():
+    return DigitsResNet(8)
+
+class LitGPT(CharacterGPT):
+    def __init__(self, vocabulary):
+        super().__init__(vocabulary, 8, 16, 2, 1)
+        self.save_hyperparameters()
+"""
+DATA = """
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+def loader():
+    return DataLoader(TensorDataset(torch.randn(64, 1, 8, 8), torch.arange(64) % 10), 64)
+
+class DataModule(pl.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(torch.arange(512).view(64, 8) % 11, 64)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_commands_that_measure_run(tmp_path, monkeypatch):
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "data.py").write_text(DATA)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    nets = importlib.import_module("nets")
+    torch.save(nets.resnet().state_dict(), "last.pt")
+    gpt = nets.LitGPT(11)
+    for step in (1000, 2000):
+        saved = {"state_dict": gpt.state_dict(), "hyper_parameters": dict(gpt.hparams), "global_step": step, "epoch": 0}
+        torch.save(saved, "last.ckpt")
+        measuring = [line for fence in fences("bash") for line in fence.splitlines() if " measure " in line]
+        assert len(measuring) == 3
+        for line in measuring:
+            assert main(shlex.split(line.replace("step-1000", f"step-{step}"))[1:]) == 0
+    (reporting,) = [line for fence in fences("bash") for line in fence.splitlines() if "report step-" in line]
+    assert main(shlex.split(reporting, comments=True)[1:]) == 0
+    assert SpectralReport.from_json("step-2000/spectra.json").step == 2000
+    for name in ("nets", "data"):
+        sys.modules.pop(name)
 
 
 def test_make_targets_exist():
@@ -114,3 +214,7 @@ def test_numbers_of_keys_and_charts(row, kinds):
     measured = report(*(layer(f"{i}.weight", kind=kind) for i, kind in enumerate(kinds)))
     keys = list(Logged("auto", "auto", (), lambda text: None).scalars(measured) | dict.fromkeys(PROBE_KEYS, 0.0))
     assert re.search(rf"\| {row}[^|]*\| {len(keys)} \| {len(charts(keys, 40))}:", README)
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(KEYS.sub(lambda _: table_of_keys(), README), encoding="utf-8")
