@@ -13,6 +13,7 @@ import numpy
 import pytest
 import pytorch_lightning as pl
 import torch
+import wandb
 from modules import ProbeRows, fit
 from PIL import Image
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
@@ -24,7 +25,6 @@ from test_probe import Repeated, Tiny, batch_of, fit_tiny
 from test_schedule import Clock
 from torch import nn
 
-import wandb
 from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import outputs
 from lightning_spectral.callbacks.logged import PROBE_KEYS, Logged, charts

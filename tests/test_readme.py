@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import wandb
 import yaml
 from modules import ConvNet
 from reports import layer, report
 from torch.utils.data import DataLoader
 
-import wandb
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
 from lightning_spectral.callbacks.alphas import ALPHA_KEY
 from lightning_spectral.callbacks.logged import LOGGED_LAYERS, PROBE_KEYS, Logged, charts
