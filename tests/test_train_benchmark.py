@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from examples.ablation.peers import LayerRateAdamW, MuonWithAdamW  # noqa: E402
-from examples.benchmarks import train, train_results  # noqa: E402
+from examples.benchmarks import train, train_results, train_runs  # noqa: E402
 from examples.benchmarks.train_figure import figure  # noqa: E402
 from examples.benchmarks.train_results import DIVERGED, Result, Run, Store, claims, table, wanted_rates  # noqa: E402
 
@@ -44,7 +44,7 @@ def test_quick_runs_through_and_resumes(tmp_path, capsys, monkeypatch):
 
 
 def test_runs_in_processes_give_the_same_losses():
-    arm = train.ARMS["muon"]
+    arm = train_runs.ARMS["muon"]
     runs = {Run("wrong_labels", "muon", 0.01, seed, 3): arm for seed in (0, 1)}
     apart = {r.run: (r.val, r.test) for r in train.train_all(runs, jobs=2, quick=True)}
     here = {r.run: (r.val, r.test) for r in train.train_all(runs, jobs=1, quick=True)}
@@ -56,8 +56,8 @@ def test_runs_in_processes_give_the_same_losses():
 @pytest.mark.parametrize("task", ["wrong_labels", "language"])
 def test_every_arm_trains(arm, task, monkeypatch):
     made = []
-    monkeypatch.setattr(train.Arm, "make", spy(train.Arm.make, made))
-    result = train.train(Run(task, arm, 0.01, 0, 3), train.ARMS[arm], quick=True)
+    monkeypatch.setattr(train_runs.Arm, "make", spy(train_runs.Arm.make, made))
+    result = train.train(Run(task, arm, 0.01, 0, 3), train_runs.ARMS[arm], quick=True)
     assert math.isfinite(result.test)
     if arm == "layer_rates":
         assert len({group["scale"] for group in made[0].param_groups}) > 1
@@ -74,22 +74,22 @@ def spy(function, made):
 
 
 def test_a_recipe_says_what_the_options_come_to():
-    language, pixels = train.QUICK["language"], train.QUICK["noisy_pixels"]
-    assert train.recipe(language, train.ARMS["adamw"]) == "AdamW weight_decay=0.01"
-    assert train.recipe(language, train.ARMS["paper"]) == "SpectralNewton alpha=1.0 damping=0.1"
-    assert train.recipe(pixels, train.ARMS["paper"]) == "SpectralNewton alpha=2.0 damping=0.1"
-    assert train.recipe(pixels, train.Arm(SpectralNewton, {}, {"momentum": 0.9, "damping": 0.5})) == (
+    language, pixels = train_runs.QUICK["language"], train_runs.QUICK["noisy_pixels"]
+    assert train_runs.recipe(language, train_runs.ARMS["adamw"]) == "AdamW weight_decay=0.01"
+    assert train_runs.recipe(language, train_runs.ARMS["paper"]) == "SpectralNewton alpha=1.0 damping=0.1"
+    assert train_runs.recipe(pixels, train_runs.ARMS["paper"]) == "SpectralNewton alpha=2.0 damping=0.1"
+    assert train_runs.recipe(pixels, train_runs.Arm(SpectralNewton, {}, {"momentum": 0.9, "damping": 0.5})) == (
         "SpectralNewton momentum=0.9 alpha=2.0 damping=0.5"
     )
-    assert {train.ARMS[name].optimizer for name in ("muon", "layer_rates")} == {MuonWithAdamW, LayerRateAdamW}
+    assert {train_runs.ARMS[name].optimizer for name in ("muon", "layer_rates")} == {MuonWithAdamW, LayerRateAdamW}
 
 
 def test_the_schedule_warms_up_and_ends_near_zero():
-    factors = [train.schedule(step, 600) for step in range(600)]
+    factors = [train_runs.schedule(step, 600) for step in range(600)]
     assert factors[0] == pytest.approx(1 / 30)
     assert max(factors) == factors[29] == factors[30] == 1
     assert factors[-1] == pytest.approx(1 / 570)
-    assert doctest.testmod(train)[0] == doctest.testmod(train_results)[0] == 0
+    assert doctest.testmod(train_runs)[0] == doctest.testmod(train_results)[0] == 0
 
 
 def test_a_loss_is_the_mean_over_samples_and_divergence_a_number():
@@ -101,10 +101,10 @@ def test_a_loss_is_the_mean_over_samples_and_divergence_a_number():
         return module(batch).mean()
 
     batches = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0])]
-    assert train.evaluate(Double(), batches, loss) == pytest.approx(8.0)
-    assert train.evaluate(Double(), [torch.tensor([math.nan])], loss) == DIVERGED
+    assert train_runs.evaluate(Double(), batches, loss) == pytest.approx(8.0)
+    assert train_runs.evaluate(Double(), [torch.tensor([math.nan])], loss) == DIVERGED
     run = Run("wrong_labels", "adamw", 1e30, 0, 3)
-    assert train.train(run, train.ARMS["adamw"], quick=True).val == DIVERGED
+    assert train.train(run, train_runs.ARMS["adamw"], quick=True).val == DIVERGED
 
 
 def test_rates_go_on_until_the_best_has_one_on_each_side():
@@ -163,7 +163,9 @@ def test_the_figure_needs_matplotlib(monkeypatch, tmp_path):
 
 def test_the_grid_is_of_rates_near_the_best_of_the_defaults(tmp_path):
     store = Store(tmp_path / "train.json", {})
-    bench = train.Benchmark(store, ["language"], {"spectral_newton": train.ARMS["spectral_newton"]}, (0,), quick=True)
+    bench = train.Benchmark(
+        store, ["language"], {"spectral_newton": train_runs.ARMS["spectral_newton"]}, (0,), quick=True
+    )
     (seed,) = train.TUNING_SEEDS["language"]
     losses = {
         "alpha=2 damping=0.03": {0.01: 2.0, 0.02: 1.0, 0.04: 3.0},
@@ -177,7 +179,7 @@ def test_the_grid_is_of_rates_near_the_best_of_the_defaults(tmp_path):
     trained = []
     bench.train = trained.extend
     bench.study()
-    assert trained == [("language", arm, lr, seed) for arm in train.studied() for lr in (0.01, 0.02, 0.04)]
+    assert trained == [("language", arm, lr, seed) for arm in train_runs.studied() for lr in (0.01, 0.02, 0.04)]
 
 
 def test_the_study_needs_the_defaults(capsys):
@@ -191,5 +193,5 @@ def test_the_kept_results_are_of_the_tasks_and_arms_as_they_are():
     rows = {(row["task"], row["arm"]): row for row in kept["summary"]}
     assert set(rows) == {(task, arm) for task in train.TASKS for arm in train.ARMS}
     for (task, arm), found in rows.items():
-        assert found["recipe"] == train.recipe(train.TASKS[task], train.ARMS[arm])
+        assert found["recipe"] == train_runs.recipe(train.TASKS[task], train_runs.ARMS[arm])
         assert len(found["tests"]) == len(train.SEEDS)
