@@ -16,7 +16,7 @@ from examples.paper import run as paper
 from examples.paper.archives import FOLDER_VARIABLE
 from examples.paper.experiments import EXPERIMENTS
 from examples.paper.finding import correlation, spread
-from examples.paper.outcome import Outcome, Training, outcome
+from examples.paper.outcome import OldOutcomeError, Outcome, Training, outcome
 from examples.paper.tasks import DATA, NETWORKS, digit_pairs, python_modules, without_layer_norm
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.SpectralWarning")
@@ -223,6 +223,13 @@ def test_outcomes_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     with pytest.raises(ZeroDivisionError):
         found.save(tmp_path / "run.json")
     assert not (tmp_path / "run.json").exists()
+
+
+def test_an_outcome_that_cannot_be_read_says_what_to_do(tmp_path: Path) -> None:
+    training = Training.from_config("mlp", MLP)
+    (tmp_path / f"mlp-0-{training.digest(0)}.json").write_text('{"reports": [{"format": "another"}]}')
+    with pytest.raises(OldOutcomeError, match="remove it, and it is made anew"):
+        outcome(training, 0, tmp_path)
 
 
 def test_every_data_set_and_network_is_documented_by_its_name() -> None:

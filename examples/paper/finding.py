@@ -28,6 +28,7 @@ class Finding:
         title: of its section.
         question: what is asked.
         paper: what arXiv 2606.02596 reports.
+        agrees: whether the same was found: yes, no, in part, or what there is to say of it in a few words.
         found: sentences.
         columns: heads of the table.
         rows: its cells.
@@ -37,6 +38,7 @@ class Finding:
     title: str
     question: str
     paper: str
+    agrees: str
     found: list[str]
     columns: list[str]
     rows: list[list[str]]

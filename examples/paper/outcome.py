@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from examples.ablation.peers import LayerRateAdamW, ScaleRates
 from examples.ablation.run import hush
@@ -121,9 +123,20 @@ class Outcome:
 
     @classmethod
     def load(cls, path: Path) -> Outcome:
-        """The inverse of `save`."""
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**values, "reports": [SpectralReport.from_dict(report) for report in values["reports"]]})
+        """The inverse of `save`.
+
+        Raises:
+            OldOutcomeError: if the file is of another version of the package, or none of ours.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**values, "reports": [SpectralReport.from_dict(report) for report in values["reports"]]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise OldOutcomeError(f"{path} cannot be read ({error}); remove it, and it is made anew") from error
+
+
+class OldOutcomeError(RuntimeError):
+    """A file of an outcome that cannot be read."""
 
 
 class MeasureAt(SpectralProbe):
@@ -172,7 +185,7 @@ def _run(training: Training, seed: int) -> tuple[dict[str, float], list[Spectral
     module = _module(training, parts)
     batches = fixed_batch(parts.plain, training.samples)
     if not training.steps:
-        return {}, [measure_spectra(module, batches, **training.probe).at(step=0, epoch=0)]
+        return {}, [_measured(module, batches, training).at(step=0, epoch=0)]
     during = tuple(step for step in training.measure_at if step < training.steps)
     probe = MeasureAt(during, batch=batches, log_layers="none", **training.probe)
     trainer = pl.Trainer(
@@ -191,10 +204,16 @@ def _run(training: Training, seed: int) -> tuple[dict[str, float], list[Spectral
         raise RuntimeError(f"{training.name}, seed {seed}: {probe.failed_probes} measurements failed; see the warnings")
     reports = probe.history
     if training.steps in training.measure_at:
-        last = measure_spectra(module, batches, **training.probe)
+        last = _measured(module, batches, training)
         reports.append(last.at(step=training.steps, epoch=trainer.current_epoch))
     (tested,) = trainer.test(module, datamodule=loaders, verbose=False)
     return dict(tested), reports
+
+
+def _measured(module: pl.LightningModule, batches: DataLoader[Any], training: Training) -> SpectralReport:
+    """Measure where there is a GPU on it: Lightning leaves a module that was trained there on the CPU."""
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    return measure_spectra(module, batches, **training.probe)
 
 
 def _module(training: Training, parts: Parts) -> Classifier | LanguageModel:

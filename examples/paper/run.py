@@ -29,7 +29,7 @@ if str(ROOT) not in sys.path:
 from examples.paper.archives import FOLDER_VARIABLE, ArchiveError  # noqa: E402
 from examples.paper.experiments import EXPERIMENTS  # noqa: E402
 from examples.paper.finding import Finding  # noqa: E402
-from examples.paper.outcome import Outcome, Training, outcome  # noqa: E402
+from examples.paper.outcome import OldOutcomeError, Outcome, Training, outcome  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,13 @@ def write_page(plan: Plan, found: Mapping[str, Finding], folder: Path, command: 
         "# The paper's experiments",
         "",
         "A. Calvo, *Spectral Asymptotics of Neural Network Loss Landscapes*, arXiv 2606.02596, beside what "
-        f"`{command}` gave: {len(plan.seeds)} seeds, mean ± standard deviation over seeds unless said otherwise. "
-        f"{where}; the runs took {seconds / 60:.0f} minutes of one thread each, several at a time.",
+        f"`{command}` gave, with {len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}: mean ± standard deviation over "
+        f"seeds unless said otherwise. {where}; the runs took {seconds / 60:.0f} minutes in all, several at a time.",
+        "",
+        *_verdicts(found),
+        "",
+        "Alphas with an r2 below 0.9, most heads' among them, are slopes of clouds; the tables give the r2. "
+        "[TRANSFORMERS.md](TRANSFORMERS.md) is on what decides alpha of a small GPT.",
         "",
         *_trainings(plan),
         "",
@@ -136,6 +141,11 @@ def write_page(plan: Plan, found: Mapping[str, Finding], folder: Path, command: 
     path = folder / "RESULTS.md"
     path.write_text("\n".join([*head, *sections]), encoding="utf-8")
     return path
+
+
+def _verdicts(found: Mapping[str, Finding]) -> list[str]:
+    rows = ["| experiment | as in the paper? |", "|---|---|"]
+    return [*rows, *(f"| {finding.title} | {finding.agrees} |" for finding in found.values())]
 
 
 def _trainings(plan: Plan) -> list[str]:
@@ -174,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     try:
         outcomes = all_outcomes(plan, options.output, options.jobs)
-    except (ArchiveError, ImportError) as error:
+    except (ArchiveError, ImportError, OldOutcomeError) as error:
         parser.exit(1, f"{error}\n")
     seconds = sum(outcome.seconds for of_training in outcomes.values() for outcome in of_training)
     found = findings(plan, outcomes)

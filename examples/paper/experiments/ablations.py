@@ -105,9 +105,11 @@ def _beside(
     found: list[str] = []
     groups: dict[str, list[float]] = {}
     kinds, ranges = {}, {}
+    every: list[Change] = []
     names = list(outcomes)
     for a, b in zip(names[::2], names[1::2], strict=True):
         changes = _changes(outcomes[a], outcomes[b], figures)
+        every += changes
         rows += [[f"{a} -> {b}", *change.cells] for change in changes]
         found.append(_in_a_sentence(a, b, changes))
         for change in changes:
@@ -120,6 +122,7 @@ def _beside(
         title,
         question,
         paper,
+        _agreement(every),
         found,
         ["networks", "kind", "alpha of the first", "alpha of the second", "change", "the paper's", "same direction"],
         rows,
@@ -131,6 +134,19 @@ def _in_a_sentence(a: str, b: str, changes: Sequence[Change]) -> str:
     hidden = [change.value for change in changes if change.kind != "head"]
     if not hidden:
         return f"{a} and {b} have no kind of layer in common before the head that has an alpha."
-    text = f"From {a} to {b} alpha before the head changes by {min(hidden):+.2f} to {max(hidden):+.2f}"
-    told = [change.agrees for change in changes if change.agrees is not None]
-    return f"{text}, in the paper's direction in {sum(told)} of {len(told)} kinds." if told else f"{text}."
+    low, high = min(hidden), max(hidden)
+    text = f"From {a} to {b} alpha before the head changes by {low:+.2f}"
+    text += f" to {high:+.2f}" if high > low else ""
+    heads = [f", at the head by {change.value:+.2f}" for change in changes if change.kind == "head"]
+    return "".join([text, *heads, "."])
+
+
+def _agreement(changes: Sequence[Change]) -> str:
+    """In how many kinds alpha moved as in the paper."""
+    told = [change for change in changes if change.agrees is not None]
+    if not told:
+        return "no figures to compare with"
+    same = sum(bool(change.agrees) for change in told)
+    word = "yes" if same == len(told) else "in part" if same else "no"
+    kinds = ", ".join(dict.fromkeys(change.kind.replace("_", " ") for change in told))
+    return f"{word}: the same direction in {same} of {len(told)} comparisons ({kinds})"

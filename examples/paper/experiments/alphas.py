@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 
 from examples.paper.finding import (
@@ -44,12 +45,16 @@ def architectures(outcomes: Outcomes) -> Finding:
         for name, values in convolutions.items()
         if any(value == value for value in values)
     ]
+    low, high = PAPER_RANGES["conv"]
+    near = [name for name, values in convolutions.items() if low <= median(values) <= high]
+    far = [name for name, values in convolutions.items() if values and not math.isnan(median(values))]
     return Finding(
         "alpha by architecture",
         "How does curvature along gradient directions grow with their strength, h ~ sigma^alpha, in which layers?",
         "Convolutions 1.97 to 2.17 (ResNet-18, VGG-11 on CIFAR-10) and 1.94 (ResNet-50 on Tiny-ImageNet), dense layers "
         "2.18, a small GPT 0.84 to 1.43.",
-        found,
+        f"interior convolutions of {len(near)} of {len(far)} networks are within {low} to {high}",
+        [*found, f"Within the paper's {low} to {high}: {', '.join(near) or 'neither'}."],
         ["network", "kind", "layers", "alpha, median over layers", "median r2", "alpha in the paper"],
         rows,
         strips(groups, "alpha by kind of layer, a tick per seed", "alpha", kinds=kinds, paper=ranges),
@@ -71,7 +76,13 @@ def transfer_identity(outcomes: Outcomes) -> Finding:
         "Is the decay s of the curvature alpha times the decay gamma of the gradient? Layers of all seeds whose alpha "
         "has an r2 of at least 0.9, after training; the error is abs(s - alpha gamma) / abs(s).",
         "Median error 1.9 % (CIFAR), 1.0 % (Tiny-ImageNet), 1.6 % (ImageNet-1K).",
-        [f"Median error {percent(median(errors))}; {within} of {len(errors)} layers are within 6 %."],
+        f"yes: a median error of {percent(median(errors))}",
+        [
+            f"Median error {percent(median(errors))}; {within} of {len(errors)} layers are within 6 %. Mind how little "
+            "it takes: where h is a power of sigma exactly, s = alpha gamma follows from the linearity of least "
+            "squares, whatever the shape of the two spectra. The error measures how far h lies from its line, and "
+            "what sorting it changes; it says nothing of whether sigma or h are power laws of their rank."
+        ],
         ["network", "layers", "median error", "90th percentile", "largest"],
         rows,
         plot_transfer_identity(joined(outcomes)),
@@ -87,7 +98,7 @@ def _errors(errors: list[float]) -> list[str]:
 
 def dynamics(outcomes: Outcomes) -> Finding:
     """alpha over training."""
-    rows, series, kinds, found = [], {}, {}, []
+    rows, series, kinds, found, told = [], {}, {}, [], []
     for name, seeds in outcomes.items():
         steps = [report.step for report in seeds[0].reports]
         for kind in kinds_of(seeds):
@@ -95,17 +106,29 @@ def dynamics(outcomes: Outcomes) -> Finding:
             rows += [[name, kind, *(spread(of_step) for of_step in values.values())]]
             row = f"{name}: {kind.replace('_', ' ')}"
             series[row], kinds[row] = {float(step or 0): of_step for step, of_step in values.items()}, kind
-        heads = [alphas(by_kind(seed.last, "head")) for seed in seeds]
-        below = sum(value < 2 for value in heads)
-        found.append(f"The head of {name} ends below 2 with {below} of {len(seeds)} seeds ({spread(heads)}).")
+        moves = {
+            kind: [[alphas(by_kind(report, kind)) for report in (seed.reports[0], seed.last)] for seed in seeds]
+            for kind in ("conv", "head")
+        }
+        below = sum(last < 2 for _, last in moves["head"])
+        for kind, pairs in moves.items():
+            before, after = (spread([pair[i] for pair in pairs]) for i in (0, 1))
+            found.append(
+                f"alpha of {name}'s {'head' if kind == 'head' else 'convolutions'} goes from {before} to {after}."
+            )
+        found.append(f"The head ends below 2 with {below} of {len(seeds)} seeds.")
         trusts = [len(trusted(seed.last)) / len(seed.last.layers) for seed in seeds]
         found.append(f"{percent(sum(trusts) / len(trusts))} of its layers then have an r2 of at least 0.9.")
+        rises = [last - first for first, last in moves["conv"]]
+        told.append(f"{name}'s convolutions {'rise' if median(rises) > 0 else 'fall'}")
+        told.append(f"its head ends below 2 with {below} of {len(seeds)} seeds")
     first = next(iter(outcomes.values()))[0]
     return Finding(
         "alpha over training",
         "How does alpha move while a network learns?",
         "Convolutions of ResNet-18 rise from 1.45 to 1.90 at epoch 0 toward 2; its head falls from 1.99 to 1.05 by "
         "epoch 1.",
+        "; ".join(told),
         found,
         ["network", "kind", *(f"step {report.step}" for report in first.reports)],
         rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean, stdev
 
 from examples.paper.finding import Finding, Outcomes, percent, spread
@@ -17,16 +18,18 @@ def scalar_control(outcomes: Outcomes) -> Finding:
     plain, *scaled = accuracy
     gains = {name: fmean(accuracy[name]) - fmean(accuracy[plain]) for name in scaled}
     best = max(gains, key=lambda name: gains[name])
-    noise = stdev(accuracy[plain]) if len(accuracy[plain]) > 1 else float("nan")
-    verdict = "within" if abs(gains[best]) <= noise else "beyond"
+    deviations = [stdev(accuracy[name]) if len(accuracy[name]) > 1 else float("nan") for name in (plain, best)]
+    noise = math.hypot(*deviations)
+    verdict = "within" if gains[best] <= noise else "beyond"
     return Finding(
         "Scalar preconditioner",
         "Does scaling each layer's learning rate by a power of its s, over the mean of all layers, help AdamW? "
         "Inverse is power -1; shuffled gives each layer the scale of another.",
         "No: of six arms on CIFAR-10 none beats Adam by more than 0.2 % of accuracy, within the noise of seeds.",
+        f"{'yes' if verdict == 'within' else 'no'}: the best arm gains {percent(gains[best])}",
         [
-            f"The best arm, {best}, differs from {plain} by {percent(gains[best])} of accuracy, {verdict} one standard "
-            f"deviation of its seeds ({percent(noise)})."
+            f"The best arm, {best}, gains {percent(gains[best])} of accuracy over {plain}, {verdict} one standard "
+            f"deviation of that difference between seeds ({percent(noise)})."
         ],
         ["optimizer", "test accuracy, %", "test loss"],
         rows,

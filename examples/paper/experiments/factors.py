@@ -79,6 +79,8 @@ def kronecker(outcomes: Outcomes) -> Finding:
         "Where one factor has an effective rank below 10 the gradient's spectrum is exponential: mean 4.7 for "
         "exponential, 19.4 for log-normal layers; log h_kron and log h correlate at 0.97. Its chi carries powers of "
         "the batch size, ours does not.",
+        f"log h and log h_kron correlate at {median([x.log_correlation for x in every]):.2f}; "
+        f"{exponential} of {len(low)} layers of low rank are exponential",
         [
             f"Smaller effective rank, median: {', '.join(medians)}. Of the {len(low)} layers with one below 10, "
             f"{exponential} have an exponential spectrum. log h and log h_kron correlate at "
@@ -113,6 +115,7 @@ def alignment(outcomes: Outcomes) -> Finding:
         "alpha = beta + phi + (slope of log chi): how much of it comes from the factors' eigenvalues, how much from "
         "how gradient directions lie in them, how much from what a Kronecker product misses? Over layers and seeds.",
         "The decomposition is the paper's; its published files hold eigenvalues and rho of 15 layers, not the slopes.",
+        "no figures to compare with",
         [_parts([x for seeds in outcomes.values() for x in _aligned(seeds) if x.layer.alpha.r2 >= GOOD_FIT])],
         ["network", "kind", "beta", "phi", "slope of log chi", "alpha"],
         rows,
@@ -162,6 +165,7 @@ def concentration(outcomes: Outcomes) -> Finding:
         "Is alpha far from 2 where (u^T delta)^2 and (v^T a)^2 are not independent, that is where the mean of their "
         "product over the product of their means is far from 1?",
         "A correlation of 0.48 between abs(alpha - 2) and abs(1 - ratio), over 5 layers of one network.",
+        f"a correlation of {pearson} over {len(every)} layers",
         [f"Over {len(every)} layers of all networks and seeds the correlation is {pearson}, of ranks {spearman}."],
         ["network", "layers", "ratio, median over k", "abs(alpha - 2)", "correlation", "of ranks"],
         rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 
@@ -33,6 +34,8 @@ def participation(outcomes: Outcomes) -> Finding:
         "zeta(alpha gamma)^2 / zeta(2 alpha gamma), with sums over the window, where the curvature is a power law of "
         "its rank (r2 of s above 0.98)?",
         "PR_h on the window is 1.0 to 1.8.",
+        f"PR_h is {median([x.pr_curvature for x in layers_of(outcomes)]):.1f} in the median layer, and above the bound "
+        f"in {len(every) - int(held.split()[0])} of {len(every)} straight spectra",
         [
             f"Where s has an r2 above 0.98, PR_h is within the bound in {held} layers, and at most 10 % above it in "
             f"{of}; the largest excess is {excess}. An exact power law attains the bound, so a spectrum straight to an "
@@ -42,6 +45,16 @@ def participation(outcomes: Outcomes) -> Finding:
         rows,
         plot_participation_ratio(joined(outcomes)),
     )
+
+
+def _gains(model: RankModel, before: Sequence[LayerSpectrum], after: Sequence[LayerSpectrum]) -> str:
+    shares = [sum(x.rank_models.winner == model for x in layers) / len(layers) for layers in (before, after)]
+    return f"{model.replace('_', ' ')} {'gains' if shares[1] > shares[0] else 'does not gain'}"
+
+
+def layers_of(outcomes: Outcomes) -> list[LayerSpectrum]:
+    """All layers of all networks and seeds, after training."""
+    return [layer for seeds in outcomes.values() for seed in seeds for layer in seed.last.layers.values()]
 
 
 def _held(straight: list[LayerSpectrum]) -> list[str]:
@@ -66,19 +79,29 @@ def width_scaling(outcomes: Outcomes) -> Finding:
         gradient = spread([of_seed[-1].pr_gradient for of_seed in hidden])
         loss = spread([seed.last.loss for seed in seeds], 3)
         rows.append([f"{width:g}", *ratios, gradient, spread([x[-1].alpha.exponent for x in hidden]), loss])
-    found = []
+    found, told = [], []
     for name, points in series.items():
         means = [fmean(values) for values in points.values()]
-        steady = all(a < b for a, b in pairwise(means))
+        signs = {a < b for a, b in pairwise(means)}
+        how = (
+            {True: "growing with every width", False: "falling with every width"}[signs.pop()]
+            if len(signs) == 1
+            else "not in one direction"
+        )
         found.append(
             f"At {name} PR_h goes from {means[0]:.2f} at width {min(points):g} to {means[-1]:.2f} at {max(points):g}, "
-            f"{'growing at every step' if steady else 'not growing at every step'}."
+            f"{how}."
         )
+        told.append(f"at {name} {how}")
+    found.append(
+        "Wider networks have a smaller loss after as many steps, so that width and progress are not told apart here."
+    )
     return Finding(
         "Width",
         "Does the number of directions that carry the curvature grow with the width of a layer? An MLP with one "
         "hidden layer, trained alike at every width.",
         "PR grows from 2.5 to 3.3 as the width goes from 64 to 512.",
+        "; ".join(told),
         found,
         ["width", *(f"PR_h, {name}" for name in series), "PR of the gradient, last", "alpha, last", "loss, last"],
         rows,
@@ -119,6 +142,8 @@ def rank_models(outcomes: Outcomes) -> Finding:
         "Is the gradient's spectrum a power law of its rank, an exponential or log-normal, by BIC, and does that "
         "change in training?",
         "Log-normal wins 21 of 24 layers; power law and exponential gain during training, a spectral phase transition.",
+        f"log-normal wins {percent(after['lognormal'] / len(final))}; {_gains('power_law', first, final)}, "
+        f"{_gains('exponential', first, final)}",
         found,
         ["network", "step", "spectra", "power law", "exponential", "log-normal", "median BIC margin"],
         rows,
