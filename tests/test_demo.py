@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_spectral import LayerSpectrum, SpectralReport
+from lightning_spectral import LayerSpectrum, SpectralReport, cli
 from lightning_spectral.cli import main
 from lightning_spectral.demo import run as demo
 from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
@@ -45,7 +45,12 @@ def test_demo_trains_measures_logs_and_prints(tmp_path, capsys):
     for name in reports:
         page = tmp_path / name / "report.html"
         assert str(page) in printed.replace("\n", "")
-        assert "blocks.0" in page.read_text(encoding="utf-8")
+        made = page.read_text(encoding="utf-8")
+        assert "blocks.0" in made
+        # The command makes the same of what lies there, and not a poorer page of the log.
+        assert cli.main(["report", str(tmp_path / name), "--output", str(tmp_path / "again.html")]) == 0
+        again = (tmp_path / "again.html").read_text(encoding="utf-8")
+        assert again.count('"spectra":') == made.count('"spectra":') > 0
     for word in ("attention_qkv", "mlp_up", "conv", "head", "192x64", "1.94 to 2.17", "alpha in the paper"):
         assert word in printed
 

@@ -58,6 +58,7 @@ ALLOWED = {
     },
     "demo": {"callbacks", "demo", "record", "report"},
     "lightning_cli": {"callbacks", "optim", "sources"},
+    "__main__": {"cli"},
     "cli": {"", "callbacks", "demo", "lightning_cli", "options", "posthoc", "report", "sources"},
     "__init__": {
         "alignment", "callbacks", "errors", "fits", "measure", "metrics", "optim", "record", "spectrum", "svd",

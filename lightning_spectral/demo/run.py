@@ -85,6 +85,8 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
         console.print(f"\n[bold]{experiment.title}[/bold], {experiment.steps} steps")
         history, runs[experiment.name] = _train(experiment, folder)
         reports[experiment.name] = history[-1]
+        for report in history:
+            report.to_json(folder / experiment.name / f"step-{report.step}.json")
         run_shown = run_of(history, experiment.name)
         pages.append(write_page(run_shown, folder / experiment.name / "report.html", title=experiment.title))
     for experiment in planned:

@@ -1,0 +1,8 @@
+"""`python -m lightning_spectral` is `lightning-spectral`."""
+
+import sys
+
+from lightning_spectral.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
