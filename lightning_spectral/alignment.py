@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.encoding import number, numbers, plain
+from lightning_spectral.encoding import number, numbers
 from lightning_spectral.fits import PowerLawFit, fit_power_law, with_ordinate_errors
 
 TENSORS = ("lambda_delta", "lambda_a", "rho_delta", "rho_a", "phi_k", "h_kron", "chi", "concentration")
@@ -70,8 +70,10 @@ class LayerAlignment:
         phi_k: Phi_k = rho_delta_k rho_A_k.
         h_kron: (u_k^T C_delta u_k)(v_k^T C_A v_k), which is Phi_k Lambda_delta_k Lambda_A_k.
         chi: h_k / h_kron_k, with h of the mean of the samples' losses; of a loss that is a sum over samples, h_k is
-            divided by their number. Where delta and a are independent and the Hessian is the Fisher matrix it is 1 for
-            one position, and from P positions, of which h_k holds the sum and h_kron_k the mean, P to P^2.
+            divided by their number. Over batches of unequal sizes such a loss weighs each batch by its size once more,
+            and chi is that of the summed loss, which differs from the mean's. Where delta and a are independent and
+            the Hessian is the Fisher matrix it is 1 for one position, and from P positions, of which h_k holds the sum
+            and h_kron_k the mean, P to P^2.
         concentration: E[(u_k^T delta)^2 (v_k^T a)^2] / (E[(u_k^T delta)^2] E[(v_k^T a)^2]).
         beta: Lambda_delta_k Lambda_A_k ~ sigma_k^beta, over the points of the fit of alpha, as the other two.
         phi: Phi_k ~ sigma_k^phi.
@@ -174,18 +176,14 @@ class LayerAlignment:
             note=note,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain, JSON-able values: NaN as None, infinity as "inf"."""
-        return plain(self)  # type: ignore[no-any-return]
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerAlignment:
-        """The inverse of `to_dict`."""
+        """The inverse of `encoding.plain`."""
         values = {f.name: data[f.name] for f in fields(cls)}
         for name in TENSORS:
             values[name] = torch.tensor([number(x) for x in values[name]], dtype=torch.float64)
         for name in FITS:
-            values[name] = PowerLawFit(**numbers(values[name], skip=("dropped",)))
+            values[name] = PowerLawFit.from_dict(values[name])
         return cls(**numbers(values, skip=(*TENSORS, *FITS, "note")))
 
 

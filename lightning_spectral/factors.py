@@ -83,30 +83,61 @@ def _factors(
 ) -> Factored:
     summed = sums_over_samples(losses)
     sizes, samples = [size or 1 for size in losses.sizes], losses.samples or 1
-    inputs: dict[str, _Inputs] = {}
-    sums = {}
-    for name, triplets in directions.items():
-        layer = losses.layers[name]
-        mine = inputs.setdefault(layer.parameter, _Inputs(len(triplets)))
-        mine.moment.k = max(mine.moment.k, len(triplets))
-        sums[name] = _Sums(layer, triplets, mine)
+    sums = _empty(losses.layers, directions)
     notes: dict[str, str] = {}
-    for piece in (*pieces, *_left_out(losses, pieces)):
+    factors: dict[str, KroneckerFactors] = {}
+    parts = [*pieces, *_left_out(losses, pieces)]
+    for piece in parts:
         own = problem if piece is pieces[0] else losses.problem(piece)
         # A sum counts each sample once, whatever the share of its batch in all of them.
         scale = piece.weight * samples / (sizes[piece.batch] if summed else 1)
-        for name, use, delta in _seen(own, piece, [name for name in sums if name not in notes], notes):
-            try:
-                sums[name].add(use, delta, scale, own.parameters[name].shape)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                notes[name] = f"{type(error).__name__}: {str(error)[:200]}"
-        if own is not problem:
+        factors |= _added(own, piece, scale, sums, notes, last=piece is parts[-1])
+        if len(pieces) > 1:
             own.release()
-    factors = {name: mine.factors() for name, mine in sums.items() if name not in notes}
+    while sums:
+        name, mine = sums.popitem()
+        factors[name] = mine.factors()
     per_sample = samples / sum(size**2 for size in sizes) if summed else 1.0
     return Factored(factors, notes, per_sample)
+
+
+def _empty(layers: Mapping[str, MatrixLayer], directions: Mapping[str, SingularTriplets]) -> dict[str, _Sums]:
+    """Sums of nothing for each layer; those alone hold the inputs that parts of a fused projection share."""
+    inputs: dict[str, _Inputs] = {}
+    sums = {}
+    for name, triplets in directions.items():
+        mine = inputs.setdefault(layers[name].parameter, _Inputs(len(triplets)))
+        mine.moment.k = max(mine.moment.k, len(triplets))
+        sums[name] = _Sums(layers[name], triplets, mine)
+    return sums
+
+
+def _added(
+    problem: Problem, piece: Piece, scale: float, sums: dict[str, _Sums], notes: dict[str, str], *, last: bool
+) -> dict[str, KroneckerFactors]:
+    """Add one piece to the sums, and keep nothing of its graph.
+
+    In the last one a layer's factors are taken as soon as it is added, and its sums, with up to n x n numbers for each
+    factor, let go before those of the next.
+    """
+    factors = {}
+    for name, use, delta in _seen(problem, piece, list(sums), notes):
+        # Of a piece without weight a layer may come more than once.
+        whole = last and piece.weight > 0
+        mine = sums.pop(name) if whole else sums[name]
+        try:
+            mine.add(use, delta, scale, problem.parameters[name].shape)
+            if whole:
+                factors[name] = mine.factors()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            notes[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    for name in sums.keys() & notes.keys():
+        del sums[name]
+    for rest in sums.values():
+        rest.inputs.last = None
+    return factors
 
 
 def sums_over_samples(losses: Losses) -> bool:
@@ -191,7 +222,7 @@ class _Inputs:
 
     def __init__(self, k: int) -> None:
         self.moment = SecondMoment(k)
-        self.last: Use | None = None
+        self.last: Use | None = None  # within a piece: its output holds the piece's graph
         self._eigenvalues: Eigenvalues | None = None
 
     def add(self, use: Use, tap: Tap) -> None:

@@ -33,6 +33,12 @@ MEMORY = 3.0
 TRIES = 3
 """How often to measure where memory runs out, each time with pieces half as large."""
 
+FACTORS_TOO_LARGE = (
+    "out of memory; measure fewer samples (max_samples), or fewer layers (layers): C_A and C_delta of a layer are "
+    "matrices of its width, whatever top_k"
+)
+"""Why there are no Kronecker factors after `TRIES`."""
+
 
 @dataclass(frozen=True, eq=False)
 class Measured:
@@ -152,7 +158,7 @@ def _factored(
         except MeasurementError:
             break
         problem = losses.problem(pieces[0])
-    return Factored({}, dict.fromkeys(directions, "out of memory; measure fewer samples (max_samples)"))
+    return Factored({}, dict.fromkeys(directions, FACTORS_TOO_LARGE))
 
 
 def _thrifty(losses: Losses, method: Curvature) -> list[Piece]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from lightning_spectral.curvature import Problem
 from lightning_spectral.factors import _Sums
 from lightning_spectral.fits import entropy_rank, fit_power_law
 from lightning_spectral.layers import find_layers
+from lightning_spectral.moments import SecondMoment
 from lightning_spectral.spectrum import LAYER_KEYS
 
 NAMED = {case.name: case for case in CASES}
@@ -212,6 +214,64 @@ def test_several_batches_give_the_same(method, loss):
         same(aligned(model, loader, loss, n_batches=3, curvature=method, **options), expected)
 
 
+@pytest.mark.parametrize("options", [{"micro_batch_size": 12}, {"n_batches": 3}])
+def test_the_graph_of_a_piece_is_gone_before_the_next(monkeypatch, options):
+    model, (x, y) = gelu_mlp().double(), batch_of()
+    graphs, alive, at_the_start = [], [], []
+
+    def loss(m, b):
+        z = m[0](b[0])
+        if torch.is_grad_enabled():
+            alive.append(sum(graph() is not None for graph in graphs))
+            graphs.append(weakref.ref(z))
+        return F.cross_entropy(m[1:](z), b[1])
+
+    real = factors_module._factors
+    monkeypatch.setattr(factors_module, "_factors", lambda *args: at_the_start.append(len(alive)) or real(*args))
+    loader = DataLoader(TensorDataset(x, y), batch_size=16)
+    aligned(model, loader if "n_batches" in options else (x, y), loss, curvature="ggn", **options)
+    assert len(alive) >= at_the_start[0] + 2
+    assert alive[at_the_start[0] :] == [0] * (len(alive) - at_the_start[0])
+
+
+@pytest.mark.parametrize(
+    ("case", "size", "most"),
+    [("mlp_cross_entropy", None, 2), ("gpt_block_fused_qkv", None, 2), ("mlp_cross_entropy", 12, 6)],
+)
+def test_the_matrices_of_one_layer_at_a_time_are_held_of_one_piece(monkeypatch, case, size, most):
+    model, batch = NAMED[case].build()
+    held, counts = weakref.WeakSet(), []
+    real = SecondMoment._add_gram
+
+    def noted(self, gram_gnn):
+        real(self, gram_gnn)
+        held.add(self)
+        counts.append(len(held))
+
+    monkeypatch.setattr(SecondMoment, "_add_gram", noted)
+    report = aligned(model, batch, NAMED[case].loss, micro_batch_size=size, **NAMED[case].options)
+    assert max(counts) == most
+    assert not held
+    assert len(counts) > most
+    assert all(layer.alignment for name, layer in report.layers.items() if name != "head.weight")
+
+
+def test_a_layer_whose_eigenvalues_fail_stops_no_other(monkeypatch):
+    real = SecondMoment.eigenvalues
+
+    def broken(self):
+        if self.k == 5:
+            raise RuntimeError("no luck")
+        return real(self)
+
+    monkeypatch.setattr(SecondMoment, "eigenvalues", broken)
+    model, batch = nn.Sequential(nn.Linear(6, 3), nn.GELU(), nn.Linear(3, 7), nn.GELU(), nn.Linear(7, 7)), batch_of()
+    report = aligned(model.double(), batch, lambda m, b: m(b[0]).square().mean(), top_k=5)
+    assert report.layers["4.weight"].alignment_note == "RuntimeError: no luck"
+    adds_up(report.layers["0.weight"])
+    adds_up(report.layers["2.weight"])
+
+
 def test_uneven_batches_of_a_mean_give_the_same():
     model, (x, y) = gelu_mlp().double(), batch_of(40)
     loader = DataLoader(TensorDataset(x, y), batch_size=16)
@@ -363,7 +423,8 @@ def test_out_of_memory_is_met_with_smaller_pieces(monkeypatch):
     monkeypatch.setattr(_Sums, "add", lambda *args: (_ for _ in ()).throw(MemoryError()))
     nothing = aligned(model, batch, cross_entropy)
     assert {layer.alignment_note for layer in nothing.layers.values()} == {
-        "out of memory; measure fewer samples (max_samples)"
+        "out of memory; measure fewer samples (max_samples), or fewer layers (layers): C_A and C_delta of a layer are "
+        "matrices of its width, whatever top_k"
     }
     for name, layer in expected.layers.items():
         torch.testing.assert_close(nothing.layers[name].h, layer.h, equal_nan=True)

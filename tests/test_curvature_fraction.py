@@ -156,6 +156,26 @@ def test_pieces_where_samples_have_one_z_differ_in_it():
         assert abs(fraction.trace - float(block.trace())) < 4.5 * fraction.trace_stderr
 
 
+def test_pieces_of_the_same_samples_differ_in_their_signs(monkeypatch):
+    case = next(case for case in CASES if case.name == "gpt_block_tied")
+    model, batch = case.build()
+    seen, trace = [], HutchinsonTrace.__call__
+
+    def noted(self, problem, directions):
+        seen.append(trace(self, problem, directions))
+        return seen[-1]
+
+    monkeypatch.setattr(HutchinsonTrace, "__call__", noted)
+    twice = tuple(torch.cat([part, part]) for part in batch)
+    measured(case, model, twice, 3, micro_batch_size=len(batch[0]))
+    first, second = (part.h for part in seen)
+    # Each layer, whether samples have signs of their own or, as in the tied head, one z for all.
+    assert first.keys() == second.keys()
+    assert len(first) > 3
+    for name, draws in first.items():
+        assert ((draws - second[name]).abs() > 1e-6 * draws.abs()).all(), name
+
+
 @by_name
 def test_signs_of_their_own_are_left_to_samples_that_do_not_interact(case: Case, monkeypatch):
     model, batch = case.build()
