@@ -2,9 +2,10 @@
 
 Shapes: n points, B draws of n points each. The points of a line are drawn as pairs (x, y) with replacement, a line is
 fitted to each draw, and the interval lies between quantiles of the slopes (B. Efron and R. Tibshirani, An Introduction
-to the Bootstrap, 1993, sections 9.5 and 13.3). Of 20 points with independent errors, as alpha's, an interval of 95 %
-holds the true slope 91 times in 100. The points of a sorted spectrum (gamma, s) are not independent: their intervals
-held it 61 to 88 times, and say how much the slope owes to single points, no more.
+to the Bootstrap, 1993, sections 9.5 and 13.3). With independent errors, as alpha's, an interval of 95 % holds the true
+slope 91 times in 100 for 20 and for 10 points, 90 for 5, and 66 for 3, of which there are too few different draws. The
+points of a sorted spectrum (gamma, s) are not independent: their intervals held it 61 to 88 times, and say how much the
+slope owes to single points, no more.
 """
 
 from __future__ import annotations
@@ -61,19 +62,23 @@ class Intervals:
         return cls(**{name: Interval.from_dict(data[name]) for name in ("alpha", "gamma", "s")})
 
 
-def exponent_intervals(sigma: Tensor, h: Tensor, *, draws: int, level: float = LEVEL, seed: int = 0) -> Intervals:
+def exponent_intervals(
+    sigma: Tensor, h: Tensor, *, draws: int, used: Tensor | None = None, level: float = LEVEL, seed: int = 0
+) -> Intervals:
     """Bootstrap intervals of alpha, gamma and s of one layer.
 
     Args:
         sigma: (K,) singular values above the noise floor, in decreasing order.
-        h: (K,) curvatures in the same order; alpha and s take those that are positive.
+        h: (K,) curvatures in the same order; s takes those that are positive.
+        used: (K,) which points the fit of alpha used; None: those with positive h.
         draws, level, seed: as in `slope_interval`.
     """
     positive = h > 0
+    used = positive if used is None else used
     sorted_h = h[positive].sort(descending=True).values
     options: dict[str, Any] = {"draws": draws, "level": level, "seed": seed}
     return Intervals(
-        alpha=slope_interval(sigma[positive].log(), h[positive].log(), **options),
+        alpha=slope_interval(sigma[used].log(), h[used].log(), **options),
         gamma=slope_interval(_minus_log_rank(len(sigma)), sigma.log(), **options),
         s=slope_interval(_minus_log_rank(len(sorted_h)), sorted_h.log(), **options),
     )
@@ -81,6 +86,9 @@ def exponent_intervals(sigma: Tensor, h: Tensor, *, draws: int, level: float = L
 
 def slope_interval(x: Tensor, y: Tensor, *, draws: int, level: float = LEVEL, seed: int = 0) -> Interval:
     """Percentile interval of the slope of y on x, by a bootstrap over the pairs.
+
+    It is somewhat too short, and much too short for 3 points: one of 95 % held the true slope 66 times in 100 for
+    n = 3, 90 for n = 5, 91 for n = 10 and n = 20.
 
     Args:
         x, y: (n,) finite.

@@ -370,6 +370,7 @@ def _left_out(measured: Measured, spectra: Mapping[str, LayerSpectrum], told: Se
     return [
         *(note for note in measured.traces.notes if note not in told),
         *(f"curvature_fraction: {text}" for text in by_cause(measured.traces.failed)),
+        *(f"spectrum_top_k: {text}" for text in by_cause(measured.shorter)),
         *(f"weight_spectra: {text}" for text in by_cause(no_weights)),
         *_unaligned(spectra),
     ]

@@ -47,15 +47,17 @@ class Measured:
     Attributes:
         triplets: layer name -> its gradient's, on the window of ``top_k``.
         spectra: layer name -> its gradient's leading singular values, ``spectrum_top_k`` of them.
+        shorter: layer name -> why its ``spectra`` are those of the window alone, though more were asked for.
         curvatures: along the triplets above the noise floor.
         traces: draws of the trace of each layer's Hessian block; empty where none were asked for.
         failed: layer name -> why it has no curvatures.
         loss: its value.
-        most: samples measured at once at most.
+        most: samples whose curvature was measured at once at most, that of the traces included.
     """
 
     triplets: dict[str, SingularTriplets]
     spectra: dict[str, Tensor]
+    shorter: dict[str, str]
     curvatures: Curvatures
     traces: Curvatures
     failed: dict[str, str]
@@ -106,7 +108,8 @@ def _measured(losses: Losses, options: Options, most: int | None) -> Measured:
     gradients, loss, problem = losses.gradients(
         pieces, keep_graph=keep_graph, outputs=options.alignment and losses.samples is not None
     )
-    triplets, spectra, failed = _triplets(gradients, losses.layers, options)
+    triplets, failed = _triplets(gradients, losses.layers, options)
+    spectra, shorter = _spectra(gradients, triplets, losses.layers, options)
     smallest = _smallest(gradients)
     del gradients
     usable = {name: t.first(_usable(losses, name, t)) for name, t in triplets.items()}
@@ -122,20 +125,24 @@ def _measured(losses: Losses, options: Options, most: int | None) -> Measured:
             except NoSumError:
                 return losses.curvatures(method, pieces, directions)
         if len(pieces) == 1 and keep_graph == method.differentiates_gradients:
+            losses.in_use = losses.largest(pieces)
             return method(problem, directions)
         problem.release()
         return losses.curvatures(method, pieces, directions)
 
     curvatures = measure_by(options.curvature, problem, directions, measure)
+    at_once = [losses.in_use]
     traces = Curvatures({}, "")
     if options.curvature_fraction:
         measurable = {name: t for name, t in directions.items() if name not in curvatures.failed}
         try:
             traces = measure(HutchinsonTrace(options.curvature_fraction, curvatures.h), measurable)
+            at_once.append(losses.in_use)
         except MeasurementError as error:
             traces = Curvatures({}, "", dict.fromkeys(measurable, str(error)))
     failed |= curvatures.failed
-    return Measured(triplets, spectra, curvatures, traces, failed, loss, losses.in_use, factored)
+    largest = max((size for size in at_once if size is not None), default=None)
+    return Measured(triplets, spectra, shorter, curvatures, traces, failed, loss, largest, factored)
 
 
 def _factored(
@@ -181,9 +188,9 @@ def _smallest(gradients: Gradients) -> tuple[str, Tensor] | None:
 
 def _triplets(
     gradients: Gradients, layers: Mapping[str, MatrixLayer], options: Options
-) -> tuple[dict[str, SingularTriplets], dict[str, Tensor], dict[str, str]]:
-    """The triplets, the leading singular values, and the layers that have none."""
-    triplets, spectra, failed = {}, {}, {}
+) -> tuple[dict[str, SingularTriplets], dict[str, str]]:
+    """The triplets, and the layers that have none."""
+    triplets, failed = {}, {}
     for name, gradient in gradients.values.items():
         layer = layers[name]
         if gradient is None and name in gradients.failed:
@@ -198,21 +205,39 @@ def _triplets(
         try:
             matrix = layer.to_matrix(gradient.detach())
             triplets[name] = top_singular_triplets(matrix, options.top_k, groups=layer.groups)
-            spectra[name] = _spectrum(matrix, layer.groups, triplets[name].sigma, options)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             failed[name] = f"its gradient has no singular values: {error}"
-    return triplets, spectra, failed
+    return triplets, failed
 
 
-def _spectrum(matrix: Tensor, groups: int, sigma: Tensor, options: Options) -> Tensor:
+def _spectra(
+    gradients: Gradients, triplets: Mapping[str, SingularTriplets], layers: Mapping[str, MatrixLayer], options: Options
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The ``spectrum_top_k`` leading singular values, and why some layers have those of their window alone."""
+    spectra, shorter = {}, {}
+    for name, gradient in gradients.values.items():
+        if gradient is None or name not in triplets:
+            continue
+        sigma = triplets[name].sigma
+        try:
+            spectra[name] = _spectrum(gradient.detach(), layers[name], sigma, options)
+        except (RuntimeError, MemoryError) as error:
+            # Smaller pieces would not help: the matrix is as large as it is.
+            spectra[name] = sigma
+            shorter[name] = f"only the {len(sigma)} singular values of the window ({type(error).__name__}: {error})"
+    return spectra, shorter
+
+
+def _spectrum(gradient: Tensor, layer: MatrixLayer, sigma: Tensor, options: Options) -> Tensor:
     """The ``spectrum_top_k`` leading singular values, of which those of the window, sigma, are known."""
     k = options.spectrum_top_k or options.top_k
     # A window that is not full holds all there are.
     if k == options.top_k or len(sigma) < options.top_k:
         return sigma
-    return torch.cat([sigma, singular_values(matrix, groups=groups)[len(sigma) : k].to(sigma)])
+    values = singular_values(layer.to_matrix(gradient), groups=layer.groups)
+    return torch.cat([sigma, values[len(sigma) : k].to(sigma)])
 
 
 def _usable(losses: Losses, name: str, triplets: SingularTriplets) -> int:

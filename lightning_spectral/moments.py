@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_spectral.svd import top_singular_triplets
+from lightning_spectral.svd import gram_eigenvalues, top_singular_triplets
 
 LARGE = 8192
 """Dimension n above which the leading eigenvalues alone are computed."""
@@ -82,14 +82,16 @@ class SecondMoment:
         """All that are not zero, or the k leading ones."""
         complete = self.complete
         if self._gram is not None:
-            values = _eigenvalues(self._gram)
+            values = gram_eigenvalues(self._gram)
         else:
             rows_grn = torch.cat(self._rows, 1)
             if rows_grn.shape[2] > LARGE and rows_grn.shape[1] > FEW_ROWS:
                 values = torch.stack([top_singular_triplets(rows, self.k).sigma for rows in rows_grn]).double().square()
                 complete = False
             else:
-                values = _eigenvalues(gram(rows_grn.mT) if rows_grn.shape[1] < rows_grn.shape[2] else gram(rows_grn))
+                values = gram_eigenvalues(
+                    gram(rows_grn.mT) if rows_grn.shape[1] < rows_grn.shape[2] else gram(rows_grn)
+                )
         return Eigenvalues((values / max(self.count, 1)).cpu().double(), complete)
 
     def _add_gram(self, gram_gnn: Tensor) -> None:
@@ -111,13 +113,3 @@ def gram(rows_grn: Tensor) -> Tensor:
         rows = rows.to(wide) if n <= SMALL else rows
         total += rows.mT @ rows
     return total
-
-
-def _eigenvalues(gram_gnn: Tensor) -> Tensor:
-    """(g, n), decreasing; rounding leaves no negative ones."""
-    try:
-        values: Tensor = torch.linalg.eigvalsh(gram_gnn.cpu() if gram_gnn.device.type == "mps" else gram_gnn)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # Eigenvalues that repeat can stop a GPU's solver.
-        values = torch.linalg.eigvalsh(gram_gnn.cpu())
-    return values.flip(1).clamp(min=0)

@@ -46,7 +46,8 @@ class SpectralReport:
         loss: value of the loss measured.
         n_samples: samples measured; None where a batch does not tell.
         n_batches: how many batches they came in.
-        micro_batch_size: of them, how many were measured at once at most; None where the batch does not tell.
+        micro_batch_size: of them, how many had their curvature measured at once at most, in whichever phase; None
+            where the batch does not tell.
         curvature: the method asked for.
         chosen: which method "auto" chose, and why; empty for the others.
         check_error: relative difference of one curvature to an exact product; NaN where none was checked.
@@ -133,11 +134,14 @@ class SpectralReport:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: if the data is no report, or one of a newer version.
+            ValueError: if the data is no report, or one of another version, older or newer.
         """
-        if data.get("format") != FORMAT or data.get("version") != FORMAT_VERSION:
+        if data.get("format") != FORMAT:
+            raise ValueError(f"expected a {FORMAT} of version {FORMAT_VERSION}, got the format {data.get('format')!r}")
+        if data.get("version") != FORMAT_VERSION:
             raise ValueError(
-                f"expected a {FORMAT} of version {FORMAT_VERSION}, got {data.get('format')!r} {data.get('version')!r}"
+                f"expected a {FORMAT} of version {FORMAT_VERSION}, got one of version {data.get('version')!r}: "
+                "measure again, or read it with the release that wrote it"
             )
         values = {f.name: data[f.name] for f in fields(cls)}
         values["layers"] = {name: LayerSpectrum.from_dict(layer) for name, layer in data["layers"].items()}

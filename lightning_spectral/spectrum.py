@@ -157,6 +157,7 @@ class LayerSpectrum:
         positive = h[usable & (h > 0)]
         energy = sigma[usable].square()
         alpha = _alpha(sigma, h, h_stderr, floor)
+        used = usable & (h > 0) & (EQUAL not in alpha.dropped)
         gamma = fit_rank_decay(sigma, exclude=noise)
         h = torch.where(usable, h, torch.full_like(h, float("nan")))
         s = fit_rank_decay(h, exclude=noise)
@@ -203,14 +204,16 @@ class LayerSpectrum:
                 _alpha(sigma[k], h[k], h_stderr[k], floor) for k in torch.arange(len(sigma)).tensor_split(4)
             ),
             note=note,
-            intervals=exponent_intervals(sigma[usable], h[usable], draws=bootstrap) if bootstrap else None,
+            intervals=exponent_intervals(sigma[usable], h[usable], used=used[usable], draws=bootstrap)
+            if bootstrap
+            else None,
             alignment=None
             if factors is None
             else LayerAlignment.from_factors(
                 factors,
                 sigma,
                 h,
-                used=usable & (h > 0) & (EQUAL not in alpha.dropped),
+                used=used,
                 h_stderr=h_stderr,
                 per_sample=per_sample,
             ),

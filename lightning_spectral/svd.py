@@ -93,6 +93,7 @@ def singular_values(matrix: Tensor, *, groups: int = 1) -> Tensor:
     Raises:
         ValueError: if the matrix is not two-dimensional, or the groups do not divide its rows.
         MeasurementError: if an entry is not finite.
+        torch.linalg.LinAlgError: if no solver converges.
 
     >>> singular_values(torch.diag(torch.tensor([1.0, 3.0, 2.0]))).tolist()
     [3.0, 2.0, 1.0]
@@ -103,9 +104,25 @@ def singular_values(matrix: Tensor, *, groups: int = 1) -> Tensor:
     else:
         tall = blocks_gmn if blocks_gmn.shape[1] >= blocks_gmn.shape[2] else blocks_gmn.mT
         tall = tall.double()
-        sigma_gr = torch.linalg.eigvalsh(tall.mT @ tall).clamp(min=0).sqrt().to(blocks_gmn)
+        sigma_gr = gram_eigenvalues(tall.mT @ tall).sqrt().to(blocks_gmn)
     found: Tensor = sigma_gr.flatten().sort(descending=True).values
     return found
+
+
+def gram_eigenvalues(gram_gnn: Tensor) -> Tensor:
+    """Eigenvalues (g, n) of Gram matrices (g, n, n), decreasing; rounding leaves no negative ones.
+
+    On the device of the matrices, or on the CPU where its solver is missing or fails.
+
+    >>> gram_eigenvalues(torch.diag(torch.tensor([1.0, 4.0]))[None]).tolist()
+    [[4.0, 1.0]]
+    """
+    try:
+        values: Tensor = torch.linalg.eigvalsh(gram_gnn.cpu() if gram_gnn.device.type == "mps" else gram_gnn)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # Eigenvalues that repeat can stop a GPU's solver.
+        values = torch.linalg.eigvalsh(gram_gnn.cpu())
+    return values.flip(-1).clamp(min=0)
 
 
 def _blocks(matrix: Tensor, groups: int) -> Tensor:

@@ -45,7 +45,8 @@ class WeightSpectrum:
         """Of a matrix (m, n) whose rows fall into groups, each a matrix of its own: the values of all of them together.
 
         Args:
-            matrix: (m, n); entries that are not finite leave the spectrum empty, with a note.
+            matrix: (m, n); where it has no singular values (entries that are not finite, a solver that fails, no
+                memory) the spectrum is empty, with a note.
             top_k: K.
             groups: as in `top_singular_triplets`.
             eps: machine epsilon of the weights.
@@ -57,8 +58,9 @@ class WeightSpectrum:
         note, sigma = "", torch.zeros(0, dtype=torch.float64)
         try:
             sigma = singular_values(matrix, groups=groups).cpu().double()
-        except MeasurementError as error:
-            note = str(error)
+        except (RuntimeError, MemoryError) as error:
+            known = isinstance(error, MeasurementError)
+            note = str(error) if known else f"no singular values ({type(error).__name__}: {error})"
         shape = (matrix.shape[0], matrix.shape[1])
         noise = sigma <= noise_floor(sigma, shape, groups, eps)
         return cls(

@@ -61,6 +61,16 @@ def test_intervals_hold_the_true_slope_about_as_often_as_they_say():
     assert 0.7 * width < sum(widths) / len(widths) < 1.2 * width
 
 
+@pytest.mark.parametrize(("n", "low", "high"), [(3, 0.58, 0.75), (5, 0.85, 0.96), (10, 0.86, 0.97)])
+def test_intervals_of_few_points_hold_the_true_slope_as_often_as_documented(n, low, high):
+    held = 0
+    for seed in range(300):
+        sigma, h = (values[:n] for values in noisy_power_law(seed))
+        interval = slope_interval(sigma.log(), h.log(), draws=300, seed=seed)
+        held += interval.low < 2.0 < interval.high
+    assert low < held / 300 < high
+
+
 def test_intervals_of_a_spectrum_lie_around_its_exponents():
     sigma, h = noisy_power_law(1, noise=0.2)
     h[4] = -h[4]
@@ -110,3 +120,23 @@ def test_an_interval_without_ends_survives_json():
     interval = Interval(math.nan, math.nan, 0.95, 10, 10)
     back = Interval.from_dict({"low": None, "high": None, "level": 0.95, "n_draws": 10, "n_degenerate": 10})
     assert repr(back) == repr(interval)
+
+
+def test_points_that_alpha_leaves_out_are_in_no_interval_of_it():
+    """Sigma equal to rounding: h has no slope against them, whatever the rounding makes of it."""
+    sigma = 1 + torch.finfo(torch.float32).eps * torch.arange(8, 0, -1, dtype=torch.float64) / 8
+    spectrum = LayerSpectrum.from_spectrum(sigma, RANKS[:8] ** -1, name="w", shape=(64, 64), bootstrap=50)
+    assert math.isnan(spectrum.alpha.exponent)
+    assert math.isnan(spectrum.intervals.alpha.low)
+    assert math.isnan(spectrum.intervals.alpha.high)
+    assert spectrum.intervals.s.low <= spectrum.s.exponent <= spectrum.intervals.s.high
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_where_an_exponent_is_nan_its_interval_is_too(n):
+    sigma, h = noisy_power_law(3)
+    h[n:] = -1.0
+    spectrum = LayerSpectrum.from_spectrum(sigma, h, name="w", shape=(64, 64), bootstrap=50)
+    for name in ("alpha", "gamma", "s"):
+        missing = math.isnan(getattr(spectrum, name).exponent)
+        assert math.isnan(getattr(spectrum.intervals, name).low) == missing

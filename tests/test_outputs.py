@@ -31,6 +31,7 @@ from lightning_spectral.callbacks.logged import PROBE_KEYS, Logged, charts
 from lightning_spectral.callbacks.outputs import alpha_by_depth
 from lightning_spectral.report import read_run
 from lightning_spectral.report.read import wandb_records
+from lightning_spectral.report.trackers import Row, tracker_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -255,6 +256,48 @@ def test_csv_is_one_flat_file_with_the_layers_beside_it(tmp_path):
         own = cells[2 * i : 2 * i + 2]
         assert {row[0] for row in own} == {str(measured.step)}
         equal_tables(heading[1:], [row[1:] for row in own], measured)
+
+
+def rows_of(**columns):
+    return Row("spectral", 3, {}, table=[{"layer": "a", **columns}])
+
+
+def test_csv_with_other_columns_goes_to_a_file_of_its_own(tmp_path):
+    def resumed(*rows):
+        tracker = tracker_of(CSVLogger(tmp_path, version=0), pytest.fail)
+        for row in rows:
+            tracker.write_table(row)
+
+    resumed(rows_of(alpha=1.0), rows_of(alpha=2.0))
+    resumed(rows_of(alpha=3.0, gamma=4.0))
+    resumed(rows_of(s=5.0), rows_of(s=6.0))
+    resumed(rows_of(alpha=7.0), rows_of(alpha=8.0, gamma=9.0))
+    found = {file.name: file.read_text().split() for file in tmp_path.rglob("*.csv")}
+    assert found == {
+        "spectral_layers.csv": ["step,layer,alpha", "3,a,1.0", "3,a,2.0", "3,a,7.0"],
+        "spectral_layers_1.csv": ["step,layer,alpha,gamma", "3,a,3.0,4.0", "3,a,8.0,9.0"],
+        "spectral_layers_2.csv": ["step,layer,s", "3,a,5.0", "3,a,6.0"],
+    }
+
+
+def test_csv_that_was_left_empty_gets_its_heading(tmp_path):
+    tracker = CSVLogger(tmp_path, version=0)
+    file = Path(tracker.log_dir) / "spectral_layers.csv"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    tracker_of(tracker, pytest.fail).write_table(rows_of(alpha=1.0))
+    assert file.read_text().split() == ["step,layer,alpha", "3,a,1.0"]
+
+
+def test_tensorboard_table_escapes_what_would_end_a_cell(tmp_path):
+    tracker, texts = TensorBoardLogger(tmp_path), []
+    tracker.experiment.add_text = lambda tag, text, step: texts.append(text)
+    row = Row("spectral", 0, {}, table=[{"layer": "a|b", "no|te": "c|d|e", "alpha": 1.5, "gamma": math.nan}])
+    tracker_of(tracker, pytest.fail).write_table(row)
+    heading, rule, cells = texts[0].splitlines()
+    assert heading == r"| layer | no\|te | alpha | gamma |"
+    assert rule == "| --- | --- | --- | --- |"
+    assert cells == r"| a\|b | c\|d\|e | 1.5 |  |"
 
 
 class Recorded:

@@ -213,6 +213,18 @@ def test_default_pieces_keep_to_the_memory_aimed_at():
     assert sizes["sketch"] < sizes["exact"] < SAMPLES
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_size_told_is_the_largest_of_all_phases(method):
+    model, batch = gelu_mlp().double(), batch_of(64)
+    options = {"curvature": method, "top_k": 2}
+    alone = measure_spectra(model, batch, cross_entropy, **options).micro_batch_size
+    both = measure_spectra(model, batch, cross_entropy, curvature_fraction=2, **options).micro_batch_size
+    # The trace goes through pieces of 22.
+    assert both == max(alone, 22)
+    whole = measure_spectra(model, batch, cross_entropy, curvature_fraction=2, micro_batch_size=64, **options)
+    assert whole.micro_batch_size == 64
+
+
 def wide_mlp():
     """More outputs than Gauss-Newton takes exactly."""
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 100))

@@ -117,6 +117,14 @@ def test_wandb_without_its_reader(tmp_path, monkeypatch):
         read_run([file])
 
 
+def test_wandb_is_neither_the_current_folder_nor_told_options_by_a_path(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("raise SystemExit('taken from the current folder')")
+    (tmp_path / "--help.wandb").write_bytes(b"nonsense" * 9)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=r"no W&B run that can be read \(.*bad header"):
+        read_run(["--help.wandb"])
+
+
 def test_checkpoint_alone_and_beside_its_log(trained):
     folder, probe = trained
     alone = read_run([folder / "last.ckpt"])

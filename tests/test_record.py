@@ -84,9 +84,16 @@ def test_json_of_a_layer_without_a_direction():
     assert LayerSpectrum.from_dict(empty.to_dict()).to_dict() == empty.to_dict()
 
 
-@pytest.mark.parametrize("data", [{}, {"format": "lightning-spectral-report", "version": 99}])
+@pytest.mark.parametrize("data", [{}, {"format": "other", "version": 3}])
 def test_data_that_is_no_report(data):
-    with pytest.raises(ValueError, match="expected a lightning-spectral-report of version 3"):
+    with pytest.raises(ValueError, match="expected a lightning-spectral-report of version 3, got the format"):
+        SpectralReport.from_dict(data)
+
+
+@pytest.mark.parametrize("version", [2, 99, None])
+def test_a_report_of_another_version(full, version):
+    data = full.to_dict() | {"version": version}
+    with pytest.raises(ValueError, match=f"of version 3, got one of version {version}: measure again"):
         SpectralReport.from_dict(data)
 
 

@@ -203,3 +203,52 @@ def test_a_window_that_holds_all_directions_asks_for_no_more(monkeypatch):
     model, batch = CASES[0].build()
     report = measure_spectra(model, batch, CASES[0].loss, top_k=20, spectrum_top_k=100)
     assert len(report.layers["0.weight"].spectrum) == 6
+
+
+def fails(*args, **options):
+    raise torch.linalg.LinAlgError("did not converge")
+
+
+def no_memory(*args, **options):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def test_a_solver_that_fails_on_equal_values_is_asked_again_on_the_cpu(monkeypatch):
+    orthogonal, _ = torch.linalg.qr(torch.randn(9, 6, generator=torch.Generator().manual_seed(0)))
+    real, calls = torch.linalg.eigvalsh, []
+
+    def fails_once(gram):
+        calls.append(1)
+        return fails() if len(calls) == 1 else real(gram)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails_once)
+    torch.testing.assert_close(singular_values(orthogonal), torch.ones(6))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("broken", [fails, no_memory])
+def test_weights_whose_singular_values_fail_are_noted_and_the_rest_is_measured(monkeypatch, broken):
+    case = CASES[0]
+    model, batch = case.build()
+    monkeypatch.setattr("lightning_spectral.weights.singular_values", broken)
+    report = measure_spectra(model, batch, case.loss, top_k=4, weight_spectra=True)
+    for layer in report.layers.values():
+        assert "no singular values" in layer.weights.note
+        assert math.isnan(layer.weights.s.exponent)
+        assert not math.isnan(layer.gamma.exponent)
+    assert any(text.startswith("weight_spectra: ") for text in report.warnings)
+
+
+@pytest.mark.parametrize("broken", [fails, no_memory])
+def test_a_longer_spectrum_that_fails_leaves_that_of_the_window(monkeypatch, broken):
+    case = CASES[0]
+    model, batch = case.build()
+    expected = measure_spectra(model, batch, case.loss, top_k=4)
+    monkeypatch.setattr("lightning_spectral.memory.singular_values", broken)
+    report = measure_spectra(model, batch, case.loss, top_k=4, spectrum_top_k=6)
+    assert report.failed == expected.failed
+    for name, layer in report.layers.items():
+        assert torch.equal(layer.spectrum, layer.sigma)
+        assert repr(layer.alpha) == repr(expected.layers[name].alpha)
+    (text,) = (text for text in report.warnings if text.startswith("spectrum_top_k: "))
+    assert "only the 4 singular values of the window" in text

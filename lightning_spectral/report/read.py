@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,10 +219,14 @@ def wandb_records(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         RunError: if there is no such command, or it cannot read the file.
     """
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(Path(path).absolute())]
     # Offline, it reports nothing to anyone.
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8", env=environment)
+    # Python's -m looks into the current folder first, which may hold a wandb.py, or W&B's own folder of runs.
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, encoding="utf-8", env=environment, cwd=folder
+        )
     if done.returncode:
         missing = "No module named" in done.stderr or "No such" in done.stderr
         what = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,20 +188,21 @@ class MLFlowTracker(Tracker):
 
 
 class CSVTracker(Tracker):
-    """The table beside metrics.csv: a row per step and layer in one file."""
+    """The table beside metrics.csv: a row per step and layer in one file, as long as its columns stay the same."""
 
     tables = True
 
     def write_table(self, row: Row) -> None:
-        """Append to the file."""
+        """Append to the file, or to the next one where a run resumed with other options has other columns."""
         folder = Path(self.logger.log_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{row.prefix.replace('/', '_')}_layers.csv"
-        new = not path.exists()
+        heading = ["step", *row.columns()]
+        path = _csv_file(folder / f"{row.prefix.replace('/', '_')}_layers.csv", heading)
+        new = not _heading(path)
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(["step", *row.columns()])
+                writer.writerow(heading)
             writer.writerows([row.step, *cells] for cells in row.cells())
 
 
@@ -225,6 +227,19 @@ def image(figure: Figure) -> Any:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
     return Image.open(file)
+
+
+def _csv_file(path: Path, heading: Sequence[str]) -> Path:
+    """The first of x.csv, x_1.csv, x_2.csv, ... that is not there yet, is empty or has this heading."""
+    files = itertools.chain([path], (path.with_stem(f"{path.stem}_{i}") for i in itertools.count(1)))
+    return next(file for file in files if _heading(file) in ([], heading))
+
+
+def _heading(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
 
 
 def _cell(value: Any) -> Any:
