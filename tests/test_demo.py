@@ -99,7 +99,7 @@ def test_tables_show_what_is_missing_and_escape_names():
     assert math.isnan(report.layers["b.weight"].alpha.exponent)
 
 
-def test_command_line(capsys, monkeypatch):
+def test_command_line(capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
@@ -109,8 +109,8 @@ def test_command_line(capsys, monkeypatch):
     assert stop.value.code == 2
     folders = []
     monkeypatch.setattr(demo, "run", folders.append)
-    assert main(["demo", "--output", "here"]) == 0
-    assert folders == ["here"]
+    assert main(["demo", "--output", str(tmp_path / "here")]) == 0
+    assert folders == [str(tmp_path / "here")]
 
 
 def test_command_line_without_scikit_learn(capsys, monkeypatch):
