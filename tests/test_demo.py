@@ -113,7 +113,9 @@ def test_command_line(capsys, monkeypatch, tmp_path):
     assert folders == [str(tmp_path / "here")]
 
 
-def test_command_line_without_scikit_learn(capsys, monkeypatch):
+def test_command_line_without_scikit_learn(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
     def missing(folder):
         raise ImportError('the digits need scikit-learn: pip install "lightning-spectral[demo]"')
 

@@ -13,7 +13,6 @@ import numpy
 import pytest
 import pytorch_lightning as pl
 import torch
-import wandb
 from modules import ProbeRows, fit
 from PIL import Image
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
@@ -615,15 +614,13 @@ def test_console_given_is_used():
     assert "mine: step 3, loss 1.250" in "".join(file.text)
 
 
-def test_a_disabled_wandb_takes_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+def test_a_disabled_wandb_takes_all_of_it(tmp_path):
     probe = SpectralProbe(every_n_steps=1, log_tables=True, log_figures_every=1, wandb_charts=3)
-    tracker = WandbLogger(project="p", save_dir=tmp_path)
+    tracker = WandbLogger(project="p", save_dir=tmp_path, mode="disabled")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit_tiny(probe, steps=2, logger=[tracker])
-    # Its settings, read once per process, would disable the runs of other tests.
-    wandb.teardown()
+    tracker.experiment.finish()
     assert not [w for w in caught if "could not" in str(w.message)]
 
 
