@@ -232,6 +232,6 @@ def test_an_outcome_that_cannot_be_read_says_what_to_do(tmp_path: Path) -> None:
         outcome(training, 0, tmp_path)
 
 
-def test_every_data_set_and_network_is_documented_by_its_name() -> None:
+def test_the_papers_data_sets_and_networks_have_names() -> None:
     assert set(DATA) >= {"digits", "python_source", "cifar10", "cifar100", "tiny_imagenet", "imagenet"}
     assert set(NETWORKS) >= {"resnet18", "resnet50", "vgg11", "vit", "mlp", "gpt", "pretrained_resnet50"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
@@ -123,10 +124,10 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float:
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
     if len(pairs) < 3:
         return float("nan")
-    (mean_x, mean_y) = (fmean(values) for values in zip(*pairs, strict=True))
-    products = [((a - mean_x) ** 2, (b - mean_y) ** 2, (a - mean_x) * (b - mean_y)) for a, b in pairs]
-    xx, yy, xy = (math.fsum(values) for values in zip(*products, strict=True))
-    return xy / math.sqrt(xx * yy) if xx * yy > 0 else float("nan")
+    try:
+        return statistics.correlation(*zip(*pairs, strict=True))
+    except statistics.StatisticsError:
+        return float("nan")
 
 
 def ranks(values: Sequence[float]) -> list[float]:
