@@ -71,6 +71,11 @@ def compare_kinds(report: SpectralReport) -> list[KindSummary]:
     ]
 
 
+def trusted(layer: LayerSpectrum) -> bool:
+    """Whether the fit of alpha is a straight line: r2 of at least 0.9."""
+    return layer.alpha.r2 >= GOOD_FIT
+
+
 @dataclass(frozen=True)
 class Exponents:
     """What the fits of one layer say, from its spectrum or from what was logged of it; NaN where unknown.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from examples.paper.outcome import Outcome
 from lightning_spectral import LayerSpectrum, SpectralReport
-from lightning_spectral.analysis import GOOD_FIT
+from lightning_spectral.analysis import trusted
 from lightning_spectral.record import median
 
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ def joined(outcomes: Outcomes) -> SpectralReport:
     return replace(next(iter(reports.values())), layers=layers, step=None, chosen="")
 
 
-def trusted(report: SpectralReport) -> list[LayerSpectrum]:
+def trusted_layers(report: SpectralReport) -> list[LayerSpectrum]:
     """The layers whose alpha has an r2 of at least 0.9."""
-    return [layer for layer in report.layers.values() if layer.alpha.r2 >= GOOD_FIT]
+    return [layer for layer in report.layers.values() if trusted(layer)]
 
 
 def interior(report: SpectralReport) -> list[LayerSpectrum]:

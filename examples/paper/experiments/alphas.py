@@ -15,7 +15,7 @@ from examples.paper.finding import (
     kinds_of,
     percent,
     spread,
-    trusted,
+    trusted_layers,
 )
 from examples.paper.plots import curves, strips
 from lightning_spectral.analysis import PAPER_ALPHA, PAPER_RANGES
@@ -117,7 +117,7 @@ def dynamics(outcomes: Outcomes) -> Finding:
                 f"alpha of {name}'s {'head' if kind == 'head' else 'convolutions'} goes from {before} to {after}."
             )
         found.append(f"The head ends below 2 with {below} of {len(seeds)} seeds.")
-        trusts = [len(trusted(seed.last)) / len(seed.last.layers) for seed in seeds]
+        trusts = [len(trusted_layers(seed.last)) / len(seed.last.layers) for seed in seeds]
         found.append(f"{percent(sum(trusts) / len(trusts))} of its layers then have an r2 of at least 0.9.")
         rises = [last - first for first, last in moves["conv"]]
         told.append(f"{name}'s convolutions {'rise' if median(rises) > 0 else 'fall'}")

@@ -11,7 +11,7 @@ from examples.paper.finding import Finding, Outcomes, correlation, ranks, spread
 from examples.paper.outcome import Outcome
 from examples.paper.plots import clouds, parts
 from lightning_spectral import LayerAlignment, LayerSpectrum
-from lightning_spectral.analysis import GOOD_FIT
+from lightning_spectral.analysis import trusted
 from lightning_spectral.fits import RankModel
 from lightning_spectral.record import median
 
@@ -116,7 +116,7 @@ def alignment(outcomes: Outcomes) -> Finding:
         "how gradient directions lie in them, how much from what a Kronecker product misses? Over layers and seeds.",
         "The decomposition is the paper's; its published files hold eigenvalues and rho of 15 layers, not the slopes.",
         "no figures to compare with",
-        [_parts([x for seeds in outcomes.values() for x in _aligned(seeds) if x.layer.alpha.r2 >= GOOD_FIT])],
+        [_parts([x for seeds in outcomes.values() for x in _aligned(seeds) if trusted(x.layer)])],
         ["network", "kind", "beta", "phi", "slope of log chi", "alpha"],
         rows,
         parts(

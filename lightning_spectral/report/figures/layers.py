@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_spectral.analysis import GOOD_FIT
+from lightning_spectral.analysis import GOOD_FIT, trusted
 from lightning_spectral.fits import zeta_bound
 from lightning_spectral.record import SpectralReport, median
 from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
@@ -25,7 +25,6 @@ from lightning_spectral.report.figures.style import (
     one_report,
     say,
     title,
-    trusted,
 )
 from lightning_spectral.report.figures.ticks import log_ticks, name_ticks, short_name
 from lightning_spectral.spectrum import LayerSpectrum

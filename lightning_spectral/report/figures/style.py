@@ -8,11 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lightning_spectral.analysis import GOOD_FIT
 from lightning_spectral.fits import RankModel
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.report.table import method_of
-from lightning_spectral.spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,11 +156,6 @@ def kind_style(kind: str) -> tuple[str, str]:
     """(colour, marker) of a kind of layer, in the style in force."""
     colour, marker = KIND_STYLE.get(kind, OTHER_STYLE)
     return (ink() if colour == INK else colour), marker
-
-
-def trusted(layer: LayerSpectrum) -> bool:
-    """Whether the fit of alpha is a straight line: r2 of at least 0.9."""
-    return layer.alpha.r2 >= GOOD_FIT
 
 
 def one_report(report: SpectralReport) -> SpectralReport:
