@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,7 @@ def measure_quietly(
         losses, layers = begun.losses, begun.found.layers
         told = processes.gathered((list(layers), losses.sizes))
         _check_parts(told)
+        processes.agreed(partial(begun.take, _first_buffers(begun.module, processes)))
         losses.among([sizes for _, sizes in told], processes.rank)
         measured = measure_within_memory(losses, options, processes)
         failed, curvatures = measured.failed, measured.curvatures
@@ -177,7 +179,9 @@ def measure_quietly(
             raise error("; ".join(by_cause(failed)))
         weights = processes.agreed(lambda: _weight_spectra(losses, options, processes))
         weights = {name: x for part in processes.gathered(weights) for name, x in part.items()}
-        spectra = {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in layers}
+        spectra = processes.agreed(
+            lambda: {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in layers}
+        )
         notes = list(dict.fromkeys(note for part in processes.gathered(begun.notes) for note in part))
     return SpectralReport(
         layers=spectra,
@@ -203,8 +207,12 @@ class _Begun:
     """A loss ready to be measured: which layers, and what to tell."""
 
     losses: Losses
+    module: nn.Module
     found: LayerSet
     notes: list[str]
+
+    def take(self, buffers: Mapping[str, Tensor]) -> None:
+        self.losses.beginning.take(self.module, buffers)
 
 
 @contextmanager
@@ -217,8 +225,25 @@ def _begun(
         raise ValueError(f"layers: no layer is left to measure ({reasons})")
     if options.max_samples is not None:
         batches = FirstSamples(batches, options.max_samples)
-    with _losses(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx) as (losses, notes):
-        yield _Begun(losses, found, notes)
+    with _losses(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx) as (
+        losses,
+        module,
+        notes,
+    ):
+        yield _Begun(losses, module, found, notes)
+
+
+def _first_buffers(module: nn.Module, processes: Alone) -> dict[str, Tensor]:
+    """The first process's buffers: DDP gives them to all with the next step, and until then they differ."""
+    if processes.size == 1:
+        return {}
+    own = {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided
+    }
+    found = processes.shared({n: [b] for n, b in own.items()} if processes.rank == 0 else {}, dict.fromkeys(own, 0))
+    return {name: tensors[0] for name, tensors in found.items()}
 
 
 def _check_parts(told: Sequence[tuple[list[str], list[int | None]]]) -> None:
@@ -293,7 +318,7 @@ def directional_curvature(
                 f"directions: {name} is a matrix ({m}, {n}), so u must be ({m}, K) and v ({n}, K); "
                 f"got {tuple(triplets.u.shape)} and {tuple(triplets.v.shape)}"
             )
-    with _losses(model, [batch], loss_fn, chosen, mode, precision) as (losses, _):
+    with _losses(model, [batch], loss_fn, chosen, mode, precision) as (losses, _, _):
         pieces = losses.whole()
         if not pieces:
             raise MeasurementError(NO_SAMPLE)
@@ -364,7 +389,7 @@ def _losses(
     mode: Mode,
     precision: Precision,
     batch_idx: int = 0,
-) -> Iterator[tuple[Losses, list[str]]]:
+) -> Iterator[tuple[Losses, nn.Module, list[str]]]:
     """The loss on a shadow of the model, ready to be differentiated; all traces are gone at the end."""
     loss = resolve_loss(model, loss_fn, batch_idx)
     replaced = stand_ins(model)
@@ -381,6 +406,7 @@ def _losses(
                 leaves,
                 Beginning(shadow.module),
             ),
+            shadow.module,
             notes,
         )
 

@@ -97,11 +97,11 @@ def measure_within_memory(losses: Losses, options: Options, processes: Alone) ->
                 if errors and isinstance(error, MeasurementError):
                     raise MeasurementError(f"out of memory with {errors[0]}, and no smaller pieces: {error}") from None
                 raise
-            found = processes.gathered((losses.in_use if losses.whole() else 1, losses.divisible))
+            found = processes.gathered((losses.in_use if losses.whole() else 0, losses.divisible))
             largest = _most([size for size, _ in found])
             errors.append(f"{largest or 'all'} samples at once")
         release_memory(losses.parameters.values())
-        if largest is None or largest == 1 or not all(divisible for _, divisible in found):
+        if largest is None or largest <= 1 or not all(divisible for _, divisible in found):
             break
         most = math.ceil(largest / 2)
     raise MeasurementError(
@@ -199,7 +199,7 @@ def _factored(
         if problem is not None:
             problem.release()
         release_memory(losses.parameters.values())
-        found = processes.gathered((losses.largest(pieces), losses.divisible))
+        found = processes.gathered((losses.largest(pieces) if pieces else 0, losses.divisible))
         largest = _most([size for size, _ in found])
         if largest is None or largest <= 1 or not all(divisible for _, divisible in found):
             break

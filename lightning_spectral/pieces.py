@@ -123,7 +123,7 @@ class Losses:
         """The samples of the largest of these pieces; None where a batch does not tell."""
         sizes = [self.sizes[p.batch] if p.stop is None else p.stop - p.start for p in pieces]
         known = [size for size in sizes if size is not None]
-        return max(known) if len(known) == len(sizes) else None
+        return max(known, default=None) if len(known) == len(sizes) else None
 
     def problem(self, piece: Piece) -> Problem:
         """The loss of one piece, to be differentiated."""
