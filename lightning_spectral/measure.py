@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,11 +176,9 @@ def measure_quietly(
         if len(failed) == len(layers):
             error = SecondDerivativeError if curvatures.failed else MeasurementError
             raise error("; ".join(by_cause(failed)))
-        weights = processes.agreed(lambda: _weight_spectra(losses, options, processes))
-        weights = {name: x for part in processes.gathered(weights) for name, x in part.items()}
-        spectra = processes.agreed(
-            lambda: {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in layers}
-        )
+        mine = processes.agreed(lambda: _spectra(losses, measured, options, processes))
+        others = {name: spectrum for part in processes.gathered(mine) for name, spectrum in part.items()}
+        spectra = {name: others[name] for name in layers}
         notes = list(dict.fromkeys(note for part in processes.gathered(begun.notes) for note in part))
     return SpectralReport(
         layers=spectra,
@@ -260,17 +257,12 @@ def _check_parts(told: Sequence[tuple[list[str], list[int | None]]]) -> None:
         raise MeasurementError(NO_SAMPLE)
 
 
-def _weight_spectra(losses: Losses, options: Options, processes: Alone) -> dict[str, WeightSpectrum]:
-    """Those of the layers whose turn it is in this process."""
-    if not options.weight_spectra:
-        return {}
-    matrices = losses.weights()
-    owners = owners_of({n: float(math.prod(m.shape) * min(m.shape)) for n, m in matrices.items()}, processes.size)
-    return {
-        name: WeightSpectrum.of(matrix, top_k=options.top_k, groups=losses.layers[name].groups, eps=losses.eps(name))
-        for name, matrix in matrices.items()
-        if owners[name] == processes.rank
-    }
+def _spectra(losses: Losses, measured: Measured, options: Options, processes: Alone) -> dict[str, LayerSpectrum]:
+    """The spectra and fits of the layers that fall to this process."""
+    owners = owners_of({name: layer.decomposition_cost for name, layer in losses.layers.items()}, processes.size)
+    mine = [name for name, owner in owners.items() if owner == processes.rank]
+    weights = losses.weights() if options.weight_spectra else {}
+    return {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in mine}
 
 
 def directional_curvature(
@@ -420,9 +412,7 @@ def _unaligned(spectra: Mapping[str, LayerSpectrum]) -> list[str]:
     return by_cause(missing | partly)
 
 
-def _spectrum(
-    losses: Losses, name: str, measured: Measured, options: Options, weights: WeightSpectrum | None
-) -> LayerSpectrum:
+def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, weights: Tensor | None) -> LayerSpectrum:
     layer, eps = losses.layers[name], losses.eps(name)
     curvatures, factored = measured.curvatures, measured.alignment
     triplets, nothing = measured.triplets.get(name), torch.zeros(0, dtype=torch.float64)
@@ -450,7 +440,9 @@ def _spectrum(
         alignment_note=why if options.alignment and name not in factored.factors else "",
         per_sample=factored.per_sample,
     )
-    spectrum = replace(spectrum, weights=weights)
+    if weights is not None:
+        of_weights = WeightSpectrum.of(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
+        spectrum = replace(spectrum, weights=of_weights)
     return replace(spectrum, fraction=_fraction(spectrum, measured.traces)) if options.curvature_fraction else spectrum
 
 

@@ -113,6 +113,7 @@ def measure_within_memory(losses: Losses, options: Options, processes: Alone) ->
 def _measured(losses: Losses, options: Options, most: int | None, processes: Alone) -> Measured:
     """Gradient and curvature, on pieces of at most so many samples; None: as many as memory is likely to hold."""
     named = check_method(options.curvature)
+    losses.in_use = losses.largest(losses.whole()) if most is None else most
     pieces = processes.agreed(lambda: losses.whole() if most is None else losses.pieces(most))
     in_one = len(pieces) == 1 and (most is not None or not losses.divisible)
     keep_graph = in_one and named is not None and named.differentiates_gradients
@@ -255,9 +256,7 @@ def _of_gradients(losses: Losses, gradients: Gradients, options: Options, proces
     present = set().union(*(names for names, _ in told)) - failed.keys()
     for name in layers.keys() - present - failed.keys():
         failed[name] = NO_GRADIENT
-    costs = {
-        name: float(math.prod(layer.shape) * min(layer.shape)) for name, layer in layers.items() if name in present
-    }
+    costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in present}
     owners = owners_of(costs, processes.size)
     matrices = processes.summed(
         {name: layers[name].to_matrix(here[name]) for name in owners if name in here},

@@ -70,7 +70,7 @@ class Losses:
         self.loss, self.batches, self.beginning = loss, batches, beginning
         self.layers, self.parameters = layers, parameters
         self.sizes = [batch_size(batch) for batch in batches]
-        self.divisible = all(divisible(batch) for batch in batches)
+        self.divisible = all(divisible(batch) for batch, size in zip(batches, self.sizes, strict=True) if size != 0)
         self.among([self.sizes], 0)
         self.in_use: int | None = None
         self.casts: set[torch.dtype] = set()

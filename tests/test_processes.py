@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jointly
 import pytest
 import torch
 
-from lightning_spectral import SpectralReport, measure_spectra
+from lightning_spectral import SpectralReport, SpectralWarning, measure_spectra
 from lightning_spectral.processes import Alone, owners_of
 
 WORLD = 3
@@ -49,7 +50,10 @@ def alone():
     found = {}
     for label, (name, options) in jointly.MEASURED.items():
         model, batch = jointly.network(name)
-        found[label] = measure_spectra(model, batch, jointly.loss, **jointly.OPTIONS | options)
+        with warnings.catch_warnings():
+            # Some layers have too few directions with h > 0 for a fit, in both measurements.
+            warnings.simplefilter("ignore", SpectralWarning)
+            found[label] = measure_spectra(model, batch, jointly.loss, **jointly.OPTIONS | options)
     return found
 
 
@@ -66,7 +70,7 @@ def test_processes_together_measure_what_one_does_on_all_their_samples(results, 
         torch.testing.assert_close(layer.sigma, other.sigma, rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(layer.h, other.h, rtol=1e-8, atol=1e-8 * float(other.h.abs().max()))
         torch.testing.assert_close(layer.spectrum, other.spectrum, rtol=1e-10, atol=1e-14)
-        assert layer.alpha.exponent == pytest.approx(other.alpha.exponent, rel=1e-6)
+        assert layer.alpha.exponent == pytest.approx(other.alpha.exponent, rel=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("label", jointly.MEASURED)
@@ -91,12 +95,10 @@ def test_what_is_measured_on_request_is_joined_too(results, alone, label):
     found = SpectralReport.from_dict(results[0][label])
     for name, layer in found.layers.items():
         other = alone[label].layers[name]
-        for attribute in ("energy_delta", "energy_a", "phi", "lambda_delta", "lambda_a"):
-            if hasattr(layer.alignment, attribute):
-                torch.testing.assert_close(
-                    getattr(layer.alignment, attribute), getattr(other.alignment, attribute), rtol=1e-7, atol=1e-12
-                )
-        assert layer.alignment.beta == pytest.approx(other.alignment.beta, rel=1e-6, nan_ok=True)
+        for attribute in ("lambda_delta", "lambda_a", "rho_delta", "rho_a", "phi_k", "h_kron"):
+            own, others = (getattr(one.alignment, attribute) for one in (layer, other))
+            torch.testing.assert_close(own, others, rtol=1e-7, atol=1e-12, equal_nan=True)
+        assert layer.alignment.beta.exponent == pytest.approx(other.alignment.beta.exponent, rel=1e-6)
         torch.testing.assert_close(layer.weights.sigma, other.weights.sigma, rtol=1e-10, atol=1e-12)
         error = (layer.fraction.trace_stderr**2 + other.fraction.trace_stderr**2) ** 0.5
         assert abs(layer.fraction.trace - other.fraction.trace) <= 6 * error
@@ -111,7 +113,7 @@ def test_an_expert_that_one_process_does_not_use_is_measured_from_the_others(res
 
 
 FAILED = {
-    **{f"{method}, call {call}": "process 1: KeyError: 'lost'" for method in ("exact",) for call in (1,)},
+    "exact, call 1": "ProcessError: process 1: KeyError: 'lost'",
     "the first, no sample": "ValueError: process 0: bad value",
     "memory always": "MeasurementError: out of memory with 30 samples at once, with 15 samples at once, with 8",
     "gathers": "MeasurementError: process 0: the loss calls torch.distributed.all_reduce",
@@ -132,9 +134,11 @@ def test_wherever_a_process_fails_no_other_waits_for_it(results, method):
     for call in (1, 2, 3, 4):
         first, *others = (of_rank[f"{method}, call {call}"] for of_rank in results)
         if isinstance(first, str):
-            assert "KeyError: 'lost'" in first or "lost" in first
+            assert "process 1" in first
             assert others == [first] * (WORLD - 1)
         else:
+            # There is no such call.
+            assert call > 1
             assert [str(without_time(other)) for other in others] == [str(without_time(first))] * (WORLD - 1)
 
 

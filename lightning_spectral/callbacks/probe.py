@@ -313,12 +313,8 @@ class SpectralProbe(AnyCallback):
             self._collected += self.budget.clock() - started
             return
         report = self._measure(trainer, pl_module, batches, batch_idx, step)
-        fits = fits_of(report)
-        if optimizers and self._processes.size > 1:
-            # Weights would part if the processors of two processes rounded a fit differently.
-            fits = trainer.strategy.broadcast(fits)
         self._collecting = False
-        alphas = self._set_alphas(optimizers, pl_module, fits)
+        alphas = self._set_alphas(optimizers, pl_module, fits_of(report))
         synchronize(pl_module.parameters())
         self.probes += 1
         self.failed_probes += report is None
