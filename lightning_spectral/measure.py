@@ -29,6 +29,7 @@ from lightning_spectral.pieces import Losses
 from lightning_spectral.processes import Alone, Together, owners_of
 from lightning_spectral.quiet import Beginning, Mode, Precision, RandomStates, copy_batch, quiet
 from lightning_spectral.record import SpectralReport
+from lightning_spectral.sharding import whole_parameters
 from lightning_spectral.spectrum import LayerSpectrum
 from lightning_spectral.svd import SingularTriplets
 from lightning_spectral.weights import WeightSpectrum
@@ -161,9 +162,11 @@ def measure_quietly(
     started = time.perf_counter()
     processes = processes or Alone()
     with ExitStack() as stack:
+        network = unwrapped(model)
+        whole = whole_parameters(network, processes)
 
         def begin() -> _Begun:
-            return stack.enter_context(_begun(unwrapped(model), batches, options, loss_fn, batch_idx))
+            return stack.enter_context(_begun(network, batches, options, loss_fn, batch_idx, whole))
 
         begun = processes.agreed(begin)
         losses, layers = begun.losses, begun.found.layers
@@ -214,7 +217,12 @@ class _Begun:
 
 @contextmanager
 def _begun(
-    model: nn.Module, batches: Sequence[Any], options: Options, loss_fn: LossFunction | None, batch_idx: int
+    model: nn.Module,
+    batches: Sequence[Any],
+    options: Options,
+    loss_fn: LossFunction | None,
+    batch_idx: int,
+    whole: Mapping[int, nn.Parameter],
 ) -> Iterator[_Begun]:
     found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
     if not found.layers:
@@ -222,7 +230,7 @@ def _begun(
         raise ValueError(f"layers: no layer is left to measure ({reasons})")
     if options.max_samples is not None:
         batches = FirstSamples(batches, options.max_samples)
-    with _losses(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx) as (
+    with _losses(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx, whole) as (
         losses,
         module,
         notes,
@@ -294,6 +302,7 @@ def directional_curvature(
     """
     Options(curvature=method, mode=mode, precision=precision)
     model = unwrapped(model)
+    whole_parameters(model, Alone())
     parts = find_layers(model, layers=lambda layer: True).layers
     whole = matrix_parameters(model)[0]
     by_parameter = {alias: layer for layer in whole.values() for alias in (layer.name, *layer.aliases)} | parts
@@ -381,11 +390,12 @@ def _losses(
     mode: Mode,
     precision: Precision,
     batch_idx: int = 0,
+    whole: Mapping[int, nn.Parameter] | None = None,
 ) -> Iterator[tuple[Losses, nn.Module, list[str]]]:
     """The loss on a shadow of the model, ready to be differentiated; all traces are gone at the end."""
     loss = resolve_loss(model, loss_fn, batch_idx)
     replaced = stand_ins(model)
-    with quiet(model, mode=mode, precision=precision, stand_ins=replaced) as shadow:
+    with quiet(model, mode=mode, precision=precision, stand_ins=replaced | dict(whole or {})) as shadow:
         mute(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}

@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.processes import ProcessError
@@ -149,6 +152,24 @@ def failures():
     return found
 
 
+def sharded():
+    """Networks whose weights are shards over all processes, by FSDP2 and by tensor parallelism."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model, batch = network("conv")
+    for part_of_it in (model[0], model[6]):
+        fully_shard(part_of_it, mesh=mesh)
+    yield "conv", "FSDP2", fully_shard(model, mesh=mesh), batch
+    model, batch = network("routed")
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    # As after a validation, which leaves the outermost weights gathered, and in bfloat16.
+    with torch.no_grad():
+        model(batch[0][:2])
+    yield "routed", "FSDP2 in bfloat16", model, batch
+    model, batch = network("smooth")
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel(), "6": RowwiseParallel()}
+    yield "smooth", "tensor parallel", parallelize_module(model, mesh, plan), batch
+
+
 def attempt(measure):
     try:
         return measure().to_dict()
@@ -176,6 +197,16 @@ def main():
                 model, part(batch, rank), failing, process_group=dist.group.WORLD, **OPTIONS | options
             )
         )
+    for name, how, model, batch in sharded():
+        for method in ("exact", "ggn", "sketch"):
+            options = OPTIONS | {"curvature": method}
+            own, group = part(batch, rank), dist.group.WORLD
+            result[f"{name} {method}, {how}"] = measure_spectra(
+                model, own, loss, process_group=group, **options
+            ).to_dict()
+        result[f"{how} alone"] = attempt(lambda model=model, own=own: measure_spectra(model, own, loss))
+        weight = next(model.parameters())
+        result[f"{how} kept"] = [type(weight).__name__, list(weight.to_local().shape), type(model).__name__]
     pair = dist.new_group([0, 1])
     model, batch = network("conv")
     result["two of them"] = attempt(

@@ -137,6 +137,39 @@ APART = """
     result["told"] = [str(w.message) for w in told if "Spectral" in w.category.__name__]
     result["steps"] = [report.step for report in probe.history]
 """
+SHARDED = """
+    from pytorch_lightning.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    class Net(ConvNet):
+        def configure_model(self):
+            mesh = self.device_mesh["data_parallel"]
+            if not any("FSDP" in type(module).__name__ for module in self.net):
+                for module in (self.net[0], self.net[4], self.net[8]):
+                    fully_shard(module, mesh=mesh)
+                fully_shard(self.net, mesh=mesh)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def fit(callbacks):
+        pl.seed_everything(0, verbose=False)
+        module = Net()
+        chosen = options | {{"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}}
+        trainer = pl.Trainer(
+            max_steps=5, max_epochs=-1, callbacks=callbacks, logger=pl.loggers.CSVLogger(folder), **chosen
+        )
+        trainer.fit(module, DataLoader(ConvNet.data(), 16, shuffle=True))
+        return trainer, module, [p.to_local().tolist() for p in module.parameters()]
+
+    probe = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3)
+    trainer, module, weights = fit([probe])
+    result["steps"] = [report.step for report in probe.history]
+    result["alphas"] = [[x.alpha.exponent for x in report.layers.values()] for report in probe.history]
+    result["layers"] = list(probe.last_report.layers)
+    result["samples"] = probe.last_report.n_samples
+    result["as without"] = weights == fit([])[2]
+"""
 LOADERS = {"smaller": "DataLoader(ConvNet.data(), 8)", "uncountable": "DataLoader(Uneven(), batch_size=None)"}
 
 
@@ -181,6 +214,17 @@ def test_two_processes_measure_the_joined_batch_and_skip_a_probe_together(tmp_pa
     assert first["weights"] == second["weights"]
     # Three batches of 8, two for one process and one for the other.
     assert first["held"] == [24, 3]
+
+
+def test_fully_sharded_training_is_probed_and_goes_on_as_without(tmp_path):
+    first, second = run_two(tmp_path / "sharded", SHARDED.format())
+    assert first["steps"] == second["steps"] == [0, 2, 4]
+    assert first["layers"] == ["net.0.weight", "net.4.weight", "net.8.weight"]
+    assert first["alphas"] == second["alphas"]
+    assert all(alpha == alpha for alphas in first["alphas"] for alpha in alphas)
+    assert first["samples"] == 32
+    assert first["as without"]
+    assert second["as without"]
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -57,10 +57,11 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize("label", [label for label in jointly.MEASURED if "sketch" not in label])
+# "auto" takes a sketch of the smooth network.
+@pytest.mark.parametrize(
+    "label", [label for label in jointly.MEASURED if label not in ("smooth sketch", "smooth auto")]
+)
 def test_processes_together_measure_what_one_does_on_all_their_samples(results, alone, label):
-    if label == "smooth auto":
-        pytest.skip("a sketch there, which is tested for its errors")
     expected, found = alone[label], SpectralReport.from_dict(results[0][label])
     assert found.loss == pytest.approx(expected.loss, rel=1e-10)
     assert found.n_samples == expected.n_samples == sum(jointly.SIZES)
@@ -110,6 +111,38 @@ def test_an_expert_that_one_process_does_not_use_is_measured_from_the_others(res
     torch.testing.assert_close(
         found.layers["second.weight"].h, alone["routed exact"].layers["second.weight"].h, rtol=1e-8, atol=1e-14
     )
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["conv exact, FSDP2", "conv ggn, FSDP2", "routed exact, FSDP2 in bfloat16", "smooth exact, tensor parallel"],
+)
+def test_a_network_in_shards_is_measured_as_a_whole_one(results, alone, label):
+    expected, found = alone[label.partition(",")[0]], SpectralReport.from_dict(results[0][label])
+    for name, layer in found.layers.items():
+        h = expected.layers[name].h
+        torch.testing.assert_close(layer.sigma, expected.layers[name].sigma, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(layer.h, h, rtol=1e-8, atol=1e-8 * float(h.abs().max()))
+
+
+@pytest.mark.parametrize("label", ["conv sketch, FSDP2", "smooth sketch, tensor parallel"])
+def test_a_sketch_of_a_network_in_shards(results, alone, label):
+    expected, found = alone[label.partition(" ")[0] + " exact"], SpectralReport.from_dict(results[0][label])
+    z = [(layer.h - expected.layers[name].h) / layer.h_stderr for name, layer in found.layers.items()]
+    assert float(torch.cat(z).abs().max()) < 6
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ("FSDP2", ["DTensor", [3, 3, 3, 3], "FSDPSequential"]),
+        ("FSDP2 in bfloat16", ["DTensor", [3, 12], "FSDPRouted"]),
+        ("tensor parallel", ["DTensor", [8, 12], "Sequential"]),
+    ],
+)
+def test_a_network_in_shards_needs_its_processes_and_stays_in_shards(results, how, kept):
+    assert "are shards over several processes (DTensor)" in results[0][f"{how} alone"]
+    assert results[0][f"{how} kept"] == kept
 
 
 FAILED = {

@@ -108,6 +108,6 @@ def processes_of(trainer: Any) -> Alone:
 
 
 def sharded(trainer: Any) -> str | None:
-    """The name of the Trainer's strategy if it splits parameters over processes."""
+    """The name of the Trainer's strategy if it splits parameters so that their matrices cannot be had."""
     name = type(trainer.strategy).__name__
-    return name if any(part in name for part in ("FSDP", "DeepSpeed", "ModelParallel")) else None
+    return name if any(part in name for part in ("FSDP", "DeepSpeed")) else None

@@ -247,7 +247,10 @@ class SpectralProbe(AnyCallback):
                 f"every_n_steps={self.every_n_steps} steps, so probes come less often"
             )
         if strategy := sharded(trainer):
-            self._disable(f"{strategy} splits parameters over processes, where the probe cannot measure")
+            self._disable(
+                f"{strategy} flattens parameters into shards, where no matrix can be measured; train with "
+                "ModelParallelStrategy (FSDP2) or DDP"
+            )
             return
         try:
             self._processes = processes_of(trainer)
