@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.errors import MeasurementError, ProcessError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -46,10 +46,6 @@ COLLECTIVES = (
     "scatter_object_list",
 )
 """What a loss may call in `torch.distributed` to see the samples of other processes."""
-
-
-class ProcessError(RuntimeError):
-    """An error of a process for which a measurement has no answer; every process raises it."""
 
 
 class Alone:

@@ -19,8 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_spectral import MeasurementError, measure_spectra
-from lightning_spectral.processes import ProcessError
+from lightning_spectral import MeasurementError, ProcessError, measure_spectra
 
 SIZES = (30, 18, 0)
 """Samples of each rank: unequal, and of the last one none."""
