@@ -16,7 +16,7 @@ from typing import Any
 import lightning_spectral
 from lightning_spectral.analysis import GOOD_FIT, PAPER_ALPHA
 from lightning_spectral.errors import by_cause
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.record import SpectralReport, evenly
 from lightning_spectral.report.read import Probe, Run, RunError
 from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum, LoggedKey
 from lightning_spectral.summary import summary, summary_over_training
@@ -121,17 +121,6 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
         "notes": _notes(run, spectra, kept, whole),
         "probes": [rows[i] | {"spectra": spectra[i] if i in whole else None} for i in kept],
     }
-
-
-def evenly(n: int, m: int) -> list[int]:
-    """At most m of n indices, evenly, with the last and, from two on, the first.
-
-    >>> evenly(7, 3), evenly(3, 5), evenly(3, 1), evenly(3, 0)
-    ([0, 3, 6], [0, 1, 2], [2], [])
-    """
-    if m <= 1:
-        return [n - 1] if m == 1 else []
-    return list(range(n)) if m >= n else [round(i * (n - 1) / (m - 1)) for i in range(m)]
 
 
 def _thin(rows: Sequence[Any], spectra: Sequence[Any], limit: int) -> tuple[list[int], set[int]]:
