@@ -203,7 +203,8 @@ def _add_report(commands: Any) -> None:
         "report",
         help="write one HTML page of a run: summary, table, interactive plots",
         description="Write one self-contained HTML page of a run, which needs no network.",
-        epilog="A log holds scalars only; checkpoints and JSON reports hold the spectra too, and may stand beside it.",
+        epilog="A log holds scalars only, with SpectralProbe(log_tables=True) of all layers; checkpoints and JSON "
+        "reports hold the spectra too, and may stand beside it.",
     )
     report.add_argument(
         "run",
@@ -212,20 +213,32 @@ def _add_report(commands: Any) -> None:
         help="a CSVLogger's folder or metrics.csv; an offline W&B run's folder or .wandb file; a checkpoint of a "
         "Trainer with a SpectralProbe; JSON files of SpectralReport.to_json, or a folder of them",
     )
-    report.add_argument("--output", metavar="FILE", help="where the page goes (report.html in RUN, or RUN's name.html)")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where the page goes (report.html in RUN, or RUN's name.html); a page that is there is replaced, and said so",
+    )
+    report.add_argument("--force", action="store_true", help="replace any other file that is there, too")
     report.add_argument("--title", help="of the page (RUN's name)")
     report.add_argument("--prefix", help="of the probe's keys, where a run holds several probes'")
 
 
 def _report(options: argparse.Namespace) -> int:
-    from lightning_spectral.report.page import write_page
-    from lightning_spectral.report.read import RunError, read_run
+    from lightning_spectral.report.page import is_page, write_page
+    from lightning_spectral.report.read import read_run
+    from lightning_spectral.report.run import RunError
 
     first = Path(options.run[0])
     beside = first / "report.html" if first.is_dir() else first.with_suffix(".html")
+    target = Path(options.output or beside)
+    there = target.is_file()
     try:
+        if there and not options.force and not is_page(target):
+            raise RunError(f"{target} is there and no page of this command; give another --output, or --force")
         run = read_run(options.run, prefix=options.prefix)
-        print(write_page(run, options.output or beside, title=options.title))
+        print(write_page(run, target, title=options.title))
+        if there:
+            print(f"lightning-spectral report: {target} was there and is replaced", file=sys.stderr)
     except (RunError, ImportError) as error:
         print(f"lightning-spectral report: {error}", file=sys.stderr)
         return 2

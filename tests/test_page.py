@@ -15,7 +15,7 @@ from reports import dead, layer, report
 from lightning_spectral.record import SpectralReport, evenly
 from lightning_spectral.report import RunError, run_of, write_page
 from lightning_spectral.report.page import PAGE_BYTES, page, page_data, plotly_js, script_json
-from lightning_spectral.report.read import Probe, Run
+from lightning_spectral.report.run import Probe, Run
 from lightning_spectral.spectrum import LAYER_KEYS
 from lightning_spectral.summary import summary
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_spectral import measure_spectra
 from lightning_spectral.report import run_of, write_page
-from lightning_spectral.report.read import Probe, Run
+from lightning_spectral.report.run import Probe, Run
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None, reason="no Chromium or Chrome on PATH (or in the variable CHROMIUM)"

@@ -65,9 +65,10 @@ function trusted(data, probe, layer) {
 }
 
 // Limits that hold at every probe, so that points move and axes do not. Far outliers are left outside.
+// `read` gives one value, or several that are to be within.
 function limits(data, read) {
   const all = data.probes
-    .flatMap((_, probe) => data.layers.map((_, layer) => read(probe, layer)))
+    .flatMap((_, probe) => data.layers.flatMap((_, layer) => read(probe, layer)))
     .filter(known)
     .sort((a, b) => a - b);
   if (!all.length) return undefined;
@@ -108,9 +109,29 @@ function hover(data, probe, layer) {
   );
 }
 
+// The band around alpha = 2, with a place in the legend.
+function bandAroundTwo(data, c) {
+  const [low, high] = data.band;
+  return {
+    type: "rect",
+    xref: "paper",
+    x0: 0,
+    x1: 1,
+    y0: low,
+    y1: high,
+    fillcolor: c.quiet,
+    opacity: 0.18,
+    line: { width: 0 },
+    layer: "below",
+    name: `alpha from ${low} to ${high}`,
+    showlegend: true,
+  };
+}
+
 function draw(id, [traces, layout], c) {
   const axis = { gridcolor: c.grid, linecolor: c.line, zeroline: false, ticks: "outside", tickcolor: c.line };
-  const entries = traces.filter((trace) => trace.showlegend !== false && trace.name);
+  const named = (layout.shapes ?? []).filter((shape) => shape.showlegend);
+  const entries = [...traces.filter((trace) => trace.showlegend !== false && trace.name), ...named];
   const whole = {
     ...layout,
     paper_bgcolor: c.card,

@@ -49,7 +49,12 @@ function points(data, state, c, x, y, error) {
 
 function depthFigure(data, state, c, wide) {
   const read = (layer) => value(data, state.probe, layer, "alpha");
-  const range = limits(data, (probe, layer) => value(data, probe, layer, "alpha"));
+  // Of an error bar, what is longer than 1 may leave the axes.
+  const range = limits(data, (probe, layer) => {
+    const alpha = value(data, probe, layer, "alpha");
+    const error = Math.min(value(data, probe, layer, "alpha_stderr") ?? 0, 1);
+    return known(alpha) ? [alpha - error, alpha, alpha + error] : [];
+  });
   const edge = Math.max(0.6, 0.015 * data.layers.length);
   const named = wide && data.layers.length <= 30;
   return [
@@ -77,9 +82,7 @@ function depthFigure(data, state, c, wide) {
       },
       yaxis: { title: { text: "alpha" }, range },
       annotations: outside(data.layers.filter((_, layer) => beyond(read(layer), range)).length, c),
-      shapes: [
-        { type: "line", xref: "paper", x0: 0, x1: 1, y0: 2, y1: 2, line: { color: c.quiet, width: 1, dash: "dot" } },
-      ],
+      shapes: [bandAroundTwo(data, c)],
     },
   ];
 }
@@ -160,6 +163,7 @@ function trainingFigure(data, state, c) {
       xaxis: { title: { text: "step" } },
       yaxis: { title: { text: "alpha" }, range: limits(data, (probe, layer) => value(data, probe, layer, "alpha")) },
       shapes: [
+        bandAroundTwo(data, c),
         {
           type: "line",
           yref: "paper",
