@@ -216,7 +216,7 @@ def _add_report(commands: Any) -> None:
     report.add_argument(
         "--output",
         metavar="FILE",
-        help="where the page goes (report.html in RUN, or RUN's name.html); a page that is there is replaced, and said so",
+        help="where the page goes (report.html in RUN, or RUN's name.html); a page that is there is replaced",
     )
     report.add_argument("--force", action="store_true", help="replace any other file that is there, too")
     report.add_argument("--title", help="of the page (RUN's name)")

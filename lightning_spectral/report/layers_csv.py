@@ -27,7 +27,7 @@ Tables = dict[int, dict[str, TableRow]]
 
 
 def layer_tables(log: Path, prefix: str) -> list[Path]:
-    """The files of a probe's tables beside a CSV log: another one for each time that a resumed run's columns changed."""
+    """The files of a probe's tables beside a CSV log, several where a resumed run had other columns."""
     stem = prefix.replace("/", "_")
     named = re.compile(rf"{re.escape(stem)}_layers(?:_(\d+))?\.csv")
     found = [(match, path) for path in log.parent.iterdir() if (match := named.fullmatch(path.name))]

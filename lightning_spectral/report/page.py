@@ -219,6 +219,7 @@ def _probe(probe: Probe, names: Sequence[str], keys: Sequence[LoggedKey], until:
         "skipped": [] if report is None else by_cause(report.skipped),
         "values": [[_short(row.get(key.name, math.nan)) for key in keys] if row else None for row in rows],
         "quarters": [_quarters(probe.facts.get(name)) for name in names],
+        "winners": [probe.facts[name].rank_model if name in probe.facts else "" for name in names],
         "notes": _notes_of(probe),
     }
 
@@ -257,7 +258,6 @@ def _spectrum(layer: LayerSpectrum) -> dict[str, Any]:
         "spectrum": [_short(x) for x in layer.spectrum.tolist()] if longer else None,
         "ranked": int((layer.spectrum > layer.noise_floor).sum()),
         "models": {model: [_short(x) for x in coefficients] for model, coefficients in models.items()},
-        "winner": layer.rank_models.winner,
         "split": None if layer.alignment is None else _split(layer.alignment),
     }
 

@@ -65,10 +65,9 @@ function trusted(data, probe, layer) {
 }
 
 // Limits that hold at every probe, so that points move and axes do not. Far outliers are left outside.
-// `read` gives one value, or several that are to be within.
 function limits(data, read) {
   const all = data.probes
-    .flatMap((_, probe) => data.layers.flatMap((_, layer) => read(probe, layer)))
+    .flatMap((_, probe) => data.layers.map((_, layer) => read(probe, layer)))
     .filter(known)
     .sort((a, b) => a - b);
   if (!all.length) return undefined;
@@ -154,10 +153,15 @@ function draw(id, [traces, layout], c) {
     dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
     modebar: { bgcolor: "rgba(0,0,0,0)", color: c.quiet, activecolor: c.ink },
   };
-  return Plotly.react(id, traces, whole, {
+  const plot = document.getElementById(id);
+  const drawn = Plotly.react(plot, traces, whole, {
     responsive: true,
     displaylogo: false,
     displayModeBar: true,
     modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
   });
+  // A plot that stood beside another, or does now, has another width than it was drawn with.
+  const before = plot.dataset.width;
+  plot.dataset.width = plot.clientWidth;
+  return before && before !== plot.dataset.width ? drawn.then(() => Plotly.Plots.resize(plot)) : drawn;
 }

@@ -194,10 +194,11 @@ function modelsFigure(data, state, c, spectra) {
     hovertext: sigma.slice(from, to).map((v, i) => `sigma ${from + i + 1}: ${v.toExponential(2)}`),
   });
   const ranks = Array.from({ length: 60 }, (_, i) => spectra.ranked ** (i / 59));
+  const colours = c.kinds.filter((colour) => colour !== mark.colour);
   const curves = Object.entries(spectra.models).map(([model, coefficients], i) => {
     const [name, dash, of] = MODELS[model];
-    const wins = model === spectra.winner;
-    const curve = line(ranks, ranks.map((k) => of(coefficients, k)), c.kinds[(i + 1) % c.kinds.length], name);
+    const wins = model === data.probes[state.probe].winners[state.layer];
+    const curve = line(ranks, ranks.map((k) => of(coefficients, k)), colours[i], name);
     return { ...curve, name: wins ? `<b>${name}</b>` : name, line: { ...curve.line, dash, width: wins ? 3 : 1.5 } };
   });
   const noise = spectra.ranked < sigma.length ? [points("rounding noise", spectra.ranked, undefined, "circle-open")] : [];

@@ -47,14 +47,28 @@ function points(data, state, c, x, y, error) {
   return traces;
 }
 
+// Limits that hold the error bars of the points within them, too, but for bars longer than all of the axis.
+function withBars(data, range) {
+  if (!range) return range;
+  const most = Math.max(1, range[1] - range[0]);
+  let [low, high] = range;
+  data.probes.forEach((_, probe) =>
+    data.layers.forEach((_, layer) => {
+      const [alpha, error] = ["alpha", "alpha_stderr"].map((key) => value(data, probe, layer, key));
+      if (!known(alpha) || !known(error) || beyond(alpha, range)) return;
+      low = Math.min(low, alpha - 1.05 * Math.min(error, most));
+      high = Math.max(high, alpha + 1.05 * Math.min(error, most));
+    }),
+  );
+  return [low, high];
+}
+
 function depthFigure(data, state, c, wide) {
   const read = (layer) => value(data, state.probe, layer, "alpha");
-  // Of an error bar, what is longer than 1 may leave the axes.
-  const range = limits(data, (probe, layer) => {
-    const alpha = value(data, probe, layer, "alpha");
-    const error = Math.min(value(data, probe, layer, "alpha_stderr") ?? 0, 1);
-    return known(alpha) ? [alpha - error, alpha, alpha + error] : [];
-  });
+  const range = withBars(
+    data,
+    limits(data, (probe, layer) => value(data, probe, layer, "alpha")),
+  );
   const edge = Math.max(0.6, 0.015 * data.layers.length);
   const named = wide && data.layers.length <= 30;
   return [

@@ -18,10 +18,12 @@ function list(id, lines) {
 const of = (key) => (layer) => value(data, state.probe, layer, key);
 const spectraOf = (layer) => data.probes[state.probe].spectra?.[layer];
 
+const isHeld = (probe, layer, key) =>
+  (key === "product" ? product(data, probe, layer) : value(data, probe, layer, key)) !== null;
 const interval = (key, i) =>
   known(of(`${key}_low`)(i)) ? `${fixed(of(`${key}_low`)(i))} to ${fixed(of(`${key}_high`)(i))}` : "–";
 const withError = (key, show) => (i) =>
-  known(of(key)(i)) ? `${show(of(key)(i))} ± ${show(of(`${key}_stderr`)(i))}` : "–";
+  show(of(key)(i)) + (known(of(`${key}_stderr`)(i)) ? ` ± ${show(of(`${key}_stderr`)(i))}` : "");
 const brief = (x) => (known(x) ? String(Number(x.toPrecision(3))) : fixed(x));
 
 // What is measured on request, of which the data hold what was asked for.
@@ -69,7 +71,7 @@ const COLUMNS = [
     key: "alpha",
     head: "alpha ± se",
     sort: of("alpha"),
-    text: (i) => (known(of("alpha")(i)) ? `${fixed(of("alpha")(i))} ± ${fixed(of("alpha_stderr")(i))}` : "–"),
+    text: withError("alpha", fixed),
     meaning: data.meanings.alpha,
   },
   {
@@ -132,11 +134,12 @@ const COLUMNS = [
     meaning: data.meanings.negative_curvature,
   },
   ...REQUESTED,
-].filter(
-  ({ key, requested }) =>
-    (!["kind", "shape"].includes(key) || data.kinds.some(Boolean)) &&
-    (!(requested || key === "alpha_low") || data.keys.includes(key)),
-);
+].filter(({ key, requested }) => {
+  if (key === "kind" || key === "shape") return data.kinds.some(Boolean);
+  if (requested || key === "alpha_low") return data.keys.includes(key);
+  // Of a log that holds alpha alone, no empty columns.
+  return key === "layer" || data.probes.some((_, probe) => data.layers.some((_, i) => isHeld(probe, i, key)));
+});
 
 function order(layers) {
   const column = COLUMNS.find(({ key }) => key === state.column);
@@ -280,6 +283,8 @@ function showOverview() {
       .map(([, why]) => why),
   );
   for (const [id, [given]] of Object.entries(plots)) get(id).closest("figure").hidden = !given;
+  for (const [id, beside] of [["transfer", "training"], ["training", "transfer"]])
+    get(id).closest("figure").classList.toggle("wide", !plots[beside][0]);
   if (!state.plots) return;
   const c = colours();
   if (plots.depth[0]) draw("depth", depthFigure(data, state, c, get("depth").clientWidth > 640), c);
@@ -289,14 +294,16 @@ function showOverview() {
 
 // What is known of a layer beside its exponents, a line each.
 function moreOf(layer, spectra) {
-  const quarters = data.probes[state.probe].quarters[layer];
+  const { quarters, winners } = data.probes[state.probe];
+  const winner = winners[layer];
   const has = (key) => known(of(key)(layer));
   const requested = COLUMNS.filter((column) => column.requested && has(column.key));
   const values = spectra?.spectrum?.length ?? spectra?.sigma.length;
   const margin = has("rank_margin") ? `, ${fixed(of("rank_margin")(layer))} in BIC ahead of the next model` : "";
   return [
-    quarters?.some(known) && `alpha by quarter of the directions, the strongest first: ${quarters.map((x) => fixed(x)).join(", ")}`,
-    spectra?.winner && `gradient spectrum of ${values} singular values: ${MODELS[spectra.winner][0]}${margin}`,
+    quarters[layer]?.some(known) &&
+      `alpha by quarter of the directions, the strongest first: ${quarters[layer].map((x) => fixed(x)).join(", ")}`,
+    winner && `gradient spectrum${values ? ` of ${values} singular values` : ""}: ${MODELS[winner]?.[0] ?? winner}${margin}`,
     has("alpha_low") &&
       `95 % of bootstrap draws: ${["alpha", "gamma", "s"].map((key) => `${key} ${interval(key, layer)}`).join(", ")}`,
     requested.length && requested.map(({ head, text }) => `${head.replace(" ± se", "")} ${text(layer)}`).join(", "),
@@ -326,6 +333,7 @@ function showLayer() {
   const curves = ["alpha", "gamma", "s"].some((key) => data.probes.some((_, i) => known(value(data, i, layer, key))));
   get("layer-training-figure").hidden = data.probes.length < 2 || !curves;
   get("split-figure").hidden = !spectra?.split;
+  get("layer-training-figure").classList.toggle("wide", !spectra || Boolean(spectra.split));
   for (const figure of document.querySelectorAll("figure.spectral")) figure.hidden = !spectra;
   if (!state.plots) return;
   const c = colours();
