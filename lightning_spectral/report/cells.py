@@ -11,7 +11,7 @@ from rich.table import Table
 from lightning_spectral.spectrum import LayerSpectrum
 
 
-def new_table(title: str) -> Table:
+def new_table(title: str = "") -> Table:
     """A table without columns, its title on the left."""
     return Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 

@@ -33,7 +33,7 @@ class Requested:
 
     def table(self, layers: Iterable[LayerSpectrum]) -> Table:
         """A row per layer; those with a fit not to be trusted are dim."""
-        table = new_table(self.title)
+        table = new_table()
         table.add_column("layer", overflow="fold")
         for heading in self.columns:
             table.add_column(heading, justify="right", no_wrap=True)

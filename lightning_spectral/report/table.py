@@ -54,6 +54,8 @@ def print_report(
     if shown.layers or not report.layers:
         _print_table(console, layer_table(shown, heading), CAPTION)
         for requested in requested_of(shown):
+            # A title of its own would be broken to the width of the table.
+            console.print(requested.title, style="italic", soft_wrap=True, highlight=False)
             _print_table(console, requested.table(shown.layers.values()), requested.caption)
         heading = "median per kind of layer, beside the paper's"
     if left := len(report.layers) - len(shown.layers):
