@@ -73,9 +73,12 @@ def write_page(run: Run, path: str | Path, *, title: str | None = None) -> Path:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page that `write_page` wrote."""
-    with path.open("rb") as file:
-        return GENERATOR in file.read(4096)
+    """Whether a file can be read and is a page that `write_page` wrote."""
+    try:
+        with path.open("rb") as file:
+            return GENERATOR in file.read(4096)
+    except OSError:
+        return False
 
 
 def page(run: Run, *, title: str | None = None) -> str:
