@@ -240,7 +240,7 @@ function splitFigure(data, state, c, spectra) {
     traces,
     {
       xaxis: logAxis("sigma, gradient singular value", traces.flatMap(({ x }) => x)),
-      yaxis: logAxis("relative to its line at the largest sigma", traces.flatMap(({ y }) => y)),
+      yaxis: logAxis("relative to the line at sigma₁", traces.flatMap(({ y }) => y)),
     },
   ];
 }

@@ -298,7 +298,7 @@ function moreOf(layer, spectra) {
   const winner = winners[layer];
   const has = (key) => known(of(key)(layer));
   const requested = COLUMNS.filter((column) => column.requested && has(column.key));
-  const values = spectra?.spectrum?.length ?? spectra?.sigma.length;
+  const values = spectra?.ranked;
   const margin = has("rank_margin") ? `, ${fixed(of("rank_margin")(layer))} in BIC ahead of the next model` : "";
   return [
     quarters[layer]?.some(known) &&
