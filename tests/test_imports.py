@@ -54,7 +54,7 @@ ALLOWED = {
     "summary": {"analysis", "errors", "record"},
     "optim": {"errors", "kinds", "layers", "optim", "precision"},
     "report": {
-        "", "analysis", "errors", "fits", "kinds", "optim", "record", "report", "spectrum", "summary",
+        "", "alignment", "analysis", "errors", "fits", "kinds", "optim", "record", "report", "spectrum", "summary",
     },
     "callbacks": {
         "batch", "callbacks", "curvature", "errors", "kinds", "layers", "loss", "measure", "optim", "options",
