@@ -12,6 +12,7 @@ from lightning_spectral.callbacks.advice import Advice
 from lightning_spectral.callbacks.alphas import Fits, alphas_in_use, fits_of, takers, unmeasured, write_alphas
 from lightning_spectral.callbacks.batches import BatchChoice, BatchSource
 from lightning_spectral.callbacks.logged import Logged
+from lightning_spectral.callbacks.monitored import Monitored
 from lightning_spectral.callbacks.outputs import OutputOptions, Outputs
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.callbacks.swap import SwapOptimizer
@@ -164,6 +165,7 @@ class SpectralProbe(AnyCallback):
         outputs = OutputOptions(log_figures_every, log_tables, wandb_charts, print_every, print_end)
         self.outputs = Outputs(prefix, outputs, self.logged.layers, self._warn_once)
         self.advice = Advice(self.budget, self._warn_once)
+        self.monitored = Monitored()
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f"loss_fn must be a callable (module, batch) -> scalar, got {loss_fn!r}")
         self.loss_fn = loss_fn
@@ -172,6 +174,7 @@ class SpectralProbe(AnyCallback):
         self._disabled = False
         self._without_batches = False
         self._last_report: SpectralReport | None = None
+        self._resumed = False
         self._window: int | None = None
         self._collecting = False
         self._collected = 0.0
@@ -204,6 +207,7 @@ class SpectralProbe(AnyCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Swap the optimizer, on request."""
+        self._resumed = False
         if self.swap is not None:
             self.swap.setup(trainer, pl_module, stage)
 
@@ -211,6 +215,12 @@ class SpectralProbe(AnyCallback):
         """Leave the module as it was."""
         if self.swap is not None:
             self.swap.teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Stop the clock, and leave the module as it was: Lightning does not call `teardown` after an error."""
+        self.budget.stop()
+        if self.swap is not None:
+            self.swap.on_exception(trainer, pl_module, exception)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse the state of an optimizer that is swapped out."""
@@ -224,6 +234,13 @@ class SpectralProbe(AnyCallback):
         self._collecting = False
         self._disabled = False
         self._without_batches = False
+        if not self._resumed:
+            self.monitored.values = {}
+        elif self.source.choice == "fixed":
+            self._warn_once(
+                "batch='fixed' keeps the first batches after the resume, not those before it; "
+                "a DataLoader as batch gives the same ones"
+            )
         self.source.forget()
         self.source.check_loader()
         taken = self.source.takes_per_probe
@@ -258,6 +275,7 @@ class SpectralProbe(AnyCallback):
         self.advice.start()
         self.outputs.start()
         self.budget.start(optimizer_steps(trainer))
+        self.monitored.publish(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop the clock, say what a user would miss in the curves, and print the last probe where that is wanted."""
@@ -314,6 +332,7 @@ class SpectralProbe(AnyCallback):
         started = self.budget.clock()
         scalars = self.logged.scalars(report) | counts | cost
         self.outputs.write(trainer, step, scalars, alphas, report=report, history=self.history, probes=self.probes)
+        self.monitored.write(trainer, {f"{self.prefix}/{key}": value for key, value in scalars.items()})
         self.budget.logged(self.budget.clock() - started)
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,6 +343,7 @@ class SpectralProbe(AnyCallback):
             "swap": None if self.swap is None else self.swap.state_dict(),
             "probes": self.probes,
             "failed_probes": self.failed_probes,
+            "monitored": dict(self.monitored.values),
             "last_report": None if self._last_report is None else self._last_report.to_dict(),
         }
 
@@ -342,11 +362,8 @@ class SpectralProbe(AnyCallback):
             )
         if self.swap is not None and state_dict.get("swap"):
             self.swap.load_state_dict(state_dict["swap"])
-        if self.source.choice == "fixed":
-            self._warn_once(
-                "batch='fixed' keeps the first batches after the resume, not those before it; "
-                "a DataLoader as batch gives the same ones"
-            )
+        self._resumed = bool(state_dict.get("probes"))
+        self.monitored.values = dict(state_dict.get("monitored", {}))
         self.probes, self.failed_probes = state_dict.get("probes", 0), state_dict.get("failed_probes", 0)
         saved = state_dict.get("last_report")
         try:
