@@ -1,0 +1,147 @@
+"""Runs that are killed and resumed, in processes of their own: `python tests/killed.py FOLDER` writes FOLDER/*.json.
+
+A run is trained whole, killed in a probe, killed in a step, told to end (SIGTERM) in a probe, and each of the last three
+resumed from its last checkpoint. Every run is a fork of this process, which has imported all that takes time.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import nn
+
+from lightning_spectral import SpectralNewton, SpectralProbe
+
+STEPS, KILLED_AT = 14, 8
+SIGTERM_CODE = 3
+FAULTS = {"probe": signal.SIGKILL, "step": signal.SIGKILL, "term": signal.SIGTERM}
+
+
+class Module(pl.LightningModule):
+    """Dropout and statistics, and an optimizer that steps with what the probe measures."""
+
+    def __init__(self, fault=None):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.2), nn.Linear(8, 5))
+        self.fault = fault
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        if self.fault in ("probe", "term") and self.log.__name__ == "_nothing" and self.trainer.global_step == KILLED_AT:
+            os.kill(os.getpid(), FAULTS[self.fault])
+        self.log("loss", loss)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.fault == "step" and self.trainer.global_step == KILLED_AT:
+            os.kill(os.getpid(), FAULTS[self.fault])
+
+    def configure_optimizers(self):
+        return SpectralNewton(SpectralNewton.groups(self), lr=0.02, alpha="probe", alpha_min_r2=0.0)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["random"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint):
+        torch.set_rng_state(checkpoint["random"])
+
+
+class Batches:
+    """Six batches in an order that goes on where a checkpoint left it, as Lightning asks of a loader."""
+
+    def __init__(self):
+        self.done = 0
+
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        self.done %= 6
+        while self.done < 6:
+            self.done += 1
+            generator = torch.Generator().manual_seed(self.done)
+            yield torch.randn(12, 6, generator=generator), torch.randint(0, 5, (12,), generator=generator)
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done = state["done"]
+
+
+def train(folder, name, fault=None, ckpt_path=None):
+    pl.seed_everything(3, verbose=False)
+    module = Module(fault)
+    probe = SpectralProbe(every_n_steps=2, top_k=4, log_tables=True)
+    saved = ModelCheckpoint(
+        folder / name, save_top_k=0, save_last=True, every_n_train_steps=5, save_on_exception=fault == "term"
+    )
+    trainer = pl.Trainer(
+        max_steps=STEPS, max_epochs=-1, callbacks=[probe, saved], log_every_n_steps=1, accelerator="cpu",
+        logger=CSVLogger(folder, name="csv", version=name, flush_logs_every_n_steps=1), enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, Batches(), ckpt_path=ckpt_path)
+    result = {
+        "weights": {key: value.double().tolist() for key, value in module.state_dict().items()},
+        "reports": [{**report.to_dict(), "seconds": 0} for report in probe.history],
+        "probes": probe.probes,
+        "alphas": [trainer.optimizers[0].alpha_of(module.net[i].weight) for i in (0, 4)],
+        "random": torch.get_rng_state().tolist()[:100] + list(random.getstate()[1][:9]) + np.random.get_state()[1][:9].tolist(),
+    }  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps(result))
+
+
+def rows(folder, name):
+    """What a run logged, without the time it took."""
+    with open(folder / "csv" / name / "metrics.csv") as file:
+        found = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if v and k not in ("spectral/probe_seconds", "spectral/probe_overhead")} for row in found]
+
+
+def table(folder, name):
+    return (folder / "csv" / name / "spectral_layers.csv").read_text().splitlines()
+
+
+def forked(call, *args):
+    """Run a function in a fork of this process; how that ended, as `waitstatus_to_exitcode` tells it."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        call(*args)
+        code = 0
+    except SystemExit as end:
+        code = SIGTERM_CODE if type(end).__name__ == "SIGTERMException" else 4
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    ended = {"whole": forked(train, folder, "whole")}
+    for fault in FAULTS:
+        ended[fault] = forked(train, folder, fault, fault)
+        ended[f"{fault}-resumed"] = forked(train, folder, f"{fault}-resumed", None, folder / fault / "last.ckpt")
+    (folder / "ended.json").write_text(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
