@@ -1,7 +1,7 @@
 """Runs that are killed and resumed, in processes of their own: `python tests/killed.py FOLDER` writes FOLDER/*.json.
 
 A run is trained whole, killed in a probe, killed in a step, told to end (SIGTERM) in a probe, and each of the last three
-resumed from its last checkpoint. Every run is a fork of this process, which has imported all that takes time.
+resumed from its last checkpoint; and one whose W&B is killed. Every run is a fork of this process, which has imported all that takes time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import random
 import signal
 import sys
 import traceback
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,10 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from torch import nn
 
-from lightning_spectral import SpectralNewton, SpectralProbe
+from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
 
 STEPS, KILLED_AT = 14, 8
 SIGTERM_CODE = 3
@@ -105,6 +107,35 @@ def train(folder, name, fault=None, ckpt_path=None):
     (folder / f"{name}.json").write_text(json.dumps(result))
 
 
+class KillWandb(pl.Callback):
+    """Kill W&B's service, a child of this process, before a step."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step != KILLED_AT:
+            return
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                name, _, rest = stat.read_text().rpartition(")")
+                if int(rest.split()[1]) == os.getpid() and "wandb" in name:
+                    os.kill(int(stat.parent.name), signal.SIGKILL)
+
+
+def without_wandb(folder):
+    """Train while W&B is killed; the module itself logs nothing."""
+    module = Module()
+    module.log = lambda *args: None
+    probe = SpectralProbe(every_n_steps=1, top_k=4)
+    trainer = pl.Trainer(
+        max_steps=STEPS, max_epochs=-1, callbacks=[KillWandb(), probe], accelerator="cpu", enable_progress_bar=False,
+        logger=WandbLogger(save_dir=folder, offline=True), enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, Batches())
+    told = [str(w.message) for w in caught if issubclass(w.category, SpectralWarning)]
+    (folder / "wandb.json").write_text(json.dumps([trainer.global_step, probe.probes, told]))
+
+
 def rows(folder, name):
     """What a run logged, without the time it took."""
     with open(folder / "csv" / name / "metrics.csv") as file:
@@ -140,6 +171,7 @@ def main(folder):
     for fault in FAULTS:
         ended[fault] = forked(train, folder, fault, fault)
         ended[f"{fault}-resumed"] = forked(train, folder, f"{fault}-resumed", None, folder / fault / "last.ckpt")
+    ended["wandb"] = forked(without_wandb, folder)
     (folder / "ended.json").write_text(json.dumps(ended))
 
 

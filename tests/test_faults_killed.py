@@ -51,3 +51,11 @@ def test_the_rows_of_a_run_killed_and_resumed_are_those_of_the_whole_run(fault, 
     assert after == [row for row in whole if int(row["step"]) >= RESUMED_FROM[fault]]
     table, tables = killed.table(folder, "whole"), [killed.table(folder, name) for name in (fault, f"{fault}-resumed")]
     assert set(table) == {line for lines in tables for line in lines}
+
+
+def test_wandb_that_is_killed_is_told_once_and_training_goes_on(folder):
+    assert result(folder, "ended")["wandb"] == 0
+    steps, probes, told = result(folder, "wandb")
+    assert (steps, probes) == (killed.STEPS, killed.STEPS)
+    (text,) = [text for text in told if "could not log" in text]
+    assert text.startswith("WandbLogger could not log: ")

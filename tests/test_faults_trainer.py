@@ -135,6 +135,17 @@ def test_a_resumed_run_monitors_before_its_first_probe(tmp_path):
     assert KEY not in again.callback_metrics
 
 
+def test_a_probe_that_was_collecting_its_batches_collects_anew_after_a_resume(tmp_path):
+    def probe():
+        return SpectralProbe(every_n_steps=8, n_batches=3)
+
+    trainer = trainer_of(first := probe(), epochs=-1, max_steps=10)
+    trainer.fit(Small())
+    trainer.save_checkpoint(tmp_path / "ten.ckpt")
+    trainer_of(second := probe(), epochs=-1, max_steps=16).fit(Small(), ckpt_path=tmp_path / "ten.ckpt")
+    assert [report.step for report in first.history + second.history] == [2, 12]
+
+
 def test_plateau_schedulers_monitor_a_probes_values():
     class Plateau(Small):
         def configure_optimizers(self):

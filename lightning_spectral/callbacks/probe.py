@@ -207,7 +207,8 @@ class SpectralProbe(AnyCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Swap the optimizer, on request."""
-        self._resumed = False
+        # What a checkpoint says otherwise is loaded between this hook and `on_fit_start`.
+        self._resumed = self._collecting = False
         if self.swap is not None:
             self.swap.setup(trainer, pl_module, stage)
 
@@ -231,7 +232,6 @@ class SpectralProbe(AnyCallback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check what depends on the module, before the first step: a pattern without a layer, a loss not known."""
         self._window = None
-        self._collecting = False
         self._disabled = False
         self._without_batches = False
         if not self._resumed:
@@ -343,6 +343,7 @@ class SpectralProbe(AnyCallback):
             "swap": None if self.swap is None else self.swap.state_dict(),
             "probes": self.probes,
             "failed_probes": self.failed_probes,
+            "collecting": self._collecting,
             "monitored": dict(self.monitored.values),
             "last_report": None if self._last_report is None else self._last_report.to_dict(),
         }
@@ -363,6 +364,8 @@ class SpectralProbe(AnyCallback):
         if self.swap is not None and state_dict.get("swap"):
             self.swap.load_state_dict(state_dict["swap"])
         self._resumed = bool(state_dict.get("probes"))
+        # The batches are not in the checkpoint: a probe that was collecting them begins anew.
+        self._collecting = state_dict.get("collecting", False)
         self.monitored.values = dict(state_dict.get("monitored", {}))
         self.probes, self.failed_probes = state_dict.get("probes", 0), state_dict.get("failed_probes", 0)
         saved = state_dict.get("last_report")
