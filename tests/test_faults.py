@@ -1,4 +1,4 @@
-"""What goes wrong within a run: interrupts, NaN, full disks, layers and batches that change. Training goes on, clean."""
+"""What goes wrong within a run: interrupts, NaN, full disks, layers and batches that change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import math
 import random
 import signal
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from test_no_trace import assert_identical
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
 
@@ -92,15 +91,14 @@ class Kept(pl.Callback):
 
 def interrupted_at(monkeypatch, module, where):
     """Raise KeyboardInterrupt in a probe: at the forward pass, a second derivative, or a decomposition."""
+
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     if where == "forward":
         forward = nn.GELU.forward
         original = module.backbone[2]
-        monkeypatch.setattr(
-            nn.GELU, "forward", lambda self, x: forward(self, x) if self is original else interrupt()
-        )
+        monkeypatch.setattr(nn.GELU, "forward", lambda self, x: forward(self, x) if self is original else interrupt())
     elif where == "double backward":
         grad = torch.autograd.grad
 
@@ -263,7 +261,12 @@ def test_layers_that_come_freeze_and_go_in_training(tmp_path):
     trainer = train(Small(), Surgery(), probe, steps=8, logger=logger)
     a, b, new, head = "backbone.0.weight", "backbone.4.weight", "backbone.5.weight", "head.weight"
     # The last one moves into the place of the one that went.
-    assert [list(report.layers) for report in probe.history] == [[a, b, head], [a, b, new, head], [b, new, head], [b, head]]
+    assert [list(report.layers) for report in probe.history] == [
+        [a, b, head],
+        [a, b, new, head],
+        [b, new, head],
+        [b, head],
+    ]
     assert (trainer.global_step, probe.failed_probes) == (8, 0)
     written = (Path(logger.log_dir) / "spectral_layers.csv").read_text().splitlines()
     assert len(written) == 1 + 3 + 4 + 3 + 2

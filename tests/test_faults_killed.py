@@ -8,6 +8,8 @@ from pathlib import Path
 import killed
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked, and found in /proc")
+
 # The checkpoint that a run goes on from, in steps.
 RESUMED_FROM = {"probe": 5, "step": 5, "term": 9}
 

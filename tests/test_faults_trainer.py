@@ -11,7 +11,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from modules import ConvNet, ProbeRows, fit
 from pytorch_lightning.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
@@ -310,3 +309,21 @@ def test_an_error_in_training_gives_the_module_its_optimizers_back(error):
         with pytest.raises((SystemExit, RuntimeError)):
             trainer_of(callback, epochs=1).fit(module)
         assert "configure_optimizers" not in module.__dict__
+
+
+def test_time_after_an_error_does_not_count():
+    now = [0.0]
+    probe = SpectralProbe()
+    probe.budget.clock = lambda: now[0]
+
+    class Failing(Small):
+        def on_train_batch_end(self, *args):
+            now[0] += 1.0
+            raise RuntimeError("once")
+
+    with pytest.raises(RuntimeError, match="once"):
+        trainer_of(probe).fit(Failing())
+    now[0] = 100.0
+    assert probe.budget.wall_seconds == 1.0
+    trainer_of(probe, epochs=1).fit(Small())
+    assert probe.budget.wall_seconds == 1.0

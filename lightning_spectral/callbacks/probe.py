@@ -43,6 +43,8 @@ class SpectralProbe(AnyCallback):
 
     Every logger of the Trainer gets one dict per probe: `<prefix>/<quantity>_median` over all layers,
     `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts; on request figures and tables.
+    `trainer.callback_metrics` holds the last of each that is not NaN, for `EarlyStopping`, `ModelCheckpoint` and
+    schedulers with a `monitor`.
 
     In distributed training each process measures its own batch, and the first one logs.
 
