@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import random
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,8 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.data import Dataset, TensorDataset
 
-from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
+from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning, measure_spectra
+from lightning_spectral.interrupts import HeldInterrupts
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -380,3 +383,69 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_training_goes_on(tmp_p
     assert told == ["CSVLogger could not log tables: [Errno 30] Read-only file system"]
     assert trainer.global_step == 3
     assert "spectral/alpha_median" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
+
+
+def test_an_interrupt_that_led_to_another_error_is_no_failed_probe(signals):
+    """As where Ctrl-C comes while PyTorch has a mode off its stack."""
+
+    def masked(module, batch):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    kept = Kept()
+    with pytest.raises(SystemExit):
+        train(Small(), kept, SpectralProbe(loss_fn=masked))
+    assert isinstance(kept.exception, KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("moment", ["lost", "put back later"])
+def test_a_mode_that_an_interrupt_took_from_pytorchs_stack_is_no_trace(moment):
+    """PyTorch takes a mode off its stack while it handles a call; where an interrupt comes then, it stays off."""
+    model, batch = Small(), data().tensors
+
+    def loss(copy, batch):
+        off = torch.overrides._pop_mode_temporarily()
+        off.__enter__()
+        if moment == "lost":
+            # What is suspended in a frame is closed when that goes.
+            kept.append(off)
+        raise KeyboardInterrupt
+
+    kept, before = [], everything(model)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        measure_spectra(model, batch, loss)
+    assert_identical(before, everything(model))
+    del raised
+    gc.collect()
+    assert moment == "lost" or everything(model)["torch"] == before["torch"]
+
+
+def test_an_interrupt_is_held_while_state_is_set_and_put_back(signals):
+    model, seen = Small(), []
+
+    class Noisy(nn.Dropout):
+        def __getstate__(self):
+            # Copied while the measurement is set up.
+            signal.raise_signal(signal.SIGINT)
+            seen.append("copied")
+            return super().__getstate__()
+
+    model.backbone[3] = Noisy(0.1)
+    before = everything(model)
+    with pytest.raises(KeyboardInterrupt):
+        measure_spectra(model, data().tensors, lambda *args: seen.append("measured"))
+    assert seen == ["copied"]
+    assert_identical(before, everything(model))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    hold = HeldInterrupts()
+    hold.take()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        hold.release()
+    hold.release()
+    worker = threading.Thread(target=lambda: (hold.take(), hold.release(), seen.append("elsewhere")))
+    worker.start()
+    worker.join()
+    assert seen == ["copied", "elsewhere"]

@@ -30,7 +30,8 @@ ALLOWED = {
     "batch": {"errors", "shadow"},
     "shadow": {"errors"},
     "precision": set(),
-    "quiet": {"batch", "errors", "precision", "shadow"},
+    "interrupts": set(),
+    "quiet": {"batch", "errors", "interrupts", "precision", "shadow"},
     "loss": {"errors", "shadow"},
     "curvature": {"curvature", "errors", "fits", "layers", "loss", "svd"},
     "options": {"curvature", "kinds", "layers", "quiet"},
@@ -56,7 +57,7 @@ ALLOWED = {
         "", "analysis", "errors", "fits", "kinds", "optim", "record", "report", "spectrum", "summary",
     },
     "callbacks": {
-        "batch", "callbacks", "curvature", "errors", "kinds", "layers", "loss", "measure", "optim", "options",
+        "batch", "callbacks", "curvature", "errors", "interrupts", "kinds", "layers", "loss", "measure", "optim", "options",
         "processes", "quiet", "record", "report", "spectrum",
     },
     "demo": {"callbacks", "demo", "record", "report"},

@@ -17,6 +17,7 @@ from lightning_spectral.callbacks.outputs import OutputOptions, Outputs
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.warned import WarnOnce
+from lightning_spectral.interrupts import interruption
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, MatrixLayer, NoMatrixError, find_layers
 from lightning_spectral.loss import LossFunction, resolve_loss
@@ -412,7 +413,10 @@ class SpectralProbe(AnyCallback):
         try:
             report = measure_quietly(module, batches, self.options, self.loss_fn, batch_idx=batch_idx)
         except Exception as error:
-            # Whatever goes wrong in here, the training run is not ours to end.
+            # Whatever goes wrong in here, the training run is not ours to end; nor, where the user ends it and the
+            # error is what that led to, ours to go on with.
+            if end := interruption(error):
+                raise end from error
             self._warn_once(f"nothing was measured at step {step}: {type(error).__name__}: {error}")
             return None
         report = report.at(step=step, epoch=trainer.current_epoch)
