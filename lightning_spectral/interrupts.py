@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import overrides
+import torch
 from torch.overrides import TorchFunctionMode
+
+# Where PyTorch keeps its stack of modes, by names that are not public.
+STACK: Any = torch.overrides
+NAMES = ("_get_current_function_mode_stack", "_pop_mode", "_push_mode")
 
 
 def interruption(error: BaseException) -> BaseException | None:
@@ -60,8 +64,12 @@ def function_mode(mode: TorchFunctionMode) -> Iterator[None]:
     PyTorch takes a mode off the stack for each call that the mode handles. An interrupt in that moment loses it, or has
     it put back when the frames it came through are let go of.
     """
-    before = list(overrides._get_current_function_mode_stack())
-    mode.__enter__()
+    if not all(hasattr(STACK, name) for name in NAMES):
+        with mode:
+            yield
+        return
+    before = list(STACK._get_current_function_mode_stack())
+    mode.__enter__()  # type: ignore[no-untyped-call]
     try:
         yield
     except BaseException as error:
@@ -72,7 +80,7 @@ def function_mode(mode: TorchFunctionMode) -> Iterator[None]:
                 found = found.__context__
         raise
     finally:
-        while overrides._get_current_function_mode_stack():
-            overrides._pop_mode()
+        while STACK._get_current_function_mode_stack():
+            STACK._pop_mode()
         for other in before:
-            overrides._push_mode(other)
+            STACK._push_mode(other)

@@ -57,8 +57,8 @@ ALLOWED = {
         "", "analysis", "errors", "fits", "kinds", "optim", "record", "report", "spectrum", "summary",
     },
     "callbacks": {
-        "batch", "callbacks", "curvature", "errors", "interrupts", "kinds", "layers", "loss", "measure", "optim", "options",
-        "processes", "quiet", "record", "report", "spectrum",
+        "batch", "callbacks", "curvature", "errors", "interrupts", "kinds", "layers", "loss", "measure", "optim",
+        "options", "processes", "quiet", "record", "report", "spectrum",
     },
     "demo": {"callbacks", "demo", "record", "report"},
     "lightning_cli": {"callbacks", "optim", "sources"},
