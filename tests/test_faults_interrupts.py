@@ -85,7 +85,8 @@ def interrupted_at(monkeypatch, module, where):
 
 @pytest.fixture
 def signals():
-    before = signal.getsignal(signal.SIGINT)
+    # Ignored where the tests run in the background of a shell.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
