@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from lightning_spectral.pieces import Losses
 from lightning_spectral.processes import Alone, Together, owners_of
 from lightning_spectral.quiet import Beginning, Mode, Precision, RandomStates, copy_batch, quiet
 from lightning_spectral.record import SpectralReport
+from lightning_spectral.sharding import whole_parameters
 from lightning_spectral.spectrum import LayerSpectrum
 from lightning_spectral.svd import SingularTriplets
 from lightning_spectral.weights import WeightSpectrum
@@ -161,23 +162,26 @@ def measure_quietly(
     started = time.perf_counter()
     processes = processes or Alone()
     with ExitStack() as stack:
+        network = unwrapped(model)
+        whole = whole_parameters(network, processes)
 
         def begin() -> _Begun:
-            return stack.enter_context(_begun(unwrapped(model), batches, options, loss_fn, batch_idx))
+            return stack.enter_context(_begun(network, batches, options, loss_fn, batch_idx, whole))
 
         begun = processes.agreed(begin)
         losses, layers = begun.losses, begun.found.layers
         told = processes.gathered((list(layers), losses.sizes))
         _check_parts(told)
+        processes.agreed(partial(begun.take, _first_buffers(begun.module, processes)))
         losses.among([sizes for _, sizes in told], processes.rank)
         measured = measure_within_memory(losses, options, processes)
         failed, curvatures = measured.failed, measured.curvatures
         if len(failed) == len(layers):
             error = SecondDerivativeError if curvatures.failed else MeasurementError
             raise error("; ".join(by_cause(failed)))
-        weights = processes.agreed(lambda: _weight_spectra(losses, options, processes))
-        weights = {name: x for part in processes.gathered(weights) for name, x in part.items()}
-        spectra = {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in layers}
+        mine = processes.agreed(lambda: _spectra(losses, measured, options, processes))
+        others = {name: spectrum for part in processes.gathered(mine) for name, spectrum in part.items()}
+        spectra = {name: others[name] for name in layers}
         notes = list(dict.fromkeys(note for part in processes.gathered(begun.notes) for note in part))
     return SpectralReport(
         layers=spectra,
@@ -203,13 +207,22 @@ class _Begun:
     """A loss ready to be measured: which layers, and what to tell."""
 
     losses: Losses
+    module: nn.Module
     found: LayerSet
     notes: list[str]
+
+    def take(self, buffers: Mapping[str, Tensor]) -> None:
+        self.losses.beginning.take(self.module, buffers)
 
 
 @contextmanager
 def _begun(
-    model: nn.Module, batches: Sequence[Any], options: Options, loss_fn: LossFunction | None, batch_idx: int
+    model: nn.Module,
+    batches: Sequence[Any],
+    options: Options,
+    loss_fn: LossFunction | None,
+    batch_idx: int,
+    whole: Mapping[int, nn.Parameter],
 ) -> Iterator[_Begun]:
     found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
     if not found.layers:
@@ -217,8 +230,25 @@ def _begun(
         raise ValueError(f"layers: no layer is left to measure ({reasons})")
     if options.max_samples is not None:
         batches = FirstSamples(batches, options.max_samples)
-    with _losses(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx) as (losses, notes):
-        yield _Begun(losses, found, notes)
+    with _losses(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx, whole) as (
+        losses,
+        module,
+        notes,
+    ):
+        yield _Begun(losses, module, found, notes)
+
+
+def _first_buffers(module: nn.Module, processes: Alone) -> dict[str, Tensor]:
+    """The first process's buffers: DDP gives them to all with the next step, and until then they differ."""
+    if processes.size == 1:
+        return {}
+    own = {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided
+    }
+    found = processes.shared({n: [b] for n, b in own.items()} if processes.rank == 0 else {}, dict.fromkeys(own, 0))
+    return {name: tensors[0] for name, tensors in found.items()}
 
 
 def _check_parts(told: Sequence[tuple[list[str], list[int | None]]]) -> None:
@@ -235,17 +265,12 @@ def _check_parts(told: Sequence[tuple[list[str], list[int | None]]]) -> None:
         raise MeasurementError(NO_SAMPLE)
 
 
-def _weight_spectra(losses: Losses, options: Options, processes: Alone) -> dict[str, WeightSpectrum]:
-    """Those of the layers whose turn it is in this process."""
-    if not options.weight_spectra:
-        return {}
-    matrices = losses.weights()
-    owners = owners_of({n: float(math.prod(m.shape) * min(m.shape)) for n, m in matrices.items()}, processes.size)
-    return {
-        name: WeightSpectrum.of(matrix, top_k=options.top_k, groups=losses.layers[name].groups, eps=losses.eps(name))
-        for name, matrix in matrices.items()
-        if owners[name] == processes.rank
-    }
+def _spectra(losses: Losses, measured: Measured, options: Options, processes: Alone) -> dict[str, LayerSpectrum]:
+    """The spectra and fits of the layers that fall to this process."""
+    owners = owners_of({name: layer.decomposition_cost for name, layer in losses.layers.items()}, processes.size)
+    mine = [name for name, owner in owners.items() if owner == processes.rank]
+    weights = losses.weights() if options.weight_spectra else {}
+    return {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in mine}
 
 
 def directional_curvature(
@@ -277,6 +302,7 @@ def directional_curvature(
     """
     Options(curvature=method, mode=mode, precision=precision)
     model = unwrapped(model)
+    whole_parameters(model, Alone())
     parts = find_layers(model, layers=lambda layer: True).layers
     whole = matrix_parameters(model)[0]
     by_parameter = {alias: layer for layer in whole.values() for alias in (layer.name, *layer.aliases)} | parts
@@ -293,7 +319,7 @@ def directional_curvature(
                 f"directions: {name} is a matrix ({m}, {n}), so u must be ({m}, K) and v ({n}, K); "
                 f"got {tuple(triplets.u.shape)} and {tuple(triplets.v.shape)}"
             )
-    with _losses(model, [batch], loss_fn, chosen, mode, precision) as (losses, _):
+    with _losses(model, [batch], loss_fn, chosen, mode, precision) as (losses, _, _):
         pieces = losses.whole()
         if not pieces:
             raise MeasurementError(NO_SAMPLE)
@@ -364,11 +390,12 @@ def _losses(
     mode: Mode,
     precision: Precision,
     batch_idx: int = 0,
-) -> Iterator[tuple[Losses, list[str]]]:
+    whole: Mapping[int, nn.Parameter] | None = None,
+) -> Iterator[tuple[Losses, nn.Module, list[str]]]:
     """The loss on a shadow of the model, ready to be differentiated; all traces are gone at the end."""
     loss = resolve_loss(model, loss_fn, batch_idx)
     replaced = stand_ins(model)
-    with quiet(model, mode=mode, precision=precision, stand_ins=replaced) as shadow:
+    with quiet(model, mode=mode, precision=precision, stand_ins=replaced | dict(whole or {})) as shadow:
         mute(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
@@ -381,6 +408,7 @@ def _losses(
                 leaves,
                 Beginning(shadow.module),
             ),
+            shadow.module,
             notes,
         )
 
@@ -394,9 +422,7 @@ def _unaligned(spectra: Mapping[str, LayerSpectrum]) -> list[str]:
     return by_cause(missing | partly)
 
 
-def _spectrum(
-    losses: Losses, name: str, measured: Measured, options: Options, weights: WeightSpectrum | None
-) -> LayerSpectrum:
+def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, weights: Tensor | None) -> LayerSpectrum:
     layer, eps = losses.layers[name], losses.eps(name)
     curvatures, factored = measured.curvatures, measured.alignment
     triplets, nothing = measured.triplets.get(name), torch.zeros(0, dtype=torch.float64)
@@ -424,7 +450,9 @@ def _spectrum(
         alignment_note=why if options.alignment and name not in factored.factors else "",
         per_sample=factored.per_sample,
     )
-    spectrum = replace(spectrum, weights=weights)
+    if weights is not None:
+        of_weights = WeightSpectrum.of(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
+        spectrum = replace(spectrum, weights=of_weights)
     return replace(spectrum, fraction=_fraction(spectrum, measured.traces)) if options.curvature_fraction else spectrum
 
 

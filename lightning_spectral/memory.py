@@ -97,11 +97,11 @@ def measure_within_memory(losses: Losses, options: Options, processes: Alone) ->
                 if errors and isinstance(error, MeasurementError):
                     raise MeasurementError(f"out of memory with {errors[0]}, and no smaller pieces: {error}") from None
                 raise
-            found = processes.gathered((losses.in_use if losses.whole() else 1, losses.divisible))
+            found = processes.gathered((losses.in_use if losses.whole() else 0, losses.divisible))
             largest = _most([size for size, _ in found])
             errors.append(f"{largest or 'all'} samples at once")
         release_memory(losses.parameters.values())
-        if largest is None or largest == 1 or not all(divisible for _, divisible in found):
+        if largest is None or largest <= 1 or not all(divisible for _, divisible in found):
             break
         most = math.ceil(largest / 2)
     raise MeasurementError(
@@ -113,6 +113,7 @@ def measure_within_memory(losses: Losses, options: Options, processes: Alone) ->
 def _measured(losses: Losses, options: Options, most: int | None, processes: Alone) -> Measured:
     """Gradient and curvature, on pieces of at most so many samples; None: as many as memory is likely to hold."""
     named = check_method(options.curvature)
+    losses.in_use = losses.largest(losses.whole()) if most is None else most
     pieces = processes.agreed(lambda: losses.whole() if most is None else losses.pieces(most))
     in_one = len(pieces) == 1 and (most is not None or not losses.divisible)
     keep_graph = in_one and named is not None and named.differentiates_gradients
@@ -199,7 +200,7 @@ def _factored(
         if problem is not None:
             problem.release()
         release_memory(losses.parameters.values())
-        found = processes.gathered((losses.largest(pieces), losses.divisible))
+        found = processes.gathered((losses.largest(pieces) if pieces else 0, losses.divisible))
         largest = _most([size for size, _ in found])
         if largest is None or largest <= 1 or not all(divisible for _, divisible in found):
             break
@@ -255,9 +256,7 @@ def _of_gradients(losses: Losses, gradients: Gradients, options: Options, proces
     present = set().union(*(names for names, _ in told)) - failed.keys()
     for name in layers.keys() - present - failed.keys():
         failed[name] = NO_GRADIENT
-    costs = {
-        name: float(math.prod(layer.shape) * min(layer.shape)) for name, layer in layers.items() if name in present
-    }
+    costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in present}
     owners = owners_of(costs, processes.size)
     matrices = processes.summed(
         {name: layers[name].to_matrix(here[name]) for name in owners if name in here},

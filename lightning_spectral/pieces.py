@@ -70,7 +70,7 @@ class Losses:
         self.loss, self.batches, self.beginning = loss, batches, beginning
         self.layers, self.parameters = layers, parameters
         self.sizes = [batch_size(batch) for batch in batches]
-        self.divisible = all(divisible(batch) for batch in batches)
+        self.divisible = all(divisible(batch) for batch, size in zip(batches, self.sizes, strict=True) if size != 0)
         self.among([self.sizes], 0)
         self.in_use: int | None = None
         self.casts: set[torch.dtype] = set()
@@ -123,7 +123,7 @@ class Losses:
         """The samples of the largest of these pieces; None where a batch does not tell."""
         sizes = [self.sizes[p.batch] if p.stop is None else p.stop - p.start for p in pieces]
         known = [size for size in sizes if size is not None]
-        return max(known) if len(known) == len(sizes) else None
+        return max(known, default=None) if len(known) == len(sizes) else None
 
     def problem(self, piece: Piece) -> Problem:
         """The loss of one piece, to be differentiated."""

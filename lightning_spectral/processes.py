@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.errors import MeasurementError, ProcessError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -45,10 +46,6 @@ COLLECTIVES = (
     "scatter_object_list",
 )
 """What a loss may call in `torch.distributed` to see the samples of other processes."""
-
-
-class ProcessError(RuntimeError):
-    """An error of a process for which a measurement has no answer; every process raises it."""
 
 
 class Alone:
@@ -90,13 +87,13 @@ class Together(Alone):
     """The processes of a group. All must make the same calls in the same order.
 
     Args:
-        group: of torch.distributed, with a backend for the device of the tensors.
+        group: of torch.distributed, with a backend for the device of the tensors; None: all processes.
 
     Raises:
         ValueError: if this process is not one of them.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
@@ -131,7 +128,7 @@ class Together(Alone):
     def collected(self, value: T, rank: int) -> list[T] | None:
         """The values of all processes, by rank, in the process of one rank; None in the others."""
         found: list[Any] | None = [None] * self.size if rank == self.rank else None
-        dist.gather_object(value, found, dist.get_global_rank(self.group, rank), group=self.group)
+        dist.gather_object(value, found, self._global(rank), group=self.group)
         return found
 
     def summed(
@@ -140,14 +137,14 @@ class Together(Alone):
         """The sums over all processes of those tensors that this one owns."""
         found: dict[str, Tensor] = {}
         for rank in range(self.size):
-            parts = {name: values[name] if name in values else empty(name) for name in _owned(owners, rank)}
-            for dtype in dict.fromkeys(tensor.dtype for tensor in parts.values()):
-                tensors = {name: tensor for name, tensor in parts.items() if tensor.dtype is dtype}
-                flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
-                dist.reduce(flat, dist.get_global_rank(self.group, rank), group=self.group)
+            names = [name for name, owner in owners.items() if owner == rank]
+            # Memory may run out here as in any step.
+            parts = self.agreed(partial(_by_dtype, names, values, empty))
+            for flat, shapes in parts:
+                dist.reduce(flat, self._global(rank), group=self.group)
                 if rank == self.rank:
-                    pieces = torch.split(flat, [tensor.numel() for tensor in tensors.values()])
-                    found |= {n: p.view(t.shape) for (n, t), p in zip(tensors.items(), pieces, strict=True)}
+                    pieces = torch.split(flat, [shape.numel() for shape in shapes.values()])
+                    found |= {name: p.view(shape) for (name, shape), p in zip(shapes.items(), pieces, strict=True)}
         return found
 
     def shared(self, mine: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]) -> dict[str, list[Tensor]]:
@@ -157,18 +154,20 @@ class Together(Alone):
         for rank, layout in enumerate(layouts):
             if not (tensors := [spec for specs in layout.values() for spec in specs]):
                 continue
-            device = _here(tensors[0][2])
             sizes = [shape.numel() * dtype.itemsize for shape, dtype, _ in tensors]
             if rank == self.rank:
-                flat = torch.cat([_bytes(tensor) for tensors in mine.values() for tensor in tensors])
+                flat = self.agreed(lambda: torch.cat([_bytes(t) for of_name in mine.values() for t in of_name]))
             else:
-                flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-            dist.broadcast(flat, dist.get_global_rank(self.group, rank), group=self.group)
+                flat = self.agreed(partial(torch.empty, sum(sizes), dtype=torch.uint8, device=_here(tensors[0][2])))
+            dist.broadcast(flat, self._global(rank), group=self.group)
             # Cloned, since a view as a wider type must start at a multiple of its size.
             parts = iter(torch.split(flat, sizes))
             for name, specs in layout.items():
                 found[name] = [next(parts).clone().view(dtype).view(shape) for shape, dtype, _ in specs]
         return {name: found[name] for name in owners if name in found}
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
 def owners_of(costs: Mapping[str, float], size: int) -> dict[str, int]:
@@ -235,8 +234,17 @@ def _no_collectives() -> Iterator[None]:
             setattr(dist, name, original)
 
 
-def _owned(owners: Mapping[str, int], rank: int) -> list[str]:
-    return [name for name, owner in owners.items() if owner == rank]
+def _by_dtype(
+    names: Sequence[str], values: Mapping[str, Tensor], empty: Callable[[str], Tensor]
+) -> list[tuple[Tensor, dict[str, torch.Size]]]:
+    """Tensors in a row, for each of their types, and what they were."""
+    tensors = {name: values[name] if name in values else empty(name) for name in names}
+    found = []
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
+        some = {name: tensor for name, tensor in tensors.items() if tensor.dtype is dtype}
+        flat = torch.cat([tensor.flatten() for tensor in some.values()])
+        found.append((flat, {name: tensor.shape for name, tensor in some.items()}))
+    return found
 
 
 def _bytes(tensor: Tensor) -> Tensor:

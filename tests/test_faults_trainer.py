@@ -129,9 +129,10 @@ def test_a_resumed_run_monitors_before_its_first_probe(tmp_path):
     assert (resumed.global_step, probe.history) == (8, [])
     assert float(stop.best_score) == float(trainer.callback_metrics[KEY])
     # Another training begins without the values of this one.
-    again = trainer_of(probe, max_steps=1, limit_train_batches=0)
+    probe.should_measure = lambda step: False
+    again = trainer_of(probe, epochs=1)
     again.fit(Small())
-    assert KEY not in again.callback_metrics
+    assert (again.global_step, KEY in again.callback_metrics) == (4, False)
 
 
 def test_a_probe_that_was_collecting_its_batches_collects_anew_after_a_resume(tmp_path):
@@ -216,6 +217,14 @@ def test_batch_size_and_learning_rate_finders(batch, tmp_path):
         assert (probe.probes, trainer.global_step) == (0, 0)
         module.hparams.batch_size = 6
         trainer.fit(module)
+    assert [report.step for report in probe.history] == [0, 2]
+
+
+def test_a_learning_rate_finder_before_the_first_step_is_no_resume(tmp_path):
+    probe = SpectralProbe(every_n_steps=2, batch="fixed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SpectralWarning)
+        trainer_of(LearningRateFinder(num_training_steps=4), probe, epochs=1, default_root_dir=tmp_path).fit(Small())
     assert [report.step for report in probe.history] == [0, 2]
 
 

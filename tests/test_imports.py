@@ -28,7 +28,7 @@ ALLOWED = {
     "svd": {"errors", "lanczos"},
     "weights": {"encoding", "errors", "fits", "svd"},
     "batch": {"errors", "shadow"},
-    "shadow": {"errors"},
+    "shadow": {"errors", "sharding"},
     "precision": set(),
     "interrupts": set(),
     "quiet": {"batch", "errors", "interrupts", "precision", "shadow"},
@@ -36,6 +36,7 @@ ALLOWED = {
     "curvature": {"curvature", "errors", "fits", "layers", "loss", "svd"},
     "options": {"curvature", "kinds", "layers", "quiet"},
     "processes": {"errors"},
+    "sharding": {"processes"},
     "pieces": {"batch", "curvature", "errors", "layers", "quiet", "svd"},
     "factors": {
         "alignment", "curvature", "errors", "fits", "layers", "moments", "patches", "pieces", "processes", "svd",
@@ -45,7 +46,7 @@ ALLOWED = {
     "record": {"encoding", "errors", "fits", "spectrum"},
     "measure": {
         "batch", "curvature", "errors", "fraction", "kinds", "layers", "loss", "memory", "options", "pieces",
-        "processes", "quiet", "record", "spectrum", "svd", "weights",
+        "processes", "quiet", "record", "sharding", "spectrum", "svd", "weights",
     },
     "functional": {"errors", "loss"},
     "sources": {"errors", "functional", "loss", "measure"},
@@ -54,7 +55,7 @@ ALLOWED = {
     "summary": {"analysis", "errors", "record"},
     "optim": {"errors", "kinds", "layers", "optim", "precision"},
     "report": {
-        "", "analysis", "errors", "fits", "kinds", "optim", "record", "report", "spectrum", "summary",
+        "", "alignment", "analysis", "errors", "fits", "kinds", "optim", "record", "report", "spectrum", "summary",
     },
     "callbacks": {
         "batch", "callbacks", "curvature", "errors", "interrupts", "kinds", "layers", "loss", "measure", "optim",
