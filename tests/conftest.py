@@ -15,7 +15,10 @@ except ImportError:  # tests/test_properties.py is skipped
 else:
     # The same examples in every run, and none kept on disk.
     settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
-    settings.load_profile("repeatable")
+    # `make fuzz`: others each time, with what reproduces a failure.
+    examples = int(os.environ.get("FUZZ_EXAMPLES", "0"))
+    settings.register_profile("fuzz", max_examples=examples or 1, deadline=None, print_blob=True)
+    settings.load_profile("fuzz" if examples else "repeatable")
 
 
 @pytest.fixture(autouse=True)
