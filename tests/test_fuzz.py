@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from unittest import mock
 
 import pytest
@@ -24,12 +25,15 @@ pytest.importorskip("hypothesis")
 
 from fuzz_cases import HOPELESS, cases, loss_of
 from fuzz_twins import Comparison, traces
-from hypothesis import event, given
+from hypothesis import event, given, settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
+
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 
 
 def to_measure(case, batch):
@@ -40,7 +44,11 @@ def to_measure(case, batch):
     parts = [tuple(t[i : i + size] for t in batch) for i in range(0, len(batch[0]), size)]
     options["n_batches"] = len(parts)
     most = options.get("max_samples")
-    return DataLoader(TensorDataset(*batch), size) if n > 1 else batch, [tuple(t[:most] for t in p) for p in parts], options
+    return (
+        DataLoader(TensorDataset(*batch), size) if n > 1 else batch,
+        [tuple(t[:most] for t in p) for p in parts],
+        options,
+    )
 
 
 def runs(case, net, parts):
@@ -87,11 +95,13 @@ def check_fits(layer):
             assert math.isfinite(value), name
 
 
+@settings(max_examples=EXAMPLES)
 @given(case=cases())
 def test_a_measurement_is_right_or_says_why_not(case):
     try:
         net, batch = case.build()
     except ValueError:
+        # Norms of a single value.
         event("the network does not run")
         return
     given, parts, options = to_measure(case, batch)
@@ -106,7 +116,8 @@ def test_a_measurement_is_right_or_says_why_not(case):
         return
     finally:
         assert_identical(before, traces(net))
-    assert case.loss.kind not in HOPELESS or (case.loss.kind == "vector" and case.samples == 1)
+    # A loss per sample is a scalar where there is one sample; a loss of zero has a gradient, of zeros.
+    assert case.loss.kind not in HOPELESS or case.loss.kind in ("vector", "zero")
     assert SpectralReport.from_json(report.to_json()).to_json() == report.to_json()
     twins = Comparison(case, net, parts, in_pieces=report.micro_batch_size != max(len(part[0]) for part in parts))
     layers = find_layers(net).layers
@@ -120,3 +131,43 @@ def test_a_measurement_is_right_or_says_why_not(case):
         if "+" not in layer.method:
             gauss_newton = options["curvature"] == layer.method == "ggn"
             assert twins.h_error(layers[name], layer, triplets[name], gauss_newton) <= 1, name
+
+
+class Trained(pl.LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, batch_idx):
+        return loss_of(self.net, batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def trained(case, callbacks):
+    """Everything after two steps, or what training raised."""
+    net, batch = case.build()
+    module = Trained(net)
+    torch.manual_seed(case.seed)
+    try:
+        fit(module, callbacks, steps=2, data=TensorDataset(*batch), batch_size=max(len(batch[0]) // 2, 1))
+    except Exception as error:
+        return type(error), str(error)
+    left = traces(net)
+    return {key: left[key] for key in ("modes", "hooks", "random", "globals", "functions")} | {
+        "weights": {name: value.nan_to_num(7.0) for name, value in net.state_dict().items()}, "requires_grad": [p.requires_grad for p in net.parameters()]
+    }  # fmt: skip
+
+
+@settings(max_examples=max(EXAMPLES // 4, 1))
+@given(case=cases())
+def test_a_probe_never_raises_and_training_is_as_without_it(case):
+    try:
+        case.build()
+    except ValueError:
+        return
+    probe = SpectralProbe(every_n_steps=1, **case.options)
+    plain, probed = trained(case, []), trained(case, [probe])
+    event(f"{probe.probes} probes, {probe.failed_probes} failed")
+    assert_identical(plain, probed)
