@@ -155,9 +155,9 @@ def trained(case, callbacks):
     except Exception as error:
         return type(error), str(error)
     left = traces(net)
-    return {key: left[key] for key in ("modes", "hooks", "random", "globals", "functions")} | {
-        "weights": {name: value.nan_to_num(7.0) for name, value in net.state_dict().items()}, "requires_grad": [p.requires_grad for p in net.parameters()]
-    }  # fmt: skip
+    kept = {key: left[key] for key in ("modes", "hooks", "random", "globals", "functions")}
+    kept["weights"] = {name: value.nan_to_num(7.0) for name, value in net.state_dict().items()}
+    return kept | {"requires_grad": [parameter.requires_grad for parameter in net.parameters()]}
 
 
 @settings(max_examples=max(EXAMPLES // 4, 1))

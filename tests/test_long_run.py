@@ -9,7 +9,7 @@ import pytest
 from lightning_spectral.curvature import Problem
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from examples.benchmarks.long_run import long_run  # noqa: E402
+from examples.benchmarks.long_run import long_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning"),
