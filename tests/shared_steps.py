@@ -83,7 +83,6 @@ def check_steps(rank, n, folder):
         take_steps(alone, other)
         assert (optimizer.sharing_processes, other.sharing_processes) == (n, 1)
         assert the_same_everywhere([*weights(model), *states(optimizer)])
-        print(dtype, largest_difference(weights(model), weights(alone)))
         assert largest_difference(weights(model), weights(alone)) <= tolerance
         assert largest_difference(states(optimizer), states(other)) == 0
 

@@ -136,7 +136,7 @@ def _fill_spectral(group: dict[str, Any], params: Iterable[Tensor]) -> None:
         if not is_matrix(parameter):
             raise ValueError(f"update='spectral' needs matrices, got a parameter of shape {tuple(parameter.shape)}")
         if is_dtensor(parameter):
-            check_dtensor(parameter, names[i] if names else f"number {i}")
+            check_dtensor(parameter, names[i] if names else f"number {i}", capturable=group["capturable"])
     group.setdefault("layouts", [whole_layout() for _ in params])
     if group["alpha"] == "probe":
         group["alpha_range"] = tuple(group["alpha_range"])
