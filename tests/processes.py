@@ -38,4 +38,6 @@ def the_same_everywhere(tensors):
 
 
 def largest_difference(ours, theirs):
-    return max(float((a.detach().double() - b.detach().double()).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    return max(
+        float((a.detach().double() - b.detach().double()).abs().max()) for a, b in zip(ours, theirs, strict=True)
+    )

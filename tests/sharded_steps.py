@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from lightning_spectral import SpectralNewton
-from lightning_spectral.optim import matrices, sharded
+from lightning_spectral.optim import matrices, sharded, sharing
 
 
 def fsdp_net(n, dtype=torch.float32, **options):
@@ -117,18 +117,23 @@ def check_each_matrix_is_whole_in_one_process(rank, n, folder):
 
 
 def check_rounds(rank, n, folder):
-    """As few matrices at once as there are processes gives the same step."""
-    models = [fsdp_net(n), fsdp_net(n)]
-    for model, most in zip(models, (matrices.MAX_BATCH_NUMEL, 1), strict=True):
-        rounds, real = [], sharded._step_round
-        sharded._step_round = lambda chosen, *args, rounds=rounds, real=real: (rounds.append(len(chosen)), real(chosen, *args))
-        sharded.in_rounds.__globals__["MAX_BATCH_NUMEL"] = most
+    """As few matrices at once as there are processes: the same step."""
+    models, most_at_once, real = [fsdp_net(n), fsdp_net(n)], [], sharded._step_round
+    for model, sharing.MAX_BATCH_NUMEL in zip(models, (matrices.MAX_BATCH_NUMEL, 1), strict=True):
+        rounds = []
+
+        def counting(chosen, *args, rounds=rounds):
+            rounds.append(len(chosen))
+            real(chosen, *args)
+
+        sharded._step_round = counting
         optimizer = optimizer_for(model)
         set_grads(model, 0)
         optimizer.step()
-        sharded._step_round = real
-        sharded.in_rounds.__globals__["MAX_BATCH_NUMEL"] = matrices.MAX_BATCH_NUMEL
-        assert (max(rounds) <= n) == (most == 1)
+        most_at_once.append(max(rounds))
+    sharded._step_round, sharing.MAX_BATCH_NUMEL = real, matrices.MAX_BATCH_NUMEL
+    spectral = [group for group in optimizer.param_groups if group["update"] == "spectral"]
+    assert most_at_once == [sum(len(group["params"]) for group in spectral), n]
     assert largest_difference(*map(wholes, models)) <= 1e-6
 
 
@@ -194,6 +199,22 @@ def check_odd_gradients(rank, n, folder):
     assert largest_difference(now.values(), weights(alone)) <= 1e-6
 
 
+def check_scaler(rank, n, folder):
+    """An overflow in one process: no process steps."""
+    model = fsdp_net(n)
+    optimizer = optimizer_for(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for step in range(2):
+        before = wholes(model)
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 3, 6, 6)).square().mean()).backward()
+        if step == 0 and rank == 1:
+            model.dense[0].weight.grad.to_local()[0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        assert (largest_difference(before, wholes(model)) == 0) == (step == 0)
+
+
 def saved_state(model, optimizer):
     return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
@@ -251,7 +272,9 @@ def check_refusals(rank, n, folder):
     def made(tensor, **options):
         return SpectralNewton([("w", nn.Parameter(tensor))], **options)
 
-    with pytest.raises(ValueError, match=r"parameter w is a DTensor placed as .* takes one Shard, and Replicate in the"):
+    with pytest.raises(
+        ValueError, match=r"parameter w is a DTensor placed as .* takes one Shard, and Replicate in the"
+    ):
         made(distribute_tensor(torch.ones(6, 6), high, [Shard(0), Shard(1)]))
     with pytest.raises(ValueError, match="parameter w is a DTensor placed as"):
         made(DTensor.from_local(torch.ones(6, 6), line, [Partial()]))
@@ -262,7 +285,7 @@ def check_refusals(rank, n, folder):
     first = DeviceMesh("cpu", [0])
     of_one = DTensor.from_local(torch.ones(6, 6), first, [Replicate()], run_check=False)
     if rank:
-        with pytest.raises(ValueError, match="parameter w is a DTensor on .*, which this process is not in"):
+        with pytest.raises(ValueError, match=r"parameter w is a DTensor on .*, which this process is not in"):
             made(of_one)
     offloaded = distribute_tensor(torch.ones(6, 6), line, [Shard(0)])
     mesh_type = type(line)
@@ -286,6 +309,7 @@ CHECKS = [
     check_rounds,
     check_placements,
     check_odd_gradients,
+    check_scaler,
     check_checkpoints,
     check_refusals,
 ]

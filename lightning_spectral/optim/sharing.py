@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SMALLEST = 64
-"""Rows, or columns if there are fewer, from which on a matrix is shared: with fewer, its update takes as long to compute
-(about 4 r flops per entry) as to receive. Two processes on one CPU, of a thread each: 1.34 times the time of a step at 32
-rows, 0.91 at 64, 0.68 at 256, 0.55 at 1024."""
+"""Rows, or columns if there are fewer, from which on a matrix is shared. With fewer its update takes as long to receive
+as to compute, in about 4 r flops per entry (examples/benchmarks/shared_step.py)."""
 
 ALIKE = 1e-5
 """Relative difference of gradient norms up to which processes hold the same gradient: that of float32 sums in another

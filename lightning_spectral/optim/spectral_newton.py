@@ -242,6 +242,10 @@ class SpectralNewton(Optimizer):
         names = param_group.get("adamw_names", self.defaults["adamw_names"])
         for part in split_group(param_group, names):
             group = fill_group(part, self.defaults)
+            if group["capturable"] and self._sharing.process_group not in (None, "auto"):
+                raise ValueError(
+                    "capturable steps are shared by no processes; give process_group=None, or leave it out"
+                )
             group["name"] = self._unused_name(group.get("name", group["update"]))
             super().add_param_group(group)
             drop_foreign_options(group)
