@@ -66,7 +66,7 @@ def check_steps(rank, n, folder):
         alone = net(dtype)
         other = optimizer_for(alone)
         take_steps(alone, other)
-        for options in ({}, {"shard_placement_fn": by_columns} if n == 2 else {}):
+        for options in ({}, {"shard_placement_fn": by_columns})[: 4 - n]:
             model = fsdp_net(n, dtype, **options)
             optimizer = optimizer_for(model)
             take_steps(model, optimizer)
@@ -302,14 +302,5 @@ def check_refusals(rank, n, folder):
             SpectralNewton(model.parameters())
 
 
-CHECKS = [
-    check_steps,
-    check_training,
-    check_each_matrix_is_whole_in_one_process,
-    check_rounds,
-    check_placements,
-    check_odd_gradients,
-    check_scaler,
-    check_checkpoints,
-    check_refusals,
-]
+BY_ANY = [check_steps, check_each_matrix_is_whole_in_one_process, check_rounds, check_placements, check_odd_gradients]
+BY_TWO = [check_training, check_scaler, check_checkpoints, check_refusals]

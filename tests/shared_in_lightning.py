@@ -83,4 +83,4 @@ def check_model_parallel(rank, n, folder):
     assert largest_difference(wholes(whole), wholes(swapped)) == 0
 
 
-CHECKS = [check_ddp, check_model_parallel]
+BY_TWO = [check_ddp, check_model_parallel]

@@ -233,15 +233,8 @@ def check_what_shares_nothing(rank, n, folder):
         SpectralNewton(model.parameters(), process_group=elsewhere)
 
 
-CHECKS = [
-    check_steps,
-    check_each_matrix_is_computed_once,
-    check_odd_gradients,
-    check_unlike_gradients,
-    check_checkpoints,
-    check_ddp_is_found,
-    check_what_shares_nothing,
-]
+BY_ANY = [check_steps, check_each_matrix_is_computed_once, check_odd_gradients, check_unlike_gradients]
+BY_TWO = [check_checkpoints, check_ddp_is_found, check_what_shares_nothing]
 
 
 def small_ones_too(rank, n, folder):

@@ -16,10 +16,13 @@ from lightning_spectral.optim.layout import Layout, blocks, row_counts
 from lightning_spectral.optim.sharing import SMALLEST, in_rounds, is_shared, owners_of
 
 
+BY_ANY = [shared_steps.small_ones_too, *shared_steps.BY_ANY, *sharded_steps.BY_ANY]
+BY_TWO = [*shared_steps.BY_TWO, *sharded_steps.BY_TWO, *shared_in_lightning.BY_TWO]
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_processes_step_as_one(n, tmp_path):
-    checks = [shared_steps.small_ones_too, *shared_steps.CHECKS, *sharded_steps.CHECKS]
-    in_processes([*checks, *(shared_in_lightning.CHECKS if n == 2 else ())], n, tmp_path)
+    in_processes([*BY_ANY, *(BY_TWO if n == 2 else ())], n, tmp_path)
 
 
 def items(*costs):

@@ -58,6 +58,19 @@ class SpectralNewton(Optimizer):
     one. Averages are saved with the state. What is trained then depends on when it is measured: give the probe
     ``every_n_steps`` for runs that can be repeated.
 
+    In distributed training:
+
+    - DDP: each process computes the updates of its share of the matrices of 64 rows and columns or more, and all get
+      every update. The state is whole and the same in all processes, so that any of them can save it, and it loads in
+      any number of processes. This is so by itself where one DistributedDataParallel module, in Lightning or not, holds
+      all of the optimizer's parameters, but within its `join`; elsewhere it takes ``process_group``. Every process must
+      then take every step, with the same gradients. Those are compared by their norms: where they differ a process
+      computes all updates by itself, and warns the first time.
+    - FSDP2 (`fully_shard`, Lightning's ModelParallelStrategy), with replicas too, and tensor parallelism: state is split
+      as the parameters are. Each matrix is put together in one process, a share in each, and its update sent back.
+      Save and load the state with torch.distributed.checkpoint, as Lightning does.
+    - What one process cannot step, for a gradient that is not finite there or missing, no process steps.
+
     A gradient with NaN or infinite entries leaves its parameter and its state as they are; `skipped_updates` counts
     them. `p.grad` is never written.
 
@@ -88,11 +101,15 @@ class SpectralNewton(Optimizer):
         alpha_min_r2: r2 from which on a measured exponent counts.
         alpha_momentum: share of the old average in the new one, per measurement.
         capturable: keep counts on the device and read nothing back from it, for CUDA graphs; takes alpha up to 2. No
-            update is then redone in float64, and one that has no factorisation is skipped and counted.
+            update is then redone in float64, and one that has no factorisation is skipped and counted. Such steps are
+            shared by no processes.
+        process_group: of processes that share the matrices, if they are whole in each: "auto", those of DDP; "world",
+            all; a group; null: none. It is not part of the state.
 
     Raises:
-        ValueError: if an option is out of range, or a parameter is complex, sharded or not initialised.
-        RuntimeError: at a step, if a gradient is sparse.
+        ValueError: if an option is out of range; or a parameter is complex, not initialised, flattened (FSDP1,
+            DeepSpeed), or split in two dimensions of a mesh.
+        RuntimeError: at a step, if a gradient is sparse, or a matrix was flattened meanwhile.
 
     Source: arXiv 2606.02596 (T and its use), 2502.16982 (AdamW's size); the normaliser, the cap and the way without
     an SVD are this library's.
