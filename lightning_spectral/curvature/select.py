@@ -40,12 +40,30 @@ def check_method(name: str) -> Curvature | None:
     return make() if make is not None else None
 
 
-def measure_by(
-    name: str,
-    problem: Problem,
-    directions: Mapping[str, SingularTriplets],
-    measure: Callable[[Curvature], Curvatures],
-) -> Curvatures:
+@dataclass(frozen=True)
+class Outlook:
+    """What "auto" goes by.
+
+    Attributes:
+        obstacle: why Gauss-Newton is not the Hessian, or cannot be had exactly; empty if it is.
+        taps: how many layers can be measured together.
+        samples: in all; None where the batch does not tell.
+    """
+
+    obstacle: str
+    taps: int
+    samples: int | None
+
+    @classmethod
+    def of(cls, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Outlook:
+        """Of a loss, of which this may be a piece."""
+        problem.gradients(keep_graph=False)
+        taps, _ = tapped(problem, directions)
+        samples = problem.samples if problem.place is None else problem.place.total
+        return cls(_obstacle(problem, taps), len(taps), samples)
+
+
+def measure_by(name: str, outlook: Callable[[], Outlook], measure: Callable[[Curvature], Curvatures]) -> Curvatures:
     """Measure by the method of that name.
 
     "auto" is Gauss-Newton where it equals the Hessian, else a sketch where samples do not interact, else double
@@ -53,28 +71,23 @@ def measure_by(
 
     Args:
         name: of the method.
-        problem: to choose for.
-        directions: layer name -> triplets.
-        measure: by one method, on the problem or on the pieces of it.
+        outlook: what "auto" goes by.
+        measure: by one method.
     """
     method = check_method(name)
     if method is not None:
         return measure(method)
-    problem.gradients(keep_graph=False)
-    taps, _ = tapped(problem, directions)
-    obstacle, n_taps, samples = _obstacle(problem, taps), len(taps), problem.samples
-    if problem.place is not None:
-        samples = problem.place.total
-    del taps
+    found = outlook()
+    obstacle = found.obstacle
     if not obstacle:
         try:
             return measure(CheckedGGN())
         except MeasurementError as error:
             obstacle = str(error)
-    if (samples or 0) < FEW_SAMPLES:
-        why = f"exact: {obstacle}, and {samples or 'an unknown number of'} samples are too few for a sketch"
-    elif n_taps <= FEW_LAYERS:
-        why = f"exact: {obstacle}, and a sketch does not pay for {n_taps} of the layers"
+    if (found.samples or 0) < FEW_SAMPLES:
+        why = f"exact: {obstacle}, and {found.samples or 'an unknown number of'} samples are too few for a sketch"
+    elif found.taps <= FEW_LAYERS:
+        why = f"exact: {obstacle}, and a sketch does not pay for {found.taps} of the layers"
     else:
         try:
             return replace(measure(SketchCurvature()), chosen=f"sketch: {obstacle}")
