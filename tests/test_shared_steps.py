@@ -15,7 +15,6 @@ from lightning_spectral import SpectralNewton
 from lightning_spectral.optim.layout import Layout, blocks, row_counts
 from lightning_spectral.optim.sharing import SMALLEST, in_rounds, is_shared, owners_of
 
-
 BY_ANY = [shared_steps.small_ones_too, *shared_steps.BY_ANY, *sharded_steps.BY_ANY]
 BY_TWO = [*shared_steps.BY_TWO, *sharded_steps.BY_TWO, *shared_in_lightning.BY_TWO]
 

@@ -3,8 +3,9 @@
     python examples/benchmarks/shared_step.py [--output shared_step.json] [--repeats 15] [--processes 2]
 
 Processes of one thread each on one machine, which talk by gloo. Rounds are interleaved; given are medians of the times
-between two barriers and of their ratios. "share" is the part of r^2 n that the busiest process has: the ratio that would
-be left if talking took no time. All matrices are shared here, also those that the optimizer leaves alone for their size.
+between two barriers and of their ratios. "share" is the part of r^2 n that the busiest process has: the ratio that
+would be left if talking took no time. All matrices are shared here, those too that the optimizer leaves alone for
+their size.
 """
 
 from __future__ import annotations

@@ -66,9 +66,9 @@ class SpectralNewton(Optimizer):
       all of the optimizer's parameters, but within its `join`; elsewhere it takes ``process_group``. Every process must
       then take every step, with the same gradients. Those are compared by their norms: where they differ a process
       computes all updates by itself, and warns the first time.
-    - FSDP2 (`fully_shard`, Lightning's ModelParallelStrategy), with replicas too, and tensor parallelism: state is split
-      as the parameters are. Each matrix is put together in one process, a share in each, and its update sent back.
-      Save and load the state with torch.distributed.checkpoint, as Lightning does.
+    - FSDP2 (`fully_shard`, Lightning's ModelParallelStrategy), with replicas too, and tensor parallelism: state is
+      split as the parameters are. Each matrix is put together in one process, a share in each, and its update sent
+      back. Save and load the state with torch.distributed.checkpoint, as Lightning does.
     - What one process cannot step, for a gradient that is not finite there or missing, no process steps.
 
     A gradient with NaN or infinite entries leaves its parameter and its state as they are; `skipped_updates` counts
