@@ -73,12 +73,8 @@ def sharding_of(parameter: Any) -> Sharding | None:
     return None
 
 
-def check_dtensor(parameter: Any, name: str, *, capturable: bool) -> None:
+def check_dtensor(parameter: Any, name: str) -> None:
     """Raise ValueError for a DTensor whose matrices cannot be put together."""
-    if capturable:
-        raise ValueError(
-            f"parameter {name} is a DTensor, and capturable takes whole tensors; leave it out, or DTensors"
-        )
     kinds = [type(placement).__name__ for placement in parameter.placements]
     if set(kinds) - {"Shard", "Replicate"} or kinds.count("Shard") > 1:
         raise ValueError(

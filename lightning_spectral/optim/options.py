@@ -79,6 +79,8 @@ def fill_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     update, params = group["update"], group["params"]
     for key, value in defaults.items():
         group.setdefault(key, value)
+    if group["capturable"] and any(map(is_dtensor, params)):
+        raise ValueError("capturable steps take whole tensors, and a parameter is a DTensor; leave capturable out")
     if update == "adamw":
         _fill_adamw(group)
     elif update == "spectral":
@@ -136,7 +138,7 @@ def _fill_spectral(group: dict[str, Any], params: Iterable[Tensor]) -> None:
         if not is_matrix(parameter):
             raise ValueError(f"update='spectral' needs matrices, got a parameter of shape {tuple(parameter.shape)}")
         if is_dtensor(parameter):
-            check_dtensor(parameter, names[i] if names else f"number {i}", capturable=group["capturable"])
+            check_dtensor(parameter, names[i] if names else f"number {i}")
     group.setdefault("layouts", [whole_layout() for _ in params])
     if group["alpha"] == "probe":
         group["alpha_range"] = tuple(group["alpha_range"])
