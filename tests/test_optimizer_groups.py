@@ -197,8 +197,10 @@ def test_parameters_can_be_added():
         optimizer.add_param_group({"params": more[0].weight})
 
 
-class DTensor(nn.Parameter):
-    """By name, which is what a check without torch.distributed can see."""
+def flattened(mark):
+    parameter = nn.Parameter(torch.ones(9))
+    setattr(parameter, mark, True)
+    return parameter
 
 
 MATRIX = nn.Parameter(torch.ones(3, 3))
@@ -228,7 +230,8 @@ MATRIX = nn.Parameter(torch.ones(3, 3))
             "parameter number 0 is torch.complex64",
         ),
         ([nn.UninitializedParameter()], {}, ValueError, "is not initialised; run one batch"),
-        ([DTensor(torch.ones(3, 3))], {}, ValueError, "is a DTensor, of which this process holds a part"),
+        ([flattened("_fsdp_flattened")], {}, ValueError, "was flattened by FSDP1 or DeepSpeed, and Spectral Newton"),
+        ([flattened("ds_id")], {}, ValueError, "was flattened by FSDP1 or DeepSpeed, and Spectral Newton"),
         ([("a", MATRIX), nn.Parameter(torch.ones(3, 3))], {}, ValueError, "all of a group's parameters have names"),
         ([{"params": {MATRIX}}], {}, TypeError, "params is a set"),
         ([{"params": [3]}], {}, TypeError, "parameter number 0 is a int, not a tensor"),

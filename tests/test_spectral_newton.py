@@ -8,8 +8,8 @@ from cases import CASES, mlp
 from torch import nn
 
 from lightning_spectral import SpectralNewton
+from lightning_spectral.optim.entries import gradient_norms
 from lightning_spectral.optim.matrices import sizes
-from lightning_spectral.optim.spectral_newton import finite_gradients
 
 
 def twin_update(m, alpha, d, rms, gain):
@@ -225,8 +225,9 @@ def test_gradients_that_are_not_finite_are_skipped_and_counted(value, capturable
 
 
 def test_a_norm_that_overflows_is_finite():
-    assert finite_gradients([torch.full((4, 4), 1e30), torch.tensor([math.nan]), torch.ones(2)]) == [True, False, True]
-    assert finite_gradients([]) == []
+    norms = gradient_norms([torch.full((4, 4), 1e30), torch.tensor([math.nan]), torch.ones(4)])
+    assert (norms[0], math.isnan(norms[1]), norms[2]) == (math.inf, True, 2.0)
+    assert gradient_norms([]) == []
 
 
 def test_capturable_steps_are_the_same_steps():

@@ -38,7 +38,7 @@ class SwapOptimizer(AnyCallback):
 
     Raises:
         ValueError: at construction, for a class that cannot be found; when fitting starts, for manual optimization,
-            several optimizers, none at all, FSDP or DeepSpeed; for a checkpoint of another optimizer.
+            several optimizers, none at all, FSDP1 or DeepSpeed; for a checkpoint of another optimizer.
 
     >>> SwapOptimizer("SGD", {"lr": 0.1, "momentum": 0.9}, at_step=1000).optimizer_class.__name__
     'SGD'
@@ -77,7 +77,7 @@ class SwapOptimizer(AnyCallback):
         if any(name in strategy for name in REFUSED):
             raise ValueError(
                 f"SwapOptimizer cannot swap under {strategy}, which ties the optimizer to parameters of its own; "
-                "return the optimizer from configure_optimizers, or use another strategy"
+                "return the optimizer from configure_optimizers, or train with DDP or ModelParallelStrategy (FSDP2)"
             )
         if not pl_module.automatic_optimization:
             raise ValueError(

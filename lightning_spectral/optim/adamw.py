@@ -19,12 +19,14 @@ def adamw_state(parameter: Tensor, *, capturable: bool) -> dict[str, Tensor]:
     }
 
 
-def adamw_step(parameters: Sequence[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any]) -> None:
+def adamw_step(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any]
+) -> None:
     """One step of `torch.optim.AdamW` with the group's lr, betas, eps and weight_decay."""
     beta1, beta2 = group["betas"]
     adamw(
         list(parameters),
-        [parameter.grad for parameter in parameters if parameter.grad is not None],
+        list(grads),
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],

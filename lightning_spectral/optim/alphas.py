@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_spectral.optim.layout import Layout, blocks
+from lightning_spectral.optim.layout import Layout, row_counts
 
 START = 2.0
 """The exponent of a matrix before its first measurement: the default of ``alpha``, and the cheapest."""
@@ -42,7 +42,7 @@ class MeasuredAlpha:
 
 def unmeasured(parameters: Iterable[Tensor], layouts: Iterable[Layout]) -> list[Averages]:
     """No average for any matrix of any parameter."""
-    return [[None] * len(blocks(p, layout)) for p, layout in zip(parameters, layouts, strict=True)]
+    return [[None] * len(row_counts(p.shape, layout)) for p, layout in zip(parameters, layouts, strict=True)]
 
 
 def in_use(average: float | None) -> float:
@@ -58,24 +58,24 @@ def take(measured: Mapping[Tensor, Sequence[MeasuredAlpha]], group: dict[str, An
     """Put the averages after a measurement of these parameters into their group."""
     # Into lists of their own: a state_dict that was taken before holds the old ones.
     group["alphas"] = [
-        averaged(averages, measured.get(parameter, ()), blocks(parameter, layout), group)
+        averaged(averages, measured.get(parameter, ()), row_counts(parameter.shape, layout), group)
         for parameter, layout, averages in zip(group["params"], group["layouts"], group["alphas"], strict=True)
     ]
 
 
 def mean_in_use(group: Mapping[str, Any], i: int, rows: tuple[int, int] | None) -> float:
     """The mean exponent of the matrices that these rows of a group's i-th parameter lie in."""
-    parts = blocks(group["params"][i], group["layouts"][i])
-    hit = by_rows([MeasuredAlpha(START, rows=rows)], parts)
+    counts = row_counts(group["params"][i].shape, group["layouts"][i])
+    hit = by_rows([MeasuredAlpha(START, rows=rows)], counts)
     used = [in_use(average) for average, found in zip(group["alphas"][i], hit, strict=True) if found]
     if not used:
-        numbers = ", ".join(str(part.shape[0]) for part in parts)
+        numbers = ", ".join(map(str, counts))
         raise ValueError(f"rows {rows} hold none of the parameter's matrices, of {numbers} rows")
     return sum(used) / len(used)
 
 
 def averaged(
-    averages: Averages, measured: Sequence[MeasuredAlpha], parts: Sequence[Tensor], group: Mapping[str, Any]
+    averages: Averages, measured: Sequence[MeasuredAlpha], counts: Sequence[int], group: Mapping[str, Any]
 ) -> Averages:
     """The averages of a parameter's matrices after a measurement.
 
@@ -85,13 +85,13 @@ def averaged(
     Args:
         averages: (parts,) before.
         measured: exponents of rows of the parameter.
-        parts: its matrices, as `blocks` gives them.
+        counts: rows of its matrices, which are stacked.
         group: with the options.
     """
     (low, high), mu = group["alpha_range"], group["alpha_momentum"]
     good = [fit for fit in measured if fit.r2 >= group["alpha_min_r2"] and math.isfinite(fit.alpha)]
     out = []
-    for average, chosen in zip(averages, by_rows(good, parts), strict=True):
+    for average, chosen in zip(averages, by_rows(good, counts), strict=True):
         values = [min(max(fit.alpha, low), high) for fit in chosen]
         if values:
             value = sum(values) / len(values)
@@ -100,11 +100,11 @@ def averaged(
     return out
 
 
-def by_rows(measured: Sequence[MeasuredAlpha], parts: Sequence[Tensor]) -> list[list[MeasuredAlpha]]:
-    """For each matrix of a parameter, what was measured on some of its rows."""
-    if len(parts) == 1:
+def by_rows(measured: Sequence[MeasuredAlpha], counts: Sequence[int]) -> list[list[MeasuredAlpha]]:
+    """For each matrix of a parameter, which have these numbers of rows, what was measured on some of its rows."""
+    if len(counts) == 1:
         return [list(measured)]
-    ends = accumulate((part.shape[0] for part in parts), initial=0)
+    ends = accumulate(counts, initial=0)
     return [
         [fit for fit in measured if fit.rows is None or (fit.rows[0] < end and start < fit.rows[1])]
         for start, end in pairwise(ends)

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_spectral.optim.dtensor import is_dtensor
 
 STRUCTURE = ("update", "layouts")
 """What decides which state a parameter has."""
@@ -35,6 +37,19 @@ def check_own_state(
                 raise ValueError(
                     f"{name}.load_state_dict: group {i} ({own['name']}) has {key}={own.get(key)!r}, its saved state "
                     f"{key}={saved.get(key)!r}; build the optimizer from the same groups as in the saved run"
+                )
+
+
+def check_parts(states: Mapping[Tensor, Mapping[str, Any]], name: str) -> None:
+    """Raise ValueError if a part of a parameter was given the state of the whole, or the other way around."""
+    for parameter, state in states.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and is_dtensor(value) != is_dtensor(parameter):
+                whole, part = ("parameter", "saved state") if is_dtensor(value) else ("saved state", "parameter")
+                raise ValueError(
+                    f"{name}.load_state_dict: the {part} is a DTensor and the {whole} is not (state {key!r} of shape "
+                    f"{tuple(value.shape)}); save and load with get_optimizer_state_dict and set_optimizer_state_dict "
+                    "of torch.distributed.checkpoint.state_dict, which split and join them"
                 )
 
 

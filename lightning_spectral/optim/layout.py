@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
@@ -35,3 +36,14 @@ def blocks(tensor: Tensor, layout: Layout) -> list[Tensor]:
         parts = list(torch.unflatten(tensor, 0, (groups, -1)).transpose(1, 2).unbind())
         return list(torch.split(parts[0], layout["rows"])) if groups == 1 and layout["rows"] else parts
     return list(torch.split(tensor, layout["rows"])) if layout["rows"] else [tensor]
+
+
+def row_counts(shape: Sequence[int], layout: Layout) -> list[int]:
+    """m_i of `blocks`, without looking at the tensor, which may be spread over processes.
+
+    >>> row_counts((6, 2, 3, 3), Layout(input_first=0, rows=[3, 3])), row_counts((6, 2), whole_layout())
+    ([3, 3], [6])
+    """
+    if (groups := layout["input_first"]) > 1:
+        return [shape[1]] * groups
+    return layout["rows"] or [shape[1] if groups else shape[0]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,39 +45,53 @@ class Piece:
         return self.target.shape[0] ** 2 > self.target.numel()
 
     @property
+    def numel(self) -> int:
+        """How many entries it has."""
+        return self.target.numel()
+
+    @property
+    def cost(self) -> int:
+        """In units of flops: that of its Gram matrix, an inverse of it, and the product, all of order r^2 n."""
+        return matrix_cost(self.target.shape[0], self.target.numel())
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What matrices of one batch share."""
         m = self.target.shape[0]
         n, group = self.target.numel() // m, self.group
         options = (self.alpha, group["damping"], group["tolerance"], group["update_rms"], group["max_gain"])
-        return (min(m, n), max(m, n), self.target.dtype, self.target.device, group["capturable"], *options)
+        return (min(m, n), max(m, n), self.momentum.dtype, self.target.device, group["capturable"], *options)
+
+
+def matrix_cost(m: int, numel: int) -> int:
+    """r^2 n of a matrix with m rows."""
+    return min(m, numel // m) * numel
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The type that matrix functions of this type have, and their updates."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def momentum_step(
-    parameters: Sequence[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any], places: Sequence[int]
-) -> list[Piece]:
-    """B <- mu B + (1 - mu) G, W <- (1 - lr weight_decay) W, and the pieces of M = mu B + (1 - mu) G (or B).
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], group: Mapping[str, Any]
+) -> Sequence[Tensor]:
+    """B <- mu B + (1 - mu) G, W <- (1 - lr weight_decay) W; returns M = mu B + (1 - mu) G (or B).
 
-    Args:
-        parameters: of the group, those with a gradient.
-        states: of each.
-        group: with the hyper-parameters.
-        places: of each among the group's parameters.
+    Entry by entry, so that each may be the part of a parameter that this process holds.
     """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    buffers = [state["momentum_buffer"] for state in states]
     mu = group["momentum"]
-    torch._foreach_lerp_(buffers, grads, 1 - mu)
-    updates = torch._foreach_lerp(grads, buffers, mu) if group["nesterov"] else buffers
+    torch._foreach_lerp_(list(buffers), list(grads), 1 - mu)
+    updates = torch._foreach_lerp(list(grads), list(buffers), mu) if group["nesterov"] else buffers
     if group["weight_decay"] != 0:
         torch._foreach_mul_(list(parameters), 1 - group["lr"] * group["weight_decay"])
-    return [
-        Piece(target, update, group, i, part)
-        for parameter, whole, i in zip(parameters, updates, places, strict=True)
-        for part, (target, update) in enumerate(
-            zip(blocks(parameter, group["layouts"][i]), blocks(whole, group["layouts"][i]), strict=True)
-        )
-    ]
+    return updates
+
+
+def pieces_of(target: Tensor, momentum: Tensor, group: Mapping[str, Any], i: int) -> list[Piece]:
+    """The matrices of the group's i-th parameter, or of a tensor of its shape."""
+    parts = zip(blocks(target, group["layouts"][i]), blocks(momentum, group["layouts"][i]), strict=True)
+    return [Piece(of_target, of_momentum, group, i, part) for part, (of_target, of_momentum) in enumerate(parts)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
@@ -86,21 +100,37 @@ def spectral_step(pieces: Iterable[Piece]) -> None:
 
     Left out of compiled steps: it is factorisations and large products, which a compiler hands on as they are.
     """
+    for piece, update in updates_of(pieces):
+        descend(piece.target, update, piece.group["lr"])
+
+
+def updates_of(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+    """Each piece with its update, batch after batch."""
     batches: dict[tuple[Any, ...], list[Piece]] = {}
     for piece in pieces:
         batches.setdefault(piece.key, []).append(piece)
     for batch in batches.values():
         most = max(1, MAX_BATCH_NUMEL // batch[0].target.numel())
-        with exact_products(batch[0].target.device.type):
-            for first in range(0, len(batch), most):
-                _step_batch(batch[first : first + most])
+        for first in range(0, len(batch), most):
+            chosen = batch[first : first + most]
+            with exact_products(batch[0].target.device.type):
+                u_brn = _batch_updates(chosen)
+            for piece, u_rn in zip(chosen, u_brn.unbind(), strict=True):
+                yield piece, _wide(u_rn, piece.tall).reshape(piece.target.shape)
 
 
-def _step_batch(batch: Sequence[Piece]) -> None:
+def descend(target: Tensor, update: Tensor, lr: float | Tensor) -> None:
+    """W <- W - lr U."""
+    if isinstance(lr, Tensor):
+        target.sub_(update * lr)
+    else:
+        target.add_(update, alpha=-lr)
+
+
+def _batch_updates(batch: Sequence[Piece]) -> Tensor:
     group = batch[0].group
     m_brn = torch.stack([_wide(piece.momentum.flatten(1), piece.tall) for piece in batch])
-    if m_brn.dtype not in (torch.float32, torch.float64):
-        m_brn = m_brn.float()
+    m_brn = m_brn.to(computed_in(m_brn.dtype))
     u_brn = transfer_batch(
         m_brn,
         alpha=batch[0].alpha,
@@ -110,13 +140,7 @@ def _step_batch(batch: Sequence[Piece]) -> None:
     )
     if group["update_rms"] is not None:
         u_brn.mul_(sizes(u_brn, rms=group["update_rms"], max_gain=group["max_gain"])[:, None, None])
-    for piece, u_rn in zip(batch, u_brn.unbind(), strict=True):
-        update = _wide(u_rn, piece.tall).reshape(piece.target.shape)
-        lr = piece.group["lr"]
-        if isinstance(lr, Tensor):
-            piece.target.sub_(update * lr)
-        else:
-            piece.target.add_(update, alpha=-lr)
+    return u_brn
 
 
 def _wide(matrix: Tensor, tall: bool) -> Tensor:

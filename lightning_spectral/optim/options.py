@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_spectral.optim import alphas
+from lightning_spectral.optim.dtensor import check_dtensor, is_dtensor
 from lightning_spectral.optim.groups import ALPHA_BY_KIND, DAMPING, DAMPING_BY_KIND, has_adamw_name, is_matrix
 from lightning_spectral.optim.layout import whole_layout
 from lightning_spectral.optim.transfer import check_tolerance, check_transfer
@@ -15,9 +16,6 @@ from lightning_spectral.optim.transfer import check_tolerance, check_transfer
 SPECTRAL = ("alpha", "damping", "momentum", "nesterov", "update_rms", "max_gain", "tolerance")
 ADAMW = {"lr": "adamw_lr", "betas": "adamw_betas", "eps": "adamw_eps", "weight_decay": "adamw_weight_decay"}
 """An AdamW group's option -> its name among the optimizer's arguments."""
-
-SHARDED = ("DTensor", "FlatParameter")
-"""Parameters of FSDP and tensor parallelism, of which a process holds a part."""
 
 
 def split_params(params: Any, names: Sequence[str] | None) -> tuple[list[Tensor], list[str] | None]:
@@ -39,10 +37,11 @@ def _check_parameter(parameter: Any, name: str) -> None:
         raise TypeError(f"params: parameter {name} is a {type(parameter).__name__}, not a tensor")
     if isinstance(parameter, nn.UninitializedParameter):
         raise ValueError(f"parameter {name} is not initialised; run one batch through its lazy module first")
-    if type(parameter).__name__ in SHARDED:
+    # What FSDP1 marks its parameters with, flat or as they were, and DeepSpeed those that ZeRO-3 took apart.
+    if getattr(parameter, "_fsdp_flattened", False) or hasattr(parameter, "ds_id"):
         raise ValueError(
-            f"parameter {name} is a {type(parameter).__name__}, of which this process holds a part; Spectral Newton "
-            "needs whole matrices: train with DDP or on one device"
+            f"parameter {name} was flattened by FSDP1 or DeepSpeed, and Spectral Newton needs matrices: train with "
+            "FSDP2 (fully_shard, Lightning's ModelParallelStrategy), with DDP or on one device"
         )
     if not parameter.is_floating_point():
         raise ValueError(f"parameter {name} is {parameter.dtype}; Spectral Newton takes real floating point only")
@@ -80,6 +79,8 @@ def fill_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     update, params = group["update"], group["params"]
     for key, value in defaults.items():
         group.setdefault(key, value)
+    if group["capturable"] and any(map(is_dtensor, params)):
+        raise ValueError("capturable steps take whole tensors, and a parameter is a DTensor; leave capturable out")
     if update == "adamw":
         _fill_adamw(group)
     elif update == "spectral":
@@ -132,9 +133,12 @@ def _fill_spectral(group: dict[str, Any], params: Iterable[Tensor]) -> None:
     if group["damping"] == "auto":
         group["damping"] = DAMPING_BY_KIND.get(kind or "", DAMPING)
     check_options(group)
-    for parameter in params:
+    names = group.get("param_names")
+    for i, parameter in enumerate(params):
         if not is_matrix(parameter):
             raise ValueError(f"update='spectral' needs matrices, got a parameter of shape {tuple(parameter.shape)}")
+        if is_dtensor(parameter):
+            check_dtensor(parameter, names[i] if names else f"number {i}")
     group.setdefault("layouts", [whole_layout() for _ in params])
     if group["alpha"] == "probe":
         group["alpha_range"] = tuple(group["alpha_range"])

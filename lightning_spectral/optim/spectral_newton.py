@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, count, groupby
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, count
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_spectral.errors import SpectralWarning
+from lightning_spectral.errors import SpectralWarning, some_of
 from lightning_spectral.kinds import Kind
-from lightning_spectral.optim.adamw import adamw_state, adamw_step
 from lightning_spectral.optim.alphas import START, MeasuredAlpha, mean_in_use, take
-from lightning_spectral.optim.checkpoint import check_own_state
+from lightning_spectral.optim.checkpoint import check_own_state, check_parts
+from lightning_spectral.optim.dtensor import is_dtensor
+from lightning_spectral.optim.entries import Entry, Ready, entry_of, mesh_scope, new_state, sort_out, update
 from lightning_spectral.optim.groups import ADAMW_NAMES, model_groups
-from lightning_spectral.optim.matrices import Piece, momentum_step, spectral_step
 from lightning_spectral.optim.options import add_missing_options, drop_foreign_options, fill_group, split_group
+from lightning_spectral.optim.sharing import Sharing, check_process_group
 
 
 class SpectralNewton(Optimizer):
@@ -58,6 +58,19 @@ class SpectralNewton(Optimizer):
     one. Averages are saved with the state. What is trained then depends on when it is measured: give the probe
     ``every_n_steps`` for runs that can be repeated.
 
+    In distributed training:
+
+    - DDP: each process computes the updates of its share of the matrices of 64 rows and columns or more, and all get
+      every update. The state is whole and the same in all processes, so that any of them can save it, and it loads in
+      any number of processes. This is so by itself where one DistributedDataParallel module, in Lightning or not, holds
+      all of the optimizer's parameters, but within its `join`; elsewhere it takes ``process_group``. Every process must
+      then take every step, with the same gradients. Those are compared by their norms: where they differ a process
+      computes all updates by itself, and warns the first time.
+    - FSDP2 (`fully_shard`, Lightning's ModelParallelStrategy), with replicas too, and tensor parallelism: state is
+      split as the parameters are. Each matrix is put together in one process, a share in each, and its update sent
+      back. Save and load the state with torch.distributed.checkpoint, as Lightning does.
+    - What one process cannot step, for a gradient that is not finite there or missing, no process steps.
+
     A gradient with NaN or infinite entries leaves its parameter and its state as they are; `skipped_updates` counts
     them. `p.grad` is never written.
 
@@ -88,11 +101,15 @@ class SpectralNewton(Optimizer):
         alpha_min_r2: r2 from which on a measured exponent counts.
         alpha_momentum: share of the old average in the new one, per measurement.
         capturable: keep counts on the device and read nothing back from it, for CUDA graphs; takes alpha up to 2. No
-            update is then redone in float64, and one that has no factorisation is skipped and counted.
+            update is then redone in float64, and one that has no factorisation is skipped and counted. Such steps are
+            shared by no processes.
+        process_group: of processes that share the matrices, if they are whole in each: "auto", those of DDP; "world",
+            all; a group; null: none. It is not part of the state.
 
     Raises:
-        ValueError: if an option is out of range, or a parameter is complex, sharded or not initialised.
-        RuntimeError: at a step, if a gradient is sparse.
+        ValueError: if an option is out of range; or a parameter is complex, not initialised, flattened (FSDP1,
+            DeepSpeed), or split in two dimensions of a mesh.
+        RuntimeError: at a step, if a gradient is sparse, or a matrix was flattened meanwhile.
 
     Source: arXiv 2606.02596 (T and its use), 2502.16982 (AdamW's size); the normaliser, the cap and the way without
     an SVD are this library's.
@@ -126,6 +143,7 @@ class SpectralNewton(Optimizer):
         alpha_min_r2: float = 0.9,
         alpha_momentum: float = 0.5,
         capturable: bool = False,
+        process_group: Any = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -147,6 +165,8 @@ class SpectralNewton(Optimizer):
             "alpha_momentum": alpha_momentum,
             "capturable": capturable,
         }
+        check_process_group(process_group)
+        self._sharing = Sharing(process_group)
         super().__init__(params, defaults)
         if adamw_names is not None and not any("param_names" in group for group in self.param_groups):
             raise ValueError("adamw_names needs names: pass model.named_parameters() as params")
@@ -177,6 +197,11 @@ class SpectralNewton(Optimizer):
     def skipped_updates(self) -> int:
         """How many updates of single parameters were left out since the start, for a gradient that was not finite."""
         return sum(int(state["skipped"]) for state in self.state.values())
+
+    @property
+    def sharing_processes(self) -> int:
+        """How many processes shared the last step's matrices that each of them has as a whole; 1: none."""
+        return self._sharing.processes
 
     @property
     def takes_alpha(self) -> bool:
@@ -234,9 +259,14 @@ class SpectralNewton(Optimizer):
         names = param_group.get("adamw_names", self.defaults["adamw_names"])
         for part in split_group(param_group, names):
             group = fill_group(part, self.defaults)
+            if group["capturable"] and self._sharing.process_group not in (None, "auto"):
+                raise ValueError(
+                    "capturable steps are shared by no processes; give process_group=None, or leave it out"
+                )
             group["name"] = self._unused_name(group.get("name", group["update"]))
             super().add_param_group(group)
             drop_foreign_options(group)
+        self._sharing.forget()
 
     def _unused_name(self, name: str) -> str:
         taken = {group["name"] for group in self.param_groups}
@@ -257,14 +287,16 @@ class SpectralNewton(Optimizer):
                 loss = closure()
         if not self._alpha_expected and self.takes_alpha:
             self._warn_of_missing_alpha()
-        entries = list(self._entries())
+        entries = self._entries()
         if any(entry.group["capturable"] for entry in entries):
-            self._step_on_device(entries)
+            self._step_on_device(self._ready([entry for entry in entries if entry.grad is not None]))
             return loss
-        finite = finite_gradients([entry.grad for entry in entries])
-        for entry in (entry for entry, good in zip(entries, finite, strict=True) if not good):
-            entry.state["skipped"] += 1
-        _update([entry for entry, good in zip(entries, finite, strict=True) if good])
+        sorted_out = sort_out(entries)
+        for ready in self._ready(sorted_out.skipped):
+            ready.state["skipped"] += 1
+        if sorted_out.unlike and not self._sharing.warned:
+            self._warn_of_unlike(sorted_out.unlike)
+        update(self._ready(sorted_out.stepped), share=not sorted_out.unlike)
         return loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
@@ -277,37 +309,49 @@ class SpectralNewton(Optimizer):
             stacklevel=3,
         )
 
-    def _entries(self) -> Iterator[Entry]:
-        """Every parameter that has a gradient, with its state."""
-        for group in self.param_groups:
-            for i, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.is_sparse:
-                    name = group["param_names"][i] if "param_names" in group else f"{i} of group {group['name']!r}"
-                    raise RuntimeError(
-                        f"the gradient of parameter {name} is sparse, which Spectral Newton does not take; "
-                        "make its embedding with sparse=False, or give it to torch.optim.SparseAdam"
-                    )
-                if not self.state[parameter]:
-                    self.state[parameter] = _new_state(parameter, group)
-                yield Entry(parameter, parameter.grad, self.state[parameter], group, i)
+    def _entries(self) -> list[Entry]:
+        """Every parameter, with or without a gradient."""
+        whole = self._sharing.scope(self.param_groups)
+        return [
+            entry_of(parameter, group, i, mesh_scope(parameter) if is_dtensor(parameter) else whole)
+            for group in self.param_groups
+            for i, parameter in enumerate(group["params"])
+        ]
 
-    def _step_on_device(self, entries: Sequence[Entry]) -> None:
+    def _ready(self, entries: Iterable[Entry]) -> list[Ready]:
+        """With their states."""
+        for entry in entries:
+            if not self.state[entry.parameter]:
+                self.state[entry.parameter] = new_state(entry.parameter, entry.group)
+        return [Ready(entry, self.state[entry.parameter]) for entry in entries]
+
+    def _step_on_device(self, chosen: Sequence[Ready]) -> None:
         """The step with no look at its values: what went wrong is put back afterwards."""
-        good = [entry.grad.isfinite().all() for entry in entries]
-        before = [[tensor.clone() for tensor in entry.tensors] for entry in entries]
-        _update(entries)
-        for entry, good_gradient, old in zip(entries, good, before, strict=True):
-            done = good_gradient & entry.parameter.isfinite().all()
-            for tensor, old_tensor in zip(entry.tensors, old, strict=True):
+        good = [ready.grad.isfinite().all() for ready in chosen]
+        before = [[tensor.clone() for tensor in ready.tensors] for ready in chosen]
+        update(chosen)
+        for ready, good_gradient, old in zip(chosen, good, before, strict=True):
+            done = good_gradient & ready.entry.parameter.isfinite().all()
+            for tensor, old_tensor in zip(ready.tensors, old, strict=True):
                 tensor.copy_(torch.where(done, tensor, old_tensor))
-            entry.state["skipped"] += ~done
+            ready.state["skipped"] += ~done
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def _warn_of_unlike(self, names: Sequence[str]) -> None:
+        self._sharing.warned = True
+        warnings.warn(
+            f"the gradients of {some_of(names)} differ between processes, so each computes all of its updates by "
+            "itself, now and whenever that is so; process_group=None no longer compares them",
+            SpectralWarning,
+            stacklevel=3,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; a ValueError names the class if it is another optimizer's."""
         check_own_state(self.param_groups, state_dict["param_groups"], type(self).__name__)
         super().load_state_dict(state_dict)
+        check_parts(self.state, type(self).__name__)
+        self._sharing.forget()
         saved = (state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"])
         own = (parameter for group in self.param_groups for parameter in group["params"])
         for parameter, state in zip(own, saved, strict=True):
@@ -316,58 +360,13 @@ class SpectralNewton(Optimizer):
                 device = self.state[parameter]["skipped"].device
                 self.state[parameter]["skipped"] = state["skipped"].to(device, copy=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Of copies and pickles; what they are shared over is found again, but for a group given, which stays here.
+        process_group = self._sharing.process_group
+        chosen = process_group if process_group in (None, "world") else "auto"
+        return {**super().__getstate__(), "_sharing": Sharing(chosen)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             add_missing_options(group, self.defaults)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A parameter with a gradient: its state, and the i-th of its group."""
-
-    parameter: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-    group: dict[str, Any]
-    i: int
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What a step changes."""
-        return [self.parameter, *(value for key, value in self.state.items() if key != "skipped")]
-
-
-def _new_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    skipped = torch.zeros((), dtype=torch.float32, device=parameter.device if group["capturable"] else "cpu")
-    if group["update"] == "adamw":
-        return {**adamw_state(parameter, capturable=group["capturable"]), "skipped": skipped}
-    buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return {"momentum_buffer": buffer, "skipped": skipped}
-
-
-def _update(entries: Sequence[Entry]) -> None:
-    pieces: list[Piece] = []
-    for _, of_group in groupby(entries, key=lambda entry: id(entry.group)):
-        chosen = list(of_group)
-        group = chosen[0].group
-        parameters, states = [entry.parameter for entry in chosen], [entry.state for entry in chosen]
-        if group["update"] == "adamw":
-            adamw_step(parameters, states, group)
-        else:
-            pieces += momentum_step(parameters, states, group, [entry.i for entry in chosen])
-    spectral_step(pieces)
-
-
-def finite_gradients(grads: Sequence[Tensor]) -> list[bool]:
-    """Which gradients have finite entries only, with one look at each device."""
-    norms: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    for i, norm in enumerate(torch._foreach_norm(list(grads)) if grads else []):
-        norms.setdefault(norm.device, []).append((i, norm))
-    finite = [True] * len(grads)
-    for of_device in norms.values():
-        flags = torch.stack([norm.isfinite() for _, norm in of_device]).tolist()
-        for (i, _), flag in zip(of_device, flags, strict=True):
-            # A norm that overflowed says nothing about the entries.
-            finite[i] = flag or bool(grads[i].isfinite().all())
-    return finite

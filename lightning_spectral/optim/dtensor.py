@@ -1,0 +1,99 @@
+"""Which part of a DTensor (FSDP2, tensor parallelism) a process holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a tensor is split over processes.
+
+    Attributes:
+        group: of the processes.
+        dim: of the tensor.
+        shape: of the whole.
+        counts: rows, or whatever the dimension holds, of each process.
+    """
+
+    group: ProcessGroup
+    dim: int
+    shape: torch.Size
+    counts: list[int]
+
+    def part(self, rank: int) -> torch.Size:
+        """The shape of what a process holds."""
+        return torch.Size([*self.shape[: self.dim], self.counts[rank], *self.shape[self.dim + 1 :]])
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """By name: the class has moved between versions of torch, and its import takes long."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def local(tensor: Any) -> Any:
+    """What this process holds of a tensor; changes of it are changes of the tensor."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def local_gradient(parameter: Any) -> Tensor | None:
+    """The gradient of what this process holds; sums that are still to be taken are, by all processes."""
+    grad = parameter.grad
+    if grad is not None and is_dtensor(parameter) and tuple(grad.placements) != tuple(parameter.placements):
+        grad = grad.redistribute(parameter.device_mesh, parameter.placements)
+    return local(grad) if grad is not None else None
+
+
+def exchange_device(parameter: Any) -> torch.device:
+    """Where the processes that step a parameter exchange numbers; not on the CPU if it is offloaded."""
+    if is_dtensor(parameter) and parameter.device.type != parameter.device_mesh.device_type:
+        return torch.device(parameter.device_mesh.device_type)
+    device: torch.device = parameter.device
+    return device
+
+
+def sharding_of(parameter: Any) -> Sharding | None:
+    """None for a tensor that every process holds as a whole."""
+    if is_dtensor(parameter):
+        for mesh_dim, placement in enumerate(parameter.placements):
+            if not placement.is_replicate():
+                group, m = parameter.device_mesh.get_group(mesh_dim), parameter.shape[placement.dim]
+                n = dist.get_world_size(group)
+                most = -(-m // n)  # as torch.chunk does it: the last ones get fewer, or nothing
+                counts = [min(most, max(0, m - k * most)) for k in range(n)]
+                return Sharding(group, placement.dim, parameter.shape, counts)
+    return None
+
+
+def check_dtensor(parameter: Any, name: str) -> None:
+    """Raise ValueError for a DTensor whose matrices cannot be put together."""
+    kinds = [type(placement).__name__ for placement in parameter.placements]
+    if set(kinds) - {"Shard", "Replicate"} or kinds.count("Shard") > 1:
+        raise ValueError(
+            f"parameter {name} is a DTensor placed as {parameter.placements}; Spectral Newton takes one Shard, and "
+            "Replicate in the other dimensions of the mesh, as FSDP2 alone, with replicas, or tensor parallelism "
+            "alone make them"
+        )
+    if parameter.device_mesh.get_coordinate() is None:
+        raise ValueError(f"parameter {name} is a DTensor on {parameter.device_mesh}, which this process is not in")
+    with torch.no_grad():
+        part = parameter.to_local()
+    if part.device.type == "cpu" != parameter.device_mesh.device_type:
+        raise ValueError(
+            f"parameter {name} is offloaded: its parts are on the CPU, and its processes exchange what is on "
+            f"{parameter.device_mesh.device_type}; train without offloading, or give its group update='adamw'"
+        )
+    sharding = sharding_of(parameter)
+    if sharding is not None and part.shape != sharding.part(dist.get_rank(sharding.group)):
+        raise ValueError(
+            f"parameter {name} is a DTensor whose part here has the shape {tuple(part.shape)}, and an even split gives "
+            f"{tuple(sharding.part(dist.get_rank(sharding.group)))}; let distribute_tensor or fully_shard split it"
+        )
