@@ -8,6 +8,8 @@ as it would not with meta ones.
 
 from __future__ import annotations
 
+import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_spectral.batch import batch_size, divisible, map_leaves
@@ -32,7 +36,17 @@ from lightning_spectral.shadow import Copier
 LARGE_BUFFER = 2**16
 """Entries from which on a buffer goes to the meta device, too: an attention mask, whose values no factory reads."""
 
+REFUSALS = (
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.UnsupportedFakeTensorException,
+)
+
 MOVES = (Tensor.to, Tensor.cpu, Tensor.cuda)
+
+
+class NeedsValuesError(MeasurementError):
+    """A loss that cannot be traced on tensors that have shapes alone."""
 
 
 @contextmanager
@@ -103,6 +117,7 @@ class Traced:
         structure: what a curvature method can use.
         activations: bytes that the graph keeps for the backward pass, parameters aside.
         step_flops: of matrix products and convolutions, forward and backward to every parameter that is trained.
+        read: how many values the loss read, which were all taken as zero.
     """
 
     samples: int | None
@@ -110,6 +125,7 @@ class Traced:
     structure: Structure
     activations: int
     step_flops: int
+    read: int
 
 
 def traced(
@@ -129,27 +145,31 @@ def traced(
         layers: to be measured.
 
     Raises:
-        MeasurementError: if the loss cannot be computed without values, or it is no scalar with a gradient.
+        NeedsValuesError: if a shape in it depends on values.
+        MeasurementError: if it is no scalar with a gradient.
     """
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     copier = _Shapes(fakes, PRECISIONS[precision])
     shapes, given = copier.copy(model, type(model).__name__), map_leaves(batch, lambda x: copier.copy(x, "batch"))
     samples, loss, replaced = batch_size(given), resolve_loss(model, loss_fn), stand_ins(model)
+    _quieten(shapes)
+    values = _Zeros()
     with quiet(shapes, mode=mode, precision=precision) as shadow:
         mute(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
         problem = DryProblem(lambda: loss(shadow.module, given), layers, leaves, samples)
         try:
-            activations, forward = _forward(problem, fakes, parameters.values())
-            backward = _backward(problem.value, fakes, parameters.values())
-        except MeasurementError:
-            raise
+            with fakes, values, _unlogged():
+                activations, forward = _forward(problem, parameters.values())
+                backward = _backward(problem.value, parameters.values())
         except Exception as error:
-            # The model and the loss are anyone's code, and fake tensors refuse whatever needs a value.
-            raise MeasurementError(f"the loss could not be traced without values ({first_line(error)})") from error
+            # The model and the loss are anyone's code; their own errors are those of a measurement, too.
+            if needed := _needed(error):
+                raise NeedsValuesError(f"the loss cannot be traced without values ({first_line(needed)})") from error
+            raise
         found = structure(problem)
-    return Traced(samples, divisible(given), found, activations, forward + backward)
+    return Traced(samples, divisible(given), found, activations, forward + backward, values.read)
 
 
 class _Shapes(Copier):
@@ -175,7 +195,63 @@ class _Shapes(Copier):
         return new.requires_grad_(value.requires_grad)
 
 
-def _forward(problem: Problem, fakes: FakeTensorMode, weights: Iterable[Tensor]) -> tuple[int, int]:
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without the traceback that fake tensors log of an error, which is raised as well."""
+    logger = logging.getLogger(fake_tensor.__name__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _needed(error: BaseException | None) -> BaseException | None:
+    """What fake tensors refused, if that is behind an error."""
+    while error is not None and not isinstance(error, REFUSALS):
+        error = error.__cause__
+    return error
+
+
+class _Zeros(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Zero, or false, for each value that is read of a tensor that has none: a loss that is logged or compared."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.read = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation as it is, but for reading."""
+        if func is not torch.ops.aten._local_scalar_dense.default:
+            return func(*args, **(kwargs or {}))
+        self.read += 1
+        dtype = args[0].dtype
+        return 0.0 if dtype.is_floating_point else False if dtype is torch.bool else 0
+
+
+def _quieten(model: nn.Module) -> None:
+    """Keep metrics, which no loss depends on, from looking at values."""
+    torchmetrics = sys.modules.get("torchmetrics")
+    if torchmetrics is None:
+        return
+    for part in model.modules():
+        if isinstance(part, torchmetrics.Metric):
+            part.__dict__.update(dict.fromkeys(("forward", "update", "compute"), _nothing))
+        elif isinstance(part, torchmetrics.MetricCollection):
+            part.__dict__.update(dict.fromkeys(("forward", "update", "compute"), _no_values))
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.zeros(())
+
+
+def _no_values(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    return {}
+
+
+def _forward(problem: Problem, weights: Iterable[Tensor]) -> tuple[int, int]:
     """Bytes saved for the backward pass in storages that are not the parameters', and FLOPs."""
     kept: dict[int, Any] = {}
 
@@ -184,16 +260,16 @@ def _forward(problem: Problem, fakes: FakeTensorMode, weights: Iterable[Tensor])
         kept[storage._cdata] = storage
         return tensor
 
-    with fakes, FlopCounterMode(display=False) as flops, saved_tensors_hooks(save, lambda tensor: tensor):
+    with FlopCounterMode(display=False) as flops, saved_tensors_hooks(save, lambda tensor: tensor):
         problem.run()
     for weight in weights:
         kept.pop(weight.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values()), int(flops.get_total_flops())
 
 
-def _backward(loss: Tensor, fakes: FakeTensorMode, weights: Iterable[Tensor]) -> int:
+def _backward(loss: Tensor, weights: Iterable[Tensor]) -> int:
     """FLOPs to every parameter that is trained."""
     leaves = {id(weight): weight for weight in weights if weight.requires_grad}
-    with fakes, FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False) as flops:
         torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)
     return int(flops.get_total_flops())

@@ -151,9 +151,15 @@ class Estimate:
             return ("", "", WITHOUT_BATCH) if asked == "auto" else (asked, f"{asked}: as asked for", WITHOUT_BATCH[1:])
         if asked == "auto":
             total = None if self.samples is None else self.samples * self.n_batches
-            return (*self.seen.structure.choice(total), (IN_VALUES,))
+            return (*self.seen.structure.choice(total), self._unseen)
         refusal = "" if self.possible(asked) else f", but would fail: {self._refusal(asked)}"
-        return asked, f"{asked}: as asked for{refusal}", (IN_VALUES,)
+        return asked, f"{asked}: as asked for{refusal}", self._unseen
+
+    @property
+    def _unseen(self) -> tuple[str, ...]:
+        if self.seen is None or not self.seen.read:
+            return (IN_VALUES,)
+        return IN_VALUES, f"what the loss does with {self.seen.read} values that it reads, here as zero"
 
     def possible(self, method: str) -> bool:
         """Whether a method is known not to refuse the loss; "auto" is none."""

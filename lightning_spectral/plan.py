@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_spectral.costs import FACTOR
 from lightning_spectral.curvature import METHODS
-from lightning_spectral.dry import traced
+from lightning_spectral.dry import NeedsValuesError, traced
 from lightning_spectral.estimate import Cost, Estimate
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, MatrixLayer, find_layers
@@ -146,7 +146,7 @@ def plan_spectra(
 
     Raises:
         ValueError: as in `measure_spectra`.
-        MeasurementError: if the loss cannot be traced without values, or has no gradient.
+        MeasurementError: if the loss is no scalar or has no gradient.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)).to("meta")
@@ -189,9 +189,12 @@ def plan_quietly(
     if not found.layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
         raise ValueError(f"layers: no layer is left to measure ({reasons})")
-    seen = None
+    seen, hidden = None, list[str]()
     if batch is not None:
-        seen = traced(model, batch, loss_fn, found.layers, mode=options.mode, precision=options.precision)
+        try:
+            seen = traced(model, batch, loss_fn, found.layers, mode=options.mode, precision=options.precision)
+        except NeedsValuesError as error:
+            hidden.append(f"what the graph of the loss tells: {error}")
     estimate = Estimate(model, found.layers, seen, options, n_batches, world_size)
     method, why, unknown = estimate.choice()
     return Plan(
@@ -203,7 +206,7 @@ def plan_quietly(
         unreached=() if seen is None else seen.structure.unreached,
         method=method,
         why=why,
-        unknown=unknown,
+        unknown=(*hidden, *unknown),
         samples=estimate.samples,
         batch_samples=None if seen is None else seen.samples,
         n_batches=n_batches,
