@@ -19,17 +19,45 @@ from lightning_spectral.memory import MEMORY
 from lightning_spectral.moments import LARGE
 from lightning_spectral.svd import is_large
 
-STEPS = {"forward": 1 / 3, "step": 1.0, "exact": 0.6, "column": 0.5, "sketch": 1.2, "zeros": 0.9}
-"""Training steps that a pass over the same samples takes: what `examples/benchmarks/scaling.py` saw on one CPU thread.
+WORK = {
+    "forward": (1 / 3, 1 / 3),
+    "step": (1.0, 1.0),
+    "exact": (0.5, 1.3),
+    "column": (1 / 3, 1.5),
+    "sketch": (2 / 3, 5.0),
+    "zeros": (2 / 3, 2.0),
+}
+"""What a pass takes of matrix products and of all the rest, each in that of a training step on the same samples.
 
 exact: a product with one layer's Hessian, of a layer in the middle; column: a backward pass of the output, read at
 every layer; sketch: a product with all layers' outputs, likewise; zeros: the two passes that such products start from.
+The first are counts of products with a matrix; the second, and BALANCE, were fitted to times on one CPU thread, and
+`examples/benchmarks/scaling.py` holds both against others.
 """
+
+BALANCE = 40.0
+"""FLOPs of matrix products in the time that a training step takes per byte that its graph keeps for all the rest."""
+
+USUAL = 0.005
+"""Bytes that a graph keeps per FLOP, where they are not known: those of a GPT of width 200."""
 
 FACTOR = 2.0
 """By how much the time of a probe was off at most, either way, where it was measured."""
 
 Sort = Literal["pass", "column", "product"]
+
+
+def steps_at(intensity: float) -> dict[str, float]:
+    """Sort of pass -> training steps, for a network whose graph keeps so many bytes per FLOP of a training step.
+
+    (w + e b x) / (1 + b x), with w and e of `WORK`, b of `BALANCE` and x the intensity: wide networks spend their time
+    in matrix products, narrow ones in the rest, of which products with a Hessian have more.
+
+    >>> steps_at(0.0)["sketch"] < steps_at(0.02)["sketch"]
+    True
+    """
+    rest = BALANCE * intensity
+    return {sort: (matrices + other * rest) / (1 + rest) for sort, (matrices, other) in WORK.items()}
 
 
 @dataclass(frozen=True)
@@ -117,21 +145,24 @@ def sketch_products(directions: Iterable[int], samples: int | None) -> tuple[int
     return 2 * draw, DRAWS * draw
 
 
-def gradient_passes(method: str, parts: int, *, fixed: bool, reused: bool) -> list[Pass]:
+def gradient_passes(
+    method: str, parts: int, steps: Mapping[str, float], *, fixed: bool = False, reused: bool = False
+) -> list[Pass]:
     """The gradient, the weights of the pieces, and once more gradients, piece by piece, to take the curvature of.
 
     Args:
         method: of the curvature.
         parts: pieces per batch.
+        steps: of `steps_at`.
         fixed: whether ``micro_batch_size`` says how large they are; then the loss of the whole batch is not yet known.
         reused: whether the curvature is taken on the graph of the gradient.
     """
-    found = [Pass("forward and backward pass for the gradient", "pass", 1, 1, STEPS["step"])]
+    found = [Pass("forward and backward pass for the gradient", "pass", 1, 1, steps["step"])]
     if parts > 1:
         n = 2 if fixed else 1
-        found.append(Pass("forward passes for the weights of the pieces", "pass", n, n, STEPS["forward"]))
+        found.append(Pass("forward passes for the weights of the pieces", "pass", n, n, steps["forward"]))
     if not reused:
-        found.append(Pass(f"forward and backward pass for {method}", "pass", 1, 1, STEPS["step"]))
+        found.append(Pass(f"forward and backward pass for {method}", "pass", 1, 1, steps["step"]))
     return found
 
 
@@ -140,6 +171,7 @@ def curvature_passes(
     directions: Mapping[str, int],
     structure: Structure | None,
     samples: int | None,
+    steps: Mapping[str, float],
     *,
     checked: bool = False,
 ) -> list[Pass]:
@@ -150,6 +182,7 @@ def curvature_passes(
         directions: layer name -> K, for those that the loss depends on.
         structure: of the loss; None: not known, and taken as that of layers that are all seen through their outputs.
         samples: in all.
+        steps: of `steps_at`.
         checked: whether "auto" chose, which holds Gauss-Newton against an exact product.
     """
     apart = list(directions) if method == "exact" else [n for n in directions if structure and n in structure.apart]
@@ -158,33 +191,33 @@ def curvature_passes(
     if method == "ggn" and tapped:
         # One more tells whether samples interact.
         least, most = (1, EXACT_COLUMNS) if structure is None else (structure.passes, structure.passes)
-        found.append(Pass("backward passes of output columns", "column", 1 + least, 1 + most, STEPS["column"]))
+        found.append(Pass("backward passes of output columns", "column", 1 + least, 1 + most, steps["column"]))
         if checked:
-            found.append(Pass("forward and backward pass for the check", "pass", 1, 1, STEPS["step"]))
-            found.append(Pass("Hessian-vector product for the check", "product", 1, 1, STEPS["exact"]))
+            found.append(Pass("forward and backward pass for the check", "pass", 1, 1, steps["step"]))
+            found.append(Pass("Hessian-vector product for the check", "product", 1, 1, steps["exact"]))
     elif tapped:
         least, most = sketch_products(tapped, samples)
         # Without a known loss in it, a product takes the place of a column of the output.
         unknown = int(structure is not None and bool(structure.refusal))
-        found.append(Pass("forward and backward pass from the layers' outputs", "pass", 1, 1, STEPS["zeros"]))
-        found.append(Pass("backward pass of an output column", "column", 1 - unknown, 1 - unknown, STEPS["column"]))
+        found.append(Pass("forward and backward pass from the layers' outputs", "pass", 1, 1, steps["zeros"]))
+        found.append(Pass("backward pass of an output column", "column", 1 - unknown, 1 - unknown, steps["column"]))
         what = "Hessian-vector products for all layers at once"
-        found.append(Pass(what, "product", least + unknown, most + unknown, STEPS["sketch"]))
+        found.append(Pass(what, "product", least + unknown, most + unknown, steps["sketch"]))
     if apart:
         n = sum(directions[name] for name in apart)
         if method != "exact":
-            found.append(Pass("forward and backward pass for layers apart", "pass", 1, 1, STEPS["step"]))
-        found.append(Pass("Hessian-vector products, one per layer and direction", "product", n, n, STEPS["exact"]))
+            found.append(Pass("forward and backward pass for layers apart", "pass", 1, 1, steps["step"]))
+        found.append(Pass("Hessian-vector products, one per layer and direction", "product", n, n, steps["exact"]))
     return [one for one in found if one.most]
 
 
-def trace_passes(draws: int, parts: int) -> list[Pass]:
+def trace_passes(draws: int, parts: int, steps: Mapping[str, float]) -> list[Pass]:
     """Those of ``curvature_fraction``: a product for each draw, and one that tells whether samples interact."""
-    first = gradient_passes("the trace", parts, fixed=False, reused=False)[1:]
+    first = gradient_passes("the trace", parts, steps)[1:]
     return [
         *first,
-        Pass("forward and backward pass from the layers' outputs", "pass", 1, 1, STEPS["zeros"]),
-        Pass("Hessian-vector products for the trace", "product", draws + 1, draws + 1, STEPS["sketch"]),
+        Pass("forward and backward pass from the layers' outputs", "pass", 1, 1, steps["zeros"]),
+        Pass("Hessian-vector products for the trace", "product", draws + 1, draws + 1, steps["sketch"]),
     ]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_spectral.costs import (
     TRACE_GRAPH,
+    USUAL,
     Memory,
     Pass,
     Sort,
@@ -22,6 +23,7 @@ from lightning_spectral.costs import (
     gradient_passes,
     graph_of,
     parts_of,
+    steps_at,
     svd_bytes,
     svd_flops,
     trace_passes,
@@ -182,15 +184,20 @@ class Estimate:
         structure = None if self.seen is None else self.seen.structure
         fixed, parts = self.options.micro_batch_size is not None, self._parts(graph_of(method))
         keeps = method != "exact" or fixed or not self._divisible
-        passes = gradient_passes(method, parts, fixed=fixed, reused=self.n_batches == parts == 1 and keeps)
+        passes = gradient_passes(method, parts, self._steps, fixed=fixed, reused=self.n_batches == parts == 1 and keeps)
         total = None if self.samples is None else self.samples * self.n_batches
         checked = self.options.curvature == "auto" and self.choice()[0] == "ggn"
-        passes += curvature_passes(method, self.directions, structure, total, checked=checked)
+        passes += curvature_passes(method, self.directions, structure, total, self._steps, checked=checked)
         if self.options.curvature_fraction:
-            passes += trace_passes(self.options.curvature_fraction, self._parts(TRACE_GRAPH))
+            passes += trace_passes(self.options.curvature_fraction, self._parts(TRACE_GRAPH), self._steps)
         known = self.seen is not None and self.samples is not None
         share = self.n_batches * (self.samples or 1) / ((self.seen.samples if self.seen else None) or 1)
         return Cost(method, parts, tuple(passes), share, self._extra(), self._memory(method, parts), known)
+
+    @property
+    def _steps(self) -> dict[str, float]:
+        known = self.seen is not None and self.seen.step_flops
+        return steps_at(self.seen.activations / self.seen.step_flops if self.seen is not None and known else USUAL)
 
     @property
     def _divisible(self) -> bool:

@@ -135,7 +135,7 @@ def _time(plan: Plan) -> Iterator[str]:
     measured = "" if plan.samples is None else f" ({plan.samples} of {plan.batch_samples} samples, {plan.n_batches} x)"
     yield (
         f"time = {share:.3g}{measured} x sum of count x steps each + what is done once, in training steps (forward and "
-        f"backward in float32), within a factor of {FACTOR:g}"
+        f"backward in float32; one in half precision is shorter), within a factor of {FACTOR:g}"
     )
     if plan.step_flops:
         yield f"a training step: {plan.step_flops:.3g} FLOPs in matrix products and convolutions"
