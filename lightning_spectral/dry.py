@@ -2,14 +2,15 @@
 
 Two ways to do without memory serve two ends. A factory is run with real tensors whose parameters go to the meta device
 as modules take them in, so that what it computes of sizes and rates (`torch.linspace(...).tolist()`) has values. The
-loss is traced on fake tensors, which say that they lie on the CPU: a network that moves or creates tensors there works,
-as it would not with meta ones.
+loss is traced on fake tensors, which say that they lie on the CPU: a network that creates tensors there works, as it
+would not with meta ones.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,7 +70,9 @@ def weightless() -> Iterator[None]:
     nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
     nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
     try:
-        with _Unmoved():
+        with _Unmoved(), warnings.catch_warnings():
+            # Weights that a factory loads are let go like those that it draws.
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             yield
     finally:
         nn.Module.register_parameter = add_parameter  # type: ignore[method-assign]
@@ -92,14 +95,14 @@ def _on_meta(
 
 
 class _Unmoved(TorchFunctionMode):
-    """Tensors of the meta device stay there, whatever device they are moved to; a change of type is made."""
+    """Tensors without values stay where they are, whatever device they are moved to; a change of type is made."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run a function as it is, moves of such tensors without the device."""
         kwargs = kwargs or {}
-        if func not in MOVES or not args[0].is_meta:
+        if func not in MOVES or not (args[0].is_meta or isinstance(args[0], fake_tensor.FakeTensor)):
             return func(*args, **kwargs)
         given = [*args[1:], *kwargs.values()]
         dtypes = [value.dtype if isinstance(value, Tensor) else value for value in given]
@@ -149,18 +152,20 @@ def traced(
         MeasurementError: if it is no scalar with a gradient.
     """
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    copier = _Shapes(fakes, PRECISIONS[precision])
+    copier, replaced = _Shapes(fakes, PRECISIONS[precision]), stand_ins(model)
+    copier.memo.update(replaced)
     shapes, given = copier.copy(model, type(model).__name__), map_leaves(batch, lambda x: copier.copy(x, "batch"))
-    samples, loss, replaced = batch_size(given), resolve_loss(model, loss_fn), stand_ins(model)
+    samples, loss = batch_size(given), resolve_loss(model, loss_fn)
     _quieten(shapes)
     values = _Zeros()
-    with quiet(shapes, mode=mode, precision=precision) as shadow:
+    kept = {id(stand_in): stand_in for stand_in in replaced.values()}
+    with quiet(shapes, mode=mode, precision=precision, stand_ins=kept) as shadow:
         mute(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
         problem = DryProblem(lambda: loss(shadow.module, given), layers, leaves, samples)
         try:
-            with fakes, values, _unlogged():
+            with fakes, values, _Unmoved(), _unlogged():
                 activations, forward = _forward(problem, parameters.values())
                 backward = _backward(problem.value, parameters.values())
         except Exception as error:
@@ -232,7 +237,10 @@ class _Zeros(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _quieten(model: nn.Module) -> None:
-    """Keep metrics, which no loss depends on, from looking at values."""
+    """Keep metrics, which no loss depends on, from looking at values, and LightningModules on the CPU."""
+    for part in model.modules():
+        if "_device" in part.__dict__:
+            part.__dict__["_device"] = torch.device("cpu")
     torchmetrics = sys.modules.get("torchmetrics")
     if torchmetrics is None:
         return

@@ -124,7 +124,8 @@ def plan_spectra(
 
         steps = n_batches * r * sum_i c_i s_i + (FLOPs of singular triplets and Kronecker factors) / F.
 
-    The s_i were fitted on one CPU thread, and hold within a factor of two. Memory is beside that of the network:
+    The s_i were fitted on one CPU thread. Time and memory hold within a factor of two. Memory is beside that of the
+    network:
 
         peak = weights + directions + max(gradients + SVD + graph of the gradient, graph of the curvature),
 

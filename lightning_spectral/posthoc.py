@@ -97,7 +97,7 @@ def plan_model(
         with weightless():
             network = build_model(model, saved)
     except SourceError as error:
-        if "meta" not in str(error):
+        if not any(words in str(error) for words in ("meta tensor", "meta device")):
             raise
         raise SourceError(
             f"{error}; a plan makes the model without its weights, whose values it seems to read"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import torchmetrics
@@ -199,6 +200,26 @@ def test_a_loss_that_reads_values_is_traced_and_said_so():
     assert plan.method == "exact"
 
 
+def test_a_network_that_moves_tensors_is_traced_where_it_is():
+    def loss(model, batch):
+        x = batch[0].cuda().to("cuda:1", torch.float64).to(torch.float32)
+        return F.mse_loss(model(x + torch.ones(6)), torch.zeros(24, 5).to("mps"))
+
+    assert plan_spectra(mlp(), vectors(), loss).batch_samples == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_module_in_a_trainer_is_planned_as_it_is():
+    module, batch, _ = resnet()
+    alone = plan_spectra(module, batch)
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert plan_spectra(module, batch).to_dict() == alone.to_dict()
+    assert alone.method == "ggn"
+    assert module.trainer.lightning_module is None
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
 def test_a_loss_whose_shapes_depend_on_values_is_planned_without_its_graph():
     def masked(model, batch):
         return F.cross_entropy(model(batch[0])[batch[1] > 0], batch[1][batch[1] > 0])
@@ -246,6 +267,7 @@ def test_weights_are_never_there():
         rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
         net = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7, bias=False), nn.Dropout(rates[1]))
         net[1].weight = net[0].weight
+        net[1].load_state_dict({"weight": torch.zeros(7, 5)})
         net.register_buffer("mask", torch.ones(300, 300))
         net.register_buffer("scale", torch.ones(3))
         shared = nn.Parameter(torch.zeros(2, 2))

@@ -6,8 +6,8 @@ One size at a time is varied: width, depth, sequences, directions K and vocabula
 depth by `exact`, and the classes of a ResNet measured by `ggn`. A cost is the time of `measure_spectra` over that of
 training steps just before and after it, the median of the repeats, and its peak memory, in bytes. Beside each stands
 what `plan_spectra` says. Exponents are `fit_power_law`'s. `ranks` trains a GPT under DDP with 1 and 2 processes of one
-thread, on one batch shared by them, with a `SpectralProbe` before every step. `predictions` are the plans of two large
-networks, made without their weights: nothing of them is measured.
+thread, on one batch shared by them, with a `SpectralProbe` before every second step. `predictions` are the plans of two
+large networks, made without their weights: nothing of them is measured.
 
 Arms that are not run keep their figures in the output file.
 """
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def resnet(width: int, depth: int, classes: int) -> nn.Module:
 
 
 BASE = Size()
+SHARED = replace(BASE, samples=192)
 IMAGES = Size(width=32, depth=3, samples=64, words=10, method="ggn")
 ARMS: dict[str, tuple[str, list[Size]]] = {
     "width": ("width", [replace(BASE, width=w) for w in (48, 96, 192, 384)]),
@@ -165,12 +166,12 @@ def exponents(varied: str, points: list[dict[str, Any]]) -> dict[str, dict[str, 
 
 
 class Timed(pl.Callback):
-    """The time of every training step, between the hooks around it; the probe comes before the first of them."""
+    """The time of every training step. Listed behind the probe, it starts when that is done."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+    def on_train_batch_start(self, *args: Any) -> None:
         """Start."""
         self.started = time.perf_counter()
 
@@ -189,9 +190,10 @@ class Report(pl.Callback):
         """Write it."""
         if trainer.is_global_zero:
             found = {
-                "probe_seconds": self.probe.budget.probe_seconds / self.probe.probes,
-                "step_seconds": statistics.median(self.timed.times[1:]),
-                "samples": [report.n_samples for report in self.probe.history][-1],
+                "probe_seconds": statistics.median([report.seconds for report in list(self.probe.history)[1:]]),
+                # In a step with a probe, processes wait for the slowest of them.
+                "step_seconds": statistics.median(self.timed.times[1::2]),
+                "samples": self.probe.history[-1].n_samples,
             }
             self.path.write_text(json.dumps(found), encoding="utf-8")
 
@@ -204,28 +206,26 @@ class OneThread(pl.Callback):
         torch.set_num_threads(1)
 
 
-def ranks(repeats: int) -> dict[str, Any]:
-    """A probe and a training step on one batch that 1 and 2 processes share."""
-    size = replace(BASE, samples=192)
-    points = []
-    for n in (1, 2):
-        model = CharacterGPT(size.words, size.length, width=size.width, heads=size.width // 24, depth=size.depth)
-        tokens = torch.randint(0, size.words, (size.samples * (repeats + 1), size.length + 1))
-        loader = DataLoader(Tokens(tokens), batch_size=size.samples // n)
-        probe, timed = SpectralProbe(every_n_steps=1, curvature=size.method, top_k=size.k), Timed()
+def ranks(repeats: int, size: Size = SHARED, processes: Sequence[int] = (1, 2)) -> dict[str, Any]:
+    """A probe and a training step on one batch that so many processes share, medians without the first."""
+    points, steps = [], 2 * (repeats + 1)
+    for n in processes:
+        model, _ = size.build()
+        tokens = torch.randint(0, size.words, (size.samples * steps, size.length + 1))
+        probe, timed = SpectralProbe(every_n_steps=2, curvature=size.method, top_k=size.k), Timed()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "seen.json"
             trainer = pl.Trainer(
-                accelerator="cpu", strategy="ddp_spawn" if n > 1 else "auto", devices=n, max_steps=repeats + 1,
+                accelerator="cpu", strategy="ddp_spawn" if n > 1 else "auto", devices=n, max_steps=steps,
                 callbacks=[OneThread(), probe, timed, Report(probe, timed, path)], logger=False,
                 default_root_dir=folder, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False,
             )  # fmt: skip
-            trainer.fit(model, loader)
-            points.append({"ranks": n, **json.loads(path.read_text(encoding="utf-8"))})
+            trainer.fit(model.train(), DataLoader(Tokens(tokens), batch_size=size.samples // n))
+            seen = json.loads(path.read_text(encoding="utf-8"))
+            points.append({"ranks": n, **seen, "steps": seen["probe_seconds"] / seen["step_seconds"]})
         print("ranks", points[-1], flush=True)
-    one, two = points
-    return {"points": points, "of_one": two["probe_seconds"] / one["probe_seconds"]}
+    return {"points": points, "of_one": points[-1]["probe_seconds"] / points[0]["probe_seconds"]}
 
 
 class Tokens(TensorDataset):

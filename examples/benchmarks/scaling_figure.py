@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ def figure(figures: Mapping[str, Any], path: Path) -> None:
     axes[0, 0].set_ylabel("training steps", fontsize=9)
     axes[1, 0].set_ylabel("peak memory, MB", fontsize=9)
     axes[0, 0].legend(fontsize=7, loc="lower left")
-    _share(axes[0])
-    _share(axes[1])
+    _share(axes[0], (1, 3, 10, 30, 100))
+    _share(axes[1], (10, 30, 100, 300, 1000))
     made.savefig(path, dpi=120)
 
 
@@ -61,10 +61,12 @@ def _panel(axes: Any, x: list[float], arm: Mapping[str, Any], what: str, planned
     axes.grid(alpha=0.3)
 
 
-def _share(row: Any) -> None:
+def _share(row: Any, ticks: Sequence[int]) -> None:
     """One scale for a row, so that arms compare."""
     low = min(axes.get_ylim()[0] for axes in row)
-    high = max(axes.get_ylim()[1] for axes in row)
+    high = 1.3 * max(axes.get_ylim()[1] for axes in row)
+    shown = [tick for tick in ticks if low <= tick <= high]
     for axes in row:
-        axes.set_ylim(low, high * 1.3)
-        axes.tick_params(axis="y", labelsize=8)
+        axes.set_yticks(shown, [str(tick) for tick in shown], fontsize=8)
+        axes.minorticks_off()
+        axes.set_ylim(low, high)
