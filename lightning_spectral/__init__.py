@@ -30,6 +30,7 @@ _PUBLIC = {
     "LayerAlignment": "alignment",
     "LayerSpectrum": "spectrum",
     "MeasurementError": "errors",
+    "ProcessError": "errors",
     "ParticipationRatio": "metrics",
     "PowerLawFit": "fits",
     "RankDecay": "metrics",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from lightning_spectral.callbacks.probe import SpectralProbe as SpectralProbe
     from lightning_spectral.callbacks.swap import SwapOptimizer as SwapOptimizer
     from lightning_spectral.errors import MeasurementError as MeasurementError
+    from lightning_spectral.errors import ProcessError as ProcessError
     from lightning_spectral.errors import SecondDerivativeError as SecondDerivativeError
     from lightning_spectral.errors import SpectralWarning as SpectralWarning
     from lightning_spectral.fits import PowerLawFit as PowerLawFit

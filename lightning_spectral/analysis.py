@@ -15,22 +15,33 @@ GOOD_FIT = 0.9
 DEVIATES, DEVIATES_STDERR, SIBLINGS = 0.25, 3.0, 3
 """A layer deviates from the median of its kind, of at least so many layers, by more than 0.25 and 3 standard errors."""
 
-PAPER_ALPHA: dict[str, str] = {
-    "conv": "1.94 to 2.17 (ResNet-18, VGG-11, ResNet-50)",
-    "dense": "2.18 (MLP)",
-    "head": "1.23 to 1.65 (10 classes), 0.90 (200), 2.83 (1000), 4.53 (small GPT)",
-    "attention_qkv": "1.43 (small GPT)",
-    "attention_out": "1.17 (small GPT)",
-    "mlp_up": "0.84 (small GPT)",
-    "mlp_down": "1.15 (small GPT)",
-}
-"""alpha by kind of layer as arXiv 2606.02596 reports it: means, or the range of means over networks."""
+ALPHA_BAND = (1.85, 2.15)
+"""Around alpha = 2, where curvature is the square of the gradient: the grey band of figures and pages."""
 
-PAPER_RANGES: dict[str, tuple[float, float]] = {
-    "conv": (1.94, 2.17), "dense": (2.18, 2.18), "attention_qkv": (1.43, 1.43), "attention_out": (1.17, 1.17),
-    "mlp_up": (0.84, 0.84), "mlp_down": (1.15, 1.15),
-}  # fmt: skip
-"""The same as (lowest, highest), but for heads, whose alpha goes with the number of classes."""
+Reported = tuple[float, float, str]
+
+REPORTED: dict[str, tuple[Reported, ...]] = {
+    "conv": ((1.94, 2.17, "ResNet-18, VGG-11, ResNet-50"),),
+    "dense": ((2.18, 2.18, "MLP"),),
+    "head": ((1.23, 1.65, "10 classes"), (0.90, 0.90, "200"), (2.83, 2.83, "1000"), (4.53, 4.53, "small GPT")),
+    "attention_qkv": ((1.43, 1.43, "small GPT"),),
+    "attention_out": ((1.17, 1.17, "small GPT"),),
+    "mlp_up": ((0.84, 0.84, "small GPT"),),
+    "mlp_down": ((1.15, 1.15, "small GPT"),),
+}
+"""alpha by kind of layer as arXiv 2606.02596 reports it: the lowest and the highest mean, and of which networks."""
+
+
+def _in_words(reported: Reported) -> str:
+    low, high, networks = reported
+    return f"{low:.2f} ({networks})" if low == high else f"{low:.2f} to {high:.2f} ({networks})"
+
+
+PAPER_ALPHA = {kind: ", ".join(map(_in_words, reported)) for kind, reported in REPORTED.items()}
+"""`REPORTED` in words."""
+
+PAPER_RANGES = {kind: reported[0][:2] for kind, reported in REPORTED.items() if len(reported) == 1}
+"""(lowest, highest) by kind, but for heads, whose alpha goes with the number of classes."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser(
         "demo",
         help="train two small networks with a probe and show what it sees",
-        description="Train a ResNet on digits and a GPT on Python's source, each with a probe, for half a minute; "
+        description="Train a ResNet on digits and a GPT on Python's source, each with a probe, in about a minute; "
         "print what the probes saw, and write a W&B run, a CSV log and an HTML page of each.",
     )
     demo.add_argument("--output", default="demo-runs", metavar="FOLDER", help="where the logs go (%(default)s)")
@@ -116,6 +116,14 @@ def _add_sources(add: Any, *, batch: bool = True) -> None:
 
 def _add_options(add: Any) -> None:
     add.add_argument("--layers", nargs="+", metavar="GLOB", help="patterns of names (all but embeddings)")
+    add.add_argument("--kinds", nargs="+", metavar="GLOB=KIND", help="kinds of layers, where the inferred one is wrong")
+    add.add_argument(
+        "--fused-qkv",
+        nargs="+",
+        metavar="GLOB",
+        help="projections that hold query, key and value, to be measured apart; GLOB=ROWS,ROWS,ROWS where their rows "
+        "are not equal in number",
+    )
     add.add_argument("--top-k", type=int, default=20, metavar="K", help="directions per layer (%(default)s)")
     add.add_argument("--curvature", choices=METHODS, default="auto", help="the method (%(default)s)")
     add.add_argument("--n-batches", type=int, default=1, metavar="N", help="batches averaged over (%(default)s)")
@@ -135,7 +143,33 @@ OPTIONS = (
     "top_k", "curvature", "layers", "mode", "max_samples", "micro_batch_size", "precision", "spectrum_top_k",
     "weight_spectra", "bootstrap", "curvature_fraction", "alignment",
 )  # fmt: skip
-"""Of `options.Options`, those of the command."""
+"""Of `options.Options`, those that the command takes as they are."""
+
+
+def _kinds(given: Sequence[str]) -> dict[str, str]:
+    """Pattern -> kind."""
+    pairs = [text.rpartition("=") for text in given]
+    if wrong := [kind for pattern, _, kind in pairs if not pattern]:
+        raise ValueError(f"--kinds takes GLOB=KIND, such as '*.c_proj=attention_out', got {wrong[0]!r}")
+    return {pattern: kind for pattern, _, kind in pairs}
+
+
+def _fused(given: Sequence[str]) -> dict[str, list[int]]:
+    """Pattern -> numbers of rows of query, key and value; none where they are equal."""
+    fused = {}
+    for text in given:
+        pattern, _, rows = text.partition("=")
+        try:
+            fused[pattern] = [int(number) for number in rows.split(",")] if rows else []
+        except ValueError:
+            raise ValueError(f"--fused-qkv takes GLOB or GLOB=ROWS,ROWS,ROWS, got {text!r}") from None
+    return fused
+
+
+def _chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `options.Options`."""
+    taken = {name: getattr(options, name) for name in OPTIONS}
+    return taken | {"kinds": _kinds(options.kinds or ()), "fused_qkv": _fused(options.fused_qkv or ())}
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -145,7 +179,7 @@ def _measure(options: argparse.Namespace) -> int:
     from lightning_spectral.report import print_report
 
     try:
-        chosen = Options(**{name: getattr(options, name) for name in OPTIONS})
+        chosen = Options(**_chosen(options))
         if options.page:
             check_page()
         check_folder(options.output)
@@ -220,7 +254,7 @@ def _plan(options: argparse.Namespace) -> int:
             shapes=options.batch_shape,
             loss=options.loss,
             checkpoint=options.checkpoint,
-            options=Options(**{name: getattr(options, name) for name in OPTIONS}),
+            options=Options(**_chosen(options)),
             n_batches=options.n_batches,
             world_size=options.world_size,
         )
@@ -237,7 +271,8 @@ def _add_report(commands: Any) -> None:
         "report",
         help="write one HTML page of a run: summary, table, interactive plots",
         description="Write one self-contained HTML page of a run, which needs no network.",
-        epilog="A log holds scalars only; checkpoints and JSON reports hold the spectra too, and may stand beside it.",
+        epilog="A log holds scalars only, with SpectralProbe(log_tables=True) of all layers; checkpoints and JSON "
+        "reports hold the spectra too, and may stand beside it.",
     )
     report.add_argument(
         "run",
@@ -246,20 +281,32 @@ def _add_report(commands: Any) -> None:
         help="a CSVLogger's folder or metrics.csv; an offline W&B run's folder or .wandb file; a checkpoint of a "
         "Trainer with a SpectralProbe; JSON files of SpectralReport.to_json, or a folder of them",
     )
-    report.add_argument("--output", metavar="FILE", help="where the page goes (report.html in RUN, or RUN's name.html)")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where the page goes (report.html in RUN, or RUN's name.html); a page that is there is replaced",
+    )
+    report.add_argument("--force", action="store_true", help="replace any other file that is there, too")
     report.add_argument("--title", help="of the page (RUN's name)")
     report.add_argument("--prefix", help="of the probe's keys, where a run holds several probes'")
 
 
 def _report(options: argparse.Namespace) -> int:
-    from lightning_spectral.report.page import write_page
-    from lightning_spectral.report.read import RunError, read_run
+    from lightning_spectral.report.page import is_page, write_page
+    from lightning_spectral.report.read import read_run
+    from lightning_spectral.report.run import RunError
 
     first = Path(options.run[0])
     beside = first / "report.html" if first.is_dir() else first.with_suffix(".html")
+    target = Path(options.output or beside)
+    there = target.is_file()
     try:
+        if there and not options.force and not is_page(target):
+            raise RunError(f"{target} is there and no page of this command; give another --output, or --force")
         run = read_run(options.run, prefix=options.prefix)
-        print(write_page(run, options.output or beside, title=options.title))
+        print(write_page(run, target, title=options.title))
+        if there:
+            print(f"lightning-spectral report: {target} was there and is replaced", file=sys.stderr)
     except (RunError, ImportError) as error:
         print(f"lightning-spectral report: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,10 @@ class SecondDerivativeError(MeasurementError):
     """An operation on the way from a layer to the loss has no second derivative."""
 
 
+class ProcessError(RuntimeError):
+    """One of several processes that measure together failed in a way that has no other name; all of them raise it."""
+
+
 class SpectralWarning(UserWarning):
     """Something was left out of a measurement; the message names it and the reason."""
 

@@ -114,15 +114,19 @@ class Estimate:
     world_size: int
 
     @property
-    def samples(self) -> int | None:
-        """Measured of each batch, over all processes."""
-        given, most = None if self.seen is None else self.seen.samples, self.options.max_samples
-        return given if given is None or most is None else min(given, most)
+    def local(self) -> int | None:
+        """Samples measured of one process's part of a batch."""
+        if self.seen is None or self.seen.samples is None:
+            return None
+        part = math.ceil(self.seen.samples / self.world_size)
+        return min(part, self.options.max_samples or part)
 
     @property
-    def local(self) -> int | None:
-        """Those of one process."""
-        return None if self.samples is None else math.ceil(self.samples / self.world_size)
+    def samples(self) -> int | None:
+        """Those of all processes."""
+        if self.local is None or self.seen is None or self.seen.samples is None:
+            return None
+        return min(self.seen.samples, self.local * self.world_size)
 
     @property
     def directions(self) -> dict[str, int]:
@@ -141,10 +145,15 @@ class Estimate:
         return "" if self.seen is None else self.seen.structure.obstacle
 
     @property
-    def reduced(self) -> int:
-        """2 (w - 1) / w of the gradients and, in float64, of curvatures with their errors, as a ring of w sums them."""
-        w, curvatures = self.world_size, 2 * 8 * sum(self.directions.values())
-        return round(2 * (w - 1) / w * (self._gradients() + curvatures))
+    def sent(self) -> int:
+        """(w - 1) / w of gradients and directions, whose layers w processes share out, and w - 1 times the curvatures.
+
+        Those are of float64, with their errors.
+        """
+        w, itemsize = self.world_size, self._itemsize(torch.float32)
+        triplets = itemsize * sum(k * sum(self.layers[name].shape) for name, k in self.directions.items())
+        curvatures = 2 * 8 * sum(self.directions.values())
+        return round((w - 1) / w * (self._gradients() + triplets) + (w - 1) * curvatures)
 
     def choice(self) -> tuple[str, str, tuple[str, ...]]:
         """The method, the choice and its reasons, and what cannot be told. The method is empty where that is it."""
@@ -220,10 +229,9 @@ class Estimate:
             if (self.options.spectrum_top_k or 0) > self.options.top_k:
                 flops += values_flops(layer)
             if self.options.alignment:
-                flops += factor_flops(layer, math.ceil(self._rows(name) / self.world_size))
-        if self.seen is None or not self.seen.step_flops:
-            return 0.0
-        return flops * self.world_size / self.seen.step_flops
+                flops += factor_flops(layer, self._rows(name))
+        # The layers are shared out among processes, as the samples of a step are.
+        return flops / self.seen.step_flops if self.seen is not None and self.seen.step_flops else 0.0
 
     def _itemsize(self, dtype: torch.dtype) -> int:
         return torch.promote_types(dtype, PRECISIONS[self.options.precision]).itemsize

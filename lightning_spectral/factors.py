@@ -28,6 +28,7 @@ from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.moments import LARGE, Eigenvalues, SecondMoment
 from lightning_spectral.patches import Patches
 from lightning_spectral.pieces import Losses, Piece
+from lightning_spectral.processes import Alone, owners_of
 from lightning_spectral.svd import SingularTriplets
 
 SOME_SAMPLES = 8
@@ -54,7 +55,11 @@ class Factored:
 
 
 def kronecker_factors(
-    losses: Losses, pieces: Sequence[Piece], problem: Problem, directions: Mapping[str, SingularTriplets]
+    losses: Losses,
+    pieces: Sequence[Piece],
+    problem: Problem | None,
+    directions: Mapping[str, SingularTriplets],
+    processes: Alone,
 ) -> Factored:
     """Factors of the loss; where memory runs out, nothing but the reason.
 
@@ -66,12 +71,13 @@ def kronecker_factors(
         pieces: of it, to take one at a time.
         problem: of the first piece; if its graph is there, it is used, and kept.
         directions: layer name -> triplets u_k, v_k.
+        processes: each of which has its part of the loss.
     """
     if losses.samples is None:
         why = "the batch does not tell how many samples it holds, so the gradient of one sample's loss is not known"
         return Factored({}, dict.fromkeys(directions, why))
     try:
-        return _factors(losses, pieces, problem, directions)
+        return _factors(losses, pieces, problem, directions, processes)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -79,26 +85,55 @@ def kronecker_factors(
 
 
 def _factors(
-    losses: Losses, pieces: Sequence[Piece], problem: Problem, directions: Mapping[str, SingularTriplets]
+    losses: Losses,
+    pieces: Sequence[Piece],
+    problem: Problem | None,
+    directions: Mapping[str, SingularTriplets],
+    processes: Alone,
 ) -> Factored:
-    summed = sums_over_samples(losses)
-    sizes, samples = [size or 1 for size in losses.sizes], losses.samples or 1
+    votes = processes.gathered(processes.agreed(lambda: sums_over_samples(losses) if pieces else None))
+    summed = any(votes)
+    samples = losses.samples or 1
     sums = _empty(losses.layers, directions)
     notes: dict[str, str] = {}
-    factors: dict[str, KroneckerFactors] = {}
-    parts = [*pieces, *_left_out(losses, pieces)]
-    for piece in parts:
-        own = problem if piece is pieces[0] else losses.problem(piece)
-        # A sum counts each sample once, whatever the share of its batch in all of them.
-        scale = piece.weight * samples / (sizes[piece.batch] if summed else 1)
-        factors |= _added(own, piece, scale, sums, notes, last=piece is parts[-1])
-        if len(pieces) > 1:
-            own.release()
+
+    def here() -> dict[str, KroneckerFactors]:
+        found: dict[str, KroneckerFactors] = {}
+        parts = [*pieces, *_left_out(losses, pieces)]
+        for piece in parts:
+            own = problem if problem is not None and piece is pieces[0] else losses.problem(piece)
+            # A sum counts each sample once, whatever the share of its batch in all of them.
+            scale = piece.weight * samples / (losses.sizes[piece.batch] or 1 if summed else 1)
+            found |= _added(own, piece, scale, sums, notes, last=processes.size == 1 and piece is parts[-1])
+            if len(pieces) > 1:
+                own.release()
+        return found
+
+    factors = processes.agreed(here)
+    if processes.size > 1:
+        notes = {name: why for of_process in processes.gathered(notes) for name, why in of_process.items()}
+        factors = _joint(sums, [name for name in directions if name not in notes], losses, processes)
     while sums:
         name, mine = sums.popitem()
         factors[name] = mine.factors()
-    per_sample = samples / sum(size**2 for size in sizes) if summed else 1.0
+    per_sample = samples / sum((size or 1) ** 2 for size in losses.all_sizes) if summed else 1.0
     return Factored(factors, notes, per_sample)
+
+
+def _joint(
+    sums: dict[str, _Sums], names: Sequence[str], losses: Losses, processes: Alone
+) -> dict[str, KroneckerFactors]:
+    """The factors of the sums over all processes, each layer's taken by one of them; nothing is left in ``sums``."""
+    costs = {name: float(sum(side**3 for side in losses.layers[name].shape)) for name in names}
+    mine = {}
+    for name, owner in owners_of(costs, processes.size).items():
+        # Layer by layer, so that no more than one layer's matrices of all processes are in one of them.
+        parts = processes.collected(sums[name].told(), owner)
+        if parts is not None:
+            mine[name] = sums[name].joined(parts, losses.parameters[name].device)
+    sums.clear()
+    found = processes.gathered(processes.agreed(lambda: {name: own.factors() for name, own in mine.items()}))
+    return {name: factors for of_process in found for name, factors in of_process.items()}
 
 
 def _empty(layers: Mapping[str, MatrixLayer], directions: Mapping[str, SingularTriplets]) -> dict[str, _Sums]:
@@ -146,11 +181,11 @@ def sums_over_samples(losses: Losses) -> bool:
     Seen from the loss of a few samples and of as many others, alone and together. A batch that cannot be cut, and a
     loss that cannot be computed of few samples, count as a mean.
     """
-    size = losses.sizes[0]
+    batch, size = max(enumerate(losses.sizes), key=lambda item: item[1] or 0)
     n = min((size or 0) // 2, SOME_SAMPLES)
     if not losses.divisible or n == 0:
         return False
-    parts = [Piece(0, 1.0, 0, n), Piece(0, 1.0, n, 2 * n), Piece(0, 1.0, 0, 2 * n)]
+    parts = [Piece(batch, 1.0, 0, n), Piece(batch, 1.0, n, 2 * n), Piece(batch, 1.0, 0, 2 * n)]
     try:
         with torch.no_grad():
             first, second, both = (float(losses.problem(part).evaluate()) for part in parts)
@@ -281,6 +316,23 @@ class _Sums:
         # Some samples at a time, whose copy stays in a CPU's cache, but enough that n x n sums are few.
         for part in torch.split(rows_bmp, max(1, max(CACHED // m, 4 * m) // p)):
             self.outputs.add(part.reshape(len(part), g, m // g, p).permute(1, 0, 3, 2).reshape(g, -1, m // g))
+
+    def told(self) -> tuple[tuple[Tensor, ...], SecondMoment, SecondMoment]:
+        """The sums, on the CPU, for another process."""
+        return (self.delta, self.a, self.both), self.outputs.to("cpu"), self.inputs.moment.to("cpu")
+
+    def joined(
+        self, parts: Sequence[tuple[tuple[Tensor, ...], SecondMoment, SecondMoment]], device: torch.device
+    ) -> _Sums:
+        """The sums of these, which were `told`."""
+        whole = _Sums(self.layer, self.triplets, _Inputs(self.inputs.moment.k))
+        for (delta, a, both), outputs, inputs in parts:
+            whole.delta += delta
+            whole.a += a
+            whole.both += both
+            whole.outputs.add_moment(outputs.to(device))
+            whole.inputs.moment.add_moment(inputs.to(device))
+        return whole
 
     def factors(self) -> KroneckerFactors:
         """Means and eigenvalues."""

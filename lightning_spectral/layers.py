@@ -42,6 +42,12 @@ class MatrixLayer:
     transposed: bool = False
     aliases: tuple[str, ...] = ()
 
+    @property
+    def decomposition_cost(self) -> float:
+        """What its singular values cost, up to a factor: m n min(m, n)."""
+        m, n = self.shape
+        return float(m * n * min(m, n))
+
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """The matrix (m, n) within a tensor of the parameter's shape."""
         matrix = self._output_first(tensor).flatten(1) if self.transposed else tensor.flatten(1)

@@ -74,7 +74,11 @@ def stand_ins(model: nn.Module) -> dict[int, Any]:
 
 
 def mute(shadow: nn.Module, original: nn.Module, replaced: Mapping[int, Any]) -> None:
-    """Keep a shadow's training_step from logging, and attach it to the stand-in of its Trainer."""
+    """Keep a shadow's training_step from logging, its metrics from asking other processes, and attach a Trainer."""
+    for module in shadow.modules():
+        for flag in ("sync_on_compute", "dist_sync_on_step"):
+            if flag in module.__dict__:
+                module.__dict__[flag] = False
     originals = dict(original.named_modules(remove_duplicate=False))
     for name, module in shadow.named_modules(remove_duplicate=False):
         if not hasattr(module, "training_step"):

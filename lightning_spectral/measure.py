@@ -6,30 +6,39 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_spectral.batch import FirstSamples, HeldBatches
-from lightning_spectral.curvature import Curvatures, measure_by
+from lightning_spectral.curvature import Curvatures, Outlook, measure_by
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
 from lightning_spectral.fraction import CurvatureFraction
 from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import LayerSelection, MatrixLayer, find_layers, matrix_parameters
+from lightning_spectral.layers import LayerSelection, LayerSet, MatrixLayer, find_layers, matrix_parameters
 from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
 from lightning_spectral.memory import Measured, measure_within_memory
 from lightning_spectral.options import Options
 from lightning_spectral.pieces import Losses
+from lightning_spectral.processes import Alone, Together, owners_of
 from lightning_spectral.quiet import Beginning, Mode, Precision, RandomStates, copy_batch, quiet
 from lightning_spectral.record import SpectralReport
+from lightning_spectral.sharding import whole_parameters
 from lightning_spectral.spectrum import LayerSpectrum
 from lightning_spectral.svd import SingularTriplets
 from lightning_spectral.weights import WeightSpectrum
+
+if TYPE_CHECKING:
+    # Not in every build of torch.
+    from torch.distributed import ProcessGroup
+
+NO_SAMPLE = "there is no sample to measure: the batch is empty"
 
 
 def measure_spectra(
@@ -52,6 +61,7 @@ def measure_spectra(
     bootstrap: int | None = None,
     curvature_fraction: int | None = None,
     alignment: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> SpectralReport:
     """Gradient spectrum and curvature along it, of every layer, for one loss on one batch.
 
@@ -85,6 +95,9 @@ def measure_spectra(
             (`CurvatureFraction`), a Hessian-vector product each; None or 0: none. With curvature="ggn" the h are
             Gauss-Newton's, the trace is the Hessian's.
         alignment: also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`).
+        process_group: processes of torch.distributed that each call this with their own batches, of any sizes, and
+            with the same model and options. Gradient and curvature are those of the mean over all their batches,
+            weighted by samples, and all are given the same report. None: this process measures alone.
 
     Returns:
         The report. Layers that could not be measured hold NaN and say why in their ``note``; each is warned about.
@@ -92,6 +105,7 @@ def measure_spectra(
     Raises:
         ValueError: for an option out of range, a pattern that matches nothing, a model without matrices or loss.
         MeasurementError: if the loss is not a finite scalar with a gradient, or nothing could be measured.
+        ProcessError: in all processes of a group, if one of them failed in any other way.
         SecondDerivativeError: if no layer could, for an operation without second derivative.
 
     Source: arXiv 2606.02596.
@@ -119,7 +133,9 @@ def measure_spectra(
         curvature_fraction=curvature_fraction,
         alignment=alignment,
     )
-    report = measure_quietly(model, _batches(batch, n_batches, model), options, loss_fn)
+    processes = Alone() if process_group is None else Together(process_group)
+    batches = processes.agreed(lambda: _batches(batch, n_batches, model))
+    report = measure_quietly(model, batches, options, loss_fn, processes=processes)
     for text in report.problems():
         warnings.warn(text, SpectralWarning, stacklevel=2)
     return report
@@ -132,6 +148,7 @@ def measure_quietly(
     loss_fn: LossFunction | None = None,
     *,
     batch_idx: int = 0,
+    processes: Alone | None = None,
 ) -> SpectralReport:
     """`measure_spectra` without warnings, for callers that read the report's ``failed`` and ``warnings`` themselves.
 
@@ -140,29 +157,38 @@ def measure_quietly(
         batches: one or more; gradient and curvature are those of the mean of their losses, weighted by samples.
         options: what to measure and how.
         batch_idx: what training_step is told.
+        processes: that measure together, each with its own batches, of which there may be none; None: this one alone.
     """
     started = time.perf_counter()
-    model = unwrapped(model)
-    found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
-    if not found.layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
-        raise ValueError(f"layers: no layer is left to measure ({reasons})")
-    if options.max_samples is not None:
-        batches = FirstSamples(batches, options.max_samples)
-    with _losses(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx) as (losses, notes):
-        measured = measure_within_memory(losses, options)
+    processes = processes or Alone()
+    with ExitStack() as stack:
+        network = unwrapped(model)
+        whole = whole_parameters(network, processes)
+
+        def begin() -> _Begun:
+            return stack.enter_context(_begun(network, batches, options, loss_fn, batch_idx, whole))
+
+        begun = processes.agreed(begin)
+        losses, layers = begun.losses, begun.found.layers
+        told = processes.gathered((list(layers), losses.sizes))
+        _check_parts(told)
+        processes.agreed(partial(begun.take, _first_buffers(begun.module, processes)))
+        losses.among([sizes for _, sizes in told], processes.rank)
+        measured = measure_within_memory(losses, options, processes)
         failed, curvatures = measured.failed, measured.curvatures
-        if len(failed) == len(found.layers):
+        if len(failed) == len(layers):
             error = SecondDerivativeError if curvatures.failed else MeasurementError
             raise error("; ".join(by_cause(failed)))
-        weights = losses.weights() if options.weight_spectra else {}
-        spectra = {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in found.layers}
+        mine = processes.agreed(lambda: _spectra(losses, measured, options, processes))
+        others = {name: spectrum for part in processes.gathered(mine) for name, spectrum in part.items()}
+        spectra = {name: others[name] for name in layers}
+        notes = list(dict.fromkeys(note for part in processes.gathered(begun.notes) for note in part))
     return SpectralReport(
         layers=spectra,
-        skipped=found.skipped,
+        skipped=begun.found.skipped,
         loss=measured.loss,
         n_samples=losses.samples,
-        n_batches=len(batches),
+        n_batches=len(losses.all_sizes),
         micro_batch_size=measured.most,
         curvature=options.curvature,
         mode=options.mode,
@@ -174,6 +200,77 @@ def measure_quietly(
         chosen=curvatures.chosen,
         check_error=curvatures.check_error,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A loss ready to be measured: which layers, and what to tell."""
+
+    losses: Losses
+    module: nn.Module
+    found: LayerSet
+    notes: list[str]
+
+    def take(self, buffers: Mapping[str, Tensor]) -> None:
+        self.losses.beginning.take(self.module, buffers)
+
+
+@contextmanager
+def _begun(
+    model: nn.Module,
+    batches: Sequence[Any],
+    options: Options,
+    loss_fn: LossFunction | None,
+    batch_idx: int,
+    whole: Mapping[int, nn.Parameter],
+) -> Iterator[_Begun]:
+    found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
+    if not found.layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
+        raise ValueError(f"layers: no layer is left to measure ({reasons})")
+    if options.max_samples is not None:
+        batches = FirstSamples(batches, options.max_samples)
+    with _losses(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx, whole) as (
+        losses,
+        module,
+        notes,
+    ):
+        yield _Begun(losses, module, found, notes)
+
+
+def _first_buffers(module: nn.Module, processes: Alone) -> dict[str, Tensor]:
+    """The first process's buffers: DDP gives them to all with the next step, and until then they differ."""
+    if processes.size == 1:
+        return {}
+    own = {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided
+    }
+    found = processes.shared({n: [b] for n, b in own.items()} if processes.rank == 0 else {}, dict.fromkeys(own, 0))
+    return {name: tensors[0] for name, tensors in found.items()}
+
+
+def _check_parts(told: Sequence[tuple[list[str], list[int | None]]]) -> None:
+    """Raise, in all processes alike, if their parts make no whole."""
+    names = told[0][0]
+    for rank, (others, _) in enumerate(told):
+        if others != names:
+            apart = ", ".join(sorted(set(names) ^ set(others))[:4]) or "in another order"
+            raise MeasurementError(
+                f"process {rank} measures other layers than process 0 ({apart}); all must hold the same network and "
+                "options"
+            )
+    if not any(size != 0 for _, sizes in told for size in sizes):
+        raise MeasurementError(NO_SAMPLE)
+
+
+def _spectra(losses: Losses, measured: Measured, options: Options, processes: Alone) -> dict[str, LayerSpectrum]:
+    """The spectra and fits of the layers that fall to this process."""
+    owners = owners_of({name: layer.decomposition_cost for name, layer in losses.layers.items()}, processes.size)
+    mine = [name for name, owner in owners.items() if owner == processes.rank]
+    weights = losses.weights() if options.weight_spectra else {}
+    return {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in mine}
 
 
 def directional_curvature(
@@ -205,6 +302,7 @@ def directional_curvature(
     """
     Options(curvature=method, mode=mode, precision=precision)
     model = unwrapped(model)
+    whole_parameters(model, Alone())
     parts = find_layers(model, layers=lambda layer: True).layers
     whole = matrix_parameters(model)[0]
     by_parameter = {alias: layer for layer in whole.values() for alias in (layer.name, *layer.aliases)} | parts
@@ -221,10 +319,14 @@ def directional_curvature(
                 f"directions: {name} is a matrix ({m}, {n}), so u must be ({m}, K) and v ({n}, K); "
                 f"got {tuple(triplets.u.shape)} and {tuple(triplets.v.shape)}"
             )
-    with _losses(model, [batch], loss_fn, chosen, mode, precision) as (losses, _):
+    with _losses(model, [batch], loss_fn, chosen, mode, precision) as (losses, _, _):
         pieces = losses.whole()
+        if not pieces:
+            raise MeasurementError(NO_SAMPLE)
         measured = measure_by(
-            method, losses.problem(pieces[0]), directions, lambda m: losses.curvatures(m, pieces, directions)
+            method,
+            lambda: Outlook.of(losses.problem(pieces[0]), directions),
+            lambda m: losses.curvatures(m, pieces, directions),
         )
     if measured.failed:
         raise SecondDerivativeError("; ".join(by_cause(measured.failed)))
@@ -288,11 +390,12 @@ def _losses(
     mode: Mode,
     precision: Precision,
     batch_idx: int = 0,
-) -> Iterator[tuple[Losses, list[str]]]:
+    whole: Mapping[int, nn.Parameter] | None = None,
+) -> Iterator[tuple[Losses, nn.Module, list[str]]]:
     """The loss on a shadow of the model, ready to be differentiated; all traces are gone at the end."""
     loss = resolve_loss(model, loss_fn, batch_idx)
     replaced = stand_ins(model)
-    with quiet(model, mode=mode, precision=precision, stand_ins=replaced) as shadow:
+    with quiet(model, mode=mode, precision=precision, stand_ins=replaced | dict(whole or {})) as shadow:
         mute(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
@@ -305,6 +408,7 @@ def _losses(
                 leaves,
                 Beginning(shadow.module),
             ),
+            shadow.module,
             notes,
         )
 

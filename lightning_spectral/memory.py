@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from lightning_spectral.curvature import (
     Curvatures,
     Gradients,
     HutchinsonTrace,
+    Outlook,
     Problem,
     check_method,
     measure_by,
@@ -23,7 +25,8 @@ from lightning_spectral.factors import Factored, kronecker_factors
 from lightning_spectral.fits import noise_floor
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.options import Options
-from lightning_spectral.pieces import Losses, NoSumError, Piece
+from lightning_spectral.pieces import Losses, NoSumError, Piece, joined
+from lightning_spectral.processes import Alone, owners_of
 from lightning_spectral.quiet import release_memory
 from lightning_spectral.svd import SingularTriplets, singular_values, top_singular_triplets
 
@@ -32,6 +35,12 @@ MEMORY = 3.0
 
 TRIES = 3
 """How often to measure where memory runs out, each time with pieces half as large."""
+
+NO_GRADIENT = (
+    "the loss does not depend on it; a loss_fn must use the module it is given, checkpointing needs "
+    "use_reentrant=False; layers of another loss are left out by layers=..."
+)
+"""Why a layer without a gradient in any process is not measured."""
 
 FACTORS_TOO_LARGE = (
     "out of memory; measure fewer samples (max_samples), or fewer layers (layers): C_A and C_delta of a layer are "
@@ -66,13 +75,14 @@ class Measured:
     alignment: Factored = field(default_factory=lambda: Factored({}, {}))
 
 
-def measure_within_memory(losses: Losses, options: Options) -> Measured:
+def measure_within_memory(losses: Losses, options: Options, processes: Alone) -> Measured:
     """Measure; where memory runs out, on pieces half as large, three tries in all.
 
     Args:
-        losses: what to measure.
+        losses: what to measure; of several processes, each has its part.
         options: of them, the curvature, the numbers of directions and draws, and ``micro_batch_size``, the samples at
             once; None: as many as `MEMORY` allows.
+        processes: that measure together.
 
     Raises:
         MeasurementError: if memory ran out at every try.
@@ -81,16 +91,17 @@ def measure_within_memory(losses: Losses, options: Options) -> Measured:
     errors: list[str] = []
     while len(errors) < TRIES:
         try:
-            return _measured(losses, options, most)
+            return _measured(losses, options, most, processes)
         except Exception as error:
             if not is_out_of_memory(error):
                 if errors and isinstance(error, MeasurementError):
                     raise MeasurementError(f"out of memory with {errors[0]}, and no smaller pieces: {error}") from None
                 raise
-            largest = losses.in_use
+            found = processes.gathered((losses.in_use if losses.whole() else 0, losses.divisible))
+            largest = _most([size for size, _ in found])
             errors.append(f"{largest or 'all'} samples at once")
         release_memory(losses.parameters.values())
-        if largest is None or largest == 1 or not losses.divisible:
+        if largest is None or largest <= 1 or not all(divisible for _, divisible in found):
             break
         most = math.ceil(largest / 2)
     raise MeasurementError(
@@ -99,24 +110,31 @@ def measure_within_memory(losses: Losses, options: Options) -> Measured:
     )
 
 
-def _measured(losses: Losses, options: Options, most: int | None) -> Measured:
+def _measured(losses: Losses, options: Options, most: int | None, processes: Alone) -> Measured:
     """Gradient and curvature, on pieces of at most so many samples; None: as many as memory is likely to hold."""
     named = check_method(options.curvature)
-    pieces = losses.whole() if most is None else losses.pieces(most)
+    losses.in_use = losses.largest(losses.whole()) if most is None else most
+    pieces = processes.agreed(lambda: losses.whole() if most is None else losses.pieces(most))
     in_one = len(pieces) == 1 and (most is not None or not losses.divisible)
     keep_graph = in_one and named is not None and named.differentiates_gradients
-    gradients, loss, problem = losses.gradients(
-        pieces, keep_graph=keep_graph, outputs=options.alignment and losses.samples is not None
+    gradients, loss, problem = processes.agreed(
+        lambda: losses.gradients(
+            pieces, keep_graph=keep_graph, outputs=options.alignment and losses.samples is not None
+        )
     )
-    triplets, failed = _triplets(gradients, losses.layers, options)
-    spectra, shorter = _spectra(gradients, triplets, losses.layers, options)
+    losses.casts |= {dtype for casts in processes.gathered(losses.casts) for dtype in casts}
+    spectra = _of_gradients(losses, gradients, options, processes)
     smallest = _smallest(gradients)
     del gradients
-    usable = {name: t.first(_usable(losses, name, t)) for name, t in triplets.items()}
+    usable = {name: t.first(_usable(losses, name, t)) for name, t in spectra.triplets.items()}
     directions = {name: t for name, t in usable.items() if len(t)}
-    factored = _factored(losses, pieces, problem, directions) if options.alignment else Factored({}, {})
+    factored = Factored({}, {})
+    if options.alignment:
+        factored = _factored(losses, pieces, problem, directions, processes)
 
-    def measure(method: Curvature, directions: Mapping[str, SingularTriplets] = directions) -> Curvatures:
+    def here(method: Curvature, directions: Mapping[str, SingularTriplets]) -> Curvatures | None:
+        if problem is None:
+            return None
         smaller = [] if most is not None else _thrifty(losses, method)
         if smaller:
             problem.release()
@@ -126,11 +144,16 @@ def _measured(losses: Losses, options: Options, most: int | None) -> Measured:
                 return losses.curvatures(method, pieces, directions)
         if len(pieces) == 1 and keep_graph == method.differentiates_gradients:
             losses.in_use = losses.largest(pieces)
-            return method(problem, directions)
+            return joined([method(problem, directions)], [pieces[0].weight])
         problem.release()
         return losses.curvatures(method, pieces, directions)
 
-    curvatures = measure_by(options.curvature, problem, directions, measure)
+    def measure(method: Curvature, directions: Mapping[str, SingularTriplets] = directions) -> Curvatures:
+        parts = processes.gathered(processes.agreed(lambda: here(method, directions)))
+        found = [part for part in parts if part is not None]
+        return joined(found, [1.0] * len(found))
+
+    curvatures = measure_by(options.curvature, lambda: _outlook(problem, directions, processes), measure)
     at_once = [losses.in_use]
     traces = Curvatures({}, "")
     if options.curvature_fraction:
@@ -140,32 +163,60 @@ def _measured(losses: Losses, options: Options, most: int | None) -> Measured:
             at_once.append(losses.in_use)
         except MeasurementError as error:
             traces = Curvatures({}, "", dict.fromkeys(measurable, str(error)))
-    failed |= curvatures.failed
-    largest = max((size for size in at_once if size is not None), default=None)
-    return Measured(triplets, spectra, shorter, curvatures, traces, failed, loss, largest, factored)
+    return Measured(
+        triplets=spectra.triplets,
+        spectra=spectra.values,
+        shorter=spectra.shorter,
+        curvatures=curvatures,
+        traces=traces,
+        failed=spectra.failed | curvatures.failed,
+        loss=sum(processes.gathered(loss)),
+        most=max((size for sizes in processes.gathered(at_once) for size in sizes if size is not None), default=None),
+        alignment=factored,
+    )
+
+
+def _outlook(problem: Problem | None, directions: Mapping[str, SingularTriplets], processes: Alone) -> Outlook:
+    """What stands in the way of Gauss-Newton in any process, or else the same in all."""
+    found = processes.gathered(processes.agreed(lambda: None if problem is None else Outlook.of(problem, directions)))
+    known = [outlook for outlook in found if outlook is not None]
+    return max(known, key=lambda outlook: bool(outlook.obstacle))
 
 
 def _factored(
-    losses: Losses, pieces: list[Piece], problem: Problem, directions: Mapping[str, SingularTriplets]
+    losses: Losses,
+    pieces: list[Piece],
+    problem: Problem | None,
+    directions: Mapping[str, SingularTriplets],
+    processes: Alone,
 ) -> Factored:
     """The Kronecker factors; where memory runs out, of pieces half as large, and in the end none: curvature goes on."""
     for _ in range(TRIES):
         try:
-            return kronecker_factors(losses, pieces, problem, directions)
+            return kronecker_factors(losses, pieces, problem, directions, processes)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        problem.release()
+        if problem is not None:
+            problem.release()
         release_memory(losses.parameters.values())
-        largest = losses.largest(pieces)
-        if largest is None or largest == 1 or not losses.divisible:
+        found = processes.gathered((losses.largest(pieces) if pieces else 0, losses.divisible))
+        largest = _most([size for size, _ in found])
+        if largest is None or largest <= 1 or not all(divisible for _, divisible in found):
             break
+        most = math.ceil(largest / 2)
         try:
-            pieces = losses.pieces(math.ceil(largest / 2))
+            pieces = processes.agreed(partial(losses.pieces, most))
         except MeasurementError:
             break
-        problem = losses.problem(pieces[0])
+        problem = losses.problem(pieces[0]) if pieces else None
     return Factored({}, dict.fromkeys(directions, FACTORS_TOO_LARGE))
+
+
+def _most(sizes: Sequence[int | None]) -> int | None:
+    """The largest; None where one is not known."""
+    known = [size for size in sizes if size is not None]
+    return max(known) if len(known) == len(sizes) else None
 
 
 def _thrifty(losses: Losses, method: Curvature) -> list[Piece]:
@@ -186,57 +237,79 @@ def _smallest(gradients: Gradients) -> tuple[str, Tensor] | None:
     return min(found.items(), key=lambda item: item[1].numel(), default=None)
 
 
-def _triplets(
-    gradients: Gradients, layers: Mapping[str, MatrixLayer], options: Options
-) -> tuple[dict[str, SingularTriplets], dict[str, str]]:
-    """The triplets, and the layers that have none."""
-    triplets, failed = {}, {}
-    for name, gradient in gradients.values.items():
+@dataclass(frozen=True, eq=False)
+class _Spectra:
+    """Singular triplets and values of the gradients, and of which layers there are none, or fewer than asked for."""
+
+    triplets: dict[str, SingularTriplets] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    shorter: dict[str, str] = field(default_factory=dict)
+
+
+def _of_gradients(losses: Losses, gradients: Gradients, options: Options, processes: Alone) -> _Spectra:
+    """The spectra of the sums over all processes of these gradients, each layer's taken by one process."""
+    layers = losses.layers
+    here = {name: value.detach() for name, value in gradients.values.items() if value is not None}
+    told = processes.gathered((set(here), gradients.failed))
+    failed = {name: why for names, reasons in told for name, why in reasons.items() if name not in names}
+    present = set().union(*(names for names, _ in told)) - failed.keys()
+    for name in layers.keys() - present - failed.keys():
+        failed[name] = NO_GRADIENT
+    costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in present}
+    owners = owners_of(costs, processes.size)
+    matrices = processes.summed(
+        {name: layers[name].to_matrix(here[name]) for name in owners if name in here},
+        owners,
+        lambda name: torch.zeros_like(layers[name].to_matrix(losses.parameters[name].detach())),
+    )
+    mine = processes.agreed(lambda: _decomposed(matrices, layers, options))
+    others = processes.gathered((mine.failed, mine.shorter))
+    shared = processes.shared(
+        {name: [t.u, t.sigma, t.v, mine.values[name]] for name, t in mine.triplets.items()}, owners
+    )
+    return _Spectra(
+        triplets={name: SingularTriplets(u, sigma, v) for name, (u, sigma, v, _) in shared.items()},
+        values={name: values for name, (*_, values) in shared.items()},
+        failed=_in_order(layers, failed, *(reasons for reasons, _ in others)),
+        shorter=_in_order(layers, *(reasons for _, reasons in others)),
+    )
+
+
+def _in_order(layers: Mapping[str, MatrixLayer], *reasons: Mapping[str, str]) -> dict[str, str]:
+    merged = {name: why for some in reasons for name, why in some.items()}
+    return {name: merged[name] for name in layers if name in merged}
+
+
+def _decomposed(matrices: Mapping[str, Tensor], layers: Mapping[str, MatrixLayer], options: Options) -> _Spectra:
+    found = _Spectra()
+    for name, matrix in matrices.items():
         layer = layers[name]
-        if gradient is None and name in gradients.failed:
-            failed[name] = gradients.failed[name]
-            continue
-        if gradient is None:
-            failed[name] = (
-                "the loss does not depend on it; a loss_fn must use the module it is given, "
-                "checkpointing needs use_reentrant=False; layers of another loss are left out by layers=..."
-            )
-            continue
         try:
-            matrix = layer.to_matrix(gradient.detach())
-            triplets[name] = top_singular_triplets(matrix, options.top_k, groups=layer.groups)
+            triplets = top_singular_triplets(matrix, options.top_k, groups=layer.groups)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            failed[name] = f"its gradient has no singular values: {error}"
-    return triplets, failed
-
-
-def _spectra(
-    gradients: Gradients, triplets: Mapping[str, SingularTriplets], layers: Mapping[str, MatrixLayer], options: Options
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The ``spectrum_top_k`` leading singular values, and why some layers have those of their window alone."""
-    spectra, shorter = {}, {}
-    for name, gradient in gradients.values.items():
-        if gradient is None or name not in triplets:
+            found.failed[name] = f"its gradient has no singular values: {error}"
             continue
-        sigma = triplets[name].sigma
+        found.triplets[name], found.values[name] = triplets, triplets.sigma
         try:
-            spectra[name] = _spectrum(gradient.detach(), layers[name], sigma, options)
+            found.values[name] = _spectrum(matrix, layer, triplets.sigma, options)
         except (RuntimeError, MemoryError) as error:
             # Smaller pieces would not help: the matrix is as large as it is.
-            spectra[name] = sigma
-            shorter[name] = f"only the {len(sigma)} singular values of the window ({type(error).__name__}: {error})"
-    return spectra, shorter
+            found.shorter[name] = (
+                f"only the {len(triplets)} singular values of the window ({type(error).__name__}: {error})"
+            )
+    return found
 
 
-def _spectrum(gradient: Tensor, layer: MatrixLayer, sigma: Tensor, options: Options) -> Tensor:
+def _spectrum(matrix: Tensor, layer: MatrixLayer, sigma: Tensor, options: Options) -> Tensor:
     """The ``spectrum_top_k`` leading singular values, of which those of the window, sigma, are known."""
     k = options.spectrum_top_k or options.top_k
     # A window that is not full holds all there are.
     if k == options.top_k or len(sigma) < options.top_k:
         return sigma
-    values = singular_values(layer.to_matrix(gradient), groups=layer.groups)
+    values = singular_values(matrix, groups=layer.groups)
     return torch.cat([sigma, values[len(sigma) : k].to(sigma)])
 
 

@@ -78,6 +78,24 @@ class SecondMoment:
             self._add_gram(gram(kept))
         self._rows.clear()
 
+    def add_moment(self, other: SecondMoment) -> None:
+        """Add the rows that another one was given."""
+        count, self.complete = self.count + other.count, self.complete and other.complete
+        for rows in other._rows:
+            self.add(rows)
+        if other._gram is not None:
+            self.add_gram(other._gram, 0)
+        # Rows that were compressed stand for more than they are.
+        self.count = count
+
+    def to(self, device: torch.device | str) -> SecondMoment:
+        """The same on a device."""
+        moved = SecondMoment(self.k)
+        moved.count, moved.complete = self.count, self.complete
+        moved._rows = [rows.to(device) for rows in self._rows]
+        moved._gram = None if self._gram is None else self._gram.to(device)
+        return moved
+
     def eigenvalues(self) -> Eigenvalues:
         """All that are not zero, or the k leading ones."""
         complete = self.complete

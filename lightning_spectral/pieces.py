@@ -70,19 +70,31 @@ class Losses:
         self.loss, self.batches, self.beginning = loss, batches, beginning
         self.layers, self.parameters = layers, parameters
         self.sizes = [batch_size(batch) for batch in batches]
-        self.divisible = all(divisible(batch) for batch in batches)
-        known = [size for size in self.sizes if size is not None]
-        self.samples = sum(known) if len(known) == len(self.sizes) else None
+        self.divisible = all(divisible(batch) for batch, size in zip(batches, self.sizes, strict=True) if size != 0)
+        self.among([self.sizes], 0)
         self.in_use: int | None = None
         self.casts: set[torch.dtype] = set()
         self._values: dict[tuple[int, int, int | None], list[float]] = defaultdict(list)
 
+    def among(self, sizes: Sequence[Sequence[int | None]], rank: int) -> None:
+        """Be a part of a larger loss, the mean over the batches of several processes.
+
+        Args:
+            sizes: the samples of each batch of each process.
+            rank: which process this is.
+        """
+        self.all_sizes = [size for of_process in sizes for size in of_process]
+        known = [size for size in self.all_sizes if size is not None]
+        self.samples = sum(known) if len(known) == len(self.all_sizes) else None
+        self._first = sum(size or 0 for of_process in sizes[:rank] for size in of_process)
+
     def whole(self) -> list[Piece]:
-        """A piece per batch."""
-        even = 1 / len(self.sizes)
+        """A piece per batch, but for those without a sample."""
+        even = 1 / sum(size != 0 for size in self.all_sizes) if any(size != 0 for size in self.all_sizes) else 0.0
         return [
             Piece(i, even if self.samples is None or size is None else size / self.samples)
             for i, size in enumerate(self.sizes)
+            if size != 0
         ]
 
     def pieces(self, most: int) -> list[Piece]:
@@ -93,7 +105,8 @@ class Losses:
             NoSumError: if its loss is no weighted sum of those of its pieces, or that cannot be told.
         """
         found: list[Piece] = []
-        for piece, size in zip(self.whole(), self.sizes, strict=True):
+        for piece in self.whole():
+            size = self.sizes[piece.batch]
             if size is None:
                 take_samples(self.batches[piece.batch], most, option="micro_batch_size")
             if size is None or size <= most:
@@ -110,26 +123,29 @@ class Losses:
         """The samples of the largest of these pieces; None where a batch does not tell."""
         sizes = [self.sizes[p.batch] if p.stop is None else p.stop - p.start for p in pieces]
         known = [size for size in sizes if size is not None]
-        return max(known) if len(known) == len(sizes) else None
+        return max(known, default=None) if len(known) == len(sizes) else None
 
     def problem(self, piece: Piece) -> Problem:
         """The loss of one piece, to be differentiated."""
         samples = self.sizes[piece.batch] if piece.stop is None else piece.stop - piece.start
         place = None
         if self.samples is not None:
-            place = Place(sum(size or 0 for size in self.sizes[: piece.batch]) + piece.start, self.samples)
+            before = sum(size or 0 for size in self.sizes[: piece.batch])
+            place = Place(self._first + before + piece.start, self.samples)
         return Problem(self._repeatable(piece), self.layers, self.parameters, samples, place)
 
     def gradients(
         self, pieces: Sequence[Piece], *, keep_graph: bool, outputs: bool = False
-    ) -> tuple[Gradients, float, Problem]:
-        """The gradient of the loss, its value, and the problem of the first piece.
+    ) -> tuple[Gradients, float, Problem | None]:
+        """The gradient of the loss, its value, and the problem of the first piece; None where there is no piece.
 
         With keep_graph, and one piece alone, the gradient can be differentiated again. With ``outputs`` the problem
         holds its gradients in the layers' outputs, too, as far as they cost no backward pass of their own.
         """
         values: dict[str, Tensor | None] = {}
         failed: dict[str, str] = {}
+        trusted: dict[str, str] = {}
+        problem = None
         loss = 0.0
         self.in_use = self.largest(pieces)
         # The first piece comes last, since its graph is kept.
@@ -139,9 +155,10 @@ class Losses:
             self.casts |= problem.trace.casts
             loss += piece.weight * problem.loss
             failed |= part.failed
+            trusted |= part.trusted
             for name, value in part.values.items():
                 values[name] = _sum(values.get(name), value, piece.weight)
-        return Gradients(values, failed, part.trusted), loss, problem
+        return Gradients(values, failed, trusted), loss, problem
 
     def curvatures(
         self,
@@ -261,7 +278,7 @@ class Losses:
 
 def joined(parts: Sequence[Curvatures], weights: Sequence[float]) -> Curvatures:
     """The curvatures of a weighted sum of losses."""
-    if len(parts) == 1:
+    if len(parts) == 1 and weights[0] == 1:
         return parts[0]
     failed = {name: why for part in parts for name, why in part.failed.items()}
     h: dict[str, Tensor] = {}

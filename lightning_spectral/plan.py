@@ -23,7 +23,7 @@ from lightning_spectral.options import Options
 from lightning_spectral.quiet import Mode, Precision
 
 FEWER_SAMPLES, FEWER_DIRECTIONS = 32, 10
-"""What is suggested for ``max_samples`` and ``top_k``: with fewer samples there is no sketch."""
+"""What is suggested for ``max_samples``, of all processes, and ``top_k``: with fewer samples there is no sketch."""
 
 WORTH = 0.1
 """Of time or memory that a change of options has to save to be suggested."""
@@ -53,13 +53,13 @@ class Plan:
         method: of the curvature; empty where it cannot be told.
         why: the choice and its reasons.
         unknown: what cannot be told.
-        samples: measured of each batch, over all processes; None without a batch.
+        samples: measured of each batch, over all processes; None without a batch, or where it does not tell.
         batch_samples: of the batch given, which a training step takes over all processes.
         n_batches, world_size: as given.
         costs: method -> what it costs, for the one that is planned and those that could take its place.
         activations: bytes that the graph of the batch keeps, with attention by its mathematical kernel; None without.
         step_flops: of a training step on the batch, matrix products and convolutions alone; None without.
-        reduced: bytes that each process sends and receives in sums over processes; 0 with one.
+        sent: bytes that each process sends to others; 0 with one.
         savings: what would be cheaper.
     """
 
@@ -79,7 +79,7 @@ class Plan:
     costs: Mapping[str, Cost]
     activations: int | None
     step_flops: int | None
-    reduced: int
+    sent: int
     savings: tuple[Saving, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,16 +133,16 @@ def plan_spectra(
     layers, graph of the curvature = the method's factor (exact 4, ggn 2.7, sketch 7.5) times the activations of the
     samples measured at once.
 
-    Over several processes the batch is shared: each measures 1 / world_size of its samples, so that a probe takes
-    1 / world_size of the time, as a training step does, but for the triplets, which each process takes of the same sum
-    of gradients. That sum is one all-reduce of the gradients, and one of K curvatures per layer.
+    Over w processes the batch is shared: each measures its own samples, and the triplets of its share of the layers, so
+    that a probe of a fixed batch takes 1 / w of the time, as a training step does. Each sends (w - 1) / w of the
+    gradients and of the directions, and its K curvatures per layer to all others.
 
     Args:
         model: on any device, the meta device included. Nothing of it is read but names, shapes and types.
         batch: what the loss takes, of which shapes and types count alone; None: what follows from the network alone.
         loss_fn, top_k, curvature, layers, kinds, fused_qkv, mode, max_samples, n_batches, micro_batch_size, precision,
-            spectrum_top_k, curvature_fraction, alignment: as in `measure_spectra`; batch and max_samples are those of
-            all processes together.
+            spectrum_top_k, curvature_fraction, alignment: as in `measure_spectra`; the batch is that of all processes
+            together, max_samples counts in each of them, as there.
         world_size: processes.
 
     Raises:
@@ -215,7 +215,7 @@ def plan_quietly(
         costs={name: estimate.cost(name) for name in METHODS if estimate.possible(name)},
         activations=None if seen is None else seen.activations,
         step_flops=None if seen is None else seen.step_flops,
-        reduced=estimate.reduced,
+        sent=estimate.sent,
         savings=tuple(_savings(estimate, method)) if estimate.possible(method) else (),
     )
 
@@ -230,8 +230,9 @@ def _savings(estimate: Estimate, method: str) -> Iterator[Saving]:
 
 
 def _changed(estimate: Estimate, method: str, cost: Cost) -> Iterator[Saving]:
-    if estimate.samples is not None and estimate.samples > FEWER_SAMPLES:
-        yield Saving(f"max_samples={FEWER_SAMPLES}", _with(estimate, method, max_samples=FEWER_SAMPLES))
+    fewer_samples = math.ceil(FEWER_SAMPLES / estimate.world_size)
+    if (estimate.local or 0) > fewer_samples:
+        yield Saving(f"max_samples={fewer_samples}", _with(estimate, method, max_samples=fewer_samples))
     if estimate.at_once(cost.parts) > 1:
         size = math.ceil(estimate.at_once(cost.parts) / 4)
         yield Saving(f"micro_batch_size={size}", _with(estimate, method, micro_batch_size=size))

@@ -173,6 +173,13 @@ class Beginning:
         self._values = [tensor.detach().clone() for tensor in self._tensors]
         self._called = False
 
+    def take(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+        """Begin with these values of some buffers of the module instead."""
+        own = dict(module.named_buffers())
+        for name, value in buffers.items():
+            own[name].data.copy_(value)
+        self._values = [tensor.detach().clone() for tensor in self._tensors]
+
     def restore(self) -> None:
         """Put everything back. Weights through .data, so that graphs of earlier calls stay valid."""
         self._random.restore()

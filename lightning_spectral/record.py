@@ -204,6 +204,17 @@ def median(values: list[float]) -> float:
     return statistics.median(known) if known else float("nan")
 
 
+def evenly(n: int, m: int) -> list[int]:
+    """At most m of n indices, evenly, with the last and, from two on, the first.
+
+    >>> evenly(7, 3), evenly(3, 5), evenly(3, 1), evenly(3, 0)
+    ([0, 3, 6], [0, 1, 2], [2], [])
+    """
+    if m <= 1:
+        return [n - 1] if m == 1 else []
+    return list(range(n)) if m >= n else [round(i * (n - 1) / (m - 1)) for i in range(m)]
+
+
 def _medians(layers: Iterable[LayerSpectrum], prefix: str) -> dict[str, float]:
     layers = list(layers)
     return {

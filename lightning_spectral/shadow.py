@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.sharding import is_communication, plain_class, without_communication
 
 # Held by reference: large or bound to the outside, and nothing that computing a loss should write to.
 SHARED_TYPES = (Dataset, DataLoader, Optimizer, LRScheduler, types.ModuleType, type)
@@ -110,7 +111,7 @@ class Copier:
         """The copy of a value; ``path`` names it where it cannot be copied."""
         if id(value) in self.memo:
             return self.memo[id(value)]
-        if isinstance(value, SHARED_TYPES):
+        if isinstance(value, SHARED_TYPES) or (is_communication(type(value)) and not isinstance(value, nn.Module)):
             return value
         try:
             new = self._copy(value, path)
@@ -180,7 +181,7 @@ class Copier:
         return new.requires_grad_(value.requires_grad)
 
     def _module(self, module: nn.Module, path: str) -> nn.Module:
-        kind = type(module)
+        kind = plain_class(type(module))
         if _defines(kind, ("__deepcopy__", "__reduce__", "__reduce_ex__")):
             for parameter in module.parameters():
                 self.copy(parameter, path)
@@ -188,7 +189,7 @@ class Copier:
         new = kind.__new__(kind)
         self._note(module, new)
         self.modules.append(new)
-        state = module.__getstate__()  # type: ignore[no-untyped-call]
+        state = without_communication(module.__getstate__())  # type: ignore[no-untyped-call]
         self._originals.append(state)
         new.__setstate__({name: self.copy(item, f"{path}.{name}") for name, item in state.items()})  # type: ignore[no-untyped-call]
         return new

@@ -5,17 +5,23 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from reports import layer
 from rich.console import Console
 
 from lightning_spectral import LayerSpectrum, SpectralReport, cli
+from lightning_spectral.alignment import KroneckerFactors
 from lightning_spectral.cli import main
 from lightning_spectral.demo import run as demo
 from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
-from lightning_spectral.report import kind_table, layer_table
+from lightning_spectral.fraction import CurvatureFraction
+from lightning_spectral.report import kind_table, layer_table, print_report
+from lightning_spectral.report.requested import REQUESTED
+from lightning_spectral.weights import WeightSpectrum
 
 
 def wandb_summary(run):
@@ -30,14 +36,17 @@ def wandb_summary(run):
 @pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 def test_demo_trains_measures_logs_and_prints(tmp_path, capsys):
     reports = demo.run(tmp_path, steps_factor=0.0025)
-    printed = capsys.readouterr().out
+    printed, complaints = capsys.readouterr()
+    # One epoch is enough for so few steps.
+    assert set(re.findall(r"Epoch \d+/(-?\d+)", printed + complaints)) == {"0"}
+    assert "anonymous" not in printed + complaints
     assert {name: len(report.layers) for name, report in reports.items()} == {"resnet-digits": 9, "gpt-python": 9}
     for name, report in reports.items():
         assert report.step > 0
         rows = (tmp_path / name / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
         assert "spectral/alpha_median" in rows[0]
-        for layer in report.layers:
-            assert layer.removesuffix(".weight") in printed
+        for named in report.layers:
+            assert named.removesuffix(".weight") in printed
         command = re.search(rf"wandb leet run (\S*{name}\S*)", printed)
         summary = wandb_summary(command.group(1))
         assert summary["spectral/alpha_median"] == pytest.approx(report.medians()["alpha_median"], rel=1e-6)
@@ -97,6 +106,55 @@ def test_tables_show_what_is_missing_and_escape_names():
     kinds = text_of(kind_table(report))
     assert "1.94 to 2.17" in kinds
     assert math.isnan(report.layers["b.weight"].alpha.exponent)
+
+
+def printed(report, **options):
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_report(report, console=console, **options)
+    return console.export_text()
+
+
+def reported(*layers):
+    return SpectralReport({x.name: x for x in layers}, {}, 1.0, 8, "exact", "eval", "float32", 20, 0.1)
+
+
+def test_columns_are_explained_below_the_table_and_nothing_more_is_printed_unasked():
+    text = printed(reported(layer("a.weight", noise=0.2)))
+    assert text.count("error: |s - α·γ| / |s|; PR_h: directions that carry h, zeta: its bound; dim: r2 below 0.9") == 1
+    assert not any(requested.title in text for requested in REQUESTED)
+
+
+def test_what_was_measured_on_request_is_printed_and_no_more():
+    k = torch.arange(1, 21, dtype=torch.float64)
+    factors = KroneckerFactors(3 * k**-0.5, k**-0.5, k**-1, 2 * k**-0.5, k**0, 4.5, 7.25, 64)
+    longer = torch.arange(1, 41, dtype=torch.float64) ** -1
+    rich = layer("a[bold].weight", noise=0.2, bootstrap=20, factors=factors, spectrum=longer)
+    fraction = CurvatureFraction.of(torch.tensor([9.0, 11.0]), rich.h, shape=rich.shape)
+    rich = replace(rich, weights=WeightSpectrum.of(torch.diag(k), top_k=5), fraction=fraction)
+    intervals, alignment = rich.intervals, rich.alignment
+    ends = [f"{x.low:.2f} to {x.high:.2f}" for x in (intervals.alpha, intervals.gamma, intervals.s)]
+    slopes = [f"{fit.exponent:.2f}" for fit in (alignment.beta, alignment.phi, alignment.chi_slope)]
+    cells = {
+        "bootstrap": [*ends, *(f"{fit.exponent:.2f}" for fit in rich.alpha_quartiles)],
+        "alignment": [f"{rich.alpha.exponent:.2f}", *slopes, f"{alignment.median_chi:.3g}", "0.33", "7.25", "4.5"],
+        "curvature_fraction": [
+            "10 ± 1", f"{100 * fraction.value:.1f} % ± {100 * fraction.stderr:.1f} %", f"{fraction.over_random:.3g}",
+        ],
+        "weight_spectra": [f"{x:.2f}" for x in (
+            rich.weights.s.exponent, rich.weights.s.r2, rich.s.exponent, rich.weights.gamma.exponent,
+            rich.gamma.exponent,
+        )],
+        "spectrum_top_k": ["40/40", "power law", f"{rich.rank_models.margin:.2f}"],
+    }  # fmt: skip
+    text = printed(reported(rich, layer("other.weight", alignment_note="is applied twice")))
+    assert [requested.title.partition(":")[0] for requested in REQUESTED] == list(cells)
+    for requested, expected in zip(REQUESTED, cells.values(), strict=True):
+        rows = text.partition(requested.title)[2].partition(requested.caption)[0].splitlines()[4:6]
+        assert re.split(r"\s{2,}", rows[0].strip()) == ["a[bold]", *expected]
+        assert rows[1].split()[0] == "other"
+    (unaligned,) = re.findall(r"other +2\.00 +- +-.*", text)
+    assert unaligned.split() == ["other", "2.00", *["-"] * 7]
+    assert "alignment" not in printed(reported(rich), layers=[])
 
 
 def test_command_line(capsys, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Two processes: they probe before the same steps, and train as they would without a probe."""
+"""Two processes of DDP: they measure their batches together, before the same steps, and train as without a probe."""
 
 from __future__ import annotations
 
@@ -51,6 +51,64 @@ TRAIN = """
     result["steps"] = [report.step for report in probe.history]
 """
 
+JOINT = """
+    import copy
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from lightning_spectral import measure_spectra
+
+    def loss(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    def fails_in_one(module, batch):
+        if rank and module.steps_seen == 4:
+            raise KeyError("lost")
+        return loss(module, batch)
+
+    class Alone(pl.Callback):
+        # Before the probe: the joined batch, measured by the first process on a copy of its module.
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            batches = [None, None]
+            dist.all_gather_object(batches, batch)
+            if rank == 0 and trainer.global_step == 2:
+                joined = tuple(torch.cat(parts) for parts in zip(*batches))
+                again = copy.deepcopy(module.net)
+                report = measure_spectra(
+                    again, joined, lambda m, b: F.cross_entropy(m(b[0]), b[1]), curvature="exact", top_k=3
+                )
+                result["alone"] = {{name: x.h.tolist() for name, x in report.layers.items()}}
+                result["samples"] = [len(part[0]) for part in batches]
+
+    class Loader:
+        # Batches of 12 samples for one process and of 20 for the other.
+        def __iter__(self):
+            data, start = ConvNet.data(), 0
+            while start + 32 <= len(data):
+                yield data[start : start + 12] if rank == 0 else data[start + 12 : start + 32]
+                start += 32
+
+    probe = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3, loss_fn=fails_in_one)
+    loader = DataLoader(ConvNet.data(), 8, shuffle=False)
+    fixed = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3, prefix="held", batch=loader, n_batches=3)
+    module = ConvNet()
+    trainer = pl.Trainer(
+        max_steps=8, max_epochs=-1, callbacks=[Alone(), probe, fixed], logger=pl.loggers.CSVLogger(folder),
+        use_distributed_sampler=False, **options,
+    )
+    warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as told:
+        trainer.fit(module, Loader())
+    result["told"] = [str(w.message) for w in told if "Spectral" in w.category.__name__]
+    result["steps"] = [report.step for report in probe.history]
+    result["failed"] = probe.failed_probes
+    result["joint"] = {{n.removeprefix("net."): x.h.tolist() for n, x in probe.history[1].layers.items()}}
+    result["reports"] = [
+        [x.h.tolist() for x in report.layers.values()] for report in (*probe.history, *fixed.history)
+    ]
+    held = fixed.history[0]
+    result["held"] = [held.n_samples, held.n_batches]
+"""
+
 APART = """
     class Uneven(torch.utils.data.Dataset):
         def __len__(self):
@@ -73,8 +131,44 @@ APART = """
     loader = DataLoader(ConvNet.data(), 16)
     if rank:
         loader = {loader}
-    trainer.fit(module, loader)
+    warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as told:
+        trainer.fit(module, loader)
+    result["told"] = [str(w.message) for w in told if "Spectral" in w.category.__name__]
     result["steps"] = [report.step for report in probe.history]
+"""
+SHARDED = """
+    from pytorch_lightning.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    class Net(ConvNet):
+        def configure_model(self):
+            mesh = self.device_mesh["data_parallel"]
+            if not any("FSDP" in type(module).__name__ for module in self.net):
+                for module in (self.net[0], self.net[4], self.net[8]):
+                    fully_shard(module, mesh=mesh)
+                fully_shard(self.net, mesh=mesh)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def fit(callbacks):
+        pl.seed_everything(0, verbose=False)
+        module = Net()
+        chosen = options | {{"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}}
+        trainer = pl.Trainer(
+            max_steps=5, max_epochs=-1, callbacks=callbacks, logger=pl.loggers.CSVLogger(folder), **chosen
+        )
+        trainer.fit(module, DataLoader(ConvNet.data(), 16, shuffle=True))
+        return trainer, module, [p.to_local().tolist() for p in module.parameters()]
+
+    probe = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3)
+    trainer, module, weights = fit([probe])
+    result["steps"] = [report.step for report in probe.history]
+    result["alphas"] = [[x.alpha.exponent for x in report.layers.values()] for report in probe.history]
+    result["layers"] = list(probe.last_report.layers)
+    result["samples"] = probe.last_report.n_samples
+    result["as without"] = weights == fit([])[2]
 """
 LOADERS = {"smaller": "DataLoader(ConvNet.data(), 8)", "uncountable": "DataLoader(Uneven(), batch_size=None)"}
 
@@ -106,9 +200,38 @@ def test_both_processes_probe_before_the_same_steps_and_train_as_without(tmp_pat
     assert plain["weights"] == first["weights"]
 
 
+def test_two_processes_measure_the_joined_batch_and_skip_a_probe_together(tmp_path):
+    first, second = run_two(tmp_path / "joint", JOINT.format())
+    assert first["samples"] == [12, 20]
+    for name, h in first["joint"].items():
+        assert h == pytest.approx(first["alone"][name], rel=1e-5, abs=1e-5 * max(map(abs, h)))
+    assert first["reports"] == second["reports"]
+    # Before step 4 the loss fails in the second process.
+    assert first["steps"] == second["steps"] == [0, 2, 6]
+    assert first["failed"] == second["failed"] == 1
+    assert [text for text in first["told"] if "process 1: KeyError: 'lost'" in text]
+    assert not second["told"]
+    assert first["weights"] == second["weights"]
+    # Three batches of 8, two for one process and one for the other.
+    assert first["held"] == [24, 3]
+
+
+def test_fully_sharded_training_is_probed_and_goes_on_as_without(tmp_path):
+    first, second = run_two(tmp_path / "sharded", SHARDED.format())
+    assert first["steps"] == second["steps"] == [0, 2, 4]
+    assert first["layers"] == ["net.0.weight", "net.4.weight", "net.8.weight"]
+    assert first["alphas"] == second["alphas"]
+    assert all(alpha == alpha for alphas in first["alphas"] for alpha in alphas)
+    assert first["samples"] == 32
+    assert first["as without"]
+    assert second["as without"]
+
+
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_process_that_collects_longer_or_not_at_all_stops_no_other(tmp_path, name):
+def test_processes_wait_for_the_batches_of_all_or_are_all_off(tmp_path, name):
     first, second = run_two(tmp_path / name, APART.format(loader=LOADERS[name]))
-    assert first["steps"]
-    assert bool(second["steps"]) == (name == "smaller")
+    assert first["steps"] == second["steps"]
+    assert bool(first["steps"]) == (name == "smaller")
+    off = [text for text in first["told"] if "SpectralProbe is off: process 1: its batches cannot be had" in text]
+    assert bool(off) == (name == "uncountable")
     assert first["weights"] == second["weights"]

@@ -393,7 +393,8 @@ def test_far_out_the_band_is_that_of_the_exponent_sampled_or_not():
 
 def test_alpha_by_depth():
     report = synthetic.network()
-    (axes,) = figures.plot_alpha_by_depth(report).axes
+    figure = figures.plot_alpha_by_depth(report)
+    (axes,) = figure.axes
     bars = {container.get_label(): container for container in axes.containers}
     for i, (name, layer) in enumerate(report.layers.items()):
         point, _, (bar,) = bars[name].lines
@@ -405,6 +406,7 @@ def test_alpha_by_depth():
     names = [label.get_text() for label in axes.get_xticklabels()]
     assert names == [name.removesuffix(".weight") for name in report.layers]
     (band,) = axes.patches
+    assert "α from 1.85 to 2.15" in [text.get_text() for text in figure.legends[0].get_texts()]
     assert band.get_extents().transformed(axes.transData.inverted()).intervaly == pytest.approx((1.85, 2.15))
 
 

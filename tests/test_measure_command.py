@@ -176,14 +176,26 @@ def test_every_option_reaches_the_measurement(nets):
         "--curvature-fraction=3",
     ]
     options += ["--weight-spectra", "--bootstrap=10", "--mode=train", "--precision=float64", "--device=cpu"]
+    options += ["--kinds", "0=mlp_up", "2.*=head"]
     assert main([*BASE, *options]) == 0
     report = SpectralReport.from_json("spectra/spectra.json")
     assert (report.n_samples, report.n_batches, report.micro_batch_size) == (80, 2, 20)
     assert (report.curvature, report.mode, report.precision) == ("exact", "train", "float64")
     ((name, layer),) = report.layers.items()
-    assert name == "0.weight"
+    assert (name, layer.kind) == ("0.weight", "mlp_up")
     assert (len(layer.sigma), len(layer.spectrum)) == (3, 5)
     assert layer.parts == {"weights", "intervals", "fraction", "alignment"}
+
+
+@pytest.mark.parametrize(
+    ("option", "rows"),
+    [(["--fused-qkv", "0"], [2, 2, 2]), (["--fused-qkv", "2=2,1,1", "0.*=1,2,3"], [1, 2, 3])],
+)
+def test_fused_projections_are_split_into_equal_rows_or_those_given(nets, option, rows):
+    assert main([*BASE, "--loss=cross_entropy", *option]) == 0
+    layers = SpectralReport.from_json("spectra/spectra.json").layers
+    assert [layers[f"0.weight.{part}"].shape for part in "qkv"] == [(n, 5) for n in rows]
+    assert {layers[f"0.weight.{part}"].kind for part in "qkv"} == {"attention_qkv"}
 
 
 def test_a_seed_gives_the_same_measurement(nets):
@@ -316,6 +328,10 @@ WRONG = {
     "a loss that is none": (["--loss=nets_here:number"], "is a int, and should be a function of (model, batch)"),
     "another loss": (["--loss=mse_loss"], "mse_loss needs an output of the targets' shape, got (48, 4) and (48,)"),
     "layers": (["--layers", "conv*"], "layers: 'conv*' matches no layer; the layers are 0.weight, 2.weight"),
+    "a kind that is none": (["--kinds", "0=conf"], "kinds: 'conf' (for '0') is no kind of layer; take one of conv, "),
+    "no kind": (["--kinds", "conv"], "--kinds takes GLOB=KIND, such as '*.c_proj=attention_out', got 'conv'"),
+    "rows in words": (["--fused-qkv", "0=2,x,2"], "--fused-qkv takes GLOB or GLOB=ROWS,ROWS,ROWS, got '0=2,x,2'"),
+    "other rows": (["--fused-qkv", "0=2,2,3"], "the 6 rows of 0.weight cannot be split into query, key and value of"),
     "an option": (["--top-k=0"], "top_k must be a whole number of at least 1, got 0"),
     "device": (["--device=abacus"], "--device abacus: RuntimeError: "),
     "output": (["--output=needy.py"], "--output needy.py: File exists"),

@@ -10,12 +10,14 @@ import re
 from importlib.resources import files
 
 import pytest
+import torch
 from reports import dead, layer, report
 
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.alignment import KroneckerFactors
+from lightning_spectral.record import SpectralReport, evenly
 from lightning_spectral.report import RunError, run_of, write_page
-from lightning_spectral.report.page import PAGE_BYTES, evenly, page, page_data, plotly_js, script_json
-from lightning_spectral.report.read import Probe, Run
+from lightning_spectral.report.page import PAGE_BYTES, is_page, page, page_data, plotly_js, script_json
+from lightning_spectral.report.run import Probe, Run
 from lightning_spectral.spectrum import LAYER_KEYS
 from lightning_spectral.summary import summary
 
@@ -173,6 +175,36 @@ def test_mixed_and_capped_logs_say_what_is_missing():
 
 def test_a_huge_run_stays_small():
     assert len(page(long_run(100, 200)).encode()) < PAGE_BYTES
+
+
+def test_a_page_is_known_as_one(tmp_path):
+    assert is_page(write_page(run(), tmp_path / "p.html", title="x" * 300))
+    (tmp_path / "other.html").write_text("<html>lightning-spectral</html>")
+    assert not is_page(tmp_path / "other.html")
+    assert not is_page(tmp_path)
+
+
+def test_rank_models_and_the_split_of_alpha_are_the_reports():
+    k = torch.arange(1, 21, dtype=torch.float64)
+    factors = KroneckerFactors(3 * k**-0.5, k**-0.5, k**-1, 2 * k**-0.5, k**0, 4.5, 7.25, 64)
+    whole = layer("a", noise=0.2, factors=factors, spectrum=torch.arange(1, 41, dtype=torch.float64) ** -1)
+    probe = page_data(run_of([report(whole, layer("b"), dead("c"))], "mine"))["probes"][0]
+    first, second, none = probe["spectra"]
+    assert first["spectrum"] == pytest.approx(whole.spectrum.tolist(), rel=1e-5)
+    assert (first["ranked"], second["ranked"], second["spectrum"], second["split"]) == (40, 20, None, None)
+    assert (none["models"], none["ranked"]) == ({}, 0)
+    for model, fit in whole.rank_models.fits.items():
+        assert first["models"][model] == pytest.approx(fit.coefficients, rel=1e-5, abs=1e-9)
+    assert probe["winners"] == ["power_law", "power_law", ""]
+    assert probe["quarters"][0] == pytest.approx([fit.exponent for fit in whole.alpha_quartiles], rel=1e-5)
+    split = {key: (values, intercept) for key, values, intercept in first["split"]}
+    alignment = whole.alignment
+    assert split["beta"][0] == pytest.approx((alignment.lambda_delta * alignment.lambda_a).tolist(), rel=1e-5)
+    assert split["phi"] == (
+        pytest.approx(alignment.phi_k.tolist(), rel=1e-5),
+        pytest.approx(alignment.phi.intercept, rel=1e-5),
+    )
+    assert split["chi_slope"][0] == pytest.approx(alignment.chi.tolist(), rel=1e-5)
 
 
 def test_empty_run(tmp_path):

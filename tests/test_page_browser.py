@@ -1,5 +1,8 @@
 """The page in a real browser: no network, no errors, and everything a reader can do. Skipped where there is none."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from browser import Page, find_browser
@@ -7,8 +10,11 @@ from reports import dead, layer, report
 from torch import nn
 
 from lightning_spectral import measure_spectra
+from lightning_spectral.alignment import KroneckerFactors
+from lightning_spectral.fraction import CurvatureFraction
 from lightning_spectral.report import run_of, write_page
-from lightning_spectral.report.read import Probe, Run
+from lightning_spectral.report.run import Probe, Run
+from lightning_spectral.weights import WeightSpectrum
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None, reason="no Chromium or Chrome on PATH (or in the variable CHROMIUM)"
@@ -55,7 +61,11 @@ def opened(browser, file):
 def test_loads_without_errors_or_requests(opened, steps):
     assert opened.problems == []
     assert opened.requests == []
-    assert opened.evaluate("document.querySelectorAll('.js-plotly-plot').length") == 6
+    assert opened.evaluate("document.querySelectorAll('.js-plotly-plot').length") == 7
+    assert opened.evaluate("document.getElementById('split-figure').hidden")
+    assert opened.evaluate("document.getElementById('facts').textContent").endswith("5 layers, 3 probes")
+    for plot in ("depth", "training"):
+        assert "alpha from 1.85 to 2.15" in opened.evaluate(f"document.querySelector('#{plot} .legend').textContent")
     assert opened.evaluate("document.getElementById('failed').hidden")
     assert opened.evaluate(LAYERS) == ["stem", "blocks.2.qkv", "blocks.10.qkv", "head", "dead"]
     assert opened.evaluate("document.querySelectorAll('tr.doubtful').length") == 1
@@ -216,6 +226,90 @@ def test_a_log_shows_what_there_is(browser, steps, tmp_path):
     assert browser.evaluate("[...document.querySelectorAll('figure.spectral')].every(figure => figure.hidden)")
     assert browser.evaluate("document.querySelector('th[data-key=kind]')") is None
     assert browser.evaluate("document.querySelectorAll('.js-plotly-plot').length") == 4
+
+
+SHOWN = "getComputedStyle(document.getElementById('{}').closest('figure')).display !== 'none'"
+HEADS = "[...document.querySelectorAll('#columns button')].map(button => button.textContent)"
+
+
+def test_a_log_of_alpha_alone_hides_what_it_cannot_draw_and_says_how_to_get_it(browser, tmp_path):
+    layers = {name: {"alpha": 2.0 + i, "r2_alpha": 0.99} for i, name in enumerate(NAMES)}
+    probes = [Probe(step, f"step {step}", 1.0, layers, None, len(NAMES)) for step in (0, 1)]
+    browser.open(write_page(Run("log", ("CSV log x",), tuple(probes)), tmp_path / "p.html"))
+    shown = {plot: browser.evaluate(SHOWN.format(plot)) for plot in ("depth", "transfer", "training", "models")}
+    assert shown == {"depth": True, "transfer": False, "training": True, "models": False}
+    (absent,) = browser.evaluate("[...document.querySelectorAll('#absent li')].map(item => item.textContent)")
+    assert absent.startswith("The transfer identity is not shown: no layer has gamma and s at step 1.")
+    assert 'log_quantities="all"' in absent
+    assert browser.evaluate(HEADS) == ["layer", "alpha ± se", "r2"]
+    assert browser.evaluate("document.querySelector('#rows td[data-key=alpha]').textContent") == "2.00"
+    assert browser.evaluate("document.getElementById('layer-training').data.map(trace => trace.name)") == ["alpha"]
+    assert browser.problems == []
+
+
+def asked_for(step):
+    """A layer with everything that is measured on request, and one without what alignment takes."""
+    k = torch.arange(1, 21, dtype=torch.float64)
+    spectrum = torch.arange(1, 41, dtype=torch.float64) ** -1
+    factors = KroneckerFactors(3 * k**-0.5, k**-0.5, k**-1, 2 * k**-0.5, k**0, 4.5, 7.25, 64)
+    whole = layer("whole", noise=0.2, bootstrap=20, factors=factors, spectrum=spectrum)
+    draws = torch.tensor([9.0, 11.0])
+    parts = {"weights": WeightSpectrum.of(torch.diag(k), top_k=5)}
+    parts["fraction"] = CurvatureFraction.of(draws, whole.h, shape=whole.shape)
+    without = layer("without", alpha=1.5, bootstrap=20, alignment_note="is applied twice")
+    return report(*(replace(x, **parts) for x in (whole, without)), step=step, spectrum_top_k=40)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_what_was_measured_on_request_has_columns_lines_and_panels(browser, tmp_path, dark):
+    measured = [asked_for(step) for step in (0, 5)]
+    browser.open(write_page(run_of(measured, "asked"), tmp_path / "p.html"), dark=dark)
+    heads = browser.evaluate(HEADS)
+    assert heads[heads.index("alpha ± se") + 1] == "alpha 95 %"
+    asked = ["s_weight", "gamma_weight", "tr H ± se", "fraction ± se", "over random", "beta", "phi", "chi_slope", "chi"]
+    assert heads[heads.index("h < 0") + 1 :] == [*asked, "ratio", "rank a", "rank delta"]
+    first = measured[-1].layers["whole"]
+    low, high = first.intervals.alpha.low, first.intervals.alpha.high
+    cell = "document.querySelector('#rows td[data-key={}]').textContent"
+    assert browser.evaluate(cell.format("alpha_low")) == f"{low:.2f} to {high:.2f}"
+    assert browser.evaluate(cell.format("hessian_trace")) == "10 ± 1"
+    assert browser.evaluate(cell.format("effective_rank_a")) == "7.25"
+    lines = browser.evaluate("[...document.querySelectorAll('#layer-more li')].map(item => item.textContent)")
+    quarters = ", ".join(f"{fit.exponent:.2f}" for fit in first.alpha_quartiles)
+    assert lines[0] == f"alpha by quarter of the directions, the strongest first: {quarters}"
+    assert lines[1].startswith("gradient spectrum of 40 singular values: power law, ")
+    assert lines[2].startswith(f"95 % of bootstrap draws: alpha {low:.2f} to {high:.2f}, gamma ")
+    assert browser.evaluate("document.getElementById('models').data[0].x.length") == 40
+    drawn = browser.evaluate("document.getElementById('split').data.map(({name, x, y}) => [name, [...x], [...y]])")
+    split = first.alignment
+    assert [name for name, _, _ in drawn][1::2] == [
+        f"{key} = {getattr(split, key).exponent:.2f}" for key in ("beta", "phi", "chi_slope")
+    ]
+    for (_, x, y), fit in zip(drawn[1::2], (split.beta, split.phi, split.chi_slope), strict=True):
+        assert y == pytest.approx([1, (x[1] / x[0]) ** fit.exponent], rel=1e-4)
+    assert drawn[0][2][0] == pytest.approx(
+        float(split.lambda_delta[0] * split.lambda_a[0])
+        / (math.exp(split.beta.intercept) * drawn[0][1][0] ** split.beta.exponent),
+        rel=1e-4,
+    )
+    browser.evaluate("document.getElementById('next').click()")
+    assert browser.evaluate("document.getElementById('split-figure').hidden")
+    assert "alignment: is applied twice" in browser.evaluate("document.getElementById('layer-missing').textContent")
+    width = "document.getElementById('layer-training').clientWidth"
+    browser.wait(f"Math.abs(document.querySelector('#layer-training .main-svg').clientWidth - {width}) < 2")
+    assert browser.problems == []
+
+
+def test_error_bars_end_within_the_axis(browser, tmp_path):
+    noisy = [layer(name, alpha=1.0, noise=3.0, seed=i, k=5) for i, name in enumerate(NAMES)]
+    file = write_page(run_of([report(*noisy, layer("calm"))], "one"), tmp_path / "p.html")
+    browser.open(file)
+    low, high = browser.evaluate("document.getElementById('depth').layout.yaxis.range")
+    assert high - low < 50
+    ends = [x.alpha.exponent + way * x.alpha.stderr for x in noisy for way in (-1, 1)]
+    assert low < min(ends) < max(ends) < high
+    assert browser.evaluate("document.getElementById('facts').textContent").endswith("5 layers, 1 probe")
+    assert browser.problems == []
 
 
 def test_one_probe_has_no_slider(browser, steps, tmp_path):

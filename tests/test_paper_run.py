@@ -17,6 +17,7 @@ from examples.paper.archives import FOLDER_VARIABLE
 from examples.paper.experiments import EXPERIMENTS
 from examples.paper.finding import correlation, spread
 from examples.paper.outcome import OldOutcomeError, Outcome, Training, outcome
+from examples.paper.plots import curves
 from examples.paper.tasks import DATA, NETWORKS, digit_pairs, python_modules, without_layer_norm
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.SpectralWarning")
@@ -191,6 +192,18 @@ def _all(dataset: object) -> object:
     from examples.paper.data import loader
 
     return loader(dataset, len(dataset))
+
+
+def test_the_legend_of_curves_shows_the_dash_of_each_network() -> None:
+    series = {name: {0.0: [1.0, 2.0], 5.0: [2.0, 2.5]} for name in ("a: conv", "a: head", "b: conv")}
+    from matplotlib.lines import Line2D
+
+    figure = curves(series, "t", ("x", "y"), kinds={name: name[3:] for name in series})
+    (legend,) = figure.legends
+    dashes = [line.get_linestyle() for line in legend.findobj(Line2D) if line.get_linestyle() != "None"]
+    assert ([text.get_text() for text in legend.get_texts()], dashes) == (list(series), ["-", "-", "--"])
+    # A dash and a gap are 4.7 times a line's width of 1.2 points; the marker hides a third of a short key.
+    assert legend.handlelength * legend.prop.get_size() > 20
 
 
 def test_powers_of_s_and_shuffled_scales() -> None:

@@ -154,10 +154,15 @@ def test_activations_are_what_the_graph_saves():
 def test_processes_share_the_samples_and_sum_the_gradients():
     model, batch, loss = gpt()
     one, four = (plan_spectra(model, batch, loss, world_size=n) for n in (1, 4))
-    assert (one.reduced, four.samples) == (0, 48)
-    assert four.reduced >= 2 * 3 / 4 * one.costs["exact"].memory.gradients
-    assert four.costs["sketch"].extra == 4 * one.costs["sketch"].extra
+    assert (one.sent, four.samples) == (0, 48)
+    memory = one.costs["exact"].memory
+    curvatures = 16 * sum(one.directions.values())
+    assert four.sent == round(3 / 4 * (memory.gradients + memory.directions) + 3 * curvatures)
+    assert four.costs["sketch"].extra == one.costs["sketch"].extra
     assert four.costs["sketch"].memory.gradient_graph == one.costs["sketch"].memory.gradient_graph / 4
+    assert (four.costs["sketch"].share, four.costs["sketch"].parts) == (1, 3)
+    few = plan_spectra(model, batch, loss, world_size=4, max_samples=6)
+    assert (few.samples, few.costs["sketch"].share) == (24, 0.5)
     assert [x.least for x in four.costs["sketch"].passes] == [x.least for x in one.costs["sketch"].passes]
 
 
@@ -381,7 +386,10 @@ def test_the_command_prints_the_plan_and_writes_json(nets, capsys):
     assert "Sequential: 64 parameters, 2 matrices to measure" in printed
     assert "curvature by ggn: every operation after the layers is piecewise linear" in printed
     assert "ggn * 1 4 1" in printed
-    assert "over 2 processes each measures 1/2 of the samples" in printed
+    assert (
+        "over 2 processes each measures 1/2 of the samples and takes the singular triplets of 1/2 of the layers"
+        in printed
+    )
     with open("plan.json") as file:
         found = json.load(file)
     assert (found["method"], found["samples"]) == ("ggn", 48)

@@ -459,15 +459,24 @@ def test_lightning_cli_builds_the_probe_from_a_config(package, tmp_path, monkeyp
     assert probe.options.kinds == {"net.0": "mlp_up"}
 
 
-def test_strategies_that_shard_parameters_are_refused():
-    class FSDPStrategy:
-        pass
-
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_flatten_parameters_are_refused(strategy):
     class Trainer:
-        strategy = FSDPStrategy()
+        is_global_zero = True
 
+    Trainer.strategy = type(strategy, (), {})()
     probe = SpectralProbe()
-    with pytest.warns(SpectralWarning, match="SpectralProbe is off: FSDPStrategy splits parameters over processes"):
+    with pytest.warns(SpectralWarning, match=f"SpectralProbe is off: {strategy} flattens parameters .* ModelParallel"):
+        probe.on_fit_start(Trainer(), Tiny())
+
+
+def test_processes_that_torch_distributed_does_not_know_are_refused():
+    class Trainer:
+        is_global_zero, world_size, accumulate_grad_batches = True, 2, 1
+
+    Trainer.strategy = type("OtherStrategy", (), {})()
+    probe = SpectralProbe()
+    with pytest.warns(SpectralWarning, match="OtherStrategy has 2 processes that do not talk through"):
         probe.on_fit_start(Trainer(), Tiny())
 
 

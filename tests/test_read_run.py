@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader
 from lightning_spectral import SpectralProbe
 from lightning_spectral.cli import main
 from lightning_spectral.report import RunError, read_run, run_of
+from lightning_spectral.report.page import page_data
+from lightning_spectral.report.trackers import CSVTracker, Row
 from lightning_spectral.spectrum import LAYER_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
@@ -85,6 +88,73 @@ def test_csv_log(log):
             )
     assert list(run.probes[0].layers)[-2:] == ["net.2.weight", "net.10.weight"]
     assert run.name.endswith("csv/version_0") or run.name.endswith("/csv")
+
+
+def with_table(log, reports=(), prefix="spectral"):
+    """The log with the table of layers that log_tables=True writes."""
+    for r in reports or steps():
+        CSVTracker(SimpleNamespace(log_dir=log), pytest.fail).write_table(Row(prefix, r.step, {}, table=r.rows()))
+    return log
+
+
+def test_a_table_of_layers_beside_a_csv_log(tmp_path):
+    tracker = CSVLogger(tmp_path, name="csv")
+    for r in steps():
+        tracker.log_metrics({f"spectral/{k}": v for k, v in r.scalars([NAMES[1]]).items()}, step=r.step)
+    tracker.save()
+    run = read_run([with_table(Path(tracker.log_dir))])
+    for probe, expected in zip(run.probes, steps(), strict=True):
+        assert probe.loss == expected.loss
+        assert list(probe.layers) == list(expected.layers)
+        for name, spectrum in expected.layers.items():
+            known = {key: value for key, value in spectrum.scalars().items() if math.isfinite(value)}
+            assert {k: v for k, v in probe.layers[name].items() if math.isfinite(v)} == pytest.approx(known)
+            facts = probe.facts[name]
+            assert (facts.kind, facts.shape, facts.note) == (spectrum.kind, spectrum.shape, spectrum.note)
+            assert facts.rank_model == (spectrum.rank_models.winner or "")
+            quarters = [fit.exponent for fit in spectrum.alpha_quartiles]
+            assert list(facts.quarters) == pytest.approx(quarters, nan_ok=True)
+        assert [x.kind for x in probe.exponents()] == ["dense"] * 5
+    data = page_data(run)
+    assert (data["kinds"][0], data["shapes"][0]) == ("dense", "64 × 32")
+    assert data["probes"][-1]["notes"] == {"dead": "nothing flows through it"}
+    assert data["notes"][0].startswith("A log holds scalars only, and the table of layers beside it too")
+    assert len(data["notes"]) == 1
+
+
+def test_tables_are_of_one_probe_the_last_row_counts_and_steps_of_theirs_alone_are_kept(log):
+    second = steps()[1]
+    others = [report(layer("z.weight", alpha=5.0), step=0)]
+    with_table(log, others, prefix="spectral/other")
+    with_table(log, [second, report(layer(NAMES[1], alpha=3.0), step=4)])
+    resumed = report(layer("late.weight", bootstrap=5, alpha=1.25), step=11)
+    with_table(log, [resumed])
+    assert sorted(path.name for path in log.glob("*_layers*")) == [
+        "spectral_layers.csv", "spectral_layers_1.csv", "spectral_other_layers.csv",
+    ]  # fmt: skip
+    probes = read_run([log]).probes
+    assert [probe.label for probe in probes] == ["step 0", "step 4", "step 8", "step 11"]
+    assert probes[0].facts == probes[2].facts == {}
+    assert probes[1].layers[NAMES[1]]["alpha"] == pytest.approx(3.0)
+    assert probes[1].layers[NAMES[0]]["alpha"] == pytest.approx(second.layers[NAMES[0]].alpha.exponent)
+    assert math.isnan(probes[3].loss)
+    assert probes[3].layers["late.weight"]["alpha_low"] == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"step,layer\n0,a\n", "no table of layers as log_tables=True writes it \\(KeyError: 'kind'"),
+        (b"layer\na\n", "KeyError: 'step'"),
+        (b"step,layer,kind,m,n,note,rank_model\n0,a,conv,x,3,,\n", "ValueError: invalid literal"),
+        (b"step,layer,alpha,kind\n0,a,blue,conv\n", "could not convert string to float: 'blue'"),
+        (b"\xff\xfe", "no CSV file that can be read"),
+    ],
+)
+def test_what_is_no_table_of_layers(log, content, says):
+    (log / "spectral_layers.csv").write_bytes(content)
+    with pytest.raises(RunError, match=f"spectral_layers.csv: .*{says}"):
+        read_run([log])
 
 
 def test_logged_keys_are_all_read(log):
@@ -212,7 +282,7 @@ HEAD = b"spectral/layers_measured,spectral/alpha_median,spectral/a/alpha\n"
         ("metrics.csv", b"\xff\xfe\x00", "no CSV file that can be read"),
         ("metrics.csv", HEAD + b"1,2.0,blue\n", "spectral/a/alpha should be a number, got 'blue'"),
         ("metrics.csv", HEAD + b"nan,nan,\n", "the probe measured nothing"),
-        ("metrics.csv", b"spectral/layers_measured,spectral/alpha_median\n0,2.0\n", "medians but no layers"),
+        ("metrics.csv", b"spectral/layers_measured,spectral/alpha_median\n5,2.0\n", "medians but no layers"),
         ("r.json", b"{", "no report that can be read"),
         ("r.json", b"[]", "no report that can be read"),
         ("r.json", b"{}", "expected a lightning-spectral-report"),
@@ -286,6 +356,21 @@ def test_command_writes_beside_the_run(log, tmp_path, capsys):
     assert "<title>A &amp; B</title>" in (tmp_path / "one.html").read_text()
     assert main(["report", str(log), "--output", str(tmp_path / "new" / "p.html"), "--prefix", "spectral"]) == 0
     assert (tmp_path / "new" / "p.html").stat().st_size > 1e6
+
+
+def test_a_page_is_replaced_and_another_file_is_not(log, capsys):
+    page, other = log / "report.html", log / "notes.html"
+    for said in ("", f"lightning-spectral report: {page} was there and is replaced\n"):
+        assert main(["report", str(log)]) == 0
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err) == (f"{page}\n", said)
+    other.write_text("<p>mine</p>")
+    assert main(["report", str(log), "--output", str(other)]) == 2
+    told = f"{other} is there and no page of this command; give another --output, or --force\n"
+    assert capsys.readouterr().err == f"lightning-spectral report: {told}"
+    assert other.read_text() == "<p>mine</p>"
+    assert main(["report", str(log), "--output", str(other), "--force"]) == 0
+    assert other.stat().st_size > 1e6
 
 
 def test_command_says_where_it_cannot_write(log, tmp_path, capsys):

@@ -28,6 +28,7 @@ from lightning_spectral.cli import main
 from lightning_spectral.options import Options
 from lightning_spectral.record import REPORT_KEYS
 from lightning_spectral.report import figures
+from lightning_spectral.report.table import CAPTION
 from lightning_spectral.spectrum import LAYER_KEYS
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +178,16 @@ def test_commands_that_measure_run(tmp_path, monkeypatch):
         sys.modules.pop(name)
 
 
+def test_every_anchor_exists_and_the_contents_name_every_part():
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    headings = [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in re.findall("^#+ (.+)", prose, re.M)]
+    assert len(headings) == len(set(headings))
+    anchors = re.findall(r"\]\(#([^)]+)\)", README)
+    assert not set(anchors) - set(headings)
+    contents = README.partition(f"\n## {re.findall('^## (.+)', prose, re.M)[0]}")[0]
+    assert set(re.findall(r"\]\(#([^)]+)\)", contents)) == set(headings[1:])
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {line.split()[1] for block in fences("bash") for line in block.splitlines() if line.startswith("make ")}
@@ -189,6 +200,11 @@ def test_every_figure_is_named_and_those_shown_are_there_and_small():
     shown = re.findall(r"!\[[^]]+\]\((.*?)\)", README)
     assert len(shown) == 2
     assert all((ROOT / path).stat().st_size < 80_000 for path in shown)
+
+
+def test_what_the_demo_prints_has_the_captions_of_the_tables():
+    (shown,) = [fence for fence in fences("text") if "ReLU ResNet on digits" in fence]
+    assert shown.count(f"\n{CAPTION}\n") == 2
 
 
 def test_options_of_logging_are_named():

@@ -66,7 +66,7 @@ def test_large_networks_are_planned_without_weights(monkeypatch):
 
     monkeypatch.setattr(scaling_networks, "GPT2XL", Small)
     monkeypatch.setattr(scaling_networks, "Llama7B", Gated)
-    few = ({"max_samples": 64, "micro_batch_size": 1, "layers": ["blocks.*"]}, 8)
+    few = ({"max_samples": 8, "micro_batch_size": 1, "layers": ["blocks.*"]}, 8)
     monkeypatch.setattr(scaling_networks, "SETTINGS", {"as it is": ({}, None), "few": few})
     found = scaling_networks.predictions()
     assert [row["layers"] for row in found.values()] == [9, 8, 15, 14]

@@ -5,7 +5,7 @@ import math
 import pytest
 from reports import dead, layer, report
 
-from lightning_spectral.analysis import Exponents, deviating, transfer_identity
+from lightning_spectral.analysis import PAPER_ALPHA, PAPER_RANGES, Exponents, deviating, transfer_identity
 from lightning_spectral.summary import in_words, summary, summary_over_training
 
 
@@ -82,6 +82,14 @@ def test_kinds_beside_the_paper():
     assert (
         said("Median alpha by kind", layer("b", kind="embedding")) == "Median alpha by kind of layer: embedding 2.00."
     )
+
+
+def test_the_papers_alphas_in_words_and_as_ranges_are_of_one_table():
+    assert PAPER_ALPHA["conv"] == "1.94 to 2.17 (ResNet-18, VGG-11, ResNet-50)"
+    assert PAPER_ALPHA["head"] == "1.23 to 1.65 (10 classes), 0.90 (200), 2.83 (1000), 4.53 (small GPT)"
+    assert PAPER_RANGES["conv"] == (1.94, 2.17)
+    assert PAPER_RANGES["mlp_up"] == (0.84, 0.84)
+    assert set(PAPER_ALPHA) - set(PAPER_RANGES) == {"head"}
 
 
 def test_layers_far_from_their_kind():

@@ -13,7 +13,7 @@ from lightning_spectral.dry import weightless
 from lightning_spectral.plan import Plan, plan_spectra
 
 GPUS = 8
-FEW = {"max_samples": 64, "micro_batch_size": 1}
+FEW = {"max_samples": 64 // GPUS, "micro_batch_size": 1}
 SETTINGS: dict[str, tuple[dict[str, Any], int | None]] = {
     "as it is": ({}, None),
     "64 sequences": (FEW | {"layers": ["blocks.*"]}, None),
@@ -133,5 +133,5 @@ def predicted(plan: Plan, whole: Plan, options: dict[str, Any], length: int) -> 
         "flops_per_token_over_6n": of_whole / (6 * plan.parameters * sequences * length),
         "probe_flops_per_gpu": [steps * of_plan / plan.world_size for steps in cost.steps],
         "bytes": vars(cost.memory) | {"peak": cost.memory.peak},
-        "reduced_bytes": plan.reduced,
+        "sent_bytes": plan.sent,
     }

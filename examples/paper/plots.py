@@ -123,7 +123,10 @@ def curves(
         if log_x:
             _at_values(axes, sorted({x for points in series.values() for x in points} | set(paper or {})))
         axes.set(xlabel=labels[0], ylabel=labels[1])
-        if len(series) + bool(paper) > 1:
+        if kinds and len(networks) > 1:
+            # Long enough to tell one network's dash from another's.
+            figure.legend(loc="outside lower center", ncols=3, handlelength=4.0)
+        elif len(series) + bool(paper) > 1:
             axes.legend()
         figure.suptitle(title, x=0.01, ha="left")
     return figure

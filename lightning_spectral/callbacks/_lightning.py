@@ -6,6 +6,11 @@ import importlib
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from lightning_spectral.errors import MeasurementError
+from lightning_spectral.processes import Alone, Together
+
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
 
@@ -86,7 +91,23 @@ def to_device(trainer: Any, module: Any, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(before(batch, dataloader_idx=0), dataloader_idx=0)
 
 
+def processes_of(trainer: Any) -> Alone:
+    """The processes that train together, each on its part of the batches.
+
+    Raises:
+        MeasurementError: if they do not talk through torch.distributed.
+    """
+    if trainer.world_size == 1:
+        return Alone()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise MeasurementError(
+            f"{type(trainer.strategy).__name__} has {trainer.world_size} processes that do not talk through "
+            "torch.distributed, so that they cannot measure together; train with strategy='ddp'"
+        )
+    return Together()
+
+
 def sharded(trainer: Any) -> str | None:
-    """The name of the Trainer's strategy if it splits parameters over processes."""
+    """The name of the Trainer's strategy if it splits parameters so that their matrices cannot be had."""
     name = type(trainer.strategy).__name__
-    return name if any(part in name for part in ("FSDP", "DeepSpeed", "ModelParallel")) else None
+    return name if any(part in name for part in ("FSDP", "DeepSpeed")) else None

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_spectral.batch import HeldBatches, batch_size, take_samples
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.measure import first_batches
+from lightning_spectral.processes import Alone
 
 BatchChoice = Literal["train", "fixed"] | DataLoader[Any]
 CHOICES = ("train", "fixed")
@@ -51,6 +52,7 @@ class BatchSource:
         """Drop what was collected: another run begins."""
         self._held = HeldBatches()
         self._samples = 0
+        self._loaded = False
 
     @property
     def told(self) -> str:
@@ -71,6 +73,8 @@ class BatchSource:
     def _full(self) -> bool:
         if self.fixed_samples is not None:
             return self._samples >= self.fixed_samples
+        if isinstance(self.choice, DataLoader):
+            return self._loaded
         return len(self._held) >= self.n_batches
 
     def collect(self, batch: Any) -> None:
@@ -91,20 +95,29 @@ class BatchSource:
             self._samples += min(size, left)
         self._held.append(batch)
 
-    def batches(self, batch: Any, module: nn.Module, to_device: Callable[[Any], Any]) -> Sequence[Any] | None:
+    def batches(
+        self, batch: Any, module: nn.Module, to_device: Callable[[Any], Any], processes: Alone
+    ) -> Sequence[Any] | None:
         """What to measure, None until there are enough.
+
+        Of a loader that gives all processes the same batches each takes its share of them.
 
         Args:
             batch: about to be trained on.
             module: whose random states a loader leaves alone.
             to_device: moves a batch of the loader to where the module is.
+            processes: that measure together.
         """
         if self.choice == "train":
             if self.n_batches == 1:
                 return [batch]
             self.collect(batch)
-        elif isinstance(self.choice, DataLoader) and not len(self._held):
-            self._held = HeldBatches(first_batches(self.choice, self.n_batches, module, to_device))
+        elif isinstance(self.choice, DataLoader) and not self._loaded:
+            apart = isinstance(self.choice.sampler, DistributedSampler)
+            rank, size = (0, 1) if apart else (processes.rank, processes.size)
+            loaded = first_batches(self.choice, self.n_batches, module)
+            self._held = HeldBatches(to_device(batch) for batch in loaded[rank::size])
+            self._loaded = True
         if not self._full:
             return None
         found = self._held

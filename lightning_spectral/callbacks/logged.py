@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from lightning_spectral.layers import check_selection
-from lightning_spectral.record import REPORT_KEYS, SpectralReport
-from lightning_spectral.report.page import evenly
+from lightning_spectral.record import REPORT_KEYS, SpectralReport, evenly
 from lightning_spectral.spectrum import LAYER_KEYS
 
 PROBE_KEYS: dict[str, str] = {

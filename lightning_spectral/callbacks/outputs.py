@@ -9,9 +9,8 @@ from typing import Any
 
 from lightning_spectral.callbacks.logged import charts
 from lightning_spectral.callbacks.terminal import print_above_bar
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.record import SpectralReport, evenly
 from lightning_spectral.report import figures
-from lightning_spectral.report.page import evenly
 from lightning_spectral.report.trackers import Row, Tracker, tracker_of
 
 MOST_ROWS = 256

@@ -7,7 +7,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, sharded, steps_in_all, to_device
+from lightning_spectral.callbacks._lightning import (
+    AnyCallback,
+    optimizer_steps,
+    processes_of,
+    sharded,
+    steps_in_all,
+    to_device,
+)
 from lightning_spectral.callbacks.advice import Advice
 from lightning_spectral.callbacks.alphas import Fits, alphas_in_use, fits_of, takers, unmeasured, write_alphas
 from lightning_spectral.callbacks.batches import BatchChoice, BatchSource
@@ -16,12 +23,14 @@ from lightning_spectral.callbacks.outputs import OutputOptions, Outputs
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.warned import WarnOnce
+from lightning_spectral.errors import MeasurementError
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, MatrixLayer, NoMatrixError, find_layers
 from lightning_spectral.loss import LossFunction, resolve_loss
 from lightning_spectral.measure import measure_quietly
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.options import Options
+from lightning_spectral.processes import Alone
 from lightning_spectral.quiet import Mode, Precision, synchronize
 from lightning_spectral.record import SpectralReport
 
@@ -43,10 +52,12 @@ class SpectralProbe(AnyCallback):
     Every logger of the Trainer gets one dict per probe: `<prefix>/<quantity>_median` over all layers,
     `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts; on request figures and tables.
 
-    In distributed training each process measures its own batch, and the first one logs.
+    In distributed training (DDP) the processes measure together: each takes the samples of its own batch, and gradient
+    and curvature are those of all of them, weighted by samples, so that every process has the same report. The first
+    one logs. Where one of them fails, all skip the probe, and go on.
 
     Training does change where a `SpectralNewton` with alpha="probe" is in the same Trainer: before the step it is given
-    the alphas measured, in distributed training those of the first process. The exponent that each layer then steps
+    the alphas measured. The exponent that each layer then steps
     with is logged as `spectral_newton/<layer>/alpha`.
 
     Args:
@@ -170,7 +181,8 @@ class SpectralProbe(AnyCallback):
         self.probes = 0
         self.failed_probes = 0
         self._disabled = False
-        self._without_batches = False
+        self._off = self._without_batches = ""
+        self._processes = Alone()
         self._last_report: SpectralReport | None = None
         self._window: int | None = None
         self._collecting = False
@@ -199,7 +211,7 @@ class SpectralProbe(AnyCallback):
         Override for another schedule. In distributed training every process must give the same answer.
         """
         if self.every_n_steps is None:
-            return self.budget.due(step, self._agreed, able=not self._disabled)
+            return self.budget.due(step, self._agreed)
         return step % self.every_n_steps == 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -223,7 +235,9 @@ class SpectralProbe(AnyCallback):
         self._window = None
         self._collecting = False
         self._disabled = False
-        self._without_batches = False
+        self._off = self._without_batches = ""
+        self._processes = Alone()
+        self._warn_once.muted = not trainer.is_global_zero
         self.source.forget()
         self.source.check_loader()
         taken = self.source.takes_per_probe
@@ -233,11 +247,15 @@ class SpectralProbe(AnyCallback):
                 f"every_n_steps={self.every_n_steps} steps, so probes come less often"
             )
         if strategy := sharded(trainer):
-            self._disable(f"{strategy} splits parameters over processes, where the probe cannot measure")
+            self._disable(
+                f"{strategy} flattens parameters into shards, where no matrix can be measured; train with "
+                "ModelParallelStrategy (FSDP2) or DDP"
+            )
             return
         try:
+            self._processes = processes_of(trainer)
             resolve_loss(pl_module, self.loss_fn)
-        except ValueError as error:
+        except (ValueError, MeasurementError) as error:
             self._disable(str(error))
             return
         try:
@@ -249,6 +267,9 @@ class SpectralProbe(AnyCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock, and say which matrices of alpha="probe" are not measured."""
+        for rank, why in enumerate(self._processes.gathered(self._off)):
+            if why and not self._disabled:
+                self._disable(f"process {rank}: {why}")
         if not self._disabled and (missing := unmeasured(takers(trainer), pl_module, self._layers(pl_module))):
             self._warn_once(
                 f"alpha='probe': {', '.join(missing[:NAMES_SHOWN])}{' and others' * (len(missing) > NAMES_SHOWN)} are "
@@ -269,7 +290,9 @@ class SpectralProbe(AnyCallback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Probe, if it is time, before the step on this batch."""
-        optimizers = [] if self._disabled else takers(trainer)
+        if self._disabled:
+            return
+        optimizers = takers(trainer)
         step = optimizer_steps(trainer)
         if step != self._window:
             self._window = step
@@ -279,28 +302,22 @@ class SpectralProbe(AnyCallback):
                 self.source.forget()
             if self.probes == 1 and self.every_n_steps is None:
                 self.advice.judge(step, self._last_report, lambda: steps_in_all(trainer))
-            # Asked of a probe that is off too: other processes wait for its answer.
             self._collecting |= self.should_measure(step)
-        if self._disabled or not (self._collecting or self.source.collects):
+        if not (self._collecting or self.source.collects):
             return
         synchronize(pl_module.parameters())
         started = self.budget.clock()
         batches = self._batches(trainer, pl_module, batch)
-        if self._disabled or not self._collecting:
+        if not self._collecting:
             self._collected += self.budget.clock() - started
             return
-        ready, report = batches is not None or self._without_batches, None
-        if batches is not None:
-            report = self._measure(trainer, pl_module, batches, batch_idx, step)
-        fits = fits_of(report)
-        if optimizers:
-            # Weights would part if each process took its own exponents, or its own time.
-            ready, fits = trainer.strategy.broadcast((ready, fits))
-        if not ready:
+        ready = self._all_ready(batches is not None)
+        if batches is None or not ready:
             self._collected += self.budget.clock() - started
             return
+        report = self._measure(trainer, pl_module, batches, batch_idx, step)
         self._collecting = False
-        alphas = self._set_alphas(optimizers, pl_module, fits)
+        alphas = self._set_alphas(optimizers, pl_module, fits_of(report))
         synchronize(pl_module.parameters())
         self.probes += 1
         self.failed_probes += report is None
@@ -365,13 +382,22 @@ class SpectralProbe(AnyCallback):
                 self.source.collect(batch)
             if not self._collecting:
                 return None
-            return self.source.batches(batch, module, lambda loaded: to_device(trainer, module, loaded))
+            return self.source.batches(
+                batch, module, lambda loaded: to_device(trainer, module, loaded), self._processes
+            )
         except Exception as error:
-            self._without_batches = True
-            self._warn_once(f"SpectralProbe is off: its batches cannot be had: {error}")
-            # Several processes go on with their schedule, in which each has its part.
-            self._disabled = trainer.world_size == 1
+            self._without_batches = str(error)
             return None
+
+    def _all_ready(self, ready: bool) -> bool:
+        """Whether every process has its batches; where one of them cannot have them, all are off."""
+        told = self._processes.gathered((ready, self._without_batches))
+        for rank, (_, why) in enumerate(told):
+            if why:
+                where = f"process {rank}: " if len(told) > 1 else ""
+                self._disable(f"{where}its batches cannot be had: {why}")
+                return False
+        return all(ready for ready, _ in told)
 
     def _look_back(self) -> None:
         """Say at the end of training what a user would miss in the curves."""
@@ -388,7 +414,9 @@ class SpectralProbe(AnyCallback):
         self, trainer: Any, module: Any, batches: Sequence[Any], batch_idx: int, step: int
     ) -> SpectralReport | None:
         try:
-            report = measure_quietly(module, batches, self.options, self.loss_fn, batch_idx=batch_idx)
+            report = measure_quietly(
+                module, batches, self.options, self.loss_fn, batch_idx=batch_idx, processes=self._processes
+            )
         except Exception as error:
             # Whatever goes wrong in here, the training run is not ours to end.
             self._warn_once(f"nothing was measured at step {step}: {type(error).__name__}: {error}")
@@ -424,7 +452,7 @@ class SpectralProbe(AnyCallback):
         return find_layers(module, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv).layers
 
     def _disable(self, why: str) -> None:
-        self._disabled = True
+        self._disabled, self._off = True, why
         self._warn_once(f"SpectralProbe is off: {why}")
 
 

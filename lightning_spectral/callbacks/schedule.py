@@ -7,9 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-UNABLE = 1000
-"""Steps until a process that cannot probe is asked again."""
-
 
 class Budget:
     """Space probes so that they take at most a share f of wall time, from the second probe on.
@@ -91,18 +88,17 @@ class Budget:
         """Note that training has come to this step."""
         self._latest = step
 
-    def due(self, step: int, agreed: Callable[[int], int] = int, *, able: bool = True) -> bool:
+    def due(self, step: int, agreed: Callable[[int], int] = int) -> bool:
         """Whether to probe before this step.
 
         Args:
             step: optimizer step.
-            agreed: what all processes take for the number of steps to wait, from that of one of them. They look at the
-                same steps, whatever became of their last probes.
-            able: whether this process can probe at all.
+            agreed: what all processes take for the number of steps to wait, from that of one of them; they look at the
+                same steps.
         """
         if step < self.next_look:
             return False
-        wait = agreed(self._wait(step) if able else UNABLE)
+        wait = agreed(self._wait(step))
         self.next_look = step + max(wait, 1)
         return wait == 0
 

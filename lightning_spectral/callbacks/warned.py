@@ -16,11 +16,13 @@ class WarnOnce:
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+        self.muted = False
+        """Whether another process tells it."""
 
     def __call__(self, text: str) -> None:
         """Warn, unless the text differs from an earlier one by its numbers only."""
         cause = re.sub(r"(?<![\w.])\d[\d.e+-]*(?![\w.])|\bnan\b|\binf\b", "#", text)
-        if cause in self._told:
+        if cause in self._told or self.muted:
             return
         self._told.add(cause)
         try:

@@ -11,7 +11,7 @@ from lightning_spectral.curvature.problem import (
     accumulation_dtype,
     cause_of,
 )
-from lightning_spectral.curvature.select import METHODS, check_method, measure_by
+from lightning_spectral.curvature.select import METHODS, Outlook, check_method, measure_by
 from lightning_spectral.curvature.structure import DryProblem, Structure, structure
 from lightning_spectral.curvature.taps import Tap, groups_of, single_uses
 from lightning_spectral.curvature.trace import TRANSPOSED, Recorder, Use
@@ -24,6 +24,7 @@ __all__ = [
     "DryProblem",
     "Gradients",
     "HutchinsonTrace",
+    "Outlook",
     "Place",
     "Problem",
     "Recorder",

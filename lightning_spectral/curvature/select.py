@@ -42,12 +42,30 @@ def check_method(name: str) -> Curvature | None:
     return make() if make is not None else None
 
 
-def measure_by(
-    name: str,
-    problem: Problem,
-    directions: Mapping[str, SingularTriplets],
-    measure: Callable[[Curvature], Curvatures],
-) -> Curvatures:
+@dataclass(frozen=True)
+class Outlook:
+    """What "auto" goes by.
+
+    Attributes:
+        obstacle: why Gauss-Newton is not the Hessian, or cannot be had exactly; empty if it is.
+        taps: how many layers can be measured together.
+        samples: in all; None where the batch does not tell.
+    """
+
+    obstacle: str
+    taps: int
+    samples: int | None
+
+    @classmethod
+    def of(cls, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Outlook:
+        """Of a loss, of which this may be a piece."""
+        problem.gradients(keep_graph=False)
+        taps, _ = tapped(problem, directions)
+        samples = problem.samples if problem.place is None else problem.place.total
+        return cls(_obstacle(problem, taps), len(taps), samples)
+
+
+def measure_by(name: str, outlook: Callable[[], Outlook], measure: Callable[[Curvature], Curvatures]) -> Curvatures:
     """Measure by the method of that name.
 
     "auto" is Gauss-Newton where it equals the Hessian, else a sketch where samples do not interact, else double
@@ -55,25 +73,20 @@ def measure_by(
 
     Args:
         name: of the method.
-        problem: to choose for.
-        directions: layer name -> triplets.
-        measure: by one method, on the problem or on the pieces of it.
+        outlook: what "auto" goes by.
+        measure: by one method.
     """
     method = check_method(name)
     if method is not None:
         return measure(method)
-    problem.gradients(keep_graph=False)
-    taps, _ = tapped(problem, directions)
-    obstacle, n_taps, samples = _obstacle(problem, taps), len(taps), problem.samples
-    if problem.place is not None:
-        samples = problem.place.total
-    del taps
+    found = outlook()
+    obstacle = found.obstacle
     if not obstacle:
         try:
             return measure(CheckedGGN())
         except MeasurementError as error:
             obstacle = str(error)
-    other, why = without_ggn(obstacle, n_taps, samples)
+    other, why = without_ggn(obstacle, found.taps, found.samples)
     if other == SketchCurvature.name:
         try:
             return replace(measure(SketchCurvature()), chosen=why)

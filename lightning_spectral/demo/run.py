@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.report import print_report, run_of, write_page
 from lightning_spectral.report.page import plotly_js
+from lightning_spectral.report.trackers import offline_wandb_run
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,6 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
     folder = Path(folder)
     console = Console()
     _hush_lightning()
-    # W&B's own summary of every key would bury the tables.
-    os.environ.setdefault("WANDB_SILENT", "true")
     planned = experiments(steps_factor)
     reports, runs, pages = {}, {}, []
     for experiment in planned:
@@ -91,15 +92,27 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
         pages.append(write_page(run_shown, folder / experiment.name / "report.html", title=experiment.title))
     for experiment in planned:
         print_report(reports[experiment.name], experiment.title)
-    beside_python = Path(sys.executable).with_name("wandb")
-    wandb = "wandb" if shutil.which("wandb") or not beside_python.exists() else os.path.relpath(beside_python)
-    for name, path in runs.items():
-        console.print(f"\n{name}: W&B run in {path}", soft_wrap=True)
-        console.print(f"  see it in this terminal:  {wandb} leet run {path}", soft_wrap=True)
-    console.print("\nPages for a browser, each one file:")
-    for page in pages:
-        console.print(f"  {page}", soft_wrap=True, markup=False, highlight=False)
+    _say_where(console, runs, pages)
     return reports
+
+
+def _say_where(console: Console, runs: Mapping[str, Path], pages: Sequence[Path]) -> None:
+    beside_python = Path(sys.executable).with_name("wandb")
+    wandb = "wandb" if shutil.which("wandb") or not beside_python.exists() else _from_here(beside_python)
+    lines = []
+    for name, path in runs.items():
+        where = _from_here(path)
+        lines += [f"\n{name}: W&B run in {where}", f"  see it in this terminal:  {wandb} leet run {where}"]
+    lines += ["\nPages for a browser, each one file:", *(f"  {_from_here(page)}" for page in pages)]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _from_here(path: Path) -> str:
+    """A path below the current folder as seen from it, another whole."""
+    # Without following links: a virtual environment's programs may be some.
+    whole = Path(os.path.abspath(path))
+    return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
 
 
 def _hush_lightning() -> None:
@@ -114,20 +127,22 @@ def _train(experiment: Experiment, folder: Path) -> tuple[list[SpectralReport], 
     probe = SpectralProbe(every_n_steps=experiment.every_n_steps, max_samples=experiment.max_samples)
     home = folder / experiment.name
     home.mkdir(parents=True, exist_ok=True)
-    wandb_logger = WandbLogger(name=experiment.name, project="lightning-spectral-demo", save_dir=home, offline=True)
+    wandb_run = offline_wandb_run("lightning-spectral-demo", experiment.name, home)
+    loader = DataLoader(experiment.data, experiment.batch_size, shuffle=True, drop_last=True)
     trainer = pl.Trainer(
         max_steps=experiment.steps + 1,
-        logger=[CSVLogger(home, name="csv"), wandb_logger],
+        # Which the steps end; without it the bar counts to epoch -2.
+        max_epochs=math.ceil((experiment.steps + 1) / len(loader)),
+        logger=[CSVLogger(home, name="csv"), WandbLogger(save_dir=home, experiment=wandb_run)],
         callbacks=[probe],
         log_every_n_steps=5,
         enable_checkpointing=False,
         enable_model_summary=False,
         accelerator="cpu",
     )
-    loader = DataLoader(experiment.data, experiment.batch_size, shuffle=True, drop_last=True)
     trainer.fit(experiment.module, loader)
-    run_folder = Path(wandb_logger.experiment.dir).parent
-    wandb_logger.experiment.finish()
+    run_folder = Path(wandb_run.dir).parent
+    wandb_run.finish()
     if not probe.history:
         raise RuntimeError(f"{experiment.name}: the probe measured nothing; its warnings say why")
     return probe.history, run_folder

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning_spectral
-from lightning_spectral.analysis import GOOD_FIT, PAPER_ALPHA
+from lightning_spectral.alignment import LayerAlignment
+from lightning_spectral.analysis import ALPHA_BAND, GOOD_FIT
 from lightning_spectral.errors import by_cause
-from lightning_spectral.record import SpectralReport
-from lightning_spectral.report.read import Probe, Run, RunError
+from lightning_spectral.record import SpectralReport, evenly
+from lightning_spectral.report.run import LayerFacts, Probe, Run, RunError
 from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum, LoggedKey
 from lightning_spectral.summary import summary, summary_over_training
 
@@ -29,6 +30,9 @@ DATA_BYTES = 3_000_000
 
 DIGITS = 6
 """Significant digits of the page's figures."""
+
+GENERATOR = b'<meta name="generator" content="lightning-spectral '
+"""By which a page is known as one."""
 
 
 def plotly_js() -> str:
@@ -66,6 +70,15 @@ def write_page(run: Run, path: str | Path, *, title: str | None = None) -> Path:
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file can be read and is a page that `write_page` wrote."""
+    try:
+        with path.open("rb") as file:
+            return GENERATOR in file.read(4096)
+    except OSError:
+        return False
 
 
 def page(run: Run, *, title: str | None = None) -> str:
@@ -108,30 +121,18 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
     rows = [_probe(probe, names, keys, run.probes[: i + 1]) for i, probe in enumerate(run.probes)]
     spectra = [None if p.report is None else _spectra(p.report, names) for p in run.probes]
     kept, whole = _thin(rows, spectra, limit)
-    last = next((p.report for p in reversed(run.probes) if p.report is not None), None)
-    layers = {} if last is None else last.layers
+    facts = {name: fact for probe in run.probes for name, fact in probe.facts.items()}
     return {
         "layers": names,
-        "kinds": [layers[name].kind if name in layers else "" for name in names],
-        "shapes": [_shape(layers[name]) if name in layers else "" for name in names],
+        "kinds": [facts[name].kind if name in facts else "" for name in names],
+        "shapes": [_shape(facts[name]) if name in facts else "" for name in names],
         "keys": [key.name for key in keys],
         "meanings": {key.name: key.meaning for key in keys},
-        "paper": PAPER_ALPHA,
         "good_fit": GOOD_FIT,
+        "band": ALPHA_BAND,
         "notes": _notes(run, spectra, kept, whole),
         "probes": [rows[i] | {"spectra": spectra[i] if i in whole else None} for i in kept],
     }
-
-
-def evenly(n: int, m: int) -> list[int]:
-    """At most m of n indices, evenly, with the last and, from two on, the first.
-
-    >>> evenly(7, 3), evenly(3, 5), evenly(3, 1), evenly(3, 0)
-    ([0, 3, 6], [0, 1, 2], [2], [])
-    """
-    if m <= 1:
-        return [n - 1] if m == 1 else []
-    return list(range(n)) if m >= n else [round(i * (n - 1) / (m - 1)) for i in range(m)]
 
 
 def _thin(rows: Sequence[Any], spectra: Sequence[Any], limit: int) -> tuple[list[int], set[int]]:
@@ -156,12 +157,7 @@ def _notes(run: Run, spectra: Sequence[Any], kept: Sequence[int], whole: set[int
     n, known = len(run.probes), sum(spectrum is not None for spectrum in spectra)
     notes = []
     if not known:
-        notes.append(
-            "A log holds scalars only: no single sigma_k and h_k, and neither the kind nor the shape nor the place of "
-            "a layer. Layers stand in the order of their names. Checkpoints and JSON reports hold all of it and can "
-            "be given beside the log: lightning-spectral report LOG last.ckpt, or a file written by "
-            "probe.last_report.to_json(FILE)."
-        )
+        notes.append(_scalars_alone(run.probes))
     elif known < n:
         notes.append(
             f"sigma_k and h_k are known at {known} of {n} probes, where a checkpoint or JSON report holds them; the "
@@ -185,13 +181,28 @@ def _notes(run: Run, spectra: Sequence[Any], kept: Sequence[int], whole: set[int
     return notes
 
 
+def _scalars_alone(probes: Sequence[Probe]) -> str:
+    """What a log lacks, with a table of layers beside it and without."""
+    more = (
+        "Checkpoints and JSON reports hold all of it and can be given beside the log: lightning-spectral report LOG "
+        "last.ckpt, or a file written by probe.last_report.to_json(FILE)."
+    )
+    if any(probe.facts for probe in probes):
+        return f"A log holds scalars only, and the table of layers beside it too: no single sigma_k and h_k. {more}"
+    return (
+        "A log holds scalars only: no single sigma_k and h_k, and neither the kind nor the shape nor the place of "
+        f"a layer. Layers stand in the order of their names. {more} Of a CSVLogger's run, "
+        "SpectralProbe(log_tables=True) writes kinds, shapes and all quantities of every layer."
+    )
+
+
 def _quantities(probe: Probe) -> set[str]:
     return {quantity for values in probe.layers.values() for quantity in values}
 
 
 def _names(probes: Sequence[Probe]) -> list[str]:
-    """All layers, in the order of the last whole report, else of the last probe."""
-    first = next((p for p in reversed(probes) if p.report is not None), probes[-1])
+    """All layers, in the order of the last probe that tells the network's, else of the last one."""
+    first = next((p for p in reversed(probes) if p.facts), probes[-1])
     return list(dict.fromkeys(name for probe in (first, *reversed(probes)) for name in probe.layers))
 
 
@@ -210,8 +221,25 @@ def _probe(probe: Probe, names: Sequence[str], keys: Sequence[LoggedKey], until:
         "problems": [] if report is None else report.problems(),
         "skipped": [] if report is None else by_cause(report.skipped),
         "values": [[_short(row.get(key.name, math.nan)) for key in keys] if row else None for row in rows],
-        "notes": {} if report is None else {x.name: x.note for x in report.layers.values() if x.note},
+        "quarters": [_quarters(probe.facts.get(name)) for name in names],
+        "winners": [probe.facts[name].rank_model if name in probe.facts else "" for name in names],
+        "notes": _notes_of(probe),
     }
+
+
+def _quarters(facts: LayerFacts | None) -> list[Any] | None:
+    return [_short(alpha) for alpha in facts.quarters] if facts and facts.quarters else None
+
+
+def _notes_of(probe: Probe) -> dict[str, str]:
+    """What is missing of which layer, and why."""
+    layers = {} if probe.report is None else probe.report.layers
+    notes = {name: [facts.note] for name, facts in probe.facts.items()}
+    for name, layer in layers.items():
+        parts = {"alignment": layer.alignment_note, "weights": layer.weights, "curvature fraction": layer.fraction}
+        found = {what: part if isinstance(part, str) else part.note if part else "" for what, part in parts.items()}
+        notes[name] += [f"{what}: {note}" for what, note in found.items() if note and note != layer.note]
+    return {name: "; ".join(filter(None, lines)) for name, lines in notes.items() if any(lines)}
 
 
 def _spectra(report: SpectralReport, names: Sequence[str]) -> list[Any]:
@@ -221,6 +249,8 @@ def _spectra(report: SpectralReport, names: Sequence[str]) -> list[Any]:
 def _spectrum(layer: LayerSpectrum) -> dict[str, Any]:
     """What the plots of one layer need: the points, and the intercepts of the lines through them."""
     sampled = bool((layer.h_stderr > 0).any())
+    longer = len(layer.spectrum) > len(layer.sigma)
+    models = {model: fit.coefficients for model, fit in layer.rank_models.fits.items() if not math.isnan(fit.bic)}
     return {
         "sigma": [_short(x) for x in layer.sigma.tolist()],
         "h": [_short(x) for x in layer.h.tolist()],
@@ -228,7 +258,22 @@ def _spectrum(layer: LayerSpectrum) -> dict[str, Any]:
         "usable": layer.n_usable,
         "lines": [_short(fit.intercept) for fit in (layer.alpha, layer.gamma, layer.s)],
         "method": layer.method,
+        "spectrum": [_short(x) for x in layer.spectrum.tolist()] if longer else None,
+        "ranked": int((layer.spectrum > layer.noise_floor).sum()),
+        "models": {model: [_short(x) for x in coefficients] for model, coefficients in models.items()},
+        "split": None if layer.alignment is None else _split(layer.alignment),
     }
+
+
+def _split(alignment: LayerAlignment) -> list[Any]:
+    """The three factors of h_k whose slopes on log sigma add up to alpha: name of the slope, values, intercept."""
+    product = alignment.lambda_delta * alignment.lambda_a
+    parts = {
+        "beta": (product, alignment.beta),
+        "phi": (alignment.phi_k, alignment.phi),
+        "chi_slope": (alignment.chi, alignment.chi_slope),
+    }
+    return [[key, [_short(x) for x in values.tolist()], _short(fit.intercept)] for key, (values, fit) in parts.items()]
 
 
 def _facts(report: SpectralReport) -> str:
@@ -239,7 +284,7 @@ def _facts(report: SpectralReport) -> str:
     )
 
 
-def _shape(layer: LayerSpectrum) -> str:
+def _shape(layer: LayerFacts) -> str:
     m, n = layer.shape
     return f"{m} × {n}" + (f" / {layer.groups}" if layer.groups > 1 else "")
 

@@ -151,9 +151,9 @@ def _ranks(plan: Plan) -> Iterator[str]:
     if plan.world_size > 1:
         n = plan.world_size
         yield (
-            f"over {n} processes each measures 1/{n} of the samples, in 1/{n} of the time that one would take, as a "
-            f"training step does; each sends and receives {size_of(plan.reduced)} to sum gradients and curvatures, and "
-            "takes all singular triplets"
+            f"over {n} processes each measures 1/{n} of the samples and takes the singular triplets of 1/{n} of the "
+            f"layers, in 1/{n} of the time that one would take, as a training step does; each sends "
+            f"{size_of(plan.sent)} of gradients, directions and curvatures"
         )
 
 

@@ -11,18 +11,16 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_spectral.analysis import Exponents
 from lightning_spectral.errors import some_of
 from lightning_spectral.record import FORMAT, SpectralReport
-from lightning_spectral.spectrum import LAYER_KEYS
+from lightning_spectral.report.layers_csv import QUANTITIES, layer_tables, read_tables, with_tables
+from lightning_spectral.report.run import Probe, Run, RunError
 
-QUANTITIES = frozenset(key.name for key in LAYER_KEYS)
 MARK = "layers_measured"
 """Every probe logs it, so that the keys that end in it tell the prefixes in a log."""
 
@@ -32,57 +30,10 @@ READABLE = (
 )
 
 
-class RunError(ValueError):
-    """A run that cannot be read; the message says what was found and what would do."""
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """One measurement: the scalars that a log holds, and the whole report where there is one.
-
-    Attributes:
-        step: optimizer steps before it; None outside training.
-        label: what to call it, "step 60" or a file's name.
-        loss: the loss measured.
-        layers: layer -> logged quantity -> value.
-        report: all of it; None where it comes from a log.
-        n_layers: layers of the network measured, of which a log may hold some.
-    """
-
-    step: int | None
-    label: str
-    loss: float
-    layers: Mapping[str, Mapping[str, float]]
-    report: SpectralReport | None
-    n_layers: int
-
-    def exponents(self) -> list[Exponents]:
-        """What the fits of its layers say."""
-        if self.report is not None:
-            return [Exponents.of(layer) for layer in self.report.layers.values()]
-        return [Exponents.logged(name, values) for name, values in self.layers.items()]
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """The probes of one run in the order of training, and where they are from."""
-
-    name: str
-    sources: tuple[str, ...]
-    probes: tuple[Probe, ...]
-
-
-def probe_of(report: SpectralReport, label: str = "report") -> Probe:
-    """A whole report as one of a run's probes; ``label`` is its name outside training."""
-    layers = {name: layer.scalars() for name, layer in report.layers.items()}
-    named = label if report.step is None else f"step {report.step}"
-    return Probe(report.step, named, report.loss, layers, report, len(layers))
-
-
 def run_of(reports: Iterable[SpectralReport], name: str) -> Run:
     """A run of whole reports, such as a probe's `history`."""
     reports = list(reports)
-    probes = [probe_of(report, f"report {i}") for i, report in enumerate(reports, start=1)]
+    probes = [Probe.of(report, f"report {i}") for i, report in enumerate(reports, start=1)]
     return Run(name, (f"{len(reports)} report{'s' if len(reports) != 1 else ''}",), tuple(_in_order(probes)))
 
 
@@ -104,7 +55,8 @@ def read_run(paths: Sequence[str | Path], *, prefix: str | None = None) -> Run:
         raise RunError(f"{_shown(paths)}: the probe measured nothing in this run")
     if not any(probe.layers for probe in probes):
         raise RunError(
-            f"{_shown(paths)}: medians but no layers (log_layers='none'); a checkpoint or JSON reports hold the layers"
+            f"{_shown(paths)}: medians but no layers (log_layers='none'); log_tables=True, a checkpoint or JSON "
+            "reports hold the layers"
         )
     first = Path(paths[0]).resolve()
     name = first.name if first.is_file() else "/".join(first.parts[-2:])
@@ -172,7 +124,7 @@ def _is_report(path: Path) -> bool:
 
 def _read_json(path: Path, prefix: str | None) -> list[Probe]:
     try:
-        return [probe_of(SpectralReport.from_json(path), path.stem)]
+        return [Probe.of(SpectralReport.from_json(path), path.stem)]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise RunError(f"{path}: no report that can be read ({_why(error)})") from error
 
@@ -194,7 +146,7 @@ def _read_checkpoint(path: Path, prefix: str | None) -> list[Probe]:
     if saved is None:
         return []
     try:
-        return [probe_of(SpectralReport.from_dict(saved), path.stem)]
+        return [Probe.of(SpectralReport.from_dict(saved), path.stem)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: its report cannot be read ({_why(error)})") from error
 
@@ -210,7 +162,8 @@ def _read_csv(path: Path, prefix: str | None) -> list[Probe]:
             rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
     except (OSError, ValueError, csv.Error) as error:
         raise RunError(f"{path}: no CSV file that can be read ({_why(error)})") from error
-    return _logged(path, rows, "step", prefix)
+    chosen = _probe_in(path, rows, prefix)
+    return with_tables(_logged(path, rows, "step", chosen), read_tables(layer_tables(path, chosen)))
 
 
 def wandb_records(path: str | Path) -> list[dict[str, Any]]:
@@ -241,17 +194,23 @@ def wandb_records(path: str | Path) -> list[dict[str, Any]]:
 def _read_wandb(path: Path, prefix: str | None) -> list[Probe]:
     """The history in an offline run's file."""
     rows = [record["history"]["item"] for record in wandb_records(path) if record.get("type") == "history"]
-    return _logged(path, rows, "trainer/global_step", prefix)
+    return _logged(path, rows, "trainer/global_step", _probe_in(path, rows, prefix))
 
 
-def _logged(path: Path, rows: Sequence[Mapping[str, Any]], step_key: str, prefix: str | None) -> list[Probe]:
-    """The probes in the rows of a log. Their layers are in the order of their names: a log keeps no other."""
+def _probe_in(path: Path, rows: Sequence[Mapping[str, Any]], prefix: str | None) -> str:
+    """The prefix of the probe whose keys are read."""
     marks = {key.removesuffix(f"/{MARK}") for row in rows for key in row if key.endswith(f"/{MARK}")}
-    chosen = _choose(path, marks, prefix, "holds nothing that a SpectralProbe logged")
+    return _choose(path, marks, prefix, "holds nothing that a SpectralProbe logged")
+
+
+def _logged(path: Path, rows: Sequence[Mapping[str, Any]], step_key: str, chosen: str) -> list[Probe]:
+    """The probes in the rows of a log. Their layers are in the order of their names: its scalars keep no other."""
     probes: list[Probe] = []
     for row in rows:
         layers = _layers_in(path, row, f"{chosen}/")
-        if f"{chosen}/alpha_median" not in row or (not layers and _number(path, row, f"{chosen}/{MARK}") != 0):
+        measured = _number(path, row, f"{chosen}/{MARK}")
+        # A probe that measured nothing logs NaN.
+        if f"{chosen}/alpha_median" not in row or (not layers and measured != measured):
             continue
         step = _number(path, row, step_key)
         counted = (_number(path, row, f"{chosen}/{key}") for key in (MARK, "layers_failed"))

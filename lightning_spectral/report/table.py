@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import replace
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_spectral.analysis import GOOD_FIT, compare_kinds
+from lightning_spectral.analysis import GOOD_FIT, compare_kinds, trusted
 from lightning_spectral.record import SpectralReport
+from lightning_spectral.report.cells import fixed, name_of, new_table, percent
+from lightning_spectral.report.requested import requested_of
 from lightning_spectral.spectrum import LayerSpectrum
 
 TABLE_WIDTH = 112
 """Width that a row needs. In a narrower terminal lines wrap, where a table made to fit would lose its figures."""
+
+CAPTION = (
+    "h ~ sigma^alpha, sigma ~ k^-gamma, h ~ rank^-s; error: |s - α·γ| / |s|; PR_h: directions that carry h, zeta: its "
+    f"bound; dim: r2 below {GOOD_FIT}"
+)
+"""What the columns of the table of layers are, in a line."""
 
 
 def print_report(
@@ -27,6 +33,8 @@ def print_report(
     console: Console | None = None,
 ) -> None:
     """Print a report to the terminal: a row per layer, then a row per kind of layer beside the paper's alpha.
+
+    What was measured on request has a table for each option in between.
 
     Args:
         report: what was measured.
@@ -44,7 +52,11 @@ def print_report(
     )
     shown = report if layers is None else replace(report, layers={n: report.layers[n] for n in layers})
     if shown.layers or not report.layers:
-        console.print(layer_table(shown, heading))
+        _print_table(console, layer_table(shown, heading), CAPTION)
+        for requested in requested_of(shown):
+            # A title of its own would be broken to the width of the table.
+            console.print(requested.title, style="italic", soft_wrap=True, highlight=False)
+            _print_table(console, requested.table(shown.layers.values()), requested.caption)
         heading = "median per kind of layer, beside the paper's"
     if left := len(report.layers) - len(shown.layers):
         console.print(f"{left} of {len(report.layers)} layers are not shown\n", style="dim")
@@ -53,64 +65,55 @@ def print_report(
         console.print(escape(text), style="yellow", soft_wrap=True)
 
 
+def _print_table(console: Console, table: Table, caption: str) -> None:
+    console.print(table)
+    console.print(f"{caption}\n", style="dim", soft_wrap=True, highlight=False)
+
+
 def method_of(report: SpectralReport) -> str:
     """The method of the curvature: what "auto" chose, or what was asked for."""
     return report.chosen.partition(":")[0] or report.curvature
 
 
 def layer_table(report: SpectralReport, title: str = "") -> Table:
-    """A row per layer: exponents, fits and participation ratio. Values of fits with r2 below 0.9 are dim."""
-    table = _table(title)
+    """A row per layer: exponents, fits and participation ratio. Values of fits not to be trusted are dim."""
+    table = new_table(title)
     for column in ("layer", "kind", "shape"):
         table.add_column(column, overflow="fold", no_wrap=column != "layer")
     for column in ("alpha ± se", "r2", "gamma", "s", "α·γ", "error", "PR_h", "zeta", "points"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in report.layers.values():
-        table.add_row(*_row(layer), style="dim" if layer.alpha.r2 < GOOD_FIT else "")
+        table.add_row(*_row(layer), style="" if trusted(layer) else "dim")
     return table
 
 
 def kind_table(report: SpectralReport, title: str = "") -> Table:
     """A row per kind of layer: medians of this report beside the paper's alpha."""
-    table = _table(title)
+    table = new_table(title)
     table.add_column("kind", no_wrap=True)
     for column in ("layers", "alpha", "gamma", "s", "error", "PR_h"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("alpha in the paper")
     for row in compare_kinds(report):
-        numbers = (_fixed(row.alpha), _fixed(row.gamma), _fixed(row.s), _percent(row.transfer_error))
-        table.add_row(row.kind, str(row.layers), *numbers, _fixed(row.pr_curvature), row.paper_alpha)
+        numbers = (fixed(row.alpha), fixed(row.gamma), fixed(row.s), percent(row.transfer_error))
+        table.add_row(row.kind, str(row.layers), *numbers, fixed(row.pr_curvature), row.paper_alpha)
     return table
-
-
-def _table(title: str) -> Table:
-    return Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 def _row(layer: LayerSpectrum) -> list[str]:
     m, n = layer.shape
     used, all_points = layer.alpha.n_used, len(layer.sigma)
     return [
-        escape(layer.name.removesuffix(".weight")),
+        name_of(layer),
         layer.kind,
         f"{m}x{n}" + (f" /{layer.groups}" if layer.groups > 1 else ""),
-        f"{_fixed(layer.alpha.exponent)} ± {_fixed(layer.alpha.stderr)}",
-        _fixed(layer.alpha.r2),
-        _fixed(layer.gamma.exponent),
-        _fixed(layer.s.exponent),
-        _fixed(layer.alpha_gamma),
-        _percent(layer.transfer_error),
-        _fixed(layer.pr_curvature),
-        _fixed(layer.zeta_bound),
+        f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)}",
+        fixed(layer.alpha.r2),
+        fixed(layer.gamma.exponent),
+        fixed(layer.s.exponent),
+        fixed(layer.alpha_gamma),
+        percent(layer.transfer_error),
+        fixed(layer.pr_curvature),
+        fixed(layer.zeta_bound),
         f"{used}/{all_points}",
     ]
-
-
-def _fixed(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.1e}"
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f} %"

@@ -214,6 +214,22 @@ _TRACKERS: dict[str, type[Tracker]] = {
 }
 
 
+def offline_wandb_run(project: str, name: str, folder: Path) -> Any:
+    """An offline run for a `WandbLogger`, which prints nothing in the terminal.
+
+    A run that the logger starts by itself is warned of for an argument that Lightning gives it.
+    """
+    import wandb
+
+    # Else W&B's own summary of every key would bury what is printed.
+    settings = wandb.Settings(silent=True)
+    run = wandb.init(project=project, name=name, dir=str(folder), mode="offline", settings=settings)
+    # As Lightning does for the runs that it starts.
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP, step_sync=True)
+    return run
+
+
 def tracker_of(logger: Any, warn: Callable[[str], None]) -> Tracker:
     """The way to log to a Trainer's logger."""
     names = [base.__name__ for base in type(logger).__mro__]

@@ -108,9 +108,29 @@ function hover(data, probe, layer) {
   );
 }
 
+// The band around alpha = 2, with a place in the legend.
+function bandAroundTwo(data, c) {
+  const [low, high] = data.band;
+  return {
+    type: "rect",
+    xref: "paper",
+    x0: 0,
+    x1: 1,
+    y0: low,
+    y1: high,
+    fillcolor: c.quiet,
+    opacity: 0.18,
+    line: { width: 0 },
+    layer: "below",
+    name: `alpha from ${low} to ${high}`,
+    showlegend: true,
+  };
+}
+
 function draw(id, [traces, layout], c) {
   const axis = { gridcolor: c.grid, linecolor: c.line, zeroline: false, ticks: "outside", tickcolor: c.line };
-  const entries = traces.filter((trace) => trace.showlegend !== false && trace.name);
+  const named = (layout.shapes ?? []).filter((shape) => shape.showlegend);
+  const entries = [...traces.filter((trace) => trace.showlegend !== false && trace.name), ...named];
   const whole = {
     ...layout,
     paper_bgcolor: c.card,
@@ -133,10 +153,15 @@ function draw(id, [traces, layout], c) {
     dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
     modebar: { bgcolor: "rgba(0,0,0,0)", color: c.quiet, activecolor: c.ink },
   };
-  return Plotly.react(id, traces, whole, {
+  const plot = document.getElementById(id);
+  const drawn = Plotly.react(plot, traces, whole, {
     responsive: true,
     displaylogo: false,
     displayModeBar: true,
     modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
   });
+  // A plot that stood beside another, or does now, has another width than it was drawn with.
+  const before = plot.dataset.width;
+  plot.dataset.width = plot.clientWidth;
+  return before && before !== plot.dataset.width ? drawn.then(() => Plotly.Plots.resize(plot)) : drawn;
 }

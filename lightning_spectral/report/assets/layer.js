@@ -173,6 +173,78 @@ function spectrumFigure(data, state, c, spectra) {
   ];
 }
 
+const MODELS = {
+  power_law: ["power law", "solid", ([a, b], k) => Math.exp(a + b * Math.log(k))],
+  exponential: ["exponential", "dash", ([a, b], k) => Math.exp(a + b * k)],
+  lognormal: ["log-normal", "dashdot", ([a, b, d], k) => Math.exp(a + b * Math.log(k) + d * Math.log(k) ** 2)],
+};
+
+// All singular values that were taken, with the three models of them; the winner by BIC is thick.
+function modelsFigure(data, state, c, spectra) {
+  const mark = markOf(data, data.kinds[state.layer], c);
+  const sigma = (spectra.spectrum ?? spectra.sigma).filter((v) => v > 0);
+  const points = (name, from, to, symbol) => ({
+    type: "scatter",
+    mode: "markers",
+    name,
+    x: sigma.slice(from, to).map((_, i) => from + i + 1),
+    y: sigma.slice(from, to),
+    marker: { size: 7, color: symbol === "circle" ? mark.colour : c.quiet, symbol },
+    hoverinfo: "text",
+    hovertext: sigma.slice(from, to).map((v, i) => `sigma ${from + i + 1}: ${v.toExponential(2)}`),
+  });
+  const ranks = Array.from({ length: 60 }, (_, i) => spectra.ranked ** (i / 59));
+  const colours = c.kinds.filter((colour) => colour !== mark.colour);
+  const curves = Object.entries(spectra.models).map(([model, coefficients], i) => {
+    const [name, dash, of] = MODELS[model];
+    const wins = model === data.probes[state.probe].winners[state.layer];
+    const curve = line(ranks, ranks.map((k) => of(coefficients, k)), colours[i], name);
+    return { ...curve, name: wins ? `<b>${name}</b>` : name, line: { ...curve.line, dash, width: wins ? 3 : 1.5 } };
+  });
+  const noise = spectra.ranked < sigma.length ? [points("rounding noise", spectra.ranked, undefined, "circle-open")] : [];
+  return [
+    [points("sigma<sub>k</sub>", 0, spectra.ranked, "circle"), ...noise, ...curves],
+    {
+      xaxis: logAxis("rank k", [1, sigma.length]),
+      yaxis: logAxis("sigma, gradient singular value", sigma),
+    },
+  ];
+}
+
+// The factors of h, each relative to its line's value at the largest sigma, so that their slopes can be compared.
+function splitFigure(data, state, c, spectra) {
+  const names = { beta: "Λ<sub>δ</sub>Λ<sub>A</sub>", phi: "Φ", chi_slope: "χ" };
+  const symbols = { beta: "circle", phi: "square", chi_slope: "diamond" };
+  const traces = spectra.split.flatMap(([key, values, intercept], i) => {
+    const slope = value(data, state.probe, state.layer, key);
+    const at = values.map((_, k) => k).filter((k) => values[k] > 0 && spectra.sigma[k] > 0);
+    if (!at.length) return [];
+    const first = known(slope) && known(intercept) ? Math.exp(intercept) * spectra.sigma[at[0]] ** slope : values[at[0]];
+    const colour = c.kinds[i];
+    const points = {
+      type: "scatter",
+      mode: "markers",
+      name: names[key],
+      x: at.map((k) => spectra.sigma[k]),
+      y: at.map((k) => values[k] / first),
+      marker: { size: 7, color: colour, symbol: symbols[key] },
+      hoverinfo: "text",
+      hovertext: at.map((k) => `k = ${k + 1}<br>${names[key]} ${values[k].toExponential(2)}`),
+    };
+    if (!known(slope) || !known(intercept)) return [points];
+    const ends = [spectra.sigma[at[0]], spectra.sigma[at[at.length - 1]]];
+    const fit = line(ends, ends.map((x) => (x / ends[0]) ** slope), colour, `${key} = ${fixed(slope)}`);
+    return [points, fit];
+  });
+  return [
+    traces,
+    {
+      xaxis: logAxis("sigma, gradient singular value", traces.flatMap(({ x }) => x)),
+      yaxis: logAxis("relative to the line at sigma₁", traces.flatMap(({ y }) => y)),
+    },
+  ];
+}
+
 function layerTrainingFigure(data, state, c) {
   const x = data.probes.map((probe, i) => probe.step ?? i);
   const curve = (key, name, colour, symbol) => {
@@ -193,7 +265,7 @@ function layerTrainingFigure(data, state, c) {
     curve("alpha", "alpha", c.kinds[0], "circle"),
     curve("gamma", "gamma", c.kinds[1], "square"),
     curve("s", "s", c.kinds[2], "diamond"),
-  ];
+  ].filter(({ y }) => y.some(known));
   return [
     traces,
     {

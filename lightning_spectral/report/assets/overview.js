@@ -47,9 +47,28 @@ function points(data, state, c, x, y, error) {
   return traces;
 }
 
+// Limits that hold the error bars of the points within them, too, but for bars longer than all of the axis.
+function withBars(data, range) {
+  if (!range) return range;
+  const most = Math.max(1, range[1] - range[0]);
+  let [low, high] = range;
+  data.probes.forEach((_, probe) =>
+    data.layers.forEach((_, layer) => {
+      const [alpha, error] = ["alpha", "alpha_stderr"].map((key) => value(data, probe, layer, key));
+      if (!known(alpha) || !known(error) || beyond(alpha, range)) return;
+      low = Math.min(low, alpha - 1.05 * Math.min(error, most));
+      high = Math.max(high, alpha + 1.05 * Math.min(error, most));
+    }),
+  );
+  return [low, high];
+}
+
 function depthFigure(data, state, c, wide) {
   const read = (layer) => value(data, state.probe, layer, "alpha");
-  const range = limits(data, (probe, layer) => value(data, probe, layer, "alpha"));
+  const range = withBars(
+    data,
+    limits(data, (probe, layer) => value(data, probe, layer, "alpha")),
+  );
   const edge = Math.max(0.6, 0.015 * data.layers.length);
   const named = wide && data.layers.length <= 30;
   return [
@@ -77,9 +96,7 @@ function depthFigure(data, state, c, wide) {
       },
       yaxis: { title: { text: "alpha" }, range },
       annotations: outside(data.layers.filter((_, layer) => beyond(read(layer), range)).length, c),
-      shapes: [
-        { type: "line", xref: "paper", x0: 0, x1: 1, y0: 2, y1: 2, line: { color: c.quiet, width: 1, dash: "dot" } },
-      ],
+      shapes: [bandAroundTwo(data, c)],
     },
   ];
 }
@@ -160,6 +177,7 @@ function trainingFigure(data, state, c) {
       xaxis: { title: { text: "step" } },
       yaxis: { title: { text: "alpha" }, range: limits(data, (probe, layer) => value(data, probe, layer, "alpha")) },
       shapes: [
+        bandAroundTwo(data, c),
         {
           type: "line",
           yref: "paper",

@@ -18,6 +18,37 @@ function list(id, lines) {
 const of = (key) => (layer) => value(data, state.probe, layer, key);
 const spectraOf = (layer) => data.probes[state.probe].spectra?.[layer];
 
+const isHeld = (probe, layer, key) =>
+  (key === "product" ? product(data, probe, layer) : value(data, probe, layer, key)) !== null;
+const interval = (key, i) =>
+  known(of(`${key}_low`)(i)) ? `${fixed(of(`${key}_low`)(i))} to ${fixed(of(`${key}_high`)(i))}` : "–";
+const withError = (key, show) => (i) =>
+  show(of(key)(i)) + (known(of(`${key}_stderr`)(i)) ? ` ± ${show(of(`${key}_stderr`)(i))}` : "");
+const brief = (x) => (known(x) ? String(Number(x.toPrecision(3))) : fixed(x));
+
+// What is measured on request, of which the data hold what was asked for.
+const REQUESTED = [
+  ["s_weight", "s_weight"],
+  ["gamma_weight", "gamma_weight"],
+  ["hessian_trace", "tr H ± se", withError("hessian_trace", brief)],
+  ["curvature_fraction", "fraction ± se", withError("curvature_fraction", percent)],
+  ["curvature_over_random", "over random", (i) => brief(of("curvature_over_random")(i))],
+  ["beta", "beta"],
+  ["phi", "phi"],
+  ["chi_slope", "chi_slope"],
+  ["chi", "chi", (i) => brief(of("chi")(i))],
+  ["concentration_ratio", "ratio"],
+  ["effective_rank_a", "rank a", (i) => brief(of("effective_rank_a")(i))],
+  ["effective_rank_delta", "rank delta", (i) => brief(of("effective_rank_delta")(i))],
+].map(([key, head, text]) => ({
+  key,
+  head,
+  sort: of(key),
+  text: text ?? ((i) => fixed(of(key)(i))),
+  meaning: data.meanings[key],
+  requested: true,
+}));
+
 // head, what a cell says, what it sorts by, what the column means
 const COLUMNS = [
   { key: "layer", head: "layer", sort: (i) => i, text: (i) => short(data.layers[i]), meaning: "sorts by depth" },
@@ -40,8 +71,15 @@ const COLUMNS = [
     key: "alpha",
     head: "alpha ± se",
     sort: of("alpha"),
-    text: (i) => (known(of("alpha")(i)) ? `${fixed(of("alpha")(i))} ± ${fixed(of("alpha_stderr")(i))}` : "–"),
+    text: withError("alpha", fixed),
     meaning: data.meanings.alpha,
+  },
+  {
+    key: "alpha_low",
+    head: "alpha 95 %",
+    sort: of("alpha_low"),
+    text: (i) => interval("alpha", i),
+    meaning: "95 % of the slopes of bootstrap draws; sorts by the lower end",
   },
   {
     key: "r2_alpha",
@@ -95,7 +133,13 @@ const COLUMNS = [
     text: (i) => fixed(of("negative_curvature")(i), 0),
     meaning: data.meanings.negative_curvature,
   },
-].filter((column) => !["kind", "shape"].includes(column.key) || data.kinds.some(Boolean));
+  ...REQUESTED,
+].filter(({ key, requested }) => {
+  if (key === "kind" || key === "shape") return data.kinds.some(Boolean);
+  if (requested || key === "alpha_low") return data.keys.includes(key);
+  // Of a log that holds alpha alone, no empty columns.
+  return key === "layer" || data.probes.some((_, probe) => data.layers.some((_, i) => isHeld(probe, i, key)));
+});
 
 function order(layers) {
   const column = COLUMNS.find(({ key }) => key === state.column);
@@ -194,7 +238,8 @@ function showProbe() {
   get("at").textContent = probe.label + loss;
   get("step").value = state.probe;
   get("step").setAttribute("aria-valuetext", probe.label);
-  get("facts").textContent = [probe.facts, `${data.layers.length} layers`, `${data.probes.length} probes`]
+  const count = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
+  get("facts").textContent = [probe.facts, count(data.layers.length, "layer"), count(data.probes.length, "probe")]
     .filter(Boolean)
     .join(", ");
   list("summary", probe.summary);
@@ -208,12 +253,61 @@ function showProbe() {
   showOverview();
 }
 
+// Which plots of all layers have anything to show, and what would give those that have not.
+function overviewPlots() {
+  const any = (read) => data.layers.some((_, layer) => known(read(layer)));
+  const label = data.probes[state.probe].label;
+  const logs = 'SpectralProbe(log_quantities="all"), log_tables=True of a CSVLogger, a checkpoint or a JSON report';
+  const alphas = any(of("alpha"));
+  return {
+    depth: [alphas, `alpha by layer is not shown: no layer has an alpha at ${label}.`],
+    transfer: [
+      any((layer) => product(data, state.probe, layer)) && any(of("s")),
+      alphas
+        ? `The transfer identity is not shown: no layer has gamma and s at ${label}. ${logs} would give them.`
+        : `The transfer identity is not shown: no layer has an alpha at ${label}.`,
+    ],
+    training: [
+      data.probes.length > 1,
+      "alpha over training is not shown: it takes several probes, from a log or from several reports.",
+    ],
+  };
+}
+
 function showOverview() {
+  const plots = overviewPlots();
+  list(
+    "absent",
+    Object.values(plots)
+      .filter(([given]) => !given)
+      .map(([, why]) => why),
+  );
+  for (const [id, [given]] of Object.entries(plots)) get(id).closest("figure").hidden = !given;
+  for (const [id, beside] of [["transfer", "training"], ["training", "transfer"]])
+    get(id).closest("figure").classList.toggle("wide", !plots[beside][0]);
   if (!state.plots) return;
   const c = colours();
-  draw("depth", depthFigure(data, state, c, get("depth").clientWidth > 640), c);
-  draw("transfer", transferFigure(data, state, c), c);
-  draw("training", trainingFigure(data, state, c), c);
+  if (plots.depth[0]) draw("depth", depthFigure(data, state, c, get("depth").clientWidth > 640), c);
+  if (plots.transfer[0]) draw("transfer", transferFigure(data, state, c), c);
+  if (plots.training[0]) draw("training", trainingFigure(data, state, c), c);
+}
+
+// What is known of a layer beside its exponents, a line each.
+function moreOf(layer, spectra) {
+  const { quarters, winners } = data.probes[state.probe];
+  const winner = winners[layer];
+  const has = (key) => known(of(key)(layer));
+  const requested = COLUMNS.filter((column) => column.requested && has(column.key));
+  const values = spectra?.ranked;
+  const margin = has("rank_margin") ? `, ${fixed(of("rank_margin")(layer))} in BIC ahead of the next model` : "";
+  return [
+    quarters[layer]?.some(known) &&
+      `alpha by quarter of the directions, the strongest first: ${quarters[layer].map((x) => fixed(x)).join(", ")}`,
+    winner && `gradient spectrum${values ? ` of ${values} singular values` : ""}: ${MODELS[winner]?.[0] ?? winner}${margin}`,
+    has("alpha_low") &&
+      `95 % of bootstrap draws: ${["alpha", "gamma", "s"].map((key) => `${key} ${interval(key, layer)}`).join(", ")}`,
+    requested.length && requested.map(({ head, text }) => `${head.replace(" ± se", "")} ${text(layer)}`).join(", "),
+  ].filter(Boolean);
 }
 
 function showLayer() {
@@ -230,18 +324,26 @@ function showLayer() {
     .filter(Boolean)
     .join(", ");
   const note = data.probes[state.probe].notes[data.layers[layer]];
-  const missing = spectra ? "" : `No sigma and h of this layer at ${data.probes[state.probe].label} on this page.`;
+  const missing = spectra
+    ? ""
+    : `No sigma and h of this layer at ${data.probes[state.probe].label} on this page: they come from a checkpoint or a JSON report of that probe.`;
   get("layer-missing").textContent = [note, missing].filter(Boolean).join(" ");
   get("layer-missing").hidden = !note && !missing;
-  get("layer-training-figure").hidden = data.probes.length < 2;
+  list("layer-more", moreOf(layer, spectra));
+  const curves = ["alpha", "gamma", "s"].some((key) => data.probes.some((_, i) => known(value(data, i, layer, key))));
+  get("layer-training-figure").hidden = data.probes.length < 2 || !curves;
+  get("split-figure").hidden = !spectra?.split;
+  get("layer-training-figure").classList.toggle("wide", !spectra || Boolean(spectra.split));
   for (const figure of document.querySelectorAll("figure.spectral")) figure.hidden = !spectra;
   if (!state.plots) return;
   const c = colours();
   if (spectra) {
     draw("law", lawFigure(data, state, c, spectra), c);
     draw("spectrum", spectrumFigure(data, state, c, spectra), c);
+    draw("models", modelsFigure(data, state, c, spectra), c);
   }
-  if (data.probes.length > 1) draw("layer-training", layerTrainingFigure(data, state, c), c);
+  if (spectra?.split) draw("split", splitFigure(data, state, c, spectra), c);
+  if (!get("layer-training-figure").hidden) draw("layer-training", layerTrainingFigure(data, state, c), c);
 }
 
 function isDark() {
@@ -298,7 +400,6 @@ async function loadPlots() {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   document.head.append(make("script", await new Response(stream).text()));
   state.plots = true;
-  if (data.probes.length < 2) get("training").closest("figure").hidden = true;
   showTheme();
   for (const id of ["depth", "transfer", "training"]) {
     get(id).on?.("plotly_click", ({ points: [point] }) => {

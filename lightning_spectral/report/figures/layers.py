@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_spectral.analysis import GOOD_FIT, trusted
+from lightning_spectral.analysis import ALPHA_BAND, trusted
 from lightning_spectral.fits import zeta_bound
 from lightning_spectral.record import SpectralReport, median
 from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-ALPHA_BAND = (1.85, 2.15)
-"""Around alpha = 2, where curvature is the square of the gradient."""
 
 TRANSFER_BAND = 0.1
 """Of the transfer error."""
@@ -63,7 +60,7 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
     names = [layer.name for layer in layers]
     with canvas(width, 2.4 + 0.055 * max(len(short_name(name)) for name in names), dark=dark) as figure:
         axes = figure.subplots()
-        draw_alpha_band(axes)
+        band = draw_alpha_band(axes)
         missing = [i for i, layer in enumerate(layers) if math.isnan(layer.alpha.exponent)]
         for i, layer in enumerate(layers):
             if i not in missing:
@@ -80,7 +77,7 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
         title(figure, "Curvature exponent α by depth", [report])
         marks = [mark_handle("x", "no fit")] if missing else []
         fitted = [layer for layer in layers if not math.isnan(layer.alpha.exponent)]
-        legend(figure, kind_handles(layer.kind for layer in fitted) + _hollow_handle(fitted) + marks)
+        legend(figure, [*kind_handles(layer.kind for layer in fitted), *_hollow_handle(fitted), *marks, band])
     return figure
 
 
@@ -158,9 +155,10 @@ def plot_participation_ratio(reports: Reports, *, width: float = WIDTH, dark: bo
     return figure
 
 
-def draw_alpha_band(axes: Axes) -> None:
-    """The band around alpha = 2, and its name at the right end."""
+def draw_alpha_band(axes: Axes) -> Artist:
+    """Draw the band around alpha = 2; returns its key."""
     axes.axhspan(*ALPHA_BAND, color=ink(), alpha=0.12, linewidth=0, label="band")
+    return patch_handle(f"α from {ALPHA_BAND[0]} to {ALPHA_BAND[1]}", color=ink(), alpha=0.12)
 
 
 def _alpha_point(axes: Axes, i: int, layer: LayerSpectrum, size: float) -> None:
@@ -234,5 +232,4 @@ def _keys(reports: Sequence[SpectralReport], points: Sequence[Point]) -> list[Ar
 
 
 def _hollow_handle(layers: Iterable[LayerSpectrum]) -> list[Artist]:
-    hollow = any(layer.alpha.r2 < GOOD_FIT for layer in layers)
-    return [mark_handle("o", "r² < 0.9", hollow=True)] if hollow else []
+    return [mark_handle("o", "r² < 0.9", hollow=True)] if not all(map(trusted, layers)) else []

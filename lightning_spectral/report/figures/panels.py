@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.fits import RankModel
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.record import SpectralReport, evenly
 from lightning_spectral.report.figures.band import fitted_points, line_and_band
 from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
@@ -132,8 +132,7 @@ def choose_layers(report: SpectralReport, layers: Layers) -> tuple[list[LayerSpe
         found = [layer for layer in found if any(_matches(layer.name, p) for p in patterns)]
     if len(found) <= MAX_PANELS:
         return found, ""
-    shown = [found[round(i * (len(found) - 1) / (MAX_PANELS - 1))] for i in range(MAX_PANELS)]
-    return shown, f"{MAX_PANELS} of {len(found)} layers"
+    return [found[i] for i in evenly(len(found), MAX_PANELS)], f"{MAX_PANELS} of {len(found)} layers"
 
 
 def rank_values(layer: LayerSpectrum) -> Tensor:

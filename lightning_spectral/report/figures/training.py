@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_spectral.analysis import ALPHA_BAND
 from lightning_spectral.record import SpectralReport, median
 from lightning_spectral.report.figures.keys import kind_handles, legend, patch_handle
-from lightning_spectral.report.figures.layers import ALPHA_BAND, draw_alpha_band, padded
+from lightning_spectral.report.figures.layers import draw_alpha_band, padded
 from lightning_spectral.report.figures.style import (
     MODEL_STYLE,
     WIDTH,
@@ -52,7 +53,7 @@ def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bo
     x, label = positions(found)
     with canvas(width, 2.8, dark=dark) as figure:
         axes = figure.subplots()
-        draw_alpha_band(axes)
+        band = draw_alpha_band(axes)
         by_layer, by_kind = alpha_series(found)
         for (_, kind), values in by_layer.items():
             axes.plot(x, values, color=kind_style(kind)[0], linewidth=0.6, alpha=0.45, label=kind)
@@ -65,7 +66,8 @@ def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bo
         if not any(math.isfinite(value) for values in by_layer.values() for value in values):
             say(axes, "no layer has a fit of α")
         title(figure, "Curvature exponent α over training, medians by kind", found)
-        legend(figure, kind_handles((kind for kind, v in by_kind.items() if not all(map(math.isnan, v))), line=True))
+        shown = (kind for kind, values in by_kind.items() if not all(map(math.isnan, values)))
+        legend(figure, [*kind_handles(shown, line=True), band])
     return figure
 
 

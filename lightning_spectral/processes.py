@@ -1,0 +1,258 @@
+"""Processes that measure together: each holds a part of the batches, and all come to one result.
+
+A measurement is steps that each process takes alone, and exchanges between them. Nothing is exchanged within a step,
+and a step that fails in one process fails in all, with the same kind of error, so that no process waits for another
+that has gone a different way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_spectral.errors import MeasurementError, ProcessError, is_out_of_memory
+
+T = TypeVar("T")
+
+PACKAGE = __name__.partition(".")[0]
+
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "monitored_barrier",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+    "scatter_object_list",
+)
+"""What a loss may call in `torch.distributed` to see the samples of other processes."""
+
+
+class Alone:
+    """The one process that measures, and what several have in common."""
+
+    rank = 0
+    size = 1
+
+    def agreed(self, compute: Callable[[], T]) -> T:
+        """What ``compute`` gives here, or in every process the error that it raises in one."""
+        return compute()
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes, by rank. They go through pickle, and must not fail there."""
+        return [value]
+
+    def collected(self, value: T, rank: int) -> list[T] | None:
+        """The values of all processes, by rank, in the process of one rank; None in the others."""
+        return [value]
+
+    def summed(
+        self, values: Mapping[str, Tensor], owners: Mapping[str, int], empty: Callable[[str], Tensor]
+    ) -> dict[str, Tensor]:
+        """The sums over all processes of those tensors that this one owns.
+
+        Args:
+            values: name -> tensor, in each process those that it has.
+            owners: name -> the rank that is given the sum, for the names of all processes in one order.
+            empty: name -> zeros in place of a tensor that this process does not have.
+        """
+        return {name: values[name] if name in values else empty(name) for name in owners}
+
+    def shared(self, mine: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]) -> dict[str, list[Tensor]]:
+        """What each process has of the names that it owns, in all of them: name -> tensors."""
+        return {name: list(mine[name]) for name in owners if name in mine}
+
+
+class Together(Alone):
+    """The processes of a group. All must make the same calls in the same order.
+
+    Args:
+        group: of torch.distributed, with a backend for the device of the tensors; None: all processes.
+
+    Raises:
+        ValueError: if this process is not one of them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("process_group: this process is not in the group, so it has no part in the measurement")
+
+    def agreed(self, compute: Callable[[], T]) -> T:
+        """What ``compute`` gives here, or in every process the error that it raises in one.
+
+        Memory that ran out anywhere comes first, else the lowest rank's error. What is raised is of the same class in
+        all processes: this package's own classes, ValueError and MemoryError as they are, everything else as
+        ProcessError.
+        """
+        value, failure, cause = None, None, None
+        try:
+            with _no_collectives():
+                value = compute()
+        except Exception as error:
+            failure = _Failure.of(error)
+            cause = None if is_out_of_memory(error) else error
+        failures = {rank: found for rank, found in enumerate(self.gathered(failure)) if found is not None}
+        if not failures:
+            return value  # type: ignore[return-value]
+        rank = min(failures, key=lambda rank: (failures[rank].kind is not MemoryError, rank))
+        raise failures[rank].error(rank) from (cause if rank == self.rank else None)
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def collected(self, value: T, rank: int) -> list[T] | None:
+        """The values of all processes, by rank, in the process of one rank; None in the others."""
+        found: list[Any] | None = [None] * self.size if rank == self.rank else None
+        dist.gather_object(value, found, self._global(rank), group=self.group)
+        return found
+
+    def summed(
+        self, values: Mapping[str, Tensor], owners: Mapping[str, int], empty: Callable[[str], Tensor]
+    ) -> dict[str, Tensor]:
+        """The sums over all processes of those tensors that this one owns."""
+        found: dict[str, Tensor] = {}
+        for rank in range(self.size):
+            names = [name for name, owner in owners.items() if owner == rank]
+            # Memory may run out here as in any step.
+            parts = self.agreed(partial(_by_dtype, names, values, empty))
+            for flat, shapes in parts:
+                dist.reduce(flat, self._global(rank), group=self.group)
+                if rank == self.rank:
+                    pieces = torch.split(flat, [shape.numel() for shape in shapes.values()])
+                    found |= {name: p.view(shape) for (name, shape), p in zip(shapes.items(), pieces, strict=True)}
+        return found
+
+    def shared(self, mine: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]) -> dict[str, list[Tensor]]:
+        """What each process has of the names that it owns, in all of them: name -> tensors."""
+        layouts = self.gathered({name: [(t.shape, t.dtype, t.device) for t in ts] for name, ts in mine.items()})
+        found: dict[str, list[Tensor]] = {}
+        for rank, layout in enumerate(layouts):
+            if not (tensors := [spec for specs in layout.values() for spec in specs]):
+                continue
+            sizes = [shape.numel() * dtype.itemsize for shape, dtype, _ in tensors]
+            if rank == self.rank:
+                flat = self.agreed(lambda: torch.cat([_bytes(t) for of_name in mine.values() for t in of_name]))
+            else:
+                flat = self.agreed(partial(torch.empty, sum(sizes), dtype=torch.uint8, device=_here(tensors[0][2])))
+            dist.broadcast(flat, self._global(rank), group=self.group)
+            # Cloned, since a view as a wider type must start at a multiple of its size.
+            parts = iter(torch.split(flat, sizes))
+            for name, specs in layout.items():
+                found[name] = [next(parts).clone().view(dtype).view(shape) for shape, dtype, _ in specs]
+        return {name: found[name] for name in owners if name in found}
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+def owners_of(costs: Mapping[str, float], size: int) -> dict[str, int]:
+    """name -> rank, so that no process has much more to do than another: the dearest first, to who has the least.
+
+    >>> owners_of({"a": 3, "b": 1, "c": 2}, 2)
+    {'a': 0, 'b': 1, 'c': 1}
+    """
+    loads = [0.0] * size
+    found = {}
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[name]
+        found[name] = rank
+    return {name: found[name] for name in costs}
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error as other processes are told of it."""
+
+    kind: type[Exception]
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        if is_out_of_memory(error):
+            return cls(MemoryError, f"out of memory: {error}")
+        # Other classes may take more than a text, or be unknown elsewhere.
+        if isinstance(error, MeasurementError) and type(error).__module__.partition(".")[0] == PACKAGE:
+            return cls(type(error), str(error))
+        if isinstance(error, ValueError):
+            return cls(ValueError, str(error))
+        return cls(ProcessError, f"{type(error).__name__}: {error}")
+
+    def error(self, rank: int) -> Exception:
+        return self.kind(f"process {rank}: {self.text}")
+
+
+@contextmanager
+def _no_collectives() -> Iterator[None]:
+    """Have `torch.distributed`'s exchanges raise: their number may differ between processes, and all would hang."""
+    thread = threading.get_ident()
+
+    def refused(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(*args, **kwargs)
+            raise MeasurementError(
+                f"the loss calls torch.distributed.{name}, so that it depends on the samples of other processes; "
+                "measure a loss of this process's samples alone (loss_fn, or a method spectral_loss), and with "
+                "SyncBatchNorm mode='eval'"
+            )
+
+        return call
+
+    originals = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
+    try:
+        for name, original in originals.items():
+            setattr(dist, name, refused(name, original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def _by_dtype(
+    names: Sequence[str], values: Mapping[str, Tensor], empty: Callable[[str], Tensor]
+) -> list[tuple[Tensor, dict[str, torch.Size]]]:
+    """Tensors in a row, for each of their types, and what they were."""
+    tensors = {name: values[name] if name in values else empty(name) for name in names}
+    found = []
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
+        some = {name: tensor for name, tensor in tensors.items() if tensor.dtype is dtype}
+        flat = torch.cat([tensor.flatten() for tensor in some.values()])
+        found.append((flat, {name: tensor.shape for name, tensor in some.items()}))
+    return found
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _here(device: torch.device) -> torch.device:
+    """This process's device of the same kind."""
+    return (
+        device if device.type == "cpu" else torch.device(device.type, torch.get_device_module(device).current_device())
+    )

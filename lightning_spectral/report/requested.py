@@ -1,0 +1,141 @@
+"""What is measured on request, as tables for the terminal: one for each option, a row per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from lightning_spectral.analysis import trusted
+from lightning_spectral.record import SpectralReport
+from lightning_spectral.report.cells import fixed, name_of, new_table, percent, short
+from lightning_spectral.spectrum import LayerSpectrum
+
+Cell = Callable[[LayerSpectrum], str]
+
+
+@dataclass(frozen=True)
+class Requested:
+    """A table of what one option measures.
+
+    Attributes:
+        title, caption: above and below it.
+        given: whether a layer was measured with the option.
+        columns: heading -> a layer's cell.
+    """
+
+    title: str
+    caption: str
+    given: Callable[[LayerSpectrum], bool]
+    columns: Mapping[str, Cell]
+
+    def table(self, layers: Iterable[LayerSpectrum]) -> Table:
+        """A row per layer; those with a fit not to be trusted are dim."""
+        table = new_table()
+        table.add_column("layer", overflow="fold")
+        for heading in self.columns:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for layer in layers:
+            cells = (cell(layer) for cell in self.columns.values())
+            table.add_row(name_of(layer), *cells, style="" if trusted(layer) else "dim")
+        return table
+
+
+def requested_of(report: SpectralReport) -> list[Requested]:
+    """The tables of the options that a report was measured with; none where nothing was asked for."""
+    return [requested for requested in REQUESTED if any(map(requested.given, report.layers.values()))]
+
+
+def _part(name: str) -> Callable[[LayerSpectrum], bool]:
+    return lambda layer: name in layer.parts
+
+
+def _of(key: str, show: Callable[[float], str] = fixed) -> Cell:
+    """A logged quantity, or "-" where the layer has none."""
+    return lambda layer: show(_value(layer, key))
+
+
+def _with_error(key: str, show: Callable[[float], str]) -> Cell:
+    return lambda layer: f"{show(_value(layer, key))} ± {show(_value(layer, f'{key}_stderr'))}"
+
+
+def _interval(key: str) -> Cell:
+    return lambda layer: f"{fixed(_value(layer, f'{key}_low'))} to {fixed(_value(layer, f'{key}_high'))}"
+
+
+def _value(layer: LayerSpectrum, key: str) -> float:
+    return layer.scalars().get(key, math.nan)
+
+
+def _quarters(layer: LayerSpectrum) -> str:
+    return "  ".join(fixed(fit.exponent) for fit in layer.alpha_quartiles)
+
+
+def _model(layer: LayerSpectrum) -> str:
+    return (layer.rank_models.winner or "-").replace("_", " ")
+
+
+REQUESTED = (
+    Requested(
+        "bootstrap: what the exponents owe to single points",
+        "95 %: of the slopes of draws of the points; by quarter: of the directions, the strongest first",
+        _part("intervals"),
+        {
+            "alpha 95 %": _interval("alpha"),
+            "gamma 95 %": _interval("gamma"),
+            "s 95 %": _interval("s"),
+            "alpha by quarter": _quarters,
+        },
+    ),
+    Requested(
+        "alignment: alpha split by the Kronecker factors",
+        "alpha = beta + phi + chi_slope; chi: h over the product's; ratio: 1 where input and gradient are independent; "
+        "rank: exp(entropy)",
+        _part("alignment"),
+        {
+            "alpha": _of("alpha"),
+            "beta": _of("beta"),
+            "phi": _of("phi"),
+            "chi_slope": _of("chi_slope"),
+            "chi": _of("chi", short),
+            "ratio": _of("concentration_ratio"),
+            "rank a": _of("effective_rank_a", short),
+            "rank delta": _of("effective_rank_delta", short),
+        },
+    ),
+    Requested(
+        "curvature_fraction: of the trace of each Hessian block",
+        "fraction: sum of h over tr H; over random: how many times the curvature of a random direction",
+        _part("fraction"),
+        {
+            "tr H ± se": _with_error("hessian_trace", short),
+            "fraction ± se": _with_error("curvature_fraction", percent),
+            "over random": _of("curvature_over_random", short),
+        },
+    ),
+    Requested(
+        "weight_spectra: beside those of gradient and curvature",
+        "s_weight: decay of their squared singular values over all ranks; gamma_weight: of the leading ones",
+        _part("weights"),
+        {
+            "s_weight": _of("s_weight"),
+            "r2": _of("r2_s_weight"),
+            "s": _of("s"),
+            "gamma_weight": _of("gamma_weight"),
+            "gamma": _of("gamma"),
+        },
+    ),
+    Requested(
+        "spectrum_top_k: rank models of the gradient spectrum",
+        "ΔBIC: of the runner-up to the winner; below 2 none is clearly better",
+        lambda layer: len(layer.spectrum) > len(layer.sigma),
+        {
+            "values": lambda layer: f"{layer.rank_models.n_used}/{len(layer.spectrum)}",
+            "model": _model,
+            "ΔBIC": _of("rank_margin"),
+        },
+    ),
+)
+"""In the order in which they are printed."""

@@ -1,0 +1,94 @@
+"""Networks whose parameters are shards over processes (DTensor): FSDP2 and tensor parallelism."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_spectral.processes import Alone
+
+COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
+"""Where the classes live that hold a network's processes together."""
+
+
+def whole_parameters(model: nn.Module, processes: Alone) -> dict[int, nn.Parameter]:
+    """id of each sharded parameter -> a parameter with the whole of it, gathered one at a time.
+
+    Neither the backward pass of FSDP2 nor that of a redistributed DTensor can be differentiated again, and the gradient
+    of FSDP2's shards is not had from `torch.autograd.grad` at all. So each process measures on whole weights, for the
+    time of a measurement: they must fit beside what is in memory, as must the gradients of the layers measured.
+
+    Args:
+        model: of which all processes hold their shards.
+        processes: that measure together, with all that hold shards among them.
+
+    Raises:
+        ValueError: for a sharded model and one process.
+        MemoryError: in all processes, if the whole weights do not fit into the memory of one of them.
+    """
+    for module in model.modules():
+        if is_fully_sharded(type(module)):
+            # After a validation the outermost weights are still gathered, in the precision of the forward pass.
+            module.reshard()  # type: ignore[operator]
+    shards = {name: p for name, p in model.named_parameters() if is_sharded(p)}
+    if not shards:
+        return {}
+    if processes.size == 1:
+        raise ValueError(
+            f"process_group: {next(iter(shards))} and {len(shards) - 1} more parameters are shards over several "
+            "processes (DTensor), which must measure together; give their group"
+        )
+    processes.agreed(lambda: _reserve(list(shards.values())))
+    return {
+        id(shard): nn.Parameter(shard.detach().full_tensor(), requires_grad=shard.requires_grad)  # type: ignore[attr-defined]
+        for shard in shards.values()
+    }
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    return any(base.__name__ == "DTensor" and is_communication(base) for base in type(tensor).__mro__)
+
+
+def is_fully_sharded(kind: type) -> bool:
+    """Whether `fully_shard` made this class of a module's."""
+    return any(base.__name__ == "FSDPModule" and is_communication(base) for base in kind.__mro__)
+
+
+def is_communication(kind: type) -> bool:
+    """Whether objects of a class hold processes together: groups, meshes, and what shards parameters over them."""
+    return kind.__module__.startswith(COMMUNICATION)
+
+
+def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module before `fully_shard`."""
+    if not is_fully_sharded(kind):
+        return kind
+    return next(base for base in kind.__bases__ if not is_communication(base))
+
+
+def without_communication(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a module without the hooks and records of its sharding, for a copy that holds whole parameters."""
+    return {
+        name: type(value)((key, hook) for key, hook in value.items() if not _communicates(hook))
+        if name.endswith("_hooks") and isinstance(value, dict)
+        else value
+        for name, value in state.items()
+        if not name.startswith("__composable_api")
+    }
+
+
+def _communicates(hook: Any) -> bool:
+    function = hook.__func__ if isinstance(hook, types.MethodType) else hook
+    return str(getattr(function, "__module__", "")).startswith(COMMUNICATION)
+
+
+def _reserve(shards: list[nn.Parameter]) -> None:
+    """Have room for them, or MemoryError before any process waits for another."""
+    largest = max(shards, key=lambda shard: shard.numel())
+    size = sum(shard.numel() * max(shard.element_size(), torch.float32.itemsize) for shard in shards)
+    torch.empty(size, dtype=torch.uint8, device=largest.device)

@@ -1,0 +1,220 @@
+"""What several processes measure together, and what becomes of it where one of them fails: run once for each rank.
+
+    python jointly.py RANK WORLD STORE OUT
+
+Results go to OUT/RANK.pt; the tests hold them against one process's on the joined batch.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_spectral import MeasurementError, ProcessError, measure_spectra
+
+SIZES = (30, 18, 0)
+"""Samples of each rank: unequal, and of the last one none."""
+
+
+class Routed(nn.Module):
+    """Two experts; a sample with a positive first entry goes to the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        right = x[:, 0] > 0
+        hidden = x.new_zeros(len(x), 8)
+        if right.any():
+            hidden[right] = self.first(x[right])
+        if not right.all():
+            hidden[~right] = self.second(x[~right])
+        return self.head(hidden.relu())
+
+
+def conv():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(8 * 16, 20), nn.ReLU(), nn.Linear(20, 10),
+    )  # fmt: skip
+
+
+def smooth():
+    layers = [nn.Linear(12, 24), *(nn.Linear(24, 24) for _ in range(3)), nn.Linear(24, 10)]
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
+
+
+NETWORKS = {"conv": (conv, (3, 6, 6)), "smooth": (smooth, (12,)), "routed": (Routed, (12,))}
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def network(name, dtype=torch.float64):
+    """The network, and the joined batch of all processes; those of the first process go to the first expert alone."""
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    x, y = torch.randn(sum(SIZES), *shape, dtype=dtype), torch.randint(0, 10, (sum(SIZES),))
+    if name == "routed":
+        x[: SIZES[0], 0] = x[: SIZES[0], 0].abs()
+    return model, (x, y)
+
+
+def part(batch, rank):
+    start = sum(SIZES[:rank])
+    return tuple(tensor[start : start + SIZES[rank]] for tensor in batch)
+
+
+EVERYTHING = {"alignment": True, "weight_spectra": True, "curvature_fraction": 4, "spectrum_top_k": 8}
+MEASURED = {
+    **{f"{name} {method}": (name, {"curvature": method}) for name in NETWORKS for method in ("exact", "ggn", "auto")},
+    "smooth sketch": ("smooth", {"curvature": "sketch"}),
+    "conv in pieces": ("conv", {"curvature": "exact", "micro_batch_size": 7}),
+    "conv everything": ("conv", {"curvature": "ggn", **EVERYTHING}),
+    "conv everything in pieces": ("conv", {"curvature": "ggn", "micro_batch_size": 7, **EVERYTHING}),
+}
+OPTIONS = {"top_k": 5, "precision": "float64"}
+
+
+class Fails:
+    """The loss, which in one process raises at its n-th call, or from it on."""
+
+    def __init__(self, rank, error, *, at, often=1):
+        self.rank, self.error, self.at, self.often, self.calls = rank, error, at, often, 0
+
+    def __call__(self, model, batch):
+        if dist.get_rank() == self.rank:
+            self.calls += 1
+            if self.at <= self.calls < self.at + self.often:
+                raise self.error
+        return loss(model, batch)
+
+
+def gathering(model, batch):
+    total = loss(model, batch)
+    dist.all_reduce(total.detach())
+    return total
+
+
+def not_a_number(model, batch):
+    return loss(model, batch) * (float("nan") if dist.get_rank() == 1 else 1.0)
+
+
+def custom_in_one(model, batch):
+    """Of a network that one process runs through a function which a sketch refuses."""
+    logits = model(batch[0])
+    return F.cross_entropy(Same.apply(logits) if dist.get_rank() == 1 else logits, batch[1])
+
+
+class Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def failures():
+    """name -> a loss, options, and the network."""
+    found = {}
+    for method in ("exact", "ggn", "sketch", "auto"):
+        for call in (1, 2, 3, 4):
+            found[f"{method}, call {call}"] = (
+                Fails(1, KeyError("lost"), at=call, often=10**6),
+                {"curvature": method},
+                "smooth",
+            )
+    found["the first, no sample"] = Fails(0, ValueError("bad value"), at=1), {}, "smooth"
+    memory = MemoryError("out of memory")
+    found["memory once"] = Fails(1, memory, at=1), {"curvature": "exact"}, "smooth"
+    found["memory twice"] = Fails(1, memory, at=2, often=2), {"curvature": "exact"}, "smooth"
+    found["memory always"] = Fails(1, memory, at=1, often=10**6), {"curvature": "exact"}, "smooth"
+    found["memory in factors"] = Fails(1, memory, at=4), {"curvature": "ggn", "alignment": True}, "conv"
+    found["gathers"] = gathering, {}, "smooth"
+    found["not a number"] = not_a_number, {}, "smooth"
+    found["refused in one"] = custom_in_one, {"curvature": "auto"}, "smooth"
+    found["another selection"] = loss, {"layers": ["0.*", "2.*"][: 1 + (dist.get_rank() == 1)]}, "smooth"
+    return found
+
+
+def sharded():
+    """Networks whose weights are shards over all processes, by FSDP2 and by tensor parallelism."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model, batch = network("conv")
+    for part_of_it in (model[0], model[6]):
+        fully_shard(part_of_it, mesh=mesh)
+    yield "conv", "FSDP2", fully_shard(model, mesh=mesh), batch
+    model, batch = network("routed")
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    # As after a validation, which leaves the outermost weights gathered, and in bfloat16.
+    with torch.no_grad():
+        model(batch[0][:2])
+    yield "routed", "FSDP2 in bfloat16", model, batch
+    model, batch = network("smooth")
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel(), "6": RowwiseParallel()}
+    yield "smooth", "tensor parallel", parallelize_module(model, mesh, plan), batch
+
+
+def attempt(measure):
+    try:
+        return measure().to_dict()
+    except (MeasurementError, ProcessError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def main():
+    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    result = {}
+    for label, (name, options) in MEASURED.items():
+        model, batch = network(name)
+        if name == "conv" and rank:
+            # As DDP's running statistics before the next step: the first process's are the ones that count.
+            model[1].running_mean += rank
+        report = measure_spectra(model, part(batch, rank), loss, process_group=dist.group.WORLD, **OPTIONS | options)
+        result[label] = report.to_dict()
+    for label, (failing, options, name) in failures().items():
+        model, batch = network(name)
+        result[label] = attempt(
+            lambda model=model, batch=batch, failing=failing, options=options: measure_spectra(
+                model, part(batch, rank), failing, process_group=dist.group.WORLD, **OPTIONS | options
+            )
+        )
+    for name, how, model, batch in sharded():
+        for method in ("exact", "ggn", "sketch"):
+            options = OPTIONS | {"curvature": method}
+            own, group = part(batch, rank), dist.group.WORLD
+            result[f"{name} {method}, {how}"] = measure_spectra(
+                model, own, loss, process_group=group, **options
+            ).to_dict()
+        result[f"{how} alone"] = attempt(lambda model=model, own=own: measure_spectra(model, own, loss))
+        weight = next(model.parameters())
+        result[f"{how} kept"] = [type(weight).__name__, list(weight.to_local().shape), type(model).__name__]
+    pair = dist.new_group([0, 1])
+    model, batch = network("conv")
+    result["two of them"] = attempt(
+        lambda: measure_spectra(model, part(batch, rank), loss, process_group=pair, curvature="exact", **OPTIONS)
+    )
+    torch.save(result, out / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

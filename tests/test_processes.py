@@ -1,0 +1,223 @@
+"""Three processes, of which the last has no sample, against one with all samples; and failures in one of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jointly
+import pytest
+import torch
+
+from lightning_spectral import SpectralReport, SpectralWarning, measure_spectra
+from lightning_spectral.processes import Alone, owners_of
+
+WORLD = 3
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("processes")
+    script = Path(jointly.__file__)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(WORLD), str(folder / "store"), str(folder)],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(WORLD)
+    ]  # fmt: skip
+    try:
+        errors = [process.communicate(timeout=400)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * WORLD, "\n".join(errors)[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def without_time(report):
+    return {key: value for key, value in report.items() if key != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same by one process on the joined batch."""
+    found = {}
+    for label, (name, options) in jointly.MEASURED.items():
+        model, batch = jointly.network(name)
+        with warnings.catch_warnings():
+            # Some layers have too few directions with h > 0 for a fit, in both measurements.
+            warnings.simplefilter("ignore", SpectralWarning)
+            found[label] = measure_spectra(model, batch, jointly.loss, **jointly.OPTIONS | options)
+    return found
+
+
+# "auto" takes a sketch of the smooth network.
+@pytest.mark.parametrize(
+    "label", [label for label in jointly.MEASURED if label not in ("smooth sketch", "smooth auto")]
+)
+def test_processes_together_measure_what_one_does_on_all_their_samples(results, alone, label):
+    expected, found = alone[label], SpectralReport.from_dict(results[0][label])
+    assert found.loss == pytest.approx(expected.loss, rel=1e-10)
+    assert found.n_samples == expected.n_samples == sum(jointly.SIZES)
+    assert list(found.layers) == list(expected.layers)
+    for name, layer in found.layers.items():
+        other = expected.layers[name]
+        torch.testing.assert_close(layer.sigma, other.sigma, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(layer.h, other.h, rtol=1e-8, atol=1e-8 * float(other.h.abs().max()))
+        torch.testing.assert_close(layer.spectrum, other.spectrum, rtol=1e-10, atol=1e-14)
+        assert layer.alpha.exponent == pytest.approx(other.alpha.exponent, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("label", jointly.MEASURED)
+def test_every_process_is_given_the_same_report(results, label):
+    first, *others = (str(without_time(of_rank[label])) for of_rank in results)
+    assert others == [first] * (WORLD - 1)
+
+
+def test_a_sketch_over_processes_is_within_its_errors(results, alone):
+    found = SpectralReport.from_dict(results[0]["smooth sketch"])
+    exact = SpectralReport.from_dict(results[0]["smooth exact"])
+    z = [(layer.h - exact.layers[name].h) / layer.h_stderr for name, layer in found.layers.items()]
+    assert float(torch.cat(z).abs().max()) < 6
+    assert 0.3 < float(torch.cat(z).std()) < 2
+    mean = {name: float((x.h_stderr / x.h.abs()).median()) for name, x in found.layers.items()}
+    one = {name: float((x.h_stderr / x.h.abs()).median()) for name, x in alone["smooth sketch"].layers.items()}
+    assert sum(mean.values()) < 3 * sum(one.values())
+
+
+@pytest.mark.parametrize("label", ["conv everything", "conv everything in pieces"])
+def test_what_is_measured_on_request_is_joined_too(results, alone, label):
+    found = SpectralReport.from_dict(results[0][label])
+    for name, layer in found.layers.items():
+        other = alone[label].layers[name]
+        for attribute in ("lambda_delta", "lambda_a", "rho_delta", "rho_a", "phi_k", "h_kron"):
+            own, others = (getattr(one.alignment, attribute) for one in (layer, other))
+            torch.testing.assert_close(own, others, rtol=1e-7, atol=1e-12, equal_nan=True)
+        assert layer.alignment.beta.exponent == pytest.approx(other.alignment.beta.exponent, rel=1e-6)
+        torch.testing.assert_close(layer.weights.sigma, other.weights.sigma, rtol=1e-10, atol=1e-12)
+        error = (layer.fraction.trace_stderr**2 + other.fraction.trace_stderr**2) ** 0.5
+        assert abs(layer.fraction.trace - other.fraction.trace) <= 6 * error
+
+
+def test_an_expert_that_one_process_does_not_use_is_measured_from_the_others(results, alone):
+    found = SpectralReport.from_dict(results[0]["routed exact"])
+    assert not found.failed
+    torch.testing.assert_close(
+        found.layers["second.weight"].h, alone["routed exact"].layers["second.weight"].h, rtol=1e-8, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["conv exact, FSDP2", "conv ggn, FSDP2", "routed exact, FSDP2 in bfloat16", "smooth exact, tensor parallel"],
+)
+def test_a_network_in_shards_is_measured_as_a_whole_one(results, alone, label):
+    expected, found = alone[label.partition(",")[0]], SpectralReport.from_dict(results[0][label])
+    for name, layer in found.layers.items():
+        h = expected.layers[name].h
+        torch.testing.assert_close(layer.sigma, expected.layers[name].sigma, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(layer.h, h, rtol=1e-8, atol=1e-8 * float(h.abs().max()))
+
+
+@pytest.mark.parametrize("label", ["conv sketch, FSDP2", "smooth sketch, tensor parallel"])
+def test_a_sketch_of_a_network_in_shards(results, alone, label):
+    expected, found = alone[label.partition(" ")[0] + " exact"], SpectralReport.from_dict(results[0][label])
+    z = [(layer.h - expected.layers[name].h) / layer.h_stderr for name, layer in found.layers.items()]
+    assert float(torch.cat(z).abs().max()) < 6
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ("FSDP2", ["DTensor", [3, 3, 3, 3], "FSDPSequential"]),
+        ("FSDP2 in bfloat16", ["DTensor", [3, 12], "FSDPRouted"]),
+        ("tensor parallel", ["DTensor", [8, 12], "Sequential"]),
+    ],
+)
+def test_a_network_in_shards_needs_its_processes_and_stays_in_shards(results, how, kept):
+    assert "are shards over several processes (DTensor)" in results[0][f"{how} alone"]
+    assert results[0][f"{how} kept"] == kept
+
+
+FAILED = {
+    "exact, call 1": "ProcessError: process 1: KeyError: 'lost'",
+    "the first, no sample": "ValueError: process 0: bad value",
+    "memory always": "MeasurementError: out of memory with 30 samples at once, with 15 samples at once, with 8",
+    "gathers": "MeasurementError: process 0: the loss calls torch.distributed.all_reduce",
+    "not a number": "MeasurementError: process 1: the loss is nan",
+    "another selection": "MeasurementError: process 1 measures other layers than process 0",
+}
+
+
+@pytest.mark.parametrize("label", FAILED)
+def test_a_failure_in_one_process_is_one_in_all(results, label):
+    for of_rank in results:
+        assert isinstance(of_rank[label], str), "measured"
+        assert FAILED[label] in of_rank[label]
+
+
+@pytest.mark.parametrize("method", ["exact", "ggn", "sketch", "auto"])
+def test_wherever_a_process_fails_no_other_waits_for_it(results, method):
+    for call in (1, 2, 3, 4):
+        first, *others = (of_rank[f"{method}, call {call}"] for of_rank in results)
+        if isinstance(first, str):
+            assert "process 1" in first
+            assert others == [first] * (WORLD - 1)
+        else:
+            # There is no such call.
+            assert call > 1
+            assert [str(without_time(other)) for other in others] == [str(without_time(first))] * (WORLD - 1)
+
+
+@pytest.mark.parametrize("label", ["memory once", "memory twice"])
+def test_where_memory_runs_out_in_one_process_all_take_smaller_pieces(results, alone, label):
+    found = [SpectralReport.from_dict(of_rank[label]) for of_rank in results]
+    assert [report.micro_batch_size for report in found] == [found[0].micro_batch_size] * WORLD
+    assert found[0].micro_batch_size < max(jointly.SIZES)
+    for name, layer in found[0].layers.items():
+        expected = alone["smooth exact"].layers[name].h
+        torch.testing.assert_close(layer.h, expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))
+
+
+def test_where_memory_runs_out_for_factors_all_try_smaller_pieces(results):
+    for of_rank in results:
+        report = SpectralReport.from_dict(of_rank["memory in factors"])
+        assert all(layer.alignment is not None for layer in report.layers.values())
+
+
+def test_a_method_that_one_process_refuses_is_used_by_none(results):
+    report = SpectralReport.from_dict(results[0]["refused in one"])
+    assert {layer.method for layer in report.layers.values()} == {"exact"}
+    assert "process 1" in report.chosen
+
+
+def test_a_group_of_some_processes(results, alone):
+    for of_rank in results[:2]:
+        found = SpectralReport.from_dict(of_rank["two of them"])
+        for name, layer in found.layers.items():
+            torch.testing.assert_close(layer.sigma, alone["conv exact"].layers[name].sigma, rtol=1e-10, atol=1e-14)
+    assert "this process is not in the group" in results[2]["two of them"]
+
+
+def test_owners_share_evenly():
+    costs = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 3.0}
+    owners = owners_of(costs, 2)
+    loads = [sum(costs[name] for name, owner in owners.items() if owner == rank) for rank in (0, 1)]
+    assert sorted(loads) == [8.0, 10.0]
+    assert list(owners) == list(costs)
+
+
+def test_one_process_has_everything():
+    one = Alone()
+    assert one.gathered("x") == ["x"]
+    assert one.collected(2, 0) == [2]
+    values = {"a": torch.ones(2)}
+    found = one.summed(values, {"a": 0, "b": 0}, lambda name: torch.zeros(1))
+    assert found["a"] is values["a"]
+    assert found["b"].tolist() == [0.0]
