@@ -7,7 +7,9 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs ablation paper baselines clean
+FUZZ_EXAMPLES ?= 500
+
+.PHONY: demo test fuzz lint docs ablation paper baselines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -16,6 +18,10 @@ demo: $(READY)
 # A process per core, each with one thread: the tests' tensors are small.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# Random networks, losses and options against dense Hessians, others each time: a few minutes. For each night.
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/test_fuzz.py --hypothesis-show-statistics
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -45,12 +45,14 @@ def take_samples(batch: Any, stop: int, start: int = 0, *, option: str = "max_sa
             f"dimension (found {found}); set {option}=None, or have the loss cut the batch"
         )
     size = next(iter(sizes.values()))
-    if isinstance(batch, PackedSequence) or _is_list_of_samples(batch, size):
+    # With no more tensors than samples asked for, nothing is to be cut whichever of the two it is.
+    whole = start == 0 and size <= stop
+    if isinstance(batch, PackedSequence) or (_is_list_of_samples(batch, size) and not (whole and len(batch) <= stop)):
         raise MeasurementError(
             f"{option}: the batch, a {type(batch).__name__} of {len(batch)}, keeps its samples apart by other means "
             f"than a leading dimension; set {option}=None, or have the loss cut the batch"
         )
-    return batch if start == 0 and size <= stop else _cut(batch, size, slice(start, stop))
+    return batch if whole else _cut(batch, size, slice(start, stop))
 
 
 class FirstSamples(Sequence[Any]):
@@ -118,8 +120,10 @@ class HeldBatches(Sequence[Any]):
 
 def _is_list_of_samples(batch: Any, size: int) -> bool:
     """Whether this is a sequence with a tensor per sample, as detection models take, and no tuple of whole batches."""
-    tensors = isinstance(batch, (list, tuple)) and all(isinstance(item, Tensor) for item in batch)
-    return tensors and len(batch) > size
+    if not isinstance(batch, (list, tuple)) or not all(isinstance(item, Tensor) for item in batch):
+        return False
+    # Inputs and targets of a single sample differ from each other; samples do not.
+    return len(batch) > size and len({(item.ndim, item.dtype) for item in batch}) == 1
 
 
 def _children(value: Any) -> dict[Any, Any] | None:

@@ -358,7 +358,9 @@ def _rank_model(columns: list[Tensor], log_sigma: Tensor) -> RankModelFit:
     if n <= p:
         return RankModelFit((nan,) * p, nan, nan)
     design_np = torch.stack(columns, 1)
-    coefficients = torch.linalg.lstsq(design_np, log_sigma[:, None]).solution[:, 0]
+    # The columns differ, so R is regular. torch.linalg.lstsq differs in its last bits from process to process.
+    q_np, r_pp = torch.linalg.qr(design_np)
+    coefficients = torch.linalg.solve_triangular(r_pp, (q_np.T @ log_sigma)[:, None], upper=True)[:, 0]
     rss = float((log_sigma - design_np @ coefficients).square().sum())
     # An exact fit leaves rounding noise, which would decide between nested models; below it all fits are equal.
     rounding = n * (n * torch.finfo(torch.float64).eps * float(log_sigma.abs().max().clamp(min=1))) ** 2

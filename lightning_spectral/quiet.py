@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_spectral.batch import map_leaves
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.interrupts import HeldInterrupts, function_mode
 from lightning_spectral.precision import full_float32
 from lightning_spectral.shadow import Copier, Shadow, shadow_of
 
@@ -57,6 +58,9 @@ def quiet(
         stand_ins: id of an object that the model holds -> what takes its place in the shadow.
     """
     with ExitStack() as stack:
+        interrupts = HeldInterrupts()
+        stack.callback(interrupts.release)
+        interrupts.take()
         stack.enter_context(_random_states(model))
         stack.enter_context(_buffers_and_flags(model))
         stack.enter_context(torch.inference_mode(False))
@@ -64,7 +68,7 @@ def quiet(
         stack.enter_context(_no_autocast({p.device.type for p in model.parameters()} | {"cpu"}))
         # No other attention kernel, and no cuDNN recurrence, has a second derivative.
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
-        stack.enter_context(_MathAttention())
+        stack.enter_context(function_mode(_MathAttention()))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(full_float32())
@@ -74,7 +78,11 @@ def quiet(
         stack.enter_context(_default_dtype(shadow.module))
         if mode == "eval" or not model.training:
             shadow.module.train(mode == "train")
-        yield shadow
+        interrupts.release()
+        try:
+            yield shadow
+        finally:
+            interrupts.take()
 
 
 def copy_batch(batch: Any, precision: Precision = "float32") -> Any:

@@ -15,7 +15,9 @@ except ImportError:  # tests/test_properties.py is skipped
 else:
     # The same examples in every run, and none kept on disk.
     settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
-    settings.load_profile("repeatable")
+    # `make fuzz`: others each time, with what reproduces a failure.
+    settings.register_profile("fuzz", deadline=None, print_blob=True)
+    settings.load_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -103,7 +103,10 @@ class ProbeRows(DummyLogger):
             self.rows.append((step, metrics))
 
 
-def fit(module, callbacks=(), *, steps=6, logger=False, trainer_class=pl.Trainer, data=None, batch_size=16, **options):
+def fit(
+    module, callbacks=(), *, steps=6, logger=False, trainer_class=pl.Trainer, data=None, batch_size=16, ckpt_path=None,
+    **options,
+):  # fmt: skip
     """Train on the CPU without output; returns the Trainer."""
     trainer = trainer_class(
         max_steps=steps,
@@ -116,5 +119,5 @@ def fit(module, callbacks=(), *, steps=6, logger=False, trainer_class=pl.Trainer
         **{"enable_checkpointing": False, "log_every_n_steps": 1, **options},
     )
     loader = DataLoader(data or module.data(), batch_size, shuffle=True)
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer

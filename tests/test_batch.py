@@ -88,3 +88,12 @@ def test_batches_without_a_common_leading_dimension(batch):
 def test_the_message_names_the_sizes():
     with pytest.raises(MeasurementError, match=r"batch\['x'\]: 6, batch\['mask'\]: 3"):
         take_samples({"x": X, "mask": torch.ones(3, 3)}, 2)
+
+
+def test_a_tuple_of_fewer_samples_than_tensors_is_no_list_of_samples():
+    batch = X[:2], Y[:2], X[:2, 0]
+    assert [len(t) for t in take_samples(batch, 1)] == [1, 1, 1]
+    pair = X[:1], X[:1]
+    assert take_samples(pair, 4) is pair
+    with pytest.raises(MeasurementError, match="a tuple of 2, keeps its samples apart by other means"):
+        take_samples(pair, 1)

@@ -28,7 +28,7 @@ class Recorder(pl.Callback):
                 "random": (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()),
                 "generator": module.generator.get_state(),
                 "attributes": (module.steps_seen, module.average.clone(), len(module.losses)),
-                "logged": dict(trainer.callback_metrics),
+                "logged": {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("spectral")},
                 "batch": [t.clone() for t in batch],
             }
         )

@@ -406,9 +406,11 @@ def test_bad_options(options, message):
 
 
 def test_a_resume_says_that_the_fixed_batches_are_others():
-    probe = SpectralProbe(batch="fixed")
+    probe, resumed = SpectralProbe(batch="fixed"), SpectralProbe(batch="fixed")
+    probe.probes = 1
+    resumed.load_state_dict(probe.state_dict())
     with pytest.warns(SpectralWarning, match="keeps the first batches after the resume"):
-        SpectralProbe(batch="fixed").load_state_dict(probe.state_dict())
+        resumed.on_fit_start(pl.Trainer(logger=False, accelerator="cpu"), Tiny())
 
 
 def test_a_probe_that_runs_out_of_memory_is_skipped_and_training_goes_on(monkeypatch):

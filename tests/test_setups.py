@@ -399,7 +399,7 @@ class Trail(pl.Callback):
                 "optimizers": copy.deepcopy([optimizer.state_dict() for optimizer in trainer.optimizers]),
                 "scaler": dict(precision.scaler.state_dict()) if getattr(precision, "scaler", None) else None,
                 "random": torch.get_rng_state(),
-                "logged": dict(trainer.callback_metrics),
+                "logged": {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("spectral")},
                 "compiled": len(COMPILED),
                 "forwards": getattr(getattr(module, "net", None), "forwards", 0),
             }

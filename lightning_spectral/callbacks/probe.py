@@ -19,11 +19,13 @@ from lightning_spectral.callbacks.advice import Advice
 from lightning_spectral.callbacks.alphas import Fits, alphas_in_use, fits_of, takers, unmeasured, write_alphas
 from lightning_spectral.callbacks.batches import BatchChoice, BatchSource
 from lightning_spectral.callbacks.logged import Logged
+from lightning_spectral.callbacks.monitored import Monitored
 from lightning_spectral.callbacks.outputs import OutputOptions, Outputs
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.warned import WarnOnce
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.interrupts import interruption
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, MatrixLayer, NoMatrixError, find_layers
 from lightning_spectral.loss import LossFunction, resolve_loss
@@ -51,6 +53,8 @@ class SpectralProbe(AnyCallback):
 
     Every logger of the Trainer gets one dict per probe: `<prefix>/<quantity>_median` over all layers,
     `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts; on request figures and tables.
+    `trainer.callback_metrics` holds the last of each that is not NaN, for `EarlyStopping`, `ModelCheckpoint` and
+    schedulers with a `monitor`.
 
     In distributed training (DDP) the processes measure together: each takes the samples of its own batch, and gradient
     and curvature are those of all of them, weighted by samples, so that every process has the same report. The first
@@ -175,6 +179,7 @@ class SpectralProbe(AnyCallback):
         outputs = OutputOptions(log_figures_every, log_tables, wandb_charts, print_every, print_end)
         self.outputs = Outputs(prefix, outputs, self.logged.layers, self._warn_once)
         self.advice = Advice(self.budget, self._warn_once)
+        self.monitored = Monitored()
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f"loss_fn must be a callable (module, batch) -> scalar, got {loss_fn!r}")
         self.loss_fn = loss_fn
@@ -184,6 +189,7 @@ class SpectralProbe(AnyCallback):
         self._off = self._without_batches = ""
         self._processes = Alone()
         self._last_report: SpectralReport | None = None
+        self._resumed = False
         self._window: int | None = None
         self._collecting = False
         self._collected = 0.0
@@ -216,6 +222,8 @@ class SpectralProbe(AnyCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Swap the optimizer, on request."""
+        # What a checkpoint says otherwise is loaded between this hook and `on_fit_start`.
+        self._resumed = self._collecting = False
         if self.swap is not None:
             self.swap.setup(trainer, pl_module, stage)
 
@@ -223,6 +231,12 @@ class SpectralProbe(AnyCallback):
         """Leave the module as it was."""
         if self.swap is not None:
             self.swap.teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Stop the clock, and leave the module as it was: Lightning does not call `teardown` after an error."""
+        self.budget.stop()
+        if self.swap is not None:
+            self.swap.on_exception(trainer, pl_module, exception)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse the state of an optimizer that is swapped out."""
@@ -233,11 +247,17 @@ class SpectralProbe(AnyCallback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check what depends on the module, before the first step: a pattern without a layer, a loss not known."""
         self._window = None
-        self._collecting = False
         self._disabled = False
         self._off = self._without_batches = ""
         self._processes = Alone()
         self._warn_once.muted = not trainer.is_global_zero
+        if not self._resumed:
+            self.monitored.values = {}
+        elif self.source.choice == "fixed":
+            self._warn_once(
+                "batch='fixed' keeps the first batches after the resume, not those before it; "
+                "a DataLoader as batch gives the same ones"
+            )
         self.source.forget()
         self.source.check_loader()
         taken = self.source.takes_per_probe
@@ -279,6 +299,7 @@ class SpectralProbe(AnyCallback):
         self.advice.start()
         self.outputs.start()
         self.budget.start(optimizer_steps(trainer))
+        self.monitored.publish(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop the clock, say what a user would miss in the curves, and print the last probe where that is wanted."""
@@ -331,6 +352,7 @@ class SpectralProbe(AnyCallback):
         started = self.budget.clock()
         scalars = self.logged.scalars(report) | counts | cost
         self.outputs.write(trainer, step, scalars, alphas, report=report, history=self.history, probes=self.probes)
+        self.monitored.write(trainer, {f"{self.prefix}/{key}": value for key, value in scalars.items()})
         self.budget.logged(self.budget.clock() - started)
 
     def state_dict(self) -> dict[str, Any]:
@@ -341,6 +363,8 @@ class SpectralProbe(AnyCallback):
             "swap": None if self.swap is None else self.swap.state_dict(),
             "probes": self.probes,
             "failed_probes": self.failed_probes,
+            "collecting": self._collecting,
+            "monitored": dict(self.monitored.values),
             "last_report": None if self._last_report is None else self._last_report.to_dict(),
         }
 
@@ -359,11 +383,10 @@ class SpectralProbe(AnyCallback):
             )
         if self.swap is not None and state_dict.get("swap"):
             self.swap.load_state_dict(state_dict["swap"])
-        if self.source.choice == "fixed":
-            self._warn_once(
-                "batch='fixed' keeps the first batches after the resume, not those before it; "
-                "a DataLoader as batch gives the same ones"
-            )
+        self._resumed = bool(state_dict.get("probes"))
+        # The batches are not in the checkpoint: a probe that was collecting them begins anew.
+        self._collecting = state_dict.get("collecting", False)
+        self.monitored.values = dict(state_dict.get("monitored", {}))
         self.probes, self.failed_probes = state_dict.get("probes", 0), state_dict.get("failed_probes", 0)
         saved = state_dict.get("last_report")
         try:
@@ -418,7 +441,10 @@ class SpectralProbe(AnyCallback):
                 module, batches, self.options, self.loss_fn, batch_idx=batch_idx, processes=self._processes
             )
         except Exception as error:
-            # Whatever goes wrong in here, the training run is not ours to end.
+            # Whatever goes wrong in here, the training run is not ours to end; nor, where the user ends it and the
+            # error is what that led to, ours to go on with.
+            if end := interruption(error):
+                raise end from error
             self._warn_once(f"nothing was measured at step {step}: {type(error).__name__}: {error}")
             return None
         report = report.at(step=step, epoch=trainer.current_epoch)

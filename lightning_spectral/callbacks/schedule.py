@@ -147,4 +147,6 @@ class Budget:
         self.probe_seconds, self.last_seconds = state["probe_seconds"], state["last_seconds"]
         self.last_step, self.next_look, self._latest = state["last_step"], state["next_look"], state["latest"]
         self._earlier, self._since_earlier = state["wall_seconds"], state["since_seconds"]
-        self._running_since = None
+        if self._running_since is not None:
+            # In mid-training, as learning rate finders do, who put back the state that they found.
+            self._running_since = self._last_ended = self.clock()

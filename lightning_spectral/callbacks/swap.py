@@ -92,6 +92,11 @@ class SwapOptimizer(AnyCallback):
         self._restore()
         self._restore = _nothing
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same after an error, where Lightning does not call `teardown`."""
+        self._restore()
+        self._restore = _nothing
+
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that holds the state of the optimizer that is swapped out from the start."""
         self.check(checkpoint, checkpoint.get("callbacks", {}).get(self.state_key))

@@ -286,7 +286,9 @@ def _mean_and_error(draws: list[_Draw]) -> tuple[dict[str, Tensor], dict[str, Te
         h[name], variance[name] = estimates.mean(0), estimates.var(0)
         energy[name] = torch.stack([draw.energy[name] for draw in draws]).mean(0)
         ratio[name] = (variance[name] / energy[name]).nan_to_num(0.0)
-    everywhere = torch.cat(list(ratio.values())).mean()
+    ratios = torch.cat(list(ratio.values()))
+    # Draws of few directions may agree by chance. One more ratio, of 1, is that of signs independent over samples.
+    everywhere = (ratios.sum() + 1) / (len(ratios) + 1)
     stderr = {}
     for name, ratio_k in ratio.items():
         shared = (ratio_k.sum() + PRIOR_COUNT * everywhere) / (len(ratio_k) + PRIOR_COUNT)

@@ -198,8 +198,10 @@ class CSVTracker(Tracker):
         folder.mkdir(parents=True, exist_ok=True)
         heading = ["step", *row.columns()]
         path = _csv_file(folder / f"{row.prefix.replace('/', '_')}_layers.csv", heading)
-        new = not _heading(path)
+        new, cut = not _heading(path), _is_cut(path)
         with path.open("a", newline="", encoding="utf-8") as file:
+            if cut:
+                file.write("\n")
             writer = csv.writer(file)
             if new:
                 writer.writerow(heading)
@@ -256,6 +258,15 @@ def _heading(path: Path) -> list[str]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return next(csv.reader(file), [])
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a full disk, or the end of the process, left the last line without its end."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, io.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _cell(value: Any) -> Any:

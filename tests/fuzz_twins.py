@@ -1,0 +1,175 @@
+"""What the fuzz test compares with: dense blocks row by row, and everything that a measurement could leave behind."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fuzz_cases import DTYPES, Case, Net, criterion, loss_of
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from twins import block_triplets, matrix_entries
+from twins import loss_of as as_function
+
+from lightning_spectral import LayerSpectrum, SingularTriplets
+from lightning_spectral.layers import MatrixLayer
+
+ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""What sigma and h may be off by, in units of the gradient's and the block's spectral norm."""
+
+MOST_ENTRIES = 150
+"""Of the blocks that are computed row by row."""
+
+STDERRS = 6.0
+"""What a sampled h may be off by, in its stated standard errors."""
+
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+)  # fmt: skip
+
+
+def traces(net: torch.nn.Module) -> dict[str, Any]:
+    """All that a measurement has to leave as it was; compare with `modules.assert_identical`."""
+    named = list(net.named_parameters(remove_duplicate=False))
+    return {
+        "parameters": [(n, id(p), p.requires_grad, p.dtype, p.detach().nan_to_num(7.0)) for n, p in named],
+        "grad": [(n, id(p.grad), None if p.grad is None else p.grad.nan_to_num(7.0)) for n, p in named],
+        "tensor_hooks": [(n, p._backward_hooks is None, p._post_accumulate_grad_hooks is None) for n, p in named],
+        "buffers": [(n, id(b), b.nan_to_num(7.0)) for n, b in net.named_buffers(remove_duplicate=False)],
+        "modes": [m.training for m in net.modules()],
+        "hooks": [[len(m.__dict__[h]) for h in HOOKS] for m in net.modules()],
+        "attributes": [(id(m), type(m), sorted(m.__dict__)) for m in net.modules()],
+        "random": (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()),
+        "globals": (
+            torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision(),
+            torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.mkldnn.enabled, torch._C._len_torch_function_stack(),
+        ),
+        "functions": [id(f) for f in (F.linear, torch.autocast.__enter__, saved_tensors_hooks.__enter__)],
+    }  # fmt: skip
+
+
+class Twin:
+    """The case in a precision of its own, differentiated in one parameter by autograd's dense functions.
+
+    Args:
+        case, net: what is measured.
+        parts: the batches, cut as they are measured.
+        dtype: to compute in.
+    """
+
+    def __init__(self, case: Case, net: Net, parts: list[tuple[torch.Tensor, ...]], dtype: torch.dtype) -> None:
+        self.case, self.train = case, case.options["mode"] == "train"
+        self.net = copy.deepcopy(net).to(dtype)
+        for module in self.net.modules():
+            if hasattr(module, "plain"):
+                module.plain = True
+        self.parts = [tuple(t.to(dtype) if t.is_floating_point() else t for t in part) for part in parts]
+        total = sum(len(part[0]) for part in parts)
+        self.weights = [len(part[0]) / total for part in parts]
+        self.random = torch.get_rng_state()
+
+    def gradient(self, parameter: str) -> torch.Tensor:
+        """dL/dW; zeros where the loss does not depend on it."""
+        total = 0.0
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            at, value = as_function(self.net, part, self._loss, parameter, train=self.train)
+            value.requires_grad_()
+            (found,) = torch.autograd.grad(at(value), value, allow_unused=True)
+            total = total + weight * (torch.zeros_like(value) if found is None else found)
+        return total
+
+    def hessian(self, parameter: str) -> torch.Tensor:
+        """The Hessian block (numel, numel)."""
+        return self._sum(lambda part: self._hessian(parameter, part))
+
+    def gauss_newton(self, parameter: str) -> torch.Tensor:
+        """J^T (d2L / dz2) J of the output z."""
+        return self._sum(lambda part: self._gauss_newton(parameter, part))
+
+    def _sum(self, of_part: Any) -> torch.Tensor:
+        return sum(weight * of_part(part) for part, weight in zip(self.parts, self.weights, strict=True))
+
+    def _hessian(self, parameter: str, part: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        at, value = as_function(self.net, part, self._loss, parameter, train=self.train)
+        with sdpa_kernel([SDPBackend.MATH]):
+            return torch.autograd.functional.hessian(at, value).reshape(value.numel(), value.numel())
+
+    def _gauss_newton(self, parameter: str, part: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        at, value = as_function(self.net, part, self._output, parameter, train=self.train)
+        jacobian = torch.autograd.functional.jacobian(at, value).reshape(-1, value.numel())
+        z = at(value).detach()
+        outer = torch.autograd.functional.hessian(lambda z: criterion(self.case.loss, z, *part[1:]), z)
+        return jacobian.T @ outer.reshape(z.numel(), z.numel()) @ jacobian
+
+    def _loss(self, net: Net, part: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        torch.set_rng_state(self.random)
+        # Activations in place may write on what they are given.
+        return loss_of(net, tuple(t.clone() for t in part))
+
+    def _output(self, net: Net, part: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        torch.set_rng_state(self.random)
+        return net(part[0].clone())
+
+
+class Comparison:
+    """What is measured of a case against its twins, in float64 and, where that is off, in the precision measured in.
+
+    Args:
+        case, net, parts: as of `Twin`.
+        in_pieces: whether the samples were measured a few at a time, which holds up to `ADDS_UP`.
+    """
+
+    def __init__(self, case: Case, net: Net, parts: list[tuple[torch.Tensor, ...]], *, in_pieces: bool) -> None:
+        precision = {"float32": torch.float32, "float64": torch.float64}[case.options["precision"]]
+        self.dtype = torch.promote_types(DTYPES[case.dtype], precision)
+        self.rounding = 1e-3 if in_pieces else ROUNDING[self.dtype]
+        self.exact, self.same = Twin(case, net, parts, torch.float64), Twin(case, net, parts, self.dtype)
+
+    def sigma_error(self, layer: MatrixLayer, found: LayerSpectrum) -> float:
+        """The largest error of sigma, in what is allowed."""
+        gradient = self.exact.gradient(layer.parameter)
+        entries = matrix_entries(layer, gradient.shape)
+        expected = block_triplets(gradient.flatten()[entries], layer.groups, len(found.sigma))
+        if not len(found.sigma):
+            return 0.0
+        difference = (found.sigma - torch.tensor([sigma for sigma, _ in expected], dtype=torch.float64)).abs().max()
+        allowed = self.rounding * expected[0][0]
+        if difference > allowed:
+            allowed += 20 * float((self.same.gradient(layer.parameter).double() - gradient).norm())
+        return float(difference) / allowed if difference else 0.0
+
+    def h_error(
+        self, layer: MatrixLayer, found: LayerSpectrum, triplets: SingularTriplets, gauss_newton: bool
+    ) -> float:
+        """The largest error of the finite h, in what is allowed."""
+        known = found.h.isfinite()
+        if not known.any() or layer.shape[0] * layer.shape[1] > MOST_ENTRIES:
+            return 0.0
+        shape = dict(self.exact.net.named_parameters(remove_duplicate=False))[layer.parameter].shape
+        directions = directions_of(layer, shape, triplets.u, triplets.v)[known]
+
+        def block(twin: Twin) -> torch.Tensor:
+            return (twin.gauss_newton if gauss_newton else twin.hessian)(layer.parameter).double()
+
+        hessian = block(self.exact)
+        expected = ((directions @ hessian) * directions).sum(1)
+        difference = (found.h[known] - expected).abs()
+        allowed = self.rounding * torch.linalg.matrix_norm(hessian, 2) + STDERRS * found.h_stderr[known]
+        if bool((difference > allowed).any()):
+            allowed = allowed + 20 * torch.linalg.matrix_norm(block(self.same) - hessian, 2)
+        return float((difference / allowed).nan_to_num(0.0).max())
+
+
+def directions_of(layer: Any, shape: torch.Size, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """(K, numel) the u_k v_k^T as flattened parameters, in float64."""
+    entries = matrix_entries(layer, shape).flatten()
+    found = torch.zeros(u.shape[1], shape.numel(), dtype=torch.float64)
+    found[:, entries] = torch.einsum("mk,nk->kmn", u.double(), v.double()).flatten(1)
+    return found

@@ -1,0 +1,63 @@
+"""A run that is killed and resumed is the uninterrupted one, and a W&B that is killed ends no run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import killed
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked, and found in /proc")
+
+# The checkpoint that a run goes on from, in steps.
+RESUMED_FROM = {"probe": 5, "step": 5, "term": 9}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, str(Path(killed.__file__)), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def result(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("fault", killed.FAULTS)
+def test_a_run_killed_in_a_probe_or_a_step_resumes_bit_for_bit(fault, folder):
+    ended = result(folder, "ended")
+    # The second ends by Lightning's SIGTERMException, after the step whose probe the signal came in.
+    assert ended[fault] == {"probe": -9, "step": -9, "term": killed.SIGTERM_CODE}[fault]
+    assert ended["whole"] == ended[f"{fault}-resumed"] == 0
+    whole, resumed = result(folder, "whole"), result(folder, f"{fault}-resumed")
+    assert len(set(whole["alphas"])) > 1
+    for part in ("weights", "alphas", "random", "probes"):
+        assert resumed[part] == whole[part], part
+    assert [report["step"] for report in whole["reports"]] == [0, 2, 4, 6, 8, 10, 12]
+    start = RESUMED_FROM[fault]
+    assert resumed["reports"] == [report for report in whole["reports"] if report["step"] >= start]
+
+
+@pytest.mark.parametrize("fault", killed.FAULTS)
+def test_the_rows_of_a_run_killed_and_resumed_are_those_of_the_whole_run(fault, folder):
+    whole, before, after = (killed.rows(folder, name) for name in ("whole", fault, f"{fault}-resumed"))
+    assert len(whole) > killed.STEPS
+    # Up to the kill each row was written as it was logged.
+    assert before == whole[: len(before)]
+    assert int(before[-1]["step"]) == killed.KILLED_AT - (fault == "probe")
+    assert after == [row for row in whole if int(row["step"]) >= RESUMED_FROM[fault]]
+    table, tables = killed.table(folder, "whole"), [killed.table(folder, name) for name in (fault, f"{fault}-resumed")]
+    assert set(table) == {line for lines in tables for line in lines}
+
+
+def test_wandb_that_is_killed_is_told_once_and_training_goes_on(folder):
+    assert result(folder, "ended")["wandb"] == 0
+    steps, probes, told = result(folder, "wandb")
+    assert (steps, probes) == (killed.STEPS, killed.STEPS)
+    (text,) = [text for text in told if "could not log" in text]
+    assert text.startswith("WandbLogger could not log: ")
