@@ -29,7 +29,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # The public names' docstrings as pages: site/index.html.
-DOCUMENTED := lightning_spectral $(addprefix lightning_spectral.,analysis functional lightning_cli options report \
+DOCUMENTED := lightning_spectral $(addprefix lightning_spectral.,analysis functional lightning_cli options plan report \
   report.figures summary)
 docs: $(READY)
 	$(BIN)/python -W error::UserWarning -W error::RuntimeWarning -m pdoc -d google --no-show-source -o site $(DOCUMENTED)

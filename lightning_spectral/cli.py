@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning_spectral
 
@@ -42,6 +42,17 @@ imported, which executes their modules.
 """
 
 
+PLAN_EPILOG = """\
+examples:
+  lightning-spectral plan --model nets:resnet --data data:loader --loss cross_entropy
+  lightning-spectral plan --model nets:gpt2_xl --batch-shape 64x1024:int64 --loss cross_entropy --world-size 8
+
+A function makes the model; a module that stands in nets.py has its weights already. Without --data or --batch-shape
+the layers, the products and the memory that does not depend on the batch are told. --prefix, --no-strict, --seed,
+--device, --bootstrap and --weight-spectra change nothing here.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser("lightning-spectral", description="Curvature exponents of a network in training.")
@@ -55,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--output", default="demo-runs", metavar="FOLDER", help="where the logs go (%(default)s)")
     _add_measure(commands)
+    _add_plan(commands)
     _add_report(commands)
     for name, help_text in LIGHTNING_COMMANDS.items():
         commands.add_parser(name, help=help_text)
@@ -62,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0] in LIGHTNING_COMMANDS:
         return _lightning(given, from_command_line=arguments is None)
     options = parser.parse_args(given)
-    run = {"demo": _demo, "measure": _measure, "report": _report}[options.command]
+    run = {"demo": _demo, "measure": _measure, "plan": _plan, "report": _report}[options.command]
     return run(options)
 
 
@@ -83,9 +95,9 @@ def _add_measure(commands: Any) -> None:
     where.add_argument("--traceback", action="store_true", help="of an error, show all instead of one line")
 
 
-def _add_sources(add: Any) -> None:
+def _add_sources(add: Any, *, batch: bool = True) -> None:
     add.add_argument("--model", required=True, metavar="NAME", help="a module, or a class or function that makes one")
-    add.add_argument("--data", required=True, metavar="NAME", help="a DataLoader or a batch, or what returns one")
+    add.add_argument("--data", required=batch, metavar="NAME", help="a DataLoader or a batch, or what returns one")
     add.add_argument(
         "--loss",
         metavar="NAME",
@@ -154,19 +166,20 @@ def _fused(given: Sequence[str]) -> dict[str, list[int]]:
     return fused
 
 
+def _chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `options.Options`."""
+    taken = {name: getattr(options, name) for name in OPTIONS}
+    return taken | {"kinds": _kinds(options.kinds or ()), "fused_qkv": _fused(options.fused_qkv or ())}
+
+
 def _measure(options: argparse.Namespace) -> int:
     _import_from_here()
     from lightning_spectral.options import Options
     from lightning_spectral.posthoc import check_folder, check_page, measure_checkpoint, write_report
     from lightning_spectral.report import print_report
-    from lightning_spectral.sources import first_line
 
     try:
-        chosen = Options(
-            kinds=cast(Any, _kinds(options.kinds or ())),
-            fused_qkv=_fused(options.fused_qkv or ()),
-            **{name: getattr(options, name) for name in OPTIONS},
-        )
+        chosen = Options(**_chosen(options))
         if options.page:
             check_page()
         check_folder(options.output)
@@ -188,13 +201,68 @@ def _measure(options: argparse.Namespace) -> int:
         print_report(report, name)
         print(*write_report(report, options.output, name=name, page=options.page), sep="\n")
     except Exception as error:
-        # The model, the data and the loss are anyone's code, and raise anything.
-        if options.traceback:
-            raise
-        own = isinstance(error, ValueError) or type(error).__module__.startswith("lightning_spectral")
-        told = " ".join(str(error).split()) if own else f"{first_line(error)} (--traceback shows where)"
-        print(f"lightning-spectral measure: {told}", file=sys.stderr)
-        return 2
+        return _failed(options, error)
+    return 0
+
+
+def _failed(options: argparse.Namespace, error: Exception) -> int:
+    """Say in one line what went wrong: the model, the data and the loss are anyone's code, and raise anything."""
+    from lightning_spectral.errors import first_line
+
+    if options.traceback:
+        raise error
+    own = isinstance(error, ValueError) or type(error).__module__.startswith("lightning_spectral")
+    told = " ".join(str(error).split()) if own else f"{first_line(error)} (--traceback shows where)"
+    print(f"lightning-spectral {options.command}: {told}", file=sys.stderr)
+    return 2
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what measure would do and cost, without doing it",
+        description="Say which layers measure would take, by which method, and what time and memory that costs,\n"
+        "without memory for the model or a pass over it. Takes what measure takes; weights are not read.",
+        epilog=PLAN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = plan.add_argument_group("what would be measured (NAME is an import path, pkg.module:name)")
+    _add_sources(what, batch=False)
+    shape = "of a batch in place of --data: 64x3x32x32, or 64x1024:int64; several make a tuple"
+    what.add_argument("--batch-shape", nargs="+", default=(), metavar="SHAPE", help=shape)
+    how = plan.add_argument_group("how it would be measured")
+    _add_options(how)
+    how.add_argument(
+        "--world-size", type=int, default=1, metavar="N", help="processes that share a batch (%(default)s)"
+    )
+    where = plan.add_argument_group("where it goes")
+    where.add_argument("--all", action="store_true", help="a row per layer, not per kind and shape")
+    where.add_argument("--json", metavar="FILE", help="write the plan there, too")
+    where.add_argument("--traceback", action="store_true", help="of an error, show all instead of one line")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    _import_from_here()
+    from lightning_spectral.options import Options
+    from lightning_spectral.posthoc import plan_model
+    from lightning_spectral.report.planned import print_plan
+
+    try:
+        plan = plan_model(
+            options.model,
+            options.data,
+            shapes=options.batch_shape,
+            loss=options.loss,
+            checkpoint=options.checkpoint,
+            options=Options(**_chosen(options)),
+            n_batches=options.n_batches,
+            world_size=options.world_size,
+        )
+        print_plan(plan, every_layer=options.all)
+        if options.json:
+            print(plan.to_json(options.json))
+    except Exception as error:
+        return _failed(options, error)
     return 0
 
 

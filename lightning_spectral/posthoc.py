@@ -1,19 +1,24 @@
-"""`lightning-spectral measure`: a checkpoint measured without training, as a table, JSON and a page."""
+"""`lightning-spectral measure` and `plan`: a checkpoint measured without training, and what that would cost."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_spectral.batch import HeldBatches
+from lightning_spectral.dry import weightless
+from lightning_spectral.errors import first_line
 from lightning_spectral.measure import measure_quietly
 from lightning_spectral.options import Options
+from lightning_spectral.plan import Plan, plan_quietly
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.report import run_of, write_page
 from lightning_spectral.report.page import plotly_js
-from lightning_spectral.sources import Checkpoint, SourceError, build_model, first_line, named_loss, read_batches
+from lightning_spectral.sources import Checkpoint, SourceError, build_model, named_loss, read_batches
 
 
 def measure_checkpoint(
@@ -59,6 +64,68 @@ def measure_checkpoint(
     batches = HeldBatches(read_batches(data, n_batches, network), chosen)
     report = measure_quietly(network, batches, options or Options(), loss_fn)
     return (report if saved is None or not saved.place else report.at(**saved.place)), left_out
+
+
+def plan_model(
+    model: str,
+    data: str | None = None,
+    *,
+    shapes: Sequence[str] = (),
+    loss: str | None = None,
+    checkpoint: str | Path | None = None,
+    options: Options | None = None,
+    n_batches: int = 1,
+    world_size: int = 1,
+) -> Plan:
+    """What `measure_checkpoint` would do and cost; the model is made without its weights.
+
+    Args:
+        model, data, loss, checkpoint, n_batches, options: as there. Of a checkpoint the hyper-parameters count alone,
+            of the data the shapes of the first batch.
+        shapes: of a batch in place of data, see `shaped_batch`.
+        world_size: processes that share a batch.
+
+    Raises:
+        SourceError: as there, and for data and shapes both, or a model that reads its weights when it is made.
+        ValueError, MeasurementError: as in `lightning_spectral.plan.plan_spectra`.
+    """
+    if data is not None and shapes:
+        raise SourceError("--data and --batch-shape: give one of them")
+    loss_fn = named_loss(loss)
+    saved = None if checkpoint is None else Checkpoint.read(checkpoint)
+    try:
+        with weightless():
+            network = build_model(model, saved)
+    except SourceError as error:
+        if not any(words in str(error) for words in ("meta tensor", "meta device")):
+            raise
+        raise SourceError(
+            f"{error}; a plan makes the model without its weights, whose values it seems to read"
+        ) from error
+    batch = shaped_batch(shapes) if shapes else None if data is None else read_batches(data, 1, network)[0]
+    return plan_quietly(network, batch, loss_fn, options or Options(), n_batches=n_batches, world_size=world_size)
+
+
+def shaped_batch(shapes: Sequence[str]) -> Any:
+    """A batch without numbers: a tensor for one shape, a tuple for several.
+
+    Args:
+        shapes: such as ``64x3x32x32``, with a type other than float32 after a colon.
+
+    Raises:
+        SourceError: for what is no shape or no type.
+
+    >>> [(tuple(x.shape), x.dtype) for x in shaped_batch(["8x5", "8:int64"])]
+    [((8, 5), torch.float32), ((8,), torch.int64)]
+    """
+    tensors = []
+    for text in shapes:
+        sizes, _, kind = text.partition(":")
+        dtype = getattr(torch, kind or "float32", None)
+        if not all(size.isdecimal() and int(size) for size in sizes.split("x")) or not isinstance(dtype, torch.dtype):
+            raise SourceError(f"--batch-shape must be as 64x3x32x32 or 64x128:int64, got {text!r}")
+        tensors.append(torch.empty([int(size) for size in sizes.split("x")], dtype=dtype, device="meta"))
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 def write_report(report: SpectralReport, folder: str | Path, *, name: str, page: bool = True) -> list[Path]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_spectral.errors import some_of
+from lightning_spectral.errors import first_line, some_of
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 from lightning_spectral.loss import LossFunction
 from lightning_spectral.measure import first_batches
@@ -30,12 +30,6 @@ STATES = ("state_dict", "model_state_dict", "model")
 
 class SourceError(ValueError):
     """Something named cannot be found or loaded; the message names the option, what was found and what would do."""
-
-
-def first_line(error: BaseException) -> str:
-    """The class of an error and the first line of it that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def imported(path: str, option: str) -> Any:

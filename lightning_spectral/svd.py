@@ -80,6 +80,11 @@ def top_singular_triplets(matrix: Tensor, k: int, *, groups: int = 1) -> Singula
     return SingularTriplets(u_gmk.reshape(m, -1), sigma_k, vh_grn[group_k, rank_k].T.contiguous())
 
 
+def is_large(shape: tuple[int, int], k: int) -> bool:
+    """Whether the k leading triplets of a float32 matrix of this shape are had by block Lanczos."""
+    return min(shape) >= max(LARGE, SIDE_PER_TRIPLET * k)
+
+
 def singular_values(matrix: Tensor, *, groups: int = 1) -> Tensor:
     """All singular values of a matrix (m, n), decreasing, without the vectors.
 
@@ -144,8 +149,11 @@ def _blocks(matrix: Tensor, groups: int) -> Tensor:
 
 def _svd(blocks: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """U, sigma, V^T of each block; of large ones the k leading triplets only."""
-    large = min(blocks.shape[1:]) >= max(LARGE, SIDE_PER_TRIPLET * k)
-    if not large or blocks.dtype is not torch.float32 or blocks.device.type == "mps":
+    if (
+        not is_large((blocks.shape[1], blocks.shape[2]), k)
+        or blocks.dtype is not torch.float32
+        or blocks.device.type == "mps"
+    ):
         return _full_svd(blocks)
     u, sigma, vh = zip(*(_leading(block, k) for block in blocks), strict=True)
     return torch.stack(u), torch.stack(sigma), torch.stack(vh)

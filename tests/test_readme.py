@@ -166,6 +166,11 @@ def test_commands_that_measure_run(tmp_path, monkeypatch):
         assert len(measuring) == 3
         for line in measuring:
             assert main(shlex.split(line.replace("step-1000", f"step-{step}"))[1:]) == 0
+    planning = [line for fence in fences("bash") for line in fence.splitlines() if " plan " in line]
+    assert len(planning) == 2
+    for line in planning:
+        assert main(shlex.split(line.replace("512x1024", "64x8"))[1:]) == 0
+    assert json.loads(Path("plan.json").read_text())["method"] == "sketch"
     (reporting,) = [line for fence in fences("bash") for line in fence.splitlines() if "report step-" in line]
     assert main(shlex.split(reporting, comments=True)[1:]) == 0
     assert SpectralReport.from_json("step-2000/spectra.json").step == 2000

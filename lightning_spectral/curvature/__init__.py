@@ -12,6 +12,7 @@ from lightning_spectral.curvature.problem import (
     cause_of,
 )
 from lightning_spectral.curvature.select import METHODS, Outlook, check_method, measure_by
+from lightning_spectral.curvature.structure import DryProblem, Structure, structure
 from lightning_spectral.curvature.taps import Tap, groups_of, single_uses
 from lightning_spectral.curvature.trace import TRANSPOSED, Recorder, Use
 
@@ -20,12 +21,14 @@ __all__ = [
     "TRANSPOSED",
     "Curvature",
     "Curvatures",
+    "DryProblem",
     "Gradients",
     "HutchinsonTrace",
     "Outlook",
     "Place",
     "Problem",
     "Recorder",
+    "Structure",
     "Tap",
     "Use",
     "accumulation_dtype",
@@ -35,4 +38,5 @@ __all__ = [
     "loss_normalizer",
     "measure_by",
     "single_uses",
+    "structure",
 ]

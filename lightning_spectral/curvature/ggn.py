@@ -29,6 +29,7 @@ from lightning_spectral.curvature.taps import (
     measured_exactly,
     tapped,
 )
+from lightning_spectral.curvature.trace import LossCall
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.svd import SingularTriplets
 
@@ -141,7 +142,19 @@ def output_hessians(problem: Problem) -> list[OutputHessian]:
     """The output Hessian of every known loss that the measured one is made of.
 
     Raises:
-        MeasurementError: if there is no known loss, or the measured one holds more than a linear combination of them.
+        MeasurementError: as in `known_losses` and `output_hessian`.
+    """
+    used, samples = known_losses(problem), problem.samples
+    assert samples is not None
+    weights = torch.autograd.grad(problem.value, [call.output for call in used], retain_graph=True)
+    return [output_hessian(call, weight, samples) for call, weight in zip(used, weights, strict=True)]
+
+
+def known_losses(problem: Problem) -> list[LossCall]:
+    """The calls of known losses that the measured one is made of; read from its graph, and from no value.
+
+    Raises:
+        MeasurementError: if there is none, or the measured loss holds more than a linear combination of them.
     """
     calls = problem.trace.losses
     if problem.samples is None:
@@ -162,9 +175,7 @@ def output_hessians(problem: Problem) -> list[OutputHessian]:
         raise MeasurementError(f"the loss has a term of {', '.join(names[:3])} beside the known losses; {REMEDY}")
     if obstacles := dependence.obstacles(LINEAR):
         raise MeasurementError(f"the loss is no linear combination of known losses ({named(obstacles)}); {REMEDY}")
-    used = [call for call in calls if call.output.grad_fn in dependence.masks]
-    weights = torch.autograd.grad(problem.value, [call.output for call in used], retain_graph=True)
-    return [output_hessian(call, weight, problem.samples) for call, weight in zip(used, weights, strict=True)]
+    return [call for call in calls if call.output.grad_fn in dependence.masks]
 
 
 def half_alone(output: OutputHessian, taps: Mapping[str, Tap]) -> dict[str, Tensor | None]:
@@ -179,11 +190,11 @@ def half_alone(output: OutputHessian, taps: Mapping[str, Tap]) -> dict[str, Tens
     )
 
 
-def not_piecewise_linear(problem: Problem, outputs: list[OutputHessian], names: Iterable[str]) -> str:
+def not_piecewise_linear(problem: Problem, outputs: Iterable[Tensor], names: Iterable[str]) -> str:
     """Which operations between these layers and the output are not piecewise linear; empty if there is none."""
     leaves = {id(problem.parameters[name]) for name in names}
     found: dict[str, int] = {}
     for output in outputs:
-        if output.output.grad_fn is not None:
-            found |= Dependence(output.output.grad_fn, leaves).obstacles(LINEAR | PIECEWISE)
+        if output.grad_fn is not None:
+            found |= Dependence(output.grad_fn, leaves).obstacles(LINEAR | PIECEWISE)
     return named(found)

@@ -82,12 +82,8 @@ def output_hessian(call: LossCall, weight: Tensor, samples: int) -> OutputHessia
     Raises:
         MeasurementError: if the target has a gradient of its own, or a weight is negative.
     """
-    name = call.function.__name__
-    if call.target.requires_grad:
-        raise MeasurementError(f"the target of {name} depends on the parameters")
-    z = call.input.detach()
-    if z.shape[0] % samples:
-        raise MeasurementError(f"the input of {name} has {z.shape[0]} rows, no multiple of the {samples} samples")
+    _check(call, samples)
+    name, z = call.function.__name__, call.input.detach()
     softmax = call.function is F.cross_entropy
     scale, p = _cross_entropy(call, z) if softmax else (_elementwise(call, z), None)
     # A mean or a sum has one weight for all rows; a loss without reduction one for each.
@@ -95,6 +91,30 @@ def output_hessian(call: LossCall, weight: Tensor, samples: int) -> OutputHessia
     if bool((curvature < 0).any()):
         raise MeasurementError(f"{name} enters the loss with a negative weight, where Gauss-Newton has no square root")
     return OutputHessian(call.input, curvature, p, samples)
+
+
+def columns_of(call: LossCall, samples: int) -> int:
+    """`OutputHessian.columns` of a loss call, from its shapes alone.
+
+    Raises:
+        MeasurementError: if the target has a gradient of its own, or rows are no multiple of the samples.
+    """
+    _check(call, samples)
+    z = call.input
+    if call.function is not F.cross_entropy:
+        return z.numel() // samples
+    classes = z.shape[0] if z.ndim == 1 else z.shape[1]
+    return z.numel() // classes // samples * (classes - 1)
+
+
+def _check(call: LossCall, samples: int) -> None:
+    name = call.function.__name__
+    if call.target.requires_grad:
+        raise MeasurementError(f"the target of {name} depends on the parameters")
+    if call.input.shape[0] % samples:
+        raise MeasurementError(
+            f"the input of {name} has {call.input.shape[0]} rows, no multiple of the {samples} samples"
+        )
 
 
 def loss_normalizer(evaluate: Callable[[], Tensor]) -> tuple[float, float | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.ggn import EXACT_COLUMNS, GGNCurvature, not_piecewise_linear, output_hessians
@@ -84,16 +86,28 @@ def measure_by(name: str, outlook: Callable[[], Outlook], measure: Callable[[Cur
             return measure(CheckedGGN())
         except MeasurementError as error:
             obstacle = str(error)
-    if (found.samples or 0) < FEW_SAMPLES:
-        why = f"exact: {obstacle}, and {found.samples or 'an unknown number of'} samples are too few for a sketch"
-    elif found.taps <= FEW_LAYERS:
-        why = f"exact: {obstacle}, and a sketch does not pay for {found.taps} of the layers"
-    else:
+    other, why = without_ggn(obstacle, found.taps, found.samples)
+    if other == SketchCurvature.name:
         try:
-            return replace(measure(SketchCurvature()), chosen=f"sketch: {obstacle}")
+            return replace(measure(SketchCurvature()), chosen=why)
         except MeasurementError as error:
             why = f"exact: {obstacle}, and no sketch: {error}"
     return replace(measure(ExactCurvature()), chosen=why)
+
+
+def without_ggn(obstacle: str, n_taps: int, samples: int | None) -> tuple[str, str]:
+    """What "auto" takes in place of Gauss-Newton: the method's name, and the choice with its reasons.
+
+    Args:
+        obstacle: to Gauss-Newton.
+        n_taps: how many layers a sketch would serve.
+        samples: in all.
+    """
+    if (samples or 0) < FEW_SAMPLES:
+        return "exact", f"exact: {obstacle}, and {samples or 'an unknown number of'} samples are too few for a sketch"
+    if n_taps <= FEW_LAYERS:
+        return "exact", f"exact: {obstacle}, and a sketch does not pay for {n_taps} of the layers"
+    return "sketch", f"sketch: {obstacle}"
 
 
 @dataclass(frozen=True)
@@ -112,13 +126,14 @@ class CheckedGGN(GGNCurvature):
             raise MeasurementError(
                 f"Gauss-Newton failed its check against an exact product (relative error {error:.2g})"
             )
-        others = len(found.methods)
-        why = "ggn: every operation after the layers is piecewise linear, so that Gauss-Newton is the Hessian" + (
-            f"; double backward for {others} that are not applied once, as a linear layer or convolution"
-            if others
-            else ""
-        )
-        return replace(found, chosen=why, check_error=error)
+        return replace(found, chosen=by_ggn(len(found.methods)), check_error=error)
+
+
+def by_ggn(others: int) -> str:
+    """The choice of Gauss-Newton and its reasons, with how many layers it cannot see."""
+    why = "ggn: every operation after the layers is piecewise linear, so that Gauss-Newton is the Hessian"
+    also = f"; double backward for {others} that are not applied once, as a linear layer or convolution"
+    return why + (also if others else "")
 
 
 def _obstacle(problem: Problem, names: Iterable[str]) -> str:
@@ -127,9 +142,20 @@ def _obstacle(problem: Problem, names: Iterable[str]) -> str:
         outputs = output_hessians(problem)
     except MeasurementError as error:
         return str(error)
-    if operations := not_piecewise_linear(problem, outputs, names):
+    return beyond_ggn(problem, [(output.output, output.columns) for output in outputs], names)
+
+
+def beyond_ggn(problem: Problem, outputs: Sequence[tuple[Tensor, int]], names: Iterable[str]) -> str:
+    """Why Gauss-Newton of these outputs is not the Hessian, or cannot be had exactly; empty if it is.
+
+    Args:
+        problem: whose graph is read.
+        outputs: each with the columns per sample of its Hessian.
+        names: of the layers.
+    """
+    if operations := not_piecewise_linear(problem, [output for output, _ in outputs], names):
         return f"{operations} is not piecewise linear"
-    most = max(output.columns for output in outputs)
+    most = max(columns for _, columns in outputs)
     return f"the network has {most} outputs per sample, over {EXACT_COLUMNS}" if most > EXACT_COLUMNS else ""
 
 

@@ -150,9 +150,9 @@ def single_uses(problem: Problem, names: Iterable[str]) -> tuple[dict[str, Use],
     return found, rest
 
 
-def tapped(problem: Problem, directions: Mapping[str, SingularTriplets]) -> tuple[dict[str, Tap], dict[str, str]]:
+def tapped(problem: Problem, names: Iterable[str]) -> tuple[dict[str, Tap], dict[str, str]]:
     """Layers that can be seen through their output, and why the others cannot."""
-    uses, rest = single_uses(problem, directions)
+    uses, rest = single_uses(problem, names)
     taps = {}
     for name, use in uses.items():
         if problem.samples is None or not Tap.fits(use, problem.samples):

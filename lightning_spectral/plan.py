@@ -1,0 +1,251 @@
+"""What a measurement would do and cost, without doing it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_spectral.costs import FACTOR
+from lightning_spectral.curvature import METHODS
+from lightning_spectral.dry import NeedsValuesError, traced
+from lightning_spectral.estimate import Cost, Estimate
+from lightning_spectral.kinds import Kind
+from lightning_spectral.layers import LayerSelection, MatrixLayer, find_layers
+from lightning_spectral.loss import LossFunction
+from lightning_spectral.measure import unwrapped
+from lightning_spectral.options import Options
+from lightning_spectral.quiet import Mode, Precision
+
+FEWER_SAMPLES, FEWER_DIRECTIONS = 32, 10
+"""What is suggested for ``max_samples``, of all processes, and ``top_k``: with fewer samples there is no sketch."""
+
+WORTH = 0.1
+"""Of time or memory that a change of options has to save to be suggested."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A change of options, and what a measurement costs with it."""
+
+    option: str
+    cost: Cost
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a measurement would do and cost.
+
+    Attributes:
+        model: its class.
+        parameters: entries of all of them.
+        layers: those to be measured.
+        directions: layer name -> how many at most; fewer where singular values lie below the noise floor, as of the
+            head of a softmax, whose gradient has one rank less than classes.
+        skipped: layer name -> why it is left out.
+        unreached: layers that the loss does not depend on, which would fail.
+        method: of the curvature; empty where it cannot be told.
+        why: the choice and its reasons.
+        unknown: what cannot be told.
+        samples: measured of each batch, over all processes; None without a batch, or where it does not tell.
+        batch_samples: of the batch given, which a training step takes over all processes.
+        n_batches, world_size: as given.
+        costs: method -> what it costs, for the one that is planned and those that could take its place.
+        activations: bytes that the graph of the batch keeps, with attention by its mathematical kernel; None without.
+        step_flops: of a training step on the batch, matrix products and convolutions alone; None without.
+        sent: bytes that each process sends to others; 0 with one.
+        savings: what would be cheaper.
+    """
+
+    model: str
+    parameters: int
+    layers: Mapping[str, MatrixLayer]
+    directions: Mapping[str, int]
+    skipped: Mapping[str, str]
+    unreached: tuple[str, ...]
+    method: str
+    why: str
+    unknown: tuple[str, ...]
+    samples: int | None
+    batch_samples: int | None
+    n_batches: int
+    world_size: int
+    costs: Mapping[str, Cost]
+    activations: int | None
+    step_flops: int | None
+    sent: int
+    savings: tuple[Saving, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {
+            "costs": {name: cost.to_dict() for name, cost in self.costs.items()},
+            "savings": [{"option": x.option, "note": x.note, "cost": x.cost.to_dict()} for x in self.savings],
+            "factor": FACTOR,
+        }
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write it to a file; returns its path."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
+        return Path(path)
+
+
+def plan_spectra(
+    model: nn.Module,
+    batch: Any = None,
+    loss_fn: LossFunction | None = None,
+    *,
+    top_k: int = 20,
+    curvature: str = "auto",
+    layers: LayerSelection = None,
+    kinds: Mapping[str, Kind] | None = None,
+    fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
+    mode: Mode = "eval",
+    max_samples: int | None = None,
+    n_batches: int = 1,
+    micro_batch_size: int | None = None,
+    precision: Precision = "float32",
+    spectrum_top_k: int | None = None,
+    curvature_fraction: int | None = None,
+    alignment: bool = False,
+    world_size: int = 1,
+) -> Plan:
+    """What `measure_spectra` with these options would do and cost, without memory for the network or a pass over it.
+
+    Time is in training steps: forward and backward passes in float32 on the batch, without the optimizer. With c_i
+    passes of sort i, which take s_i steps each (`lightning_spectral.costs.steps_at`), a share r of the batch's samples
+    measured, and F the FLOPs of a step,
+
+        steps = n_batches * r * sum_i c_i s_i + (FLOPs of singular triplets and Kronecker factors) / F.
+
+    The s_i were fitted on one CPU thread. Time and memory hold within a factor of two. Memory is beside that of the
+    network:
+
+        peak = weights + directions + max(gradients + SVD + graph of the gradient, graph of the curvature),
+
+    weights = 2 * 4 bytes per parameter, directions = 4 sum_l K (m_l + n_l), gradients = 4 bytes per entry of the
+    layers, graph of the curvature = the method's factor (exact 4, ggn 2.7, sketch 7.5) times the activations of the
+    samples measured at once.
+
+    Over w processes the batch is shared: each measures its own samples, and the triplets of its share of the layers, so
+    that a probe of a fixed batch takes 1 / w of the time, as a training step does. Each sends (w - 1) / w of the
+    gradients and of the directions, and its K curvatures per layer to all others.
+
+    Args:
+        model: on any device, the meta device included. Nothing of it is read but names, shapes and types.
+        batch: what the loss takes, of which shapes and types count alone; None: what follows from the network alone.
+        loss_fn, top_k, curvature, layers, kinds, fused_qkv, mode, max_samples, n_batches, micro_batch_size, precision,
+            spectrum_top_k, curvature_fraction, alignment: as in `measure_spectra`; the batch is that of all processes
+            together, max_samples counts in each of them, as there.
+        world_size: processes.
+
+    Raises:
+        ValueError: as in `measure_spectra`.
+        MeasurementError: if the loss is no scalar or has no gradient.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)).to("meta")
+    >>> plan = plan_spectra(model, torch.zeros(64, 8), lambda m, x: torch.nn.functional.mse_loss(m(x), x), top_k=5)
+    >>> plan.method, plan.costs["ggn"].columns, plan.costs["exact"].products
+    ('ggn', (9, 9), (10, 10))
+    """
+    options = Options(
+        top_k=top_k,
+        curvature=curvature,
+        layers=layers,
+        kinds=kinds,
+        fused_qkv=fused_qkv,
+        mode=mode,
+        max_samples=max_samples,
+        micro_batch_size=micro_batch_size,
+        precision=precision,
+        spectrum_top_k=spectrum_top_k,
+        curvature_fraction=curvature_fraction,
+        alignment=alignment,
+    )
+    return plan_quietly(model, batch, loss_fn, options, n_batches=n_batches, world_size=world_size)
+
+
+def plan_quietly(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFunction | None,
+    options: Options,
+    *,
+    n_batches: int = 1,
+    world_size: int = 1,
+) -> Plan:
+    """`plan_spectra` of options in one piece."""
+    for name, value in (("n_batches", n_batches), ("world_size", world_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    model = unwrapped(model)
+    found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
+    if not found.layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
+        raise ValueError(f"layers: no layer is left to measure ({reasons})")
+    seen, hidden = None, list[str]()
+    if batch is not None:
+        try:
+            seen = traced(model, batch, loss_fn, found.layers, mode=options.mode, precision=options.precision)
+        except NeedsValuesError as error:
+            hidden.append(f"what the graph of the loss tells: {error}")
+    estimate = Estimate(model, found.layers, seen, options, n_batches, world_size)
+    method, why, unknown = estimate.choice()
+    return Plan(
+        model=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=found.layers,
+        directions=estimate.directions,
+        skipped=found.skipped,
+        unreached=() if seen is None else seen.structure.unreached,
+        method=method,
+        why=why,
+        unknown=(*hidden, *unknown),
+        samples=estimate.samples,
+        batch_samples=None if seen is None else seen.samples,
+        n_batches=n_batches,
+        world_size=world_size,
+        costs={name: estimate.cost(name) for name in METHODS if estimate.possible(name)},
+        activations=None if seen is None else seen.activations,
+        step_flops=None if seen is None else seen.step_flops,
+        sent=estimate.sent,
+        savings=tuple(_savings(estimate, method)) if estimate.possible(method) else (),
+    )
+
+
+def _savings(estimate: Estimate, method: str) -> Iterator[Saving]:
+    """Options that make a measurement cheaper or smaller by a tenth at least, each by itself."""
+    cost = estimate.cost(method)
+    for saving in _changed(estimate, method, cost):
+        steps, peak = saving.cost.steps[1], saving.cost.memory.peak
+        if steps <= (1 - WORTH) * cost.steps[1] or peak <= (1 - WORTH) * cost.memory.peak:
+            yield saving
+
+
+def _changed(estimate: Estimate, method: str, cost: Cost) -> Iterator[Saving]:
+    fewer_samples = math.ceil(FEWER_SAMPLES / estimate.world_size)
+    if (estimate.local or 0) > fewer_samples:
+        yield Saving(f"max_samples={fewer_samples}", _with(estimate, method, max_samples=fewer_samples))
+    if estimate.at_once(cost.parts) > 1:
+        size = math.ceil(estimate.at_once(cost.parts) / 4)
+        yield Saving(f"micro_batch_size={size}", _with(estimate, method, micro_batch_size=size))
+    if estimate.options.top_k > FEWER_DIRECTIONS:
+        fewer = _with(estimate, method, top_k=FEWER_DIRECTIONS, spectrum_top_k=None)
+        yield Saving(f"top_k={FEWER_DIRECTIONS}", fewer)
+    half = dict(list(estimate.layers.items())[::2])
+    yield Saving("layers=[...]", replace(estimate, layers=half).cost(method), "every other layer")
+    for other in ("ggn", "sketch"):
+        if other != method and estimate.possible(other):
+            note = "of another matrix than the Hessian" if other == "ggn" and estimate.obstacle else ""
+            yield Saving(f"curvature={other!r}", estimate.cost(other), note)
+
+
+def _with(estimate: Estimate, method: str, **changes: Any) -> Cost:
+    return replace(estimate, options=replace(estimate.options, **changes)).cost(method)

@@ -1,0 +1,165 @@
+"""A plan of a measurement for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_spectral.costs import FACTOR
+from lightning_spectral.errors import by_cause, some_of
+from lightning_spectral.estimate import Cost
+from lightning_spectral.plan import Plan
+
+PLAN_WIDTH = 100
+"""Width that the tables need."""
+
+PARTS_OF_MEMORY = {
+    "weights": "copies of the weights",
+    "gradients": "gradients",
+    "svd": "SVD workspace",
+    "directions": "directions",
+    "gradient_graph": "graph of the gradient",
+    "curvature_graph": "graph of the curvature",
+    "factors": "Kronecker factors",
+}
+
+
+def print_plan(plan: Plan, *, every_layer: bool = False, console: Console | None = None) -> None:
+    """Print what would be measured, how, and at what cost.
+
+    Args:
+        plan: of `lightning_spectral.plan.plan_spectra`.
+        every_layer: a row per layer in place of one per kind and shape.
+        console: where to print; None: the terminal.
+    """
+    console = Console() if console is None else console
+    console.width = max(console.width, PLAN_WIDTH)
+    console.print(f"\n{escape(plan.model)}: {plan.parameters:,} parameters, {len(plan.layers)} matrices to measure")
+    console.print(_layers(plan) if every_layer else _groups(plan))
+    for text in by_cause(plan.skipped):
+        console.print(f"left out: {escape(text)}", soft_wrap=True)
+    if plan.unreached:
+        console.print(f"would fail, as the loss does not depend on it: {escape(some_of(plan.unreached))}")
+    if plan.why:
+        console.print(f"curvature by {escape(plan.why)}", soft_wrap=True)
+    for text in plan.unknown:
+        console.print(f"cannot be told: {escape(text)}", soft_wrap=True)
+    console.print(_costs(plan))
+    shown = [plan.costs[plan.method]] if plan.method in plan.costs else list(plan.costs.values())
+    for cost in shown:
+        console.print(f"{cost.method}, pass by pass")
+        console.print(_passes(cost))
+    for text in (*_time(plan), *(_memory(cost) for cost in shown), *_ranks(plan)):
+        console.print(text, soft_wrap=True)
+    if plan.savings:
+        console.print("\ncheaper, one at a time")
+        console.print(_savings(plan))
+
+
+def size_of(count: float) -> str:
+    """Bytes for people.
+
+    >>> size_of(3_500_000), size_of(12)
+    ('3.5 MB', '12 B')
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in left:
+        table.add_column(column, overflow="fold")
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _groups(plan: Plan) -> Table:
+    """A row per kind and shape."""
+    table = _table(("kind", "shape"), ("layers", "directions each"))
+    groups: dict[tuple[str, str, int], int] = {}
+    for name, layer in plan.layers.items():
+        key = (layer.kind, _shape(layer.shape, layer.groups), plan.directions.get(name, 0))
+        groups[key] = groups.get(key, 0) + 1
+    for (kind, shape, directions), count in groups.items():
+        table.add_row(kind, shape, str(count), str(directions))
+    return table
+
+
+def _layers(plan: Plan) -> Table:
+    table = _table(("layer", "kind", "shape"), ("directions",))
+    for name, layer in plan.layers.items():
+        shape = _shape(layer.shape, layer.groups)
+        table.add_row(escape(name), layer.kind, shape, str(plan.directions.get(name, 0)))
+    return table
+
+
+def _shape(shape: tuple[int, int], groups: int) -> str:
+    return f"{shape[0]}x{shape[1]}" + (f" /{groups}" if groups > 1 else "")
+
+
+def _costs(plan: Plan) -> Table:
+    table = _table(("method",), ("products", "output columns", "pieces", "training steps", "memory"))
+    for name, cost in plan.costs.items():
+        chosen = name == plan.method
+        memory = size_of(cost.memory.peak) + ("" if cost.known else " and graphs")
+        row = (_range(*cost.products), _range(*cost.columns), str(cost.parts), _range(*cost.steps), memory)
+        table.add_row(f"{name} *" if chosen else name, *row, style="" if chosen or not plan.method else "dim")
+    return table
+
+
+def _passes(cost: Cost) -> Table:
+    table = _table(("pass",), ("count", "steps each", "steps"))
+    for one in cost.passes:
+        steps = _range(one.least * one.steps, one.most * one.steps)
+        table.add_row(one.what, _range(one.least, one.most), f"{one.steps:.2g}", steps)
+    if cost.extra:
+        table.add_row("singular triplets and factors, once", "1", f"{cost.extra:.2g}", f"{cost.extra:.2g}")
+    return table
+
+
+def _range(least: float, most: float) -> str:
+    shown = [f"{x:,}" if isinstance(x, int) else f"{x:.2g}" if x < 10 else f"{x:,.0f}" for x in (least, most)]
+    return shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    share = next(iter(plan.costs.values())).share
+    measured = "" if plan.samples is None else f" ({plan.samples} of {plan.batch_samples} samples, {plan.n_batches} x)"
+    yield (
+        f"time = {share:.3g}{measured} x sum of count x steps each + what is done once, in training steps (forward and "
+        f"backward in float32; one in half precision is shorter), within a factor of {FACTOR:g}"
+    )
+    if plan.step_flops:
+        yield f"a training step: {plan.step_flops:.3g} FLOPs in matrix products and convolutions"
+
+
+def _memory(cost: Cost) -> str:
+    parts, peak = vars(cost.memory), size_of(cost.memory.peak)
+    told = ", ".join(f"{what} {size_of(parts[name])}" for name, what in PARTS_OF_MEMORY.items() if parts[name])
+    return f"memory beside the network's own, for {cost.method}: {told}; not all at once, at most {peak}"
+
+
+def _ranks(plan: Plan) -> Iterator[str]:
+    if plan.world_size > 1:
+        n = plan.world_size
+        yield (
+            f"over {n} processes each measures 1/{n} of the samples and takes the singular triplets of 1/{n} of the "
+            f"layers, in 1/{n} of the time that one would take, as a training step does; each sends "
+            f"{size_of(plan.sent)} of gradients, directions and curvatures"
+        )
+
+
+def _savings(plan: Plan) -> Table:
+    table = _table(("option",), ("training steps", "memory"))
+    for saving in plan.savings:
+        option = saving.option + (f" ({saving.note})" if saving.note else "")
+        table.add_row(escape(option), _range(*saving.cost.steps), size_of(saving.cost.memory.peak))
+    return table

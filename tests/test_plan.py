@@ -1,0 +1,441 @@
+"""A plan tells what a measurement then does: layers, method, products, pieces; and takes no memory for the network."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from cases import CASES, cross_entropy, mlp, token_loss, vectors
+from rich.console import Console
+from torch import nn
+
+from lightning_spectral import MeasurementError, measure_spectra
+from lightning_spectral.cli import main
+from lightning_spectral.costs import directions_of, parts_of, sketch_products
+from lightning_spectral.curvature import exact, ggn, sketch
+from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
+from lightning_spectral.dry import traced, weightless
+from lightning_spectral.layers import MatrixLayer, find_layers
+from lightning_spectral.plan import plan_spectra
+from lightning_spectral.posthoc import plan_model, shaped_batch
+from lightning_spectral.report.planned import print_plan
+from lightning_spectral.sources import SourceError
+
+K = 3
+"""Directions that every gradient of the cases has above its noise floor."""
+
+
+def resnet():
+    return DigitsResNet(width=4), (torch.randn(48, 1, 8, 8), torch.randint(0, 10, (48,))), cross_entropy
+
+
+def gpt():
+    model = CharacterGPT(11, 8, width=16, heads=2, depth=1)
+    return model, (torch.randint(0, 11, (48, 8)), torch.randint(0, 11, (48, 8))), token_loss
+
+
+NETWORKS = {case.name: lambda case=case: (*case.build(torch.float32), case.loss) for case in CASES}
+NETWORKS |= {"resnet": resnet, "gpt": gpt}
+OPTIONS = {case.name: case.options for case in CASES}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Products, columns of the output and pieces of what is measured."""
+    counts = {"directions": 0, "products": 0, "columns": 0, "pieces": 0}
+
+    def spy(owner, name, key, size=lambda *args: 1):
+        function = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            counts[key] += size(*args)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    spy(exact, "_layer", "directions", lambda *args: len(args[3]))
+    spy(sketch._Products, "_product", "products")
+    spy(ggn.OutputHessian, "random", "columns")
+    spy(ggn, "half_alone", "columns")
+    columns = ggn.OutputHessian.exact
+
+    def noted(self):
+        for column in columns(self):
+            counts["columns"] += 1
+            yield column
+
+    monkeypatch.setattr(ggn.OutputHessian, "exact", noted)
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+@pytest.mark.parametrize("method", ["auto", "exact", "ggn", "sketch"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_plan_counts_what_a_measurement_does(name, method, counted):
+    torch.manual_seed(0)
+    model, batch, loss = NETWORKS[name]()
+    options = {"top_k": K, "curvature": method, **OPTIONS.get(name, {})}
+    plan = plan_spectra(model, batch, loss, **options)
+    if plan.method not in plan.costs or (options.get("mode") == "train" and method in ("ggn", "sketch")):
+        # Only the first is seen in the graph; that samples interact, in values.
+        with pytest.raises(MeasurementError):
+            measure_spectra(model, batch, loss, **options)
+        return
+    report = measure_spectra(model, batch, loss, **options)
+    assert list(plan.layers) == list(report.layers)
+    assert dict(plan.skipped) == report.skipped
+    if method == "auto":
+        assert plan.why == report.chosen
+    if options.get("mode") == "train":
+        return
+    cost = plan.costs[plan.method]
+    measured = {layer.name: layer.method for layer in report.layers.values()}
+    apart = sum(plan.directions[layer] for layer, used in measured.items() if used == "exact")
+    checks = sum(one.most for one in cost.passes if one.what.endswith("for the check"))
+    pieces = -(-plan.samples // report.micro_batch_size)
+    assert cost.parts == pieces
+    # The check is one of the passes and one of the products.
+    assert counted["directions"] == (apart + checks // 2) * pieces
+    assert counted["columns"] == cost.columns[1] * pieces
+    least, most = (products - apart - checks // 2 for products in cost.products)
+    assert least * pieces <= counted["products"] <= most * pieces
+    assert (plan.method == "sketch") == (most > 0) == bool(counted["products"])
+
+
+def test_the_time_of_a_measurement_is_the_sum_of_its_passes():
+    plan = plan_spectra(*gpt()[:2], token_loss, max_samples=24, n_batches=2, alignment=True, curvature_fraction=4)
+    cost = plan.costs[plan.method]
+    assert cost.share == 2 * 24 / 48
+    least, most = (sum(getattr(one, end) * one.steps for one in cost.passes) for end in ("least", "most"))
+    assert cost.steps == (cost.extra + least, cost.extra + most)
+    assert cost.extra > plan_spectra(*gpt()[:2], token_loss).costs["sketch"].extra > 0
+    assert any("trace" in one.what for one in cost.passes)
+    assert cost.memory.factors > 0
+
+
+def test_memory_is_the_formulas():
+    model, batch, loss = gpt()
+    plan = plan_spectra(model, batch, loss, top_k=K, curvature="sketch")
+    memory, parameters = plan.costs["sketch"].memory, sum(p.numel() for p in model.parameters())
+    assert memory.weights == 2 * 4 * parameters
+    assert memory.directions == 4 * K * sum(sum(layer.shape) for layer in plan.layers.values())
+    assert memory.gradients == 4 * sum(m * n for m, n in (layer.shape for layer in plan.layers.values()))
+    assert memory.curvature_graph == round(7.5 * plan.activations * 16 / 48)
+    pieces = plan_spectra(model, batch, loss, top_k=K, micro_batch_size=8).costs["sketch"]
+    assert (pieces.parts, pieces.memory.gradient_graph) == (6, round(plan.activations / 6))
+    assert pieces.memory.gradients == 2 * memory.gradients
+    double = plan_spectra(model, batch, loss, top_k=K, precision="float64").costs["sketch"].memory
+    assert (double.weights, double.directions) == (2 * memory.weights, 2 * memory.directions)
+
+
+def test_activations_are_what_the_graph_saves():
+    """Against the tensors that autograd saves of the network itself."""
+    model, batch, loss = resnet()
+    model.eval()
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss(model, batch)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = traced(model, batch, loss, find_layers(model).layers)
+    assert value.requires_grad
+    # The fake loss keeps copies of buffers and labels that the real one shares.
+    assert seen.activations == pytest.approx(sum(s.nbytes() for k, s in saved.items() if k not in own), rel=0.02)
+
+
+def test_processes_share_the_samples_and_sum_the_gradients():
+    model, batch, loss = gpt()
+    one, four = (plan_spectra(model, batch, loss, world_size=n) for n in (1, 4))
+    assert (one.sent, four.samples) == (0, 48)
+    memory = one.costs["exact"].memory
+    curvatures = 16 * sum(one.directions.values())
+    assert four.sent == round(3 / 4 * (memory.gradients + memory.directions) + 3 * curvatures)
+    assert four.costs["sketch"].extra == one.costs["sketch"].extra
+    assert four.costs["sketch"].memory.gradient_graph == one.costs["sketch"].memory.gradient_graph / 4
+    assert (four.costs["sketch"].share, four.costs["sketch"].parts) == (1, 3)
+    few = plan_spectra(model, batch, loss, world_size=4, max_samples=6)
+    assert (few.samples, few.costs["sketch"].share) == (24, 0.5)
+    assert [x.least for x in four.costs["sketch"].passes] == [x.least for x in one.costs["sketch"].passes]
+
+
+def test_without_a_batch_it_tells_what_the_network_tells():
+    model = gpt()[0]
+    plan = plan_spectra(model)
+    assert (plan.method, plan.samples, plan.step_flops) == ("", None, None)
+    assert "for a batch" not in plan.why
+    assert any("piecewise linear" in text for text in plan.unknown)
+    assert plan.costs["exact"].products == (4 * 16 + 11,) * 2
+    assert plan.costs["sketch"].products == (8, 12)
+    assert plan.costs["ggn"].columns == (2, 65)
+    assert plan_spectra(model, curvature="exact").method == "exact"
+
+
+class Logged(nn.Module):
+    """Reads its loss, counts with a metric, and leaves one layer out."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.unused = mlp(), nn.Linear(3, 3)
+        self.metric = torchmetrics.classification.MulticlassAccuracy(5)
+        self.metrics = torchmetrics.MetricCollection([torchmetrics.classification.MulticlassF1Score(5)])
+
+    def spectral_loss(self, batch):
+        logits = self.net(batch[0])
+        loss = F.cross_entropy(logits, batch[1])
+        self.metric(logits, batch[1])
+        self.metrics.update(logits, batch[1])
+        if loss.item() > 1e9:
+            raise ValueError
+        return loss
+
+
+def test_a_loss_that_reads_values_is_traced_and_said_so():
+    plan = plan_spectra(Logged(), vectors())
+    assert plan.unreached == ("unused.weight",)
+    assert "unused.weight" not in plan.directions
+    assert any("1 values that it reads" in text for text in plan.unknown)
+    assert plan.method == "exact"
+
+
+def test_a_network_that_moves_tensors_is_traced_where_it_is():
+    def loss(model, batch):
+        x = batch[0].cuda().to("cuda:1", torch.float64).to(torch.float32)
+        return F.mse_loss(model(x + torch.ones(6)), torch.zeros(24, 5).to("mps"))
+
+    assert plan_spectra(mlp(), vectors(), loss).batch_samples == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_module_in_a_trainer_is_planned_as_it_is():
+    module, batch, _ = resnet()
+    alone = plan_spectra(module, batch)
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert plan_spectra(module, batch).to_dict() == alone.to_dict()
+    assert alone.method == "ggn"
+    assert module.trainer.lightning_module is None
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_a_loss_whose_shapes_depend_on_values_is_planned_without_its_graph():
+    def masked(model, batch):
+        return F.cross_entropy(model(batch[0])[batch[1] > 0], batch[1][batch[1] > 0])
+
+    plan = plan_spectra(mlp(), vectors(), masked)
+    assert plan.method == ""
+    assert "cannot be traced without values (DynamicOutputShapeException" in plan.unknown[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"world_size": 0}, ValueError, "world_size must be a whole number"),
+        ({"n_batches": 0}, ValueError, "n_batches must be a whole number"),
+        ({"layers": lambda layer: False}, ValueError, "no layer is left"),
+        ({"top_k": 0}, ValueError, "top_k must be"),
+        ({"loss_fn": lambda m, b: m(b[0])}, MeasurementError, "the loss must be a scalar"),
+        ({"loss_fn": lambda m, b: m(b[1])}, RuntimeError, "same reduction dim"),
+    ],
+)
+def test_what_is_wrong_is_said(options, error, match):
+    with pytest.raises(error, match=match):
+        plan_spectra(mlp(), vectors(), **{"loss_fn": cross_entropy, **options})
+
+
+def test_a_method_that_refuses_the_loss_is_not_costed():
+    plan = plan_spectra(mlp(), vectors(), lambda m, b: m(b[0]).square().mean(), curvature="ggn")
+    assert "would fail: no call of cross_entropy" in plan.why
+    assert "ggn" not in plan.costs
+    assert not plan.savings
+
+
+def test_numbers_of_pieces_and_products():
+    layer = MatrixLayer("w", "w", "", "conv", (8, 9), groups=8)
+    assert [directions_of(layer, k, rows) for k, rows in ((20, None), (5, None), (20, 0))] == [8, 5, 0]
+    assert [parts_of(7.5, n, size, cut) for n, size, cut in ((96, None, True), (96, 10, True), (96, 10, False))] == [
+        3, 10, 1,
+    ]  # fmt: skip
+    assert [parts_of(2.7, 96, None, True), parts_of(7.5, None, None, True), parts_of(7.5, 2, None, True)] == [1, 3, 2]
+    assert [sketch_products([20], n) for n in (None, 16, 64, 1000)] == [(8, 12), (40, 60), (10, 15), (8, 12)]
+
+
+def test_weights_are_never_there():
+    def moved():
+        rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+        net = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7, bias=False), nn.Dropout(rates[1]))
+        net[1].weight = net[0].weight
+        net[1].load_state_dict({"weight": torch.zeros(7, 5)})
+        net.register_buffer("mask", torch.ones(300, 300))
+        net.register_buffer("scale", torch.ones(3))
+        shared = nn.Parameter(torch.zeros(2, 2))
+        shared.tag = "kept"
+        net[0].extra = net[1].extra = shared
+        return net.to("cpu").bfloat16().to(torch.zeros(1, dtype=torch.float64))
+
+    with weightless():
+        net = moved()
+    assert net[0].weight is net[1].weight
+    assert net[0].extra is net[1].extra
+    assert net[0].extra.tag == "kept"
+    assert net[0].weight.is_meta
+    assert net[0].weight.dtype is torch.float64
+    assert net.mask.is_meta
+    assert net.scale.sum() == 3
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+HUGE = """
+import resource, torch
+import torch.nn.functional as F
+from torch import nn
+from lightning_spectral.dry import weightless
+from lightning_spectral.plan import plan_spectra
+
+class Block(nn.Module):
+    def __init__(self, d, f, heads):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.RMSNorm(d), nn.RMSNorm(d)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(d, d, bias=False) for _ in range(4))
+        self.gate_proj, self.up_proj = nn.Linear(d, f, bias=False), nn.Linear(d, f, bias=False)
+        self.down_proj = nn.Linear(f, d, bias=False)
+
+    def forward(self, x):
+        b, t, d = x.shape
+        y = self.norm1(x)
+        q, k, v = (p(y).view(b, t, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d))
+        y = self.norm2(x)
+        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+
+class Llama(nn.Module):
+    def __init__(self, d=4096, f=11008, heads=32, depth=32, words=32000):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(words, d), nn.RMSNorm(d)
+        self.blocks = nn.ModuleList([Block(d, f, heads) for _ in range(depth)])
+        self.lm_head = nn.Linear(d, words, bias=False)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.norm(x))
+
+with weightless():
+    model = Llama()
+tokens = torch.zeros(64, 128, dtype=torch.long)
+plan = plan_spectra(model, tokens, lambda m, x: F.cross_entropy(m(x).flatten(0, 1), x.flatten()), world_size=8)
+most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(plan.parameters, len(plan.layers), plan.method, plan.step_flops, most)
+"""
+
+
+def test_seven_billion_parameters_take_less_than_a_gigabyte():
+    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    parameters, layers, method, flops, kilobytes = done.stdout.split()
+    assert (int(parameters), int(layers), method) == (6_738_415_616, 225, "sketch")
+    # 6 N FLOPs per token, attention aside; the embedding multiplies nothing.
+    assert int(flops) == pytest.approx(6 * (int(parameters) - 32000 * 4096) * 64 * 128, rel=0.02)
+    assert int(kilobytes) < 2**20
+
+
+NETS = """
+import torch
+from torch import nn
+
+def small():
+    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+
+def odd():
+    net = nn.ModuleDict({"[red]": nn.Linear(5, 4)})
+    net.forward = net["[red]"].forward
+    return net
+
+def reading():
+    net = small()
+    net.scale = float(net[0].weight.detach().std())
+    return net
+
+pair = torch.zeros(48, 5), torch.zeros(48, dtype=torch.long)
+"""
+BASE = ["plan", "--model=planned_nets:small", "--loss=cross_entropy"]
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    (tmp_path / "planned_nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "planned_nets", raising=False)
+    yield
+    sys.modules.pop("planned_nets", None)
+
+
+def test_the_command_prints_the_plan_and_writes_json(nets, capsys):
+    shapes = ["--batch-shape", "48x5", "48:int64"]
+    assert main([*BASE, *shapes, "--json=plan.json", "--top-k=4", "--world-size=2"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Sequential: 64 parameters, 2 matrices to measure" in printed
+    assert "curvature by ggn: every operation after the layers is piecewise linear" in printed
+    assert "ggn * 1 4 1" in printed
+    assert (
+        "over 2 processes each measures 1/2 of the samples and takes the singular triplets of 1/2 of the layers"
+        in printed
+    )
+    with open("plan.json") as file:
+        found = json.load(file)
+    assert (found["method"], found["samples"]) == ("ggn", 48)
+    assert found["costs"]["ggn"]["columns"] == [4, 4]
+    assert found["costs"]["exact"]["products"] == [8, 8]
+    assert main([*BASE, "--data=planned_nets:pair", "--all", "--top-k=4"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.weight" in printed
+    assert main([*BASE]) == 0
+    assert "cannot be told: which method" in capsys.readouterr().out
+
+
+def test_names_are_printed_as_they_are(nets):
+    plan = plan_model("planned_nets:odd", shapes=["48x5", "48:int64"], loss="cross_entropy")
+    console = Console(width=100, record=True, file=open("out.txt", "w"))  # noqa: SIM115
+    print_plan(plan, every_layer=True, console=console)
+    assert "[red].weight" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch-shape", "3xx"], "--batch-shape must be as 64x3x32x32"),
+        (["--batch-shape", "3x5:float17"], "--batch-shape must be as 64x3x32x32"),
+        (["--batch-shape", "3x5:nn"], "--batch-shape must be as 64x3x32x32"),
+        (["--batch-shape=3x5", "--data=planned_nets:pair"], "--data and --batch-shape: give one of them"),
+        (["--batch-shape", "4x7", "4:int64"], "RuntimeError"),
+        (["--world-size=0"], "world_size must be a whole number"),
+        (["--json=missing/plan.json"], "FileNotFoundError"),
+    ],
+)
+def test_errors_are_one_line(nets, capsys, arguments, told):
+    assert main([*BASE, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lightning-spectral plan: ")
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_a_model_that_reads_its_weights_is_told(nets):
+    with pytest.raises(SourceError, match="makes the model without its weights, whose values it seems to read"):
+        plan_model("planned_nets:reading")
+    with pytest.raises(SourceError, match="no module"):
+        plan_model("nowhere:reading")
+
+
+def test_a_batch_of_one_shape_is_a_tensor():
+    assert shaped_batch(["8x64:int64"]).shape == (8, 64)
+    assert shaped_batch(["8x64:int64"]).is_meta
