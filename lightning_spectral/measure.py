@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lightning_spectral.batch import FirstSamples, HeldBatches
-from lightning_spectral.curvature import Curvatures, Outlook, measure_by
+from lightning_spectral.curvature import Outlook, measure_by
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
-from lightning_spectral.fraction import CurvatureFraction
+from lightning_spectral.fitted import left_out, spectra_of
 from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import LayerSelection, LayerSet, MatrixLayer, find_layers, matrix_parameters
-from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
-from lightning_spectral.memory import Measured, measure_within_memory
+from lightning_spectral.layers import LayerSelection, find_layers, matrix_parameters
+from lightning_spectral.loaders import batches_of
+from lightning_spectral.loss import LossFunction
+from lightning_spectral.memory import measure_within_memory
 from lightning_spectral.options import Options
-from lightning_spectral.pieces import Losses
-from lightning_spectral.processes import Alone, Together, owners_of
-from lightning_spectral.quiet import Beginning, Mode, Precision, RandomStates, copy_batch, quiet
+from lightning_spectral.prepared import Prepared, first_buffers, losses_of, prepared, unwrapped
+from lightning_spectral.processes import Alone, Together
+from lightning_spectral.quiet import Mode, Precision
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.sharding import whole_parameters
-from lightning_spectral.spectrum import LayerSpectrum
 from lightning_spectral.svd import SingularTriplets
-from lightning_spectral.weights import WeightSpectrum
 
 if TYPE_CHECKING:
     # Not in every build of torch.
@@ -134,7 +127,7 @@ def measure_spectra(
         alignment=alignment,
     )
     processes = Alone() if process_group is None else Together(process_group)
-    batches = processes.agreed(lambda: _batches(batch, n_batches, model))
+    batches = processes.agreed(lambda: batches_of(batch, n_batches, model))
     report = measure_quietly(model, batches, options, loss_fn, processes=processes)
     for text in report.problems():
         warnings.warn(text, SpectralWarning, stacklevel=2)
@@ -165,21 +158,21 @@ def measure_quietly(
         network = unwrapped(model)
         whole = whole_parameters(network, processes)
 
-        def begin() -> _Begun:
-            return stack.enter_context(_begun(network, batches, options, loss_fn, batch_idx, whole))
+        def begin() -> Prepared:
+            return stack.enter_context(prepared(network, batches, options, loss_fn, batch_idx, whole))
 
         begun = processes.agreed(begin)
         losses, layers = begun.losses, begun.found.layers
         told = processes.gathered((list(layers), losses.sizes))
         _check_parts(told)
-        processes.agreed(partial(begun.take, _first_buffers(begun.module, processes)))
+        processes.agreed(partial(begun.take, first_buffers(begun.module, processes)))
         losses.among([sizes for _, sizes in told], processes.rank)
         measured = measure_within_memory(losses, options, processes)
         failed, curvatures = measured.failed, measured.curvatures
         if len(failed) == len(layers):
             error = SecondDerivativeError if curvatures.failed else MeasurementError
             raise error("; ".join(by_cause(failed)))
-        mine = processes.agreed(lambda: _spectra(losses, measured, options, processes))
+        mine = processes.agreed(lambda: spectra_of(losses, measured, options, processes))
         others = {name: spectrum for part in processes.gathered(mine) for name, spectrum in part.items()}
         spectra = {name: others[name] for name in layers}
         notes = list(dict.fromkeys(note for part in processes.gathered(begun.notes) for note in part))
@@ -196,59 +189,10 @@ def measure_quietly(
         top_k=options.top_k,
         spectrum_top_k=options.spectrum_top_k or options.top_k,
         seconds=time.perf_counter() - started,
-        warnings=(*notes, *losses.notes(), *curvatures.notes, *_left_out(measured, spectra, curvatures.notes)),
+        warnings=(*notes, *losses.notes(), *curvatures.notes, *left_out(measured, spectra, curvatures.notes)),
         chosen=curvatures.chosen,
         check_error=curvatures.check_error,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Begun:
-    """A loss ready to be measured: which layers, and what to tell."""
-
-    losses: Losses
-    module: nn.Module
-    found: LayerSet
-    notes: list[str]
-
-    def take(self, buffers: Mapping[str, Tensor]) -> None:
-        self.losses.beginning.take(self.module, buffers)
-
-
-@contextmanager
-def _begun(
-    model: nn.Module,
-    batches: Sequence[Any],
-    options: Options,
-    loss_fn: LossFunction | None,
-    batch_idx: int,
-    whole: Mapping[int, nn.Parameter],
-) -> Iterator[_Begun]:
-    found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
-    if not found.layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
-        raise ValueError(f"layers: no layer is left to measure ({reasons})")
-    if options.max_samples is not None:
-        batches = FirstSamples(batches, options.max_samples)
-    with _losses(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx, whole) as (
-        losses,
-        module,
-        notes,
-    ):
-        yield _Begun(losses, module, found, notes)
-
-
-def _first_buffers(module: nn.Module, processes: Alone) -> dict[str, Tensor]:
-    """The first process's buffers: DDP gives them to all with the next step, and until then they differ."""
-    if processes.size == 1:
-        return {}
-    own = {
-        name: buffer
-        for name, buffer in module.named_buffers()
-        if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided
-    }
-    found = processes.shared({n: [b] for n, b in own.items()} if processes.rank == 0 else {}, dict.fromkeys(own, 0))
-    return {name: tensors[0] for name, tensors in found.items()}
 
 
 def _check_parts(told: Sequence[tuple[list[str], list[int | None]]]) -> None:
@@ -263,14 +207,6 @@ def _check_parts(told: Sequence[tuple[list[str], list[int | None]]]) -> None:
             )
     if not any(size != 0 for _, sizes in told for size in sizes):
         raise MeasurementError(NO_SAMPLE)
-
-
-def _spectra(losses: Losses, measured: Measured, options: Options, processes: Alone) -> dict[str, LayerSpectrum]:
-    """The spectra and fits of the layers that fall to this process."""
-    owners = owners_of({name: layer.decomposition_cost for name, layer in losses.layers.items()}, processes.size)
-    mine = [name for name, owner in owners.items() if owner == processes.rank]
-    weights = losses.weights() if options.weight_spectra else {}
-    return {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in mine}
 
 
 def directional_curvature(
@@ -319,7 +255,7 @@ def directional_curvature(
                 f"directions: {name} is a matrix ({m}, {n}), so u must be ({m}, K) and v ({n}, K); "
                 f"got {tuple(triplets.u.shape)} and {tuple(triplets.v.shape)}"
             )
-    with _losses(model, [batch], loss_fn, chosen, mode, precision) as (losses, _, _):
+    with losses_of(model, [batch], loss_fn, chosen, mode, precision) as (losses, _, _):
         pieces = losses.whole()
         if not pieces:
             raise MeasurementError(NO_SAMPLE)
@@ -331,150 +267,3 @@ def directional_curvature(
     if measured.failed:
         raise SecondDerivativeError("; ".join(by_cause(measured.failed)))
     return measured.h
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside a DistributedDataParallel or DataParallel wrapper."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return model.module if isinstance(model, wrappers) else model
-
-
-def first_batches(
-    loader: DataLoader[Any], n: int, model: nn.Module, prepare: Callable[[Any], Any] = lambda batch: batch
-) -> list[Any]:
-    """The first n batches of a loader, prepared.
-
-    The loader may be in use: a copy of it is iterated, and all generators that it draws from are put back.
-    """
-    states = RandomStates(model)
-    own = [(generator, generator.get_state()) for generator in _generators(loader)]
-    loader = copy.copy(loader)
-    # What a loader with persistent workers is in the middle of.
-    loader._iterator = None
-    try:
-        found = [prepare(batch) for batch in islice(loader, n)]
-    finally:
-        states.restore()
-        for generator, state in own:
-            generator.set_state(state)
-    if len(found) < n:
-        raise ValueError(f"n_batches: {n} batches were asked for, and the DataLoader has {len(found)}")
-    return found
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators of a loader and of its samplers."""
-    samplers = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    samplers.append(getattr(samplers[1], "sampler", None))
-    found = [getattr(part, "generator", None) for part in (loader, *samplers)]
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
-
-
-def _batches(batch: Any, n_batches: int, model: nn.Module) -> Sequence[Any]:
-    if not isinstance(n_batches, int) or n_batches < 1:
-        raise ValueError(f"n_batches must be a whole number of at least 1, got {n_batches!r}")
-    if isinstance(batch, DataLoader):
-        device = next((parameter.device for parameter in model.parameters()), None)
-        return HeldBatches(first_batches(batch, n_batches, model), device)
-    if n_batches > 1:
-        raise ValueError(f"n_batches={n_batches} needs a DataLoader as batch, got {type(batch).__name__}")
-    return [batch]
-
-
-@contextmanager
-def _losses(
-    model: nn.Module,
-    batches: Sequence[Any],
-    loss_fn: LossFunction | None,
-    layers: Mapping[str, MatrixLayer],
-    mode: Mode,
-    precision: Precision,
-    batch_idx: int = 0,
-    whole: Mapping[int, nn.Parameter] | None = None,
-) -> Iterator[tuple[Losses, nn.Module, list[str]]]:
-    """The loss on a shadow of the model, ready to be differentiated; all traces are gone at the end."""
-    loss = resolve_loss(model, loss_fn, batch_idx)
-    replaced = stand_ins(model)
-    with quiet(model, mode=mode, precision=precision, stand_ins=replaced | dict(whole or {})) as shadow:
-        mute(shadow.module, model, replaced)
-        parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
-        leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
-        notes = [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in shadow.shared.items()]
-        yield (
-            Losses(
-                lambda batch: loss(shadow.module, copy_batch(batch, precision)),
-                batches,
-                layers,
-                leaves,
-                Beginning(shadow.module),
-            ),
-            shadow.module,
-            notes,
-        )
-
-
-def _unaligned(spectra: Mapping[str, LayerSpectrum]) -> list[str]:
-    """What of the alignment that was asked for is not there, beside the layers that were not measured at all."""
-    missing = {
-        name: f"no alignment: {x.alignment_note}" for name, x in spectra.items() if x.alignment_note and not x.note
-    }
-    partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
-    return by_cause(missing | partly)
-
-
-def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, weights: Tensor | None) -> LayerSpectrum:
-    layer, eps = losses.layers[name], losses.eps(name)
-    curvatures, factored = measured.curvatures, measured.alignment
-    triplets, nothing = measured.triplets.get(name), torch.zeros(0, dtype=torch.float64)
-    sigma = nothing if triplets is None else triplets.sigma
-    h, stderr = torch.full(sigma.shape, float("nan"), dtype=torch.float64), torch.zeros(len(sigma), dtype=torch.float64)
-    if name in curvatures.h:
-        h[: len(curvatures.h[name])] = curvatures.h[name]
-    if name in curvatures.stderr:
-        stderr[: len(curvatures.stderr[name])] = curvatures.stderr[name]
-    why = factored.notes.get(name) or measured.failed.get(name) or "no direction above the noise floor"
-    spectrum = LayerSpectrum.from_spectrum(
-        sigma,
-        h,
-        name=name,
-        kind=layer.kind,
-        shape=layer.shape,
-        groups=layer.groups,
-        h_stderr=stderr,
-        method=curvatures.methods.get(name, curvatures.method),
-        eps=eps,
-        note=measured.failed.get(name, ""),
-        spectrum=measured.spectra.get(name, nothing),
-        bootstrap=options.bootstrap,
-        factors=factored.factors.get(name),
-        alignment_note=why if options.alignment and name not in factored.factors else "",
-        per_sample=factored.per_sample,
-    )
-    if weights is not None:
-        of_weights = WeightSpectrum.of(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
-        spectrum = replace(spectrum, weights=of_weights)
-    return replace(spectrum, fraction=_fraction(spectrum, measured.traces)) if options.curvature_fraction else spectrum
-
-
-def _fraction(spectrum: LayerSpectrum, traces: Curvatures) -> CurvatureFraction:
-    if spectrum.name not in traces.h:
-        return CurvatureFraction.missing(traces.failed.get(spectrum.name, spectrum.note))
-    return CurvatureFraction.of(
-        traces.h[spectrum.name],
-        spectrum.h,
-        shape=spectrum.shape,
-        h_stderr=spectrum.h_stderr,
-        note=traces.failed.get(spectrum.name, ""),
-    )
-
-
-def _left_out(measured: Measured, spectra: Mapping[str, LayerSpectrum], told: Sequence[str]) -> list[str]:
-    """What was measured on request could not be had of which layers, beside what the layers' own notes say."""
-    no_weights = {n: x.weights.note for n, x in spectra.items() if x.weights is not None and x.weights.note}
-    return [
-        *(note for note in measured.traces.notes if note not in told),
-        *(f"curvature_fraction: {text}" for text in by_cause(measured.traces.failed)),
-        *(f"spectrum_top_k: {text}" for text in by_cause(measured.shorter)),
-        *(f"weight_spectra: {text}" for text in by_cause(no_weights)),
-        *_unaligned(spectra),
-    ]

@@ -18,8 +18,8 @@ from lightning_spectral.estimate import Cost, Estimate
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, MatrixLayer, find_layers
 from lightning_spectral.loss import LossFunction
-from lightning_spectral.measure import unwrapped
 from lightning_spectral.options import Options
+from lightning_spectral.prepared import unwrapped
 from lightning_spectral.quiet import Mode, Precision
 
 FEWER_SAMPLES, FEWER_DIRECTIONS = 32, 10

@@ -8,7 +8,7 @@ that has gone a different way.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_spectral.errors import MeasurementError, ProcessError, is_out_of_memory
 
 T = TypeVar("T")
+Name = TypeVar("Name", bound=Hashable)
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -170,14 +171,14 @@ class Together(Alone):
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
-def owners_of(costs: Mapping[str, float], size: int) -> dict[str, int]:
-    """name -> rank, so that no process has much more to do than another: the dearest first, to who has the least.
+def owners_of(costs: Mapping[Name, float], size: int) -> dict[Name, int]:
+    """Name -> rank, so that no process has much more to do than another: the dearest first, to who has the least.
 
     >>> owners_of({"a": 3, "b": 1, "c": 2}, 2)
     {'a': 0, 'b': 1, 'c': 1}
     """
     loads = [0.0] * size
-    found = {}
+    found: dict[Name, int] = {}
     for name in sorted(costs, key=lambda name: -costs[name]):
         rank = loads.index(min(loads))
         loads[rank] += costs[name]

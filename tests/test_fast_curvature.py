@@ -35,7 +35,8 @@ from lightning_spectral.curvature.smooth import cheap_twin
 from lightning_spectral.curvature.trace import Recorder
 from lightning_spectral.fits import fit_power_law, with_ordinate_errors
 from lightning_spectral.layers import find_layers
-from lightning_spectral.measure import _losses, directional_curvature
+from lightning_spectral.measure import directional_curvature
+from lightning_spectral.prepared import losses_of
 from lightning_spectral.svd import SingularTriplets, top_singular_triplets
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -295,7 +296,7 @@ def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options):
     layers = find_layers(model, fused_qkv=measured.get("fused_qkv", ())).layers
     mode = measured.get("mode", "eval")
     estimates, errors = [], []
-    with _losses(model, [batch], case.loss, layers, mode, "float32") as (losses, *_):
+    with losses_of(model, [batch], case.loss, layers, mode, "float32") as (losses, *_):
         gradients, _, problem = losses.gradients(losses.whole(), keep_graph=False)
         directions = {
             name: top_singular_triplets(layers[name].to_matrix(gradient), 4, groups=layers[name].groups)

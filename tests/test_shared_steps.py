@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_spectral import SpectralNewton
 from lightning_spectral.optim.layout import Layout, blocks, row_counts
-from lightning_spectral.optim.sharing import SMALLEST, in_rounds, is_shared, owners_of
+from lightning_spectral.optim.sharing import SMALLEST, in_rounds, is_shared, owners_by_cost
 
 BY_ANY = [shared_steps.small_ones_too, *shared_steps.BY_ANY, *sharded_steps.BY_ANY]
 BY_TWO = [*shared_steps.BY_TWO, *sharded_steps.BY_TWO, *shared_in_lightning.BY_TWO]
@@ -33,7 +33,7 @@ def items(*costs):
     [((8, 7, 6, 5, 4), 2, [17, 13]), ((5, 5, 5, 5, 5), 3, [10, 10, 5]), ((9,), 3, [9, 0, 0]), ((), 2, [0, 0])],
 )
 def test_the_costliest_go_first_to_the_least_loaded(costs, n, loads):
-    owners = owners_of(items(*costs), n)
+    owners = owners_by_cost(items(*costs), n)
     assert [sum(c for c, owner in zip(costs, owners, strict=True) if owner == k) for k in range(n)] == loads
 
 

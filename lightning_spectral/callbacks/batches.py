@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_spectral.batch import HeldBatches, batch_size, take_samples
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.measure import first_batches
+from lightning_spectral.loaders import first_batches
 from lightning_spectral.processes import Alone
 
 BatchChoice = Literal["train", "fixed"] | DataLoader[Any]

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_spectral.sharding import is_dtensor
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -32,11 +34,6 @@ class Sharding:
     def part(self, rank: int) -> torch.Size:
         """The shape of what a process holds."""
         return torch.Size([*self.shape[: self.dim], self.counts[rank], *self.shape[self.dim + 1 :]])
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """By name: the class has moved between versions of torch, and its import takes long."""
-    return type(tensor).__name__ == "DTensor"
 
 
 def local(tensor: Any) -> Any:

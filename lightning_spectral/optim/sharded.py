@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_spectral.optim.dtensor import Sharding
 from lightning_spectral.optim.layout import row_counts
 from lightning_spectral.optim.matrices import computed_in, descend, matrix_cost, pieces_of, updates_of
-from lightning_spectral.optim.sharing import in_rounds, owners_of
+from lightning_spectral.optim.sharing import in_rounds, owners_by_cost
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,7 +57,7 @@ def _step_round(matrices: Sequence[ShardedMatrix], group: ProcessGroup, dtype: t
     """The parts of each matrix go to its owner, and those of its update come back."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     shares: list[list[ShardedMatrix]] = [[] for _ in range(n)]
-    for matrix, owner in zip(matrices, owners_of(matrices, n), strict=True):
+    for matrix, owner in zip(matrices, owners_by_cost(matrices, n), strict=True):
         shares[owner].append(matrix)
     mine, device = shares[rank], matrices[0].momentum.device
     sent = [[matrix.momentum for matrix in share] for share in shares]

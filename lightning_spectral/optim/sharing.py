@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.optim.dtensor import is_dtensor
 from lightning_spectral.optim.layout import row_counts
 from lightning_spectral.optim.matrices import MAX_BATCH_NUMEL, Piece, computed_in, descend, spectral_step, updates_of
+from lightning_spectral.processes import owners_of
+from lightning_spectral.sharding import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -101,18 +102,9 @@ def agree(norms: Sequence[float | None], scope: Scope, device: torch.device) -> 
     return Agreement([int(x) for x in lowest], [int(x) for x in highest], unlike)
 
 
-def owners_of(items: Sequence[_Item], n: int) -> list[int]:
-    """Which of n processes gets which item: the costliest first, each to the one with the least so far.
-
-    >>> from types import SimpleNamespace
-    >>> owners_of([SimpleNamespace(cost=cost) for cost in (3, 5, 4, 2, 2)], 2)
-    [1, 0, 1, 0, 0]
-    """
-    loads, owners = [0] * n, [0] * len(items)
-    for i in sorted(range(len(items)), key=lambda i: -items[i].cost):
-        owners[i] = loads.index(min(loads))
-        loads[owners[i]] += items[i].cost
-    return owners
+def owners_by_cost(items: Sequence[_Item], n: int) -> list[int]:
+    """Which of n processes gets which item."""
+    return list(owners_of({i: item.cost for i, item in enumerate(items)}, n).values())
 
 
 def in_rounds(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
@@ -154,7 +146,7 @@ def _step_round(pieces: Sequence[Piece], group: ProcessGroup, dtype: torch.dtype
     """Every process computes its own and gathers all, each share padded to the largest."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     shares: list[list[Piece]] = [[] for _ in range(n)]
-    for piece, owner in zip(pieces, owners_of(pieces, n), strict=True):
+    for piece, owner in zip(pieces, owners_by_cost(pieces, n), strict=True):
         shares[owner].append(piece)
     longest = max(sum(piece.numel for piece in share) for share in shares)
     own = torch.zeros(longest, dtype=dtype, device=device)

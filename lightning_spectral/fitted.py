@@ -1,0 +1,94 @@
+"""From what was measured to the spectrum and the fits of each layer, and to what a reader must know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.curvature import Curvatures
+from lightning_spectral.errors import by_cause
+from lightning_spectral.fraction import CurvatureFraction
+from lightning_spectral.memory import Measured
+from lightning_spectral.options import Options
+from lightning_spectral.pieces import Losses
+from lightning_spectral.processes import Alone, owners_of
+from lightning_spectral.spectrum import LayerSpectrum
+from lightning_spectral.weights import WeightSpectrum
+
+
+def spectra_of(losses: Losses, measured: Measured, options: Options, processes: Alone) -> dict[str, LayerSpectrum]:
+    """The spectra and fits of the layers that fall to this process."""
+    owners = owners_of({name: layer.decomposition_cost for name, layer in losses.layers.items()}, processes.size)
+    mine = [name for name, owner in owners.items() if owner == processes.rank]
+    weights = losses.weights() if options.weight_spectra else {}
+    return {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in mine}
+
+
+def left_out(measured: Measured, spectra: Mapping[str, LayerSpectrum], told: Sequence[str]) -> list[str]:
+    """What was measured on request could not be had of which layers, beside what the layers' own notes say."""
+    no_weights = {n: x.weights.note for n, x in spectra.items() if x.weights is not None and x.weights.note}
+    return [
+        *(note for note in measured.traces.notes if note not in told),
+        *(f"curvature_fraction: {text}" for text in by_cause(measured.traces.failed)),
+        *(f"spectrum_top_k: {text}" for text in by_cause(measured.shorter)),
+        *(f"weight_spectra: {text}" for text in by_cause(no_weights)),
+        *_unaligned(spectra),
+    ]
+
+
+def _unaligned(spectra: Mapping[str, LayerSpectrum]) -> list[str]:
+    """What of the alignment that was asked for is not there, beside the layers that were not measured at all."""
+    missing = {
+        name: f"no alignment: {x.alignment_note}" for name, x in spectra.items() if x.alignment_note and not x.note
+    }
+    partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
+    return by_cause(missing | partly)
+
+
+def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, weights: Tensor | None) -> LayerSpectrum:
+    layer, eps = losses.layers[name], losses.eps(name)
+    curvatures, factored = measured.curvatures, measured.alignment
+    triplets, nothing = measured.triplets.get(name), torch.zeros(0, dtype=torch.float64)
+    sigma = nothing if triplets is None else triplets.sigma
+    h, stderr = torch.full(sigma.shape, float("nan"), dtype=torch.float64), torch.zeros(len(sigma), dtype=torch.float64)
+    if name in curvatures.h:
+        h[: len(curvatures.h[name])] = curvatures.h[name]
+    if name in curvatures.stderr:
+        stderr[: len(curvatures.stderr[name])] = curvatures.stderr[name]
+    why = factored.notes.get(name) or measured.failed.get(name) or "no direction above the noise floor"
+    spectrum = LayerSpectrum.from_spectrum(
+        sigma,
+        h,
+        name=name,
+        kind=layer.kind,
+        shape=layer.shape,
+        groups=layer.groups,
+        h_stderr=stderr,
+        method=curvatures.methods.get(name, curvatures.method),
+        eps=eps,
+        note=measured.failed.get(name, ""),
+        spectrum=measured.spectra.get(name, nothing),
+        bootstrap=options.bootstrap,
+        factors=factored.factors.get(name),
+        alignment_note=why if options.alignment and name not in factored.factors else "",
+        per_sample=factored.per_sample,
+    )
+    if weights is not None:
+        of_weights = WeightSpectrum.of(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
+        spectrum = replace(spectrum, weights=of_weights)
+    return replace(spectrum, fraction=_fraction(spectrum, measured.traces)) if options.curvature_fraction else spectrum
+
+
+def _fraction(spectrum: LayerSpectrum, traces: Curvatures) -> CurvatureFraction:
+    if spectrum.name not in traces.h:
+        return CurvatureFraction.missing(traces.failed.get(spectrum.name, spectrum.note))
+    return CurvatureFraction.of(
+        traces.h[spectrum.name],
+        spectrum.h,
+        shape=spectrum.shape,
+        h_stderr=spectrum.h_stderr,
+        note=traces.failed.get(spectrum.name, ""),
+    )

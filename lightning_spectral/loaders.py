@@ -1,0 +1,62 @@
+"""The first batches of a loader, which may be in use and is left as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_spectral.batch import HeldBatches
+from lightning_spectral.quiet import RandomStates
+
+
+def first_batches(
+    loader: DataLoader[Any], n: int, model: nn.Module, prepare: Callable[[Any], Any] = lambda batch: batch
+) -> list[Any]:
+    """The first n batches of a loader, prepared.
+
+    The loader may be in use: a copy of it is iterated, and all generators that it draws from are put back.
+    """
+    states = RandomStates(model)
+    own = [(generator, generator.get_state()) for generator in _generators(loader)]
+    loader = copy.copy(loader)
+    # What a loader with persistent workers is in the middle of.
+    loader._iterator = None
+    try:
+        found = [prepare(batch) for batch in islice(loader, n)]
+    finally:
+        states.restore()
+        for generator, state in own:
+            generator.set_state(state)
+    if len(found) < n:
+        raise ValueError(f"n_batches: {n} batches were asked for, and the DataLoader has {len(found)}")
+    return found
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators of a loader and of its samplers."""
+    samplers = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    samplers.append(getattr(samplers[1], "sampler", None))
+    found = [getattr(part, "generator", None) for part in (loader, *samplers)]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def batches_of(batch: Any, n_batches: int, model: nn.Module) -> Sequence[Any]:
+    """What to measure: the one batch, or the first n of a loader, held in the CPU's memory.
+
+    Raises:
+        ValueError: if n_batches is none, or there are not as many.
+    """
+    if not isinstance(n_batches, int) or n_batches < 1:
+        raise ValueError(f"n_batches must be a whole number of at least 1, got {n_batches!r}")
+    if isinstance(batch, DataLoader):
+        device = next((parameter.device for parameter in model.parameters()), None)
+        return HeldBatches(first_batches(batch, n_batches, model), device)
+    if n_batches > 1:
+        raise ValueError(f"n_batches={n_batches} needs a DataLoader as batch, got {type(batch).__name__}")
+    return [batch]

@@ -1,0 +1,126 @@
+"""A loss on a shadow of the network, ready to be differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_spectral.batch import FirstSamples
+from lightning_spectral.layers import LayerSet, MatrixLayer, find_layers
+from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
+from lightning_spectral.options import Options
+from lightning_spectral.pieces import Losses
+from lightning_spectral.processes import Alone
+from lightning_spectral.quiet import Beginning, Mode, Precision, copy_batch, quiet
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a DistributedDataParallel or DataParallel wrapper."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return model.module if isinstance(model, wrappers) else model
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A loss that is ready to be measured.
+
+    Attributes:
+        losses: the loss.
+        module: the shadow it is computed on.
+        found: the layers to measure, and those left out.
+        notes: what to tell of it.
+    """
+
+    losses: Losses
+    module: nn.Module
+    found: LayerSet
+    notes: list[str]
+
+    def take(self, buffers: Mapping[str, Tensor]) -> None:
+        """Begin each call of the loss with these values of some buffers."""
+        self.losses.beginning.take(self.module, buffers)
+
+
+@contextmanager
+def prepared(
+    model: nn.Module,
+    batches: Sequence[Any],
+    options: Options,
+    loss_fn: LossFunction | None,
+    batch_idx: int,
+    whole: Mapping[int, nn.Parameter],
+) -> Iterator[Prepared]:
+    """The loss of batches on a shadow of the model; all traces are gone at the end.
+
+    Args:
+        model: what is measured.
+        batches: see `Losses`.
+        options: which layers, and how.
+        loss_fn, batch_idx: see `resolve_loss`.
+        whole: id of a sharded parameter -> what takes its place.
+
+    Raises:
+        ValueError: if there is no layer or no loss.
+    """
+    found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
+    if not found.layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
+        raise ValueError(f"layers: no layer is left to measure ({reasons})")
+    if options.max_samples is not None:
+        batches = FirstSamples(batches, options.max_samples)
+    with losses_of(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx, whole) as (
+        losses,
+        module,
+        notes,
+    ):
+        yield Prepared(losses, module, found, notes)
+
+
+def first_buffers(module: nn.Module, processes: Alone) -> dict[str, Tensor]:
+    """The first process's buffers: DDP gives them to all with the next step, and until then they differ."""
+    if processes.size == 1:
+        return {}
+    own = {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided
+    }
+    found = processes.shared({n: [b] for n, b in own.items()} if processes.rank == 0 else {}, dict.fromkeys(own, 0))
+    return {name: tensors[0] for name, tensors in found.items()}
+
+
+@contextmanager
+def losses_of(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: LossFunction | None,
+    layers: Mapping[str, MatrixLayer],
+    mode: Mode,
+    precision: Precision,
+    batch_idx: int = 0,
+    whole: Mapping[int, nn.Parameter] | None = None,
+) -> Iterator[tuple[Losses, nn.Module, list[str]]]:
+    """As `prepared`, of layers that are known."""
+    loss = resolve_loss(model, loss_fn, batch_idx)
+    replaced = stand_ins(model)
+    with quiet(model, mode=mode, precision=precision, stand_ins=replaced | dict(whole or {})) as shadow:
+        mute(shadow.module, model, replaced)
+        parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
+        leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
+        notes = [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in shadow.shared.items()]
+        yield (
+            Losses(
+                lambda batch: loss(shadow.module, copy_batch(batch, precision)),
+                batches,
+                layers,
+                leaves,
+                Beginning(shadow.module),
+            ),
+            shadow.module,
+            notes,
+        )
