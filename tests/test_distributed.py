@@ -152,7 +152,14 @@ SHARDED = """
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.05)
 
-    def fit(callbacks):
+    class Spectral(Net):
+        def configure_optimizers(self):
+            return SpectralNewton(
+                SpectralNewton.groups(self), lr=0.05, alpha="probe", alpha_min_r2=0.0, alpha_momentum=0.0,
+                alpha_range=(0.1, 5.0),
+            )
+
+    def fit(callbacks, Net=Net):
         pl.seed_everything(0, verbose=False)
         module = Net()
         chosen = options | {{"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}}
@@ -169,6 +176,10 @@ SHARDED = """
     result["layers"] = list(probe.last_report.layers)
     result["samples"] = probe.last_report.n_samples
     result["as without"] = weights == fit([])[2]
+    again = SpectralProbe(every_n_steps=2, curvature="exact", top_k=6)
+    trainer, spectral, _ = fit([again], Spectral)
+    used = trainer.optimizers[0].alpha_of(spectral.net[4].weight)
+    result["used"] = [used, again.last_report.layers["net.4.weight"].alpha.exponent]
 """
 LOADERS = {"smaller": "DataLoader(ConvNet.data(), 8)", "uncountable": "DataLoader(Uneven(), batch_size=None)"}
 
@@ -223,6 +234,8 @@ def test_fully_sharded_training_is_probed_and_goes_on_as_without(tmp_path):
     assert first["alphas"] == second["alphas"]
     assert all(alpha == alpha for alphas in first["alphas"] for alpha in alphas)
     assert first["samples"] == 32
+    assert first["used"] == second["used"]
+    assert first["used"][0] == pytest.approx(first["used"][1])
     assert first["as without"]
     assert second["as without"]
 
