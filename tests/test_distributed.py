@@ -235,7 +235,8 @@ def test_fully_sharded_training_is_probed_and_goes_on_as_without(tmp_path):
     assert all(alpha == alpha for alphas in first["alphas"] for alpha in alphas)
     assert first["samples"] == 32
     assert first["used"] == second["used"]
-    assert first["used"][0] == pytest.approx(first["used"][1])
+    # A step takes the exponent to the nearest tenth.
+    assert first["used"][0] == pytest.approx(first["used"][1], abs=0.051)
     assert first["as without"]
     assert second["as without"]
 
