@@ -83,7 +83,7 @@ class Memory:
     """Bytes beside the network itself, its optimizer and its batch.
 
     Attributes:
-        weights: the copy that is measured on, and what it is put back from before each call of the loss.
+        weights: the copy that is measured on.
         gradients: of the layers' parameters; two of each where they are summed over pieces.
         svd: workspace of the largest layer's.
         directions: U (m, K) and V (n, K) of every layer.

@@ -254,7 +254,7 @@ class Estimate:
         summed = self.n_batches > 1 or (fixed and parts > 1)
         factors = [factor_bytes(layer) for layer in self.layers.values()] if options.alignment else [0]
         return Memory(
-            weights=2 * sum(t.numel() * self._itemsize(t.dtype) for t in tensors),
+            weights=sum(t.numel() * self._itemsize(t.dtype) for t in tensors),
             gradients=self._gradients() * (2 if summed else 1),
             svd=max(svd_bytes(layer, options.top_k, itemsize) for layer in self.layers.values()),
             directions=itemsize * triplets,

@@ -129,7 +129,7 @@ def plan_spectra(
 
         peak = weights + directions + max(gradients + SVD + graph of the gradient, graph of the curvature),
 
-    weights = 2 * 4 bytes per parameter, directions = 4 sum_l K (m_l + n_l), gradients = 4 bytes per entry of the
+    weights = 4 bytes per parameter, directions = 4 sum_l K (m_l + n_l), gradients = 4 bytes per entry of the
     layers, graph of the curvature = the method's factor (exact 4, ggn 2.7, sketch 7.5) times the activations of the
     samples measured at once.
 

@@ -119,7 +119,7 @@ def losses_of(
                 batches,
                 layers,
                 leaves,
-                Beginning(shadow.module),
+                Beginning(shadow.module, shadow.originals),
             ),
             shadow.module,
             notes,

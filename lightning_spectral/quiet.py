@@ -173,12 +173,18 @@ class Beginning:
 
     Args:
         module: on whose weights and buffers a step may write.
+        originals: id of a weight -> the weight that it is a copy of, which nothing writes on meanwhile, and from which
+            it is put back; None where there is no other of that size, and it must not change. Of the rest, and of
+            buffers, a copy is kept.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, originals: Mapping[int, Tensor | None] | None = None) -> None:
         self._random = RandomStates(module)
-        self._tensors = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, UNINITIALIZED)]
-        self._values = [tensor.detach().clone() for tensor in self._tensors]
+        known = originals or {}
+        found = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, UNINITIALIZED)]
+        self._sums = [(t, _sums(t)) for t in found if id(t) in known and known[id(t)] is None]
+        self._tensors = [t for t in found if known.get(id(t), t) is not None]
+        self._values = [_value(t, known.get(id(t))) for t in self._tensors]
         self._called = False
 
     def take(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
@@ -186,15 +192,38 @@ class Beginning:
         own = dict(module.named_buffers())
         for name, value in buffers.items():
             own[name].data.copy_(value)
-        self._values = [tensor.detach().clone() for tensor in self._tensors]
+        changed = {id(own[name]) for name in buffers}
+        self._values = [
+            tensor.detach().clone() if id(tensor) in changed else value
+            for tensor, value in zip(self._tensors, self._values, strict=True)
+        ]
 
     def restore(self) -> None:
-        """Put everything back. Weights through .data, so that graphs of earlier calls stay valid."""
+        """Put everything back. Weights through .data, so that graphs of earlier calls stay valid.
+
+        Raises:
+            MeasurementError: if a weight has changed that cannot be put back.
+        """
         self._random.restore()
         if self._called:
+            if any(not torch.equal(_sums(tensor), sums) for tensor, sums in self._sums):
+                raise MeasurementError(
+                    "the loss writes on the weights, and those of a network in shards cannot be put back; measure one "
+                    "that does not (loss_fn, or a method spectral_loss)"
+                )
             for tensor, value in zip(self._tensors, self._values, strict=True):
                 tensor.data.copy_(value)
         self._called = True
+
+
+def _value(tensor: Tensor, original: Tensor | None) -> Tensor:
+    return tensor.detach().clone() if original is None else original.detach()
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """Two sums over a tensor, which change where it does, and take no memory."""
+    values = tensor.detach()
+    return torch.stack([values.sum(dtype=torch.float64), torch.linalg.vector_norm(values, 1, dtype=torch.float64)])
 
 
 def repeatable(evaluate: Callable[[], Any], beginning: Beginning, values: list[float]) -> Callable[[], Any]:

@@ -43,10 +43,12 @@ class Shadow:
     Attributes:
         module: the stand-in. Parameters are leaves of their own with the same values.
         shared: path of each attribute that cannot be copied and so is the original's own -> why.
+        originals: id of each parameter of the stand-in -> what it was copied from; None where it was given.
     """
 
     module: nn.Module
     shared: Mapping[str, str]
+    originals: Mapping[int, Tensor | None]
 
 
 class Silent:
@@ -86,7 +88,11 @@ def shadow_of(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> I
         for found in module.modules():
             for hooks in BACKWARD_HOOKS:
                 found.__dict__[hooks] = OrderedDict()
-        yield Shadow(module, copier.shared)
+        given = stand_ins or {}
+        pairs = [
+            (copier.memo[id(p)], None if id(p) in given else p) for p in model.parameters() if id(p) in copier.memo
+        ]
+        yield Shadow(module, copier.shared, {id(new): old for new, old in pairs if new is not old})
     finally:
         for created in copier.modules:
             created.__dict__.clear()

@@ -121,7 +121,7 @@ def test_memory_is_the_formulas():
     model, batch, loss = gpt()
     plan = plan_spectra(model, batch, loss, top_k=K, curvature="sketch")
     memory, parameters = plan.costs["sketch"].memory, sum(p.numel() for p in model.parameters())
-    assert memory.weights == 2 * 4 * parameters
+    assert memory.weights == 4 * parameters
     assert memory.directions == 4 * K * sum(sum(layer.shape) for layer in plan.layers.values())
     assert memory.gradients == 4 * sum(m * n for m, n in (layer.shape for layer in plan.layers.values()))
     assert memory.curvature_graph == round(7.5 * plan.activations * 16 / 48)

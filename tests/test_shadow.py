@@ -18,7 +18,7 @@ from test_probe import Repeated, Tiny, batch_of
 from torch import nn
 
 from lightning_spectral import MeasurementError, SpectralProbe, SpectralWarning, measure_spectra
-from lightning_spectral.quiet import copy_batch, quiet
+from lightning_spectral.quiet import Beginning, copy_batch, quiet
 from lightning_spectral.shadow import shadow_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -101,6 +101,30 @@ class Holder(Tiny):
 
 def states(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_weights_are_put_back_from_the_originals_without_a_second_copy():
+    model = nn.Linear(3, 2).double()
+    before = model.weight.detach().clone()
+    with quiet(model) as shadow:
+        beginning = Beginning(shadow.module, shadow.originals)
+        assert beginning._values[0].data_ptr() == model.weight.data_ptr()
+        beginning.restore()
+        shadow.module.weight.data.mul_(2)
+        beginning.restore()
+        assert torch.equal(shadow.module.weight, before)
+    assert torch.equal(model.weight, before)
+
+
+def test_weights_that_stand_in_for_others_must_not_change():
+    model, whole = nn.Linear(3, 2), nn.Parameter(torch.ones(2, 3))
+    with quiet(model, stand_ins={id(model.weight): whole}) as shadow:
+        beginning = Beginning(shadow.module, shadow.originals)
+        beginning.restore()
+        beginning.restore()
+        shadow.module.weight.data[0, 0] += 1e-6
+        with pytest.raises(MeasurementError, match="the loss writes on the weights, and those of a network in shards"):
+            beginning.restore()
 
 
 def test_weights_written_in_the_training_step():
