@@ -3,11 +3,13 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= test,lint,docs
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs ablation paper baselines clean
+.PHONY: demo test test-oldest lint docs ablation paper baselines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -16,6 +18,10 @@ demo: $(READY)
 # A process per core, each with one thread: the tests' tensors are small.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The same with the oldest versions that pyproject.toml allows, but for torch.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,10 +46,10 @@ paper: $(READY)
 baselines: $(READY)
 	$(BIN)/python tests/test_figure_images.py
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test,lint,docs]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-runs ablation-runs paper-runs site
+	rm -rf $(VENV) .venv-oldest demo-runs ablation-runs paper-runs site

@@ -54,11 +54,11 @@ ALLOWED = {
     "summary": {"analysis", "errors", "record"},
     "optim": {"errors", "kinds", "layers", "optim", "precision"},
     "report": {
-        "", "analysis", "errors", "fits", "kinds", "optim", "record", "report", "spectrum", "summary",
+        "", "analysis", "encoding", "errors", "fits", "kinds", "optim", "record", "report", "spectrum", "summary",
     },
     "callbacks": {
-        "batch", "callbacks", "curvature", "errors", "kinds", "layers", "loss", "measure", "optim", "options",
-        "processes", "quiet", "record", "report", "spectrum",
+        "batch", "callbacks", "curvature", "encoding", "errors", "kinds", "layers", "loss", "measure", "optim",
+        "options", "processes", "quiet", "record", "report", "spectrum",
     },
     "demo": {"callbacks", "demo", "record", "report"},
     "lightning_cli": {"callbacks", "optim", "sources"},

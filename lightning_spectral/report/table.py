@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lightning_spectral.analysis import GOOD_FIT, compare_kinds
 from lightning_spectral.record import SpectralReport
@@ -50,12 +50,21 @@ def print_report(
         console.print(f"{left} of {len(report.layers)} layers are not shown\n", style="dim")
     console.print(kind_table(report, heading))
     for text in report.problems():
-        console.print(escape(text), style="yellow", soft_wrap=True)
+        console.print(literal(text), style="yellow", soft_wrap=True)
 
 
 def method_of(report: SpectralReport) -> str:
     """The method of the curvature: what "auto" chose, or what was asked for."""
     return report.chosen.partition(":")[0] or report.curvature
+
+
+def literal(text: str, style: str = "") -> Text:
+    r"""A text as it is, for the terminal: no markup, no emoji, and what is not to be printed by its code.
+
+    >>> print(literal("[red]:x:[/]"), literal("a" + chr(27) + "[2J"))
+    [red]:x:[/] a\x1b[2J
+    """
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), style)
 
 
 def layer_table(report: SpectralReport, title: str = "") -> Table:
@@ -79,20 +88,21 @@ def kind_table(report: SpectralReport, title: str = "") -> Table:
     table.add_column("alpha in the paper")
     for row in compare_kinds(report):
         numbers = (_fixed(row.alpha), _fixed(row.gamma), _fixed(row.s), _percent(row.transfer_error))
-        table.add_row(row.kind, str(row.layers), *numbers, _fixed(row.pr_curvature), row.paper_alpha)
+        table.add_row(literal(row.kind), str(row.layers), *numbers, _fixed(row.pr_curvature), row.paper_alpha)
     return table
 
 
 def _table(title: str) -> Table:
-    return Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    heading = literal(title, "table.title") if title else None
+    return Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
-def _row(layer: LayerSpectrum) -> list[str]:
+def _row(layer: LayerSpectrum) -> list[str | Text]:
     m, n = layer.shape
     used, all_points = layer.alpha.n_used, len(layer.sigma)
     return [
-        escape(layer.name.removesuffix(".weight")),
-        layer.kind,
+        literal(layer.name.removesuffix(".weight")),
+        literal(layer.kind),
         f"{m}x{n}" + (f" /{layer.groups}" if layer.groups > 1 else ""),
         f"{_fixed(layer.alpha.exponent)} ± {_fixed(layer.alpha.stderr)}",
         _fixed(layer.alpha.r2),
