@@ -82,7 +82,8 @@ class _PlainCheckpoints(_LightningCLI):
     def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
         """Parse, then look into the checkpoint before Lightning does."""
         super().parse_arguments(*args, **kwargs)
-        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
         if path and Path(path).is_file():
             loaded(Path(path), "--ckpt_path", "Trainer.fit(ckpt_path=...) in a program of your own loads one you trust")
 

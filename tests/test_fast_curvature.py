@@ -295,7 +295,7 @@ def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options):
     layers = find_layers(model, fused_qkv=measured.get("fused_qkv", ())).layers
     mode = measured.get("mode", "eval")
     estimates, errors = [], []
-    with _losses(model, [batch], case.loss, layers, mode, "float32") as (losses, _, _):
+    with _losses(model, [batch], case.loss, layers, mode, "float32") as (losses, _):
         gradients, _, problem = losses.gradients(losses.whole(), keep_graph=False)
         directions = {
             name: top_singular_triplets(layers[name].to_matrix(gradient), 4, groups=layers[name].groups)
