@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 
-from lightning_spectral.errors import some_of
+from lightning_spectral.encoding import UNREADABLE
+from lightning_spectral.errors import refused, some_of
 from lightning_spectral.record import FORMAT, SpectralReport
 from lightning_spectral.report.layers_csv import QUANTITIES, layer_tables, read_tables, with_tables
 from lightning_spectral.report.run import Probe, Run, RunError
@@ -117,7 +119,7 @@ def _reader_of(path: Path) -> str:
 def _is_report(path: Path) -> bool:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (*UNREADABLE, OSError):
         return False
     return isinstance(data, dict) and data.get("format") == FORMAT
 
@@ -125,7 +127,7 @@ def _is_report(path: Path) -> bool:
 def _read_json(path: Path, prefix: str | None) -> list[Probe]:
     try:
         return [Probe.of(SpectralReport.from_json(path), path.stem)]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (*UNREADABLE, OSError) as error:
         raise RunError(f"{path}: no report that can be read ({_why(error)})") from error
 
 
@@ -133,21 +135,22 @@ def _read_checkpoint(path: Path, prefix: str | None) -> list[Probe]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        # Whatever bytes may raise in torch.load. Its own advice is to load code that may be anyone's.
+        # Whatever bytes may raise in torch.load.
         raise RunError(
-            f"{path}: no checkpoint that loads with weights_only=True ({_why(error)}); "
+            f"{path}: no checkpoint that loads with weights_only=True ({refused(error) or _why(error)}); "
             "a CSV log, or JSON of probe.last_report, can be read instead"
         ) from error
     callbacks = data.get("callbacks") if isinstance(data, dict) else None
-    states = {k: v for k, v in (callbacks or {}).items() if str(k).startswith("SpectralProbe{")}
-    by_prefix = {_prefix_of(key): state for key, state in states.items()}
+    kept = callbacks.items() if isinstance(callbacks, dict) else ()
+    states = {k: v for k, v in kept if str(k).startswith("SpectralProbe{") and isinstance(v, dict)}
+    by_prefix = {_prefix_of(str(key)): state for key, state in states.items()}
     state = by_prefix[_choose(path, by_prefix, prefix, "is no checkpoint of a Trainer with a SpectralProbe")]
     saved = state.get("last_report")
     if saved is None:
         return []
     try:
         return [Probe.of(SpectralReport.from_dict(saved), path.stem)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise RunError(f"{path}: its report cannot be read ({_why(error)})") from error
 
 
@@ -178,12 +181,12 @@ def wandb_records(path: str | Path) -> list[dict[str, Any]]:
     # Python's -m looks into the current folder first, which may hold a wandb.py, or W&B's own folder of runs.
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, encoding="utf-8", env=environment, cwd=folder
+            command, capture_output=True, check=False, encoding="utf-8", errors="replace", env=environment, cwd=folder
         )
     if done.returncode:
         missing = "No module named" in done.stderr or "No such" in done.stderr
         what = (
-            "reading it needs `wandb leet inspect`: pip install --upgrade wandb"
+            "reading it needs `wandb leet inspect` of W&B 0.28: pip install --upgrade wandb"
             if missing
             else f"no W&B run that can be read ({_why(done.stderr)})"
         )
@@ -193,7 +196,7 @@ def wandb_records(path: str | Path) -> list[dict[str, Any]]:
 
 def _read_wandb(path: Path, prefix: str | None) -> list[Probe]:
     """The history in an offline run's file."""
-    rows = [record["history"]["item"] for record in wandb_records(path) if record.get("type") == "history"]
+    rows = [record["history"].get("item", {}) for record in wandb_records(path) if record.get("type") == "history"]
     return _logged(path, rows, "trainer/global_step", _probe_in(path, rows, prefix))
 
 
@@ -214,9 +217,9 @@ def _logged(path: Path, rows: Sequence[Mapping[str, Any]], step_key: str, chosen
             continue
         step = _number(path, row, step_key)
         counted = (_number(path, row, f"{chosen}/{key}") for key in (MARK, "layers_failed"))
-        n_layers = sum(int(value) for value in counted if value == value)
+        n_layers = sum(int(value) for value in counted if math.isfinite(value))
         loss = _number(path, row, f"{chosen}/loss")
-        whole = int(step) if step == step else None
+        whole = int(step) if math.isfinite(step) else None
         label = f"probe {len(probes) + 1}" if whole is None else f"step {whole}"
         probes.append(Probe(whole, label, loss, layers, None, max(n_layers, len(layers))))
     return probes
