@@ -60,11 +60,12 @@ ALLOWED = {
     "functional": {"errors", "loss"},
     "sources": {"errors", "functional", "loaders", "loss"},
     "posthoc": {"batch", "dry", "errors", "measure", "options", "plan", "record", "report", "sources"},
-    "analysis": {"record", "spectrum"},
+    "names": set(),
+    "analysis": {"names", "record", "spectrum"},
     "summary": {"analysis", "errors", "record"},
     "optim": {"errors", "kinds", "layers", "optim", "precision", "processes", "sharding"},
     "report": {
-        "", "alignment", "analysis", "costs", "errors", "estimate", "fits", "kinds", "optim", "plan", "record",
+        "", "alignment", "analysis", "costs", "errors", "estimate", "fits", "kinds", "names", "optim", "plan", "record",
         "report", "spectrum", "summary",
     },
     "callbacks": {
