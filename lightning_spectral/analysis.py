@@ -11,7 +11,7 @@ from lightning_spectral.record import SpectralReport, median
 from lightning_spectral.spectrum import LayerSpectrum
 
 GOOD_FIT, FEWEST_POINTS, LARGEST_ERROR = 0.9, 5, 0.25
-"""What a fit to trust has: an r2 of at least 0.9, at least 5 points, and a standard error of at most a quarter of alpha.
+"""What a fit to trust has: r2 of at least 0.9, at least 5 points, and a standard error of at most a quarter of alpha.
 
 Below that r2 log h is no straight line in log sigma. The standard error of n points without errors of their own is
 abs(alpha) sqrt((1 / r2 - 1) / (n - 2)), at most 0.19 abs(alpha) for 5 points with an r2 of 0.9, so that the third
@@ -19,8 +19,9 @@ rule refuses no fit but for the noise of a sketched h. Of 178 fits of small netw
 0.06 abs(alpha) in the median and 0.19 abs(alpha) at most, but for four with 0.9 abs(alpha) and more, of 3 to 5 points.
 """
 
-TRUSTED = f"r2 of at least {GOOD_FIT}, at least {FEWEST_POINTS} points, standard error up to alpha / {1 / LARGEST_ERROR:g}"
-DOUBTFUL = f"r2 below {GOOD_FIT}, fewer than {FEWEST_POINTS} points, or a standard error above alpha / {1 / LARGEST_ERROR:g}"
+_SHARE = f"alpha / {1 / LARGEST_ERROR:g}"
+TRUSTED = f"r2 of at least {GOOD_FIT}, at least {FEWEST_POINTS} points, standard error up to {_SHARE}"
+DOUBTFUL = f"r2 below {GOOD_FIT}, fewer than {FEWEST_POINTS} points, or a standard error above {_SHARE}"
 """The rule in words, and its opposite."""
 
 DEVIATES, DEVIATES_STDERR, SIBLINGS = 0.25, 3.0, 3

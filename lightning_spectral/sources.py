@@ -6,12 +6,14 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -110,7 +112,7 @@ class Checkpoint:
         except Exception as error:
             # Whatever bytes may raise in torch.load, whose own advice is to load code that may be anyone's.
             raise SourceError(
-                f"--checkpoint {path}: no checkpoint that loads with weights_only=True ({first_line(error)}); "
+                f"--checkpoint {path}: no checkpoint that loads with weights_only=True ({_unread(error)}); "
                 "a file of torch.save(model.state_dict()) does"
             ) from error
         if not isinstance(content, Mapping):
@@ -151,6 +153,14 @@ class Checkpoint:
             raise SourceError(f"--checkpoint {self.path}: {what}; {_remedy(own, self.state, missing)}")
         model.load_state_dict(state, strict=False)
         return what
+
+
+def _unread(error: Exception) -> str:
+    """Why a file was not read, without torch's advice to load it with weights_only=False."""
+    if not isinstance(error, UnpicklingError):
+        return first_line(error)
+    code = re.search(r"\bGLOBAL (\S+)", str(error))
+    return f"it holds {code[1]}, which is code" if code else "its bytes are not those of a checkpoint"
 
 
 def _is_state(value: Any) -> bool:

@@ -142,9 +142,10 @@ def _by_kind(layers: Sequence[Exponents]) -> str:
             kinds.setdefault(x.kind, []).append(x.alpha)
     if not kinds:
         return ""
-    said = "; ".join(f"{kind} {median(alphas):.2f}" for kind, alphas in kinds.items())
+    by_kind = "; ".join(f"{kind} {median(alphas):.2f}" for kind, alphas in kinds.items())
     paper = "; ".join(f"{kind} {PAPER_ALPHA[kind]}" for kind in kinds if kind in PAPER_ALPHA)
-    return f"Median alpha of the fits to trust, by kind of layer: {said}." + (f" In the paper: {paper}." if paper else "")
+    said = f"Median alpha of the fits to trust, by kind of layer: {by_kind}."
+    return f"{said} In the paper: {paper}." if paper else said
 
 
 def _deviation(layers: Sequence[Exponents]) -> str:
@@ -175,7 +176,8 @@ def _participation(layers: Sequence[Exponents]) -> str:
     middle = median([x.pr_curvature for x in layers])
     if math.isnan(middle):
         return ""
-    return f"The participation ratio of curvature is {middle:.1f} in the median of all layers: about so many directions carry it."
+    of = "in the median of all layers: about so many directions carry it"
+    return f"The participation ratio of curvature is {middle:.1f} {of}."
 
 
 def _negative(layers: Sequence[Exponents]) -> str:
