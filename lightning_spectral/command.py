@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 PYTHON_TO_OPTIONS = {
+    r"pass loss_fn\(model, batch\) -> scalar": "pass --loss, cross_entropy or pkg.module:function of (model, batch)",
     r"loss_fn(=\.\.\.|\(model, batch\))( -> scalar)?( of your own)?": "--loss pkg.module:function of (model, batch)",
     r"give a mapping from its pattern to their three numbers": "give --fused-qkv 'GLOB=ROWS,ROWS,ROWS'",
 }

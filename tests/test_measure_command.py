@@ -10,6 +10,7 @@ import torch
 from lightning_spectral import SpectralReport, measure_spectra
 from lightning_spectral.cli import LOSSES_TOLD, METHODS, OPTIONS, main
 from lightning_spectral.curvature import METHODS as KNOWN_METHODS
+from lightning_spectral.curvature.select import FEW_SAMPLES
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 from lightning_spectral.options import Options
 from lightning_spectral.sources import Checkpoint, SourceError, build_model, imported, named_loss, read_batches
@@ -393,7 +394,10 @@ def test_the_choice_of_exact_for_want_of_samples_is_printed(nets, capsys):
 
 def test_a_module_without_a_loss_says_what_to_give(nets, capsys):
     assert main(BASE) == 2
-    assert "has no training_step, so its loss is not known; pass --loss pkg.module:function" in capsys.readouterr().err
+    assert (
+        "has no training_step, so its loss is not known; pass --loss, cross_entropy or pkg.module:function"
+        in capsys.readouterr().err
+    )
     assert named_loss(None) is None
 
 
@@ -425,12 +429,15 @@ def test_the_installed_command_says_one_line_and_finds_modules_where_it_is_run(n
 @pytest.mark.parametrize("command", ["", "demo", "measure", "report", "fit", "validate", "test", "predict"])
 def test_every_help_says_what_the_command_does(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr("sys.argv", ["lightning-spectral"])
+    # As `python -m lightning_spectral` has it.
+    monkeypatch.setattr("sys.argv", ["lightning_spectral/__main__.py"])
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage: lightning-spectral")
+    if command == "measure":
+        assert f"below {FEW_SAMPLES} there is no sketch" in " ".join(printed.split())
     if command in ("", "demo", "measure", "report"):
         assert max(map(len, printed.splitlines())) <= 120
         # After the usage, what it does, in a sentence.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
+import reports
 import torch
 import torch.nn.functional as F
 from modules import ConvNet, ProbeRows, fit
@@ -14,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_spectral import SpectralProbe, SpectralWarning, measure_spectra
+from lightning_spectral.callbacks.advice import Advice
 from lightning_spectral.callbacks.schedule import Budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -256,6 +259,30 @@ def test_a_probe_that_exceeds_the_whole_budget_is_told_once(monkeypatch, steps):
     assert any("set max_samples (but not below 32), " in str(x.message) for x in w)
     assert any("A second probe takes a run of 2e+03 s" in str(x.message) for x in w)
     assert probe.probes == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "samples", "says"),
+    [
+        ("ggn: piecewise linear", 64, "(about 32 of 64)"),
+        ("ggn: piecewise linear", 16, "(but not below 32)"),
+        ("sketch: GELU", 64, "(but not below 32)"),
+        ("exact: GELU, and 16 samples are too few for a sketch", 16, "(32 or more, for a sketch, which is faster)"),
+        ("exact: GELU, and a sketch does not pay for 2 of the layers", 64, "(but not below 32)"),
+    ],
+)
+def test_fewer_samples_are_advised_only_where_they_cost_less(chosen, samples, says):
+    clock, told = Clock(), []
+    clock.now = 0.0
+    budget = Budget(0.1, clock=clock)
+    budget.start(0)
+    clock.now = 2.0
+    budget.probed(0, 2.0)
+    clock.now = 6.0
+    found = replace(reports.report(reports.layer("a")), chosen=chosen, n_samples=samples)
+    # Four steps of a second each, and four to come: 1 s of 10 is allowed, half of what a probe took.
+    Advice(budget, told.append).judge(4, found, lambda: 8)
+    assert f"set max_samples {says}, fewer layers" in told[0]
 
 
 def test_no_such_warning_where_the_run_is_long_enough_or_has_no_known_end(monkeypatch, recwarn):
