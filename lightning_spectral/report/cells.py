@@ -36,18 +36,19 @@ def that_fit(
         columns: heading -> cells.
         width: of the terminal.
         flexible: heading of the column that may be narrower than its cells.
-        least: characters that it is left before another column goes.
-        expendable: headings, the least needed first.
+        least: characters that it is left, if it needs so many, before another column is taken.
+        expendable: headings, the least needed first; each is taken that leaves room, from the last on.
     """
     sizes = {heading: max(map(cell_len, (heading, *cells))) for heading, cells in columns.items()}
-    wanted, gone = sizes.pop(flexible), 0
-    while True:
-        kept = [heading for heading in sizes if heading not in expendable[:gone]]
-        # Two characters between columns, and one at each side.
-        room = width - 2 - sum(sizes[heading] + 2 for heading in kept)
-        if room >= min(wanted, least) or gone == len(expendable):
-            return [heading for heading in columns if heading in (*kept, flexible)], max(1, min(wanted, room))
-        gone += 1
+    wanted = sizes.pop(flexible)
+    kept = [heading for heading in sizes if heading not in expendable]
+    # Two characters between columns, and one at each side.
+    room = width - 2 - sum(sizes[heading] + 2 for heading in kept)
+    for heading in reversed(expendable):
+        if room - sizes[heading] - 2 >= min(wanted, least):
+            kept.append(heading)
+            room -= sizes[heading] + 2
+    return [heading for heading in columns if heading in (*kept, flexible)], max(1, min(wanted, room))
 
 
 def left_out(columns: Mapping[str, Sequence[str]], kept: Sequence[str]) -> str:

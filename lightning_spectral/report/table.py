@@ -26,7 +26,7 @@ NAME_LEAST, PAPER_LEAST = 24, 20
 """Characters of a layer's name, and of a line of what the paper has, that are worth more than another column."""
 
 LEAST_NEEDED = ("zeta", "shape", "α·γ", "PR_h", "kind", "s", "gamma", "error")
-"""Columns that a narrow terminal goes without, in this order; `KIND_LEAST_NEEDED` likewise of the kinds."""
+"""Columns that a narrow terminal may go without, the first ones first; `KIND_LEAST_NEEDED` likewise of the kinds."""
 
 KIND_LEAST_NEEDED = ("PR_h", "s", "gamma", "layers", "error")
 
