@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning_spectral
+from lightning_spectral.command import Parser, in_options
 
 LIGHTNING_COMMANDS = {
     "fit": "train a LightningModule from a configuration (a LightningCLI with this package's parts)",
@@ -55,7 +56,7 @@ the layers, the products and the memory that does not depend on the batch are to
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    parser = argparse.ArgumentParser("lightning-spectral", description="Curvature exponents of a network in training.")
+    parser = Parser("lightning-spectral", description="Curvature exponents of a network in training.")
     parser.add_argument("--version", action="version", version=lightning_spectral.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
@@ -124,10 +125,11 @@ def _add_options(add: Any) -> None:
         help="projections that hold query, key and value, to be measured apart; GLOB=ROWS,ROWS,ROWS where their rows "
         "are not equal in number",
     )
-    add.add_argument("--top-k", type=int, default=20, metavar="K", help="directions per layer (%(default)s)")
+    add.add_argument("--top-k", type=int, default=20, metavar="K", help="directions per layer, 3 or more (%(default)s)")
     add.add_argument("--curvature", choices=METHODS, default="auto", help="the method (%(default)s)")
     add.add_argument("--n-batches", type=int, default=1, metavar="N", help="batches averaged over (%(default)s)")
-    add.add_argument("--max-samples", type=int, metavar="N", help="of each batch, measure the first so many")
+    few = "of each batch, measure the first so many (all); below 32 there is no sketch, which is fast"
+    add.add_argument("--max-samples", type=int, metavar="N", help=few)
     add.add_argument("--micro-batch-size", type=int, metavar="N", help="samples in memory at once (by itself)")
     add.add_argument("--mode", choices=("eval", "train"), default="eval", help="of the network (%(default)s)")
     add.add_argument("--precision", choices=("float32", "float64"), default="float32", help="at least (%(default)s)")
@@ -144,6 +146,9 @@ OPTIONS = (
     "weight_spectra", "bootstrap", "curvature_fraction", "alignment",
 )  # fmt: skip
 """Of `options.Options`, those that the command takes as they are."""
+
+PYTHON_NAMES = (*OPTIONS, "kinds", "fused_qkv", "n_batches", "world_size")
+"""What messages call the options."""
 
 
 def _kinds(given: Sequence[str]) -> dict[str, str]:
@@ -199,6 +204,8 @@ def _measure(options: argparse.Namespace) -> int:
             print(f"lightning-spectral measure: of {options.checkpoint}, {left_out}", file=sys.stderr)
         name = options.model if options.checkpoint is None else Path(options.checkpoint).name
         print_report(report, name)
+        if report.chosen:
+            print(f"curvature by {report.chosen}")
         print(*write_report(report, options.output, name=name, page=options.page), sep="\n")
     except Exception as error:
         return _failed(options, error)
@@ -212,7 +219,8 @@ def _failed(options: argparse.Namespace, error: Exception) -> int:
     if options.traceback:
         raise error
     own = isinstance(error, ValueError) or type(error).__module__.startswith("lightning_spectral")
-    told = " ".join(str(error).split()) if own else f"{first_line(error)} (--traceback shows where)"
+    said = " ".join(str(error).split()) if own else f"{first_line(error)} (--traceback shows where)"
+    told = in_options(said, PYTHON_NAMES) if own else said
     print(f"lightning-spectral {options.command}: {told}", file=sys.stderr)
     return 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pickle import UnpicklingError
 
 import torch
 
@@ -44,12 +45,14 @@ def refused(error: BaseException) -> str:
     """What torch.load with weights_only=True would not read, without its advice to execute it; else nothing.
 
     >>> refused(ValueError("Do that. WeightsUnpickler error: Unsupported global: GLOBAL os.system was not an allowed"))
-    'Unsupported global: GLOBAL os.system'
+    'it holds os.system, which is code'
     >>> refused(ValueError("no such file"))
     ''
     """
-    found = re.search(r"WeightsUnpickler error:\s*(.+?)(?: was not| Please|\n|$)", str(error))
-    return found.group(1) if found else ""
+    if "WeightsUnpickler error" not in str(error) and not isinstance(error, UnpicklingError):
+        return ""
+    code = re.search(r"\bGLOBAL (\S+)", str(error))
+    return f"it holds {code[1]}, which is code" if code else "its bytes are not those of a checkpoint"
 
 
 def by_cause(failed: Mapping[str, str]) -> list[str]:

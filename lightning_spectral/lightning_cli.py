@@ -107,8 +107,10 @@ def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
     # A short name is for LightningCLI to resolve, and so is a file of options.
     by_path = path is not None and "." in path and Path(path).suffix not in (".yaml", ".yml", ".json")
     cli = spectral_cli(package_of(imported(path, "--model") if path and by_path else None))
+    # Under `python -m` argparse would take the name of the file that is run.
+    parser_kwargs = {"prog": "lightning-spectral", arguments[0]: {"usage": USAGE}}
     # LightningCLI warns of arguments given beside those of the command line.
-    cli(args=None if from_command_line else list(arguments), parser_kwargs={arguments[0]: {"usage": USAGE}})
+    cli(args=None if from_command_line else list(arguments), parser_kwargs=parser_kwargs)
 
 
 def named_model(arguments: Sequence[str]) -> str | None:

@@ -56,7 +56,7 @@ def _training_step_loss(module: nn.Module, batch: Any, batch_idx: int) -> Tensor
             raise
         raise MeasurementError(
             f"training_step failed in eval mode ({type(error).__name__}: {error}); "
-            "if it needs the network in train mode, as detection models do, measure with mode='train'"
+            "if the mode is the cause, as with some detection models, measure with mode='train'"
         ) from error
     return cast(Tensor, output.get("loss") if isinstance(output, Mapping) else output)
 

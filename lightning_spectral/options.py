@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_spectral.curvature import check_method
+from lightning_spectral.fits import MIN_POINTS
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, check_kinds, check_selection
 from lightning_spectral.quiet import MODES, PRECISIONS, Mode, Precision
@@ -41,8 +42,11 @@ class Options:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {self.precision!r}")
-        if not _whole(self.top_k, 1):
-            raise ValueError(f"top_k must be a whole number of at least 1, got {self.top_k!r}")
+        if not _whole(self.top_k, MIN_POINTS):
+            raise ValueError(
+                f"top_k must be a whole number of at least {MIN_POINTS}, the points that a fit needs, got "
+                f"{self.top_k!r}"
+            )
         for option in ("max_samples", "micro_batch_size"):
             value = getattr(self, option)
             if value is not None and not _whole(value, 1):

@@ -152,6 +152,8 @@ def check_folder(folder: str | Path) -> Path:
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise SourceError(f"--output {folder}: there is a file in its place; give a folder") from error
     except OSError as error:
         raise SourceError(f"--output {folder}: {error.strerror or error}") from error
     return Path(folder)
@@ -173,6 +175,9 @@ def _moved(model: nn.Module, device: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         chosen = torch.device(name)
+    except RuntimeError as error:
+        raise SourceError(f"--device {device}: no device that torch knows, such as cpu, cuda or cuda:0") from error
+    try:
         model.to(chosen)
     except Exception as error:
         # A device that is not there raises what its backend likes.

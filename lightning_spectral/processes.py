@@ -195,14 +195,20 @@ class _Failure:
 
     @classmethod
     def of(cls, error: Exception) -> _Failure:
+        try:
+            text = str(error)
+        except Exception:
+            # A class of the user's, whose text itself fails.
+            return cls(ProcessError, type(error).__name__)
         if is_out_of_memory(error):
-            return cls(MemoryError, f"out of memory: {error}")
+            return cls(MemoryError, f"out of memory: {text}")
         # Other classes may take more than a text, or be unknown elsewhere.
-        if isinstance(error, MeasurementError) and type(error).__module__.partition(".")[0] == PACKAGE:
-            return cls(type(error), str(error))
+        if isinstance(error, MeasurementError):
+            known = type(error).__module__.partition(".")[0] == PACKAGE
+            return cls(type(error) if known else MeasurementError, text)
         if isinstance(error, ValueError):
-            return cls(ValueError, str(error))
-        return cls(ProcessError, f"{type(error).__name__}: {error}")
+            return cls(ValueError, text)
+        return cls(ProcessError, f"{type(error).__name__}: {text}")
 
     def error(self, rank: int) -> Exception:
         return self.kind(f"process {rank}: {self.text}")

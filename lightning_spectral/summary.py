@@ -5,24 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_spectral.analysis import GOOD_FIT, PAPER_ALPHA, Exponents, deviating, of_each_layer, transfer_identity
+from lightning_spectral.analysis import (
+    FEWEST_POINTS,
+    GOOD_FIT,
+    PAPER_ALPHA,
+    TRUSTED,
+    Exponents,
+    deviating,
+    of_each_layer,
+    transfer_identity,
+)
 from lightning_spectral.errors import some_of
 from lightning_spectral.record import SpectralReport, median
 
 IDENTITY_HOLDS, IDENTITY_ROUGH = 0.05, 0.15
 """Median transfer errors up to which s = alpha gamma holds, and holds roughly. The paper's are 0.010 to 0.019."""
 
+SAYS_LITTLE = (
+    "A small transfer error says little: it measures how far h lies from its line, not whether sigma and h are power "
+    "laws of their rank; for that see r2_gamma and r2_s."
+)
+"""Where h is a power of sigma exactly, s = alpha gamma follows from the linearity of least squares."""
+
 
 def summary(report: SpectralReport | Sequence[Exponents]) -> list[str]:
     """What a measurement says, a sentence or two per entry: the fits, the exponents, who deviates, the identity.
 
     >>> flat = {"alpha": 2.0, "r2_alpha": 0.99, "gamma": 1.0, "s": 2.0, "transfer_error": 0.0}
-    >>> for sentence in summary([Exponents.logged("a", flat), Exponents.logged("b", flat | {"r2_alpha": 0.5})]):
+    >>> for sentence in summary([Exponents.logged("a", flat), Exponents.logged("b", flat | {"r2_alpha": 0.5})])[:3]:
     ...     print(sentence)
-    1 of 2 layers has an alpha to trust (r2 of at least 0.9).
+    1 of 2 layers has an alpha to trust (r2 of at least 0.9, at least 5 points, standard error up to alpha / 4).
     Not to be trusted: b (r2 0.50). There log h is no straight line in log sigma, and alpha is the slope of a cloud.
     The median alpha of the fits to trust is 2.00: curvature grows about as the square of the gradient.
-    s = alpha gamma holds: median error 0.0 % over 1 fit to trust.
     """
     layers = of_each_layer(report)
     parts = (_trust, _clouds, _unmeasured, _exponent, _by_kind, _deviation, _identity, _participation, _negative)
@@ -63,18 +77,25 @@ def _trust(layers: Sequence[Exponents]) -> str:
         who = "The one layer has" if n == 1 else f"All {n} layers have"
     else:
         who = f"{good or 'None'} of {n} layers {'has' if good <= 1 else 'have'}"
-    return f"{who} an alpha to trust (r2 of at least {GOOD_FIT})."
+    return f"{who} an alpha to trust ({TRUSTED})."
 
 
 def _clouds(layers: Sequence[Exponents]) -> str:
     clouds = [x for x in layers if not x.trusted and not math.isnan(x.alpha)]
-    bad = [f"{x.short} (r2 {x.r2:.2f})" for x in sorted(clouds, key=lambda x: x.r2)]
+    bad = [f"{x.short} ({_doubt(x)})" for x in sorted(clouds, key=lambda x: x.r2)]
     if not bad:
         return ""
-    return (
-        f"Not to be trusted: {some_of(bad)}. There log h is no straight line in log sigma, and alpha is the slope of a "
-        "cloud."
-    )
+    why = "no straight line in log sigma, and alpha is the slope of a cloud"
+    if not all(x.r2 < GOOD_FIT for x in clouds):
+        why = "no straight line in log sigma, or its points are too few or too noisy to tell"
+    return f"Not to be trusted: {some_of(bad)}. There log h is {why}."
+
+
+def _doubt(x: Exponents) -> str:
+    """The first rule that a fit breaks."""
+    if x.r2 >= GOOD_FIT and x.points < FEWEST_POINTS:
+        return f"{x.points:.0f} points"
+    return f"alpha {_with_error(x)}" if x.r2 >= GOOD_FIT else f"r2 {x.r2:.2f}"
 
 
 def _unmeasured(layers: Sequence[Exponents]) -> str:
@@ -121,9 +142,10 @@ def _by_kind(layers: Sequence[Exponents]) -> str:
             kinds.setdefault(x.kind, []).append(x.alpha)
     if not kinds:
         return ""
-    said = "; ".join(f"{kind} {median(alphas):.2f}" for kind, alphas in kinds.items())
+    by_kind = "; ".join(f"{kind} {median(alphas):.2f}" for kind, alphas in kinds.items())
     paper = "; ".join(f"{kind} {PAPER_ALPHA[kind]}" for kind in kinds if kind in PAPER_ALPHA)
-    return f"Median alpha by kind of layer: {said}." + (f" In the paper: {paper}." if paper else "")
+    said = f"Median alpha of the fits to trust, by kind of layer: {by_kind}."
+    return f"{said} In the paper: {paper}." if paper else said
 
 
 def _deviation(layers: Sequence[Exponents]) -> str:
@@ -146,14 +168,16 @@ def _identity(layers: Sequence[Exponents]) -> str:
         return ""
     verdict = "holds" if error <= IDENTITY_HOLDS else "holds roughly" if error <= IDENTITY_ROUGH else "does not hold"
     text = f"s = alpha gamma {verdict}: median error {100 * error:.1f} % over {n} fit{'s' if n > 1 else ''} to trust"
-    return f"{text}, {100 * worst.transfer_error:.1f} % at worst ({worst.short})." if n > 1 else f"{text}."
+    text += f", {100 * worst.transfer_error:.1f} % at worst ({worst.short})." if n > 1 else "."
+    return text if error > IDENTITY_ROUGH else f"{text} {SAYS_LITTLE}"
 
 
 def _participation(layers: Sequence[Exponents]) -> str:
     middle = median([x.pr_curvature for x in layers])
     if math.isnan(middle):
         return ""
-    return f"The participation ratio of curvature is {middle:.1f} in the median: about so many directions carry it."
+    of = "in the median of all layers: about so many directions carry it"
+    return f"The participation ratio of curvature is {middle:.1f} {of}."
 
 
 def _negative(layers: Sequence[Exponents]) -> str:

@@ -2,6 +2,8 @@ import os
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+# pytest-xdist gives its workers a terminal of 80 columns.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch

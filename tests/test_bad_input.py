@@ -228,8 +228,12 @@ def test_a_linear_custom_function_is_no_obstacle():
     ("model", "options", "message"),
     [
         (nn.ReLU(), {}, "ReLU has no matrix to measure"),
-        (net(), {"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
-        (net(), {"top_k": 2.5}, "top_k must be a whole number of at least 1, got 2.5"),
+        (net(), {"top_k": 2}, "that a fit needs, got 2"),
+        (
+            net(),
+            {"top_k": 2.5},
+            "top_k must be a whole number of at least 3, the points that a fit needs",
+        ),
         (net(), {"max_samples": 0}, "max_samples must be None or a whole number of at least 1, got 0"),
         (net(), {"curvature": "lanczos"}, "curvature must be one of 'auto', 'exact', 'ggn', 'sketch', got 'lanczos'"),
         (net(), {"mode": "test"}, "mode must be one of 'eval', 'train', got 'test'"),

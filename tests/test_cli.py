@@ -224,7 +224,7 @@ def settings(cli):
 
 def test_a_printed_configuration_gives_the_same_run(package, capsys):
     arguments = [*words(package), "--optimizer=SpectralNewton", "--optimizer.alpha=1.5", "--lr_scheduler=StepLR"]
-    arguments += ["--lr_scheduler.step_size=3", "--trainer.callbacks+=SpectralProbe", "--trainer.callbacks.top_k=2"]
+    arguments += ["--lr_scheduler.step_size=3", "--trainer.callbacks+=SpectralProbe", "--trainer.callbacks.top_k=3"]
     arguments += ["--seed_everything=3"]
     with pytest.raises(SystemExit) as stop:
         quiet(spectral_cli(package), [*arguments, "--print_config"])

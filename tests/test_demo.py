@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lightning_spectral.demo import run as demo
 from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
 from lightning_spectral.fraction import CurvatureFraction
 from lightning_spectral.report import kind_table, layer_table, print_report
+from lightning_spectral.report.cells import WHOLE_WIDTH, width_for
 from lightning_spectral.report.requested import REQUESTED
 from lightning_spectral.weights import WeightSpectrum
 
@@ -35,8 +37,17 @@ def wandb_summary(run):
 
 
 @pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
-def test_demo_trains_measures_logs_and_prints(tmp_path, capsys):
-    reports = demo.run(tmp_path, steps_factor=0.0025)
+def test_demo_trains_measures_logs_and_prints(tmp_path, capsys, monkeypatch):
+    threads, real = [], demo.print_report
+    monkeypatch.setattr(demo, "print_report", lambda *args: (threads.append(torch.get_num_threads()), real(*args)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        histories = demo.run(tmp_path, steps_factor=0.0025)
+        assert (threads, torch.get_num_threads()) == ([1, 1], 2)
+    finally:
+        torch.set_num_threads(before)
+    reports = {name: history[-1] for name, history in histories.items()}
     printed, complaints = capsys.readouterr()
     # One epoch is enough for so few steps.
     assert set(re.findall(r"Epoch \d+/(-?\d+)", printed + complaints)) == {"0"}
@@ -109,8 +120,8 @@ def test_tables_show_what_is_missing_and_escape_names():
     assert math.isnan(report.layers["b.weight"].alpha.exponent)
 
 
-def printed(report, **options):
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+def printed(report, *, width=140, **options):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_report(report, console=console, **options)
     return console.export_text()
 
@@ -156,6 +167,28 @@ def test_what_was_measured_on_request_is_printed_and_no_more():
     (unaligned,) = re.findall(r"other +2\.00 +- +-.*", text)
     assert unaligned.split() == ["other", "2.00", *["-"] * 7]
     assert "alignment" not in printed(reported(rich), layers=[])
+
+
+def test_tables_fit_the_terminal_and_say_what_they_leave_out(monkeypatch):
+    long = layer("model.transformer.h.11.attention.qkv.weight.q", kind="attention_qkv", noise=0.2, bootstrap=20)
+    report = reported(long, layer("a[b]" + "c" * 60 + "d.weight", kind="attention_out"))
+    for width in (40, 60, 80, 100):
+        text = printed(report, width=width)
+        assert max(map(len, text.splitlines())) <= width
+        # Figures and the ends of names are whole.
+        assert f"{long.alpha.exponent:.2f} ± {long.alpha.stderr:.2f}" in text
+        rows = [line.split()[0] for line in text.splitlines() if "20/20" in line]
+        assert rows[0].endswith("11.attention.qkv.q" if width > 40 else ".q")
+        assert rows[1].startswith("a[b]")
+        assert "…" in rows[1]
+        assert rows[1].endswith("d")
+    assert "no room for kind, shape, α·γ, zeta" in " ".join(printed(report, width=80).split())
+    assert "no room" not in printed(reported(layer("a.weight")), width=120)
+    # COLUMNS counts where there is no terminal; without it, a file gets all columns.
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert width_for(Console(file=StringIO())) == WHOLE_WIDTH
+    monkeypatch.setenv("COLUMNS", "80")
+    assert width_for(Console(file=StringIO())) == 80
 
 
 def test_command_line(capsys, monkeypatch, tmp_path):

@@ -42,7 +42,7 @@ TRAIN = """
         def on_train_batch_end(self, *args):
             time.sleep(0.002 + 0.004 * rank)
 
-    probe = SpectralProbe(max_overhead=0.3, top_k=2)
+    probe = SpectralProbe(max_overhead=0.3, top_k=3)
     callbacks = [probe] if {with_probe} else []
     module = Net()
     logger = pl.loggers.CSVLogger(folder)
@@ -122,7 +122,7 @@ APART = """
         def training_step(self, batch, batch_idx):
             return super().training_step(batch[:2], batch_idx)
 
-    probe = SpectralProbe(max_overhead=0.3, top_k=2, batch="fixed", fixed_samples=32)
+    probe = SpectralProbe(max_overhead=0.3, top_k=3, batch="fixed", fixed_samples=32)
     module = Net()
     trainer = pl.Trainer(
         max_steps=60, max_epochs=-1, callbacks=[probe], logger=pl.loggers.CSVLogger(folder),

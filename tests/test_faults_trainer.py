@@ -81,7 +81,7 @@ class Scripted(SpectralProbe):
     """Measures, and logs a median of alpha that is told."""
 
     def __init__(self, values, **options):
-        super().__init__(every_n_steps=1, layers=["net.4"], top_k=2, **options)
+        super().__init__(every_n_steps=1, layers=["net.4"], top_k=3, **options)
         self.values = values
         scalars = self.logged.scalars
         self.logged.scalars = lambda report: {**scalars(report), "alpha_median": values[self.probes - 1]}

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import reports
 import synthetic
 import torch
 
 from lightning_spectral import fit_rank_models, spectral_transfer, zeta_bound
+from lightning_spectral.analysis import trusted
 from lightning_spectral.kinds import KINDS
 from lightning_spectral.report import figures
 from lightning_spectral.report.figures.band import line_and_band, student_quantile
@@ -220,9 +222,9 @@ def test_a_kind_looks_the_same_in_every_figure():
 def test_short_names():
     assert short_name("a.weight") == "a"
     long = short_name("model.decoder.layers.17.self_attention.query_key_value_projection.weight")
-    assert long.startswith("m.d.l.17.s.query_key")
+    assert long.startswith("m.d.l.17.s.q")
     assert len(long) == 25
-    assert short_name("x" * 40) == "x" * 24 + "…"
+    assert short_name("x" * 20 + "y" * 20) == "x" * 12 + "…" + "y" * 12
 
 
 @pytest.mark.parametrize("decades", [1e-3, 0.02, 0.1, 0.3, 0.6, 1.0, 1.75, 3.0, 8.0, 40.0])
@@ -248,7 +250,9 @@ def test_power_law_panels():
     assert len(figure.axes) == len(report.layers)
     for axes, layer in zip(figure.axes, report.layers.values(), strict=True):
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-        assert axes.get_title() == layer.name.removesuffix(".weight")
+        name, fitted, *more = axes.get_title().splitlines()
+        assert name == layer.name.removesuffix(".weight")
+        assert more == [f"{layer.n_negative} of {layer.n_usable} h < 0"] * (layer.n_negative > 0)
         (fit,), (points,) = lines(axes, "fit"), lines(axes, "fitted")
         x, y = xy(fit)
         close(y, math.exp(layer.alpha.intercept) * x**layer.alpha.exponent)
@@ -261,7 +265,8 @@ def test_power_law_panels():
         for marks in negative:
             close(torch.stack(xy(marks)), torch.stack([layer.sigma[~used], torch.zeros(layer.n_negative)]))
             assert marks.get_transform() == axes.get_xaxis_transform()
-        assert f"α = {layer.alpha.exponent:.2f} ± {layer.alpha.stderr:.2f}" in axes.texts[0].get_text()
+        assert fitted == f"α = {layer.alpha.exponent:.2f} ± {layer.alpha.stderr:.2f}, r² = {layer.alpha.r2:.2f}"
+        assert not axes.texts
         bars = [c for c in axes.collections if isinstance(c, matplotlib.collections.LineCollection)]
         assert len(bars) == (layer.method == "sketch")
     assert "loss per squared unit of weight" in words(figure)
@@ -281,8 +286,7 @@ def test_points_that_are_left_out_are_hollow():
     assert hollow(points)
     assert len(points.get_xdata()) == 2
     assert len(lines(axes["dead"], "left out")[0].get_xdata()) == 20
-    assert "no fit\n20 of 20 h < 0" in axes["negative"].texts[0].get_text()
-    assert axes["falling"].texts[0].get_horizontalalignment() == "right"
+    assert axes["negative"].get_title().endswith("no fit\n20 of 20 h < 0")
     for name in ("dead", "negative", "short", "empty", "zero", "flat"):
         assert not lines(axes[name], "fit")
 
@@ -292,10 +296,22 @@ def test_grids_hold_twelve_layers_evenly_over_depth_and_say_so():
     for plot in (figures.plot_power_law, figures.plot_rank_profiles):
         figure = plot(report)
         assert len(figure.axes) == MAX_PANELS
-        assert "12 of 160 layers" in figure._suptitle.get_text()
+        assert "12 of 160 layers, evenly over depth" in figure._suptitle.get_text()
     shown = [layer.name for layer in choose_layers(report, None)[0]]
     assert shown[0] == next(iter(report.layers))
     assert shown[-1] == list(report.layers)[-1]
+
+
+def test_a_panel_that_a_band_would_fill_says_so_and_few_layers_without_a_panel_are_named():
+    wide = [reports.layer(f"n.{i}.qkv.weight.q", noise=2.0, negative=15, seed=i) for i in range(12)]
+    figure = figures.plot_power_law(reports.report(*wide, reports.layer("n.12.up.weight", noise=0.1)))
+    said = ["band not drawn: too wide" in axes.get_title() for axes in figure.axes]
+    drawn = ["band" in [c.get_label() for c in axes.collections] for axes in figure.axes]
+    assert drawn == [not text for text in said]
+    assert {True, False} == set(drawn)
+    assert figure.axes[0].get_title().startswith("n.0.qkv.q\n")
+    (missing,) = {x.name.replace(".weight", "") for x in wide} - {a.get_title().splitlines()[0] for a in figure.axes}
+    assert f"12 of 13 layers, without {missing}" in figure._suptitle.get_text().replace("\n", " ")
 
 
 def test_layers_by_name_and_pattern():
@@ -401,8 +417,8 @@ def test_alpha_by_depth():
         assert (point.get_xdata()[0], point.get_ydata()[0]) == (i, layer.alpha.exponent)
         low, high = bar.get_segments()[0][:, 1]
         assert (high - low) / 2 == pytest.approx(layer.alpha.stderr)
-        assert hollow(point) == (layer.alpha.r2 < 0.9)
-    assert any(layer.alpha.r2 < 0.9 for layer in report.layers.values())
+        assert hollow(point) == (not trusted(layer))
+    assert any(not trusted(layer) for layer in report.layers.values())
     names = [label.get_text() for label in axes.get_xticklabels()]
     assert names == [name.removesuffix(".weight") for name in report.layers]
     (band,) = axes.patches
@@ -437,7 +453,7 @@ def test_transfer_identity():
             point = lines(axes, name)[reports.index(report)]
             assert (point.get_xdata()[0], point.get_ydata()[0]) == (layer.alpha_gamma, layer.s.exponent)
             assert (point.get_alpha() == 1.0) == (report is reports[-1])
-            assert hollow(point) == (layer.alpha.r2 < 0.9)
+            assert hollow(point) == (not trusted(layer))
     (identity,) = lines(axes, "s = αγ")
     close(*xy(identity))
     (band,) = axes.collections
@@ -447,7 +463,7 @@ def test_transfer_identity():
     assert axes.get_aspect() == 1
     errors = [layer.transfer_error for report in reports for layer in report.layers.values()]
     within = sum(error <= 0.1 for error in errors)
-    assert f"{within} of 40 within 10 %" in figure._suptitle.get_text().replace("\n", " ")
+    assert f"of all fits, {within} of 40 within 10\xa0%" in figure._suptitle.get_text().replace("\n", " ")
     assert "no layer has fits of α, γ and s" in words(figures.plot_transfer_identity(REPORTS["only dead"]()))
 
 
@@ -572,11 +588,10 @@ def test_two_reports_of_one_step():
 # --- the example
 
 
-def test_the_example_draws_the_readmes_figures_and_all(tmp_path, monkeypatch):
+def test_the_example_draws_the_readmes_figures_and_all(tmp_path):
     pytest.importorskip("sklearn")
     from examples.figures import make
 
-    monkeypatch.setattr(make, "PROBES", 2)
     make.main(["--output", str(tmp_path / "readme")], steps_factor=0.02)
     committed = {path.name for path in (ROOT / "examples" / "figures").glob("*.png")}
     assert {path.name for path in (tmp_path / "readme").iterdir()} == committed

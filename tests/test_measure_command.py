@@ -10,6 +10,7 @@ import torch
 from lightning_spectral import SpectralReport, measure_spectra
 from lightning_spectral.cli import LOSSES_TOLD, METHODS, OPTIONS, main
 from lightning_spectral.curvature import METHODS as KNOWN_METHODS
+from lightning_spectral.curvature.select import FEW_SAMPLES
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 from lightning_spectral.options import Options
 from lightning_spectral.sources import Checkpoint, SourceError, build_model, imported, named_loss, read_batches
@@ -24,6 +25,11 @@ def small(width=6):
     return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 4))
 
 wide = small(9)
+
+def deep():
+    layers = [part for _ in range(4) for part in (nn.Linear(5, 5), nn.GELU())]
+    return nn.Sequential(*layers, nn.Linear(5, 4))
+
 number = 3
 
 def broken():
@@ -83,6 +89,7 @@ class Module(pl.LightningDataModule):
         return DataLoader(self.data, 48)
 
 pair = data()[:48]
+triple = (*pair, 0)
 
 def batches():
     for i in range(2):
@@ -289,7 +296,7 @@ class Code:
 
 def test_nothing_in_a_checkpoint_is_executed(nets, tmp_path):
     torch.save({"state_dict": nets["small"]().state_dict(), "hyper_parameters": Code()}, "bad.ckpt")
-    with pytest.raises(SourceError, match=r"no checkpoint that loads with weights_only=True .* does$"):
+    with pytest.raises(SourceError, match=r"weights_only=True \(it holds \S*exec, which is code\); .* does$"):
         Checkpoint.read("bad.ckpt")
     assert not (tmp_path / "ran").exists()
 
@@ -314,27 +321,30 @@ WRONG = {
     "lacks arguments": (["--model=nets_here:Lit"], "calling it with no arguments failed (TypeError: "),
     "no checkpoint": (["--checkpoint=none.ckpt"], "--checkpoint none.ckpt: no such file\n"),
     "a folder": (["--checkpoint=."], "--checkpoint .: no such file; of a sharded checkpoint, make one file first"),
-    "no bytes of torch": (["--checkpoint=needy.py"], "--checkpoint needy.py: no checkpoint that loads"),
+    "no bytes of torch": (["--checkpoint=needy.py"], "weights_only=True (its bytes are not those of a checkpoint)"),
     "a list": (["--checkpoint=list.pt"], "--checkpoint list.pt: a list, and no state dict or checkpoint"),
     "no weights": (["--checkpoint=empty.pt"], "no weights under state_dict, model_state_dict, model; it has epoch"),
     "other names": (["--checkpoint=other.pt"], "it lacks 0.weight, 0.bias, 2.weight, 2.bias, and the model lacks a"),
     "no data": (["--data=nets_here:number"], "--data nets_here:number gave a int, and should give a DataLoader"),
     "a data set": (["--data=nets_here:data"], "is a data set; wrap it in a DataLoader"),
     "broken data": (["--data=nets_here:broken"], "reading it failed (RuntimeError: no such luck)"),
-    "too few batches": (["--n-batches=9"], "n_batches: 9 batches were asked for, and the DataLoader has 2"),
+    "too few batches": (["--n-batches=9"], "--n-batches: 9 batches were asked for, and the DataLoader has 2"),
     "too few of others": (["--data=nets_here:pair", "--n-batches=2"], "2 batches were asked for, and there are 1"),
     "no number of batches": (["--n-batches=0"], "--n-batches must be a whole number of at least 1, got 0"),
     "no loss": (["--loss=ctc_loss"], "--loss ctc_loss: must be pkg.module:function or one of cross_entropy, "),
     "a loss that is none": (["--loss=nets_here:number"], "is a int, and should be a function of (model, batch)"),
     "another loss": (["--loss=mse_loss"], "mse_loss needs an output of the targets' shape, got (48, 4) and (48,)"),
-    "layers": (["--layers", "conv*"], "layers: 'conv*' matches no layer; the layers are 0.weight, 2.weight"),
-    "a kind that is none": (["--kinds", "0=conf"], "kinds: 'conf' (for '0') is no kind of layer; take one of conv, "),
+    "layers": (["--layers", "conv*"], "--layers: 'conv*' matches no layer; the layers are 0.weight, 2.weight"),
+    "a kind that is none": (["--kinds", "0=conf"], "--kinds: 'conf' (for '0') is no kind of layer; take one of conv, "),
     "no kind": (["--kinds", "conv"], "--kinds takes GLOB=KIND, such as '*.c_proj=attention_out', got 'conv'"),
     "rows in words": (["--fused-qkv", "0=2,x,2"], "--fused-qkv takes GLOB or GLOB=ROWS,ROWS,ROWS, got '0=2,x,2'"),
-    "other rows": (["--fused-qkv", "0=2,2,3"], "the 6 rows of 0.weight cannot be split into query, key and value of"),
-    "an option": (["--top-k=0"], "top_k must be a whole number of at least 1, got 0"),
-    "device": (["--device=abacus"], "--device abacus: RuntimeError: "),
-    "output": (["--output=needy.py"], "--output needy.py: File exists"),
+    "other rows": (["--fused-qkv", "0=2,2,3"], "of [2, 2, 3] rows; give --fused-qkv 'GLOB=ROWS,ROWS,ROWS'\n"),
+    "an option": (["--top-k=2"], "--top-k must be a whole number of at least 3, the points that a fit needs, got 2"),
+    "device": (["--device=abacus"], "--device abacus: no device that torch knows, such as cpu, cuda or cuda:0\n"),
+    "no such device": (["--device=cuda:99"], "--device cuda:99: "),
+    "output": (["--output=needy.py"], "--output needy.py: there is a file in its place; give a folder\n"),
+    "output below": (["--output=needy.py/x"], "--output needy.py/x: there is a file in its place; give a folder\n"),
+    "three tensors": (["--data=nets_here:triple"], "of 3; give --loss pkg.module:function of (model, batch)\n"),
     "a loss of its own": (["--loss=nets_here:broken"], "TypeError: broken() takes 0 positional arguments"),
 }
 
@@ -353,9 +363,41 @@ def test_what_is_wrong_is_said_in_one_line(nets, capsys, case):
     assert not printed.out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["measure", "--modell=x"], "measure: error: the following arguments are required: --model, --data; see lig"),
+        ([*BASE, "--topk=3"], "measure: error: there is no option --topk, did you mean --top-k?; see lightning-spectr"),
+        ([*BASE, "--xyz"], "measure: error: there is no option --xyz; see lightning-spectral measure --help\n"),
+        (["demo", "here"], "demo: error: 'here' is not an argument; see lightning-spectral demo --help\n"),
+        ([*BASE, "--top-k=x"], "measure: error: argument --top-k: invalid int value: 'x'; see"),
+        (["mesure"], ": error: argument command: invalid choice: 'mesure'"),
+    ],
+)
+def test_arguments_that_are_wrong_are_told_in_one_line_with_what_was_meant(capsys, arguments, says):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("lightning-spectral")
+    assert says in told
+    assert told.count("\n") == 1
+
+
+def test_the_choice_of_exact_for_want_of_samples_is_printed(nets, capsys):
+    assert main([*BASE, "--model=nets_here:deep", "--loss=cross_entropy", "--max-samples=20"]) == 0
+    why = "and 20 samples are too few for a sketch, which with at least 32 would be faster\n"
+    assert why in capsys.readouterr().out
+    assert main([*BASE, "--model=nets_here:deep", "--loss=cross_entropy"]) == 0
+    assert "\ncurvature by sketch: " in capsys.readouterr().out
+
+
 def test_a_module_without_a_loss_says_what_to_give(nets, capsys):
     assert main(BASE) == 2
-    assert "Sequential has no training_step, so its loss is not known" in capsys.readouterr().err
+    assert (
+        "has no training_step, so its loss is not known; pass --loss, cross_entropy or pkg.module:function"
+        in capsys.readouterr().err
+    )
     assert named_loss(None) is None
 
 
@@ -387,12 +429,15 @@ def test_the_installed_command_says_one_line_and_finds_modules_where_it_is_run(n
 @pytest.mark.parametrize("command", ["", "demo", "measure", "report", "fit", "validate", "test", "predict"])
 def test_every_help_says_what_the_command_does(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr("sys.argv", ["lightning-spectral"])
+    # As `python -m lightning_spectral` has it.
+    monkeypatch.setattr("sys.argv", ["lightning_spectral/__main__.py"])
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage: lightning-spectral")
+    if command == "measure":
+        assert f"below {FEW_SAMPLES} there is no sketch" in " ".join(printed.split())
     if command in ("", "demo", "measure", "report"):
         assert max(map(len, printed.splitlines())) <= 120
         # After the usage, what it does, in a sentence.

@@ -236,3 +236,9 @@ def test_meanings_cover_the_keys():
     assert set(asked["keys"]) - set(data["keys"]) == {key.name for key in LAYER_KEYS if key.part == "intervals"}
     assert not any(isinstance(value, float) and math.isnan(value) for value in data["probes"][0]["values"][0])
     assert isinstance(run().probes[0].report, SpectralReport)
+
+
+def test_the_page_greys_what_python_does_not_trust():
+    data = page_data(run_of([report(layer("few", negative=17), layer("b"), dead("dead"))], "mine"))
+    assert data["probes"][0]["trusted"] == [0, 1, 0]
+    assert "no fit, r2 below 0.9, fewer than 5 points" in page(run())

@@ -167,7 +167,7 @@ def test_pieces_that_leave_a_layer_out_are_given_up():
         total = network[-1].extra.weight.square().sum()
         return value + (total - total.detach() if len(part[0]) == SAMPLES else 0.0)
 
-    found = measure_spectra(model, batch, loss, curvature="exact", top_k=2)
+    found = measure_spectra(model, batch, loss, curvature="exact", top_k=3)
     assert found.micro_batch_size == SAMPLES
 
 
@@ -194,21 +194,21 @@ def test_a_piece_without_curvature_passes_the_check():
 
 def test_first_samples_are_cut_when_they_are_fetched():
     loader = DataLoader(TensorDataset(*batch_of(40)), batch_size=10)
-    found = measure_spectra(gelu_mlp().double(), loader, cross_entropy, n_batches=3, max_samples=4, top_k=2)
+    found = measure_spectra(gelu_mlp().double(), loader, cross_entropy, n_batches=3, max_samples=4, top_k=3)
     assert (found.n_samples, found.n_batches) == (12, 3)
 
 
 def test_a_batch_that_cannot_be_cut():
     model, (x, y) = relu_mlp().double(), batch_of()
     uneven = (x, y, torch.zeros(3))
-    assert measure_spectra(model, uneven, cross_entropy, curvature="exact", top_k=2).micro_batch_size is None
+    assert measure_spectra(model, uneven, cross_entropy, curvature="exact", top_k=3).micro_batch_size is None
     with pytest.raises(MeasurementError, match=r"micro_batch_size: the batch cannot be cut by samples"):
         measure_spectra(model, uneven, cross_entropy, micro_batch_size=4)
 
 
 def test_default_pieces_keep_to_the_memory_aimed_at():
     model, batch = gelu_mlp().double(), batch_of()
-    sizes = {m: measure_spectra(model, batch, cross_entropy, curvature=m, top_k=2).micro_batch_size for m in METHODS}
+    sizes = {m: measure_spectra(model, batch, cross_entropy, curvature=m, top_k=3).micro_batch_size for m in METHODS}
     assert sizes["ggn"] == SAMPLES
     assert sizes["sketch"] < sizes["exact"] < SAMPLES
 
@@ -216,7 +216,7 @@ def test_default_pieces_keep_to_the_memory_aimed_at():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_size_told_is_the_largest_of_all_phases(method):
     model, batch = gelu_mlp().double(), batch_of(64)
-    options = {"curvature": method, "top_k": 2}
+    options = {"curvature": method, "top_k": 3}
     alone = measure_spectra(model, batch, cross_entropy, **options).micro_batch_size
     both = measure_spectra(model, batch, cross_entropy, curvature_fraction=2, **options).micro_batch_size
     # The trace goes through pieces of 22.
@@ -344,7 +344,7 @@ def test_out_of_memory_is_met_with_smaller_pieces(monkeypatch, method, error):
 def test_each_try_halves_what_failed(monkeypatch, method, sizes):
     model, batch = gelu_mlp().double(), batch_of(96)
     short = OutOfMemory(monkeypatch, 20, second_order_only=True)
-    assert measure_spectra(model, batch, short.loss, curvature=method, top_k=2).micro_batch_size == sizes[-1]
+    assert measure_spectra(model, batch, short.loss, curvature=method, top_k=3).micro_batch_size == sizes[-1]
     assert short.failed == sizes[:-1]
 
 

@@ -417,7 +417,7 @@ def test_names_are_printed_as_they_are(nets):
         (["--batch-shape", "3x5:nn"], "--batch-shape must be as 64x3x32x32"),
         (["--batch-shape=3x5", "--data=planned_nets:pair"], "--data and --batch-shape: give one of them"),
         (["--batch-shape", "4x7", "4:int64"], "RuntimeError"),
-        (["--world-size=0"], "world_size must be a whole number"),
+        (["--world-size=0"], "--world-size must be a whole number"),
         (["--json=missing/plan.json"], "FileNotFoundError"),
     ],
 )

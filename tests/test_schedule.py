@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
+import reports
 import torch
 import torch.nn.functional as F
 from modules import ConvNet, ProbeRows, fit
@@ -14,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_spectral import SpectralProbe, SpectralWarning, measure_spectra
+from lightning_spectral.callbacks.advice import Advice
 from lightning_spectral.callbacks.schedule import Budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -194,7 +197,7 @@ def test_the_default_keeps_to_its_budget_in_training():
             clock.now += 0.5
             return super()._measure(*args)
 
-    logger, probe = ProbeRows(), Timed(max_overhead=0.2, top_k=2)
+    logger, probe = ProbeRows(), Timed(max_overhead=0.2, top_k=3)
     probe.budget.clock = clock
     fit_numbered(probe, Stepped(clock), steps=120, logger=[logger])
     assert probe.every_n_steps is None
@@ -205,18 +208,20 @@ def test_the_default_keeps_to_its_budget_in_training():
 
 
 def test_fixed_steps_cost_what_they_cost():
-    logger, probe = ProbeRows(), SpectralProbe(every_n_steps=1, max_overhead=0.01, top_k=2)
-    fit_numbered(probe, steps=5, logger=[logger])
+    logger, probe = ProbeRows(), SpectralProbe(every_n_steps=1, max_overhead=0.01, top_k=3)
+    with pytest.warns(SpectralWarning, match=r"max_overhead=0.01 has no effect beside every_n_steps=1, which") as told:
+        fit_numbered(probe, steps=5, logger=[logger])
+    assert len([w for w in told if "no effect beside" in str(w.message)]) == 1
     assert [step for step, _ in logger.rows] == [0, 1, 2, 3, 4]
     assert logger.rows[-1][1]["spectral/probe_overhead"] > 0.01
 
 
 def test_the_schedule_survives_a_checkpoint(tmp_path):
-    probe = SpectralProbe(max_overhead=0.05, top_k=2)
+    probe = SpectralProbe(max_overhead=0.05, top_k=3)
     trainer = fit_numbered(probe, steps=3)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = probe.budget.state_dict()
-    again = SpectralProbe(max_overhead=0.05, top_k=2)
+    again = SpectralProbe(max_overhead=0.05, top_k=3)
     seen = []
 
     class Look(pl.Callback):
@@ -245,7 +250,7 @@ def costly(monkeypatch, seconds):
 @pytest.mark.parametrize("steps", [3, 20])
 def test_a_probe_that_exceeds_the_whole_budget_is_told_once(monkeypatch, steps):
     costly(monkeypatch, 50.0)
-    probe = SpectralProbe(top_k=2)
+    probe = SpectralProbe(top_k=3)
     with pytest.warns(
         SpectralWarning, match=r"one probe took 50 s, more than the max_overhead=0.05 of this whole"
     ) as w:
@@ -256,17 +261,41 @@ def test_a_probe_that_exceeds_the_whole_budget_is_told_once(monkeypatch, steps):
     assert probe.probes == 1
 
 
+@pytest.mark.parametrize(
+    ("chosen", "samples", "says"),
+    [
+        ("ggn: piecewise linear", 64, "(about 32 of 64)"),
+        ("ggn: piecewise linear", 16, "(but not below 32)"),
+        ("sketch: GELU", 64, "(but not below 32)"),
+        ("exact: GELU, and 16 samples are too few for a sketch", 16, "(32 or more, for a sketch, which is faster)"),
+        ("exact: GELU, and a sketch does not pay for 2 of the layers", 64, "(but not below 32)"),
+    ],
+)
+def test_fewer_samples_are_advised_only_where_they_cost_less(chosen, samples, says):
+    clock, told = Clock(), []
+    clock.now = 0.0
+    budget = Budget(0.1, clock=clock)
+    budget.start(0)
+    clock.now = 2.0
+    budget.probed(0, 2.0)
+    clock.now = 6.0
+    found = replace(reports.report(reports.layer("a")), chosen=chosen, n_samples=samples)
+    # Four steps of a second each, and four to come: 1 s of 10 is allowed, half of what a probe took.
+    Advice(budget, told.append).judge(4, found, lambda: 8)
+    assert f"set max_samples {says}, fewer layers" in told[0]
+
+
 def test_no_such_warning_where_the_run_is_long_enough_or_has_no_known_end(monkeypatch, recwarn):
     costly(monkeypatch, 1e-6)
-    fit_numbered(SpectralProbe(top_k=2), steps=6)
+    fit_numbered(SpectralProbe(top_k=3), steps=6)
     costly(monkeypatch, 50.0)
-    fit_numbered(SpectralProbe(top_k=2, every_n_steps=3), steps=6)
+    fit_numbered(SpectralProbe(top_k=3, every_n_steps=3), steps=6)
 
     class Endless(SpectralProbe):
         def on_train_end(self, trainer, module):
             pass
 
-    fit_numbered(Endless(top_k=2), steps=-1, max_time={"seconds": 1})
+    fit_numbered(Endless(top_k=3), steps=-1, max_time={"seconds": 1})
     assert not [w for w in recwarn if "one probe took" in str(w.message)]
 
 
@@ -443,7 +472,7 @@ def test_logging_and_collecting_count_as_probing():
             clock.now += 0.5 if "spectral/probe_seconds" in metrics else 0.0
             super().log_metrics(metrics, step)
 
-    probe = SpectralProbe(max_overhead=0.2, top_k=2)
+    probe = SpectralProbe(max_overhead=0.2, top_k=3)
     probe.budget.clock = clock
     fit_numbered(probe, Stepped(clock), steps=100, logger=[SlowLogger()])
     assert probe.budget.probe_seconds == pytest.approx(0.5 * probe.probes)
@@ -453,7 +482,7 @@ def test_logging_and_collecting_count_as_probing():
 def test_a_run_of_unknown_length_has_no_end_to_exceed(monkeypatch, recwarn):
     costly(monkeypatch, 50.0)
     trainer = pl.Trainer(
-        max_epochs=2, callbacks=[SpectralProbe(top_k=2)], logger=False, accelerator="cpu", enable_checkpointing=False,
+        max_epochs=2, callbacks=[SpectralProbe(top_k=3)], logger=False, accelerator="cpu", enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
 
@@ -477,7 +506,7 @@ def test_a_training_that_failed_still_counts_its_time():
 
 
 def test_fixed_steps_begin_anew_too():
-    probe = SpectralProbe(every_n_steps=2, top_k=2)
+    probe = SpectralProbe(every_n_steps=2, top_k=3)
     fit_numbered(probe, steps=6)
     spent = probe.budget.probe_seconds
     fit_numbered(probe, steps=2)
@@ -493,7 +522,7 @@ def test_a_checkpoint_without_a_budget_is_told():
 
 def test_more_batches_than_steps_between_probes_are_told():
     with pytest.warns(SpectralWarning, match="a probe takes n_batches=3 batches of training, more than there are in"):
-        fit_numbered(SpectralProbe(every_n_steps=2, n_batches=3, top_k=2), steps=1)
+        fit_numbered(SpectralProbe(every_n_steps=2, n_batches=3, top_k=3), steps=1)
 
 
 class Unmeasured(Stream):
@@ -502,7 +531,7 @@ class Unmeasured(Stream):
 
 
 def test_a_loader_that_refuses_its_length():
-    fit_numbered(SpectralProbe(batch=DataLoader(Unmeasured(), batch_size=None), top_k=2), steps=1)
+    fit_numbered(SpectralProbe(batch=DataLoader(Unmeasured(), batch_size=None), top_k=3), steps=1)
 
 
 class Listening(Tiny):
@@ -528,7 +557,7 @@ def test_the_loader_of_training_may_be_the_probes(workers):
             persistent_workers=workers > 0,
         )  # fmt: skip
         module = Listening()
-        callbacks = [SpectralProbe(every_n_steps=100, batch=shared, n_batches=3, top_k=2)] if probed else []
+        callbacks = [SpectralProbe(every_n_steps=100, batch=shared, n_batches=3, top_k=3)] if probed else []
         trainer = pl.Trainer(
             max_epochs=2, callbacks=callbacks, logger=False, accelerator="cpu", enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
@@ -556,7 +585,7 @@ def test_a_loaders_batches_pass_the_modules_hooks_and_the_precision():
 
 def test_how_many_samples_would_fit_is_told_where_the_cost_goes_with_them(monkeypatch):
     costly(monkeypatch, 50.0)
-    probe = SpectralProbe(top_k=2, max_overhead=0.99)
+    probe = SpectralProbe(top_k=3, max_overhead=0.99)
     monkeypatch.setattr(Budget, "wall_seconds", 30.0)
     trainer = pl.Trainer(
         max_steps=3, max_epochs=-1, callbacks=[probe], logger=False, accelerator="cpu",
@@ -575,7 +604,7 @@ def test_a_run_with_a_probe_at_its_beginning_alone_is_told(monkeypatch):
             clock.now += 0.3
             return super()._measure(*args)
 
-    probe = Timed(max_overhead=0.05, top_k=2)
+    probe = Timed(max_overhead=0.05, top_k=3)
     probe.budget.clock = clock
     with pytest.warns(SpectralWarning, match=r"was the only one: in this run of 10 s max_overhead=0.05 leaves no room"):
         fit_numbered(probe, Stepped(clock), steps=100)
@@ -587,7 +616,7 @@ def test_a_run_that_ends_before_its_batches_are_collected_is_told():
         ({"n_batches": 9}, "n_batches=9"),
     ):
         with pytest.warns(SpectralWarning, match=f"training ended before there were the batches .*{told}"):
-            fit_numbered(SpectralProbe(top_k=2, **options), steps=3)
+            fit_numbered(SpectralProbe(top_k=3, **options), steps=3)
 
 
 def test_a_window_that_an_epochs_end_cuts_short_is_left_out():

@@ -5,8 +5,9 @@ import math
 import pytest
 from reports import dead, layer, report
 
-from lightning_spectral.analysis import PAPER_ALPHA, PAPER_RANGES, Exponents, deviating, transfer_identity
-from lightning_spectral.summary import in_words, summary, summary_over_training
+from lightning_spectral import LayerSpectrum
+from lightning_spectral.analysis import PAPER_ALPHA, PAPER_RANGES, Exponents, deviating, transfer_identity, trusted
+from lightning_spectral.summary import SAYS_LITTLE, in_words, summary, summary_over_training
 
 
 def said(start, *layers):
@@ -21,7 +22,9 @@ def cloud(name, **kwargs):
 
 
 def test_how_many_fits_to_trust():
-    assert said("All 2", layer("a"), layer("b")) == "All 2 layers have an alpha to trust (r2 of at least 0.9)."
+    assert said("All 2", layer("a"), layer("b")) == (
+        "All 2 layers have an alpha to trust (r2 of at least 0.9, at least 5 points, standard error up to alpha / 4)."
+    )
     assert said("The one layer has an alpha", layer("a"))
     assert said("1 of 2 layers has an alpha", layer("a"), cloud("b"))
     assert said("2 of 3 layers have an alpha", layer("a"), layer("c"), cloud("b"))
@@ -39,6 +42,27 @@ def test_fits_not_to_be_trusted_come_worst_first():
     assert said("Not to be trusted", layer("a"), dead("b")) == ""
     many = said("Not to be trusted", *(cloud(f"c{i}", seed=i) for i in range(9)))
     assert "and 3 more. There" in many
+
+
+def test_few_points_and_large_errors_are_not_to_be_trusted_whatever_their_r2():
+    """A line through 3 of 20 points, and one whose h is known to its own size, both with an r2 of 1."""
+    few, noisy, short = layer("few", negative=17), sampled("noisy", 4.0), layer("short", negative=15)
+    assert min(x.alpha.r2 for x in (few, noisy, short)) > 0.999
+    assert (few.alpha.n_used, short.alpha.n_used) == (3, 5)
+    assert [trusted(x) for x in (few, noisy, short, sampled("mild", 0.4))] == [False, False, True, True]
+    text = said("Not to be trusted", few, noisy, short)
+    assert f"few (3 points), noisy (alpha 2.00 ± {noisy.alpha.stderr:.2f}). " in text
+    assert "slope of a cloud" not in text
+    # A log may hold alpha and its r2 alone.
+    assert Exponents.logged("few", {"alpha": 2.0, "r2_alpha": 1.0}).trusted
+    assert not Exponents.logged("few", {"alpha": 2.0, "r2_alpha": 1.0, "points": 4.0}).trusted
+
+
+def sampled(name, relative):
+    """Exact h, each with a standard error of so many times its size."""
+    whole = layer(name)
+    options = {"name": name, "kind": "dense", "shape": (64, 32), "h_stderr": relative * whole.h}
+    return LayerSpectrum.from_spectrum(whole.sigma, whole.h, **options)
 
 
 def test_layers_without_an_alpha():
@@ -74,13 +98,16 @@ def test_an_exponent_in_words(alpha, words):
 
 
 def test_kinds_beside_the_paper():
-    text = said("Median alpha by kind", layer("a", kind="conv"), layer("b", kind="embedding", alpha=1.0), cloud("c"))
+    text = said(
+        "Median alpha of the fits", layer("a", kind="conv"), layer("b", kind="embedding", alpha=1.0), cloud("c")
+    )
     assert text == (
-        "Median alpha by kind of layer: conv 2.00; embedding 1.00. "
+        "Median alpha of the fits to trust, by kind of layer: conv 2.00; embedding 1.00. "
         "In the paper: conv 1.94 to 2.17 (ResNet-18, VGG-11, ResNet-50)."
     )
     assert (
-        said("Median alpha by kind", layer("b", kind="embedding")) == "Median alpha by kind of layer: embedding 2.00."
+        said("Median alpha of", layer("b", kind="embedding"))
+        == "Median alpha of the fits to trust, by kind of layer: embedding 2.00."
     )
 
 
@@ -116,8 +143,8 @@ def test_a_layer_within_its_error_does_not_deviate():
 
 def test_transfer_identity():
     text = said("s = alpha gamma", layer("a"), layer("b", alpha=1.5))
-    assert text == "s = alpha gamma holds: median error 0.0 % over 2 fits to trust, 0.0 % at worst (a)."
-    assert said("s = alpha gamma", layer("a")).endswith("over 1 fit to trust.")
+    assert text == "s = alpha gamma holds: median error 0.0 % over 2 fits to trust, 0.0 % at worst (a). " + SAYS_LITTLE
+    assert "over 1 fit to trust. A small transfer error says little" in said("s = alpha gamma", layer("a"))
     assert said("s = alpha gamma", cloud("a")) == ""
     for error, verdict in ((0.03, "holds:"), (0.1, "holds roughly:"), (0.4, "does not hold:")):
         one = Exponents.logged("a", {"alpha": 2.0, "r2_alpha": 0.99, "transfer_error": error})

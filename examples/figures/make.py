@@ -1,6 +1,6 @@
-"""Train the demo's two networks, a probe every few steps on a fixed batch, and draw the figures of the README.
+"""Run the demo, print what it prints, and draw the figures of the README of the very same runs.
 
-python examples/figures/make.py              # the README's two, into this folder: some minutes on one CPU core
+python examples/figures/make.py              # the README's two, into this folder: a minute or two on one CPU core
 python examples/figures/make.py --all FOLDER # every figure of both networks
 """
 
@@ -9,38 +9,17 @@ from __future__ import annotations
 import argparse
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import pytorch_lightning as pl
 from matplotlib.figure import Figure
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from lightning_spectral import SpectralProbe, SpectralReport
-from lightning_spectral.demo.run import Experiment, experiments
+from lightning_spectral import SpectralReport
+from lightning_spectral.demo.run import run
 from lightning_spectral.report import figures
-
-PROBES = 10
-"""Of one run, and one before its first step."""
 
 DPI = 150
 """Of the README's figures."""
-
-
-def train(experiment: Experiment) -> list[SpectralReport]:
-    """The reports of one run of the demo, all measured on its first batch."""
-    every = max(1, experiment.steps // PROBES)
-    probe = SpectralProbe(every_n_steps=every, max_samples=experiment.max_samples, batch="fixed")
-    trainer = pl.Trainer(
-        max_steps=experiment.steps + 1,
-        callbacks=[probe],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
-    pl.seed_everything(0, verbose=False)
-    trainer.fit(experiment.module, DataLoader(experiment.data, experiment.batch_size, shuffle=True, drop_last=True))
-    return probe.history
 
 
 def draw_readme(histories: dict[str, list[SpectralReport]], folder: Path) -> None:
@@ -60,21 +39,22 @@ def save_small(figure: Figure, path: Path) -> None:
 def draw_all(histories: dict[str, list[SpectralReport]], folder: Path) -> None:
     """Every figure of every run, as PDF."""
     of_one = ("power_law", "alpha_by_depth", "rank_profiles", "spectrum_heatmap", "transfer_functions")
-    for run, history in histories.items():
+    for name_of_run, history in histories.items():
         for name in figures.__all__:
             what = history[-1] if name.removeprefix("plot_") in of_one else history
-            getattr(figures, name)(what).savefig(folder / f"{run}_{name.removeprefix('plot_')}.pdf")
+            getattr(figures, name)(what).savefig(folder / f"{name_of_run}_{name.removeprefix('plot_')}.pdf")
 
 
 def main(arguments: list[str] | None = None, *, steps_factor: float = 1.0) -> None:
-    """Train and draw; a factor below 1 shortens the runs, for a test."""
+    """Run the demo and draw; a factor below 1 shortens the runs, for a test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="FOLDER")
     parser.add_argument("--all", type=Path, metavar="FOLDER", help="draw every figure into this folder instead")
     options = parser.parse_args(arguments)
     folder = options.all or options.output
     folder.mkdir(parents=True, exist_ok=True)
-    histories = {experiment.name: train(experiment) for experiment in experiments(steps_factor)}
+    with TemporaryDirectory() as logs:
+        histories = run(logs, steps_factor=steps_factor)
     (draw_all if options.all else draw_readme)(histories, folder)
     print(f"figures in {folder}")
 

@@ -52,12 +52,18 @@ class Advice:
         self._judged_over = True
         n = report.n_samples if report is not None else None
         enough = 0 if n is None else int(n * allowed / budget.last_seconds)
+        chosen = "" if report is None else report.chosen
         # The cost of Gauss-Newton goes with the samples; below FEW_SAMPLES other networks get no sketch.
-        known = report is not None and report.chosen.startswith("ggn") and enough >= FEWEST_SAMPLES
+        if chosen.startswith("ggn") and enough >= FEWEST_SAMPLES:
+            samples = f"about {enough} of {n}"
+        elif chosen.startswith("exact") and n is not None and n < FEW_SAMPLES:
+            samples = f"{FEW_SAMPLES} or more, for a sketch, which is faster"
+        else:
+            samples = f"but not below {FEW_SAMPLES}"
         self.warn(
             f"one probe took {budget.last_seconds:.2g} s, more than the max_overhead={budget.max_overhead:g} of this "
             f"whole run of about {seconds:.2g} s, so there will be no other; set max_samples "
-            f"({f'about {enough} of {n}' if known else f'but not below {FEW_SAMPLES}'}), fewer layers or directions "
+            f"({samples}), fewer layers or directions "
             "(layers, top_k), a larger max_overhead, or every_n_steps. "
             f"A second probe takes a run of {self._second():.2g} s"
         )

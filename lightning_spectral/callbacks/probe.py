@@ -44,6 +44,10 @@ NAMES_SHOWN = 8
 """How many layers a message names."""
 
 
+MAX_OVERHEAD = 0.05
+"""Share of wall time that probes take by default."""
+
+
 class SpectralProbe(AnyCallback):
     """Measure alpha, gamma, s and the participation ratios of every layer while a network trains, and log them.
 
@@ -68,8 +72,9 @@ class SpectralProbe(AnyCallback):
 
     Args:
         every_n_steps: probe before optimizer step 0, N, 2 N, ... whatever it costs; None: by max_overhead.
-        max_overhead: share of wall time, validation and all, that probes may take from the second one on.
-        top_k: directions per layer.
+        max_overhead: share of wall time, validation and all, that probes may take from the second one on; of no effect
+            beside every_n_steps.
+        top_k: directions per layer, 3 or more.
         curvature: "exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at
             once; "sketch", products for all layers and several directions of each, with standard errors; "auto", the
             fastest of them that gives the Hessian's curvature.
@@ -78,7 +83,8 @@ class SpectralProbe(AnyCallback):
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
             apart; or pattern -> their three numbers of rows.
         mode: "eval" or "train": BatchNorm's statistics and dropout in the measurement.
-        max_samples: measure on the first so many samples of each batch; None: on all.
+        max_samples: measure on the first so many samples of each batch; None: on all. Below 32 there is no sketch, and
+            the exact products in its place take longer.
         batch: "train", the batch about to be trained on; "fixed", the first of the run, kept in the CPU's memory, so
             that curves are steadier (after a resume, the first one then); or a DataLoader, whose first batch is kept.
         n_batches: average gradient and curvature over so many batches: those from the probe's step on, measured before
@@ -118,7 +124,7 @@ class SpectralProbe(AnyCallback):
     def __init__(
         self,
         every_n_steps: int | None = None,
-        max_overhead: float = 0.05,
+        max_overhead: float = MAX_OVERHEAD,
         top_k: int = 20,
         curvature: str = "auto",
         layers: LayerSelection = None,
@@ -267,6 +273,11 @@ class SpectralProbe(AnyCallback):
         self.source.forget()
         self.source.check_loader()
         taken = self.source.takes_per_probe
+        if self.every_n_steps is not None and self.budget.max_overhead != MAX_OVERHEAD:
+            self._warn_once(
+                f"max_overhead={self.budget.max_overhead:g} has no effect beside every_n_steps={self.every_n_steps}, "
+                "which probes at fixed steps whatever it costs; give one of them"
+            )
         if self.every_n_steps is not None and self.every_n_steps * trainer.accumulate_grad_batches < taken:
             self._warn_once(
                 f"a probe takes n_batches={taken} batches of training, more than there are in "

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_spectral.record import SpectralReport
+from lightning_spectral.report.cells import width_for
 from lightning_spectral.report.table import print_report
 
 
@@ -26,7 +27,7 @@ def print_above_bar(trainer: Any, report: SpectralReport, title: str, layers: Se
     live = getattr(getattr(bar, "progress", None), "console", None)
     seen = live or Console()
     text = io.StringIO()
-    console = Console(file=text, force_terminal=seen.is_terminal, width=seen.width, no_color=seen.no_color)
+    console = Console(file=text, force_terminal=seen.is_terminal, width=width_for(seen), no_color=seen.no_color)
     print_report(report, title, layers=layers, console=console)
     if isinstance(live, Console):
         # A line cut to the width of the bar would lose its figures.

@@ -104,7 +104,9 @@ def without_ggn(obstacle: str, n_taps: int, samples: int | None) -> tuple[str, s
         samples: in all.
     """
     if (samples or 0) < FEW_SAMPLES:
-        return "exact", f"exact: {obstacle}, and {samples or 'an unknown number of'} samples are too few for a sketch"
+        few = f"{samples or 'an unknown number of'} samples are too few for a sketch"
+        faster = f", which with at least {FEW_SAMPLES} would be faster" if n_taps > FEW_LAYERS else ""
+        return "exact", f"exact: {obstacle}, and {few}{faster}"
     if n_taps <= FEW_LAYERS:
         return "exact", f"exact: {obstacle}, and a sketch does not pay for {n_taps} of the layers"
     return "sketch", f"sketch: {obstacle}"

@@ -1,14 +1,19 @@
-"""What the terminal's tables share: their look, and how figures are written."""
+"""What the terminal's tables share: their look, how figures are written, and what fits into a terminal."""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping, Sequence
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_spectral.spectrum import LayerSpectrum
+WHOLE_WIDTH = 112
+"""Width that the table of layers needs with names of 16 characters."""
 
 
 def literal(text: str, style: str = "") -> Text:
@@ -26,9 +31,41 @@ def new_table(title: str = "") -> Table:
     return Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
-def name_of(layer: LayerSpectrum) -> Text:
-    """The layer's name as tables show it."""
-    return literal(layer.name.removesuffix(".weight"))
+def width_for(console: Console) -> int:
+    """Characters to a line: the terminal's, or as COLUMNS says; of a file or a pipe enough for all columns."""
+    if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
+        return console.width
+    return max(console.width, WHOLE_WIDTH)
+
+
+def that_fit(
+    columns: Mapping[str, Sequence[str]], width: int, *, flexible: str, least: int, expendable: Sequence[str]
+) -> tuple[list[str], int]:
+    """(headings of the columns that a table of this width has room for, characters left for the flexible one).
+
+    Args:
+        columns: heading -> cells.
+        width: of the terminal.
+        flexible: heading of the column that may be narrower than its cells.
+        least: characters that it is left, if it needs so many, before another column is taken.
+        expendable: headings, the least needed first; each is taken that leaves room, from the last on.
+    """
+    sizes = {heading: max(map(cell_len, (heading, *cells))) for heading, cells in columns.items()}
+    wanted = sizes.pop(flexible)
+    kept = [heading for heading in sizes if heading not in expendable]
+    # Two characters between columns, and one at each side.
+    room = width - 2 - sum(sizes[heading] + 2 for heading in kept)
+    for heading in reversed(expendable):
+        if room - sizes[heading] - 2 >= min(wanted, least):
+            kept.append(heading)
+            room -= sizes[heading] + 2
+    return [heading for heading in columns if heading in (*kept, flexible)], max(1, min(wanted, room))
+
+
+def left_out(columns: Mapping[str, Sequence[str]], kept: Sequence[str]) -> str:
+    """What a caption says of the columns that do not fit; empty where all do."""
+    gone = [heading for heading in columns if heading not in kept]
+    return f"; no room for {', '.join(gone)}" if gone else ""
 
 
 def fixed(value: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning_spectral
 from lightning_spectral.alignment import LayerAlignment
-from lightning_spectral.analysis import ALPHA_BAND, GOOD_FIT
+from lightning_spectral.analysis import ALPHA_BAND, DOUBTFUL
 from lightning_spectral.errors import by_cause
 from lightning_spectral.record import SpectralReport, evenly
 from lightning_spectral.report.run import LayerFacts, Probe, Run, RunError
@@ -92,6 +92,7 @@ def page(run: Run, *, title: str | None = None) -> str:
         "version": lightning_spectral.__version__,
         "summary": "".join(f"<li>{html.escape(sentence)}</li>" for sentence in data["probes"][-1]["summary"]),
         "sources": html.escape("; ".join(run.sources)),
+        "doubtful": html.escape(DOUBTFUL),
         "style": _asset("page.css"),
         "plotly": base64.b64encode(compressed).decode(),
         "data": script_json(data),
@@ -128,7 +129,6 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
         "shapes": [_shape(facts[name]) if name in facts else "" for name in names],
         "keys": [key.name for key in keys],
         "meanings": {key.name: key.meaning for key in keys},
-        "good_fit": GOOD_FIT,
         "band": ALPHA_BAND,
         "notes": _notes(run, spectra, kept, whole),
         "probes": [rows[i] | {"spectra": spectra[i] if i in whole else None} for i in kept],
@@ -212,6 +212,7 @@ def _probe(probe: Probe, names: Sequence[str], keys: Sequence[LoggedKey], until:
     empty: dict[str, float] = {}
     rows = [probe.layers.get(name, empty) for name in names]
     report = probe.report
+    trusted = {x.name for x in exponents if x.trusted}
     return {
         "label": probe.label,
         "step": probe.step,
@@ -221,6 +222,7 @@ def _probe(probe: Probe, names: Sequence[str], keys: Sequence[LoggedKey], until:
         "problems": [] if report is None else report.problems(),
         "skipped": [] if report is None else by_cause(report.skipped),
         "values": [[_short(row.get(key.name, math.nan)) for key in keys] if row else None for row in rows],
+        "trusted": [int(name in trusted) for name in names],
         "quarters": [_quarters(probe.facts.get(name)) for name in names],
         "winners": [probe.facts[name].rank_model if name in probe.facts else "" for name in names],
         "notes": _notes_of(probe),

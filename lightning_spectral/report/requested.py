@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from lightning_spectral.analysis import trusted
+from lightning_spectral.names import brief, shortened
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.report.cells import fixed, name_of, new_table, percent, short
+from lightning_spectral.report.cells import fixed, left_out, literal, new_table, percent, short, that_fit
 from lightning_spectral.spectrum import LayerSpectrum
+
+NAME_LEAST = 12
+"""Characters of a layer's name that are worth more than another column; the first table has more of it."""
 
 Cell = Callable[[LayerSpectrum], str]
 
@@ -31,16 +35,20 @@ class Requested:
     given: Callable[[LayerSpectrum], bool]
     columns: Mapping[str, Cell]
 
-    def table(self, layers: Iterable[LayerSpectrum]) -> Table:
-        """A row per layer; those with a fit not to be trusted are dim."""
+    def table(self, layers: Iterable[LayerSpectrum], width: int) -> tuple[Table, str]:
+        """A row per layer, those with a fit not to be trusted dim, within so many characters; and the caption."""
+        shown = list(layers)
+        columns = {"layer": [brief(layer.name) for layer in shown]}
+        columns |= {heading: [cell(layer) for layer in shown] for heading, cell in self.columns.items()}
+        last_first = list(self.columns)[:0:-1]
+        kept, length = that_fit(columns, width, flexible="layer", least=NAME_LEAST, expendable=last_first)
         table = new_table()
-        table.add_column("layer", overflow="fold")
-        for heading in self.columns:
-            table.add_column(heading, justify="right", no_wrap=True)
-        for layer in layers:
-            cells = (cell(layer) for cell in self.columns.values())
-            table.add_row(name_of(layer), *cells, style="" if trusted(layer) else "dim")
-        return table
+        for heading in kept:
+            table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+        for i, layer in enumerate(shown):
+            cells = (columns[heading][i] for heading in kept if heading != "layer")
+            table.add_row(literal(shortened(layer.name, length)), *cells, style="" if trusted(layer) else "dim")
+        return table, self.caption + left_out(columns, kept)
 
 
 def requested_of(report: SpectralReport) -> list[Requested]:

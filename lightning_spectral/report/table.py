@@ -7,22 +7,36 @@ from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from lightning_spectral.analysis import GOOD_FIT, compare_kinds, trusted
+from lightning_spectral.analysis import DOUBTFUL, compare_kinds, trusted
+from lightning_spectral.names import brief, shortened
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.report.cells import fixed, literal, name_of, new_table, percent
+from lightning_spectral.report.cells import (
+    WHOLE_WIDTH,
+    fixed,
+    left_out,
+    literal,
+    new_table,
+    percent,
+    that_fit,
+    width_for,
+)
 from lightning_spectral.report.requested import requested_of
 from lightning_spectral.spectrum import LayerSpectrum
 
-TABLE_WIDTH = 112
-"""Width that a row needs. In a narrower terminal lines wrap, where a table made to fit would lose its figures."""
-
 CAPTION = (
     "h ~ sigma^alpha, sigma ~ k^-gamma, h ~ rank^-s; error: |s - α·γ| / |s|; PR_h: directions that carry h, zeta: its "
-    f"bound; dim: r2 below {GOOD_FIT}"
+    f"bound; dim: {DOUBTFUL}"
 )
 """What the columns of the table of layers are, in a line."""
+
+NAME_LEAST, PAPER_LEAST = 24, 20
+"""Characters of a layer's name, and of a line of what the paper has, that are worth more than another column."""
+
+LEAST_NEEDED = ("zeta", "shape", "α·γ", "PR_h", "kind", "s", "gamma", "error")
+"""Columns that a narrow terminal may go without, the first ones first; `KIND_LEAST_NEEDED` likewise of the kinds."""
+
+KIND_LEAST_NEEDED = ("PR_h", "s", "gamma", "layers", "error")
 
 
 def print_report(
@@ -34,7 +48,8 @@ def print_report(
 ) -> None:
     """Print a report to the terminal: a row per layer, then a row per kind of layer beside the paper's alpha.
 
-    What was measured on request has a table for each option in between.
+    What was measured on request has a table for each option in between. In a narrow terminal names are shortened, the
+    columns needed least are left out, and the caption says which.
 
     Args:
         report: what was measured.
@@ -42,8 +57,9 @@ def print_report(
         layers: names of those that get a row; None: all.
         console: where to print; None: the terminal.
     """
-    console = Console() if console is None else console
-    console.width = max(console.width, TABLE_WIDTH)
+    if console is None:
+        console = Console()
+        console.width = width_for(console)
     where = "" if report.step is None else f"step {report.step}, "
     console.print()
     heading = (
@@ -52,22 +68,27 @@ def print_report(
     )
     shown = report if layers is None else replace(report, layers={n: report.layers[n] for n in layers})
     if shown.layers or not report.layers:
-        _print_table(console, layer_table(shown, heading), CAPTION)
+        _print_table(console, *_layer_table(shown, heading, console.width))
         for requested in requested_of(shown):
             # A title of its own would be broken to the width of the table.
-            console.print(requested.title, style="italic", soft_wrap=True, highlight=False)
-            _print_table(console, requested.table(shown.layers.values()), requested.caption)
-        heading = "median per kind of layer, beside the paper's"
+            console.print(requested.title, style="italic", soft_wrap=_wide(console), highlight=False)
+            _print_table(console, *requested.table(shown.layers.values(), console.width))
+        heading = "median per kind of layer, over all fits, beside the paper's"
     if left := len(report.layers) - len(shown.layers):
         console.print(f"{left} of {len(report.layers)} layers are not shown\n", style="dim")
-    console.print(kind_table(report, heading))
+    console.print(kind_table(report, heading, width=console.width))
     for text in report.problems():
         console.print(literal(text), style="yellow", soft_wrap=True)
 
 
 def _print_table(console: Console, table: Table, caption: str) -> None:
     console.print(table)
-    console.print(f"{caption}\n", style="dim", soft_wrap=True, highlight=False)
+    console.print(f"{caption}\n", style="dim", soft_wrap=_wide(console), highlight=False)
+
+
+def _wide(console: Console) -> bool:
+    """Whether a long line is left whole, for a file or a wide terminal, or broken between words."""
+    return console.width >= WHOLE_WIDTH
 
 
 def method_of(report: SpectralReport) -> str:
@@ -75,37 +96,65 @@ def method_of(report: SpectralReport) -> str:
     return report.chosen.partition(":")[0] or report.curvature
 
 
-def layer_table(report: SpectralReport, title: str = "") -> Table:
-    """A row per layer: exponents, fits and participation ratio. Values of fits not to be trusted are dim."""
+def layer_table(report: SpectralReport, title: str = "", *, width: int | None = None) -> Table:
+    """A row per layer: exponents, fits and participation ratio. Values of fits not to be trusted are dim.
+
+    Args:
+        report: what was measured.
+        title: above the table.
+        width: characters that the table may take; None: as many as it needs.
+    """
+    return _layer_table(report, title, width)[0]
+
+
+def _layer_table(report: SpectralReport, title: str, width: int | None) -> tuple[Table, str]:
+    """The table and its caption."""
+    layers = list(report.layers.values())
+    columns = {heading: [cells[heading] for cells in map(_cells, layers)] for heading in HEADINGS}
+    room = 10**6 if width is None else width
+    kept, length = that_fit(columns, room, flexible="layer", least=NAME_LEAST, expendable=LEAST_NEEDED)
     table = new_table(title)
-    for column in ("layer", "kind", "shape"):
-        table.add_column(column, overflow="fold", no_wrap=column != "layer")
-    for column in ("alpha ± se", "r2", "gamma", "s", "α·γ", "error", "PR_h", "zeta", "points"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for layer in report.layers.values():
-        table.add_row(*_row(layer), style="" if trusted(layer) else "dim")
+    for heading in kept:
+        table.add_column(heading, justify="left" if heading in ("layer", "kind", "shape") else "right", no_wrap=True)
+    for i, layer in enumerate(layers):
+        names = {"layer": shortened(layer.name, length)}
+        cells = (literal(names.get(heading, columns[heading][i])) for heading in kept)
+        table.add_row(*cells, style="" if trusted(layer) else "dim")
+    return table, CAPTION + left_out(columns, kept)
+
+
+def kind_table(report: SpectralReport, title: str = "", *, width: int | None = None) -> Table:
+    """A row per kind of layer: medians of this report over all fits, trusted or not, beside the paper's alpha."""
+    rows = compare_kinds(report)
+    columns = {
+        "kind": [row.kind for row in rows],
+        "layers": [str(row.layers) for row in rows],
+        "alpha": [fixed(row.alpha) for row in rows],
+        "gamma": [fixed(row.gamma) for row in rows],
+        "s": [fixed(row.s) for row in rows],
+        "error": [percent(row.transfer_error) for row in rows],
+        "PR_h": [fixed(row.pr_curvature) for row in rows],
+        "alpha in the paper": [row.paper_alpha for row in rows],
+    }
+    room, paper = 10**6 if width is None else width, "alpha in the paper"
+    kept, _ = that_fit(columns, room, flexible=paper, least=PAPER_LEAST, expendable=KIND_LEAST_NEEDED)
+    table = new_table(title)
+    for heading in kept:
+        table.add_column(heading, justify="left" if heading in ("kind", paper) else "right", no_wrap=heading != paper)
+    for i in range(len(rows)):
+        table.add_row(*(literal(columns[heading][i]) for heading in kept))
     return table
 
 
-def kind_table(report: SpectralReport, title: str = "") -> Table:
-    """A row per kind of layer: medians of this report beside the paper's alpha."""
-    table = new_table(title)
-    table.add_column("kind", no_wrap=True)
-    for column in ("layers", "alpha", "gamma", "s", "error", "PR_h"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("alpha in the paper")
-    for row in compare_kinds(report):
-        numbers = (fixed(row.alpha), fixed(row.gamma), fixed(row.s), percent(row.transfer_error))
-        table.add_row(literal(row.kind), str(row.layers), *numbers, fixed(row.pr_curvature), row.paper_alpha)
-    return table
+HEADINGS = ("layer", "kind", "shape", "alpha ± se", "r2", "gamma", "s", "α·γ", "error", "PR_h", "zeta", "points")
 
 
-def _row(layer: LayerSpectrum) -> list[str | Text]:
+def _cells(layer: LayerSpectrum) -> dict[str, str]:
     m, n = layer.shape
     used, all_points = layer.alpha.n_used, len(layer.sigma)
-    return [
-        name_of(layer),
-        literal(layer.kind),
+    cells = (
+        brief(layer.name),
+        layer.kind,
         f"{m}x{n}" + (f" /{layer.groups}" if layer.groups > 1 else ""),
         f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)}",
         fixed(layer.alpha.r2),
@@ -116,4 +165,5 @@ def _row(layer: LayerSpectrum) -> list[str | Text]:
         fixed(layer.pr_curvature),
         fixed(layer.zeta_bound),
         f"{used}/{all_points}",
-    ]
+    )
+    return dict(zip(HEADINGS, cells, strict=True))

@@ -18,7 +18,7 @@ const fixed = (value, digits = 2) =>
       ? "∞"
       : "–";
 const percent = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
-const short = (name) => name.replace(/\.weight$/, "");
+const short = (name) => name.replace(/\.weight(?=(\.[qkv])?$)/, "");
 const clipped = (name) => plain(name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
 const middle = (values) => {
   const sorted = values.filter(known).sort((a, b) => a - b);
@@ -61,7 +61,7 @@ function product(data, probe, layer) {
 }
 
 function trusted(data, probe, layer) {
-  return value(data, probe, layer, "r2_alpha") >= data.good_fit;
+  return data.probes[probe].trusted[layer] === 1;
 }
 
 // Limits that hold at every probe, so that points move and axes do not. Far outliers are left outside.

@@ -9,7 +9,8 @@ default, so that one saved in a dark notebook is also one for a paper, and its l
 ground would lose its black labels on a dark page. ``dark=True`` draws light on dark for slides and dark pages.
 
 A kind of layer has the same colour and marker in every figure, from Okabe and Ito's palette for colour-blind readers.
-Hollow markers are fits not to be trusted, with an r2 below 0.9.
+Hollow markers are fits not to be trusted (`lightning_spectral.analysis.trusted`), but in `plot_power_law`, where they
+are single directions that are left out of the fit.
 """
 
 from lightning_spectral.report.figures.heat import plot_spectrum_heatmap

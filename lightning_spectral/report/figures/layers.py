@@ -44,7 +44,7 @@ EARLIER = 0.35
 def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: bool = False) -> Figure:
     """The exponent alpha of each layer in the order of the network, with its standard error.
 
-    Colour and marker are the layer's kind, hollow where the fit has an r2 below 0.9. The grey band is alpha from 1.85
+    Colour and marker are the layer's kind, hollow where its fit is not to be trusted. The grey band is alpha from 1.85
     to 2.15. A layer without a fit is a cross on the bottom edge. Where there are too many names, some are left out.
 
     Args:
@@ -85,7 +85,7 @@ def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool =
     """The decay s of the curvature against alpha gamma, which the transfer relation says it is, a point per layer.
 
     On the line s = alpha gamma; the band holds transfer errors abs(s - alpha gamma) / abs(s) up to 10 %. Hollow
-    where alpha's fit has an r2 below 0.9. Of several reports, the layers of all but the last are pale.
+    where alpha's fit is not to be trusted. Of several reports, the layers of all but the last are pale.
 
     Args:
         reports: one, or several such as ``probe.history``.
@@ -110,7 +110,7 @@ def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool =
         errors = [layer.transfer_error for _, _, layer, _ in points]
         if errors:
             within = sum(error <= TRANSFER_BAND for error in errors)
-            note = f"median error {100 * median(errors):.1f} %, {within} of {len(errors)} within 10 %"
+            note = f"median error {100 * median(errors):.1f}\xa0% of all fits, {within} of {len(errors)} within 10\xa0%"
         else:
             note = ""
             say(axes, "no layer has fits of α, γ and s")
@@ -232,4 +232,4 @@ def _keys(reports: Sequence[SpectralReport], points: Sequence[Point]) -> list[Ar
 
 
 def _hollow_handle(layers: Iterable[LayerSpectrum]) -> list[Artist]:
-    return [mark_handle("o", "r² < 0.9", hollow=True)] if not all(map(trusted, layers)) else []
+    return [mark_handle("o", "fit not to be trusted", hollow=True)] if not all(map(trusted, layers)) else []

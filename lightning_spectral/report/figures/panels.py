@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.fits import RankModel
+from lightning_spectral.names import brief
 from lightning_spectral.record import SpectralReport, evenly
 from lightning_spectral.report.figures.band import fitted_points, line_and_band
 from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 MAX_PANELS = 12
 """Of one figure, which with three in a row is a page."""
 
+FEW = 3
+"""So many layers without a panel are named."""
+
 PANEL, PANEL_NAME = 1.75, 20
 """Least width of a panel in inches, and characters of a layer's name that fit above it."""
 
@@ -49,8 +53,11 @@ MARKS = {
 NOTE: dict[str, Any] = {"fontsize": 6.5, "zorder": 1.5}
 """Of the text within a panel, which lies below its points."""
 
-NOTE_SIZE = (0.6, 0.36)
-"""Fractions of a panel that three lines of it take."""
+PANEL_HEIGHT, HEADED_HEIGHT = 1.5, 1.75
+"""Inches of a panel below its layer's name, and below a heading of some lines."""
+
+BAND_MOST = 0.6
+"""Fraction of a panel's height that the band may take in the mean: one that fills the panel tells as much in a word."""
 
 Layers = str | Sequence[str] | None
 
@@ -60,7 +67,8 @@ def plot_power_law(
 ) -> Figure:
     """Curvature h_k against singular value sigma_k, a panel per layer, with the fitted line h ~ sigma^alpha.
 
-    The shaded band is the 95 % confidence band of the line (`line_and_band`); bars are standard errors of sampled h.
+    The shaded band is the 95 % confidence band of the line (`line_and_band`), left out, as the heading says, where it
+    would fill most of the panel; bars are standard errors of sampled h.
     Directions with h < 0 are triangles on the bottom edge. Those left out of the fit are hollow: at their h where it
     is positive, else on the bottom edge, and as a triangle to the left where sigma, rounding noise, is off the scale.
 
@@ -76,15 +84,16 @@ def plot_power_law(
     """
     chosen, note = choose_layers(report, layers)
     rows, columns = _grid(len(chosen), width)
-    with canvas(width, _height(rows), dark=dark) as figure:
+    with canvas(width, _height(rows, HEADED_HEIGHT), dark=dark) as figure:
         marks: set[str] = set()
         for axes, layer in zip(_panels(figure, rows, columns, len(chosen)), chosen, strict=True):
             marks |= _power_law(axes, layer)
         figure.supylabel("curvature h (loss per squared unit of weight)")
         title(figure, r"Power law $h\propto\sigma^\alpha$ of curvature", [report], note)
         keys = [*kind_handles(layer.kind for layer in chosen), *_mark_handles(marks)]
-        if any(not math.isnan(layer.alpha.exponent) for layer in chosen):
-            keys += [line_handle("-", "fit"), patch_handle("95 % band", color=ink(), alpha=0.15)]
+        drawn = {artist.get_label() for axes in figure.axes for artist in (*axes.lines, *axes.collections)}
+        keys += [line_handle("-", "fit")] if "fit" in drawn else []
+        keys += [patch_handle("95 % band", color=ink(), alpha=0.15)] if "band" in drawn else []
         legend(figure, keys, abscissa="singular value σ (loss per unit of weight)")
     return figure
 
@@ -109,7 +118,7 @@ def plot_rank_profiles(
     """
     chosen, note = choose_layers(report, layers)
     rows, columns = _grid(len(chosen), width)
-    with canvas(width, _height(rows), dark=dark) as figure:
+    with canvas(width, _height(rows, PANEL_HEIGHT), dark=dark) as figure:
         for axes, layer in zip(_panels(figure, rows, columns, len(chosen)), chosen, strict=True):
             _rank_profile(axes, layer)
         figure.supylabel("singular value σ (loss per unit of weight)")
@@ -132,7 +141,10 @@ def choose_layers(report: SpectralReport, layers: Layers) -> tuple[list[LayerSpe
         found = [layer for layer in found if any(_matches(layer.name, p) for p in patterns)]
     if len(found) <= MAX_PANELS:
         return found, ""
-    return [found[i] for i in evenly(len(found), MAX_PANELS)], f"{MAX_PANELS} of {len(found)} layers"
+    chosen = evenly(len(found), MAX_PANELS)
+    missing = [brief(layer.name) for i, layer in enumerate(found) if i not in chosen]
+    which = f"without {', '.join(missing)}" if len(missing) <= FEW else "evenly over depth"
+    return [found[i] for i in chosen], f"{MAX_PANELS} of {len(found)} layers, {which}"
 
 
 def rank_values(layer: LayerSpectrum) -> Tensor:
@@ -149,9 +161,9 @@ def _grid(panels: int, width: float) -> tuple[int, int]:
     return math.ceil(panels / columns), columns
 
 
-def _height(rows: int) -> float:
+def _height(rows: int, each: float) -> float:
     """Inches of the panels; of one row enough for the label of its ordinate."""
-    return max(0.1 + 1.5 * rows, 2.8)
+    return max(0.1 + each * rows, 2.8)
 
 
 def _panels(figure: Figure, rows: int, columns: int, count: int) -> list[Axes]:
@@ -167,10 +179,10 @@ def _power_law(axes: Axes, layer: LayerSpectrum) -> set[str]:
     used, sigma, h = fitted_points(layer), layer.sigma, layer.h
     positive = (h > 0) & (sigma > 0)
     axes.set(xscale="log", yscale="log")
-    axes.set_title(literal(short_name(layer.name, PANEL_NAME)), fontsize=7)
+    heading = _heading(layer)
     _frame(axes, sigma[positive | (sigma > layer.noise_floor)], h[positive])
-    if bool(used.any()):
-        _fit_line(axes, layer, sigma[used])
+    if bool(used.any()) and not _fit_line(axes, layer, sigma[used]):
+        heading.append("band not drawn: too wide")
     if bool((layer.h_stderr[positive] > 0).any()):
         bars = layer.h_stderr[positive].numpy()
         axes.errorbar(sigma[positive].numpy(), h[positive].numpy(), bars, fmt="none", ecolor=colour, elinewidth=0.6)
@@ -180,16 +192,22 @@ def _power_law(axes: Axes, layer: LayerSpectrum) -> set[str]:
     if bool(left_out.any()):
         axes.plot(sigma[left_out].numpy(), h[left_out].numpy(), label="left out", **points | {"mfc": ground()})
     marks = _edge_marks(axes, layer)
-    _alpha_text(axes, layer)
+    axes.set_title("\n".join(heading), fontsize=6.5)
     return marks | ({"left out"} if bool(left_out.any()) else set())
 
 
-def _fit_line(axes: Axes, layer: LayerSpectrum, fitted: Tensor) -> None:
+def _fit_line(axes: Axes, layer: LayerSpectrum, fitted: Tensor) -> bool:
+    """Draw the line, and its band if it leaves some of the panel free; returns whether it does."""
     low, high = (float(end.log10()) for end in fitted.aminmax())
     x = torch.logspace(low, high, 100, dtype=torch.float64)
     line, lower, upper = line_and_band(layer, x)
-    axes.fill_between(x.numpy(), lower.numpy(), upper.numpy(), color=ink(), alpha=0.15, linewidth=0, label="band")
     axes.plot(x.numpy(), line.numpy(), color=ink(), linewidth=0.9, label="fit")
+    bottom, top = axes.get_ylim()
+    heights = (upper.clamp(bottom, top) / lower.clamp(bottom, top)).log() / math.log(top / bottom)
+    drawn = bool(heights.mean() <= BAND_MOST)
+    if drawn:
+        axes.fill_between(x.numpy(), lower.numpy(), upper.numpy(), color=ink(), alpha=0.15, linewidth=0, label="band")
+    return drawn
 
 
 def _edge_marks(axes: Axes, layer: LayerSpectrum) -> set[str]:
@@ -228,24 +246,13 @@ def _frame(axes: Axes, x: Tensor, y: Tensor) -> None:
         log_ticks(axis, *ends, gap=gap)
 
 
-def _alpha_text(axes: Axes, layer: LayerSpectrum) -> None:
-    fit = layer.alpha
-    text = "no fit" if math.isnan(fit.exponent) else f"α = {fit.exponent:.2f} ± {fit.stderr:.2f}\nr² = {fit.r2:.2f}"
-    if layer.n_negative:
-        text += f"\n{layer.n_negative} of {layer.n_usable} h < 0"
-    x, y = _emptiest_corner(axes)
-    look: dict[str, Any] = {"ha": "right" if x > 0.5 else "left", "va": "top" if y > 0.5 else "bottom"}
-    axes.text(x, y, text, transform=axes.transAxes, **NOTE, **look)
-
-
-def _emptiest_corner(axes: Axes) -> tuple[float, float]:
-    """Where in the axes the fewest markers lie under a note; of equals that which a rising line leaves free."""
-    points = [axes.transAxes.inverted().transform(line.get_transform().transform(line.get_xydata()))
-              for line in axes.lines if line.get_marker() != "None"]  # fmt: skip
-    x, y = torch.cat([torch.from_numpy(xy) for xy in points]).T if points else torch.zeros(2, 0)
-    corners = ((0.04, 0.96), (0.96, 0.07), (0.96, 0.96), (0.04, 0.07))
-    covered = [int((((x - a).abs() < NOTE_SIZE[0]) & ((y - b).abs() < NOTE_SIZE[1])).sum()) for a, b in corners]
-    return corners[covered.index(min(covered))]
+def _heading(layer: LayerSpectrum) -> list[str]:
+    """The layer, its fit and its negative curvatures, a line each. They stand above the panel, where no point is."""
+    fit, lines = layer.alpha, [literal(short_name(layer.name, PANEL_NAME))]
+    lines.append(
+        "no fit" if math.isnan(fit.exponent) else f"α = {fit.exponent:.2f} ± {fit.stderr:.2f}, r² = {fit.r2:.2f}"
+    )
+    return [*lines, f"{layer.n_negative} of {layer.n_usable} h < 0"] if layer.n_negative else lines
 
 
 def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:

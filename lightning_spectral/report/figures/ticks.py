@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_spectral.names import shortened
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -18,17 +20,8 @@ LINE = 0.125
 
 
 def short_name(name: str, length: int = NAME_LENGTH) -> str:
-    """A layer's name without ".weight"; where it is long its parts from the left shrink to a letter, numbers stay.
-
-    >>> short_name("blocks.0.conv1.weight"), short_name("model.decoder.layers.11.self_attn.q_proj.weight")
-    ('blocks.0.conv1', 'm.d.l.11.self_attn.q_proj')
-    """
-    parts = name.removesuffix(".weight").split(".")
-    for i, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) > length and not part.isdigit():
-            parts[i] = part[:1]
-    name = ".".join(parts)
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+    """A layer's name as figures show it."""
+    return shortened(name, length)
 
 
 def literal(text: str) -> str:

@@ -1,0 +1,56 @@
+"""What a command line says of what is wrong with it: one line, in the words of its options."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+PYTHON_TO_OPTIONS = {
+    r"pass loss_fn\(model, batch\) -> scalar": "pass --loss, cross_entropy or pkg.module:function of (model, batch)",
+    r"loss_fn(=\.\.\.|\(model, batch\))( -> scalar)?( of your own)?": "--loss pkg.module:function of (model, batch)",
+    r"give a mapping from its pattern to their three numbers": "give --fused-qkv 'GLOB=ROWS,ROWS,ROWS'",
+}
+"""What messages advise in Python, as patterns, and what the command line has in its place."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse puts the usage of all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ever, and refuse what is not known: a command knows better than the parser around it what was meant."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(_unknown(unknown[0], sorted(set(re.findall(r"(?<![\w-])--[\w-]+", self.format_usage())))))
+        return found, unknown
+
+
+def _unknown(given: str, options: Sequence[str]) -> str:
+    if not given.startswith("-"):
+        return f"{given!r} is not an argument"
+    name = given.partition("=")[0]
+    close = difflib.get_close_matches(name, options, 1)
+    return f"there is no option {name}" + (f", did you mean {close[0]}?" if close else "")
+
+
+def in_options(text: str, names: Sequence[str]) -> str:
+    """A message for Python in the words of the command line.
+
+    >>> in_options("top_k must be at least 3, got 1; or measure with mode='train'", ["top_k", "mode"])
+    '--top-k must be at least 3, got 1; or measure with --mode train'
+    """
+    for pattern, words in PYTHON_TO_OPTIONS.items():
+        text = re.sub(rf"(\ba )?{pattern}", words, text)
+
+    def option(match: re.Match[str]) -> str:
+        name, value = f"--{match[1].replace('_', '-')}", match[3]
+        return f"{name} {value}" if value else name
+
+    known = "|".join(map(re.escape, names))
+    return re.sub(rf"(?<![\w.-])({known})(?:=(['\"]?)([\w.]+)\2|(?= must\b|:| is a number\b))", option, text)
