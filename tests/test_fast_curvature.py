@@ -152,12 +152,20 @@ def relu_mlp():
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.Hardtanh(), nn.Linear(7, 5))
 
 
+def tokens_in_place():
+    """Torch views the output of a layer with a bias on tokens, and what writes on a view moves it in the graph."""
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 7), nn.LeakyReLU(0.2, inplace=True), nn.Linear(7, 5)
+    )
+
+
 PIECEWISE_LINEAR = [
     Case("mlp", relu_mlp, vectors, cross_entropy),
     Case("mlp_mse", relu_mlp, lambda: (torch.randn(24, 6), torch.randn(24, 5)), mse),
     Case("mlp_bce", relu_mlp, vectors, bce),
     Case("mlp_in_place", lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5)), vectors,
          cross_entropy),
+    Case("tokens_in_place", tokens_in_place, lambda: (torch.randn(8, 3, 6), torch.randint(0, 5, (8, 3))), token_loss),
     Case("cnn", relu_cnn, images(4, 6), cross_entropy),
     Case("conv1d", lambda: nn.Sequential(nn.Conv1d(2, 5, 3, dilation=2), nn.ReLU(), nn.Flatten(), nn.Linear(20, 5)),
          lambda: (torch.randn(12, 2, 8), torch.randint(0, 5, (12,))), cross_entropy),
@@ -187,6 +195,26 @@ def test_gauss_newton_is_the_hessian_of_piecewise_linear_networks(case, method):
         assert found.check_error < 1e-9
     if case.name == "skips":
         assert found.warnings == ("twice.weight: measured by double backward, since it is used 2 times",)
+
+
+def test_an_output_that_is_written_on_in_place_can_be_aligned_and_sketched():
+    model, batch = Case(
+        "", tokens_in_place, lambda: (torch.randn(32, 3, 6), torch.randint(0, 5, (32, 3))), None
+    ).build()
+    report = measure_spectra(model, batch, token_loss, curvature="sketch", top_k=4, alignment=True)
+    expected = measure_spectra(model, batch, token_loss, curvature="exact", top_k=4)
+    assert not any(layer.alignment_note for layer in report.layers.values())
+    assert z_scores(report, expected).abs().max() < 6
+    # As torch gives it, the output has left the graph.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "_is_view", lambda self: False)
+        found = measure_spectra(model, batch, token_loss, curvature="ggn", top_k=4)
+    close(found, expected, 1e-9)
+    assert [layer.method for layer in found.layers.values()] == ["exact", "exact", "ggn"]
+    assert found.warnings == (
+        "0.weight, 2.weight: measured by double backward, since the backward pass from the network's output does not "
+        "meet its own",
+    )
 
 
 def test_a_sum_of_known_losses_each_with_its_weight():
@@ -295,7 +323,7 @@ def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options):
     layers = find_layers(model, fused_qkv=measured.get("fused_qkv", ())).layers
     mode = measured.get("mode", "eval")
     estimates, errors = [], []
-    with _losses(model, [batch], case.loss, layers, mode, "float32") as (losses, _):
+    with _losses(model, [batch], case.loss, layers, mode, "float32") as (losses, *_):
         gradients, _, problem = losses.gradients(losses.whole(), keep_graph=False)
         directions = {
             name: top_singular_triplets(layers[name].to_matrix(gradient), 4, groups=layers[name].groups)
