@@ -180,6 +180,7 @@ class Beginning:
         self._tensors = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, UNINITIALIZED)]
         self._values = [tensor.detach().clone() for tensor in self._tensors]
         self._called = False
+        self.dtypes = {tensor.dtype for tensor in self._tensors if tensor.is_floating_point()}
 
     def take(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         """Begin with these values of some buffers of the module instead."""

@@ -30,7 +30,7 @@ from lightning_spectral.curvature import ggn as ggn_module
 from lightning_spectral.curvature import select
 from lightning_spectral.curvature.ggn import GGNCurvature
 from lightning_spectral.curvature.output_hessian import output_hessian
-from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
+from lightning_spectral.curvature.sketch import SketchCurvature, _Draw, _hadamard, _mean_and_error
 from lightning_spectral.curvature.smooth import cheap_twin
 from lightning_spectral.curvature.trace import Recorder
 from lightning_spectral.fits import fit_power_law, with_ordinate_errors
@@ -340,6 +340,38 @@ def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options):
     assert bias[known].abs().max() < 4
     coverage = ((draws - truth).abs() < 1.96 * torch.stack(errors))[:, known].double().mean()
     assert 0.85 <= coverage <= 0.99
+
+
+def sketched(model, batch, top_k, seeds):
+    """Estimates and errors (seeds, directions) by seed, and what double backward finds."""
+    layers = find_layers(model).layers
+    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=top_k)
+    with _losses(model, [batch], cross_entropy, layers, "eval", "float32") as (losses, *_):
+        gradients, _, problem = losses.gradients(losses.whole(), keep_graph=False)
+        directions = {n: top_singular_triplets(g, top_k) for n, g in gradients.values.items()}
+        found = [SketchCurvature(seed=seed)(problem, directions) for seed in seeds]
+    h = torch.stack([torch.cat([f.h[name] for name in layers]) for f in found])
+    nothing = torch.zeros(top_k, dtype=torch.float64)
+    stderr = torch.stack([torch.cat([f.stderr.get(name, nothing) for name in layers]) for f in found])
+    return h, stderr, torch.cat([layer.h for layer in expected.layers.values()])
+
+
+def test_draws_that_agree_by_chance_state_an_error_all_the_same():
+    """With a sample and four channels three draws have the same signs once in 64, and differ by nothing."""
+    model, batch = Case("", gelu_mlp, many(1), cross_entropy).build()
+    h, stderr, expected = sketched(model, batch, 1, range(400))
+    assert ((h - expected).abs() < 100 * stderr).all()
+    same = _Draw({"a": torch.ones(2).double()}, {"a": torch.full((2,), 0.5).double()})
+    assert (_mean_and_error([same, same])[1]["a"] > 0.1).all()
+
+
+def test_few_directions_are_measured_one_by_one():
+    """Where three draws take as many products: three of each of two layers, a product each, but not of four."""
+    model, (x, y) = Case("", gelu_mlp, many(16), cross_entropy).build()
+    assert sketched(model, (x, y), 3, [0])[1].all()
+    h, stderr, expected = sketched(model[4:], (torch.cat([x, x[:, :2]], 1), y), 3, [0])
+    torch.testing.assert_close(h[0], expected, rtol=1e-9, atol=1e-14)
+    assert not stderr.any()
 
 
 def test_more_draws_have_smaller_errors(monkeypatch):

@@ -97,16 +97,34 @@ def output_hessian(call: LossCall, weight: Tensor, samples: int) -> OutputHessia
     return OutputHessian(call.input, curvature, p, samples)
 
 
-def loss_normalizer(evaluate: Callable[[], Tensor]) -> tuple[float, float | None]:
-    """The value of a loss, and what its one call of a known loss divides by; None where that is not known."""
+@dataclass(frozen=True)
+class LossValue:
+    """A loss at one call.
+
+    Attributes:
+        value: of the loss.
+        dtype: of the loss.
+        casts: narrower types that the network goes down to by itself.
+        normalizer: what its one call of a known loss divides by; None where that is not known.
+    """
+
+    value: float
+    dtype: torch.dtype
+    casts: set[torch.dtype]
+    normalizer: float | None
+
+
+def loss_value(evaluate: Callable[[], Tensor]) -> LossValue:
+    """The value of a loss, and what can be seen of how it came about."""
     with Recorder(set()) as recorder:
-        value = float(evaluate().detach())
+        loss = evaluate().detach()
     calls = recorder.trace.losses
-    if len(calls) != 1 or _reduction(calls[0]) != "mean":
-        return value, None
-    z = calls[0].input.detach()
-    softmax = calls[0].function is F.cross_entropy
-    return value, float(_cross_entropy_targets(calls[0], z)[1] if softmax else _elementwise_total(calls[0], z))
+    normalizer = None
+    if len(calls) == 1 and _reduction(calls[0]) == "mean":
+        z = calls[0].input.detach()
+        softmax = calls[0].function is F.cross_entropy
+        normalizer = float(_cross_entropy_targets(calls[0], z)[1] if softmax else _elementwise_total(calls[0], z))
+    return LossValue(float(loss), loss.dtype, recorder.trace.casts, normalizer)
 
 
 def _softmax_column(p_nc: Tensor, c: int) -> Tensor:
