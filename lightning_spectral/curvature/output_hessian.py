@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_spectral.curvature.taps import REMEDY
 from lightning_spectral.curvature.trace import LossCall, Recorder
 from lightning_spectral.errors import MeasurementError
 
@@ -84,16 +85,20 @@ def output_hessian(call: LossCall, weight: Tensor, samples: int) -> OutputHessia
     """
     name = call.function.__name__
     if call.target.requires_grad:
-        raise MeasurementError(f"the target of {name} depends on the parameters")
+        raise MeasurementError(f"the target of {name} depends on the parameters; {REMEDY}")
     z = call.input.detach()
     if z.shape[0] % samples:
-        raise MeasurementError(f"the input of {name} has {z.shape[0]} rows, no multiple of the {samples} samples")
+        raise MeasurementError(
+            f"the input of {name} has {z.shape[0]} rows, no multiple of the {samples} samples; {REMEDY}"
+        )
     softmax = call.function is F.cross_entropy
     scale, p = _cross_entropy(call, z) if softmax else (_elementwise(call, z), None)
     # A mean or a sum has one weight for all rows; a loss without reduction one for each.
     curvature = scale * (weight.flatten() if softmax and weight.ndim else weight)
     if bool((curvature < 0).any()):
-        raise MeasurementError(f"{name} enters the loss with a negative weight, where Gauss-Newton has no square root")
+        raise MeasurementError(
+            f"{name} enters the loss with a negative weight, where Gauss-Newton has no square root; {REMEDY}"
+        )
     return OutputHessian(call.input, curvature, p, samples)
 
 
@@ -175,7 +180,7 @@ def _cross_entropy_targets(call: LossCall, z: Tensor) -> tuple[Tensor, Tensor]:
 def _elementwise(call: LossCall, z: Tensor) -> Tensor:
     """Second derivatives in z's shape."""
     if call.target.shape != z.shape:
-        raise MeasurementError(f"{call.function.__name__} broadcasts its target {tuple(call.target.shape)}")
+        raise MeasurementError(f"{call.function.__name__} broadcasts its target {tuple(call.target.shape)}; {REMEDY}")
     if call.function is F.mse_loss:
         second = torch.full_like(z, 2.0)
     else:
