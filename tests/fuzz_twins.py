@@ -136,14 +136,18 @@ class Comparison:
     Args:
         case, net, parts: as of `Twin`.
         in_pieces: whether the samples were measured a few at a time.
+        loss: its value; derivatives that are nothing beside it are the rounding of terms that cancel.
     """
 
-    def __init__(self, case: Case, net: Net, parts: list[tuple[torch.Tensor, ...]], *, in_pieces: bool) -> None:
+    def __init__(
+        self, case: Case, net: Net, parts: list[tuple[torch.Tensor, ...]], *, in_pieces: bool, loss: float
+    ) -> None:
         precision = {"float32": torch.float32, "float64": torch.float64}[case.options["precision"]]
         dtype = torch.promote_types(DTYPES[case.dtype], precision)
         narrow = any(gene.wrap == "half" for gene in (*case.genes, *case.back)) and precision == torch.float32
         self.dtype = torch.float32 if narrow else dtype
         self.rounding = (APART if in_pieces and not case.adds_up else ROUNDING)[self.dtype]
+        self.loss = torch.finfo(self.dtype).eps * abs(loss)
         self.exact = Twin(case, net, parts, torch.float64)
         self.rounded = Twin(case, net, parts, self.dtype, nudged=True)
 
@@ -172,7 +176,8 @@ class Comparison:
         allowed = self.rounding * torch.linalg.matrix_norm(hessian, 2) + STDERRS * found.h_stderr[known]
         if bool((difference > allowed).any()):
             rounded = self._block(self.rounded, layer, gauss_newton)
-            allowed = allowed + 20 * torch.linalg.matrix_norm(rounded - hessian, 2)
+            size = dict(self.exact.net.named_parameters(remove_duplicate=False))[layer.parameter].detach().norm()
+            allowed = allowed + 20 * torch.linalg.matrix_norm(rounded - hessian, 2) + self.loss / size.square()
         return float((difference / allowed).nan_to_num(0.0).max())
 
     def expected(self, layer: MatrixLayer, triplets: SingularTriplets, gauss_newton: bool) -> torch.Tensor:

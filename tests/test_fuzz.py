@@ -138,7 +138,8 @@ def test_a_measurement_is_right_or_says_why_not(case):
 
 def check_values(case, net, given, parts, options, report, triplets):
     """Hold what was measured against dense matrices."""
-    twins = Comparison(case, net, parts, in_pieces=report.micro_batch_size != max(len(part[0]) for part in parts))
+    in_pieces = report.micro_batch_size != max(len(part[0]) for part in parts)
+    twins = Comparison(case, net, parts, in_pieces=in_pieces, loss=report.loss)
     layers = find_layers(net).layers
     for name in triplets:
         layer = report.layers[name]
