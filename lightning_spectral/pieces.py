@@ -18,20 +18,24 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.batch import batch_size, divisible, take_samples
-from lightning_spectral.curvature import Curvature, Curvatures, Gradients, Place, Problem, loss_normalizer
+from lightning_spectral.curvature import Curvature, Curvatures, Gradients, LossValue, Place, Problem, loss_value
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.quiet import Beginning, repeatable
 from lightning_spectral.svd import SingularTriplets
 
-ADDS_UP = 1e-5
-"""Relative difference, in float32, up to which the losses of pieces add up to that of their batch."""
+ADDS_UP = {torch.float32: 1e-5, torch.float64: 1e-10}
+"""Relative difference up to which the losses of pieces add up to that of their batch, by what all is computed in.
+
+Below it a term of the weights in a sum of losses, or one across samples, is taken for rounding. Its share of the
+curvature may be much larger than its share of the loss.
+"""
 
 SPREAD = 1e-2
 """How far the losses of pieces must lie apart, relatively, for that to tell their weights to about 1e-3."""
 
-SAME_GRADIENT = 1e-3
-"""Relative difference up to which the gradients of pieces add up to that of their batch."""
+SAME_GRADIENT = {torch.float32: 1e-3, torch.float64: 1e-7}
+"""Relative difference up to which the gradients of pieces add up to that of their batch, likewise."""
 
 
 class NoSumError(MeasurementError):
@@ -189,7 +193,7 @@ class Losses:
         if expected is not None:
             difference = expected[1] if gradient is None else gradient - expected[1]
             error = float(difference.norm() / expected[1].norm())
-            if not error <= SAME_GRADIENT:
+            if not error <= SAME_GRADIENT[self._precision(self.casts)]:
                 raise NoSumError(
                     f"the gradients of the pieces add up to another one in {expected[0]} (relative error {error:.2g})"
                 )
@@ -234,11 +238,10 @@ class Losses:
         whole = self._values[batch, 0, None][0]
         if not math.isfinite(whole):
             raise MeasurementError(f"the loss is {whole}, so its gradient and curvature mean nothing")
-        losses, counts = [], []
-        for start, stop in parts:
-            loss, count = self._part(Piece(batch, 1.0, start, stop))
-            losses.append(0.0 if count == 0 else loss)
-            counts.append(count)
+        found = [self._part(Piece(batch, 1.0, start, stop)) for start, stop in parts]
+        counts = [part.normalizer for part in found]
+        losses = [0.0 if part.normalizer == 0 else part.value for part in found]
+        tolerance = ADDS_UP[self._precision({dtype for part in found for dtype in (part.dtype, *part.casts)})]
         size = parts[-1][1]
         apart = max(losses) - min(losses) >= SPREAD * max(abs(loss) for loss in losses)
         candidates = [[1.0] * len(parts)]
@@ -249,7 +252,7 @@ class Losses:
             candidates.insert(0, [count / sum(known) for count in known])
         for weights in candidates:
             terms = torch.tensor([w * x for w, x in zip(weights, losses, strict=True)], dtype=torch.float64)
-            if abs(float(terms.sum()) - whole) <= ADDS_UP * max(abs(whole), float(terms.abs().sum())):
+            if abs(float(terms.sum()) - whole) <= tolerance * max(abs(whole), float(terms.abs().sum())):
                 return weights
         if not apart:
             raise NoSumError(
@@ -263,10 +266,13 @@ class Losses:
             "or fewer samples of it (max_samples)"
         )
 
-    def _part(self, piece: Piece) -> tuple[float, float | None]:
-        """The value of its loss, and how many targets that averages over."""
+    def _precision(self, others: set[torch.dtype]) -> torch.dtype:
+        """float64 if all weights, buffers and these others are, else float32."""
+        return torch.float64 if self.beginning.dtypes | others == {torch.float64} else torch.float32
+
+    def _part(self, piece: Piece) -> LossValue:
         try:
-            return loss_normalizer(self._repeatable(piece))
+            return loss_value(self._repeatable(piece))
         except Exception as error:
             if is_out_of_memory(error):
                 raise

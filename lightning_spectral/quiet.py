@@ -186,6 +186,7 @@ class Beginning:
         self._tensors = [t for t in found if known.get(id(t), t) is not None]
         self._values = [_value(t, known.get(id(t))) for t in self._tensors]
         self._called = False
+        self.dtypes = {tensor.dtype for tensor in self._tensors if tensor.is_floating_point()}
 
     def take(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         """Begin with these values of some buffers of the module instead."""

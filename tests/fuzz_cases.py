@@ -77,6 +77,16 @@ class Case:
         """Whether the network goes down to bfloat16 by itself, so that nothing measured is precise."""
         return any(gene.wrap == "cast" for gene in (*self.genes, *self.back))
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether the loss is a mean or sum over samples."""
+        mixing = any(
+            g.wrap == "dropout" or g.kind in ("norm", "image_norm", "encoder") for g in (*self.genes, *self.back)
+        )
+        if self.loss.kind in ("across", "per_sample") or (mixing and self.options["mode"] == "train"):
+            return False
+        return not (self.loss.decay and (self.loss.total or self.loss.kind == "linear"))
+
     def _inputs(self) -> torch.Tensor:
         n = self.samples
         if self.front == "tokens":

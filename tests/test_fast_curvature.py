@@ -30,7 +30,7 @@ from lightning_spectral.curvature import ggn as ggn_module
 from lightning_spectral.curvature import select
 from lightning_spectral.curvature.ggn import GGNCurvature
 from lightning_spectral.curvature.output_hessian import output_hessian
-from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
+from lightning_spectral.curvature.sketch import SketchCurvature, _Draw, _hadamard, _mean_and_error
 from lightning_spectral.curvature.smooth import cheap_twin
 from lightning_spectral.curvature.trace import Recorder
 from lightning_spectral.fits import fit_power_law, with_ordinate_errors
@@ -107,10 +107,14 @@ def test_random_columns_have_the_output_hessian_as_covariance(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda z: F.mse_loss(z, z.detach().requires_grad_()), "target of mse_loss depends on the parameters"),
-        (lambda z: F.mse_loss(z, SOFT, reduction="none") * -1, "negative weight"),
+        (
+            lambda z: F.mse_loss(z, z.detach().requires_grad_()),
+            "target of mse_loss depends on the parameters; use curvature='exact'",
+        ),
+        (lambda z: F.mse_loss(z, SOFT, reduction="none") * -1, "negative weight.*; use curvature='exact'"),
         (lambda z: F.mse_loss(z, SOFT, reduce=True), "size_average or reduce"),
-        (lambda z: F.mse_loss(z[:4], SOFT[:4]), "4 rows, no multiple of the 6 samples"),
+        (lambda z: F.mse_loss(z, SOFT[:1]), r"mse_loss broadcasts its target \(1, 5\); use curvature='exact'"),
+        (lambda z: F.mse_loss(z[:4], SOFT[:4]), "4 rows, no multiple of the 6 samples; use curvature='exact'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -153,12 +157,20 @@ def relu_mlp():
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.Hardtanh(), nn.Linear(7, 5))
 
 
+def tokens_in_place():
+    """Torch views the output of a layer with a bias on tokens, and what writes on a view moves it in the graph."""
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 7), nn.LeakyReLU(0.2, inplace=True), nn.Linear(7, 5)
+    )
+
+
 PIECEWISE_LINEAR = [
     Case("mlp", relu_mlp, vectors, cross_entropy),
     Case("mlp_mse", relu_mlp, lambda: (torch.randn(24, 6), torch.randn(24, 5)), mse),
     Case("mlp_bce", relu_mlp, vectors, bce),
     Case("mlp_in_place", lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 5)), vectors,
          cross_entropy),
+    Case("tokens_in_place", tokens_in_place, lambda: (torch.randn(8, 3, 6), torch.randint(0, 5, (8, 3))), token_loss),
     Case("cnn", relu_cnn, images(4, 6), cross_entropy),
     Case("conv1d", lambda: nn.Sequential(nn.Conv1d(2, 5, 3, dilation=2), nn.ReLU(), nn.Flatten(), nn.Linear(20, 5)),
          lambda: (torch.randn(12, 2, 8), torch.randint(0, 5, (12,))), cross_entropy),
@@ -188,6 +200,26 @@ def test_gauss_newton_is_the_hessian_of_piecewise_linear_networks(case, method):
         assert found.check_error < 1e-9
     if case.name == "skips":
         assert found.warnings == ("twice.weight: measured by double backward, since it is used 2 times",)
+
+
+def test_an_output_that_is_written_on_in_place_can_be_aligned_and_sketched():
+    model, batch = Case(
+        "", tokens_in_place, lambda: (torch.randn(32, 3, 6), torch.randint(0, 5, (32, 3))), None
+    ).build()
+    report = measure_spectra(model, batch, token_loss, curvature="sketch", top_k=4, alignment=True)
+    expected = measure_spectra(model, batch, token_loss, curvature="exact", top_k=4)
+    assert not any(layer.alignment_note for layer in report.layers.values())
+    assert z_scores(report, expected).abs().max() < 6
+    # As torch gives it, the output has left the graph.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "_is_view", lambda self: False)
+        found = measure_spectra(model, batch, token_loss, curvature="ggn", top_k=4)
+    close(found, expected, 1e-9)
+    assert [layer.method for layer in found.layers.values()] == ["exact", "exact", "ggn"]
+    assert found.warnings == (
+        "0.weight, 2.weight: measured by double backward, since the backward pass from the network's output does not "
+        "meet its own",
+    )
 
 
 def test_a_sum_of_known_losses_each_with_its_weight():
@@ -313,6 +345,38 @@ def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options):
     assert bias[known].abs().max() < 4
     coverage = ((draws - truth).abs() < 1.96 * torch.stack(errors))[:, known].double().mean()
     assert 0.85 <= coverage <= 0.99
+
+
+def sketched(model, batch, top_k, seeds):
+    """Estimates and errors (seeds, directions) by seed, and what double backward finds."""
+    layers = find_layers(model).layers
+    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=top_k)
+    with losses_of(model, [batch], cross_entropy, layers, "eval", "float32") as (losses, *_):
+        gradients, _, problem = losses.gradients(losses.whole(), keep_graph=False)
+        directions = {n: top_singular_triplets(g, top_k) for n, g in gradients.values.items()}
+        found = [SketchCurvature(seed=seed)(problem, directions) for seed in seeds]
+    h = torch.stack([torch.cat([f.h[name] for name in layers]) for f in found])
+    nothing = torch.zeros(top_k, dtype=torch.float64)
+    stderr = torch.stack([torch.cat([f.stderr.get(name, nothing) for name in layers]) for f in found])
+    return h, stderr, torch.cat([layer.h for layer in expected.layers.values()])
+
+
+def test_draws_that_agree_by_chance_state_an_error_all_the_same():
+    """With a sample and four channels three draws have the same signs once in 64, and differ by nothing."""
+    model, batch = Case("", gelu_mlp, many(1), cross_entropy).build()
+    h, stderr, expected = sketched(model, batch, 1, range(400))
+    assert ((h - expected).abs() < 100 * stderr).all()
+    same = _Draw({"a": torch.ones(2).double()}, {"a": torch.full((2,), 0.5).double()})
+    assert (_mean_and_error([same, same])[1]["a"] > 0.1).all()
+
+
+def test_few_directions_are_measured_one_by_one():
+    """Where three draws take as many products: three of each of two layers, a product each, but not of four."""
+    model, (x, y) = Case("", gelu_mlp, many(16), cross_entropy).build()
+    assert sketched(model, (x, y), 3, [0])[1].all()
+    h, stderr, expected = sketched(model[4:], (torch.cat([x, x[:, :2]], 1), y), 3, [0])
+    torch.testing.assert_close(h[0], expected, rtol=1e-9, atol=1e-14)
+    assert not stderr.any()
 
 
 def test_more_draws_have_smaller_errors(monkeypatch):

@@ -123,6 +123,35 @@ def test_losses_that_have_no_pieces_are_measured_whole_unless_pieces_were_asked_
         assert found.micro_batch_size == SAMPLES
 
 
+def summed_with_decay(model, batch):
+    """A sum and a term that each piece counts: 8e-7 of the loss, and 1 % of a curvature, in pieces of one sample."""
+    return summed(model, batch) + 1e-6 * model[-1].weight.square().sum()
+
+
+def across(model, batch):
+    """A mean but for a term across the samples that their outputs, which differ little, keep small."""
+    z = model(batch[0])
+    return ((z - 1).square().sum(1) * (1 + batch[1])).mean() + (z - z.mean(0)).square().mean()
+
+
+@pytest.mark.parametrize("loss", [summed_with_decay, across])
+def test_a_small_term_that_is_no_sum_over_samples_is_not_taken_for_rounding_in_float64(loss):
+    model, (x, y) = gelu_mlp().double(), batch_of()
+    batch = (x if loss is summed_with_decay else 0.1 * x, y)
+    with torch.no_grad():
+        whole = loss(model, batch)
+        each = torch.stack([loss(model, (batch[0][i : i + 24], y[i : i + 24])) for i in (0, 24)])
+    total = each.sum() if loss is summed_with_decay else each.mean()
+    assert 1e-10 < abs(total / whole - 1) < 1e-5
+    with pytest.raises(
+        MeasurementError, match=r"micro_batch_size: the loss of the batch, .* is neither a mean nor the"
+    ):
+        measure_spectra(model, batch, loss, curvature="exact", top_k=4, micro_batch_size=24)
+    found = measure_spectra(model, batch, loss, curvature="exact", top_k=4)
+    assert found.micro_batch_size == SAMPLES
+    close(found, measure_spectra(model, batch, loss, curvature="exact", top_k=4, micro_batch_size=SAMPLES))
+
+
 def masked_mean(model, batch):
     """The mean over the targets of class 3 and above, by hand."""
     each = F.cross_entropy(model(batch[0]), batch[1], reduction="none")

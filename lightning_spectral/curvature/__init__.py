@@ -1,7 +1,7 @@
 """Directional curvatures h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T), H the Hessian block of one layer."""
 
 from lightning_spectral.curvature.hutchinson import HutchinsonTrace
-from lightning_spectral.curvature.output_hessian import loss_normalizer
+from lightning_spectral.curvature.output_hessian import LossValue, loss_value
 from lightning_spectral.curvature.problem import (
     Curvature,
     Curvatures,
@@ -24,6 +24,7 @@ __all__ = [
     "DryProblem",
     "Gradients",
     "HutchinsonTrace",
+    "LossValue",
     "Outlook",
     "Place",
     "Problem",
@@ -35,7 +36,7 @@ __all__ = [
     "cause_of",
     "check_method",
     "groups_of",
-    "loss_normalizer",
+    "loss_value",
     "measure_by",
     "single_uses",
     "structure",

@@ -69,9 +69,14 @@ class GGNCurvature:
         taps, rest = tapped(problem, directions)
         if not taps:
             return measured_exactly(problem, directions, rest)
-        for output in outputs:
-            check_samples_apart(taps, half_alone(output, taps))
+        met = set().union(*(_met(output, taps) for output in outputs))
+        # A layer with a gradient but no way from the output to it would have a curvature of zero.
+        apart = [name for name in taps if name not in met]
+        rest |= dict.fromkeys(apart, "the backward pass from the network's output does not meet its own")
         others = measured_exactly(problem, directions, rest)
+        taps = {name: tap for name, tap in taps.items() if name not in rest}
+        if not taps:
+            return others
         # Pieces of a batch draw signs of their own, so that their errors average out.
         seed = self.seed + (problem.place.first if problem.place else 0)
         h, stderr = self._measure(outputs, taps, directions, seed)
@@ -188,6 +193,13 @@ def half_alone(output: OutputHessian, taps: Mapping[str, Tap]) -> dict[str, Tens
     return dict(
         zip(taps, torch.autograd.grad(output.output, z, seed, retain_graph=True, allow_unused=True), strict=True)
     )
+
+
+def _met(output: OutputHessian, taps: Mapping[str, Tap]) -> set[str]:
+    """The layers that a backward pass from this output meets, once it is checked that it keeps samples apart."""
+    moved = half_alone(output, taps)
+    check_samples_apart(taps, moved)
+    return {name for name, r in moved.items() if r is not None}
 
 
 def not_piecewise_linear(problem: Problem, outputs: Iterable[Tensor], names: Iterable[str]) -> str:

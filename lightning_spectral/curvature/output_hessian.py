@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_spectral.curvature.taps import REMEDY
 from lightning_spectral.curvature.trace import LossCall, Recorder
 from lightning_spectral.errors import MeasurementError
 
@@ -89,7 +90,9 @@ def output_hessian(call: LossCall, weight: Tensor, samples: int) -> OutputHessia
     # A mean or a sum has one weight for all rows; a loss without reduction one for each.
     curvature = scale * (weight.flatten() if softmax and weight.ndim else weight)
     if bool((curvature < 0).any()):
-        raise MeasurementError(f"{name} enters the loss with a negative weight, where Gauss-Newton has no square root")
+        raise MeasurementError(
+            f"{name} enters the loss with a negative weight, where Gauss-Newton has no square root; {REMEDY}"
+        )
     return OutputHessian(call.input, curvature, p, samples)
 
 
@@ -110,23 +113,41 @@ def columns_of(call: LossCall, samples: int) -> int:
 def _check(call: LossCall, samples: int) -> None:
     name = call.function.__name__
     if call.target.requires_grad:
-        raise MeasurementError(f"the target of {name} depends on the parameters")
+        raise MeasurementError(f"the target of {name} depends on the parameters; {REMEDY}")
     if call.input.shape[0] % samples:
         raise MeasurementError(
-            f"the input of {name} has {call.input.shape[0]} rows, no multiple of the {samples} samples"
+            f"the input of {name} has {call.input.shape[0]} rows, no multiple of the {samples} samples; {REMEDY}"
         )
 
 
-def loss_normalizer(evaluate: Callable[[], Tensor]) -> tuple[float, float | None]:
-    """The value of a loss, and what its one call of a known loss divides by; None where that is not known."""
+@dataclass(frozen=True)
+class LossValue:
+    """A loss at one call.
+
+    Attributes:
+        value: of the loss.
+        dtype: of the loss.
+        casts: narrower types that the network goes down to by itself.
+        normalizer: what its one call of a known loss divides by; None where that is not known.
+    """
+
+    value: float
+    dtype: torch.dtype
+    casts: set[torch.dtype]
+    normalizer: float | None
+
+
+def loss_value(evaluate: Callable[[], Tensor]) -> LossValue:
+    """The value of a loss, and what can be seen of how it came about."""
     with Recorder(set()) as recorder:
-        value = float(evaluate().detach())
+        loss = evaluate().detach()
     calls = recorder.trace.losses
-    if len(calls) != 1 or _reduction(calls[0]) != "mean":
-        return value, None
-    z = calls[0].input.detach()
-    softmax = calls[0].function is F.cross_entropy
-    return value, float(_cross_entropy_targets(calls[0], z)[1] if softmax else _elementwise_total(calls[0], z))
+    normalizer = None
+    if len(calls) == 1 and _reduction(calls[0]) == "mean":
+        z = calls[0].input.detach()
+        softmax = calls[0].function is F.cross_entropy
+        normalizer = float(_cross_entropy_targets(calls[0], z)[1] if softmax else _elementwise_total(calls[0], z))
+    return LossValue(float(loss), loss.dtype, recorder.trace.casts, normalizer)
 
 
 def _softmax_column(p_nc: Tensor, c: int) -> Tensor:
@@ -177,7 +198,7 @@ def _cross_entropy_targets(call: LossCall, z: Tensor) -> tuple[Tensor, Tensor]:
 def _elementwise(call: LossCall, z: Tensor) -> Tensor:
     """Second derivatives in z's shape."""
     if call.target.shape != z.shape:
-        raise MeasurementError(f"{call.function.__name__} broadcasts its target {tuple(call.target.shape)}")
+        raise MeasurementError(f"{call.function.__name__} broadcasts its target {tuple(call.target.shape)}; {REMEDY}")
     if call.function is F.mse_loss:
         second = torch.full_like(z, 2.0)
     else:

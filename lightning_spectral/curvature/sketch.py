@@ -12,7 +12,8 @@ samples do not interact, so its own terms are complete. What keeps the rest smal
 - A channel's amplitude squared is w_k / h_k, with a first estimate of h and the weight w_k that an error of log h_k has
   in the slope of log h on log sigma. Errors of h_i through h_j then have variance proportional to h_i^2 w_j / w_i, and
   these amplitudes have the smallest sum of w_i^2 var(log h_i), the variance of alpha.
-- Standard errors come from what the draws differ by.
+- Standard errors come from what the draws differ by. Where there are so few channels that a product for each of them
+  costs no more, there is one: the few signs of few samples would often agree by chance, and the error not show.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ class SketchCurvature:
     def _drawn(self, products: _Products) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """As many draws as it takes."""
         ranks = self.ranks or min(max(products.place.total // SAMPLES_PER_RANK, 1), RANKS)
+        if products.directions <= DRAWS * products.of_draw(ranks):
+            return products.one_by_one(), {}
         # What the other pieces of the batch add averages this one's error with theirs.
         target = self.target_error * math.sqrt(products.place.total / products.samples)
         draws: list[_Draw] = []
@@ -190,9 +193,27 @@ class _Products:
             h = h.clamp(min=float(h.max()) * torch.finfo(torch.float32).eps)
             self.amplitude[name] = (_weight(triplets.sigma) / h.where(h > 0, 1)).sqrt()
 
+    @property
+    def directions(self) -> int:
+        """Of all layers."""
+        return sum(len(t) for t in self.triplets.values())
+
+    def of_draw(self, ranks: int) -> int:
+        """How many products a draw takes."""
+        return math.ceil(max(len(t) for t in self.triplets.values()) / ranks)
+
+    def one_by_one(self) -> dict[str, Tensor]:
+        """Measure every direction in a product of its own, which has no cross terms."""
+        h = {}
+        for name, t in self.triplets.items():
+            none = dict.fromkeys(self.triplets, torch.zeros(0, dtype=torch.long))
+            alone = [self._readings(none | {name: torch.tensor([k])})[name] for k in range(len(t))]
+            h[name] = torch.cat(alone).sum(1)
+        return h
+
     def draw(self, ranks: int) -> _Draw:
         """Measure every direction once, ``ranks`` of each layer in a product."""
-        products = math.ceil(max(len(t) for t in self.triplets.values()) / ranks)
+        products = self.of_draw(ranks)
         parts = {
             name: torch.randperm(len(t), generator=self.generator).tensor_split(products)
             for name, t in self.triplets.items()

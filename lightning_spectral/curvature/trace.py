@@ -154,6 +154,10 @@ class Recorder(TorchFunctionMode):
             return output
         a = given.pop("input").detach()
         given.pop("bias", None)
+        if output.requires_grad and output._is_view():
+            # What writes on a view in place gives it another place in the graph, and its own is lost. Torch views the
+            # output of a linear layer on tokens; that nothing else can see what it views is what this tells it.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         zero = torch.zeros_like(output, requires_grad=True) if self.add_zeros else None
         output = output if zero is None else output + zero
         # Taken now: after an operation in place, the tensor stands for what that made of it.
