@@ -7,6 +7,7 @@ import gzip
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -79,6 +80,28 @@ def is_page(path: Path) -> bool:
             return GENERATOR in file.read(4096)
     except OSError:
         return False
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that is to hold a page and has no such name, or no folder to be in.
+
+    Raises:
+        RunError: naming what is wrong.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise RunError(f"--output {path}: the name of a page ends in .html or .htm")
+    if not path.parent.is_dir():
+        raise RunError(f"--output {path}: there is no folder {path.parent}; make it first, or give another")
+
+
+def default_target(paths: Sequence[Path]) -> Path:
+    """Where a run's page goes: into its folder, beside its file, or into the folder that several have in common."""
+    first, *others = paths
+    if not others:
+        return first / "report.html" if first.is_dir() else first.with_suffix(".html")
+    folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
+    common, here = Path(os.path.commonpath(folders)), Path.cwd()
+    return (common.relative_to(here) if common.is_relative_to(here) else common) / "report.html"
 
 
 def page(run: Run, *, title: str | None = None) -> str:
@@ -178,7 +201,7 @@ def _notes(run: Run, spectra: Sequence[Any], kept: Sequence[int], whole: set[int
         notes.append(
             'The log holds some quantities of each layer; SpectralProbe(log_quantities="all") logs all of them.'
         )
-    return notes
+    return [*notes, *(f"Not read: {what}." for what in run.left_out)]
 
 
 def _scalars_alone(probes: Sequence[Probe]) -> str:
@@ -191,7 +214,7 @@ def _scalars_alone(probes: Sequence[Probe]) -> str:
         return f"A log holds scalars only, and the table of layers beside it too: no single sigma_k and h_k. {more}"
     return (
         "A log holds scalars only: no single sigma_k and h_k, and neither the kind nor the shape nor the place of "
-        f"a layer. Layers stand in the order of their names. {more} Of a CSVLogger's run, "
+        f"a layer. Layers stand in the order of their names. {more} In a CSVLogger's or a WandbLogger's run, "
         "SpectralProbe(log_tables=True) writes kinds, shapes and all quantities of every layer."
     )
 
@@ -215,6 +238,7 @@ def _probe(probe: Probe, names: Sequence[str], keys: Sequence[LoggedKey], until:
     return {
         "label": probe.label,
         "step": probe.step,
+        "kinds": {kind: _short(alpha) for kind, alpha in probe.kind_alphas().items()},
         "loss": _short(probe.loss),
         "facts": "" if report is None else _facts(report),
         "summary": said,

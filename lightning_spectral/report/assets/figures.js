@@ -19,7 +19,8 @@ const fixed = (value, digits = 2) =>
       : "–";
 const percent = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
 const short = (name) => name.replace(/\.weight$/, "");
-const clipped = (name) => plain(name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
+const cut = (name) => (name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
+const clipped = (name) => plain(cut(name));
 const middle = (values) => {
   const sorted = values.filter(known).sort((a, b) => a - b);
   const half = sorted.length >> 1;
@@ -45,8 +46,13 @@ function kindsOf(data) {
   return [...new Set(data.kinds)];
 }
 
+// Kinds whose medians are known over training; a log may hold them and not say which layer is of which kind.
+function medianKinds(data) {
+  return [...new Set(data.probes.flatMap((probe) => Object.keys(probe.kinds)))];
+}
+
 function markOf(data, kind, c) {
-  const i = kindsOf(data).indexOf(kind);
+  const i = [...new Set([...data.kinds, ...medianKinds(data)])].indexOf(kind);
   return { colour: c.kinds[i % c.kinds.length], symbol: SYMBOLS[i % SYMBOLS.length], name: plain(kind || "layers") };
 }
 
@@ -64,16 +70,22 @@ function trusted(data, probe, layer) {
   return value(data, probe, layer, "r2_alpha") >= data.good_fit;
 }
 
-// Limits that hold at every probe, so that points move and axes do not. Far outliers are left outside.
+// Limits that hold at every probe, so that points move and axes do not: of all fits to trust, but for what is HUGE units
+// away, and of the others but for those far from the middle half of all.
+const HUGE = 10;
+
 function limits(data, read) {
   const all = data.probes
-    .flatMap((_, probe) => data.layers.map((_, layer) => read(probe, layer)))
-    .filter(known)
-    .sort((a, b) => a - b);
+    .flatMap((_, probe) => data.layers.map((_, layer) => [read(probe, layer), trusted(data, probe, layer)]))
+    .filter(([x]) => known(x))
+    .sort(([a], [b]) => a - b);
   if (!all.length) return undefined;
-  const at = (share) => all[Math.round(share * (all.length - 1))];
-  const reach = 3 * (at(0.75) - at(0.25)) + 0.05;
-  const [low, high] = [Math.max(all[0], at(0.25) - reach), Math.min(all[all.length - 1], at(0.75) + reach)];
+  const at = (share) => all[Math.round(share * (all.length - 1))][0];
+  const [first, third] = [at(0.25), at(0.75)];
+  const reach = 3 * (third - first) + 0.05;
+  const within = (x, far) => x >= first - far && x <= third + far;
+  const shown = all.filter(([x, good]) => within(x, good ? Math.max(reach, HUGE) : reach)).map(([x]) => x);
+  const [low, high] = [shown[0], shown[shown.length - 1]];
   const margin = 0.06 * (high - low) + 0.05;
   return [low - margin, high + margin];
 }
@@ -95,6 +107,16 @@ function outside(count, c) {
         },
       ]
     : [];
+}
+
+// Probes as an axis: their steps, or their labels where some were measured outside training.
+function probesAxis(data) {
+  if (data.probes.every((probe) => known(probe.step)))
+    return { at: data.probes.map((probe) => probe.step), axis: { title: { text: "step" } } };
+  const at = data.probes.map((_, i) => i);
+  const every = Math.ceil(at.length / 8);
+  const tickvals = at.filter((i) => i % every === 0);
+  return { at, axis: { tickvals, ticktext: tickvals.map((i) => clipped(data.probes[i].label)) } };
 }
 
 const beyond = (x, range) => known(x) && range && (x < range[0] || x > range[1]);
@@ -136,7 +158,7 @@ function draw(id, [traces, layout], c) {
     paper_bgcolor: c.card,
     plot_bgcolor: c.card,
     font: { color: c.ink, size: 12, family: getComputedStyle(document.body).fontFamily },
-    margin: { l: 58, r: 14, t: 12, b: 46 },
+    margin: { l: 58, r: 14, t: 12, b: 46, ...layout.margin },
     showlegend: entries.length > 1,
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
     hoverlabel: {

@@ -63,7 +63,16 @@ function withBars(data, range) {
   return [low, high];
 }
 
-function depthFigure(data, state, c, wide) {
+// Names slant to the lower left: the first ones need room that the axis has not. In pixels, of a figure's width.
+function roomForNames(names, edge, width) {
+  const [letter, slope] = [6.6, Math.cos((35 * Math.PI) / 180)];
+  const place = (i) => (i + edge) / (names.length - 1 + 2 * edge);
+  const needs = names.map((name, i) => (letter * slope * name.length - place(i) * width) / (1 - place(i)));
+  return Math.max(58, ...needs);
+}
+
+function depthFigure(data, state, c, width) {
+  const wide = width > 640;
   const read = (layer) => value(data, state.probe, layer, "alpha");
   const range = withBars(
     data,
@@ -71,6 +80,7 @@ function depthFigure(data, state, c, wide) {
   );
   const edge = Math.max(0.6, 0.015 * data.layers.length);
   const named = wide && data.layers.length <= 30;
+  const names = data.layers.map((name) => cut(short(name)));
   return [
     points(
       data,
@@ -81,6 +91,7 @@ function depthFigure(data, state, c, wide) {
       (layer) => value(data, state.probe, layer, "alpha_stderr"),
     ),
     {
+      ...(named ? { margin: { l: roomForNames(names, edge, width) } } : {}),
       xaxis: {
         range: [-edge, data.layers.length - 1 + edge],
         title: named
@@ -89,8 +100,10 @@ function depthFigure(data, state, c, wide) {
         ...(named
           ? {
               tickvals: data.layers.map((_, i) => i),
-              ticktext: data.layers.map((name) => clipped(short(name))),
+              ticktext: names.map(plain),
               tickangle: -35,
+              // Else plotly leaves out the names that go beyond the axis.
+              ticklabeloverflow: "allow",
             }
           : {}),
       },
@@ -135,7 +148,8 @@ function transferFigure(data, state, c) {
 }
 
 function trainingFigure(data, state, c) {
-  const x = data.probes.map((probe, i) => probe.step ?? i);
+  const { at: x, axis } = probesAxis(data);
+  const range = limits(data, (probe, layer) => value(data, probe, layer, "alpha"));
   const curve = (layer) => x.map((_, probe) => value(data, probe, layer, "alpha"));
   const thin = data.layers.map((name, layer) => ({
     type: "scatter",
@@ -153,29 +167,33 @@ function trainingFigure(data, state, c) {
     },
     opacity: layer === state.layer ? 1 : 0.35,
   }));
-  const medians = kindsOf(data).map((kind) => {
+  const kinds = medianKinds(data);
+  const of = (kind) => (probe) =>
+    kind ? probe.kinds[kind] : middle(probe.values.map((row) => row?.[data.keys.indexOf("alpha")]));
+  const medians = (kinds.length ? kinds : [""]).map((kind) => {
     const mark = markOf(data, kind, c);
-    const of = (probe) =>
-      middle(data.layers.map((_, layer) => (data.kinds[layer] === kind ? value(data, probe, layer, "alpha") : null)));
+    const y = data.probes.map(of(kind));
     return {
       type: "scatter",
       mode: "lines+markers",
       name: kind ? mark.name : "median",
       x,
-      y: x.map((_, probe) => of(probe)),
+      y,
       hoverinfo: "text",
-      hovertext: x.map(
-        (at, probe) => `<b>${mark.name}</b>, median<br>${plain(data.probes[probe].label)}: alpha ${fixed(of(probe))}`,
+      hovertext: y.map(
+        (alpha, probe) => `<b>${mark.name}</b>, median<br>${plain(data.probes[probe].label)}: alpha ${fixed(alpha)}`,
       ),
       line: { color: mark.colour, width: 2.5 },
       marker: { size: 5, symbol: mark.symbol },
     };
   });
+  const out = [...thin, ...medians].flatMap(({ y }) => y).filter((alpha) => beyond(alpha, range)).length;
   return [
     [...thin, ...medians],
     {
-      xaxis: { title: { text: "step" } },
-      yaxis: { title: { text: "alpha" }, range: limits(data, (probe, layer) => value(data, probe, layer, "alpha")) },
+      xaxis: axis,
+      yaxis: { title: { text: "alpha" }, range },
+      annotations: outside(out, c),
       shapes: [
         bandAroundTwo(data, c),
         {
