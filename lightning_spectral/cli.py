@@ -307,11 +307,11 @@ def _report(options: argparse.Namespace) -> int:
         if there and not options.force and not is_page(target):
             raise RunError(f"{target} is there and no page of this command; give another --output, or --force")
         run = read_run(inputs, prefix=options.prefix)
+        print(write_page(run, target, title=options.title))
         # What lay in a folder is for the reader to know: others may have put more there.
         said = [f"read {source}" for source in run.sources if any(path.is_dir() for path in inputs)]
-        for line in [*said, *(f"not read: {what}" for what in run.left_out)]:
+        for line in [*said, *(f"left out: {what}" for what in run.left_out)]:
             print(f"lightning-spectral report: {line}", file=sys.stderr)
-        print(write_page(run, target, title=options.title))
         if there:
             print(f"lightning-spectral report: {target} was there and is replaced", file=sys.stderr)
     except (RunError, ImportError) as error:

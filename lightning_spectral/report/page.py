@@ -201,7 +201,7 @@ def _notes(run: Run, spectra: Sequence[Any], kept: Sequence[int], whole: set[int
         notes.append(
             'The log holds some quantities of each layer; SpectralProbe(log_quantities="all") logs all of them.'
         )
-    return [*notes, *(f"Not read: {what}." for what in run.left_out)]
+    return [*notes, *(f"Left out: {what}." for what in run.left_out)]
 
 
 def _scalars_alone(probes: Sequence[Probe]) -> str:

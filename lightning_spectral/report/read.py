@@ -61,7 +61,13 @@ def read_run(paths: Sequence[str | Path], *, prefix: str | None = None) -> Run:
             f"{_shown(paths)}: medians but no layers (log_layers='none'); log_tables=True, a checkpoint or JSON "
             "reports hold the layers"
         )
-    left_out += [f"{item.name}: {text}" for item in readings for text in item.left_out]
+    kept = set(map(id, probes))
+    left_out += [text for item in readings for text in item.left_out]
+    left_out += [
+        f"{item.name}: the other inputs hold all of it"
+        for item in readings
+        if item.probes and kept.isdisjoint(map(id, item.probes))
+    ]
     return Run(_name(paths), _sources(found), probes, tuple(left_out))
 
 

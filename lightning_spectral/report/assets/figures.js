@@ -46,9 +46,11 @@ function kindsOf(data) {
   return [...new Set(data.kinds)];
 }
 
-// Kinds whose medians are known over training; a log may hold them and not say which layer is of which kind.
+// Kinds whose medians are known, in the order of the network as far as it is known; a log may hold the medians and not
+// say which layer is of which kind.
 function medianKinds(data) {
-  return [...new Set(data.probes.flatMap((probe) => Object.keys(probe.kinds)))];
+  const medians = data.probes.flatMap((probe) => Object.keys(probe.kinds));
+  return [...new Set([...data.kinds.filter((kind) => medians.includes(kind)), ...medians])];
 }
 
 function markOf(data, kind, c) {
@@ -116,7 +118,8 @@ function probesAxis(data) {
   const at = data.probes.map((_, i) => i);
   const every = Math.ceil(at.length / 8);
   const tickvals = at.filter((i) => i % every === 0);
-  return { at, axis: { tickvals, ticktext: tickvals.map((i) => clipped(data.probes[i].label)) } };
+  const ticktext = tickvals.map((i) => clipped(data.probes[i].label));
+  return { at, axis: { tickvals, ticktext, ticklabeloverflow: "allow", range: [-0.5, at.length - 0.5] } };
 }
 
 const beyond = (x, range) => known(x) && range && (x < range[0] || x > range[1]);
