@@ -19,8 +19,7 @@ const fixed = (value, digits = 2) =>
       : "–";
 const percent = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
 const short = (name) => name.replace(/\.weight$/, "");
-const cut = (name) => (name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
-const clipped = (name) => plain(cut(name));
+const clipped = (name) => plain(name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
 const middle = (values) => {
   const sorted = values.filter(known).sort((a, b) => a - b);
   const half = sorted.length >> 1;
@@ -161,7 +160,7 @@ function draw(id, [traces, layout], c) {
     paper_bgcolor: c.card,
     plot_bgcolor: c.card,
     font: { color: c.ink, size: 12, family: getComputedStyle(document.body).fontFamily },
-    margin: { l: 58, r: 14, t: 12, b: 46, ...layout.margin },
+    margin: { l: 58, r: 14, t: 12, b: 46 },
     showlegend: entries.length > 1,
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
     hoverlabel: {

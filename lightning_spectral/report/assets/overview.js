@@ -63,16 +63,7 @@ function withBars(data, range) {
   return [low, high];
 }
 
-// Names slant to the lower left: the first ones need room that the axis has not. In pixels, of a figure's width.
-function roomForNames(names, edge, width) {
-  const [letter, slope] = [6.6, Math.cos((35 * Math.PI) / 180)];
-  const place = (i) => (i + edge) / (names.length - 1 + 2 * edge);
-  const needs = names.map((name, i) => (letter * slope * name.length - place(i) * width) / (1 - place(i)));
-  return Math.max(58, ...needs);
-}
-
-function depthFigure(data, state, c, width) {
-  const wide = width > 640;
+function depthFigure(data, state, c, wide) {
   const read = (layer) => value(data, state.probe, layer, "alpha");
   const range = withBars(
     data,
@@ -80,7 +71,6 @@ function depthFigure(data, state, c, width) {
   );
   const edge = Math.max(0.6, 0.015 * data.layers.length);
   const named = wide && data.layers.length <= 30;
-  const names = data.layers.map((name) => cut(short(name)));
   return [
     points(
       data,
@@ -91,7 +81,6 @@ function depthFigure(data, state, c, width) {
       (layer) => value(data, state.probe, layer, "alpha_stderr"),
     ),
     {
-      ...(named ? { margin: { l: roomForNames(names, edge, width) } } : {}),
       xaxis: {
         range: [-edge, data.layers.length - 1 + edge],
         title: named
@@ -100,9 +89,9 @@ function depthFigure(data, state, c, width) {
         ...(named
           ? {
               tickvals: data.layers.map((_, i) => i),
-              ticktext: names.map(plain),
+              ticktext: data.layers.map((name) => clipped(short(name))),
               tickangle: -35,
-              // Else plotly leaves out the names that go beyond the axis.
+              // Else plotly leaves out the first names, which go beyond the axis, and makes no room for them.
               ticklabeloverflow: "allow",
             }
           : {}),

@@ -288,7 +288,7 @@ function showOverview() {
   get("thick").textContent = medianKinds(data).length ? "median by kind" : "median";
   if (!state.plots) return;
   const c = colours();
-  if (plots.depth[0]) draw("depth", depthFigure(data, state, c, get("depth").clientWidth), c);
+  if (plots.depth[0]) draw("depth", depthFigure(data, state, c, get("depth").clientWidth > 640), c);
   if (plots.transfer[0]) draw("transfer", transferFigure(data, state, c), c);
   if (plots.training[0]) draw("training", trainingFigure(data, state, c), c);
 }
