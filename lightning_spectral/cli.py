@@ -294,9 +294,10 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from lightning_spectral.report.page import check_target, default_target, is_page, write_page
+    from lightning_spectral.report.page import is_page, write_page
     from lightning_spectral.report.read import read_run
     from lightning_spectral.report.run import RunError
+    from lightning_spectral.report.target import check_target, default_target
 
     inputs = [Path(path) for path in options.run]
     target = default_target(inputs) if options.output is None else Path(options.output)

@@ -229,7 +229,8 @@ def test_a_log_shows_what_there_is(browser, steps, tmp_path):
 
 
 NOTES = "document.querySelector('#{} .annotation')?.textContent"
-TICKS = "[...document.querySelectorAll('#{} .xtick text')].filter(tick => tick.checkVisibility()).map(tick => tick.textContent)"
+VISIBLE = "[...document.querySelectorAll('#{} .xtick text')].filter(tick => tick.checkVisibility())"
+TICKS = f"{VISIBLE}.map(tick => tick.textContent)"
 
 
 def test_axes_hold_all_fits_to_trust_and_say_what_else_is_outside(browser, tmp_path):

@@ -212,7 +212,7 @@ def test_a_tensorboard_log_alone_beside_a_csv_log_and_without_its_reader(log, tm
     beside = read_run([log])
     assert beside.sources == (f"CSV log {log / 'metrics.csv'}",)
     assert beside.left_out == (
-        f"TensorBoard log {log}: taken for the same scalars as the CSV log; give it by name to read it",
+        f"TensorBoard log {log}: taken for the same scalars as the CSV log; name its file to have it read",
     )
     assert page_data(beside)["notes"][-1] == f"Left out: {beside.left_out[0]}."
     monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
@@ -381,6 +381,7 @@ HEAD = b"spectral/layers_measured,spectral/alpha_median,spectral/a/alpha\n"
         ("gone", None, "no such file or folder"),
         ("notes.txt", b"hello", "not a file that can be read; give a CSVLogger's"),
         ("metrics.csv", b"step,loss\n0,1.0\n", "holds nothing that a SpectralProbe logged"),
+        ("events.out.tfevents.1", b"nonsense", "holds nothing that a SpectralProbe logged"),
         ("metrics.csv", b"", "holds nothing that a SpectralProbe logged"),
         ("metrics.csv", b"\xff\xfe\x00", "no CSV file that can be read"),
         ("metrics.csv", HEAD + b"1,2.0,blue\n", "spectral/a/alpha should be a number, got 'blue'"),

@@ -86,7 +86,7 @@ def _in_folder(files: Iterable[Path]) -> tuple[list[Found], list[str]]:
             found.setdefault("JSON report", {})[file] = None
     first, *others = [log for log in LOGS if log in found] or [""]
     left_out = [
-        f"{log} {file}: taken for the same scalars as the {first}; give it by name to read it"
+        f"{log} {file}: taken for the same scalars as the {first}; name its file to have it read"
         for log in others
         for file in found.pop(log)
     ]
