@@ -3,13 +3,15 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= test,lint,docs
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 FUZZ_EXAMPLES ?= 500
 
-.PHONY: demo test fuzz lint docs ablation paper baselines clean
+.PHONY: demo test test-oldest fuzz lint docs ablation paper baselines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -22,6 +24,10 @@ test: $(READY)
 # Random networks, losses and options against dense Hessians, others each time: a few minutes. For each night.
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/test_fuzz.py --hypothesis-show-statistics
+
+# The same with the oldest versions that pyproject.toml allows, but for torch.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -46,10 +52,10 @@ paper: $(READY)
 baselines: $(READY)
 	$(BIN)/python tests/test_figure_images.py
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test,lint,docs]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-runs ablation-runs paper-runs site
+	rm -rf $(VENV) .venv-oldest demo-runs ablation-runs paper-runs site

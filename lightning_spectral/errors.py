@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -37,6 +38,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     # Only CUDA has a class of its own for it.
     text = str(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def refused(error: BaseException) -> str:
+    """What torch.load with weights_only=True would not read, without its advice to execute it; else nothing.
+
+    >>> refused(ValueError("Do that. WeightsUnpickler error: Unsupported global: GLOBAL os.system was not an allowed"))
+    'Unsupported global: GLOBAL os.system'
+    >>> refused(ValueError("no such file"))
+    ''
+    """
+    found = re.search(r"WeightsUnpickler error:\s*(.+?)(?: was not| Please|\n|$)", str(error))
+    return found.group(1) if found else ""
 
 
 def by_cause(failed: Mapping[str, str]) -> list[str]:

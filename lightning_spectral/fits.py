@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_spectral.encoding import number, numbers
+from lightning_spectral.encoding import checked, number, numbers
 
 RankModel = Literal["power_law", "exponential", "lognormal"]
 
@@ -48,7 +48,7 @@ class PowerLawFit:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PowerLawFit:
         """The inverse of `encoding.plain`."""
-        return cls(**numbers(data, skip=("dropped",)))
+        return checked(cls(**numbers(data, skip=("dropped",))))
 
 
 @dataclass(frozen=True)

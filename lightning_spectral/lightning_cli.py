@@ -16,7 +16,7 @@ import yaml
 from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import lightning_cli, package_of
 from lightning_spectral.optim.spectral_newton import SpectralNewton
-from lightning_spectral.sources import imported
+from lightning_spectral.sources import imported, loaded
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI as _LightningCLI
@@ -76,13 +76,25 @@ class NamedGroups(_LightningCLI):
         return config if self.subcommand is None else config[self.subcommand]
 
 
+class _PlainCheckpoints(_LightningCLI):
+    """Refuse a ``--ckpt_path`` that would execute code: Lightning 2.4 loads whatever it is given."""
+
+    def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
+        """Parse, then look into the checkpoint before Lightning does."""
+        super().parse_arguments(*args, **kwargs)
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path and Path(path).is_file():
+            loaded(Path(path), "--ckpt_path", "Trainer.fit(ckpt_path=...) in a program of your own loads one you trust")
+
+
 def spectral_cli(package: str = "pytorch_lightning") -> type[_LightningCLI]:
     """The LightningCLI of a package with `NamedGroups`.
 
     Raises:
         ImportError: without jsonargparse.
     """
-    return type("SpectralCLI", (NamedGroups, lightning_cli(package)), {})
+    return type("SpectralCLI", (_PlainCheckpoints, NamedGroups, lightning_cli(package)), {})
 
 
 def run(arguments: Sequence[str], *, from_command_line: bool) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_spectral.encoding import number, plain
+from lightning_spectral.encoding import checked, number, plain
 from lightning_spectral.errors import by_cause
 from lightning_spectral.fits import RankModel
 from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum
@@ -134,7 +134,8 @@ class SpectralReport:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: if the data is no report, or one of another version, older or newer.
+            ValueError: if the data is no report, or one of another version, older or newer; of data that only looks
+                like one, any of `encoding.UNREADABLE`.
         """
         if data.get("format") != FORMAT:
             raise ValueError(f"expected a {FORMAT} of version {FORMAT_VERSION}, got the format {data.get('format')!r}")
@@ -148,7 +149,7 @@ class SpectralReport:
         values["warnings"] = tuple(data["warnings"])
         for name in ("loss", "seconds", "check_error"):
             values[name] = number(data[name])
-        return cls(**values)
+        return checked(cls(**values))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Standard JSON text, also written to a file if a path is given."""

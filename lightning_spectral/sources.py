@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_spectral.errors import first_line, some_of
+from lightning_spectral.errors import first_line, refused, some_of
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 from lightning_spectral.loaders import first_batches
 from lightning_spectral.loss import LossFunction
@@ -60,6 +60,22 @@ def imported(path: str, option: str) -> Any:
             raise SourceError(f"{option} {path}: {module} has no {name!r}{what}")
         found = getattr(found, part)
     return found
+
+
+def loaded(path: Path, option: str, remedy: str) -> Any:
+    """What a checkpoint's file holds, if it is tensors and plain values, which nothing is executed for.
+
+    Raises:
+        SourceError: if it is not; the message ends in what would do.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        # Whatever bytes may raise in torch.load.
+        why = refused(error) or first_line(error)
+        raise SourceError(
+            f"{option} {path}: no checkpoint that loads with weights_only=True ({why}); {remedy}"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +121,7 @@ class Checkpoint:
         if not path.is_file():
             folder = "; of a sharded checkpoint, make one file first" if path.is_dir() else ""
             raise SourceError(f"--checkpoint {path}: no such file{folder}")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:
-            # Whatever bytes may raise in torch.load, whose own advice is to load code that may be anyone's.
-            raise SourceError(
-                f"--checkpoint {path}: no checkpoint that loads with weights_only=True ({first_line(error)}); "
-                "a file of torch.save(model.state_dict()) does"
-            ) from error
+        content = loaded(path, "--checkpoint", "a file of torch.save(model.state_dict()) does")
         if not isinstance(content, Mapping):
             raise SourceError(f"--checkpoint {path}: a {type(content).__name__}, and no state dict or checkpoint")
         key = next((key for key in STATES if _is_state(content.get(key))), None)

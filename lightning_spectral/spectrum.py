@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.alignment import KroneckerFactors, LayerAlignment
-from lightning_spectral.encoding import number, numbers, plain
+from lightning_spectral.encoding import checked, number, numbers, plain
 from lightning_spectral.fits import (
     MIN_POINTS,
     PowerLawFit,
@@ -249,7 +249,7 @@ class LayerSpectrum:
         for name, part in PARTS.items():
             of_part = values.pop(name)
             read[name] = None if of_part is None else part.from_dict(of_part)
-        return cls(**read, **numbers(values))
+        return checked(cls(**read, **numbers(values)))
 
 
 PARTS: dict[str, Any] = {

@@ -160,8 +160,8 @@ def _negative(layers: Sequence[Exponents]) -> str:
     negative = [x for x in layers if x.negative > 0]
     if not negative:
         return ""
-    total, most = int(sum(x.negative for x in negative)), max(negative, key=lambda x: x.negative)
+    total, most = sum(x.negative for x in negative), max(negative, key=lambda x: x.negative)
     return (
-        f"{total} direction{'s' if total > 1 else ''} of negative curvature, left out of the fits, "
-        f"in {len(negative)} layer{'s' if len(negative) > 1 else ''}; most in {most.short} ({int(most.negative)})."
+        f"{total:.0f} direction{'s' if total > 1 else ''} of negative curvature, left out of the fits, "
+        f"in {len(negative)} layer{'s' if len(negative) > 1 else ''}; most in {most.short} ({most.negative:.0f})."
     )

@@ -275,6 +275,10 @@ def test_options_and_models_out_of_range(model, options, message):
         ({"loss_fn": "mse"}, "loss_fn must be a callable .* got 'mse'"),
         ({"prefix": "/a"}, "prefix must be a name"),
         ({"prefix": ""}, "prefix must be a name"),
+        ({"prefix": "../a"}, "prefix must be a name"),
+        ({"prefix": "a/./b"}, "prefix must be a name"),
+        ({"prefix": "a\\..\\b"}, "prefix must be a name"),
+        ({"prefix": "a//b"}, "prefix must be a name"),
     ],
 )
 def test_probe_options_raise_at_construction(options, message):

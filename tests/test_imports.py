@@ -64,12 +64,12 @@ ALLOWED = {
     "summary": {"analysis", "errors", "record"},
     "optim": {"errors", "kinds", "layers", "optim", "precision", "processes", "sharding"},
     "report": {
-        "", "alignment", "analysis", "costs", "errors", "estimate", "fits", "kinds", "optim", "plan", "record",
-        "report", "spectrum", "summary",
+        "", "alignment", "analysis", "costs", "encoding", "errors", "estimate", "fits", "kinds", "optim", "plan",
+        "record", "report", "spectrum", "summary",
     },
     "callbacks": {
-        "batch", "callbacks", "curvature", "errors", "interrupts", "kinds", "layers", "loaders", "loss", "measure",
-        "optim", "options", "processes", "quiet", "record", "report", "spectrum",
+        "batch", "callbacks", "curvature", "encoding", "errors", "interrupts", "kinds", "layers", "loaders", "loss",
+        "measure", "optim", "options", "processes", "quiet", "record", "report", "spectrum",
     },
     "demo": {"callbacks", "demo", "record", "report"},
     "lightning_cli": {"callbacks", "optim", "sources"},

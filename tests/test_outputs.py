@@ -29,6 +29,7 @@ from lightning_spectral.callbacks import outputs
 from lightning_spectral.callbacks.logged import PROBE_KEYS, Logged, charts
 from lightning_spectral.callbacks.outputs import alpha_by_depth
 from lightning_spectral.report import RunError, read_run
+from lightning_spectral.report.layer_tables import wandb_tables
 from lightning_spectral.report.read import wandb_records
 from lightning_spectral.report.trackers import Row, tracker_of
 
@@ -43,6 +44,7 @@ def deep(n=29):
 
 def offline_run(folder, probe, module=None, steps=5):
     """The records of a training's W&B run and its folder of files."""
+    pytest.importorskip("wandb", minversion="0.28", reason="`wandb leet inspect`, which reads a run, is not there")
     tracker = WandbLogger(project="p", save_dir=folder, offline=True)
     fit(
         module or Tiny(), [probe], data=Repeated(batch_of()), batch_size=None, steps=steps, logger=[tracker],
@@ -138,6 +140,8 @@ def test_wandb_run_is_read_back_as_a_run(tmp_path):
             known = {key: value for key, value in x.scalars().items() if math.isfinite(value)}
             assert all(same(read.layers[name][key], value) for key, value in known.items())
             assert (read.facts[name].kind, read.facts[name].shape) == (x.kind, x.shape)
+    with pytest.raises(RunError, match=r"run-x.wandb names a table that is outside of its folder: .*files/\.\./t.json"):
+        wandb_tables(files / "run-x.wandb", [{"p/layers.path": "../t.json"}], "step", "p")
     first, second, *_ = sorted((files / "media" / "table" / "my" / "probe").glob("layers_*"))
     first.unlink()
     run = read_run([files.parent])

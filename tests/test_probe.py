@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
 from lightning_spectral.callbacks.logged import CURVES, LOGGED_LAYERS, PER_LAYER, PROBE_KEYS
+from lightning_spectral.callbacks.warned import MOST_CAUSES, WarnOnce
 from lightning_spectral.record import REPORT_KEYS
 from lightning_spectral.spectrum import LAYER_KEYS
 
@@ -487,6 +488,30 @@ def test_warnings_come_once_per_cause_whatever_the_numbers():
         for text in ("step 3: the loss is nan", "step 17: the loss is nan", "step 20: the loss is 1.5e+3", "other"):
             probe._warn_once(text)
     assert [str(w.message) for w in caught] == ["step 3: the loss is nan", "other"]
+
+
+def told_once(texts):
+    warn = WarnOnce()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for text in texts:
+            warn(text)
+    return [str(w.message) for w in caught], warn
+
+
+def test_addresses_and_shapes_make_no_new_cause_and_names_of_layers_do():
+    addresses = ["<Tokens object at 0x7f3a12c0> is empty", "<Tokens object at 0x55d0ab10> is empty"]
+    shapes = ["shapes cannot be multiplied (16x64 and 32x10)", "shapes cannot be multiplied (7x60 and 32x10)"]
+    layers = ["blocks.0.weight: dead", "blocks.1.weight: dead", "x0x1: dead", "x0x2: dead"]
+    assert told_once([*addresses, *shapes, *layers])[0] == [addresses[0], shapes[0], *layers]
+
+
+def test_a_text_that_is_new_at_each_probe_is_told_so_often_and_kept_no_longer():
+    told, warn = told_once(f"sample_{i} is broken" for i in range(3 * MOST_CAUSES))
+    assert told[:MOST_CAUSES] == [f"sample_{i} is broken" for i in range(MOST_CAUSES)]
+    assert len(told) == MOST_CAUSES + 1
+    assert "100 different warnings were given" in told[-1]
+    assert len(warn._told) == MOST_CAUSES + 1
 
 
 @pytest.mark.parametrize("module_class", [ConvNet, GPT])

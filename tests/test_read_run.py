@@ -162,6 +162,7 @@ def test_logged_keys_are_all_read(log):
 
 
 def test_wandb_offline_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", minversion="0.28", reason="`wandb leet inspect`, which reads a run, is not there")
     monkeypatch.setenv("WANDB_SILENT", "true")
     tracker = logged(WandbLogger(project="p", save_dir=tmp_path, offline=True))
     folder = Path(tracker.experiment.dir).parent
@@ -183,7 +184,7 @@ def test_wandb_without_its_reader(tmp_path, monkeypatch):
         read_run([file])
     old = subprocess.CompletedProcess([], 2, "", "Usage: ...\n\nError: No such command 'leet'.")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: old)
-    with pytest.raises(RunError, match="needs `wandb leet inspect`: pip install --upgrade wandb"):
+    with pytest.raises(RunError, match=r"needs `wandb leet inspect` of W&B 0\.28: pip install --upgrade wandb"):
         read_run([file])
 
 
@@ -391,6 +392,8 @@ HEAD = b"spectral/layers_measured,spectral/alpha_median,spectral/a/alpha\n"
         ("r.json", b"[]", "no report that can be read"),
         ("r.json", b"{}", "expected a lightning-spectral-report"),
         ("r.json", b'{"format": "lightning-spectral-report", "version": 99}', "of version"),
+        ("r.json", b"[" * 100_000, "no report that can be read"),
+        ("metrics.csv", b"step," + HEAD + b"inf,inf,2.0,blue\n", "should be a number, got 'blue'"),
         ("x.ckpt", b"nonsense", "no checkpoint that loads with weights_only=True"),
         ("x.ckpt", b"", "no checkpoint that loads with weights_only=True"),
     ],
@@ -415,6 +418,8 @@ class Code:
     [
         ({}, "is no checkpoint of a Trainer with a SpectralProbe"),
         ([1, 2], "is no checkpoint of a Trainer with a SpectralProbe"),
+        ({"callbacks": [1]}, "is no checkpoint of a Trainer with a SpectralProbe"),
+        ({"callbacks": {SpectralProbe(1).state_key: [1]}}, "is no checkpoint of a Trainer with a SpectralProbe"),
         ({"callbacks": {"EarlyStopping": {}}}, "is no checkpoint of a Trainer with a SpectralProbe"),
         ({"callbacks": {SpectralProbe(1).state_key: {"last_report": None}}}, "the probe measured nothing"),
         ({"callbacks": {SpectralProbe(1).state_key: {"last_report": {"format": "x"}}}}, "its report cannot be read"),
@@ -433,6 +438,38 @@ def test_report_with_a_field_missing(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(data))
     with pytest.raises(RunError, match=r"no report that can be read \(no 'sigma'\)"):
         read_run([tmp_path / "r.json"])
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        (("layers", "a", "kind"), 5, "kind must be str, got 5"),
+        (("layers", "a", "shape"), [1, 2, 3], r"shape must be tuple\[int, int\], got \(1, 2, 3\)"),
+        (("layers", "a", "n_usable"), 10**30, "n_usable must be int, got 10+"),
+        (("layers", "a", "alpha", "intercept"), [], r"intercept must be float, got \[\]"),
+        (("layers", "a", "sigma"), [10**400], "int too large"),
+        (("skipped",), {"b": 1}, r"skipped must be dict\[str, str\], got \{'b': 1\}"),
+        (("warnings",), [1], r"warnings must be tuple\[str, ...\], got \(1,\)"),
+        (("step",), "1", r"step must be int \| None, got '1'"),
+    ],
+)
+def test_report_with_a_wrong_value(tmp_path, where, value, says):
+    data = part = report(layer("a")).to_dict()
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = value
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    with pytest.raises(RunError, match=rf"no report that can be read \({says}"):
+        read_run([tmp_path / "r.json"])
+
+
+def test_a_log_of_infinities_makes_a_page(tmp_path):
+    file = bad(
+        tmp_path, "metrics.csv", b"step," + HEAD.strip() + b",spectral/a/negative_curvature\ninf,inf,2.0,1.0,inf\n"
+    )
+    (probe,) = read_run([file]).probes
+    assert (probe.step, probe.n_layers) == (None, 1)
+    assert main(["report", str(file)]) == 0
 
 
 def test_folders_with_no_run_and_with_several(tmp_path):

@@ -22,7 +22,7 @@ from examples.paper.data import Parts, Scale, fixed_order, image_parts, standard
 
 TINY_IMAGENET = Archive(
     "tiny-imagenet-200.zip",
-    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "md5:90528d7ca1a48142e341f4ef8d21d0de",
 )
 TINY_SIZE = 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from lightning_spectral.callbacks.outputs import OutputOptions, Outputs
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.warned import WarnOnce
+from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.interrupts import interruption
 from lightning_spectral.kinds import Kind
@@ -171,8 +173,12 @@ class SpectralProbe(AnyCallback):
         if fixed_samples is not None and max_samples is not None:
             raise ValueError("max_samples cuts each batch, fixed_samples what is kept in all; give one of them")
         self._history: deque[SpectralReport] = deque(maxlen=_at_least_one("history_size", history_size))
-        if not prefix or prefix != prefix.strip("/"):
-            raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
+        # Trackers make paths of files of it.
+        if {"", ".", ".."} & set(re.split(r"[/\\]", prefix)):
+            raise ValueError(
+                f"prefix must be a name without slashes at its ends, or names with one slash between them, none of "
+                f"them . or .., got {prefix!r}"
+            )
         self.prefix = prefix
         self._warn_once = WarnOnce()
         self.logged = Logged(log_layers, log_quantities, self.options.parts, self._warn_once)
@@ -391,7 +397,7 @@ class SpectralProbe(AnyCallback):
         saved = state_dict.get("last_report")
         try:
             self._last_report = None if saved is None else SpectralReport.from_dict(saved)
-        except (ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             self._last_report = None
             self._warn_once(
                 f"the checkpoint's last report cannot be read ({error}); there is none until the next probe"

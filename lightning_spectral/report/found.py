@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.errors import some_of
 from lightning_spectral.record import FORMAT
 from lightning_spectral.report.run import RunError
@@ -111,6 +112,6 @@ def _reader_of(path: Path) -> str:
 def _is_report(path: Path) -> bool:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (*UNREADABLE, OSError):
         return False
     return isinstance(data, dict) and data.get("format") == FORMAT

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.report.run import LayerFacts, Probe, RunError
 from lightning_spectral.spectrum import LAYER_KEYS
 
@@ -52,21 +53,24 @@ def wandb_tables(run: Path, rows: Iterable[Mapping[str, Any]], step_key: str, pr
     """The tables that the rows of a W&B run's history name, and those of them that are not there.
 
     Raises:
-        RunError: if a file is no such table.
+        RunError: if a file is no such table, or not of the run.
     """
     tables: Tables = {}
     missing: list[str] = []
     for row in rows:
         if not (name := row.get(f"{prefix}/layers.path")):
             continue
-        path = run.parent / "files" / str(name)
+        files = run.parent / "files"
+        path = files / str(name)
+        if not path.resolve().is_relative_to(files.resolve()):
+            raise RunError(f"{run} names a table that is outside of its folder: {path}")
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
             heading = ["step", *table["columns"]]
             lines = [[row[step_key], *("" if cell is None else cell for cell in line)] for line in table["data"]]
         except FileNotFoundError:
             missing.append(f"the table {path} of step {row.get(step_key)}: no such file")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (*UNREADABLE, OSError) as error:
             raise RunError(f"{path}: no table that can be read ({type(error).__name__}: {error})") from error
         else:
             _add(tables, path, [dict(zip(heading, map(str, line), strict=False)) for line in lines])

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lightning_spectral.costs import FACTOR
 from lightning_spectral.errors import by_cause, some_of
 from lightning_spectral.estimate import Cost
 from lightning_spectral.plan import Plan
+from lightning_spectral.report.cells import literal
 
 PLAN_WIDTH = 100
 """Width that the tables need."""
@@ -38,16 +38,16 @@ def print_plan(plan: Plan, *, every_layer: bool = False, console: Console | None
     """
     console = Console() if console is None else console
     console.width = max(console.width, PLAN_WIDTH)
-    console.print(f"\n{escape(plan.model)}: {plan.parameters:,} parameters, {len(plan.layers)} matrices to measure")
+    console.print(literal(f"{plan.model}: {plan.parameters:,} parameters, {len(plan.layers)} matrices to measure"))
     console.print(_layers(plan) if every_layer else _groups(plan))
     for text in by_cause(plan.skipped):
-        console.print(f"left out: {escape(text)}", soft_wrap=True)
+        console.print(literal(f"left out: {text}"), soft_wrap=True)
     if plan.unreached:
-        console.print(f"would fail, as the loss does not depend on it: {escape(some_of(plan.unreached))}")
+        console.print(literal(f"would fail, as the loss does not depend on it: {some_of(plan.unreached)}"))
     if plan.why:
-        console.print(f"curvature by {escape(plan.why)}", soft_wrap=True)
+        console.print(literal(f"curvature by {plan.why}"), soft_wrap=True)
     for text in plan.unknown:
-        console.print(f"cannot be told: {escape(text)}", soft_wrap=True)
+        console.print(literal(f"cannot be told: {text}"), soft_wrap=True)
     console.print(_costs(plan))
     shown = [plan.costs[plan.method]] if plan.method in plan.costs else list(plan.costs.values())
     for cost in shown:
@@ -97,7 +97,7 @@ def _layers(plan: Plan) -> Table:
     table = _table(("layer", "kind", "shape"), ("directions",))
     for name, layer in plan.layers.items():
         shape = _shape(layer.shape, layer.groups)
-        table.add_row(escape(name), layer.kind, shape, str(plan.directions.get(name, 0)))
+        table.add_row(literal(name), layer.kind, shape, str(plan.directions.get(name, 0)))
     return table
 
 
@@ -161,5 +161,5 @@ def _savings(plan: Plan) -> Table:
     table = _table(("option",), ("training steps", "memory"))
     for saving in plan.savings:
         option = saving.option + (f" ({saving.note})" if saving.note else "")
-        table.add_row(escape(option), _range(*saving.cost.steps), size_of(saving.cost.memory.peak))
+        table.add_row(literal(option), _range(*saving.cost.steps), size_of(saving.cost.memory.peak))
     return table

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from lightning_spectral.errors import some_of
+from lightning_spectral.encoding import UNREADABLE
+from lightning_spectral.errors import refused, some_of
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.report.found import Found, find, short_names
 from lightning_spectral.report.joined import check_networks, in_order
@@ -106,7 +107,7 @@ def _sources(found: Sequence[Found]) -> tuple[str, ...]:
 def _read_json(path: Path, prefix: str | None) -> Reading:
     try:
         return Reading(str(path), [Probe.of(SpectralReport.from_json(path), path.stem)])
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (*UNREADABLE, OSError) as error:
         raise RunError(f"{path}: no report that can be read ({_why(error)})") from error
 
 
@@ -114,21 +115,22 @@ def _read_checkpoint(path: Path, prefix: str | None) -> Reading:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        # Whatever bytes may raise in torch.load. Its own advice is to load code that may be anyone's.
+        # Whatever bytes may raise in torch.load.
         raise RunError(
-            f"{path}: no checkpoint that loads with weights_only=True ({_why(error)}); "
+            f"{path}: no checkpoint that loads with weights_only=True ({refused(error) or _why(error)}); "
             "a CSV log, or JSON of probe.last_report, can be read instead"
         ) from error
     callbacks = data.get("callbacks") if isinstance(data, dict) else None
-    states = {k: v for k, v in (callbacks or {}).items() if str(k).startswith("SpectralProbe{")}
-    by_prefix = {_prefix_of(key): state for key, state in states.items()}
+    kept = callbacks.items() if isinstance(callbacks, dict) else ()
+    states = {k: v for k, v in kept if str(k).startswith("SpectralProbe{") and isinstance(v, dict)}
+    by_prefix = {_prefix_of(str(key)): state for key, state in states.items()}
     state = by_prefix[choose(path, by_prefix, prefix, "is no checkpoint of a Trainer with a SpectralProbe")]
     saved = state.get("last_report")
     if saved is None:
         return Reading(str(path), [])
     try:
         return Reading(str(path), [Probe.of(SpectralReport.from_dict(saved), path.stem)])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise RunError(f"{path}: its report cannot be read ({_why(error)})") from error
 
 
@@ -159,12 +161,12 @@ def wandb_records(path: str | Path) -> list[dict[str, Any]]:
     # Python's -m looks into the current folder first, which may hold a wandb.py, or W&B's own folder of runs.
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, encoding="utf-8", env=environment, cwd=folder
+            command, capture_output=True, check=False, encoding="utf-8", errors="replace", env=environment, cwd=folder
         )
     if done.returncode:
         missing = "No module named" in done.stderr or "No such" in done.stderr
         what = (
-            "reading it needs `wandb leet inspect`: pip install --upgrade wandb"
+            "reading it needs `wandb leet inspect` of W&B 0.28: pip install --upgrade wandb"
             if missing
             else f"no W&B run that can be read ({_why(done.stderr)})"
         )
@@ -174,7 +176,7 @@ def wandb_records(path: str | Path) -> list[dict[str, Any]]:
 
 def _read_wandb(path: Path, prefix: str | None) -> Reading:
     """The history in an offline run's file, and the tables beside it."""
-    rows = [record["history"]["item"] for record in wandb_records(path) if record.get("type") == "history"]
+    rows = [record["history"].get("item", {}) for record in wandb_records(path) if record.get("type") == "history"]
     chosen = probe_in(path, rows, prefix)
     tables, missing = wandb_tables(path, rows, STEP, chosen)
     return Reading(str(path), with_tables(logged(path, rows, STEP, chosen), tables), tuple(missing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ def logged(path: Path, rows: Sequence[Mapping[str, Any]], step_key: str, chosen:
             continue
         step = _number(path, row, step_key)
         counted = (_number(path, row, f"{chosen}/{key}") for key in (MARK, "layers_failed"))
-        n_layers = sum(int(value) for value in counted if value == value)
+        n_layers = sum(int(value) for value in counted if math.isfinite(value))
         loss = _number(path, row, f"{chosen}/loss")
-        whole = int(step) if step == step else None
+        whole = int(step) if math.isfinite(step) else None
         label = f"probe {len(probes) + 1}" if whole is None else f"step {whole}"
         kinds = _kinds_in(path, row, f"{chosen}/kind/")
         probes.append(Probe(whole, label, loss, layers, None, max(n_layers, len(layers)), kinds=kinds))

@@ -6,12 +6,12 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lightning_spectral.analysis import GOOD_FIT, compare_kinds, trusted
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.report.cells import fixed, name_of, new_table, percent
+from lightning_spectral.report.cells import fixed, literal, name_of, new_table, percent
 from lightning_spectral.report.requested import requested_of
 from lightning_spectral.spectrum import LayerSpectrum
 
@@ -62,7 +62,7 @@ def print_report(
         console.print(f"{left} of {len(report.layers)} layers are not shown\n", style="dim")
     console.print(kind_table(report, heading))
     for text in report.problems():
-        console.print(escape(text), style="yellow", soft_wrap=True)
+        console.print(literal(text), style="yellow", soft_wrap=True)
 
 
 def _print_table(console: Console, table: Table, caption: str) -> None:
@@ -96,16 +96,16 @@ def kind_table(report: SpectralReport, title: str = "") -> Table:
     table.add_column("alpha in the paper")
     for row in compare_kinds(report):
         numbers = (fixed(row.alpha), fixed(row.gamma), fixed(row.s), percent(row.transfer_error))
-        table.add_row(row.kind, str(row.layers), *numbers, fixed(row.pr_curvature), row.paper_alpha)
+        table.add_row(literal(row.kind), str(row.layers), *numbers, fixed(row.pr_curvature), row.paper_alpha)
     return table
 
 
-def _row(layer: LayerSpectrum) -> list[str]:
+def _row(layer: LayerSpectrum) -> list[str | Text]:
     m, n = layer.shape
     used, all_points = layer.alpha.n_used, len(layer.sigma)
     return [
         name_of(layer),
-        layer.kind,
+        literal(layer.kind),
         f"{m}x{n}" + (f" /{layer.groups}" if layer.groups > 1 else ""),
         f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)}",
         fixed(layer.alpha.r2),

@@ -7,9 +7,11 @@ imported where it is used.
 from __future__ import annotations
 
 import csv
+import html
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,8 +110,7 @@ class WandbTracker(Tracker):
 
     def write(self, row: Row) -> None:
         """Hide the keys beyond the charts, and log the row; without media where they fail."""
-        with self.trying(" which keys have charts"):
-            self._hide(row)
+        self._hide(row)
         media: dict[str, Any] = {}
         with self.trying(" figures"):
             media |= {f"{row.prefix}/figures/{name}": _wandb_image(figure) for name, figure in row.figures.items()}
@@ -126,8 +127,10 @@ class WandbTracker(Tracker):
         before = getattr(self.logger, "_prefix", "")
         for key in sorted(row.scalars.keys() - set(row.charted) - self._defined):
             name = f"{before}-{key}" if before else key
-            self.logger.experiment.define_metric(name, step_metric=STEP, step_sync=True, hidden=True)
-            self._defined.add(key)
+            # One that W&B does not take, with an asterisk in it, leaves the others.
+            with self.trying(" which keys have charts"):
+                self.logger.experiment.define_metric(name, step_metric=STEP, step_sync=True, hidden=True)
+                self._defined.add(key)
 
 
 def _wandb_image(figure: Figure) -> Any:
@@ -276,4 +279,8 @@ def _cell(value: Any) -> Any:
 def _markdown(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    # Names are no Markdown, whose cells end at a bar or a line's end, and no HTML, which it lets through.
+    plain = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]|])", r"\\\1", plain)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.kinds import KINDS
 from lightning_spectral.report.figures.style import Dash, ground, ink, kind_style
+from lightning_spectral.report.figures.ticks import literal
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -26,7 +27,7 @@ def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
     order = [kind for kind in KINDS if kind in found] + [kind for kind in found if kind not in KINDS]
     style: Dash = "-" if line else "none"
     return [
-        Line2D([], [], color=colour, marker=marker, linestyle=style, label=kind.replace("_", " "))
+        Line2D([], [], color=colour, marker=marker, linestyle=style, label=literal(kind.replace("_", " ")))
         for kind in order
         for colour, marker in [kind_style(kind)]
     ]

@@ -25,7 +25,7 @@ from lightning_spectral.report.figures.style import (
     one_report,
     title,
 )
-from lightning_spectral.report.figures.ticks import log_ticks, short_name
+from lightning_spectral.report.figures.ticks import literal, log_ticks, short_name
 from lightning_spectral.spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _power_law(axes: Axes, layer: LayerSpectrum) -> set[str]:
     used, sigma, h = fitted_points(layer), layer.sigma, layer.h
     positive = (h > 0) & (sigma > 0)
     axes.set(xscale="log", yscale="log")
-    axes.set_title(short_name(layer.name, PANEL_NAME), fontsize=7)
+    axes.set_title(literal(short_name(layer.name, PANEL_NAME)), fontsize=7)
     _frame(axes, sigma[positive | (sigma > layer.noise_floor)], h[positive])
     if bool(used.any()):
         _fit_line(axes, layer, sigma[used])
@@ -253,7 +253,7 @@ def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:
     values = rank_values(layer)
     noise = layer.spectrum[(layer.spectrum <= layer.noise_floor) & (layer.spectrum > 0)]
     axes.set(xscale="log", yscale="log")
-    axes.set_title(short_name(layer.name, PANEL_NAME), fontsize=7)
+    axes.set_title(literal(short_name(layer.name, PANEL_NAME)), fontsize=7)
     points: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 3.5}
     axes.plot(range(1, len(values) + 1), values.numpy(), label="sigma", **points)
     ranks = range(len(values) + 1, len(values) + len(noise) + 1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_spectral.fits import RankModel
 from lightning_spectral.record import SpectralReport
+from lightning_spectral.report.figures.ticks import literal
 from lightning_spectral.report.table import method_of
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def title(figure: Figure, text: str, reports: Sequence[SpectralReport], note: st
     count = f"{len(reports)} reports" if len(reports) > 1 else ""
     how = "curvature by " + ", ".join(dict.fromkeys(method_of(report) for report in reports))
     mode = ", ".join(dict.fromkeys(f"{report.mode} mode" for report in reports))
-    below = ", ".join(part for part in (span, count, how, mode, note) if part)
+    below = literal(", ".join(part for part in (span, count, how, mode, note) if part))
     characters = int(figure.get_figwidth() / TITLE_LETTER)
     lines = [line for part in (text, below) for line in textwrap.wrap(part, characters, break_long_words=False)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left")
@@ -208,4 +209,4 @@ def backing() -> dict[str, Any]:
 
 def say(axes: Axes, text: str) -> None:
     """Write in the middle of axes that have nothing to show why that is so."""
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", wrap=True, bbox=backing())
+    axes.text(0.5, 0.5, literal(text), transform=axes.transAxes, ha="center", va="center", wrap=True, bbox=backing())

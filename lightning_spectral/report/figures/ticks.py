@@ -31,6 +31,15 @@ def short_name(name: str, length: int = NAME_LENGTH) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
+def literal(text: str) -> str:
+    r"""A text that matplotlib draws as it is, where between two dollars it would read mathematics.
+
+    >>> literal("mix_$a$")
+    'mix_\\$a\\$'
+    """
+    return text.replace("$", r"\$")
+
+
 def name_ticks(axis: Axis, names: Sequence[str], room: float) -> None:
     """Ticks 0, 1, ... of an axis with the names of layers, every second, third, ... where all do not fit.
 
@@ -41,7 +50,7 @@ def name_ticks(axis: Axis, names: Sequence[str], room: float) -> None:
     """
     every = max(1, math.ceil(len(names) * LINE / room))
     shown = range(0, len(names), every)
-    axis.set_ticks(list(shown), [short_name(names[i]) for i in shown])
+    axis.set_ticks(list(shown), [literal(short_name(names[i])) for i in shown])
     if every > 1:
         axis.set_ticks(range(len(names)), minor=True)
 

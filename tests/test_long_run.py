@@ -1,0 +1,67 @@
+"""Hundreds of probes leave nothing behind: no graphs, no open files, no objects, no memory."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from pytorch_lightning.loggers import CSVLogger
+
+from lightning_spectral import SpectralProbe
+from lightning_spectral.curvature import Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from examples.benchmarks.long_run import MOST_GROWTH, RUNS, Watch, train  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
+
+EVERY = 50
+"""Probes between two looks, at each of which CSVLogger holds as many rows."""
+
+BLOCKS_PER_PROBE = 2
+"""Blocks of Python's allocator that may come per probe. One report holds 170, a text and its number two or three."""
+
+
+def growth(folder, probes, history_size=20):
+    """What is held at the end and was not after 50 probes, and the probe."""
+    watch, probe = Watch(EVERY), SpectralProbe(every_n_steps=1, top_k=4, log_tables=True, history_size=history_size)
+    train(probes, [probe, watch], CSVLogger(folder, flush_logs_every_n_steps=EVERY))
+    assert (probe.probes, probe.failed_probes) == (probes, 0)
+    return {key: value - watch.rows[0][key] for key, value in watch.rows[-1].items()}, probe
+
+
+def test_probes_leave_nothing_behind(tmp_path):
+    grown, probe = growth(tmp_path, 250)
+    assert [report.step for report in probe.history] == list(range(230, 250))
+    assert grown["graphs"] == 0
+    assert grown["files"] == 0
+    assert grown["blocks"] < 200 * BLOCKS_PER_PROBE
+    assert grown["memory_mb"] < 5
+
+
+def test_reports_and_graphs_that_are_kept_show(tmp_path, monkeypatch):
+    kept, run = [], Problem.run
+
+    def keep(self):
+        run(self)
+        kept.append(self.value)
+
+    monkeypatch.setattr(Problem, "run", keep)
+    grown, _ = growth(tmp_path, 100, history_size=100)
+    assert grown["graphs"] >= 50
+    assert grown["blocks"] > 50 * 100
+
+
+def test_the_readme_s_figures_are_the_benchmark_s():
+    runs = json.loads((ROOT / "examples/benchmarks/results/long_run_cpu.json").read_text())["figures"]
+    assert list(runs) == list(RUNS)
+    for run in runs.values():
+        assert all(run["growth"][key] <= most for key, most in MOST_GROWTH.items())
+    mb = {name: f"{run['growth']['memory_mb']:.2f}" for name, run in runs.items()}
+    shown = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"grew by {mb['csv']} MB with CSVLogger and {mb['wandb']} MB with W&B offline" in shown
+    assert f"and by {mb['csv, no probe']} and {mb['wandb, no probe']} MB where as many scalars were logged" in shown
