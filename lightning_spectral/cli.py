@@ -286,33 +286,41 @@ def _add_report(commands: Any) -> None:
         "run",
         nargs="+",
         metavar="RUN",
-        help="a CSVLogger's folder or metrics.csv; an offline W&B run's folder or .wandb file; a checkpoint of a "
-        "Trainer with a SpectralProbe; JSON files of SpectralReport.to_json, or a folder of them",
+        help="a CSVLogger's folder or metrics.csv; an offline W&B run's folder or .wandb file; a TensorBoardLogger's "
+        "folder or event file; a checkpoint of a Trainer with a SpectralProbe; JSON files of SpectralReport.to_json, "
+        "or a folder of them. Several are shown as one run, of one network",
     )
     report.add_argument(
         "--output",
         metavar="FILE",
-        help="where the page goes (report.html in RUN, or RUN's name.html); a page that is there is replaced",
+        help="where the page goes (report.html in RUN, or RUN's name.html; of several, report.html in the folder they "
+        "have in common); a page that is there is replaced",
     )
     report.add_argument("--force", action="store_true", help="replace any other file that is there, too")
     report.add_argument("--title", help="of the page (RUN's name)")
-    report.add_argument("--prefix", help="of the probe's keys, where a run holds several probes'")
+    report.add_argument("--prefix", help="of the probe's keys, where a log or checkpoint holds several probes'")
 
 
 def _report(options: argparse.Namespace) -> int:
     from lightning_spectral.report.page import is_page, write_page
     from lightning_spectral.report.read import read_run
     from lightning_spectral.report.run import RunError
+    from lightning_spectral.report.target import check_target, default_target
 
-    first = Path(options.run[0])
-    beside = first / "report.html" if first.is_dir() else first.with_suffix(".html")
-    target = Path(options.output or beside)
+    inputs = [Path(path) for path in options.run]
+    target = default_target(inputs) if options.output is None else Path(options.output)
     there = target.is_file()
     try:
+        if options.output is not None:
+            check_target(target)
         if there and not options.force and not is_page(target):
             raise RunError(f"{target} is there and no page of this command; give another --output, or --force")
-        run = read_run(options.run, prefix=options.prefix)
+        run = read_run(inputs, prefix=options.prefix)
         print(write_page(run, target, title=options.title))
+        # What lay in a folder is for the reader to know: others may have put more there.
+        said = [f"read {source}" for source in run.sources if any(path.is_dir() for path in inputs)]
+        for line in [*said, *(f"left out: {what}" for what in run.left_out)]:
+            print(f"lightning-spectral report: {line}", file=sys.stderr)
         if there:
             print(f"lightning-spectral report: {target} was there and is replaced", file=sys.stderr)
     except (RunError, ImportError) as error:

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_spectral import measure_spectra
 from lightning_spectral.alignment import KroneckerFactors
 from lightning_spectral.fraction import CurvatureFraction
-from lightning_spectral.report import run_of, write_page
+from lightning_spectral.report import read_run, run_of, write_page
 from lightning_spectral.report.run import Probe, Run
 from lightning_spectral.weights import WeightSpectrum
 
@@ -226,6 +226,68 @@ def test_a_log_shows_what_there_is(browser, steps, tmp_path):
     assert browser.evaluate("[...document.querySelectorAll('figure.spectral')].every(figure => figure.hidden)")
     assert browser.evaluate("document.querySelector('th[data-key=kind]')") is None
     assert browser.evaluate("document.querySelectorAll('.js-plotly-plot').length") == 4
+
+
+NOTES = "document.querySelector('#{} .annotation')?.textContent"
+VISIBLE = "[...document.querySelectorAll('#{} .xtick text')].filter(tick => tick.checkVisibility())"
+TICKS = f"{VISIBLE}.map(tick => tick.textContent)"
+
+
+def test_axes_hold_all_fits_to_trust_and_say_what_else_is_outside(browser, tmp_path):
+    def at(step, head, rough):
+        flat = [layer(f"c{i}", alpha=2.0 + i / 100, noise=0.05) for i in range(4)]
+        return report(*flat, layer("head", alpha=head, gamma=2.0), layer("rough", alpha=rough, noise=9.0), step=step)
+
+    browser.open(write_page(run_of([at(0, 2.0, -9.0), at(5, 0.9, 2.0)], "few"), tmp_path / "p.html"))
+    low, high = browser.evaluate("document.getElementById('depth').layout.yaxis.range")
+    assert low < 0.9 < 2.0 < high
+    low, high = browser.evaluate("document.getElementById('transfer').layout.xaxis.range")
+    assert low < 1.8 < 4.0 < high
+    low, high = browser.evaluate("document.getElementById('training').layout.yaxis.range")
+    curves = browser.evaluate("document.getElementById('training').data.flatMap(trace => [...trace.y])")
+    assert browser.evaluate(NOTES.format("training")) == f"{sum(not low <= y <= high for y in curves)} outside"
+    assert browser.problems == []
+
+
+@pytest.mark.parametrize(("n", "width"), [(1, 1280), (9, 800), (30, 1280)])
+def test_every_layer_has_its_name_at_the_axis(browser, tmp_path, n, width):
+    layers = [layer(f"transformer.blocks.attention.{i}.weight", alpha=1.5 + i / 50) for i in range(n)]
+    browser.open(write_page(run_of([report(*layers)], "names"), tmp_path / "p.html"), width=width)
+    assert len(browser.evaluate(TICKS.format("depth"))) == n
+    left = "Math.min(...[...document.querySelectorAll('#depth .xtick text')].map(t => t.getBoundingClientRect().left))"
+    assert browser.evaluate(f"{left} >= document.getElementById('depth').getBoundingClientRect().left")
+
+
+def test_probes_outside_training_are_named_where_steps_would_stand(browser, tmp_path):
+    files = [tmp_path / name / "spectra.json" for name in (SLANTED.replace("/", ""), "after")]
+    for i, file in enumerate(files):
+        file.parent.mkdir()
+        report(layer("a", alpha=1.0 + i)).to_json(file)
+    browser.open(write_page(read_run(files), tmp_path / "p.html"))
+    assert browser.evaluate("document.getElementById('at').textContent").startswith("after/spectra.json")
+    shown = browser.evaluate(TICKS.format("training"))
+    assert [shown[0][:5], shown[1]] == [SLANTED[:5], "after/spectra.json"]
+    assert browser.evaluate(TICKS.format("layer-training")) == shown
+    assert browser.problems == []
+
+
+def test_kind_medians_of_a_log_are_drawn_though_it_tells_no_layers_kind(browser, tmp_path):
+    layers = {name: {"alpha": 2.0 + i, "r2_alpha": 0.99} for i, name in enumerate(NAMES)}
+    kinds = {"conv": 2.5, SLANTED: 3.0}
+    probes = [Probe(step, f"step {step}", 1.0, layers, None, 4, kinds=kinds) for step in (0, 1)]
+    browser.open(write_page(Run("log", ("CSV log x",), tuple(probes)), tmp_path / "p.html"))
+    thick = browser.evaluate(
+        "document.getElementById('training').data.filter(t => t.mode === 'lines+markers')"
+        ".map(t => [t.name.startsWith('&lt;'), t.line.color, t.y[1]])"
+    )
+    assert [[escaped, alpha] for escaped, _, alpha in thick] == [[False, 2.5], [True, 3.0]]
+    assert len({colour for _, colour, _ in thick}) == 2
+    assert browser.evaluate("document.getElementById('thick').textContent") == "median by kind"
+    bare = Run("log", ("x",), tuple(Probe(step, f"step {step}", 1.0, layers, None, 4) for step in (0, 1)))
+    browser.open(write_page(bare, tmp_path / "p.html"))
+    assert browser.evaluate("document.getElementById('thick').textContent") == "median"
+    assert browser.evaluate("document.getElementById('training').data.at(-1).y[0]") == 3.5
+    assert browser.problems == []
 
 
 SHOWN = "getComputedStyle(document.getElementById('{}').closest('figure')).display !== 'none'"

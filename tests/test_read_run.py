@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from modules import ConvNet
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from reports import dead, layer, report
 from torch.utils.data import DataLoader
 
@@ -196,6 +196,31 @@ def test_wandb_is_neither_the_current_folder_nor_told_options_by_a_path(tmp_path
         read_run(["--help.wandb"])
 
 
+def test_a_tensorboard_log_alone_beside_a_csv_log_and_without_its_reader(log, tmp_path, monkeypatch):
+    tracker = logged(TensorBoardLogger(tmp_path, name="tb"))
+    tracker.finalize("success")
+    folder = Path(tracker.log_dir)
+    (file,) = folder.glob("events*")
+    for path in (folder, file, folder.parent):
+        run = read_run([path])
+        for probe, expected in zip(run.probes, steps(), strict=True):
+            assert (probe.step, probe.loss) == (expected.step, expected.loss)
+            assert probe.kinds == {"dense": pytest.approx(expected.medians()["kind/dense/alpha_median"])}
+            assert probe.layers[NAMES[0]]["alpha"] == pytest.approx(expected.layers[NAMES[0]].alpha.exponent)
+    # float32 of the one and float64 of the other are one measurement.
+    assert [p.step for p in read_run([folder, log]).probes] == [0, 4, 8]
+    file.rename(log / file.name)
+    beside = read_run([log])
+    assert beside.sources == (f"CSV log {log / 'metrics.csv'}",)
+    assert beside.left_out == (
+        f"TensorBoard log {log}: taken for the same scalars as the CSV log; name its file to have it read",
+    )
+    assert page_data(beside)["notes"][-1] == f"Left out: {beside.left_out[0]}."
+    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
+    with pytest.raises(RunError, match="reading TensorBoard's files needs tensorboard: pip install tensorboard"):
+        read_run([log / file.name])
+
+
 def test_checkpoint_alone_and_beside_its_log(trained):
     folder, probe = trained
     alone = read_run([folder / "last.ckpt"])
@@ -204,6 +229,13 @@ def test_checkpoint_alone_and_beside_its_log(trained):
     for paths in ([folder / "csv", folder / "last.ckpt"], [folder / "last.ckpt", folder / "csv"]):
         both = read_run(paths)
         assert [(p.step, p.report is not None) for p in both.probes] == [(0, False), (2, True)]
+        assert both.left_out == ()
+    copy = folder / "copy.ckpt"
+    copy.write_bytes((folder / "last.ckpt").read_bytes())
+    same = read_run([folder / "last.ckpt", copy])
+    assert ([p.step for p in same.probes], same.left_out) == (
+        [2], (f"{folder / 'last.ckpt'}: the other inputs hold all of it",),
+    )  # fmt: skip
 
 
 def test_json_reports_one_several_or_a_folder(tmp_path):
@@ -222,6 +254,73 @@ def test_json_reports_one_several_or_a_folder(tmp_path):
     assert [p.label for p in read_run([outside]).probes] == ["after"]
 
 
+def test_reports_outside_training_are_named_by_their_files_and_each_is_a_probe(tmp_path):
+    files = [tmp_path / f"step-{i}" / "spectra.json" for i in (1, 2)]
+    for i, file in enumerate(files):
+        file.parent.mkdir()
+        report(layer("a", alpha=1.0 + i)).to_json(file)
+    run = read_run([*files, files[0]])
+    assert [p.label for p in run.probes] == ["step-1/spectra.json", "step-2/spectra.json"]
+    assert run.name.startswith("step-1/spectra.json, step-2/spectra.json")
+    files[1].rename(tmp_path / "after.json")
+    assert [p.label for p in read_run([files[0], tmp_path / "after.json"]).probes] == ["spectra.json", "after.json"]
+
+
+def saved(tmp_path, name, *layers, step=None, **kwargs):
+    report(*layers, step=step, **kwargs).to_json(tmp_path / name)
+    return tmp_path / name
+
+
+def test_inputs_of_two_networks_are_refused(tmp_path, log, capsys):
+    one = saved(tmp_path, "one.json", layer("a"), layer("b"), layer("head"), step=100)
+    others = [
+        (saved(tmp_path, "two.json", layer("c"), layer("d"), layer("head"), step=200), "of 3 layers, 1 are in both"),
+        (saved(tmp_path, "wide.json", *(layer(x, shape=(8, 9)) for x in ("a", "b", "head"))), "of 3 layers, 0 are"),
+        (log / "metrics.csv", "of 3 layers, 0 are in both"),
+    ]
+    for other, why in others:
+        assert main(["report", str(one), str(other)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"lightning-spectral report: {one} and {other} are of different networks: {why}")
+        assert said.endswith("make a page of each\n")
+        assert said.count("\n") == 1
+    # Frozen layers are of the network, and a head alone is of it before the rest thaws.
+    for i, (layers, skipped) in enumerate((("a", {"head": "frozen", "b": "frozen"}), ("head", {"a": "frozen"}))):
+        saved(tmp_path / "csv", f"{i}.json", layer(layers), skipped=skipped, step=i)
+    assert len(read_run([tmp_path / "csv" / "0.json", tmp_path / "csv" / "1.json", one]).probes) == 3
+
+
+def test_two_measurements_of_a_step_are_refused(tmp_path, log):
+    first, second, late = steps()[0], report(*(layer(name, alpha=3.0) for name in NAMES), step=0), steps()[2]
+    files = [tmp_path / f"{i}.json" for i in range(3)]
+    for r, file in zip((first, second, late), files, strict=True):
+        r.to_json(file)
+    other = logged(CSVLogger(tmp_path, name="csv"), [second])
+    other.save()
+    for a, b in (
+        files[:2],
+        (log / "metrics.csv", files[1]),
+        (log / "metrics.csv", Path(other.log_dir) / "metrics.csv"),
+    ):
+        with pytest.raises(
+            RunError, match=f"{a} and {b} hold different measurements of step 0: .*; make a page of each"
+        ):
+            read_run([a, b])
+    assert [p.report is not None for p in read_run([log, files[0], files[2]]).probes] == [True, False, True]
+    with pytest.raises(RunError, match="report 1 and report 2 hold different measurements of step 0"):
+        run_of([first, second], "mine")
+
+
+def test_a_longer_log_of_the_same_run_counts(tmp_path, log):
+    """Of the same step in two logs, the one that holds more layers."""
+    tracker = CSVLogger(tmp_path, name="few")
+    for r in steps():
+        tracker.log_metrics({f"spectral/{k}": v for k, v in r.scalars([NAMES[1]]).items()}, step=r.step)
+    tracker.save()
+    for paths in ([log, tracker.log_dir], [tracker.log_dir, log]):
+        assert [len(p.layers) for p in read_run(paths).probes] == [5, 5, 5]
+
+
 def test_reports_in_memory():
     run = run_of(steps()[::-1], "mine")
     assert ([p.step for p in run.probes], run.sources) == ([0, 4, 8], ("3 reports",))
@@ -237,6 +336,10 @@ def test_two_probes_need_a_prefix(tmp_path):
         read_run([tracker.log_dir])
     with pytest.raises(RunError, match="no probe with the prefix 'x', but other/one, spectral"):
         read_run([tracker.log_dir], prefix="x")
+    steps()[0].to_json(tmp_path / "r.json")
+    with pytest.raises(RunError, match=r"r.json: JSON reports hold one probe each and no prefix; leave out --prefix x"):
+        read_run([tmp_path / "r.json"], prefix="x")
+    assert len(read_run([tracker.log_dir, tmp_path / "r.json"], prefix="spectral").probes) == 3
     assert len(read_run([tracker.log_dir], prefix="other/one").probes) == 3
 
 
@@ -279,6 +382,7 @@ HEAD = b"spectral/layers_measured,spectral/alpha_median,spectral/a/alpha\n"
         ("gone", None, "no such file or folder"),
         ("notes.txt", b"hello", "not a file that can be read; give a CSVLogger's"),
         ("metrics.csv", b"step,loss\n0,1.0\n", "holds nothing that a SpectralProbe logged"),
+        ("events.out.tfevents.1", b"nonsense", "holds nothing that a SpectralProbe logged"),
         ("metrics.csv", b"", "holds nothing that a SpectralProbe logged"),
         ("metrics.csv", b"\xff\xfe\x00", "no CSV file that can be read"),
         ("metrics.csv", HEAD + b"1,2.0,blue\n", "spectral/a/alpha should be a number, got 'blue'"),
@@ -385,20 +489,29 @@ def test_a_log_above_checkpoints_is_the_run(log):
     assert [probe.step for probe in read_run([log.parent]).probes] == [0, 4, 8]
 
 
-def test_command_writes_beside_the_run(log, tmp_path, capsys):
+def test_command_writes_beside_the_run_and_says_what_it_read(log, tmp_path, capsys, monkeypatch):
     assert main(["report", str(log)]) == 0
-    assert capsys.readouterr().out.strip() == str(log / "report.html")
-    report(layer("a"), step=1).to_json(tmp_path / "one.json")
-    assert main(["report", str(tmp_path / "one.json"), "--title", "A & B"]) == 0
-    assert "<title>A &amp; B</title>" in (tmp_path / "one.html").read_text()
-    assert main(["report", str(log), "--output", str(tmp_path / "new" / "p.html"), "--prefix", "spectral"]) == 0
-    assert (tmp_path / "new" / "p.html").stat().st_size > 1e6
+    read = f"lightning-spectral report: read CSV log {log / 'metrics.csv'}\n"
+    assert capsys.readouterr() == (f"{log / 'report.html'}\n", read)
+    files = [tmp_path / "runs" / name / "one.json" for name in "ab"]
+    for step, file in enumerate(files):
+        file.parent.mkdir(parents=True)
+        report(layer("a"), step=step).to_json(file)
+    assert main(["report", str(files[0]), "--title", "A & B"]) == 0
+    assert "<title>A &amp; B</title>" in files[0].with_suffix(".html").read_text()
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *map(str, files)]) == 0
+    assert capsys.readouterr() == ("runs/report.html\n", "")
+    assert main(["report", *map(str, files), "--output", "page.htm"]) == 0
+    assert (tmp_path / "page.htm").stat().st_size > 1e6
+    assert not files[1].with_suffix(".html").exists()
 
 
 def test_a_page_is_replaced_and_another_file_is_not(log, capsys):
     page, other = log / "report.html", log / "notes.html"
     for said in ("", f"lightning-spectral report: {page} was there and is replaced\n"):
-        assert main(["report", str(log)]) == 0
+        assert main(["report", str(log / "metrics.csv"), "--output", str(page)]) == 0
         printed = capsys.readouterr()
         assert (printed.out, printed.err) == (f"{page}\n", said)
     other.write_text("<p>mine</p>")
@@ -412,9 +525,18 @@ def test_a_page_is_replaced_and_another_file_is_not(log, capsys):
 
 def test_command_says_where_it_cannot_write(log, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for target in (tmp_path, tmp_path / "file" / "p.html"):
+    (tmp_path / "folder.html").mkdir()
+    refused = {
+        tmp_path / "page.txt": "the name of a page ends in .html or .htm",
+        tmp_path: "the name of a page ends in .html or .htm",
+        tmp_path / "new" / "p.html": f"there is no folder {tmp_path / 'new'}; make it first, or give another",
+        tmp_path / "file" / "p.html": f"there is no folder {tmp_path / 'file'}",
+        tmp_path / "folder.html": "cannot be written",
+    }
+    for target, why in refused.items():
         assert main(["report", str(log), "--output", str(target)]) == 2
-        assert "cannot be written" in capsys.readouterr().err
+        assert why in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_command_without_plotly(log, monkeypatch, capsys):

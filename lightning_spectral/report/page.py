@@ -178,7 +178,7 @@ def _notes(run: Run, spectra: Sequence[Any], kept: Sequence[int], whole: set[int
         notes.append(
             'The log holds some quantities of each layer; SpectralProbe(log_quantities="all") logs all of them.'
         )
-    return notes
+    return [*notes, *(f"Left out: {what}." for what in run.left_out)]
 
 
 def _scalars_alone(probes: Sequence[Probe]) -> str:
@@ -191,7 +191,7 @@ def _scalars_alone(probes: Sequence[Probe]) -> str:
         return f"A log holds scalars only, and the table of layers beside it too: no single sigma_k and h_k. {more}"
     return (
         "A log holds scalars only: no single sigma_k and h_k, and neither the kind nor the shape nor the place of "
-        f"a layer. Layers stand in the order of their names. {more} Of a CSVLogger's run, "
+        f"a layer. Layers stand in the order of their names. {more} In a CSVLogger's or a WandbLogger's run, "
         "SpectralProbe(log_tables=True) writes kinds, shapes and all quantities of every layer."
     )
 
@@ -216,6 +216,7 @@ def _probe(probe: Probe, names: Sequence[str], keys: Sequence[LoggedKey], until:
     return {
         "label": probe.label,
         "step": probe.step,
+        "kinds": {kind: _short(alpha) for kind, alpha in probe.kind_alphas().items()},
         "loss": _short(probe.loss),
         "facts": "" if report is None else _facts(report),
         "summary": said,

@@ -1,17 +1,17 @@
-"""Runs as a page shows them: from CSV logs, W&B's offline files, checkpoints and JSON reports."""
+"""Runs as a page shows them: from CSV logs, W&B's offline files, TensorBoard's, checkpoints and JSON reports."""
 
 from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +19,42 @@ import torch
 
 from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.errors import refused, some_of
-from lightning_spectral.record import FORMAT, SpectralReport
-from lightning_spectral.report.layers_csv import QUANTITIES, layer_tables, read_tables, with_tables
-from lightning_spectral.report.run import Probe, Run, RunError
-
-MARK = "layers_measured"
-"""Every probe logs it, so that the keys that end in it tell the prefixes in a log."""
-
-READABLE = (
-    "a CSVLogger's folder or metrics.csv, an offline W&B run's folder or .wandb file, a checkpoint of a Trainer with a "
-    "SpectralProbe, or JSON reports"
-)
+from lightning_spectral.record import SpectralReport
+from lightning_spectral.report.found import Found, find, short_names
+from lightning_spectral.report.joined import check_networks, in_order
+from lightning_spectral.report.layer_tables import csv_tables, wandb_tables, with_tables
+from lightning_spectral.report.rows import choose, logged, probe_in
+from lightning_spectral.report.run import Probe, Reading, Run, RunError
+from lightning_spectral.report.trackers import STEP
 
 
 def run_of(reports: Iterable[SpectralReport], name: str) -> Run:
-    """A run of whole reports, such as a probe's `history`."""
-    reports = list(reports)
-    probes = [Probe.of(report, f"report {i}") for i, report in enumerate(reports, start=1)]
-    return Run(name, (f"{len(reports)} report{'s' if len(reports) != 1 else ''}",), tuple(_in_order(probes)))
+    """A run of whole reports, such as a probe's `history`.
+
+    Raises:
+        RunError: if two reports are of the same step and not the same.
+    """
+    labelled = [(f"report {i}", report) for i, report in enumerate(reports, start=1)]
+    readings = [Reading(label, [Probe.of(report, label)]) for label, report in labelled]
+    return Run(name, (f"{len(readings)} report{'s' if len(readings) != 1 else ''}",), in_order(readings))
 
 
 def read_run(paths: Sequence[str | Path], *, prefix: str | None = None) -> Run:
     """Read one run from one path or several; of one step, a whole report counts before a log's scalars.
 
     Args:
-        paths: each a CSV log, an offline W&B run, a checkpoint, a JSON report, or a folder of one of these.
+        paths: each a CSV log, an offline W&B run, a TensorBoard log, a checkpoint, a JSON report, or a folder of these.
         prefix: of the probe's keys, where a run holds those of several probes.
 
     Raises:
-        RunError: if there is nothing to read, or not what it looks like.
+        RunError: if there is nothing to read, or not what it looks like; or if it is not of one run.
     """
-    found = [item for path in paths for item in _find(Path(path))]
-    probes: list[Probe] = []
-    for reader, file in found:
-        probes += _READERS[reader](file, prefix)
+    found, left_out = find(paths)
+    if prefix is not None and all(reader == "JSON report" for reader, _ in found):
+        raise RunError(f"{_shown(paths)}: JSON reports hold one probe each and no prefix; leave out --prefix {prefix}")
+    readings = _named([_READERS[reader](file, prefix) for reader, file in found], [file for _, file in found])
+    check_networks(readings)
+    probes = in_order(readings)
     if not probes:
         raise RunError(f"{_shown(paths)}: the probe measured nothing in this run")
     if not any(probe.layers for probe in probes):
@@ -60,12 +62,38 @@ def read_run(paths: Sequence[str | Path], *, prefix: str | None = None) -> Run:
             f"{_shown(paths)}: medians but no layers (log_layers='none'); log_tables=True, a checkpoint or JSON "
             "reports hold the layers"
         )
-    first = Path(paths[0]).resolve()
-    name = first.name if first.is_file() else "/".join(first.parts[-2:])
-    return Run(name, _sources(found), tuple(_in_order(probes)))
+    kept = set(map(id, probes))
+    left_out += [text for item in readings for text in item.left_out]
+    left_out += [
+        f"{item.name}: the other inputs hold all of it"
+        for item in readings
+        if item.probes and kept.isdisjoint(map(id, item.probes))
+    ]
+    return Run(_name(paths), _sources(found), probes, tuple(left_out))
 
 
-def _sources(found: Sequence[tuple[str, Path]]) -> tuple[str, ...]:
+def _named(readings: Sequence[Reading], files: Sequence[Path]) -> list[Reading]:
+    """Of several files, reports outside training are labelled by their files' names, as long as it takes."""
+    if len(files) == 1:
+        return list(readings)
+    named = zip(readings, short_names(files), strict=True)
+    return [
+        replace(
+            reading,
+            probes=[replace(p, label=name) if p.step is None and p.report else p for p in reading.probes],
+        )
+        for reading, name in named
+    ]
+
+
+def _name(paths: Sequence[str | Path]) -> str:
+    if len(paths) > 1:
+        return some_of(short_names(paths))
+    only = Path(paths[0]).resolve()
+    return only.name if only.is_file() else "/".join(only.parts[-2:])
+
+
+def _sources(found: Sequence[Found]) -> tuple[str, ...]:
     """Where a run is from, several files of a folder in one."""
     groups: dict[tuple[str, Path], list[Path]] = {}
     for reader, file in found:
@@ -76,62 +104,14 @@ def _sources(found: Sequence[tuple[str, Path]]) -> tuple[str, ...]:
     )
 
 
-def _find(path: Path) -> list[tuple[str, Path]]:
-    """The files to read with each one's reader."""
-    if not path.exists():
-        raise RunError(f"{path}: no such file or folder")
-    if path.is_file():
-        return [(_reader_of(path), path)]
-    if own := _in_folder(path.iterdir()):
-        return own
-    below = _in_folder(file for file in path.rglob("*") if file.suffix in (".csv", ".wandb", ".ckpt"))
-    # Lightning keeps checkpoints below its log's folder; which of them is the run's is not for us to guess.
-    below = [item for item in below if item[0] != "checkpoint"] or below
-    if len(below) == 1:
-        return below
-    if below:
-        raise RunError(f"{path} holds several runs, name one: {some_of([str(file) for _, file in below])}")
-    raise RunError(f"{path} holds no run; give {READABLE}")
-
-
-def _in_folder(files: Iterable[Path]) -> list[tuple[str, Path]]:
-    found: dict[str, list[Path]] = {}
-    for file in sorted(files, key=_natural):
-        if file.name == "metrics.csv" or file.suffix in (".wandb", ".ckpt"):
-            found.setdefault(_reader_of(file), []).append(file)
-        elif file.suffix == ".json" and _is_report(file):
-            found.setdefault("JSON report", []).append(file)
-    # Checkpoints beside a log add to it; of the same scalars logged twice, one log will do.
-    if "CSV log" in found:
-        found.pop("W&B run", None)
-    return [(reader, file) for reader, files in found.items() for file in files]
-
-
-def _reader_of(path: Path) -> str:
-    reader = {".csv": "CSV log", ".wandb": "W&B run", ".json": "JSON report"}.get(path.suffix.lower())
-    if reader is None and (path.suffix.lower() in (".ckpt", ".pt", ".pth") or zipfile.is_zipfile(path)):
-        reader = "checkpoint"
-    if reader is None:
-        raise RunError(f"{path}: not a file that can be read; give {READABLE}")
-    return reader
-
-
-def _is_report(path: Path) -> bool:
+def _read_json(path: Path, prefix: str | None) -> Reading:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (*UNREADABLE, OSError):
-        return False
-    return isinstance(data, dict) and data.get("format") == FORMAT
-
-
-def _read_json(path: Path, prefix: str | None) -> list[Probe]:
-    try:
-        return [Probe.of(SpectralReport.from_json(path), path.stem)]
+        return Reading(str(path), [Probe.of(SpectralReport.from_json(path), path.stem)])
     except (*UNREADABLE, OSError) as error:
         raise RunError(f"{path}: no report that can be read ({_why(error)})") from error
 
 
-def _read_checkpoint(path: Path, prefix: str | None) -> list[Probe]:
+def _read_checkpoint(path: Path, prefix: str | None) -> Reading:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
@@ -144,12 +124,12 @@ def _read_checkpoint(path: Path, prefix: str | None) -> list[Probe]:
     kept = callbacks.items() if isinstance(callbacks, dict) else ()
     states = {k: v for k, v in kept if str(k).startswith("SpectralProbe{") and isinstance(v, dict)}
     by_prefix = {_prefix_of(str(key)): state for key, state in states.items()}
-    state = by_prefix[_choose(path, by_prefix, prefix, "is no checkpoint of a Trainer with a SpectralProbe")]
+    state = by_prefix[choose(path, by_prefix, prefix, "is no checkpoint of a Trainer with a SpectralProbe")]
     saved = state.get("last_report")
     if saved is None:
-        return []
+        return Reading(str(path), [])
     try:
-        return [Probe.of(SpectralReport.from_dict(saved), path.stem)]
+        return Reading(str(path), [Probe.of(SpectralReport.from_dict(saved), path.stem)])
     except UNREADABLE as error:
         raise RunError(f"{path}: its report cannot be read ({_why(error)})") from error
 
@@ -159,14 +139,14 @@ def _prefix_of(state_key: str) -> str:
     return match.group(2) if match else state_key
 
 
-def _read_csv(path: Path, prefix: str | None) -> list[Probe]:
+def _read_csv(path: Path, prefix: str | None) -> Reading:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
     except (OSError, ValueError, csv.Error) as error:
         raise RunError(f"{path}: no CSV file that can be read ({_why(error)})") from error
-    chosen = _probe_in(path, rows, prefix)
-    return with_tables(_logged(path, rows, "step", chosen), read_tables(layer_tables(path, chosen)))
+    chosen = probe_in(path, rows, prefix)
+    return Reading(str(path), with_tables(logged(path, rows, "step", chosen), csv_tables(path, chosen)))
 
 
 def wandb_records(path: str | Path) -> list[dict[str, Any]]:
@@ -194,81 +174,28 @@ def wandb_records(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def _read_wandb(path: Path, prefix: str | None) -> list[Probe]:
-    """The history in an offline run's file."""
+def _read_wandb(path: Path, prefix: str | None) -> Reading:
+    """The history in an offline run's file, and the tables beside it."""
     rows = [record["history"].get("item", {}) for record in wandb_records(path) if record.get("type") == "history"]
-    return _logged(path, rows, "trainer/global_step", _probe_in(path, rows, prefix))
+    chosen = probe_in(path, rows, prefix)
+    tables, missing = wandb_tables(path, rows, STEP, chosen)
+    return Reading(str(path), with_tables(logged(path, rows, STEP, chosen), tables), tuple(missing))
 
 
-def _probe_in(path: Path, rows: Sequence[Mapping[str, Any]], prefix: str | None) -> str:
-    """The prefix of the probe whose keys are read."""
-    marks = {key.removesuffix(f"/{MARK}") for row in rows for key in row if key.endswith(f"/{MARK}")}
-    return _choose(path, marks, prefix, "holds nothing that a SpectralProbe logged")
-
-
-def _logged(path: Path, rows: Sequence[Mapping[str, Any]], step_key: str, chosen: str) -> list[Probe]:
-    """The probes in the rows of a log. Their layers are in the order of their names: its scalars keep no other."""
-    probes: list[Probe] = []
-    for row in rows:
-        layers = _layers_in(path, row, f"{chosen}/")
-        measured = _number(path, row, f"{chosen}/{MARK}")
-        # A probe that measured nothing logs NaN.
-        if f"{chosen}/alpha_median" not in row or (not layers and measured != measured):
-            continue
-        step = _number(path, row, step_key)
-        counted = (_number(path, row, f"{chosen}/{key}") for key in (MARK, "layers_failed"))
-        n_layers = sum(int(value) for value in counted if math.isfinite(value))
-        loss = _number(path, row, f"{chosen}/loss")
-        whole = int(step) if math.isfinite(step) else None
-        label = f"probe {len(probes) + 1}" if whole is None else f"step {whole}"
-        probes.append(Probe(whole, label, loss, layers, None, max(n_layers, len(layers))))
-    return probes
-
-
-def _layers_in(path: Path, row: Mapping[str, Any], prefix: str) -> dict[str, dict[str, float]]:
-    layers: dict[str, dict[str, float]] = {}
-    for key in sorted(row, key=_natural):
-        name, _, quantity = key.removeprefix(prefix).rpartition("/")
-        if key.startswith(prefix) and name and quantity in QUANTITIES:
-            layers.setdefault(name, {})[quantity] = _number(path, row, key)
-    return layers
-
-
-def _number(path: Path, row: Mapping[str, Any], key: str) -> float:
+def _read_tensorboard(path: Path, prefix: str | None) -> Reading:
+    """The scalars of an event file, or of all in a folder."""
     try:
-        return float(row.get(key, "nan"))
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{path}: {key} should be a number, got {row[key]!r}") from error
-
-
-def _choose(path: Path, prefixes: Iterable[str], prefix: str | None, nothing: str) -> str:
-    known = sorted(prefixes)
-    if not known:
-        raise RunError(f"{path} {nothing}")
-    if prefix is None and len(known) > 1:
-        raise RunError(f"{path} holds several probes; choose one with --prefix: {some_of(known)}")
-    if prefix is not None and prefix not in known:
-        raise RunError(f"{path} holds no probe with the prefix {prefix!r}, but {some_of(known)}")
-    return known[0] if prefix is None else prefix
-
-
-def _in_order(probes: Sequence[Probe]) -> list[Probe]:
-    """One probe per step, the last one given and whole reports before scalars; those outside training first."""
-    by_step: dict[int, Probe] = {}
-    for probe in probes:
-        if probe.step is not None and (probe.report is not None or not _whole(by_step.get(probe.step))):
-            by_step[probe.step] = probe
-    return [probe for probe in probes if probe.step is None] + [by_step[step] for step in sorted(by_step)]
-
-
-def _whole(probe: Probe | None) -> bool:
-    return probe is not None and probe.report is not None
-
-
-def _natural(value: object) -> list[tuple[int, int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    parts = re.split(r"(\d+)", str(value))
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError as error:
+        raise RunError(f"{path}: reading TensorBoard's files needs tensorboard: pip install tensorboard") from error
+    # Its own limit is 10 000 of each scalar, drawn at random; 0 is none.
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    rows: dict[int, dict[str, Any]] = {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            rows.setdefault(event.step, {"step": event.step})[tag] = event.value
+    in_order_of_steps = [rows[step] for step in sorted(rows)]
+    return Reading(str(path), logged(path, in_order_of_steps, "step", probe_in(path, in_order_of_steps, prefix)))
 
 
 def _why(error: object) -> str:
@@ -282,9 +209,10 @@ def _shown(paths: Sequence[str | Path]) -> str:
     return some_of([str(path) for path in paths])
 
 
-_READERS: dict[str, Callable[[Path, str | None], list[Probe]]] = {
+_READERS: dict[str, Callable[[Path, str | None], Reading]] = {
     "CSV log": _read_csv,
     "W&B run": _read_wandb,
+    "TensorBoard log": _read_tensorboard,
     "checkpoint": _read_checkpoint,
     "JSON report": _read_json,
 }

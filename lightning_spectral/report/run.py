@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_spectral.analysis import Exponents
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.record import SpectralReport, median
 from lightning_spectral.spectrum import LayerSpectrum
 
 
@@ -54,6 +54,7 @@ class Probe:
         report: all of it; None where it comes from a log.
         n_layers: layers of the network measured, of which a log may hold some.
         facts: layer -> what else is known of it; of a log, where it has a table of layers beside it.
+        kinds: kind of layer -> median alpha, as a log holds it; it may know of layers that it does not hold.
     """
 
     step: int | None
@@ -63,6 +64,7 @@ class Probe:
     report: SpectralReport | None
     n_layers: int
     facts: Mapping[str, LayerFacts] = field(default_factory=dict)
+    kinds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, report: SpectralReport, label: str = "report") -> Probe:
@@ -82,11 +84,37 @@ class Probe:
             for name, values, facts in known
         ]
 
+    def kind_alphas(self) -> dict[str, float]:
+        """The median alpha of each kind of layer: as logged, or of the layers whose kinds are known."""
+        if self.kinds:
+            return dict(self.kinds)
+        alphas: dict[str, list[float]] = {}
+        for layer in self.exponents():
+            if layer.kind:
+                alphas.setdefault(layer.kind, []).append(layer.alpha)
+        return {kind: median(values) for kind, values in alphas.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What one input holds.
+
+    Attributes:
+        name: of the file or folder.
+        probes: in its order.
+        left_out: what of it could not be read, and why.
+    """
+
+    name: str
+    probes: Sequence[Probe]
+    left_out: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The probes of one run in the order of training, and where they are from."""
+    """The probes of one run in the order of training, where they are from, and what there was not read."""
 
     name: str
     sources: tuple[str, ...]
     probes: tuple[Probe, ...]
+    left_out: tuple[str, ...] = ()

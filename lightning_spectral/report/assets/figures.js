@@ -45,8 +45,15 @@ function kindsOf(data) {
   return [...new Set(data.kinds)];
 }
 
+// Kinds whose medians are known, in the order of the network as far as it is known; a log may hold the medians and not
+// say which layer is of which kind.
+function medianKinds(data) {
+  const medians = data.probes.flatMap((probe) => Object.keys(probe.kinds));
+  return [...new Set([...data.kinds.filter((kind) => medians.includes(kind)), ...medians])];
+}
+
 function markOf(data, kind, c) {
-  const i = kindsOf(data).indexOf(kind);
+  const i = [...new Set([...data.kinds, ...medianKinds(data)])].indexOf(kind);
   return { colour: c.kinds[i % c.kinds.length], symbol: SYMBOLS[i % SYMBOLS.length], name: plain(kind || "layers") };
 }
 
@@ -64,16 +71,22 @@ function trusted(data, probe, layer) {
   return data.probes[probe].trusted[layer] === 1;
 }
 
-// Limits that hold at every probe, so that points move and axes do not. Far outliers are left outside.
+// Limits that hold at every probe, so that points move and axes do not: of all fits to trust, but for what is HUGE units
+// away, and of the others but for those far from the middle half of all.
+const HUGE = 10;
+
 function limits(data, read) {
   const all = data.probes
-    .flatMap((_, probe) => data.layers.map((_, layer) => read(probe, layer)))
-    .filter(known)
-    .sort((a, b) => a - b);
+    .flatMap((_, probe) => data.layers.map((_, layer) => [read(probe, layer), trusted(data, probe, layer)]))
+    .filter(([x]) => known(x))
+    .sort(([a], [b]) => a - b);
   if (!all.length) return undefined;
-  const at = (share) => all[Math.round(share * (all.length - 1))];
-  const reach = 3 * (at(0.75) - at(0.25)) + 0.05;
-  const [low, high] = [Math.max(all[0], at(0.25) - reach), Math.min(all[all.length - 1], at(0.75) + reach)];
+  const at = (share) => all[Math.round(share * (all.length - 1))][0];
+  const [first, third] = [at(0.25), at(0.75)];
+  const reach = 3 * (third - first) + 0.05;
+  const within = (x, far) => x >= first - far && x <= third + far;
+  const shown = all.filter(([x, good]) => within(x, good ? Math.max(reach, HUGE) : reach)).map(([x]) => x);
+  const [low, high] = [shown[0], shown[shown.length - 1]];
   const margin = 0.06 * (high - low) + 0.05;
   return [low - margin, high + margin];
 }
@@ -95,6 +108,17 @@ function outside(count, c) {
         },
       ]
     : [];
+}
+
+// Probes as an axis: their steps, or their labels where some were measured outside training.
+function probesAxis(data) {
+  if (data.probes.every((probe) => known(probe.step)))
+    return { at: data.probes.map((probe) => probe.step), axis: { title: { text: "step" } } };
+  const at = data.probes.map((_, i) => i);
+  const every = Math.ceil(at.length / 8);
+  const tickvals = at.filter((i) => i % every === 0);
+  const ticktext = tickvals.map((i) => clipped(data.probes[i].label));
+  return { at, axis: { tickvals, ticktext, ticklabeloverflow: "allow", range: [-0.5, at.length - 0.5] } };
 }
 
 const beyond = (x, range) => known(x) && range && (x < range[0] || x > range[1]);

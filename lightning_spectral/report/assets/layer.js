@@ -246,7 +246,7 @@ function splitFigure(data, state, c, spectra) {
 }
 
 function layerTrainingFigure(data, state, c) {
-  const x = data.probes.map((probe, i) => probe.step ?? i);
+  const { at: x, axis } = probesAxis(data);
   const curve = (key, name, colour, symbol) => {
     const y = x.map((_, probe) => value(data, probe, state.layer, key));
     return {
@@ -269,7 +269,7 @@ function layerTrainingFigure(data, state, c) {
   return [
     traces,
     {
-      xaxis: { title: { text: "step" } },
+      xaxis: axis,
       yaxis: { title: { text: "exponent" } },
       shapes: [
         {

@@ -91,6 +91,8 @@ function depthFigure(data, state, c, wide) {
               tickvals: data.layers.map((_, i) => i),
               ticktext: data.layers.map((name) => clipped(short(name))),
               tickangle: -35,
+              // Else plotly leaves out the first names, which go beyond the axis, and makes no room for them.
+              ticklabeloverflow: "allow",
             }
           : {}),
       },
@@ -135,7 +137,8 @@ function transferFigure(data, state, c) {
 }
 
 function trainingFigure(data, state, c) {
-  const x = data.probes.map((probe, i) => probe.step ?? i);
+  const { at: x, axis } = probesAxis(data);
+  const range = limits(data, (probe, layer) => value(data, probe, layer, "alpha"));
   const curve = (layer) => x.map((_, probe) => value(data, probe, layer, "alpha"));
   const thin = data.layers.map((name, layer) => ({
     type: "scatter",
@@ -153,29 +156,33 @@ function trainingFigure(data, state, c) {
     },
     opacity: layer === state.layer ? 1 : 0.35,
   }));
-  const medians = kindsOf(data).map((kind) => {
+  const kinds = medianKinds(data);
+  const of = (kind) => (probe) =>
+    kind ? probe.kinds[kind] : middle(probe.values.map((row) => row?.[data.keys.indexOf("alpha")]));
+  const medians = (kinds.length ? kinds : [""]).map((kind) => {
     const mark = markOf(data, kind, c);
-    const of = (probe) =>
-      middle(data.layers.map((_, layer) => (data.kinds[layer] === kind ? value(data, probe, layer, "alpha") : null)));
+    const y = data.probes.map(of(kind));
     return {
       type: "scatter",
       mode: "lines+markers",
       name: kind ? mark.name : "median",
       x,
-      y: x.map((_, probe) => of(probe)),
+      y,
       hoverinfo: "text",
-      hovertext: x.map(
-        (at, probe) => `<b>${mark.name}</b>, median<br>${plain(data.probes[probe].label)}: alpha ${fixed(of(probe))}`,
+      hovertext: y.map(
+        (alpha, probe) => `<b>${mark.name}</b>, median<br>${plain(data.probes[probe].label)}: alpha ${fixed(alpha)}`,
       ),
       line: { color: mark.colour, width: 2.5 },
       marker: { size: 5, symbol: mark.symbol },
     };
   });
+  const out = [...thin, ...medians].flatMap(({ y }) => y).filter((alpha) => beyond(alpha, range)).length;
   return [
     [...thin, ...medians],
     {
-      xaxis: { title: { text: "step" } },
-      yaxis: { title: { text: "alpha" }, range: limits(data, (probe, layer) => value(data, probe, layer, "alpha")) },
+      xaxis: axis,
+      yaxis: { title: { text: "alpha" }, range },
+      annotations: outside(out, c),
       shapes: [
         bandAroundTwo(data, c),
         {

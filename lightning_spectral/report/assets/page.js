@@ -257,7 +257,7 @@ function showProbe() {
 function overviewPlots() {
   const any = (read) => data.layers.some((_, layer) => known(read(layer)));
   const label = data.probes[state.probe].label;
-  const logs = 'SpectralProbe(log_quantities="all"), log_tables=True of a CSVLogger, a checkpoint or a JSON report';
+  const logs = 'SpectralProbe(log_quantities="all"), log_tables=True of a CSVLogger or a WandbLogger, a checkpoint or a JSON report';
   const alphas = any(of("alpha"));
   return {
     depth: [alphas, `alpha by layer is not shown: no layer has an alpha at ${label}.`],
@@ -285,6 +285,7 @@ function showOverview() {
   for (const [id, [given]] of Object.entries(plots)) get(id).closest("figure").hidden = !given;
   for (const [id, beside] of [["transfer", "training"], ["training", "transfer"]])
     get(id).closest("figure").classList.toggle("wide", !plots[beside][0]);
+  get("thick").textContent = medianKinds(data).length ? "median by kind" : "median";
   if (!state.plots) return;
   const c = colours();
   if (plots.depth[0]) draw("depth", depthFigure(data, state, c, get("depth").clientWidth > 640), c);
