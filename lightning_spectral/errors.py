@@ -37,8 +37,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     # Only CUDA has a class of its own for it.
-    text = str(error)
+    text = text_of(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an error; nothing where a class of the user's fails to give it."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def refused(error: BaseException) -> str:

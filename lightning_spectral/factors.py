@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -128,9 +129,10 @@ def _joint(
     mine = {}
     for name, owner in owners_of(costs, processes.size).items():
         # Layer by layer, so that no more than one layer's matrices of all processes are in one of them.
-        parts = processes.collected(sums[name].told(), owner)
+        parts = processes.collected(processes.agreed(sums[name].told), owner)
+        joined = processes.agreed(partial(sums[name].joined, parts or (), losses.parameters[name].device))
         if parts is not None:
-            mine[name] = sums[name].joined(parts, losses.parameters[name].device)
+            mine[name] = joined
     sums.clear()
     found = processes.gathered(processes.agreed(lambda: {name: own.factors() for name, own in mine.items()}))
     return {name: factors for of_process in found for name, factors in of_process.items()}

@@ -163,10 +163,13 @@ def measure_quietly(
 
         begun = processes.agreed(begin)
         losses, layers = begun.losses, begun.found.layers
-        told = processes.gathered((list(layers), losses.sizes))
-        _check_parts(told)
+        told = processes.gathered((list(layers), options.settings))
+        _check_alike(told)
+        sizes = processes.gathered(losses.sizes)
+        if not any(size != 0 for of_process in sizes for size in of_process):
+            raise MeasurementError(NO_SAMPLE)
         processes.agreed(partial(begun.take, first_buffers(begun.module, processes)))
-        losses.among([sizes for _, sizes in told], processes.rank)
+        losses.among(sizes, processes.rank)
         measured = measure_within_memory(losses, options, processes)
         failed, curvatures = measured.failed, measured.curvatures
         if len(failed) == len(layers):
@@ -195,18 +198,22 @@ def measure_quietly(
     )
 
 
-def _check_parts(told: Sequence[tuple[list[str], list[int | None]]]) -> None:
-    """Raise, in all processes alike, if their parts make no whole."""
-    names = told[0][0]
-    for rank, (others, _) in enumerate(told):
+def _check_alike(told: Sequence[tuple[list[str], dict[str, Any]]]) -> None:
+    """Raise, in all processes alike, if they are not to measure the same."""
+    names, settings = told[0]
+    for rank, (others, other_settings) in enumerate(told):
         if others != names:
             apart = ", ".join(sorted(set(names) ^ set(others))[:4]) or "in another order"
             raise MeasurementError(
                 f"process {rank} measures other layers than process 0 ({apart}); all must hold the same network and "
                 "options"
             )
-    if not any(size != 0 for _, sizes in told for size in sizes):
-        raise MeasurementError(NO_SAMPLE)
+        for option, value in settings.items():
+            if other_settings[option] != value:
+                raise MeasurementError(
+                    f"{option}: process {rank} has {other_settings[option]!r}, and process 0 has {value!r}; all must "
+                    "have the same"
+                )
 
 
 def directional_curvature(

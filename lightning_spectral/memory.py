@@ -114,20 +114,21 @@ def _measured(losses: Losses, options: Options, most: int | None, processes: Alo
     """Gradient and curvature, on pieces of at most so many samples; None: as many as memory is likely to hold."""
     named = check_method(options.curvature)
     losses.in_use = losses.largest(losses.whole()) if most is None else most
-    pieces = processes.agreed(lambda: losses.whole() if most is None else losses.pieces(most))
+    pieces = processes.agreed(lambda: losses.whole() if most is None else losses.pieces(most), watched=True)
     in_one = len(pieces) == 1 and (most is not None or not losses.divisible)
     keep_graph = in_one and named is not None and named.differentiates_gradients
+    # What talks to no other process here does not later: it is the same loss.
     gradients, loss, problem = processes.agreed(
         lambda: losses.gradients(
             pieces, keep_graph=keep_graph, outputs=options.alignment and losses.samples is not None
-        )
+        ),
+        watched=True,
     )
     losses.casts |= {dtype for casts in processes.gathered(losses.casts) for dtype in casts}
     spectra = _of_gradients(losses, gradients, options, processes)
-    smallest = _smallest(gradients)
+    smallest = processes.agreed(partial(_smallest, gradients))
     del gradients
-    usable = {name: t.first(_usable(losses, name, t)) for name, t in spectra.triplets.items()}
-    directions = {name: t for name, t in usable.items() if len(t)}
+    directions = processes.agreed(lambda: _directions(losses, spectra.triplets))
     factored = Factored({}, {})
     if options.alignment:
         factored = _factored(losses, pieces, problem, directions, processes)
@@ -258,8 +259,9 @@ def _of_gradients(losses: Losses, gradients: Gradients, options: Options, proces
         failed[name] = NO_GRADIENT
     costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in present}
     owners = owners_of(costs, processes.size)
+    own = processes.agreed(lambda: {name: layers[name].to_matrix(here[name]) for name in owners if name in here})
     matrices = processes.summed(
-        {name: layers[name].to_matrix(here[name]) for name in owners if name in here},
+        own,
         owners,
         lambda name: torch.zeros_like(layers[name].to_matrix(losses.parameters[name].detach())),
     )
@@ -311,6 +313,12 @@ def _spectrum(matrix: Tensor, layer: MatrixLayer, sigma: Tensor, options: Option
         return sigma
     values = singular_values(matrix, groups=layer.groups)
     return torch.cat([sigma, values[len(sigma) : k].to(sigma)])
+
+
+def _directions(losses: Losses, triplets: Mapping[str, SingularTriplets]) -> dict[str, SingularTriplets]:
+    """Those above the noise floor, of the layers that have any."""
+    usable = {name: t.first(_usable(losses, name, t)) for name, t in triplets.items()}
+    return {name: t for name, t in usable.items() if len(t)}
 
 
 def _usable(losses: Losses, name: str, triplets: SingularTriplets) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from lightning_spectral.curvature import check_method
 from lightning_spectral.fits import MIN_POINTS
@@ -73,6 +73,12 @@ class Options:
                     f"{option} is a number of random draws: None or 0 for none, else a whole number of at least "
                     f"{least}, got {value!r}"
                 )
+
+    @property
+    def settings(self) -> dict[str, int | str | bool | None]:
+        """What processes that measure together must have in common, beside the layers."""
+        apart = ("layers", "kinds", "fused_qkv", "max_samples", "micro_batch_size")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}
 
     @property
     def parts(self) -> frozenset[str]:

@@ -53,7 +53,7 @@ def prepared(
     options: Options,
     loss_fn: LossFunction | None,
     batch_idx: int,
-    whole: Mapping[int, nn.Parameter],
+    whole: Mapping[int, Tensor],
 ) -> Iterator[Prepared]:
     """The loss of batches on a shadow of the model; all traces are gone at the end.
 
@@ -82,15 +82,21 @@ def prepared(
 
 
 def first_buffers(module: nn.Module, processes: Alone) -> dict[str, Tensor]:
-    """The first process's buffers: DDP gives them to all with the next step, and until then they differ."""
+    """The first process's buffers: DDP gives them to all with the next step, and until then they differ.
+
+    But for those of other shapes in other processes, such as a cache that grows with the sequences seen.
+    """
     if processes.size == 1:
         return {}
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     own = {
         name: buffer
         for name, buffer in module.named_buffers()
-        if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided
+        if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided and buffer.device == device
     }
-    found = processes.shared({n: [b] for n, b in own.items()} if processes.rank == 0 else {}, dict.fromkeys(own, 0))
+    layouts = processes.gathered({name: (buffer.shape, buffer.dtype) for name, buffer in own.items()})
+    alike = [name for name in layouts[0] if all(one.get(name) == layouts[0][name] for one in layouts)]
+    found = processes.shared({n: [own[n]] for n in alike} if processes.rank == 0 else {}, dict.fromkeys(alike, 0))
     return {name: tensors[0] for name, tensors in found.items()}
 
 
@@ -103,7 +109,7 @@ def losses_of(
     mode: Mode,
     precision: Precision,
     batch_idx: int = 0,
-    whole: Mapping[int, nn.Parameter] | None = None,
+    whole: Mapping[int, Tensor] | None = None,
 ) -> Iterator[tuple[Losses, nn.Module, list[str]]]:
     """As `prepared`, of layers that are known."""
     loss = resolve_loss(model, loss_fn, batch_idx)

@@ -7,9 +7,8 @@ that has gone a different way.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -17,36 +16,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_spectral.errors import MeasurementError, ProcessError, is_out_of_memory
+from lightning_spectral.errors import MeasurementError, ProcessError, is_out_of_memory, text_of
 
 T = TypeVar("T")
 Name = TypeVar("Name", bound=Hashable)
 
 PACKAGE = __name__.partition(".")[0]
 
-COLLECTIVES = (
-    "all_gather",
-    "all_gather_coalesced",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "all_reduce_coalesced",
-    "all_to_all",
-    "all_to_all_single",
-    "barrier",
-    "broadcast",
-    "broadcast_object_list",
-    "gather",
-    "gather_object",
-    "monitored_barrier",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "scatter",
-    "scatter_object_list",
-)
-"""What a loss may call in `torch.distributed` to see the samples of other processes."""
+COMMUNICATION = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+"""Namespaces of the operations by which processes talk."""
 
 
 class Alone:
@@ -54,9 +34,13 @@ class Alone:
 
     rank = 0
     size = 1
+    members: Sequence[int] = (0,)
 
-    def agreed(self, compute: Callable[[], T]) -> T:
-        """What ``compute`` gives here, or in every process the error that it raises in one."""
+    def agreed(self, compute: Callable[[], T], *, watched: bool = False) -> T:
+        """What ``compute`` gives here, or in every process the error that it raises in one.
+
+        With ``watched`` it is an error if, of several processes, it talks to others.
+        """
         return compute()
 
     def gathered(self, value: T) -> list[T]:
@@ -97,10 +81,11 @@ class Together(Alone):
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.members = range(self.size) if group is None else dist.get_process_group_ranks(group)
         if self.rank < 0:
             raise ValueError("process_group: this process is not in the group, so it has no part in the measurement")
 
-    def agreed(self, compute: Callable[[], T]) -> T:
+    def agreed(self, compute: Callable[[], T], *, watched: bool = False) -> T:
         """What ``compute`` gives here, or in every process the error that it raises in one.
 
         Memory that ran out anywhere comes first, else the lowest rank's error. What is raised is of the same class in
@@ -109,11 +94,11 @@ class Together(Alone):
         """
         value, failure, cause = None, None, None
         try:
-            with _no_collectives():
+            with _NoCommunication() if watched else nullcontext():  # type: ignore[no-untyped-call]
                 value = compute()
         except Exception as error:
             failure = _Failure.of(error)
-            cause = None if is_out_of_memory(error) else error
+            cause = None if failure.kind is MemoryError else error
         failures = {rank: found for rank, found in enumerate(self.gathered(failure)) if found is not None}
         if not failures:
             return value  # type: ignore[return-value]
@@ -139,6 +124,8 @@ class Together(Alone):
         found: dict[str, Tensor] = {}
         for rank in range(self.size):
             names = [name for name, owner in owners.items() if owner == rank]
+            if not names:
+                continue
             # Memory may run out here as in any step.
             parts = self.agreed(partial(_by_dtype, names, values, empty))
             for flat, shapes in parts:
@@ -151,7 +138,7 @@ class Together(Alone):
     def shared(self, mine: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]) -> dict[str, list[Tensor]]:
         """What each process has of the names that it owns, in all of them: name -> tensors."""
         layouts = self.gathered({name: [(t.shape, t.dtype, t.device) for t in ts] for name, ts in mine.items()})
-        found: dict[str, list[Tensor]] = {}
+        flats: dict[int, Tensor] = {}
         for rank, layout in enumerate(layouts):
             if not (tensors := [spec for specs in layout.values() for spec in specs]):
                 continue
@@ -161,10 +148,9 @@ class Together(Alone):
             else:
                 flat = self.agreed(partial(torch.empty, sum(sizes), dtype=torch.uint8, device=_here(tensors[0][2])))
             dist.broadcast(flat, self._global(rank), group=self.group)
-            # Cloned, since a view as a wider type must start at a multiple of its size.
-            parts = iter(torch.split(flat, sizes))
-            for name, specs in layout.items():
-                found[name] = [next(parts).clone().view(dtype).view(shape) for shape, dtype, _ in specs]
+            flats[rank] = flat
+        parts = self.agreed(lambda: [_taken_apart(flat, layouts[rank]) for rank, flat in flats.items()])
+        found = {name: tensors for part in parts for name, tensors in part.items()}
         return {name: found[name] for name in owners if name in found}
 
     def _global(self, rank: int) -> int:
@@ -195,11 +181,7 @@ class _Failure:
 
     @classmethod
     def of(cls, error: Exception) -> _Failure:
-        try:
-            text = str(error)
-        except Exception:
-            # A class of the user's, whose text itself fails.
-            return cls(ProcessError, type(error).__name__)
+        text = text_of(error)
         if is_out_of_memory(error):
             return cls(MemoryError, f"out of memory: {text}")
         # Other classes may take more than a text, or be unknown elsewhere.
@@ -214,31 +196,20 @@ class _Failure:
         return self.kind(f"process {rank}: {self.text}")
 
 
-@contextmanager
-def _no_collectives() -> Iterator[None]:
-    """Have `torch.distributed`'s exchanges raise: their number may differ between processes, and all would hang."""
-    thread = threading.get_ident()
+class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Have exchanges between processes raise: their number may differ between processes, and all would hang."""
 
-    def refused(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return original(*args, **kwargs)
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, unless it talks to other processes."""
+        if func.namespace in COMMUNICATION:
             raise MeasurementError(
-                f"the loss calls torch.distributed.{name}, so that it depends on the samples of other processes; "
-                "measure a loss of this process's samples alone (loss_fn, or a method spectral_loss), and with "
-                "SyncBatchNorm mode='eval'"
+                f"the loss talks to other processes ({func.namespace}.{func.__name__}), so that it depends on their "
+                "samples; measure a loss of this process's samples alone (loss_fn, or a method spectral_loss), and "
+                "with SyncBatchNorm mode='eval'"
             )
-
-        return call
-
-    originals = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
-    try:
-        for name, original in originals.items():
-            setattr(dist, name, refused(name, original))
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+        return func(*args, **(kwargs or {}))
 
 
 def _by_dtype(
@@ -252,6 +223,18 @@ def _by_dtype(
         flat = torch.cat([tensor.flatten() for tensor in some.values()])
         found.append((flat, {name: tensor.shape for name, tensor in some.items()}))
     return found
+
+
+def _taken_apart(
+    flat: Tensor, layout: Mapping[str, Sequence[tuple[torch.Size, torch.dtype, torch.device]]]
+) -> dict[str, list[Tensor]]:
+    """Tensors from their bytes in a row; cloned, since a view as a wider type must start at a multiple of its size."""
+    sizes = [shape.numel() * dtype.itemsize for specs in layout.values() for shape, dtype, _ in specs]
+    parts = iter(torch.split(flat, sizes))
+    return {
+        name: [next(parts).clone().view(dtype).view(shape) for shape, dtype, _ in specs]
+        for name, specs in layout.items()
+    }
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_spectral.processes import Alone
 
@@ -15,8 +15,8 @@ COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
 """Where the classes live that hold a network's processes together."""
 
 
-def whole_parameters(model: nn.Module, processes: Alone) -> dict[int, nn.Parameter]:
-    """id of each sharded parameter -> a parameter with the whole of it, gathered one at a time.
+def whole_parameters(model: nn.Module, processes: Alone) -> dict[int, Tensor]:
+    """id of each sharded parameter or buffer -> the whole of it, gathered one at a time.
 
     Neither the backward pass of FSDP2 nor that of a redistributed DTensor can be differentiated again, and the gradient
     of FSDP2's shards is not had from `torch.autograd.grad` at all. So each process measures on whole weights, for the
@@ -27,14 +27,15 @@ def whole_parameters(model: nn.Module, processes: Alone) -> dict[int, nn.Paramet
         processes: that measure together, with all that hold shards among them.
 
     Raises:
-        ValueError: for a sharded model and one process.
+        ValueError: for a sharded model and not all processes that hold shards.
         MemoryError: in all processes, if the whole weights do not fit into the memory of one of them.
     """
     for module in model.modules():
         if is_fully_sharded(type(module)):
             # After a validation the outermost weights are still gathered, in the precision of the forward pass.
             module.reshard()  # type: ignore[operator]
-    shards = {name: p for name, p in model.named_parameters() if is_dtensor(p)}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    shards: dict[str, Any] = {name: tensor for name, tensor in tensors if is_dtensor(tensor)}
     if not shards:
         return {}
     if processes.size == 1:
@@ -42,11 +43,15 @@ def whole_parameters(model: nn.Module, processes: Alone) -> dict[int, nn.Paramet
             f"process_group: {next(iter(shards))} and {len(shards) - 1} more parameters are shards over several "
             "processes (DTensor), which must measure together; give their group"
         )
-    processes.agreed(lambda: _reserve(list(shards.values())))
-    return {
-        id(shard): nn.Parameter(shard.detach().full_tensor(), requires_grad=shard.requires_grad)  # type: ignore[attr-defined]
-        for shard in shards.values()
-    }
+    for name, shard in shards.items():
+        if missing := sorted(set(shard.device_mesh.mesh.flatten().tolist()) - set(processes.members)):
+            raise ValueError(
+                f"process_group: it lacks the processes {', '.join(map(str, missing))}, which hold shards of {name}; "
+                "give one of all that do"
+            )
+    with torch.inference_mode(False):
+        processes.agreed(lambda: _reserve(list(shards.values())))
+        return {id(shard): _whole(shard) for shard in shards.values()}
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -87,8 +92,12 @@ def _communicates(hook: Any) -> bool:
     return str(getattr(function, "__module__", "")).startswith(COMMUNICATION)
 
 
-def _reserve(shards: list[nn.Parameter]) -> None:
-    """Have room for them, or MemoryError before any process waits for another."""
-    largest = max(shards, key=lambda shard: shard.numel())
-    size = sum(shard.numel() * max(shard.element_size(), torch.float32.itemsize) for shard in shards)
-    torch.empty(size, dtype=torch.uint8, device=largest.device)
+def _whole(shard: Any) -> Tensor:
+    full: Tensor = shard.detach().full_tensor()
+    return nn.Parameter(full, requires_grad=shard.requires_grad) if isinstance(shard, nn.Parameter) else full
+
+
+def _reserve(shards: list[Any]) -> None:
+    """Have room for them, and to gather the largest, or MemoryError before any process waits for another."""
+    sizes = [shard.numel() * max(shard.element_size(), torch.float32.itemsize) for shard in shards]
+    torch.empty(sum(sizes) + 2 * max(sizes), dtype=torch.uint8, device=shards[0].device)

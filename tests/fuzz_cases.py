@@ -248,7 +248,7 @@ options = st.fixed_dictionaries(
         "curvature": st.sampled_from(["auto", "exact", "ggn", "sketch"]),
         "mode": st.sampled_from(["eval", "eval", "train"]),
         "precision": st.sampled_from(["float32", "float64"]),
-        "top_k": st.integers(1, 6),
+        "top_k": st.integers(3, 6),
     },
     optional={
         "max_samples": st.integers(1, 12),

@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_spectral import MeasurementError, ProcessError, measure_spectra
+from lightning_spectral import MeasurementError, ProcessError, factors, measure_spectra, memory, processes
+from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.moments import SecondMoment
 
 SIZES = (30, 18, 0)
 """Samples of each rank: unequal, and of the last one none."""
@@ -108,6 +111,58 @@ def gathering(model, batch):
     return total
 
 
+def gathering_by_name(model, batch):
+    total = loss(model, batch)
+    all_reduce(total.detach())
+    return total
+
+
+def sending(model, batch):
+    dist.isend(torch.zeros(1), (dist.get_rank() + 1) % dist.get_world_size())
+    return loss(model, batch)
+
+
+class OddError(Exception):
+    def __str__(self):
+        raise TypeError("no text")
+
+
+class Grows(nn.Module):
+    """A cache that grows with what was seen, as of rotary embeddings."""
+
+    def __init__(self, net, size):
+        super().__init__()
+        self.net = net
+        self.register_buffer("cache", torch.ones(size, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.net(x) * self.cache[0]
+
+
+def broken(where):
+    """Curvature of a network, with an error in one process at a step that is none of the loss."""
+    owner, name = where
+    original = getattr(owner, name)
+    if dist.get_rank() == 1:
+        setattr(owner, name, lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError("out of memory")))
+    try:
+        model, batch = network("conv")
+        own = part(batch, dist.get_rank())
+        options = OPTIONS | {"curvature": "ggn", "alignment": True, "top_k": 3}
+        return attempt(lambda: measure_spectra(model, own, loss, process_group=dist.group.WORLD, **options))
+    finally:
+        setattr(owner, name, original)
+
+
+STEPS = {
+    "the matrices of gradients": (MatrixLayer, "to_matrix"),
+    "noise floors": (memory, "_usable"),
+    "what is shared": (processes, "_taken_apart"),
+    "sums told": (factors._Sums, "told"),
+    "sums joined": (SecondMoment, "add_moment"),
+}
+
+
 def not_a_number(model, batch):
     return loss(model, batch) * (float("nan") if dist.get_rank() == 1 else 1.0)
 
@@ -143,6 +198,10 @@ def failures():
     found["memory once"] = Fails(1, memory, at=1), {"curvature": "exact"}, "smooth"
     found["memory twice"] = Fails(1, memory, at=2, often=2), {"curvature": "exact"}, "smooth"
     found["memory always"] = Fails(1, memory, at=1, often=10**6), {"curvature": "exact"}, "smooth"
+    found["another option"] = loss, {"top_k": 3 + dist.get_rank()}, "smooth"
+    found["gathers by name"] = gathering_by_name, {}, "smooth"
+    found["sends"] = sending, {}, "smooth"
+    found["no text"] = Fails(1, OddError(), at=1), {}, "smooth"
     found["memory in factors"] = Fails(1, memory, at=4), {"curvature": "ggn", "alignment": True}, "conv"
     found["gathers"] = gathering, {}, "smooth"
     found["not a number"] = not_a_number, {}, "smooth"
@@ -172,7 +231,7 @@ def sharded():
 def attempt(measure):
     try:
         return measure().to_dict()
-    except (MeasurementError, ProcessError, ValueError) as error:
+    except (MeasurementError, MemoryError, ProcessError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -206,6 +265,15 @@ def main():
         result[f"{how} alone"] = attempt(lambda model=model, own=own: measure_spectra(model, own, loss))
         weight = next(model.parameters())
         result[f"{how} kept"] = [type(weight).__name__, list(weight.to_local().shape), type(model).__name__]
+    for label, where in STEPS.items():
+        result[label] = broken(where)
+    model, batch = network("smooth")
+    grown = Grows(model, 4 + rank)
+    result["grown"] = attempt(
+        lambda: measure_spectra(
+            grown, part(batch, rank), loss, process_group=dist.group.WORLD, curvature="exact", **OPTIONS
+        )
+    )
     pair = dist.new_group([0, 1])
     model, batch = network("conv")
     result["two of them"] = attempt(

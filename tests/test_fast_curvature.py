@@ -350,7 +350,7 @@ def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options):
 def sketched(model, batch, top_k, seeds):
     """Estimates and errors (seeds, directions) by seed, and what double backward finds."""
     layers = find_layers(model).layers
-    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=top_k)
+    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=max(top_k, 3))
     with losses_of(model, [batch], cross_entropy, layers, "eval", "float32") as (losses, *_):
         gradients, _, problem = losses.gradients(losses.whole(), keep_graph=False)
         directions = {n: top_singular_triplets(g, top_k) for n, g in gradients.values.items()}
@@ -358,7 +358,7 @@ def sketched(model, batch, top_k, seeds):
     h = torch.stack([torch.cat([f.h[name] for name in layers]) for f in found])
     nothing = torch.zeros(top_k, dtype=torch.float64)
     stderr = torch.stack([torch.cat([f.stderr.get(name, nothing) for name in layers]) for f in found])
-    return h, stderr, torch.cat([layer.h for layer in expected.layers.values()])
+    return h, stderr, torch.cat([layer.h[:top_k] for layer in expected.layers.values()])
 
 
 def test_draws_that_agree_by_chance_state_an_error_all_the_same():

@@ -149,7 +149,11 @@ FAILED = {
     "exact, call 1": "ProcessError: process 1: KeyError: 'lost'",
     "the first, no sample": "ValueError: process 0: bad value",
     "memory always": "MeasurementError: out of memory with 30 samples at once, with 15 samples at once, with 8",
-    "gathers": "MeasurementError: process 0: the loss calls torch.distributed.all_reduce",
+    "gathers": "MeasurementError: process 0: the loss talks to other processes (c10d.allreduce_",
+    "gathers by name": "MeasurementError: process 0: the loss talks to other processes (c10d.allreduce_",
+    "sends": "MeasurementError: process 0: the loss talks to other processes (c10d.send",
+    "no text": "ProcessError: process 1: OddError: ",
+    "another option": "MeasurementError: top_k: process 1 has 4, and process 0 has 3; all must have the same",
     "not a number": "MeasurementError: process 1: the loss is nan",
     "another selection": "MeasurementError: process 1 measures other layers than process 0",
 }
@@ -173,6 +177,26 @@ def test_wherever_a_process_fails_no_other_waits_for_it(results, method):
             # There is no such call.
             assert call > 1
             assert [str(without_time(other)) for other in others] == [str(without_time(first))] * (WORLD - 1)
+
+
+@pytest.mark.parametrize("label", jointly.STEPS)
+def test_no_process_waits_for_one_that_fails_beside_the_loss(results, label):
+    first, *others = (of_rank[label] for of_rank in results)
+    if isinstance(first, str):
+        assert "out of memory" in first
+        assert others == [first] * (WORLD - 1)
+    else:
+        # Without factors, curvature goes on.
+        assert label.startswith("sums")
+        assert all(layer["alignment"] is None for layer in first["layers"].values())
+        assert [str(without_time(other)) for other in others] == [str(without_time(first))] * (WORLD - 1)
+
+
+def test_a_cache_that_grows_in_each_process_is_its_own(results, alone):
+    found = SpectralReport.from_dict(results[0]["grown"])
+    for name, layer in found.layers.items():
+        expected = alone["smooth exact"].layers[name.removeprefix("net.")].h
+        torch.testing.assert_close(layer.h, expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("label", ["memory once", "memory twice"])

@@ -22,7 +22,7 @@ SMALL = replace(scaling.BASE, width=24, depth=1, length=8, samples=32, k=3)
 
 def test_an_arm_runs_and_the_others_are_kept(tmp_path, monkeypatch):
     arms = {
-        "directions": ("k", [SMALL, replace(SMALL, k=2)]),
+        "directions": ("k", [SMALL, replace(SMALL, k=4)]),
         "classes, ggn": ("words", [replace(scaling.IMAGES, width=4)]),
     }
     for name, sizes in arms.items():

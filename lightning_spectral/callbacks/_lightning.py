@@ -107,6 +107,14 @@ def processes_of(trainer: Any) -> Alone:
     return Together()
 
 
+def repeats_a_batch(trainer: Any) -> bool:
+    """Whether another process of a tensor-parallel group has the same batch, and takes its part in the measurement."""
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    if mesh is None or "tensor_parallel" not in (mesh.mesh_dim_names or ()):
+        return False
+    return int(mesh["tensor_parallel"].get_local_rank()) > 0
+
+
 def sharded(trainer: Any) -> str | None:
     """The name of the Trainer's strategy if it splits parameters so that their matrices cannot be had."""
     name = type(trainer.strategy).__name__

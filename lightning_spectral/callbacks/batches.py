@@ -113,7 +113,8 @@ class BatchSource:
                 return [batch]
             self.collect(batch)
         elif isinstance(self.choice, DataLoader) and not self._loaded:
-            apart = isinstance(self.choice.sampler, DistributedSampler)
+            inner = getattr(self.choice.batch_sampler, "sampler", None)
+            apart = isinstance(self.choice.sampler, DistributedSampler) or isinstance(inner, DistributedSampler)
             rank, size = (0, 1) if apart else (processes.rank, processes.size)
             loaded = first_batches(self.choice, self.n_batches, module)
             self._held = HeldBatches(to_device(batch) for batch in loaded[rank::size])

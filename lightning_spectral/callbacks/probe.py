@@ -12,6 +12,7 @@ from lightning_spectral.callbacks._lightning import (
     AnyCallback,
     optimizer_steps,
     processes_of,
+    repeats_a_batch,
     sharded,
     steps_in_all,
     to_device,
@@ -62,9 +63,9 @@ class SpectralProbe(AnyCallback):
     `trainer.callback_metrics` holds the last of each that is not NaN, for `EarlyStopping`, `ModelCheckpoint` and
     schedulers with a `monitor`.
 
-    In distributed training (DDP) the processes measure together: each takes the samples of its own batch, and gradient
-    and curvature are those of all of them, weighted by samples, so that every process has the same report. The first
-    one logs. Where one of them fails, all skip the probe, and go on.
+    In distributed training (DDP, FSDP2) the processes measure together: each takes the samples of its own batch, and
+    gradient and curvature are those of all of them, weighted by samples, so that every process has the same report. The
+    first one logs. Where one of them fails, all skip the probe, and go on.
 
     Training does change where a `SpectralNewton` with alpha="probe" is in the same Trainer: before the step it is given
     the alphas measured. The exponent that each layer then steps
@@ -353,6 +354,8 @@ class SpectralProbe(AnyCallback):
         if batches is None or not ready:
             self._collected += self.budget.clock() - started
             return
+        if self._processes.size > 1 and repeats_a_batch(trainer):
+            batches = []
         report = self._measure(trainer, pl_module, batches, batch_idx, step)
         self._collecting = False
         alphas = self._set_alphas(optimizers, pl_module, fits_of(report))

@@ -197,7 +197,8 @@ class Sharing:
         if not self._found:
             self._found = True
             self._group = self._find(groups)
-        if self._group is None or _may_step_alone(self._ddp()):
+        ddp = self._ddp()
+        if self._group is None or _may_step_alone(ddp) or (self.process_group == "auto" and ddp is None):
             return ALONE
         return Scope((self._group,), self._group)
 
