@@ -7,8 +7,18 @@ os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch
+from torch.distributed import fsdp
 
 torch.set_num_threads(1)
+
+SHARDED = ["jointly.py", "sharded_steps.py", "shared_in_lightning.py", "test_processes.py", "test_shared_steps.py"]
+collect_ignore = [] if hasattr(fsdp, "fully_shard") else SHARDED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if collect_ignore:
+        terminalreporter.line(f"left out, for FSDP2 is of torch 2.6 and later: {', '.join(collect_ignore)}")
+
 
 try:
     from hypothesis import settings

@@ -8,6 +8,7 @@ imported all that takes time to import.
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from torch import nn
 
@@ -86,15 +87,21 @@ class Batches:
         self.done = state["done"]
 
 
+def saved_on_exception(folder, **options):
+    """Callbacks that write last.ckpt as configured and at an exception; an old Lightning has one just for that."""
+    if "save_on_exception" in inspect.signature(ModelCheckpoint).parameters:
+        return [ModelCheckpoint(folder, save_last=True, save_on_exception=True, **options)]
+    return [ModelCheckpoint(folder, save_last=True, **options), OnExceptionCheckpoint(folder, "last")]
+
+
 def train(folder, name, fault=None, ckpt_path=None):
     pl.seed_everything(3, verbose=False)
     module = Module(fault)
     probe = SpectralProbe(every_n_steps=2, top_k=4, log_tables=True)
-    saved = ModelCheckpoint(
-        folder / name, save_top_k=0, save_last=True, every_n_train_steps=5, save_on_exception=fault == "term"
-    )
+    # An old Lightning saves at the end of an epoch too, unless told not to.
+    saved = saved_on_exception(folder / name, save_top_k=0, every_n_train_steps=5, save_on_train_epoch_end=False)
     trainer = pl.Trainer(
-        max_steps=STEPS, max_epochs=-1, callbacks=[probe, saved], log_every_n_steps=1, accelerator="cpu",
+        max_steps=STEPS, max_epochs=-1, callbacks=[probe, *saved], log_every_n_steps=1, accelerator="cpu",
         logger=CSVLogger(folder, name="csv", version=name, flush_logs_every_n_steps=1), enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip

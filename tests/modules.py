@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from cases import Block
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is of torch 2.9 and later")
 
 
 class Stateful(pl.LightningModule):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from modules import NEEDS_MUON
 from rich.console import Console
 from torch import nn
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
@@ -46,7 +47,10 @@ def same(a, b, **tolerances):
     return all(x.allclose(y, **tolerances) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-CASES = [*(("language", optimizer) for optimizer in OPTIMIZERS), *((task, "spectral_newton_2") for task in TASKS[:-1])]
+CASES = [
+    *(pytest.param("language", name, marks=[NEEDS_MUON] if name == "muon" else []) for name in OPTIMIZERS),
+    *((task, "spectral_newton_2") for task in TASKS[:-1]),
+]
 
 
 @pytest.mark.parametrize(("task", "optimizer"), CASES)
@@ -83,6 +87,7 @@ def test_a_run_without_a_rate_is_refused(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@NEEDS_MUON
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["run.py"])
     extra = [*SMALL["digits"], *SHORT]
@@ -172,6 +177,7 @@ def steps(net, optimizers, n=3):
             optimizer.step()
 
 
+@NEEDS_MUON
 def test_muon_with_adamw_is_torchs_two_on_matrices_and_the_rest():
     one, other = pair()
     steps(one, [MuonWithAdamW(MuonWithAdamW.groups(one), lr=0.02, weight_decay=0.1)])
@@ -193,6 +199,7 @@ def test_muon_with_adamw_is_torchs_two_on_matrices_and_the_rest():
     assert same(one, other, atol=1e-7)
 
 
+@NEEDS_MUON
 def test_muon_with_adamw_splits_a_fused_projection():
     grad = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 
@@ -216,7 +223,7 @@ def test_muon_with_adamw_splits_a_fused_projection():
     assert model.proj.weight.grad is None
 
 
-@pytest.mark.parametrize("peer", [MuonWithAdamW, LayerRateAdamW])
+@pytest.mark.parametrize("peer", [pytest.param(MuonWithAdamW, marks=NEEDS_MUON), LayerRateAdamW])
 def test_peers_resume_bit_for_bit(peer):
     one, other = pair()
     first, second = (peer(peer.groups(net), lr=0.01) for net in (one, other))
@@ -237,6 +244,7 @@ def saved(state):
     return file
 
 
+@NEEDS_MUON
 def test_muon_with_adamw_refuses_a_flat_list_and_calls_a_closure():
     one, _ = pair()
     with pytest.raises(ValueError, match=r"pass MuonWithAdamW.groups\(model\)"):

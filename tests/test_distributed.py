@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from torch.distributed import fsdp
 
 BEGIN = """
     import json, os, sys, time, warnings
@@ -227,6 +228,7 @@ def test_two_processes_measure_the_joined_batch_and_skip_a_probe_together(tmp_pa
     assert first["held"] == [24, 3]
 
 
+@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="FSDP2 is of torch 2.6 and later")
 def test_fully_sharded_training_is_probed_and_goes_on_as_without(tmp_path):
     first, second = run_two(tmp_path / "sharded", SHARDED.format())
     assert first["steps"] == second["steps"] == [0, 2, 4]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from killed import saved_on_exception
 from test_faults import Small, data, train
 from test_no_trace import assert_identical
 from torch import nn
@@ -103,9 +103,9 @@ def test_an_interrupt_in_a_probe_is_not_swallowed_and_leaves_everything_as_it_wa
             return step == 1
 
     module, kept = Small(), Kept()
-    saved = ModelCheckpoint(tmp_path, save_on_exception=True, save_last=True)
+    saved = saved_on_exception(tmp_path)
     with pytest.raises(SystemExit) as raised:
-        train(module, kept, From1(curvature="exact", mode=mode), saved, enable_checkpointing=True)
+        train(module, kept, From1(curvature="exact", mode=mode), *saved, enable_checkpointing=True)
     assert raised.value.code == 1
     assert isinstance(kept.exception, KeyboardInterrupt)
     assert kept.before["grads"][0] is not None

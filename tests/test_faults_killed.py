@@ -7,11 +7,17 @@ from pathlib import Path
 
 import killed
 import pytest
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked, and found in /proc")
 
 # The checkpoint that a run goes on from, in steps.
 RESUMED_FROM = {"probe": 5, "step": 5, "term": 9}
+ONE_BEHIND = pytest.mark.skipif(
+    not hasattr(_TrainingEpochLoop, "restarted_on_train_batch_end"),
+    reason="this Lightning's step axis, and the probe's with it, is one behind after a checkpoint of mid-epoch",
+)
+FAULTS = [pytest.param(fault, marks=[] if fault == "term" else ONE_BEHIND) for fault in killed.FAULTS]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,7 @@ def result(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("fault", killed.FAULTS)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_killed_in_a_probe_or_a_step_resumes_bit_for_bit(fault, folder):
     ended = result(folder, "ended")
     # The second ends by Lightning's SIGTERMException, after the step whose probe the signal came in.
@@ -43,7 +49,7 @@ def test_a_run_killed_in_a_probe_or_a_step_resumes_bit_for_bit(fault, folder):
     assert resumed["reports"] == [report for report in whole["reports"] if report["step"] >= start]
 
 
-@pytest.mark.parametrize("fault", killed.FAULTS)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_the_rows_of_a_run_killed_and_resumed_are_those_of_the_whole_run(fault, folder):
     whole, before, after = (killed.rows(folder, name) for name in ("whole", fault, f"{fault}-resumed"))
     assert len(whole) > killed.STEPS

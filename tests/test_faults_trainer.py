@@ -224,8 +224,11 @@ def test_a_learning_rate_finder_before_the_first_step_is_no_resume(tmp_path):
     probe = SpectralProbe(every_n_steps=2, batch="fixed")
     with warnings.catch_warnings():
         warnings.simplefilter("error", SpectralWarning)
-        trainer_of(LearningRateFinder(num_training_steps=4), probe, epochs=1, default_root_dir=tmp_path).fit(Small())
-    assert [report.step for report in probe.history] == [0, 2]
+        trainer = trainer_of(LearningRateFinder(num_training_steps=4), probe, epochs=2, default_root_dir=tmp_path)
+        trainer.fit(Small())
+    # An old Lightning takes the finder's steps for the first epoch, with or without a probe.
+    assert trainer.global_step in (4, 8)
+    assert [report.step for report in probe.history] == list(range(0, trainer.global_step, 2))
 
 
 def test_a_learning_rate_finder_in_mid_training_leaves_the_schedule(tmp_path):

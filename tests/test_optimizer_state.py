@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import pytorch_lightning as pl
@@ -99,7 +100,8 @@ class Homemade(torch.optim.Optimizer):
 @pytest.mark.parametrize(
     ("other", "name"),
     [
-        (lambda p: torch.optim.AdamW(p), "torch.optim.AdamW "),
+        # With an old torch the two have the same options.
+        (lambda p: torch.optim.AdamW(p), "(torch.optim.Adam or )?torch.optim.AdamW "),
         (lambda p: torch.optim.Adam(p), "torch.optim.Adam "),
         (lambda p: torch.optim.SGD(p, lr=0.1), "torch.optim.SGD "),
         (Homemade, "an optimizer of an unknown class .*lr, trust"),
@@ -232,5 +234,5 @@ def test_lightning_cli_builds_it_from_a_config(tmp_path, capsys):
     with pytest.raises(SystemExit):
         LightningCLI(Plain, args=["fit", "--optimizer.help=lightning_spectral.SpectralNewton"])
     printed = capsys.readouterr().out
-    assert "--optimizer.max_gain" in printed
+    assert re.search(r"--optimizer\.(init_args\.)?max_gain\b", printed)
     assert "how many times the spectral norm" in " ".join(printed.split())

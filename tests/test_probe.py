@@ -352,6 +352,8 @@ def test_compiled_modules_are_measured_eagerly(whole):
     expected = measure_spectra(module, batch_of())
     if whole:
         module.compile(backend="aot_eager")
+    elif not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("what torch.compile wraps is measured with torch 2.6 and later")
     else:
         module.net = torch.compile(module.net, backend="aot_eager")
     probe = SpectralProbe(every_n_steps=1)

@@ -180,8 +180,6 @@ def test_wandb_offline_run(tmp_path, monkeypatch):
 def test_wandb_without_its_reader(tmp_path, monkeypatch):
     file = tmp_path / "run-x.wandb"
     file.write_bytes(b"nonsense" * 9)
-    with pytest.raises(RunError, match=r"no W&B run that can be read \(.*bad header"):
-        read_run([file])
     old = subprocess.CompletedProcess([], 2, "", "Usage: ...\n\nError: No such command 'leet'.")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: old)
     with pytest.raises(RunError, match=r"needs `wandb leet inspect` of W&B 0\.28: pip install --upgrade wandb"):
@@ -189,6 +187,7 @@ def test_wandb_without_its_reader(tmp_path, monkeypatch):
 
 
 def test_wandb_is_neither_the_current_folder_nor_told_options_by_a_path(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", minversion="0.28", reason="`wandb leet inspect`, which reads a run, is not there")
     (tmp_path / "wandb.py").write_text("raise SystemExit('taken from the current folder')")
     (tmp_path / "--help.wandb").write_bytes(b"nonsense" * 9)
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from modules import NEEDS_MUON
 from torch import nn
 
 from lightning_spectral import SpectralNewton
@@ -23,6 +24,7 @@ from examples.benchmarks.train_results import DIVERGED, Result, Run, Store, clai
 KEPT = ROOT / "examples" / "benchmarks" / "results" / "train_cpu.json"
 
 
+@NEEDS_MUON
 def test_quick_runs_through_and_resumes(tmp_path, capsys, monkeypatch):
     output = tmp_path / "new" / "train.json"
     argv = ["--quick", "--jobs=1", f"--output={output}", "--task=wrong_labels", "--task=language"]
@@ -43,6 +45,7 @@ def test_quick_runs_through_and_resumes(tmp_path, capsys, monkeypatch):
     assert json.loads(output.read_text()) == kept
 
 
+@NEEDS_MUON
 def test_runs_in_processes_give_the_same_losses():
     arm = train_runs.ARMS["muon"]
     runs = {Run("wrong_labels", "muon", 0.01, seed, 3): arm for seed in (0, 1)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from lightning_spectral import SpectralNewton, SpectralProbe
 from lightning_spectral.optim.layout import blocks
@@ -82,6 +82,9 @@ class MuonWithAdamW(Optimizer):
                 pieces.append((nn.Parameter(_matrix(weight)), _matrix(grad), _matrix(buffer)))
         if not pieces:
             return
+        # Of torch 2.9 and later; what else is here needs it not.
+        from torch.optim import Muon
+
         muon = Muon(
             [weight for weight, _, _ in pieces],
             lr=group["lr"],

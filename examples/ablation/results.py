@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -87,13 +88,12 @@ def table(results: Sequence[Result]) -> Table:
     made.add_column("optimizer", no_wrap=True)
     for column in ("lr", "validation", "test"):
         made.add_column(column, justify="right", no_wrap=True)
-    last = None
-    for (task, row), of_row in grouped(results).items():
-        if task != last:
-            made.add_section()
-        losses = [spread([r.val_loss for r in of_row]), spread([r.test_loss for r in of_row])]
-        made.add_row("" if task == last else task, row, f"{of_row[0].run.lr:g}", *losses)
-        last = task
+    for task, of_task in groupby(grouped(results).items(), key=lambda item: item[0][0]):
+        rows = list(of_task)
+        for i, ((_, row), of_row) in enumerate(rows, start=1):
+            losses = [spread([r.val_loss for r in of_row]), spread([r.test_loss for r in of_row])]
+            first, lr = task if i == 1 else "", f"{of_row[0].run.lr:g}"
+            made.add_row(first, row, lr, *losses, end_section=i == len(rows))
     return made
 
 
