@@ -49,8 +49,9 @@ def test_demo_trains_measures_logs_and_prints(tmp_path, capsys, monkeypatch):
         torch.set_num_threads(before)
     reports = {name: history[-1] for name, history in histories.items()}
     printed, complaints = capsys.readouterr()
-    # One epoch is enough for so few steps.
-    assert set(re.findall(r"Epoch \d+/(-?\d+)", printed + complaints)) == {"0"}
+    # One epoch is enough for so few steps. Not every Lightning's bar tells of how many it is.
+    assert "Epoch 0" in printed + complaints
+    assert set(re.findall(r"Epoch \d+/(-?\d+)", printed + complaints)) <= {"0"}
     assert "anonymous" not in printed + complaints
     assert {name: len(report.layers) for name, report in reports.items()} == {"resnet-digits": 9, "gpt-python": 9}
     for name, report in reports.items():
