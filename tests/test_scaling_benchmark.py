@@ -109,6 +109,12 @@ def test_the_readmes_predictions_are_the_benchmarks(name):
     assert shown.split(" | ")[1:4] == expected
 
 
+def test_the_readmes_share_of_two_processes_is_the_benchmarks():
+    one, two = KEPT["figures"]["ranks"]["points"]
+    probe, step = (two[what] / one[what] for what in ("probe_seconds", "step_seconds"))
+    assert f"with two on two cores {probe:.2f} of one's, as a training step took {step:.2f}" in README
+
+
 def test_plans_hold_within_what_is_said():
     found = KEPT["measured_over_planned"]
     assert all(1 / FACTOR < low <= high < FACTOR for low, high in found.values())
