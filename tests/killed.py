@@ -19,6 +19,9 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+# Of a process that has W&B running, whose service would be taken, and not be a child to kill.
+os.environ.pop("WANDB_SERVICE", None)
+
 import numpy as np
 import pytorch_lightning as pl
 import torch

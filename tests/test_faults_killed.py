@@ -65,8 +65,5 @@ def test_wandb_that_is_killed_is_told_once_and_training_goes_on(folder):
     assert result(folder, "ended")["wandb"] == 0
     steps, probes, told = result(folder, "wandb")
     assert (steps, probes) == (killed.STEPS, killed.STEPS)
-    texts = [text for text in told if "could not log" in text]
-    # Its connection is reset, or broken, or the one and then the other.
-    assert 1 <= len(texts) <= 2
-    assert len(set(texts)) == len(texts)
-    assert all(text.startswith("WandbLogger could not log: ") for text in texts)
+    (text,) = [text for text in told if "could not log" in text]
+    assert text.startswith("WandbLogger could not log: ")

@@ -240,7 +240,7 @@ def test_figures_read_no_mathematics_in_names(name):
     assert [text for text in texts if is_math_text(text) is True and not any(part in text for part in own)] == []
     if name in NAMED:
         # Without mathematics in it, matplotlib draws \$ as $ and all else as it is.
-        assert set(names) <= {text.replace(r"\$", "$") for text in texts}
+        assert set(names) <= {line.replace(r"\$", "$") for text in texts for line in text.split("\n")}
 
 
 NAMED = ("plot_power_law", "plot_rank_profiles", "plot_alpha_by_depth", "plot_spectrum_heatmap")

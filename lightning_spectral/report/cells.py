@@ -22,7 +22,16 @@ def literal(text: str, style: str = "") -> Text:
     >>> print(literal("[red]:x:[/]"), literal("a" + chr(27) + "[2J"))
     [red]:x:[/] a\x1b[2J
     """
-    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), style)
+    return Text(printable(text), style)
+
+
+def printable(text: str) -> str:
+    r"""A text with the codes of what is not to be printed.
+
+    >>> print(printable("a" + chr(27) + "b"))
+    a\x1bb
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def new_table(title: str = "") -> Table:

@@ -11,7 +11,7 @@ from rich.table import Table
 from lightning_spectral.analysis import trusted
 from lightning_spectral.names import brief, shortened
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.report.cells import fixed, left_out, literal, new_table, percent, short, that_fit
+from lightning_spectral.report.cells import fixed, left_out, literal, new_table, percent, printable, short, that_fit
 from lightning_spectral.spectrum import LayerSpectrum
 
 NAME_LEAST = 12
@@ -38,7 +38,7 @@ class Requested:
     def table(self, layers: Iterable[LayerSpectrum], width: int) -> tuple[Table, str]:
         """A row per layer, those with a fit not to be trusted dim, within so many characters; and the caption."""
         shown = list(layers)
-        columns = {"layer": [brief(layer.name) for layer in shown]}
+        columns = {"layer": [brief(printable(layer.name)) for layer in shown]}
         columns |= {heading: [cell(layer) for layer in shown] for heading, cell in self.columns.items()}
         last_first = list(self.columns)[:0:-1]
         kept, length = that_fit(columns, width, flexible="layer", least=NAME_LEAST, expendable=last_first)
@@ -47,7 +47,8 @@ class Requested:
             table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
         for i, layer in enumerate(shown):
             cells = (columns[heading][i] for heading in kept if heading != "layer")
-            table.add_row(literal(shortened(layer.name, length)), *cells, style="" if trusted(layer) else "dim")
+            name = literal(shortened(printable(layer.name), length))
+            table.add_row(name, *cells, style="" if trusted(layer) else "dim")
         return table, self.caption + left_out(columns, kept)
 
 

@@ -18,6 +18,7 @@ from lightning_spectral.report.cells import (
     literal,
     new_table,
     percent,
+    printable,
     that_fit,
     width_for,
 )
@@ -110,14 +111,14 @@ def layer_table(report: SpectralReport, title: str = "", *, width: int | None = 
 def _layer_table(report: SpectralReport, title: str, width: int | None) -> tuple[Table, str]:
     """The table and its caption."""
     layers = list(report.layers.values())
-    columns = {heading: [cells[heading] for cells in map(_cells, layers)] for heading in HEADINGS}
+    columns = {heading: [printable(cells[heading]) for cells in map(_cells, layers)] for heading in HEADINGS}
     room = 10**6 if width is None else width
     kept, length = that_fit(columns, room, flexible="layer", least=NAME_LEAST, expendable=LEAST_NEEDED)
     table = new_table(title)
     for heading in kept:
         table.add_column(heading, justify="left" if heading in ("layer", "kind", "shape") else "right", no_wrap=True)
     for i, layer in enumerate(layers):
-        names = {"layer": shortened(layer.name, length)}
+        names = {"layer": shortened(printable(layer.name), length)}
         cells = (literal(names.get(heading, columns[heading][i])) for heading in kept)
         table.add_row(*cells, style="" if trusted(layer) else "dim")
     return table, CAPTION + left_out(columns, kept)
@@ -127,7 +128,7 @@ def kind_table(report: SpectralReport, title: str = "", *, width: int | None = N
     """A row per kind of layer: medians of this report over all fits, trusted or not, beside the paper's alpha."""
     rows = compare_kinds(report)
     columns = {
-        "kind": [row.kind for row in rows],
+        "kind": [printable(row.kind) for row in rows],
         "layers": [str(row.layers) for row in rows],
         "alpha": [fixed(row.alpha) for row in rows],
         "gamma": [fixed(row.gamma) for row in rows],
