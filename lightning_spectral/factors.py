@@ -117,7 +117,7 @@ def _factors(
     while sums:
         name, mine = sums.popitem()
         factors[name] = mine.factors()
-    per_sample = samples / sum((size or 1) ** 2 for size in losses.all_sizes) if summed else 1.0
+    per_sample = samples / sum((size or 0) ** 2 for size in losses.all_sizes) if summed else 1.0
     return Factored(factors, notes, per_sample)
 
 

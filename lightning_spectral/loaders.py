@@ -16,26 +16,48 @@ from lightning_spectral.quiet import RandomStates
 
 
 def first_batches(
-    loader: DataLoader[Any], n: int, model: nn.Module, prepare: Callable[[Any], Any] = lambda batch: batch
-) -> list[Any]:
-    """The first n batches of a loader, prepared.
+    loader: DataLoader[Any],
+    n: int,
+    model: nn.Module,
+    *,
+    prepare: Callable[[Any], Any] = lambda batch: batch,
+    share: slice = slice(None),
+    device: torch.device | None = None,
+) -> HeldBatches:
+    """The first n batches of a loader, or a share of them, in the CPU's memory.
 
-    The loader may be in use: a copy of it is iterated, and all generators that it draws from are put back.
+    The loader may be in use: a copy of it is iterated, and all generators that it or ``prepare`` draws from are put
+    back.
+
+    Args:
+        loader: to take from.
+        n: how many, of all shares.
+        model: whose generators are put back too.
+        prepare: what becomes of each batch before it is kept.
+        share: which of the n to keep.
+        device: where to give them back; None: where they were.
+
+    Raises:
+        ValueError: if the loader has fewer than n.
     """
     states = RandomStates(model)
     own = [(generator, generator.get_state()) for generator in _generators(loader)]
     loader = copy.copy(loader)
     # What a loader with persistent workers is in the middle of.
     loader._iterator = None
+    mine, held, found = range(n)[share], HeldBatches(device=device), 0
     try:
-        found = [prepare(batch) for batch in islice(loader, n)]
+        for index, batch in enumerate(islice(loader, n)):
+            if index in mine:
+                held.append(prepare(batch))
+            found += 1
     finally:
         states.restore()
         for generator, state in own:
             generator.set_state(state)
-    if len(found) < n:
-        raise ValueError(f"n_batches: {n} batches were asked for, and the DataLoader has {len(found)}")
-    return found
+    if found < n:
+        raise ValueError(f"n_batches: {n} batches were asked for, and the DataLoader has {found}")
+    return held
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -56,7 +78,7 @@ def batches_of(batch: Any, n_batches: int, model: nn.Module) -> Sequence[Any]:
         raise ValueError(f"n_batches must be a whole number of at least 1, got {n_batches!r}")
     if isinstance(batch, DataLoader):
         device = next((parameter.device for parameter in model.parameters()), None)
-        return HeldBatches(first_batches(batch, n_batches, model), device)
+        return first_batches(batch, n_batches, model, device=device)
     if n_batches > 1:
         raise ValueError(f"n_batches={n_batches} needs a DataLoader as batch, got {type(batch).__name__}")
     return [batch]

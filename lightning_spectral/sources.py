@@ -266,7 +266,7 @@ def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:
             value.setup("fit")
             value = value.train_dataloader()
         if isinstance(value, DataLoader):
-            return first_batches(value, n_batches, model)
+            return list(first_batches(value, n_batches, model))
         found = _first(path, value, n_batches)
     except SourceError:
         raise

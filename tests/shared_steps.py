@@ -62,6 +62,24 @@ def take_steps(model, optimizer, first=0):
         optimizer.step()
 
 
+def entries_transferred(optimizer):
+    """Of all matrices whose function a step takes: entries in this process, in all, and those of the parameters."""
+    here, real = 0, matrices.transfer_batch
+
+    def counting(x_brn, **options):
+        nonlocal here
+        here += x_brn.numel()
+        return real(x_brn, **options)
+
+    matrices.transfer_batch = counting
+    optimizer.step()
+    matrices.transfer_batch = real
+    everywhere = torch.tensor(here)
+    dist.all_reduce(everywhere)
+    spectral = [group for group in optimizer.param_groups if group["update"] == "spectral"]
+    return here, int(everywhere), sum(p.numel() for group in spectral for p in group["params"])
+
+
 def weights(model):
     return [parameter.detach().clone() for parameter in model.parameters()]
 
@@ -89,22 +107,10 @@ def check_steps(rank, n, folder):
 
 def check_each_matrix_is_computed_once(rank, n, folder):
     (model, optimizer), _ = pair()
-    counted, real = [0, 0], matrices.transfer_batch
-
-    def counting(x_brn, **options):
-        counted[0] += x_brn.numel()
-        return real(x_brn, **options)
-
-    matrices.transfer_batch = counting
     set_grads(model, 0)
-    optimizer.step()
-    matrices.transfer_batch = real
-    in_all = torch.tensor(counted[0])
-    dist.all_reduce(in_all)
-    spectral = [group for group in optimizer.param_groups if group["update"] == "spectral"]
-    total = sum(p.numel() for group in spectral for p in group["params"])
-    assert int(in_all) == total
-    assert 0 < counted[0] < 0.75 * total
+    here, everywhere, total = entries_transferred(optimizer)
+    assert everywhere == total
+    assert 0 < here < 0.75 * total
 
 
 def check_odd_gradients(rank, n, folder):

@@ -27,7 +27,9 @@ from lightning_spectral.curvature import Problem
 from lightning_spectral.factors import _Sums
 from lightning_spectral.fits import entropy_rank, fit_power_law
 from lightning_spectral.layers import find_layers
+from lightning_spectral.measure import measure_quietly
 from lightning_spectral.moments import SecondMoment
+from lightning_spectral.options import Options
 from lightning_spectral.spectrum import LAYER_KEYS
 
 NAMED = {case.name: case for case in CASES}
@@ -212,6 +214,15 @@ def test_several_batches_give_the_same(method, loss):
     expected = aligned(model, (x, y), loss, micro_batch_size=len(x))
     for options in ({}, {"micro_batch_size": 5}):
         same(aligned(model, loader, loss, n_batches=3, curvature=method, **options), expected)
+
+
+def test_an_empty_batch_is_no_sample_of_a_sum():
+    model, (x, y) = relu_mlp().double(), batch_of()
+    options = Options(curvature="exact", alignment=True)
+    alone, beside = (
+        measure_quietly(model, batches, options, summed) for batches in ([(x, y)], [(x, y), (x[:0], y[:0])])
+    )
+    same(beside, alone)
 
 
 @pytest.mark.parametrize("options", [{"micro_batch_size": 12}, {"n_batches": 3}])

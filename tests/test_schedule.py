@@ -359,11 +359,17 @@ def loader(n=4, size=6):
     return DataLoader(TensorDataset(x, y), batch_size=size, shuffle=True)
 
 
-def test_a_loaders_batches_are_fetched_once_and_draw_nothing_from_training():
+class DrawsInTransfer(Frozen):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] + 1e-3 * torch.randn_like(batch[0]), batch[1]
+
+
+@pytest.mark.parametrize("network", [Frozen, DrawsInTransfer])
+def test_a_loaders_batches_are_fetched_once_and_draw_nothing_from_training(network):
     trails = []
     for callbacks in ([], [SpectralProbe(every_n_steps=2, batch=loader(), n_batches=2, top_k=3)]):
         torch.manual_seed(5)
-        module = Frozen()
+        module = network()
         trainer = pl.Trainer(
             max_steps=5, max_epochs=-1, callbacks=callbacks, logger=False, accelerator="cpu",
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,

@@ -16,7 +16,6 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 import warnings
@@ -31,10 +30,13 @@ from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_spectral
 from lightning_spectral import SpectralProbe
 from lightning_spectral.callbacks.logged import PROBE_KEYS
 from lightning_spectral.report.trackers import offline_wandb_run
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.benchmarks.machine import environment
 
 EVERY = 100
 """Probes between two looks; CSVLogger, too, writes its rows every 100 steps, so that each look finds as many."""
@@ -192,21 +194,14 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=2000)
     options = parser.parse_args()
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "lightning_spectral": lightning_spectral.__version__,
-        "torch": torch.__version__,
-        "pytorch_lightning": pl.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "threads": 1,
-    }
+    told = environment(pytorch_lightning=pl.__version__, threads=1)
     results: dict[str, dict[str, Any]] = {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name in RUNS:
             scalars = next(iter(results.values()))["scalars"] if results else 0
             results[name] = pool.apply(run, (name, options.probes, scalars))
             print(name, {key: value for key, value in results[name].items() if key != "rows"}, flush=True)
-            text = json.dumps({"environment": environment, "figures": results}, indent=2)
+            text = json.dumps({"environment": told, "figures": results}, indent=2)
             Path(options.output).write_text(text, encoding="utf-8")
     if options.figure:
         figure(results, options.figure)

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -27,8 +26,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-import lightning_spectral
 from lightning_spectral import SpectralNewton, spectral_transfer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.benchmarks.machine import environment
 
 REFRESH = 10
 """Steps between two refreshes of SOAP's and Shampoo's factors."""
@@ -195,19 +197,13 @@ def main() -> None:
     options = parser.parse_args()
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    environment = {
-        "lightning_spectral": lightning_spectral.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "refresh_of_soap_and_shampoo": REFRESH,
-        "pytorch_optimizer": peer_version(),
-    }
-    if environment["pytorch_optimizer"] is None:
+    told = environment(
+        threads=options.threads,
+        repeats=options.repeats,
+        refresh_of_soap_and_shampoo=REFRESH,
+        pytorch_optimizer=peer_version(),
+    )
+    if told["pytorch_optimizer"] is None:
         print("SOAP and Shampoo are left out: pip install --no-deps pytorch_optimizer")
     errors = largest_error()
     figures: dict[str, Any] = {}
@@ -215,7 +211,7 @@ def main() -> None:
         figures[name] = run(shapes, options.repeats)
         print(name, {key: f"{row['of_muon']:.2f}" for key, row in figures[name].items()}, flush=True)
         with open(options.output, "w", encoding="utf-8") as file:
-            json.dump({"environment": environment, "largest_error": errors, "figures": figures}, file, indent=2)
+            json.dump({"environment": told, "largest_error": errors, "figures": figures}, file, indent=2)
 
 
 if __name__ == "__main__":

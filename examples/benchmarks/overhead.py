@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,10 +19,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import lightning_spectral
 from lightning_spectral import SpectralProbe
 from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.benchmarks.machine import environment
 
 
 def figures(
@@ -61,14 +63,7 @@ def main() -> None:
     torch.manual_seed(0)
     gpt = CharacterGPT(len(CHARACTERS), 64, width=64, heads=4, depth=2)
     result = {
-        "environment": {
-            "lightning_spectral": lightning_spectral.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": options.threads,
-        },
+        "environment": environment(threads=options.threads),
         "figures": {
             "gpt": figures("gpt", gpt, PythonSource(64), 32, options.seconds),
             "resnet": figures("resnet", DigitsResNet(), digits(), 128, options.seconds),

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -31,10 +30,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-import lightning_spectral
 from lightning_spectral import SpectralReport, measure_spectra, top_singular_triplets
 from lightning_spectral.demo.data import CHARACTERS, PythonSource
 from lightning_spectral.demo.networks import CharacterGPT, ResidualBlock
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.benchmarks.machine import environment
 
 K = 20
 FAST = ("ggn", "auto")
@@ -279,21 +281,13 @@ def main() -> None:
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
-    environment = {
-        "lightning_spectral": lightning_spectral.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": options.threads,
-        "repeats": options.repeats,
-    }
+    told = environment(threads=options.threads, repeats=options.repeats)
     figures = {}
     for name in options.only:
         torch.manual_seed(0)
         figures[name] = PARTS[name](options.repeats)
         with open(options.output, "w", encoding="utf-8") as file:
-            json.dump({"environment": environment, "figures": figures}, file, indent=2)
+            json.dump({"environment": told, "figures": figures}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,13 +31,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_spectral
 from lightning_spectral import SpectralProbe, fit_power_law, measure_spectra
 from lightning_spectral.demo.networks import CharacterGPT, ResidualBlock
 from lightning_spectral.plan import plan_spectra
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from examples.benchmarks.machine import environment
 from examples.benchmarks.probe import loss, peak_bytes, seconds
 from examples.benchmarks.scaling_networks import predictions
 
@@ -243,19 +241,6 @@ def off(figures: Mapping[str, Any]) -> Iterator[tuple[float, float]]:
             yield row["steps"] / statistics.mean(row["planned_steps"]), row["bytes"] / row["planned_bytes"]
 
 
-def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """What was run on."""
-    return {
-        "lightning_spectral": lightning_spectral.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": options.threads,
-        "repeats": options.repeats,
-    }
-
-
 PARTS: dict[str, Callable[[int], Any]] = {
     **{name: lambda repeats, name=name: arm(name, repeats) for name in ARMS},
     "ranks": ranks,
@@ -282,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
             for size, row in zip(ARMS[of][1], figures[of]["points"], strict=True):
                 row |= planned(size)
         ratios = list(off(figures))
-        told = {"environment": environment(options), "figures": figures}
+        told = {"environment": environment(threads=options.threads, repeats=options.repeats), "figures": figures}
         if ratios:
             times, sizes = zip(*ratios, strict=True)
             told["measured_over_planned"] = {"steps": [min(times), max(times)], "bytes": [min(sizes), max(sizes)]}

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,12 +22,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from optimizer_step import Shapes, gpt, parameters, resnet18
 
-import lightning_spectral
 from lightning_spectral import SpectralNewton
 from lightning_spectral.optim import sharing
 from lightning_spectral.optim.matrices import pieces_of
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.benchmarks.machine import environment
+from examples.benchmarks.optimizer_step import Shapes, gpt, parameters, resnet18
 
 TASKS: dict[str, Shapes] = {
     **{f"{r}x{r}": [(r, r)] * count for r, count in ((16, 64), (32, 64), (64, 64), (128, 32), (256, 16), (1024, 2))},
@@ -76,16 +78,7 @@ def work(rank: int, options: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
     sharing.SMALLEST = 1
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=options.processes)
-    environment = {
-        "lightning_spectral": lightning_spectral.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "processes": options.processes,
-        "repeats": options.repeats,
-    }
+    told = environment(processes=options.processes, repeats=options.repeats)
     figures: dict[str, Any] = {}
     for name, shapes in TASKS.items():
         figures[name] = run(shapes, options.repeats)
@@ -93,7 +86,7 @@ def work(rank: int, options: argparse.Namespace, folder: str) -> None:
             print(name, {key: f"{value:.2f}" for key, value in figures[name].items()}, flush=True)
     if rank == 0:
         with open(options.output, "w", encoding="utf-8") as file:
-            json.dump({"environment": environment, "figures": figures}, file, indent=2)
+            json.dump({"environment": told, "figures": figures}, file, indent=2)
     dist.destroy_process_group()
 
 

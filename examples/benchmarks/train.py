@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,13 +23,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import lightning_spectral  # noqa: E402
+from examples.benchmarks.machine import environment  # noqa: E402
 from examples.benchmarks.train_figure import figure  # noqa: E402
 from examples.benchmarks.train_results import (  # noqa: E402
     Result,
@@ -168,14 +165,9 @@ def train_all(runs: Mapping[Run, Arm], *, jobs: int, quick: bool) -> Iterator[Re
             yield future.result()
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine."""
+def settings() -> dict[str, Any]:
+    """What was run, beside the machine."""
     return {
-        "lightning_spectral": lightning_spectral.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": 1,
         "warmup": WARMUP,
         "tuning_seeds": TUNING_SEEDS,
@@ -200,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.arm or (("adamw", "muon", "spectral_newton") if options.quick else ARMS)
     seeds = SEEDS[:2] if options.quick else SEEDS
     arms, tasks = {name: ARMS[name] for name in names}, options.task or list(TASKS)
-    store = Store(options.output, environment())
+    store = Store(options.output, environment(**settings()))
     benchmark = Benchmark(store, tasks, arms, seeds, jobs=options.jobs, quick=options.quick)
     benchmark.tune()
     if options.study:

@@ -116,8 +116,8 @@ class BatchSource:
             inner = getattr(self.choice.batch_sampler, "sampler", None)
             apart = isinstance(self.choice.sampler, DistributedSampler) or isinstance(inner, DistributedSampler)
             rank, size = (0, 1) if apart else (processes.rank, processes.size)
-            loaded = first_batches(self.choice, self.n_batches, module)
-            self._held = HeldBatches(to_device(batch) for batch in loaded[rank::size])
+            share = slice(rank, None, size)
+            self._held = first_batches(self.choice, self.n_batches, module, prepare=to_device, share=share)
             self._loaded = True
         if not self._full:
             return None
