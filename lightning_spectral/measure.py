@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_spectral.curvature import Outlook, measure_by
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
 from lightning_spectral.fitted import left_out, spectra_of
+from lightning_spectral.gathering import whole_weights
 from lightning_spectral.kinds import Kind
 from lightning_spectral.layers import LayerSelection, find_layers, matrix_parameters
 from lightning_spectral.loaders import batches_of
@@ -22,9 +23,9 @@ from lightning_spectral.memory import measure_within_memory
 from lightning_spectral.options import Options
 from lightning_spectral.prepared import Prepared, first_buffers, losses_of, prepared, unwrapped
 from lightning_spectral.processes import Alone, Together
-from lightning_spectral.quiet import Mode, Precision
+from lightning_spectral.quiet import PRECISIONS, Mode, Precision
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.sharding import whole_parameters
+from lightning_spectral.sharding import shards_of
 from lightning_spectral.svd import SingularTriplets
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def measure_quietly(
     processes = processes or Alone()
     with ExitStack() as stack:
         network = unwrapped(model)
-        whole = whole_parameters(network, processes)
+        whole = stack.enter_context(whole_weights(network, processes, PRECISIONS[options.precision]))
 
         def begin() -> Prepared:
             return stack.enter_context(prepared(network, batches, options, loss_fn, batch_idx, whole))
@@ -245,7 +246,7 @@ def directional_curvature(
     """
     Options(curvature=method, mode=mode, precision=precision)
     model = unwrapped(model)
-    whole_parameters(model, Alone())
+    shards_of(model, Alone())
     parts = find_layers(model, layers=lambda layer: True).layers
     whole = matrix_parameters(model)[0]
     by_parameter = {alias: layer for layer in whole.values() for alias in (layer.name, *layer.aliases)} | parts

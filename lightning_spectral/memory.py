@@ -263,7 +263,7 @@ def _of_gradients(losses: Losses, gradients: Gradients, options: Options, proces
     matrices = processes.summed(
         own,
         owners,
-        lambda name: torch.zeros_like(layers[name].to_matrix(losses.parameters[name].detach())),
+        lambda name: _zeros(layers[name], losses.parameters[name]),
     )
     mine = processes.agreed(lambda: _decomposed(matrices, layers, options))
     others = processes.gathered((mine.failed, mine.shorter))
@@ -276,6 +276,12 @@ def _of_gradients(losses: Losses, gradients: Gradients, options: Options, proces
         failed=_in_order(layers, failed, *(reasons for reasons, _ in others)),
         shorter=_in_order(layers, *(reasons for _, reasons in others)),
     )
+
+
+def _zeros(layer: MatrixLayer, parameter: Tensor) -> Tensor:
+    """In place of the gradient, as a matrix; of the parameter no more than the shape is looked at."""
+    shape = layer.to_matrix(torch.empty_like(parameter, device="meta"))
+    return torch.zeros_like(shape, device=parameter.device)
 
 
 def _in_order(layers: Mapping[str, MatrixLayer], *reasons: Mapping[str, str]) -> dict[str, str]:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.batch import FirstSamples
+from lightning_spectral.gathering import WholeWeights
 from lightning_spectral.layers import LayerSet, MatrixLayer, find_layers
 from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
 from lightning_spectral.options import Options
 from lightning_spectral.pieces import Losses
 from lightning_spectral.processes import Alone
 from lightning_spectral.quiet import Beginning, Mode, Precision, copy_batch, quiet
+from lightning_spectral.sharding import gathered_together
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -53,7 +55,7 @@ def prepared(
     options: Options,
     loss_fn: LossFunction | None,
     batch_idx: int,
-    whole: Mapping[int, Tensor],
+    whole: WholeWeights | None,
 ) -> Iterator[Prepared]:
     """The loss of batches on a shadow of the model; all traces are gone at the end.
 
@@ -62,7 +64,7 @@ def prepared(
         batches: see `Losses`.
         options: which layers, and how.
         loss_fn, batch_idx: see `resolve_loss`.
-        whole: id of a sharded parameter -> what takes its place.
+        whole: stand-ins for parameters in shards.
 
     Raises:
         ValueError: if there is no layer or no loss.
@@ -109,12 +111,15 @@ def losses_of(
     mode: Mode,
     precision: Precision,
     batch_idx: int = 0,
-    whole: Mapping[int, Tensor] | None = None,
+    whole: WholeWeights | None = None,
 ) -> Iterator[tuple[Losses, nn.Module, list[str]]]:
     """As `prepared`, of layers that are known."""
     loss = resolve_loss(model, loss_fn, batch_idx)
     replaced = stand_ins(model)
-    with quiet(model, mode=mode, precision=precision, stand_ins=replaced | dict(whole or {})) as shadow:
+    given = replaced if whole is None else replaced | whole.stand_ins
+    with quiet(model, mode=mode, precision=precision, stand_ins=given) as shadow:
+        if whole is not None:
+            whole.hold_together(shadow.module, gathered_together(model))
         mute(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
@@ -125,7 +130,7 @@ def losses_of(
                 batches,
                 layers,
                 leaves,
-                Beginning(shadow.module, shadow.originals),
+                Beginning(shadow.module, shadow.originals, whole.restore if whole else None),
             ),
             shadow.module,
             notes,

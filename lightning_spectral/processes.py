@@ -7,8 +7,8 @@ that has gone a different way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -35,6 +35,8 @@ class Alone:
     rank = 0
     size = 1
     members: Sequence[int] = (0,)
+    in_step = True
+    """Whether a step is being computed, at whose end the processes meet."""
 
     def agreed(self, compute: Callable[[], T], *, watched: bool = False) -> T:
         """What ``compute`` gives here, or in every process the error that it raises in one.
@@ -42,6 +44,17 @@ class Alone:
         With ``watched`` it is an error if, of several processes, it talks to others.
         """
         return compute()
+
+    def meeting(self, serve: Callable[[], None]) -> AbstractContextManager[None]:
+        """Inside, each process calls ``serve`` when its part of a step is done, whether or not it failed.
+
+        Those still at theirs may then exchange what they need with it, until all are done.
+        """
+        return nullcontext()
+
+    def told(self, number: int, device: torch.device) -> list[int]:
+        """The numbers of all processes, by rank, sent from a device."""
+        return [number]
 
     def gathered(self, value: T) -> list[T]:
         """The values of all processes, by rank. They go through pickle, and must not fail there."""
@@ -82,6 +95,8 @@ class Together(Alone):
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.members = range(self.size) if group is None else dist.get_process_group_ranks(group)
+        self.in_step = False
+        self._serve: Callable[[], None] | None = None
         if self.rank < 0:
             raise ValueError("process_group: this process is not in the group, so it has no part in the measurement")
 
@@ -93,17 +108,38 @@ class Together(Alone):
         ProcessError.
         """
         value, failure, cause = None, None, None
+        self.in_step = True
         try:
             with _NoCommunication() if watched else nullcontext():  # type: ignore[no-untyped-call]
                 value = compute()
         except Exception as error:
             failure = _Failure.of(error)
             cause = None if failure.kind is MemoryError else error
+        finally:
+            self.in_step = False
+        if self._serve is not None:
+            self._serve()
         failures = {rank: found for rank, found in enumerate(self.gathered(failure)) if found is not None}
         if not failures:
             return value  # type: ignore[return-value]
         rank = min(failures, key=lambda rank: (failures[rank].kind is not MemoryError, rank))
         raise failures[rank].error(rank) from (cause if rank == self.rank else None)
+
+    @contextmanager
+    def meeting(self, serve: Callable[[], None]) -> Iterator[None]:
+        """Inside, each process calls ``serve`` when its part of a step is done, whether or not it failed."""
+        self._serve = serve
+        try:
+            yield
+        finally:
+            self._serve = None
+
+    def told(self, number: int, device: torch.device) -> list[int]:
+        """The numbers of all processes, by rank, sent from a device."""
+        mine = torch.tensor([number], device=device)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine, group=self.group)
+        return [int(value) for value in found]
 
     def gathered(self, value: T) -> list[T]:
         """The values of all processes, by rank."""

@@ -32,8 +32,6 @@ Precision = Literal["float32", "float64"]
 MODES: tuple[Mode, ...] = ("eval", "train")
 ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
-CHUNK = 2**22
-"""Entries that are summed at a time."""
 PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -176,19 +174,24 @@ class Beginning:
     Args:
         module: on whose weights and buffers a step may write.
         originals: id of a weight -> the weight that it is a copy of, which nothing writes on meanwhile, and from which
-            it is put back; None where there is no other of that size, and it must not change. Of the rest, and of
-            buffers, a copy is kept.
+            it is put back; None where ``restore`` does. Of the rest, and of buffers, a copy is kept.
+        restore: puts back the weights that have no original here.
     """
 
-    def __init__(self, module: nn.Module, originals: Mapping[int, Tensor | None] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        originals: Mapping[int, Tensor | None] | None = None,
+        restore: Callable[[], None] | None = None,
+    ) -> None:
         self._random = RandomStates(module)
         known = originals or {}
         found = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, UNINITIALIZED)]
-        self._sums = [(t, _sums(t)) for t in found if id(t) in known and known[id(t)] is None]
         self._tensors = [t for t in found if known.get(id(t), t) is not None]
         self._values = [_value(t, known.get(id(t))) for t in self._tensors]
+        self._restore = restore
         self._called = False
-        self.dtypes = {tensor.dtype for tensor in self._tensors if tensor.is_floating_point()}
+        self.dtypes = {tensor.dtype for tensor in found if tensor.is_floating_point()}
 
     def take(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
         """Begin with these values of some buffers of the module instead."""
@@ -202,18 +205,11 @@ class Beginning:
         ]
 
     def restore(self) -> None:
-        """Put everything back. Weights through .data, so that graphs of earlier calls stay valid.
-
-        Raises:
-            MeasurementError: if a weight has changed that cannot be put back.
-        """
+        """Put everything back. Weights through .data, so that graphs of earlier calls stay valid."""
         self._random.restore()
         if self._called:
-            if any(_sums(tensor) != sums for tensor, sums in self._sums):
-                raise MeasurementError(
-                    "the loss writes on the weights, and those of a network in shards cannot be put back; measure one "
-                    "that does not (loss_fn, or a method spectral_loss)"
-                )
+            if self._restore is not None:
+                self._restore()
             for tensor, value in zip(self._tensors, self._values, strict=True):
                 tensor.data.copy_(value)
         self._called = True
@@ -221,15 +217,6 @@ class Beginning:
 
 def _value(tensor: Tensor, original: Tensor | None) -> Tensor:
     return tensor.detach().clone() if original is None else original.detach()
-
-
-def _sums(tensor: Tensor) -> tuple[float, float]:
-    """Two sums over a tensor, which change where it does; NaN counts as a value."""
-    total = absolute = 0.0
-    for part in torch.split(tensor.detach().flatten(), CHUNK):
-        wide = part.double().nan_to_num(nan=math.pi)
-        total, absolute = total + float(wide.sum()), absolute + float(wide.abs().sum())
-    return total, absolute
 
 
 def repeatable(evaluate: Callable[[], Any], beginning: Beginning, values: list[float]) -> Callable[[], Any]:

@@ -6,8 +6,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_spectral.processes import Alone
 
@@ -15,20 +14,11 @@ COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
 """Where the classes live that hold a network's processes together."""
 
 
-def whole_parameters(model: nn.Module, processes: Alone) -> dict[int, Tensor]:
-    """id of each sharded parameter or buffer -> the whole of it, gathered one at a time.
-
-    Neither the backward pass of FSDP2 nor that of a redistributed DTensor can be differentiated again, and the gradient
-    of FSDP2's shards is not had from `torch.autograd.grad` at all. So each process measures on whole weights, for the
-    time of a measurement: they must fit beside what is in memory, as must the gradients of the layers measured.
-
-    Args:
-        model: of which all processes hold their shards.
-        processes: that measure together, with all that hold shards among them.
+def shards_of(model: nn.Module, processes: Alone) -> list[Any]:
+    """The parameters and buffers that are shards, in the model's order; FSDP2 holds none of them whole any more.
 
     Raises:
-        ValueError: for a sharded model and not all processes that hold shards.
-        MemoryError: in all processes, if the whole weights do not fit into the memory of one of them.
+        ValueError: for shards that processes beside these hold.
     """
     for module in model.modules():
         if is_fully_sharded(type(module)):
@@ -36,22 +26,33 @@ def whole_parameters(model: nn.Module, processes: Alone) -> dict[int, Tensor]:
             module.reshard()  # type: ignore[operator]
     tensors = (*model.named_parameters(), *model.named_buffers())
     shards: dict[str, Any] = {name: tensor for name, tensor in tensors if is_dtensor(tensor)}
-    if not shards:
-        return {}
-    if processes.size == 1:
-        raise ValueError(
-            f"process_group: {next(iter(shards))} and {len(shards) - 1} more parameters are shards over several "
-            "processes (DTensor), which must measure together; give their group"
-        )
     for name, shard in shards.items():
-        if missing := sorted(set(shard.device_mesh.mesh.flatten().tolist()) - set(processes.members)):
+        holders = set(shard.device_mesh.mesh.flatten().tolist())
+        if len(holders) > 1 and processes.size == 1:
+            raise ValueError(
+                f"process_group: {name} and {len(shards) - 1} more parameters are shards over several processes "
+                "(DTensor), which must measure together; give their group"
+            )
+        if len(holders) > 1 and (missing := sorted(holders - set(processes.members))):
             raise ValueError(
                 f"process_group: it lacks the processes {', '.join(map(str, missing))}, which hold shards of {name}; "
                 "give one of all that do"
             )
-    with torch.inference_mode(False):
-        processes.agreed(lambda: _reserve(list(shards.values())))
-        return {id(shard): _whole(shard) for shard in shards.values()}
+    return list(shards.values())
+
+
+def gathered_together(model: nn.Module) -> dict[str, list[int]]:
+    """Name of a submodule -> ids of the sharded parameters that its forward pass is to find whole.
+
+    Of FSDP2, those that it gathers for that submodule; of others, the submodule's own.
+    """
+    wrapped = [name for name, module in model.named_modules() if is_fully_sharded(type(module))]
+    found: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        holders = [outer for outer in wrapped if not outer or name == outer or name.startswith(f"{outer}.")]
+        holder = max(holders, key=len, default=name)
+        found.setdefault(holder, []).extend(id(p) for p in module.parameters(recurse=False) if is_dtensor(p))
+    return {name: ids for name, ids in found.items() if ids}
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -90,14 +91,3 @@ def without_communication(state: Mapping[str, Any]) -> dict[str, Any]:
 def _communicates(hook: Any) -> bool:
     function = hook.__func__ if isinstance(hook, types.MethodType) else hook
     return str(getattr(function, "__module__", "")).startswith(COMMUNICATION)
-
-
-def _whole(shard: Any) -> Tensor:
-    full: Tensor = shard.detach().full_tensor()
-    return nn.Parameter(full, requires_grad=shard.requires_grad) if isinstance(shard, nn.Parameter) else full
-
-
-def _reserve(shards: list[Any]) -> None:
-    """Have room for them, and to gather the largest, or MemoryError before any process waits for another."""
-    sizes = [shard.numel() * max(shard.element_size(), torch.float32.itemsize) for shard in shards]
-    torch.empty(sum(sizes) + 2 * max(sizes), dtype=torch.uint8, device=shards[0].device)

@@ -1,0 +1,283 @@
+"""Weights in shards over processes, of which each is whole only where, and only while, something reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from lightning_spectral.processes import Alone
+from lightning_spectral.sharding import shards_of
+
+RESIDENT = 2**28
+"""Bytes of whole weights that stay in memory; never less than two of the largest."""
+
+SMALL = 2**20
+"""Bytes below which a weight, once whole, stays."""
+
+DONE = -1
+"""In place of a weight's number: nothing more is read in this step."""
+
+UNREAD = frozenset(
+    ["alias", "detach", *(f"{kind}_like" for kind in ("empty", "full", "ones", "rand", "randn", "zeros"))]
+    + [f"new_{kind}" for kind in ("empty", "empty_strided", "full", "ones", "zeros")]
+)
+"""Operations that ask a tensor for its shape and type alone. Those that give other views look at its memory's size."""
+
+
+@dataclass(eq=False)
+class _Weight:
+    """One weight: what this process holds of it, and the tensor whose memory is filled with all of it."""
+
+    shard: Any
+    whole: Tensor
+    # With a version counter of its own: filling is no change to what graphs have saved.
+    memory: Tensor
+    nbytes: int
+    pins: int = 0
+    written: bool = False
+
+    @classmethod
+    def of(cls, shard: Any, dtype: torch.dtype) -> _Weight:
+        wide = torch.promote_types(shard.dtype, dtype) if shard.is_floating_point() else shard.dtype
+        memory = torch.empty(shard.shape, dtype=wide, device=shard.device)
+        learned = isinstance(shard, nn.Parameter)
+        whole = nn.Parameter(memory, requires_grad=shard.requires_grad) if learned else memory
+        found = cls(shard, whole, whole.data, memory.untyped_storage().nbytes())
+        found.empty()
+        return found
+
+    @property
+    def stays(self) -> bool:
+        """Whether its memory is in use, or was given out as a numpy array, which holds on to it."""
+        return bool(self.pins) or self.written or not self.memory.untyped_storage().resizable()
+
+    def fill(self, values: Tensor) -> None:
+        storage = self.memory.untyped_storage()
+        if storage.nbytes() != self.nbytes:
+            storage.resize_(self.nbytes)
+        self.memory.copy_(values)
+
+    def empty(self) -> None:
+        self.written = False
+        if self.memory.untyped_storage().resizable():
+            self.memory.untyped_storage().resize_(0)
+
+
+class WholeWeights(TorchDispatchMode):
+    """Stand-ins for weights in shards: plain tensors, whose memory is filled when an operation reads them.
+
+    Second derivatives need the weights once more, at a time that no hook of a module tells. So every operation of
+    forward and backward passes is looked at before it runs, and so is every tensor that autograd hands to a function of
+    the user's. In the forward pass the weights that FSDP2 gathers together are held together, as there.
+
+    To gather a weight takes all processes, and they read at different times: each has its own samples, or none, and
+    pieces of its own. So they meet in rounds. In each, a process that needs a weight says which, and waits; one whose
+    step is done says so, and goes on to meet the others until all are. What any of them asked for, all gather.
+
+    Args:
+        shards: the parameters and buffers, DTensors, in the same order in all processes.
+        processes: that measure together, with all that hold shards among them.
+        dtype: the lowest floating type to hold them in.
+    """
+
+    def __init__(self, shards: Iterable[Any], processes: Alone, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._processes = processes
+        self._weights = [_Weight.of(shard, dtype) for shard in shards]
+        self._of_storage = {_storage(weight.whole): i for i, weight in enumerate(self._weights)}
+        # The least recently read first.
+        self._resident: dict[int, None] = {}
+        self._limit = max(RESIDENT, 2 * max(weight.nbytes for weight in self._weights))
+        self._device = self._weights[0].whole.device
+        self.most = 0
+
+    @property
+    def stand_ins(self) -> dict[int, Tensor]:
+        """id of each shard -> what takes its place."""
+        return {id(weight.shard): weight.whole for weight in self._weights}
+
+    def reserve(self) -> None:
+        """Have room for the weights that stay, and to gather the largest, or MemoryError before anyone waits."""
+        sizes = [weight.nbytes for weight in self._weights]
+        torch.empty(2 * max(sizes) + min(self._limit, sum(sizes)), dtype=torch.uint8, device=self._device)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Fill what is read, and gather what other processes read, from here on."""
+        with (
+            ExitStack() as stack,
+            self._processes.meeting(self.serve),
+            saved_tensors_hooks(lambda tensor: tensor, self._unpacked),
+            self,
+        ):
+            stack.callback(self._forget)
+            yield
+
+    def hold_together(self, module: nn.Module, groups: Mapping[str, Sequence[int]]) -> None:
+        """In the forward pass of a submodule keep its weights.
+
+        Args:
+            module: with the stand-ins.
+            groups: name of a submodule -> ids of the sharded parameters.
+        """
+        number = {id(weight.shard): i for i, weight in enumerate(self._weights)}
+        for name, ids in groups.items():
+            group = [number[key] for key in ids]
+            self._limit = max(self._limit, sum(self._weights[i].nbytes for i in group))
+            self._hold(module.get_submodule(name), group)
+
+    def _hold(self, module: nn.Module, group: Sequence[int]) -> None:
+        def before(*_: Any) -> None:
+            for i in group:
+                self._weights[i].pins += 1
+                self._have([i])
+
+        def after(*_: Any) -> None:
+            for i in group:
+                self._weights[i].pins -= 1
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, always_call=True)
+
+    def restore(self) -> None:
+        """Put back what was written to, and hold nothing together: another forward pass begins."""
+        for weight in self._weights:
+            weight.pins = 0
+        for i in [i for i in self._resident if self._weights[i].written]:
+            self._let_go(i)
+
+    def serve(self) -> None:
+        """This process is done with a step: gather what others still read in theirs."""
+        with _plain():
+            while any(number != DONE for number in self._meet(DONE)):
+                pass
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation on whole weights."""
+        kwargs = kwargs or {}
+        used = self._used((*args, *kwargs.values()))
+        if used and not _is_unread(func):
+            self._have(used)
+            for i in self._used(_written(func, args, kwargs)):
+                self._weights[i].written = True
+        return func(*args, **kwargs)
+
+    def _unpacked(self, tensor: Tensor) -> Tensor:
+        self._have(self._used((tensor,)))
+        return tensor
+
+    def _used(self, values: Iterable[Any]) -> list[int]:
+        """The weights among these values."""
+        found = []
+        for value in values:
+            if isinstance(value, Tensor):
+                if (i := self._of_storage.get(_storage(value))) is not None:
+                    found.append(i)
+            elif isinstance(value, (list, tuple)):
+                found += self._used(value)
+        return found
+
+    def _have(self, used: Sequence[int]) -> None:
+        for i in used:
+            if i in self._resident:
+                del self._resident[i]
+                self._resident[i] = None
+                continue
+            with _plain():
+                self._make_room(i, keep=used)
+                self._fetch(i)
+
+    def _make_room(self, wanted: int, keep: Sequence[int]) -> None:
+        size = self._weights[wanted].nbytes + sum(self._weights[i].nbytes for i in self._resident)
+        for i in [i for i in self._resident if i not in keep]:
+            weight = self._weights[i]
+            if size > self._limit and weight.nbytes >= SMALL and not weight.stays:
+                size -= weight.nbytes
+                self._let_go(i)
+        self.most = max(self.most, size)
+
+    def _fetch(self, wanted: int) -> None:
+        if not self._processes.in_step:
+            raise RuntimeError("a weight in shards was read outside of the steps at whose end processes meet")
+        self._meet(wanted)
+        self._resident[wanted] = None
+
+    def _meet(self, wanted: int) -> list[int]:
+        """One round: what each process waits for."""
+        told, mine = self._processes.told(wanted, self._device), None
+        for i in sorted(set(told) - {DONE}):
+            full = self._weights[i].shard.detach().full_tensor()
+            mine = full if i == wanted else mine
+        # Last, since memory may run out in one process alone.
+        if mine is not None:
+            self._weights[wanted].fill(mine)
+        return told
+
+    def _let_go(self, i: int) -> None:
+        del self._resident[i]
+        self._weights[i].empty()
+
+    def _forget(self) -> None:
+        for i in list(self._resident):
+            self._let_go(i)
+
+
+@contextmanager
+def whole_weights(model: nn.Module, processes: Alone, dtype: torch.dtype) -> Iterator[WholeWeights | None]:
+    """Stand-ins for the parameters of a model that are shards; None for a model without.
+
+    Raises:
+        ValueError: for shards that processes beside these hold.
+        MemoryError: in all processes, if there is no room in one of them for the weights that are whole at a time.
+    """
+    shards = shards_of(model, processes)
+    if not shards:
+        yield None
+        return
+    with torch.inference_mode(False):
+        weights = WholeWeights(shards, processes, dtype)
+        processes.agreed(weights.reserve)
+    with weights.active():
+        yield weights
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """What is done to have a weight is no part of the loss."""
+    with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """What all views of a tensor have in common; None for one without memory of its own."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+@cache
+def _is_unread(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    return schema is not None and schema.name.rpartition(":")[2] in UNREAD
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to."""
+    schema = getattr(func, "_schema", None)
+    known = [] if schema is None else list(schema.arguments)
+    found = []
+    for position, argument in enumerate(known):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[position] if position < len(args) else kwargs.get(argument.name))
+    return found

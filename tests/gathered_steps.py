@@ -1,0 +1,292 @@
+"""What is measured of weights in shards is what is measured of whole ones; run in each of several processes."""
+
+import copy
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from shared_steps import net
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_spectral import MeasurementError, ProcessError, gathering, measure_spectra
+
+OPTIONS = {"top_k": 4, "precision": "float64"}
+
+
+class Deep(nn.Module):
+    """Many layers of one size."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+class Elsewhere(nn.Module):
+    """Weights that are read by other modules than their own, and in a checkpointed part once more in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.tied = nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 5)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 16))
+
+    def forward(self, x):
+        h = F.linear(x, self.tied.weight @ self.second.weight)
+        h = checkpoint(lambda h: torch.tanh(self.first(h) * self.scale), h, use_reentrant=False)
+        h = h + self.attention(h[:, None], h[:, None], h[:, None], need_weights=False)[0][:, 0]
+        return self.head(torch.tanh(self.tied(h)))
+
+
+def by_pointer(weight):
+    """A copy of its memory, had as a compiled kernel would have it."""
+    assert weight.untyped_storage().nbytes()
+    memory = (ctypes.c_double * weight.numel()).from_address(weight.data_ptr())
+    return np.array(memory).reshape(weight.shape)
+
+
+class ByPointer(torch.autograd.Function):
+    """x W^T, by code that PyTorch does not see."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.from_numpy(x.detach().numpy() @ by_pointer(weight).T)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return torch.from_numpy(grad.numpy() @ by_pointer(weight)), grad.T @ x
+
+
+class Foreign(Deep):
+    def __init__(self):
+        super().__init__()
+        self.layers[0] = Kernel(16, 16, bias=False)
+
+
+class Kernel(nn.Linear):
+    """Applied by such code."""
+
+    def forward(self, x):
+        return ByPointer.apply(x, self.weight)
+
+
+def models(make, *, by_layer=True):
+    """The same network whole and, by FSDP2, in shards."""
+    torch.manual_seed(0)
+    whole = make().double()
+    sharded, mesh = copy.deepcopy(whole), init_device_mesh("cpu", (dist.get_world_size(),))
+    if by_layer:
+        for module in [m for m in sharded.modules() if type(m) in (nn.Linear, Kernel)]:
+            fully_shard(module, mesh=mesh)
+    return whole, fully_shard(sharded, mesh=mesh)
+
+
+def own_batch(rank, sizes=(13, 9, 0)):
+    """Of another number of samples in each process."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(sum(sizes), 16, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 5, (sum(sizes),), generator=generator)
+    start = sum(sizes[:rank])
+    return x[start : start + sizes[rank]], y[start : start + sizes[rank]]
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def writes(model, batch):
+    """On weights that it then reads, and that its backward pass reads again."""
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.weight.clamp_(-0.15, 0.15)
+    return loss(model, batch)
+
+
+def measured(model, batch, loss_fn=loss, **options):
+    return measure_spectra(model, batch, loss_fn, process_group=dist.group.WORLD, **OPTIONS | options)
+
+
+def check_same(models, batch, loss_fn=loss, **options):
+    reports = [measured(model, batch, loss_fn, **options) for model in models]
+    expected, found = reports
+    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+    assert list(found.layers) == list(expected.layers)
+    assert found.failed == expected.failed
+    for name, layer in found.layers.items():
+        other = expected.layers[name]
+        assert layer.method == other.method
+        torch.testing.assert_close(layer.sigma, other.sigma, rtol=1e-10, atol=1e-13)
+        if len(other.h):
+            atol = 1e-8 * float(other.h.nan_to_num().abs().max())
+            torch.testing.assert_close(layer.h, other.h, rtol=1e-7, atol=atol, equal_nan=True)
+    return reports
+
+
+def at_most(measure):
+    """The most bytes of whole weights at a time, those of all, and those of the largest."""
+    made, real = [], gathering.WholeWeights.reserve
+    gathering.WholeWeights.reserve = lambda weights: made.append(weights) or real(weights)
+    measure()
+    gathering.WholeWeights.reserve = real
+    sizes = [weight.nbytes for weight in made[0]._weights]
+    assert not any(weight.memory.untyped_storage().nbytes() for weight in made[0]._weights)
+    return made[0].most, sum(sizes), max(sizes)
+
+
+def nothing_stays():
+    gathering.RESIDENT = gathering.SMALL = 0
+
+
+def check_methods(rank, n, folder):
+    nothing_stays()
+    pair = models(Deep)
+    for method in ("exact", "ggn"):
+        most, total, largest = at_most(lambda method=method: check_same(pair, own_batch(rank), curvature=method))
+        # A layer's weight and bias are held together, beside one more weight.
+        assert most <= 2 * largest + 16 * 8
+        assert total > 8 * largest
+    whole, sharded = pair
+    exact = measured(whole, own_batch(rank), curvature="exact")
+    found = measured(sharded, own_batch(rank), curvature="sketch")
+    z = [(layer.h - exact.layers[name].h) / layer.h_stderr for name, layer in found.layers.items()]
+    assert float(torch.cat(z).abs().max()) < 6
+
+
+def check_everything_on_request(rank, n, folder):
+    nothing_stays()
+    options = {"alignment": True, "weight_spectra": True, "micro_batch_size": 4, "bootstrap": 20}
+    expected, found = check_same(models(Deep), own_batch(rank), curvature="ggn", curvature_fraction=2, **options)
+    for name, layer in found.layers.items():
+        other = expected.layers[name]
+        torch.testing.assert_close(layer.weights.sigma, other.weights.sigma, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(layer.alignment.h_kron, other.alignment.h_kron, rtol=1e-7, atol=1e-12)
+        assert layer.fraction.trace == pytest.approx(other.fraction.trace, rel=1e-7)
+
+
+def check_weights_read_elsewhere(rank, n, folder):
+    nothing_stays()
+    for by_layer in (True, False):
+        pair = models(Elsewhere, by_layer=by_layer)
+        for method in ("exact", "ggn"):
+            check_same(pair, own_batch(rank), curvature=method, fused_qkv=())
+
+
+def check_every_kind_of_layer(rank, n, folder):
+    nothing_stays()
+    whole = net(torch.float64)
+    sharded, mesh = copy.deepcopy(whole), init_device_mesh("cpu", (n,))
+    for module in (sharded.attention, sharded.dense):
+        fully_shard(module, mesh=mesh)
+    generator = torch.Generator().manual_seed(rank)
+    batch = torch.randn(4 + rank, 3, 6, 6, generator=generator, dtype=torch.float64)
+    pair = whole, fully_shard(sharded, mesh=mesh)
+    for method in ("exact", "ggn"):
+        check_same(pair, batch, lambda m, x: F.mse_loss(m(x), x[:, :, 0, 0]), curvature=method)
+
+
+def check_written_weights(rank, n, folder):
+    nothing_stays()
+    pair = models(Deep)
+    before = [p.full_tensor() for p in pair[1].parameters()]
+    for method in ("exact", "ggn"):
+        check_same(pair, own_batch(rank), writes, curvature=method)
+    assert all(torch.equal(p.full_tensor(), value) for p, value in zip(pair[1].parameters(), before, strict=True))
+
+
+def check_code_that_reads_by_pointer(rank, n, folder):
+    nothing_stays()
+    pair = models(Foreign)
+    for method in ("exact", "ggn"):
+        # Its backward pass comes last, long after its weight was let go of.
+        check_same(pair, own_batch(rank), curvature=method)
+
+
+def check_a_failure_in_one(rank, n, folder):
+    nothing_stays()
+    pair = models(Deep)
+
+    def fails(model, batch):
+        h = model.layers[0](batch[0])
+        if rank == n - 2:
+            raise KeyError("lost")
+        return F.cross_entropy(model.head(model.layers[1:](h)), batch[1])
+
+    with pytest.raises(ProcessError, match=f"process {n - 2}: KeyError: 'lost'"):
+        measured(pair[1], own_batch(rank), fails)
+    check_same(pair, own_batch(rank), curvature="ggn")
+
+
+def check_no_room_in_one(rank, n, folder):
+    nothing_stays()
+    pair = models(Deep)
+    real, left = gathering._Weight.fill, [25 if rank else 10**9]
+
+    def fill(weight, values):
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError("full")
+        real(weight, values)
+
+    gathering._Weight.fill = fill
+    # Taken up again on pieces half as large.
+    check_same(pair, own_batch(rank), curvature="ggn")
+    assert left[0] < 0 or not rank or len(own_batch(rank)[0]) == 0
+    left[0] = -1
+    real_reserve = gathering.WholeWeights.reserve
+
+    def reserve(weights):
+        if rank == 1:
+            raise MemoryError("no room")
+        real_reserve(weights)
+
+    gathering.WholeWeights.reserve = reserve
+    with pytest.raises(MemoryError, match="process 1: out of memory: no room"):
+        measured(pair[1], own_batch(rank))
+    gathering._Weight.fill, gathering.WholeWeights.reserve = real, real_reserve
+
+
+def check_buffers_in_shards(rank, n, folder):
+    nothing_stays()
+    whole, _ = models(Elsewhere)
+    sharded, mesh = copy.deepcopy(whole), init_device_mesh("cpu", (n,))
+    sharded.scale = distribute_tensor(whole.scale, mesh, [Shard(0)])
+    sharded.first.weight = nn.Parameter(distribute_tensor(whole.first.weight.detach(), mesh, [Shard(1)]))
+    sharded.head.weight = nn.Parameter(distribute_tensor(whole.head.weight.detach(), mesh, [Replicate()]))
+    check_same((whole, sharded), own_batch(rank), curvature="exact", layers=["first*", "head*"])
+
+
+def check_shards_of_one_process(rank, n, folder):
+    """On a mesh of one process nothing is missing: it measures alone."""
+    torch.manual_seed(0)
+    whole = Deep().double()
+    mesh = [DeviceMesh("cpu", [r]) for r in range(n)][rank]
+    sharded = fully_shard(copy.deepcopy(whole), mesh=mesh)
+    if rank == 0:
+        batch = own_batch(0)
+        expected, found = (measure_spectra(m, batch, loss, curvature="exact", **OPTIONS) for m in (whole, sharded))
+        for name, layer in found.layers.items():
+            torch.testing.assert_close(layer.h, expected.layers[name].h, rtol=1e-8, atol=1e-10)
+
+
+def check_alone_is_refused(rank, n, folder):
+    with pytest.raises((ValueError, MeasurementError), match="are shards over several processes"):
+        measure_spectra(models(Deep)[1], own_batch(rank), loss)
+
+
+ALL = [value for name, value in sorted(globals().items()) if name.startswith("check_") and name != "check_same"]
