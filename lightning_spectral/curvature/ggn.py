@@ -64,7 +64,7 @@ class GGNCurvature:
 
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure all layers that can be tapped together, and the rest one by one."""
-        problem.gradients(keep_graph=False)
+        problem.run()
         outputs = output_hessians(problem)
         taps, rest = tapped(problem, directions)
         if not taps:

@@ -58,7 +58,7 @@ class HutchinsonTrace:
 
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """(N,) draws for each layer in ``directions``."""
-        problem.gradients(keep_graph=False)
+        problem.run()
         taps, _ = tapped(problem, directions)
         found: dict[str, Tensor] = {}
         if not custom_functions(problem.value):

@@ -77,7 +77,7 @@ class Problem:
         self._outputs: dict[int, Tensor | None] = {}
 
     def gradients(self, *, keep_graph: bool, outputs: bool = False) -> Gradients:
-        """The gradient of the loss in every layer's parameter; with keep_graph it can be differentiated again.
+        """The gradient of the loss in every layer's parameter; with keep_graph it is kept, to be differentiated again.
 
         With ``outputs``, and without keep_graph, those in the layers' outputs are kept for `output_gradients`.
         """
@@ -94,12 +94,22 @@ class Problem:
                 for node, function in custom.trusted.items():
                     trusted |= dict.fromkeys(leaves_behind(node) & leaves.keys() - failed.keys(), function)
             names = {name: id(leaf) for name, leaf in self.parameters.items()}
-            self._gradients = Gradients(
+            found = Gradients(
                 {name: values.get(leaf) for name, leaf in names.items()},
                 {name: failed[leaf] for name, leaf in names.items() if leaf in failed},
                 {name: trusted[leaf] for name, leaf in names.items() if leaf in trusted},
             )
+            if not keep_graph:
+                return found
+            self._gradients = found
         return self._gradients
+
+    def gradient(self, name: str) -> Tensor | None:
+        """The gradient in one layer's parameter alone, without a graph."""
+        if self._gradients is not None:
+            value = self._gradients.values[name]
+            return None if value is None else value.detach()
+        return torch.autograd.grad(self.value, self.parameters[name], retain_graph=True, allow_unused=True)[0]
 
     def output_gradients(self, uses: Iterable[Use]) -> dict[int, Tensor | None]:
         """id of a use -> the gradient of the loss in its output; None where it does not depend on that. Given once."""

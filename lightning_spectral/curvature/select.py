@@ -59,7 +59,7 @@ class Outlook:
     @classmethod
     def of(cls, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Outlook:
         """Of a loss, of which this may be a piece."""
-        problem.gradients(keep_graph=False)
+        problem.run()
         taps, _ = tapped(problem, directions)
         samples = problem.samples if problem.place is None else problem.place.total
         return cls(_obstacle(problem, taps), len(taps), samples)

@@ -100,7 +100,7 @@ class SketchCurvature:
 
     def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure all layers that can be tapped together, and the rest one by one."""
-        problem.gradients(keep_graph=False)
+        problem.run()
         taps, rest = tapped(problem, directions)
         others = measured_exactly(problem, directions, rest)
         if not taps:
