@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_spectral.processes import Alone
+from lightning_spectral.processes import Alone, owners_of
+from lightning_spectral.rounds import Rounds
 from lightning_spectral.sharding import shards_of
+from lightning_spectral.summing import SummedGradients
 
 RESIDENT = 2**28
 """Bytes of whole weights that stay in memory; never less than two of the largest."""
 
 SMALL = 2**20
 """Bytes below which a weight, once whole, stays."""
-
-DONE = -1
-"""In place of a weight's number: nothing more is read in this step."""
 
 UNREAD = frozenset(
     ["alias", "detach", *(f"{kind}_like" for kind in ("empty", "full", "ones", "rand", "randn", "zeros"))]
@@ -59,6 +58,11 @@ class _Weight:
         """Whether its memory is in use, or was given out as a numpy array, which holds on to it."""
         return bool(self.pins) or self.written or not self.memory.untyped_storage().resizable()
 
+    def gather(self, mine: bool) -> Callable[[], None] | None:
+        """Put all shards together, and then fill the memory here if this process asked for it."""
+        values = self.shard.detach().full_tensor()
+        return partial(self.fill, values) if mine else None
+
     def fill(self, values: Tensor) -> None:
         storage = self.memory.untyped_storage()
         if storage.nbytes() != self.nbytes:
@@ -78,9 +82,7 @@ class WholeWeights(TorchDispatchMode):
     forward and backward passes is looked at before it runs, and so is every tensor that autograd hands to a function of
     the user's. In the forward pass the weights that FSDP2 gathers together are held together, as there.
 
-    To gather a weight takes all processes, and they read at different times: each has its own samples, or none, and
-    pieces of its own. So they meet in rounds. In each, a process that needs a weight says which, and waits; one whose
-    step is done says so, and goes on to meet the others until all are. What any of them asked for, all gather.
+    To gather a weight takes all processes, which read at different times: see `Rounds`.
 
     Args:
         shards: the parameters and buffers, DTensors, in the same order in all processes.
@@ -97,6 +99,9 @@ class WholeWeights(TorchDispatchMode):
         self._resident: dict[int, None] = {}
         self._limit = max(RESIDENT, 2 * max(weight.nbytes for weight in self._weights))
         self._device = self._weights[0].whole.device
+        self.rounds = Rounds(processes, self._device)
+        for weight in self._weights:
+            self.rounds.add(weight.gather)
         self.most = 0
 
     @property
@@ -114,7 +119,7 @@ class WholeWeights(TorchDispatchMode):
         """Fill what is read, and gather what other processes read, from here on."""
         with (
             ExitStack() as stack,
-            self._processes.meeting(self.serve),
+            self._processes.meeting(self.rounds.serve),
             saved_tensors_hooks(lambda tensor: tensor, self._unpacked),
             self,
         ):
@@ -147,18 +152,24 @@ class WholeWeights(TorchDispatchMode):
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after, always_call=True)
 
+    def sums(self, costs: Mapping[int, float]) -> SummedGradients:
+        """Where gradients go.
+
+        Args:
+            costs: id of a stand-in -> what its spectrum costs, for the parameters measured.
+        """
+        measured = [weight for weight in self._weights if id(weight.whole) in costs]
+        # Losses of pieces are held against the gradient of the smallest, here.
+        stays = min(measured, key=lambda weight: weight.nbytes, default=None)
+        large = [weight.whole for weight in measured if weight.nbytes >= SMALL and weight is not stays]
+        return SummedGradients(large, owners_of(costs, self._processes.size), self._processes, self.rounds)
+
     def restore(self) -> None:
         """Put back what was written to, and hold nothing together: another forward pass begins."""
         for weight in self._weights:
             weight.pins = 0
         for i in [i for i in self._resident if self._weights[i].written]:
             self._let_go(i)
-
-    def serve(self) -> None:
-        """This process is done with a step: gather what others still read in theirs."""
-        with _plain():
-            while any(number != DONE for number in self._meet(DONE)):
-                pass
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -193,9 +204,9 @@ class WholeWeights(TorchDispatchMode):
                 del self._resident[i]
                 self._resident[i] = None
                 continue
-            with _plain():
-                self._make_room(i, keep=used)
-                self._fetch(i)
+            self._make_room(i, keep=used)
+            self.rounds.ask(i)
+            self._resident[i] = None
 
     def _make_room(self, wanted: int, keep: Sequence[int]) -> None:
         size = self._weights[wanted].nbytes + sum(self._weights[i].nbytes for i in self._resident)
@@ -205,23 +216,6 @@ class WholeWeights(TorchDispatchMode):
                 size -= weight.nbytes
                 self._let_go(i)
         self.most = max(self.most, size)
-
-    def _fetch(self, wanted: int) -> None:
-        if not self._processes.in_step:
-            raise RuntimeError("a weight in shards was read outside of the steps at whose end processes meet")
-        self._meet(wanted)
-        self._resident[wanted] = None
-
-    def _meet(self, wanted: int) -> list[int]:
-        """One round: what each process waits for."""
-        told, mine = self._processes.told(wanted, self._device), None
-        for i in sorted(set(told) - {DONE}):
-            full = self._weights[i].shard.detach().full_tensor()
-            mine = full if i == wanted else mine
-        # Last, since memory may run out in one process alone.
-        if mine is not None:
-            self._weights[wanted].fill(mine)
-        return told
 
     def _let_go(self, i: int) -> None:
         del self._resident[i]
@@ -249,13 +243,6 @@ def whole_weights(model: nn.Module, processes: Alone, dtype: torch.dtype) -> Ite
         processes.agreed(weights.reserve)
     with weights.active():
         yield weights
-
-
-@contextmanager
-def _plain() -> Iterator[None]:
-    """What is done to have a weight is no part of the loss."""
-    with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
-        yield
 
 
 def _storage(tensor: Tensor) -> int | None:

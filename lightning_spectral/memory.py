@@ -234,6 +234,7 @@ def _thrifty(losses: Losses, method: Curvature) -> list[Piece]:
 
 def _smallest(gradients: Gradients) -> tuple[str, Tensor] | None:
     """The layer with the smallest gradient tensor that is not zero, and that gradient."""
+    # Of what has gone to other processes nothing but zeros is left.
     found = {name: value.detach() for name, value in gradients.values.items() if value is not None and value.any()}
     return min(found.items(), key=lambda item: item[1].numel(), default=None)
 
@@ -250,21 +251,29 @@ class _Spectra:
 
 def _of_gradients(losses: Losses, gradients: Gradients, options: Options, processes: Alone) -> _Spectra:
     """The spectra of the sums over all processes of these gradients, each layer's taken by one process."""
-    layers = losses.layers
-    here = {name: value.detach() for name, value in gradients.values.items() if value is not None}
-    told = processes.gathered((set(here), gradients.failed))
-    failed = {name: why for names, reasons in told for name, why in reasons.items() if name not in names}
-    present = set().union(*(names for names, _ in told)) - failed.keys()
+    layers, leaves, sums = losses.layers, losses.parameters, losses.sums
+    there = {name: value.detach() for name, value in gradients.values.items() if value is not None}
+    gone = {name for name in there if sums is not None and id(leaves[name]) in sums.taken}
+    here = {name: value for name, value in there.items() if name not in gone}
+    told = processes.gathered((set(here), gone, gradients.failed))
+    local, all_gone = (set().union(*(names[i] for names in told)) for i in (0, 1))
+    failed = {n: why for some, others, reasons in told for n, why in reasons.items() if n not in some | others}
+    present = (local | all_gone) - failed.keys()
     for name in layers.keys() - present - failed.keys():
         failed[name] = NO_GRADIENT
     costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in present}
-    owners = owners_of(costs, processes.size)
+    owners = owners_of(costs, processes.size) if sums is None else {n: sums.owners[id(leaves[n])] for n in costs}
     own = processes.agreed(lambda: {name: layers[name].to_matrix(here[name]) for name in owners if name in here})
     matrices = processes.summed(
         own,
-        owners,
-        lambda name: _zeros(layers[name], losses.parameters[name]),
+        {name: owner for name, owner in owners.items() if name in local},
+        lambda name: _zeros(layers[name], leaves[name]),
     )
+    if sums is not None:
+        for name in [name for name in owners if name in all_gone and owners[name] == processes.rank]:
+            total = layers[name].to_matrix(sums.sums[id(leaves[name])])
+            matrices[name] = matrices[name] + total if name in matrices else total
+        sums.clear()
     mine = processes.agreed(lambda: _decomposed(matrices, layers, options))
     others = processes.gathered((mine.failed, mine.shorter))
     shared = processes.shared(

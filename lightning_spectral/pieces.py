@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_spectral.curvature import Curvature, Curvatures, Gradients, LossV
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.quiet import Beginning, repeatable
+from lightning_spectral.summing import SummedGradients
 from lightning_spectral.svd import SingularTriplets
 
 ADDS_UP = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -61,6 +63,7 @@ class Losses:
         layers: the matrices to differentiate in.
         parameters: layer name -> the leaf that holds its matrix.
         beginning: what each call of the loss starts from.
+        sums: where gradients go that are summed over processes as they come; None: all stay.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class Losses:
         layers: Mapping[str, MatrixLayer],
         parameters: Mapping[str, Tensor],
         beginning: Beginning,
+        sums: SummedGradients | None = None,
     ) -> None:
-        self.loss, self.batches, self.beginning = loss, batches, beginning
+        self.loss, self.batches, self.beginning, self.sums = loss, batches, beginning, sums
         self.layers, self.parameters = layers, parameters
         self.sizes = [batch_size(batch) for batch in batches]
         self.divisible = all(divisible(batch) for batch, size in zip(batches, self.sizes, strict=True) if size != 0)
@@ -143,7 +147,8 @@ class Losses:
     ) -> tuple[Gradients, float, Problem | None]:
         """The gradient of the loss, its value, and the problem of the first piece; None where there is no piece.
 
-        With keep_graph, and one piece alone, the gradient can be differentiated again. With ``outputs`` the problem
+        With keep_graph, and one piece alone, the gradient can be differentiated again; else those that go to ``sums``
+        hold nothing here. With ``outputs`` the problem
         holds its gradients in the layers' outputs, too, as far as they cost no backward pass of their own.
         """
         values: dict[str, Tensor | None] = {}
@@ -152,16 +157,21 @@ class Losses:
         problem = None
         loss = 0.0
         self.in_use = self.largest(pieces)
+        if self.sums is not None:
+            self.sums.clear()
         # The first piece comes last, since its graph is kept.
         for piece in reversed(pieces):
             problem = self.problem(piece)
-            part = problem.gradients(keep_graph=keep_graph and len(pieces) == 1, outputs=outputs and piece is pieces[0])
+            kept = keep_graph and len(pieces) == 1
+            with nullcontext() if self.sums is None or kept else self.sums.taking(piece.weight):
+                part = problem.gradients(keep_graph=kept, outputs=outputs and piece is pieces[0])
             self.casts |= problem.trace.casts
             loss += piece.weight * problem.loss
             failed |= part.failed
             trusted |= part.trusted
             for name, value in part.values.items():
-                values[name] = _sum(values.get(name), value, piece.weight)
+                gone = self.sums is not None and id(self.parameters[name]) in self.sums.taken
+                values[name] = value if gone else _sum(values.get(name), value, piece.weight)
         return Gradients(values, failed, trusted), loss, problem
 
     def curvatures(

@@ -131,7 +131,16 @@ def losses_of(
                 layers,
                 leaves,
                 Beginning(shadow.module, shadow.originals, whole.restore if whole else None),
+                whole.sums(_costs(layers, leaves)) if whole else None,
             ),
             shadow.module,
             notes,
         )
+
+
+def _costs(layers: Mapping[str, MatrixLayer], leaves: Mapping[str, Tensor]) -> dict[int, float]:
+    """id of a leaf -> what the spectra cost of the layers whose matrix it holds."""
+    found: dict[int, float] = {}
+    for name, layer in layers.items():
+        found[id(leaves[name])] = found.get(id(leaves[name]), 0.0) + layer.decomposition_cost
+    return found

@@ -56,6 +56,9 @@ class Alone:
         """The numbers of all processes, by rank, sent from a device."""
         return [number]
 
+    def reduce(self, tensor: Tensor, rank: int) -> None:
+        """Make a tensor the sum over all processes in the process of one rank; in the others it is spent."""
+
     def gathered(self, value: T) -> list[T]:
         """The values of all processes, by rank. They go through pickle, and must not fail there."""
         return [value]
@@ -141,6 +144,10 @@ class Together(Alone):
         dist.all_gather(found, mine, group=self.group)
         return [int(value) for value in found]
 
+    def reduce(self, tensor: Tensor, rank: int) -> None:
+        """Make a tensor the sum over all processes in the process of one rank; in the others it is spent."""
+        dist.reduce(tensor, self._global(rank), group=self.group)
+
     def gathered(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
         found: list[Any] = [None] * self.size
@@ -165,7 +172,7 @@ class Together(Alone):
             # Memory may run out here as in any step.
             parts = self.agreed(partial(_by_dtype, names, values, empty))
             for flat, shapes in parts:
-                dist.reduce(flat, self._global(rank), group=self.group)
+                self.reduce(flat, rank)
                 if rank == self.rank:
                     pieces = torch.split(flat, [shape.numel() for shape in shapes.values()])
                     found |= {name: p.view(shape) for (name, shape), p in zip(shapes.items(), pieces, strict=True)}

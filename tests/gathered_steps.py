@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import functools
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_spectral import MeasurementError, ProcessError, gathering, measure_spectra
+from lightning_spectral import MeasurementError, ProcessError, gathering, measure_spectra, memory
 
 OPTIONS = {"top_k": 4, "precision": "float64"}
 
@@ -144,14 +145,30 @@ def check_same(models, batch, loss_fn=loss, **options):
 
 
 def at_most(measure):
-    """The most bytes of whole weights at a time, those of all, and those of the largest."""
+    """Bytes: the most of whole weights at a time; of all; of the largest; of gradients that are not split."""
     made, real = [], gathering.WholeWeights.reserve
+    held, real_spectra = [], memory._of_gradients
+
+    def of_gradients(losses, gradients, *args):
+        if losses.sums is not None:
+            values = [value for value in gradients.values.values() if value is not None]
+            held.append(sum(value.untyped_storage().nbytes() for value in values))
+            found = torch.tensor(sum(total.numel() * 8 for total in losses.sums.sums.values()))
+            dist.all_reduce(found)
+            split.append(int(found))
+        return real_spectra(losses, gradients, *args)
+
+    split = []
     gathering.WholeWeights.reserve = lambda weights: made.append(weights) or real(weights)
+    memory._of_gradients = of_gradients
     measure()
-    gathering.WholeWeights.reserve = real
+    gathering.WholeWeights.reserve, memory._of_gradients = real, real_spectra
     sizes = [weight.nbytes for weight in made[0]._weights]
     assert not any(weight.memory.untyped_storage().nbytes() for weight in made[0]._weights)
-    return made[0].most, sum(sizes), max(sizes)
+    matrices = [weight.nbytes for weight in made[0]._weights if weight.whole.ndim > 1]
+    # But for the smallest, each is whole in one process.
+    assert split == [sum(matrices) - min(matrices)]
+    return made[0].most, sum(sizes), max(sizes), held[0] - min(matrices)
 
 
 def nothing_stays():
@@ -162,10 +179,12 @@ def check_methods(rank, n, folder):
     nothing_stays()
     pair = models(Deep)
     for method in ("exact", "ggn"):
-        most, total, largest = at_most(lambda method=method: check_same(pair, own_batch(rank), curvature=method))
+        measure = functools.partial(check_same, pair, own_batch(rank), curvature=method)
+        most, total, largest, gradients = at_most(measure)
         # A layer's weight and bias are held together, beside one more weight.
         assert most <= 2 * largest + 16 * 8
         assert total > 8 * largest
+        assert gradients < 100
     whole, sharded = pair
     exact = measured(whole, own_batch(rank), curvature="exact")
     found = measured(sharded, own_batch(rank), curvature="sketch")

@@ -37,7 +37,10 @@ ALLOWED = {
     "options": {"curvature", "fits", "kinds", "layers", "quiet"},
     "processes": {"errors"},
     "sharding": {"processes"},
-    "pieces": {"batch", "curvature", "errors", "layers", "quiet", "svd"},
+    "rounds": {"processes"},
+    "summing": {"processes", "rounds"},
+    "gathering": {"processes", "rounds", "sharding", "summing"},
+    "pieces": {"batch", "curvature", "errors", "layers", "quiet", "summing", "svd"},
     "factors": {
         "alignment", "curvature", "errors", "fits", "layers", "moments", "patches", "pieces", "processes", "svd",
     },
@@ -45,13 +48,13 @@ ALLOWED = {
     "spectrum": {"alignment", "encoding", "fits", "fraction", "intervals", "weights"},
     "record": {"encoding", "errors", "fits", "spectrum"},
     "loaders": {"batch", "quiet"},
-    "prepared": {"batch", "layers", "loss", "options", "pieces", "processes", "quiet"},
+    "prepared": {"batch", "gathering", "layers", "loss", "options", "pieces", "processes", "quiet", "sharding"},
     "fitted": {
         "curvature", "errors", "fraction", "memory", "options", "pieces", "processes", "spectrum", "weights",
     },
     "measure": {
-        "curvature", "errors", "fitted", "kinds", "layers", "loaders", "loss", "memory", "options", "prepared",
-        "processes", "quiet", "record", "sharding", "svd",
+        "curvature", "errors", "fitted", "gathering", "kinds", "layers", "loaders", "loss", "memory", "options",
+        "prepared", "processes", "quiet", "record", "sharding", "svd",
     },
     "dry": {"batch", "curvature", "errors", "layers", "loss", "quiet", "shadow"},
     "costs": {"curvature", "layers", "memory", "moments", "svd"},
