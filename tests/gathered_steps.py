@@ -1,5 +1,6 @@
 """What is measured of weights in shards is what is measured of whole ones; run in each of several processes."""
 
+import contextlib
 import copy
 import ctypes
 import functools
@@ -90,6 +91,26 @@ class Kernel(nn.Linear):
 
     def forward(self, x):
         return ByPointer.apply(x, self.weight)
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no way back")
+
+
+class Cut(Deep):
+    """Only the layers behind the first have a gradient."""
+
+    def forward(self, x):
+        x = Fails.apply(self.layers[0](x))
+        for layer in self.layers[1:]:
+            x = torch.tanh(layer(x))
+        return self.head(x)
 
 
 def models(make, *, by_layer=True):
@@ -256,33 +277,50 @@ def check_a_failure_in_one(rank, n, folder):
     check_same(pair, own_batch(rank), curvature="ggn")
 
 
-def check_no_room_in_one(rank, n, folder):
+def check_a_backward_pass_that_fails(rank, n, folder):
+    """It is gone through once more, leaf by leaf; what had come of it counts once."""
     nothing_stays()
-    pair = models(Deep)
-    real, left = gathering._Weight.fill, [25 if rank else 10**9]
+    _, found = check_same(models(Cut), own_batch(rank), curvature="ggn")
+    assert list(found.failed) == ["layers.0.weight"]
+
+
+@contextlib.contextmanager
+def full(rank, calls):
+    """Memory that is full when the weights of this process are filled for the nth time."""
+    real, left = gathering._Weight.fill, calls
 
     def fill(weight, values):
-        left[0] -= 1
-        if left[0] == 0:
+        nonlocal left
+        left -= 1
+        if rank and left == 0:
             raise MemoryError("full")
         real(weight, values)
 
     gathering._Weight.fill = fill
-    # Taken up again on pieces half as large.
-    check_same(pair, own_batch(rank), curvature="ggn")
-    assert left[0] < 0 or not rank or len(own_batch(rank)[0]) == 0
-    left[0] = -1
-    real_reserve = gathering.WholeWeights.reserve
+    yield lambda: left < 0
+    gathering._Weight.fill = real
+
+
+def check_no_room_in_one(rank, n, folder):
+    nothing_stays()
+    pair = models(Deep)
+    # In the forward pass, while gradients are summed, and in later passes.
+    for calls in (7, 22, 25):
+        with full(rank, calls) as came:
+            # Taken up again on pieces half as large.
+            check_same(pair, own_batch(rank), curvature="ggn")
+            assert came() or not len(own_batch(rank)[0])
+    real = gathering.WholeWeights.reserve
 
     def reserve(weights):
         if rank == 1:
             raise MemoryError("no room")
-        real_reserve(weights)
+        real(weights)
 
     gathering.WholeWeights.reserve = reserve
     with pytest.raises(MemoryError, match="process 1: out of memory: no room"):
         measured(pair[1], own_batch(rank))
-    gathering._Weight.fill, gathering.WholeWeights.reserve = real, real_reserve
+    gathering.WholeWeights.reserve = real
 
 
 def check_buffers_in_shards(rank, n, folder):
