@@ -147,7 +147,7 @@ OPTIONS = (
 )  # fmt: skip
 """Of `options.Options`, those that the command takes as they are."""
 
-PYTHON_NAMES = (*OPTIONS, "kinds", "fused_qkv", "n_batches", "world_size")
+PYTHON_NAMES = (*OPTIONS, "kinds", "fused_qkv", "n_batches", "world_size", "sharded")
 """What messages call the options."""
 
 
@@ -243,6 +243,7 @@ def _add_plan(commands: Any) -> None:
     how.add_argument(
         "--world-size", type=int, default=1, metavar="N", help="processes that share a batch (%(default)s)"
     )
+    how.add_argument("--sharded", action="store_true", help="parameters are shards over them, as in FSDP2")
     where = plan.add_argument_group("where it goes")
     where.add_argument("--all", action="store_true", help="a row per layer, not per kind and shape")
     where.add_argument("--json", metavar="FILE", help="write the plan there, too")
@@ -265,6 +266,7 @@ def _plan(options: argparse.Namespace) -> int:
             options=Options(**_chosen(options)),
             n_batches=options.n_batches,
             world_size=options.world_size,
+            sharded=options.sharded,
         )
         print_plan(plan, every_layer=options.all)
         if options.json:

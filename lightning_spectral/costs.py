@@ -44,7 +44,7 @@ USUAL = 0.005
 FACTOR = 2.0
 """Within which the time of a probe is planned; of those that the benchmark measured, the farthest was off by 1.35."""
 
-Sort = Literal["pass", "column", "product"]
+Sort = Literal["pass", "forward", "column", "product"]
 
 
 def steps_at(intensity: float) -> dict[str, float]:
@@ -66,7 +66,7 @@ class Pass:
 
     Attributes:
         what: it is.
-        sort: "product" with a Hessian, "column" of the output passed back, or another "pass".
+        sort: "product" with a Hessian, "column" of the output passed back, "forward" alone, or another "pass".
         least, most: how many, of which the values of the loss decide.
         steps: of one, in training steps.
     """
@@ -77,14 +77,20 @@ class Pass:
     most: int
     steps: float
 
+    @property
+    def reads(self) -> int:
+        """How often one of them reads each weight, at most."""
+        return 1 if self.sort in ("column", "forward") else 2
+
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes beside the network itself, its optimizer and its batch.
 
     Attributes:
-        weights: the copy that is measured on.
-        gradients: of the layers' parameters; two of each where they are summed over pieces.
+        weights: the copy that is measured on; of shards, those that are whole at a time.
+        gradients: of the layers' parameters; two of each where they are summed over pieces; of shards, the sums that
+            fall to one process, and the largest.
         svd: workspace of the largest layer's.
         directions: U (m, K) and V (n, K) of every layer.
         gradient_graph, curvature_graph: of the samples whose gradient and curvature are taken at once.
@@ -160,7 +166,7 @@ def gradient_passes(
     found = [Pass("forward and backward pass for the gradient", "pass", 1, 1, steps["step"])]
     if parts > 1:
         n = 2 if fixed else 1
-        found.append(Pass("forward passes for the weights of the pieces", "pass", n, n, steps["forward"]))
+        found.append(Pass("forward passes for the weights of the pieces", "forward", n, n, steps["forward"]))
     if not reused:
         found.append(Pass(f"forward and backward pass for {method}", "pass", 1, 1, steps["step"]))
     return found

@@ -31,6 +31,7 @@ from lightning_spectral.costs import (
 )
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.dry import Traced
+from lightning_spectral.gathering import SMALL, whole_at_a_time
 from lightning_spectral.layers import MatrixLayer
 from lightning_spectral.options import Options
 from lightning_spectral.quiet import PRECISIONS
@@ -103,7 +104,7 @@ class Estimate:
         model: without wrappers.
         layers: to be measured.
         seen: of its loss on a batch; None without a batch.
-        options, n_batches, world_size: as in `lightning_spectral.plan.plan_spectra`.
+        options, n_batches, world_size, sharded: as in `lightning_spectral.plan.plan_spectra`.
     """
 
     model: nn.Module
@@ -112,6 +113,7 @@ class Estimate:
     options: Options
     n_batches: int
     world_size: int
+    sharded: bool = False
 
     @property
     def local(self) -> int | None:
@@ -148,12 +150,18 @@ class Estimate:
     def sent(self) -> int:
         """(w - 1) / w of gradients and directions, whose layers w processes share out, and w - 1 times the curvatures.
 
-        Those are of float64, with their errors.
+        Those are of float64, with their errors. Of shards, also (w - 1) / w of the weights each time that they are
+        read, as far as the method is known.
         """
         w, itemsize = self.world_size, self._itemsize(torch.float32)
         triplets = itemsize * sum(k * sum(self.layers[name].shape) for name, k in self.directions.items())
         curvatures = 2 * 8 * sum(self.directions.values())
-        return round((w - 1) / w * (self._gradients() + triplets) + (w - 1) * curvatures)
+        shared = self._gradients() + triplets
+        if self.sharded and (method := self.choice()[0]):
+            cost = self.cost(method)
+            reads = sum(one.most * one.reads for one in cost.passes) * cost.parts * self.n_batches
+            shared += reads * sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return round((w - 1) / w * shared + (w - 1) * curvatures)
 
     def choice(self) -> tuple[str, str, tuple[str, ...]]:
         """The method, the choice and its reasons, and what cannot be told. The method is empty where that is it."""
@@ -237,9 +245,13 @@ class Estimate:
         return torch.promote_types(dtype, PRECISIONS[self.options.precision]).itemsize
 
     def _gradients(self) -> int:
+        return sum(self._gradient_sizes())
+
+    def _gradient_sizes(self) -> list[int]:
+        """In bytes, the smallest first."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         found = {layer.parameter: parameters[layer.parameter] for layer in self.layers.values()}
-        return sum(p.numel() * self._itemsize(p.dtype) for p in found.values())
+        return sorted(p.numel() * self._itemsize(p.dtype) for p in found.values())
 
     def _memory(self, method: str, parts: int) -> Memory:
         options, fixed = self.options, self.options.micro_batch_size is not None
@@ -253,12 +265,18 @@ class Estimate:
             graph = max(graph, TRACE_GRAPH * self.at_once(self._parts(TRACE_GRAPH)))
         summed = self.n_batches > 1 or (fixed and parts > 1)
         factors = [factor_bytes(layer) for layer in self.layers.values()] if options.alignment else [0]
+        weights = [t.numel() * self._itemsize(t.dtype) for t in tensors]
+        sizes = self._gradient_sizes()
+        # The smallest and those that are small stay where they are taken.
+        split = [size for size in sizes[1:] if size >= SMALL] if self.sharded else []
+        stay = (sum(sizes) - sum(split)) * (2 if summed else 1)
         return Memory(
-            weights=sum(t.numel() * self._itemsize(t.dtype) for t in tensors),
-            gradients=self._gradients() * (2 if summed else 1),
+            weights=whole_at_a_time(weights) if self.sharded else sum(weights),
+            gradients=stay + (math.ceil(sum(split) / self.world_size) + 2 * max(split) if split else 0),
             svd=max(svd_bytes(layer, options.top_k, itemsize) for layer in self.layers.values()),
             directions=itemsize * triplets,
             gradient_graph=round(per_sample * self.at_once(parts if fixed else 1)),
-            curvature_graph=round(per_sample * graph),
+            # Double backward keeps the gradients that it differentiates.
+            curvature_graph=round(per_sample * graph) + (sum(split) if method == "exact" else 0),
             factors=sum(factors) if summed else max(factors),
         )

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_spectral.processes import Alone, owners_of
 from lightning_spectral.rounds import Rounds
-from lightning_spectral.sharding import shards_of
+from lightning_spectral.sharding import gathered_together, is_within, shards_of
 from lightning_spectral.summing import SummedGradients
 
 RESIDENT = 2**28
@@ -86,18 +86,23 @@ class WholeWeights(TorchDispatchMode):
 
     Args:
         shards: the parameters and buffers, DTensors, in the same order in all processes.
+        together: name of a submodule -> ids of the shards that its forward pass is to find whole.
         processes: that measure together, with all that hold shards among them.
         dtype: the lowest floating type to hold them in.
     """
 
-    def __init__(self, shards: Iterable[Any], processes: Alone, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shards: Iterable[Any], together: Mapping[str, Sequence[int]], processes: Alone, dtype: torch.dtype
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._processes = processes
         self._weights = [_Weight.of(shard, dtype) for shard in shards]
         self._of_storage = {_storage(weight.whole): i for i, weight in enumerate(self._weights)}
         # The least recently read first.
         self._resident: dict[int, None] = {}
-        self._limit = max(RESIDENT, 2 * max(weight.nbytes for weight in self._weights))
+        number = {id(weight.shard): i for i, weight in enumerate(self._weights)}
+        self._together = {name: [number[key] for key in ids] for name, ids in together.items()}
+        self._limit = _stay(self._sizes, self._in_forward())
         self._device = self._weights[0].whole.device
         self.rounds = Rounds(processes, self._device)
         for weight in self._weights:
@@ -109,10 +114,19 @@ class WholeWeights(TorchDispatchMode):
         """id of each shard -> what takes its place."""
         return {id(weight.shard): weight.whole for weight in self._weights}
 
+    @property
+    def _sizes(self) -> list[int]:
+        return [weight.nbytes for weight in self._weights]
+
+    def _in_forward(self) -> int:
+        """The most bytes that are held together: by a submodule and those that it is in."""
+        sizes = {name: sum(self._sizes[i] for i in group) for name, group in self._together.items()}
+        return max((sum(sizes[outer] for outer in sizes if is_within(name, outer)) for name in sizes), default=0)
+
     def reserve(self) -> None:
         """Have room for the weights that stay, and to gather the largest, or MemoryError before anyone waits."""
-        sizes = [weight.nbytes for weight in self._weights]
-        torch.empty(2 * max(sizes) + min(self._limit, sum(sizes)), dtype=torch.uint8, device=self._device)
+        room = whole_at_a_time(self._sizes, self._in_forward())
+        torch.empty(room, dtype=torch.uint8, device=self._device)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -126,17 +140,9 @@ class WholeWeights(TorchDispatchMode):
             stack.callback(self._forget)
             yield
 
-    def hold_together(self, module: nn.Module, groups: Mapping[str, Sequence[int]]) -> None:
-        """In the forward pass of a submodule keep its weights.
-
-        Args:
-            module: with the stand-ins.
-            groups: name of a submodule -> ids of the sharded parameters.
-        """
-        number = {id(weight.shard): i for i, weight in enumerate(self._weights)}
-        for name, ids in groups.items():
-            group = [number[key] for key in ids]
-            self._limit = max(self._limit, sum(self._weights[i].nbytes for i in group))
+    def hold_together(self, module: nn.Module) -> None:
+        """In the forward pass of each submodule of this module, which has the stand-ins, keep its weights."""
+        for name, group in self._together.items():
             self._hold(module.get_submodule(name), group)
 
     def _hold(self, module: nn.Module, group: Sequence[int]) -> None:
@@ -239,10 +245,22 @@ def whole_weights(model: nn.Module, processes: Alone, dtype: torch.dtype) -> Ite
         yield None
         return
     with torch.inference_mode(False):
-        weights = WholeWeights(shards, processes, dtype)
+        weights = WholeWeights(shards, gathered_together(model), processes, dtype)
         processes.agreed(weights.reserve)
     with weights.active():
         yield weights
+
+
+def whole_at_a_time(sizes: Sequence[int], in_forward: int = 0) -> int:
+    """Bytes for weights of these sizes: those that stay, and two more of the largest while it is gathered.
+
+    min(all, max(256 MiB, two of the largest, what a forward pass holds together)) stay.
+    """
+    return 2 * max(sizes) + _stay(sizes, in_forward)
+
+
+def _stay(sizes: Sequence[int], in_forward: int) -> int:
+    return min(sum(sizes), max(RESIDENT, 2 * max(sizes), in_forward))
 
 
 def _storage(tensor: Tensor) -> int | None:

@@ -55,7 +55,7 @@ class Plan:
         unknown: what cannot be told.
         samples: measured of each batch, over all processes; None without a batch, or where it does not tell.
         batch_samples: of the batch given, which a training step takes over all processes.
-        n_batches, world_size: as given.
+        n_batches, world_size, sharded: as given.
         costs: method -> what it costs, for the one that is planned and those that could take its place.
         activations: bytes that the graph of the batch keeps, with attention by its mathematical kernel; None without.
         step_flops: of a training step on the batch, matrix products and convolutions alone; None without.
@@ -76,6 +76,7 @@ class Plan:
     batch_samples: int | None
     n_batches: int
     world_size: int
+    sharded: bool
     costs: Mapping[str, Cost]
     activations: int | None
     step_flops: int | None
@@ -115,6 +116,7 @@ def plan_spectra(
     curvature_fraction: int | None = None,
     alignment: bool = False,
     world_size: int = 1,
+    sharded: bool = False,
 ) -> Plan:
     """What `measure_spectra` with these options would do and cost, without memory for the network or a pass over it.
 
@@ -137,6 +139,12 @@ def plan_spectra(
     that a probe of a fixed batch takes 1 / w of the time, as a training step does. Each sends (w - 1) / w of the
     gradients and of the directions, and its K curvatures per layer to all others.
 
+    Of a network whose parameters are shards (FSDP2), weights are whole only while they are read: max(256 MiB, two of
+    the largest) stay, or if it is more, what training keeps whole in a forward pass, which is not known here; and two
+    more of the largest while it is gathered. Of the gradients each process holds 1 / w, and two of the largest while
+    they are summed, but all of them with curvature="exact". Each process sends (w - 1) / w of its shards whenever they
+    are read, up to twice per pass and piece.
+
     Args:
         model: on any device, the meta device included. Nothing of it is read but names, shapes and types.
         batch: what the loss takes, of which shapes and types count alone; None: what follows from the network alone.
@@ -144,6 +152,7 @@ def plan_spectra(
             spectrum_top_k, curvature_fraction, alignment: as in `measure_spectra`; the batch is that of all processes
             together, max_samples counts in each of them, as there.
         world_size: processes.
+        sharded: whether parameters are shards over them.
 
     Raises:
         ValueError: as in `measure_spectra`.
@@ -169,7 +178,7 @@ def plan_spectra(
         curvature_fraction=curvature_fraction,
         alignment=alignment,
     )
-    return plan_quietly(model, batch, loss_fn, options, n_batches=n_batches, world_size=world_size)
+    return plan_quietly(model, batch, loss_fn, options, n_batches=n_batches, world_size=world_size, sharded=sharded)
 
 
 def plan_quietly(
@@ -180,11 +189,14 @@ def plan_quietly(
     *,
     n_batches: int = 1,
     world_size: int = 1,
+    sharded: bool = False,
 ) -> Plan:
     """`plan_spectra` of options in one piece."""
     for name, value in (("n_batches", n_batches), ("world_size", world_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if sharded and world_size == 1:
+        raise ValueError("sharded: parameters are shards over several processes; set world_size")
     model = unwrapped(model)
     found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
     if not found.layers:
@@ -196,7 +208,7 @@ def plan_quietly(
             seen = traced(model, batch, loss_fn, found.layers, mode=options.mode, precision=options.precision)
         except NeedsValuesError as error:
             hidden.append(f"what the graph of the loss tells: {error}")
-    estimate = Estimate(model, found.layers, seen, options, n_batches, world_size)
+    estimate = Estimate(model, found.layers, seen, options, n_batches, world_size, sharded)
     method, why, unknown = estimate.choice()
     return Plan(
         model=type(model).__name__,
@@ -212,6 +224,7 @@ def plan_quietly(
         batch_samples=None if seen is None else seen.samples,
         n_batches=n_batches,
         world_size=world_size,
+        sharded=sharded,
         costs={name: estimate.cost(name) for name in METHODS if estimate.possible(name)},
         activations=None if seen is None else seen.activations,
         step_flops=None if seen is None else seen.step_flops,

@@ -76,6 +76,7 @@ def plan_model(
     options: Options | None = None,
     n_batches: int = 1,
     world_size: int = 1,
+    sharded: bool = False,
 ) -> Plan:
     """What `measure_checkpoint` would do and cost; the model is made without its weights.
 
@@ -84,6 +85,7 @@ def plan_model(
             of the data the shapes of the first batch.
         shapes: of a batch in place of data, see `shaped_batch`.
         world_size: processes that share a batch.
+        sharded: whether parameters are shards over them.
 
     Raises:
         SourceError: as there, and for data and shapes both, or a model that reads its weights when it is made.
@@ -103,7 +105,9 @@ def plan_model(
             f"{error}; a plan makes the model without its weights, whose values it seems to read"
         ) from error
     batch = shaped_batch(shapes) if shapes else None if data is None else read_batches(data, 1, network)[0]
-    return plan_quietly(network, batch, loss_fn, options or Options(), n_batches=n_batches, world_size=world_size)
+    return plan_quietly(
+        network, batch, loss_fn, options or Options(), n_batches=n_batches, world_size=world_size, sharded=sharded
+    )
 
 
 def shaped_batch(shapes: Sequence[str]) -> Any:

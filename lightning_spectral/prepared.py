@@ -18,7 +18,6 @@ from lightning_spectral.options import Options
 from lightning_spectral.pieces import Losses
 from lightning_spectral.processes import Alone
 from lightning_spectral.quiet import Beginning, Mode, Precision, copy_batch, quiet
-from lightning_spectral.sharding import gathered_together
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -119,7 +118,7 @@ def losses_of(
     given = replaced if whole is None else replaced | whole.stand_ins
     with quiet(model, mode=mode, precision=precision, stand_ins=given) as shadow:
         if whole is not None:
-            whole.hold_together(shadow.module, gathered_together(model))
+            whole.hold_together(shadow.module)
         mute(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}

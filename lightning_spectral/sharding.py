@@ -49,10 +49,19 @@ def gathered_together(model: nn.Module) -> dict[str, list[int]]:
     wrapped = [name for name, module in model.named_modules() if is_fully_sharded(type(module))]
     found: dict[str, list[int]] = {}
     for name, module in model.named_modules():
-        holders = [outer for outer in wrapped if not outer or name == outer or name.startswith(f"{outer}.")]
+        holders = [outer for outer in wrapped if is_within(name, outer)]
         holder = max(holders, key=len, default=name)
         found.setdefault(holder, []).extend(id(p) for p in module.parameters(recurse=False) if is_dtensor(p))
     return {name: ids for name, ids in found.items() if ids}
+
+
+def is_within(name: str, outer: str) -> bool:
+    """Whether a submodule is another, or in it.
+
+    >>> is_within("blocks.1.mlp", "blocks.1"), is_within("blocks.10", "blocks.1"), is_within("head", "")
+    (True, False, True)
+    """
+    return not outer or name == outer or name.startswith(f"{outer}.")
 
 
 def is_dtensor(tensor: Any) -> bool:

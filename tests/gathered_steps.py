@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_spectral import MeasurementError, ProcessError, gathering, measure_spectra, memory
+from lightning_spectral import MeasurementError, ProcessError, estimate, gathering, measure_spectra, memory
+from lightning_spectral.plan import plan_spectra
 
 OPTIONS = {"top_k": 4, "precision": "float64"}
 
@@ -193,7 +194,7 @@ def at_most(measure):
 
 
 def nothing_stays():
-    gathering.RESIDENT = gathering.SMALL = 0
+    gathering.RESIDENT = gathering.SMALL = estimate.SMALL = 0
 
 
 def check_methods(rank, n, folder):
@@ -202,7 +203,7 @@ def check_methods(rank, n, folder):
     for method in ("exact", "ggn"):
         measure = functools.partial(check_same, pair, own_batch(rank), curvature=method)
         most, total, largest, gradients = at_most(measure)
-        # A layer's weight and bias are held together, beside one more weight.
+        # The head's weight and bias are held together, or two of the largest.
         assert most <= 2 * largest + 16 * 8
         assert total > 8 * largest
         assert gradients < 100
@@ -211,6 +212,32 @@ def check_methods(rank, n, folder):
     found = measured(sharded, own_batch(rank), curvature="sketch")
     z = [(layer.h - exact.layers[name].h) / layer.h_stderr for name, layer in found.layers.items()]
     assert float(torch.cat(z).abs().max()) < 6
+
+
+def check_what_is_planned(rank, n, folder):
+    nothing_stays()
+    whole, sharded = models(Deep)
+    sizes = (48,) * n
+    joined = torch.zeros(sum(sizes), 16, dtype=torch.float64), torch.zeros(sum(sizes), dtype=torch.long)
+    made, real_gather, real_reserve = [], gathering._Weight.gather, gathering.WholeWeights.reserve
+    gathering.WholeWeights.reserve = lambda weights: made.append(weights) or real_reserve(weights)
+    for method in ("exact", "ggn"):
+        options = OPTIONS | {"curvature": method, "micro_batch_size": 8}
+        gathered = 0
+
+        def gather(weight, mine):
+            nonlocal gathered
+            gathered += weight.nbytes
+            return real_gather(weight, mine)
+
+        gathering._Weight.gather = gather
+        measured(sharded, own_batch(rank, sizes), **options)
+        gathering._Weight.gather = real_gather
+        plan = plan_spectra(whole, joined, loss, world_size=n, sharded=True, **options)
+        assert made[-1].most <= plan.costs[method].memory.weights < sum(made[-1]._sizes)
+        # Each process sends its own shards to all others.
+        assert plan.sent / 4 < (n - 1) / n * gathered < plan.sent
+    gathering.WholeWeights.reserve = real_reserve
 
 
 def check_everything_on_request(rank, n, folder):

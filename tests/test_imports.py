@@ -48,7 +48,7 @@ ALLOWED = {
     "spectrum": {"alignment", "encoding", "fits", "fraction", "intervals", "weights"},
     "record": {"encoding", "errors", "fits", "spectrum"},
     "loaders": {"batch", "quiet"},
-    "prepared": {"batch", "gathering", "layers", "loss", "options", "pieces", "processes", "quiet", "sharding"},
+    "prepared": {"batch", "gathering", "layers", "loss", "options", "pieces", "processes", "quiet"},
     "fitted": {
         "curvature", "errors", "fraction", "memory", "options", "pieces", "processes", "spectrum", "weights",
     },
@@ -58,7 +58,7 @@ ALLOWED = {
     },
     "dry": {"batch", "curvature", "errors", "layers", "loss", "quiet", "shadow"},
     "costs": {"curvature", "layers", "memory", "moments", "svd"},
-    "estimate": {"costs", "curvature", "dry", "layers", "options", "quiet"},
+    "estimate": {"costs", "curvature", "dry", "gathering", "layers", "options", "quiet"},
     "plan": {"costs", "curvature", "dry", "estimate", "kinds", "layers", "loss", "options", "prepared", "quiet"},
     "functional": {"errors", "loss"},
     "sources": {"errors", "functional", "loaders", "loss"},

@@ -153,7 +153,7 @@ def _ranks(plan: Plan) -> Iterator[str]:
         yield (
             f"over {n} processes each measures 1/{n} of the samples and takes the singular triplets of 1/{n} of the "
             f"layers, in 1/{n} of the time that one would take, as a training step does; each sends "
-            f"{size_of(plan.sent)} of gradients, directions and curvatures"
+            f"{size_of(plan.sent)} of {'weights, ' if plan.sharded else ''}gradients, directions and curvatures"
         )
 
 
