@@ -75,6 +75,8 @@ def test_large_networks_are_planned_without_weights(monkeypatch):
     # Half of the sequences, and half of each.
     assert found["Gated, few"]["steps"][1] < found["Gated, as it is"]["steps"][1] / 2
     assert found["Gated, few"]["bytes"]["peak"] < found["Gated, as it is"]["bytes"]["peak"]
+    for row in found.values():
+        assert row["sharded"]["sent_bytes"] > row["sent_bytes"]
 
 
 def test_the_networks_are_the_published_ones():
@@ -107,6 +109,8 @@ def test_the_readmes_predictions_are_the_benchmarks(name):
     products, peak = row["products"], row["bytes"]["peak"] / 1e9
     expected = [f"{products[0]} to {products[1]}", f"{low:.2g} to {high:.2g}", f"{peak:,.0f} GB"]
     assert shown.split(" | ")[1:4] == expected
+    of_shards = row["sharded"]["bytes"]["peak"], row["sharded"]["sent_bytes"]
+    assert shown.split(" | ")[5:] == [f"{size / 1e9:,.0f} GB" for size in of_shards]
 
 
 def test_the_readmes_share_of_two_processes_is_the_benchmarks():

@@ -103,9 +103,13 @@ def predictions() -> dict[str, Any]:
         whole = None
         for name, (options, cut) in SETTINGS.items():
             tokens = torch.empty(make.sequences, cut or make.length, dtype=torch.long, device="meta")
-            plan = plan_spectra(model, tokens, next_token, world_size=GPUS, **options)
+            plan, split = (
+                plan_spectra(model, tokens, next_token, world_size=GPUS, sharded=sharded, **options)
+                for sharded in (False, True)
+            )
             whole = whole or plan
-            found[f"{make.__name__}, {name}"] = predicted(plan, whole, options, make.length)
+            of_shards = {"bytes": in_bytes(split), "sent_bytes": split.sent}
+            found[f"{make.__name__}, {name}"] = predicted(plan, whole, options, make.length) | {"sharded": of_shards}
             print(make.__name__, name, found[f"{make.__name__}, {name}"], flush=True)
     return found
 
@@ -132,6 +136,12 @@ def predicted(plan: Plan, whole: Plan, options: dict[str, Any], length: int) -> 
         "step_flops": of_whole,
         "flops_per_token_over_6n": of_whole / (6 * plan.parameters * sequences * length),
         "probe_flops_per_gpu": [steps * of_plan / plan.world_size for steps in cost.steps],
-        "bytes": vars(cost.memory) | {"peak": cost.memory.peak},
+        "bytes": in_bytes(plan),
         "sent_bytes": plan.sent,
     }
+
+
+def in_bytes(plan: Plan) -> dict[str, int]:
+    """The memory of the method planned, in its parts and at its peak."""
+    memory = plan.costs[plan.method].memory
+    return vars(memory) | {"peak": memory.peak}
