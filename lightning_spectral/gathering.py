@@ -150,7 +150,8 @@ class WholeWeights(TorchDispatchMode):
         with (
             ExitStack() as stack,
             self._processes.meeting(self.rounds.serve),
-            saved_tensors_hooks(lambda tensor: tensor, self._unpacked),
+            # An output saved as it is would hold the graph that holds it, forever.
+            saved_tensors_hooks(Tensor.detach, self._unpacked),
             function_mode(_Unseen(self._unpacked)),
             self,
         ):

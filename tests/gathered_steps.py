@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import gc
 
 import numpy as np
 import pytest
@@ -422,6 +423,43 @@ def check_transforms(rank, n, folder):
 
     for loss_fn in (mapped, pushed):
         check_same(models(Deep), own_batch(rank, (5, 13, 3)), loss_fn, curvature="exact")
+
+
+def check_no_graph_stays(rank, n, folder):
+    nothing_stays()
+    _, sharded = models(Deep)
+    for method in ("exact", "ggn"):
+        measured(sharded, own_batch(rank), curvature=method)
+    gc.collect()
+    # Parts of a graph are seen as long as a tensor of theirs is.
+    tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+    assert not [value.grad_fn for value in tensors if value.grad_fn is not None]
+
+
+class Normed(nn.Module):
+    """Weights that are computed from others."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaled = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.bounded = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
+        self.plain, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        for layer in (self.scaled, self.bounded, self.plain):
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def check_parametrized_layers(rank, n, folder):
+    nothing_stays()
+    whole, _ = models(Normed, by_layer=False)
+    sharded, mesh = copy.deepcopy(whole), init_device_mesh("cpu", (n,))
+    for module in (sharded.scaled, sharded.bounded, sharded.plain):
+        fully_shard(module, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for mode in ("eval", "train"):
+        check_same((whole, sharded), own_batch(rank), mode=mode, curvature="exact")
 
 
 def check_shards_in_some(rank, n, folder):
