@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_spectral.interrupts import function_mode
 from lightning_spectral.processes import Alone, owners_of
 from lightning_spectral.rounds import Rounds
 from lightning_spectral.sharding import gathered_together, is_within, shards_of
@@ -29,6 +31,10 @@ UNREAD = frozenset(
     + [f"new_{kind}" for kind in ("empty", "empty_strided", "full", "ones", "zeros")]
 )
 """Operations that ask a tensor for its shape and type alone. Those that give other views look at its memory's size."""
+
+
+POINTERS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr)
+"""Functions that look at a tensor's memory without an operation."""
 
 
 @dataclass(eq=False)
@@ -56,7 +62,12 @@ class _Weight:
     @property
     def stays(self) -> bool:
         """Whether its memory is in use, or was given out as a numpy array, which holds on to it."""
-        return bool(self.pins) or self.written or not self.memory.untyped_storage().resizable()
+        return bool(self.pins) or self.changed
+
+    @property
+    def changed(self) -> bool:
+        """Whether an operation wrote to it, or through a numpy array anything may have."""
+        return self.written or not self.memory.untyped_storage().resizable()
 
     def gather(self, mine: bool) -> Callable[[], None] | None:
         """Put all shards together, and then fill the memory here if this process asked for it."""
@@ -104,7 +115,7 @@ class WholeWeights(TorchDispatchMode):
         self._together = {name: [number[key] for key in ids] for name, ids in together.items()}
         self._limit = _stay(self._sizes, self._in_forward())
         self._device = self._weights[0].whole.device
-        self.rounds = Rounds(processes, self._device)
+        self.rounds = Rounds(processes, self._device, self._room)
         for weight in self._weights:
             self.rounds.add(weight.gather)
         self.most = 0
@@ -128,13 +139,20 @@ class WholeWeights(TorchDispatchMode):
         room = whole_at_a_time(self._sizes, self._in_forward())
         torch.empty(room, dtype=torch.uint8, device=self._device)
 
+    def _room(self) -> object:
+        """Memory to gather the largest, or an error."""
+        largest = max(self._sizes)
+        return [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(2)]
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Fill what is read, and gather what other processes read, from here on."""
         with (
             ExitStack() as stack,
             self._processes.meeting(self.rounds.serve),
-            saved_tensors_hooks(lambda tensor: tensor, self._unpacked),
+            # An output saved as it is would hold the graph that holds it, forever.
+            saved_tensors_hooks(Tensor.detach, self._unpacked),
+            function_mode(_Unseen(self._unpacked)),
             self,
         ):
             stack.callback(self._forget)
@@ -174,7 +192,9 @@ class WholeWeights(TorchDispatchMode):
         """Put back what was written to, and hold nothing together: another forward pass begins."""
         for weight in self._weights:
             weight.pins = 0
-        for i in [i for i in self._resident if self._weights[i].written]:
+            # The loss may have set .data, too.
+            weight.whole.data = weight.memory
+        for i in [i for i in self._resident if self._weights[i].changed]:
             self._let_go(i)
 
     def __torch_dispatch__(
@@ -232,15 +252,38 @@ class WholeWeights(TorchDispatchMode):
             self._let_go(i)
 
 
+class _Unseen(TorchFunctionMode):
+    """Have weights read before code looks at their memory that calls no operation for it."""
+
+    def __init__(self, read: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function on whole weights."""
+        if func in POINTERS:
+            self._read(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def whole_weights(model: nn.Module, processes: Alone, dtype: torch.dtype) -> Iterator[WholeWeights | None]:
     """Stand-ins for the parameters of a model that are shards; None for a model without.
 
     Raises:
-        ValueError: for shards that processes beside these hold.
+        ValueError: for shards that processes beside these hold, or not all of these.
         MemoryError: in all processes, if there is no room in one of them for the weights that are whole at a time.
     """
-    shards = shards_of(model, processes)
+    shards = processes.agreed(lambda: shards_of(model, processes))
+    told = processes.gathered([(tuple(shard.shape), str(shard.dtype)) for shard in shards])
+    for rank, others in enumerate(told):
+        if others != told[0]:
+            raise ValueError(
+                f"process_group: process {rank} holds {len(others)} parameters and buffers as shards (DTensor), and "
+                f"process 0 holds {len(told[0])}, or others; all must hold the same network, sharded alike"
+            )
     if not shards:
         yield None
         return

@@ -25,7 +25,6 @@ from lightning_spectral.prepared import Prepared, first_buffers, losses_of, prep
 from lightning_spectral.processes import Alone, Together
 from lightning_spectral.quiet import PRECISIONS, Mode, Precision
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.sharding import shards_of
 from lightning_spectral.svd import SingularTriplets
 
 if TYPE_CHECKING:
@@ -246,7 +245,6 @@ def directional_curvature(
     """
     Options(curvature=method, mode=mode, precision=precision)
     model = unwrapped(model)
-    shards_of(model, Alone())
     parts = find_layers(model, layers=lambda layer: True).layers
     whole = matrix_parameters(model)[0]
     by_parameter = {alias: layer for layer in whole.values() for alias in (layer.name, *layer.aliases)} | parts
@@ -263,7 +261,10 @@ def directional_curvature(
                 f"directions: {name} is a matrix ({m}, {n}), so u must be ({m}, K) and v ({n}, K); "
                 f"got {tuple(triplets.u.shape)} and {tuple(triplets.v.shape)}"
             )
-    with losses_of(model, [batch], loss_fn, chosen, mode, precision) as (losses, _, _):
+    with (
+        whole_weights(model, Alone(), PRECISIONS[precision]) as whole_of,
+        losses_of(model, [batch], loss_fn, chosen, mode, precision, whole=whole_of) as (losses, _, _),
+    ):
         pieces = losses.whole()
         if not pieces:
             raise MeasurementError(NO_SAMPLE)

@@ -26,6 +26,7 @@ from lightning_spectral.errors import MeasurementError
 from lightning_spectral.interrupts import HeldInterrupts, function_mode
 from lightning_spectral.precision import full_float32
 from lightning_spectral.shadow import Copier, Shadow, shadow_of
+from lightning_spectral.sharding import is_dtensor
 
 Mode = Literal["eval", "train"]
 Precision = Literal["float32", "float64"]
@@ -251,7 +252,9 @@ def repeatable(evaluate: Callable[[], Any], beginning: Beginning, values: list[f
 def _buffers_and_flags(model: nn.Module) -> Iterator[None]:
     """Guard the original against a loss that reaches it past the shadow, through a global or a closure of its own."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [b for b in model.buffers() if not isinstance(b, nn.UninitializedBuffer)]
+    found: list[Any] = [b for b in model.buffers() if not isinstance(b, nn.UninitializedBuffer)]
+    # To compare shards takes all processes, of which one may have failed.
+    buffers = [b.to_local() if is_dtensor(b) else b for b in found]
     before = [buffer.detach().clone() for buffer in buffers]
     try:
         yield

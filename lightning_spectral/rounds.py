@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.processes import Alone
 
-DONE = -1
-"""In place of an exchange's number: this process asks for none any more in this step."""
+DONE, FULL = -1, -2
+"""In place of an exchange's number: this process asks for none any more in this step; and has no room for others'."""
 
 Exchange = Callable[[bool], Callable[[], None] | None]
 """Told whether this process asked for it; gives what is then left to do here, which may fail without harm to others."""
@@ -27,10 +29,12 @@ class Rounds:
     Args:
         processes: that measure together.
         device: from which they talk.
+        room: raises if this process has no memory to take part in an exchange. One that failed in the middle of it
+            would leave the others waiting.
     """
 
-    def __init__(self, processes: Alone, device: torch.device) -> None:
-        self._processes, self._device = processes, device
+    def __init__(self, processes: Alone, device: torch.device, room: Callable[[], object]) -> None:
+        self._processes, self._device, self._room = processes, device, room
         self._exchanges: list[Exchange] = []
 
     def add(self, exchange: Exchange) -> int:
@@ -39,31 +43,59 @@ class Rounds:
         return len(self._exchanges) - 1
 
     def ask(self, number: int) -> None:
-        """Wait until all take part in an exchange."""
+        """Wait until all take part in an exchange.
+
+        Raises:
+            MemoryError: in all that asked, if there is no room for it in one that is done.
+        """
         if not self._processes.in_step:
             raise RuntimeError("an exchange was asked for outside of the steps at whose end processes meet")
         with _unseen():
+            self._room()
             self._meet(number)
 
     def serve(self) -> None:
         """This process is done with a step: take part in what others ask for in theirs."""
         with _unseen():
-            while any(number != DONE for number in self._meet(DONE)):
+            while any(number >= 0 for number in self._meet(self._done())):
                 pass
+
+    def _done(self) -> int:
+        try:
+            self._room()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return FULL
+        return DONE
 
     def _meet(self, own: int) -> list[int]:
         """One round: what each process asks for."""
-        told, left = self._processes.told(own, self._device), None
+        told, failure = self._processes.told(own, self._device), None
+        if FULL in told:
+            if own >= 0:
+                raise MemoryError(f"process {told.index(FULL)} has no room for weights and gradients of others")
+            return told
         for number in sorted(set(told) - {DONE}):
-            found = self._exchanges[number](number == own)
-            left = found if number == own else left
-        if left is not None:
-            left()
+            left = self._exchanges[number](number == own)
+            try:
+                if left is not None:
+                    left()
+            except Exception as error:
+                # The others go on to the next exchange.
+                failure = error
+        if failure is not None:
+            raise failure
         return told
 
 
 @contextmanager
 def _unseen() -> Iterator[None]:
-    """No part of the loss, for autograd and for what watches the loss."""
-    with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
+    """No part of the loss, for autograd, for torch.func and for what watches the loss."""
+    with (
+        temporarily_clear_interpreter_stack(),
+        torch.no_grad(),
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+    ):
         yield

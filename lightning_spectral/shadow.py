@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator, Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -188,14 +189,16 @@ class Copier:
 
     def _module(self, module: nn.Module, path: str) -> nn.Module:
         kind = plain_class(type(module))
-        if _defines(kind, ("__deepcopy__", "__reduce__", "__reduce_ex__")):
+        # A parametrized class copies all there is, and so the records of its sharding, and has no state to give.
+        parametrized = is_parametrized(module)
+        if not parametrized and _defines(kind, ("__deepcopy__", "__reduce__", "__reduce_ex__")):
             for parameter in module.parameters():
                 self.copy(parameter, path)
             return copy.deepcopy(module, self.memo)
         new = kind.__new__(kind)
         self._note(module, new)
         self.modules.append(new)
-        state = without_communication(module.__getstate__())  # type: ignore[no-untyped-call]
+        state = without_communication(vars(module) if parametrized else module.__getstate__())  # type: ignore[no-untyped-call]
         self._originals.append(state)
         new.__setstate__({name: self.copy(item, f"{path}.{name}") for name, item in state.items()})  # type: ignore[no-untyped-call]
         return new

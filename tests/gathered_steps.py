@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import gc
 
 import numpy as np
 import pytest
@@ -17,8 +18,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_spectral import MeasurementError, ProcessError, estimate, gathering, measure_spectra, memory
+from lightning_spectral import (
+    MeasurementError,
+    ProcessError,
+    estimate,
+    gathering,
+    measure_spectra,
+    memory,
+    prepared,
+)
+from lightning_spectral.measure import directional_curvature
 from lightning_spectral.plan import plan_spectra
+from lightning_spectral.svd import SingularTriplets
 
 OPTIONS = {"top_k": 4, "precision": "float64"}
 
@@ -350,6 +361,138 @@ def check_no_room_in_one(rank, n, folder):
     gathering.WholeWeights.reserve = real
 
 
+@contextlib.contextmanager
+def no_room(rank, call):
+    """To take part in an exchange, in one process at its nth."""
+    real, calls = gathering.WholeWeights._room, 0
+
+    def room(weights):
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == call:
+            raise MemoryError("full")
+        return real(weights)
+
+    gathering.WholeWeights._room = room
+    yield lambda: calls >= call
+    gathering.WholeWeights._room = real
+
+
+def check_no_room_in_the_middle(rank, n, folder):
+    """Of a process that asks, and of one without samples that takes part; the others do not wait for it."""
+    nothing_stays()
+    pair = models(Deep)
+    for call in (7, 30, 50):
+        for sizes in ((5, 13, 3), (13, 0, 9)):
+            with no_room(rank, call) as came:
+                check_same(pair, own_batch(rank, sizes), curvature="ggn")
+                assert came()
+
+
+def check_what_is_read_without_an_operation(rank, n, folder):
+    """And written: each call of the loss begins with the same weights all the same."""
+    nothing_stays()
+
+    def reads(model, batch):
+        value = loss(model, batch)
+        first = model.layers[0].weight.detach()
+        return value * (2 + np.tanh(first.numpy().sum() + np.asarray(first)[0, 0] + first.tolist()[0][0]))
+
+    def through_numpy(model, batch):
+        array = model.layers[0].weight.detach().numpy()
+        array *= 0.9
+        return loss(model, batch)
+
+    def sets(model, batch):
+        model.layers[0].weight.data = model.layers[0].weight.data * 0.9
+        return loss(model, batch)
+
+    for loss_fn in (reads, through_numpy, sets):
+        check_same(models(Deep), own_batch(rank), loss_fn, curvature="ggn")
+
+
+def check_transforms(rank, n, folder):
+    nothing_stays()
+
+    def mapped(model, batch):
+        return F.cross_entropy(torch.func.vmap(model)(batch[0]), batch[1])
+
+    def pushed(model, batch):
+        out, slope = torch.func.jvp(model, (batch[0],), (torch.ones_like(batch[0]),))
+        return F.cross_entropy(out, batch[1]) + slope.square().mean()
+
+    for loss_fn in (mapped, pushed):
+        check_same(models(Deep), own_batch(rank, (5, 13, 3)), loss_fn, curvature="exact")
+
+
+def check_no_graph_stays(rank, n, folder):
+    nothing_stays()
+    _, sharded = models(Deep)
+    for method in ("exact", "ggn"):
+        measured(sharded, own_batch(rank), curvature=method)
+    gc.collect()
+    # Parts of a graph are seen as long as a tensor of theirs is.
+    tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+    assert not [value.grad_fn for value in tensors if value.grad_fn is not None]
+
+
+class Normed(nn.Module):
+    """Weights that are computed from others."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaled = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.bounded = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
+        self.plain, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        for layer in (self.scaled, self.bounded, self.plain):
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def check_parametrized_layers(rank, n, folder):
+    nothing_stays()
+    whole, _ = models(Normed, by_layer=False)
+    sharded, mesh = copy.deepcopy(whole), init_device_mesh("cpu", (n,))
+    for module in (sharded.scaled, sharded.bounded, sharded.plain):
+        fully_shard(module, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for mode in ("eval", "train"):
+        check_same((whole, sharded), own_batch(rank), mode=mode, curvature="exact")
+
+
+def check_shards_in_some(rank, n, folder):
+    torch.manual_seed(0)
+    model = Deep().double()
+    if rank == 0:
+        fully_shard(model, mesh=DeviceMesh("cpu", [0]))
+    else:
+        DeviceMesh("cpu", [0])
+    with pytest.raises(
+        ValueError, match=r"process 1 holds 0 parameters and buffers as shards .*, and process 0 holds 18"
+    ):
+        measured(model, own_batch(rank))
+
+
+def check_a_failure_beside_buffers_in_shards(rank, n, folder):
+    """What is put back at the end is put back without the others."""
+    _, sharded = models(Deep)
+    mesh = init_device_mesh("cpu", (n,))
+    sharded.register_buffer("scale", distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+    real = prepared.Beginning
+
+    def fails(*args):
+        if rank == 1:
+            raise MemoryError("no room")
+        return real(*args)
+
+    prepared.Beginning = fails
+    with pytest.raises(MemoryError, match="process 1: out of memory: no room"):
+        measured(sharded, own_batch(rank))
+    prepared.Beginning = real
+
+
 def check_buffers_in_shards(rank, n, folder):
     nothing_stays()
     whole, _ = models(Elsewhere)
@@ -371,6 +514,12 @@ def check_shards_of_one_process(rank, n, folder):
         expected, found = (measure_spectra(m, batch, loss, curvature="exact", **OPTIONS) for m in (whole, sharded))
         for name, layer in found.layers.items():
             torch.testing.assert_close(layer.h, expected.layers[name].h, rtol=1e-8, atol=1e-10)
+        unit = torch.eye(16, dtype=torch.float64)[:, :2]
+        directions = {"layers.0.weight": SingularTriplets(unit, torch.ones(2), unit)}
+        expected, found = (
+            directional_curvature(m, batch, directions, loss, precision="float64") for m in (whole, sharded)
+        )
+        torch.testing.assert_close(found, expected)
 
 
 def check_alone_is_refused(rank, n, folder):
