@@ -136,7 +136,8 @@ def _measured(losses: Losses, options: Options, most: int | None, processes: Alo
     def here(method: Curvature, directions: Mapping[str, SingularTriplets]) -> Curvatures | None:
         if problem is None:
             return None
-        smaller = [] if most is not None else _thrifty(losses, method)
+        # Without a gradient to hold them against, pieces would go unchecked.
+        smaller = [] if most is not None or smallest is None else _thrifty(losses, method)
         if smaller:
             problem.release()
             try:
