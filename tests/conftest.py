@@ -11,7 +11,10 @@ from torch.distributed import fsdp
 
 torch.set_num_threads(1)
 
-SHARDED = ["jointly.py", "sharded_steps.py", "shared_in_lightning.py", "test_processes.py", "test_shared_steps.py"]
+SHARDED = [
+    "gathered_steps.py", "jointly.py", "sharded_steps.py", "shared_in_lightning.py", "test_gathering.py",
+    "test_processes.py", "test_shards_benchmark.py", "test_shared_steps.py",
+]  # fmt: skip
 collect_ignore = [] if hasattr(fsdp, "fully_shard") else SHARDED
 
 
