@@ -527,4 +527,5 @@ def check_alone_is_refused(rank, n, folder):
         measure_spectra(models(Deep)[1], own_batch(rank), loss)
 
 
-ALL = [value for name, value in sorted(globals().items()) if name.startswith("check_") and name != "check_same"]
+BY_THREE = [value for name, value in sorted(globals().items()) if name.startswith("check_") and name != "check_same"]
+BY_TWO = [check_methods, check_everything_on_request, check_a_failure_in_one]
