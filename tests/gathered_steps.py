@@ -31,7 +31,7 @@ from lightning_spectral.measure import directional_curvature
 from lightning_spectral.plan import plan_spectra
 from lightning_spectral.svd import SingularTriplets
 
-OPTIONS = {"top_k": 4, "precision": "float64"}
+OPTIONS = {"top_k": 3, "precision": "float64"}
 
 
 class Deep(nn.Module):
@@ -39,7 +39,7 @@ class Deep(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)))
+        self.layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5)))
         self.head = nn.Linear(16, 5)
 
     def forward(self, x):
@@ -216,7 +216,7 @@ def check_methods(rank, n, folder):
         most, total, largest, gradients = at_most(measure)
         # The head's weight and bias are held together, or two of the largest.
         assert most <= 2 * largest + 16 * 8
-        assert total > 8 * largest
+        assert total > 5 * largest
         assert gradients < 100
     whole, sharded = pair
     exact = measured(whole, own_batch(rank), curvature="exact")
@@ -343,7 +343,7 @@ def check_no_room_in_one(rank, n, folder):
     nothing_stays()
     pair = models(Deep)
     # In the forward pass, while gradients are summed, and in later passes.
-    for calls in (7, 22, 25):
+    for calls in (5, 15, 20):
         with full(rank, calls) as came:
             # Taken up again on pieces half as large.
             check_same(pair, own_batch(rank), curvature="ggn")
@@ -470,7 +470,7 @@ def check_shards_in_some(rank, n, folder):
     else:
         DeviceMesh("cpu", [0])
     with pytest.raises(
-        ValueError, match=r"process 1 holds 0 parameters and buffers as shards .*, and process 0 holds 18"
+        ValueError, match=r"process 1 holds 0 parameters and buffers as shards .*, and process 0 holds 12"
     ):
         measured(model, own_batch(rank))
 

@@ -22,7 +22,7 @@ def _run(rank, functions, n, folder, port):
     # As torchrun names its runs, by which Lightning knows that the processes are there.
     os.environ.update({key: str(value) for key, value in {**place, "TORCHELASTIC_RUN_ID": "test"}.items()})
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=n, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=rank, world_size=n, timeout=datetime.timedelta(seconds=240))
     for function in functions:
         function(rank, n, folder)
         dist.barrier()
