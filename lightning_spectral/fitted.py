@@ -23,7 +23,7 @@ def spectra_of(losses: Losses, measured: Measured, options: Options, processes: 
     """The spectra and fits of the layers that fall to this process."""
     owners = owners_of({name: layer.decomposition_cost for name, layer in losses.layers.items()}, processes.size)
     mine = [name for name, owner in owners.items() if owner == processes.rank]
-    weights = losses.weights() if options.weight_spectra else {}
+    weights = losses.weights(mine) if options.weight_spectra else {}
     return {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in mine}
 
 

@@ -152,7 +152,7 @@ class WholeWeights(TorchDispatchMode):
             self._processes.meeting(self.rounds.serve),
             # An output saved as it is would hold the graph that holds it, forever.
             saved_tensors_hooks(Tensor.detach, self._unpacked),
-            function_mode(_Unseen(self._unpacked)),
+            function_mode(_ByPointer(self._unpacked)),
             self,
         ):
             stack.callback(self._forget)
@@ -252,7 +252,7 @@ class WholeWeights(TorchDispatchMode):
             self._let_go(i)
 
 
-class _Unseen(TorchFunctionMode):
+class _ByPointer(TorchFunctionMode):
     """Have weights read before code looks at their memory that calls no operation for it."""
 
     def __init__(self, read: Callable[[Tensor], object]) -> None:

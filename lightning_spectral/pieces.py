@@ -216,10 +216,10 @@ class Losses:
         dtypes = [self.parameters[name].dtype, *([torch.float32] if self.casts else [])]
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The matrices themselves, as they were before any call of the loss."""
+    def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The matrices of these layers themselves, as they were before any call of the loss."""
         self.beginning.restore()
-        return {name: layer.to_matrix(self.parameters[name].detach()) for name, layer in self.layers.items()}
+        return {name: self.layers[name].to_matrix(self.parameters[name].detach()) for name in names}
 
     def notes(self) -> list[str]:
         """What limits the precision of the measurement."""

@@ -267,7 +267,7 @@ def check_weights_read_elsewhere(rank, n, folder):
     for by_layer in (True, False):
         pair = models(Elsewhere, by_layer=by_layer)
         for method in ("exact", "ggn"):
-            check_same(pair, own_batch(rank), curvature=method, fused_qkv=())
+            check_same(pair, own_batch(rank), curvature=method)
 
 
 def check_every_kind_of_layer(rank, n, folder):
