@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_spectral.names import brief
+from lightning_spectral.layers.display_names import brief
 from lightning_spectral.record import SpectralReport, median
 from lightning_spectral.spectrum import LayerSpectrum
 

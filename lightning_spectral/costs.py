@@ -14,7 +14,7 @@ from typing import Literal
 from lightning_spectral.curvature import METHODS, HutchinsonTrace, Structure
 from lightning_spectral.curvature.ggn import EXACT_COLUMNS
 from lightning_spectral.curvature.sketch import DRAWS, RANKS, SAMPLES_PER_RANK
-from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.memory import MEMORY
 from lightning_spectral.moments import LARGE
 from lightning_spectral.svd import is_large

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_spectral.batch import batch_size, divisible, map_leaves
 from lightning_spectral.curvature import DryProblem, Problem, Structure, structure
 from lightning_spectral.errors import MeasurementError, first_line
-from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
 from lightning_spectral.quiet import PRECISIONS, UNINITIALIZED, Mode, Precision, quiet
 from lightning_spectral.shadow import Copier

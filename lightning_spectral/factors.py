@@ -25,7 +25,7 @@ from lightning_spectral.curvature import (
 )
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.fits import entropy_rank
-from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.moments import LARGE, Eigenvalues, SecondMoment
 from lightning_spectral.patches import Patches
 from lightning_spectral.pieces import Losses, Piece

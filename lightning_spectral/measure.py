@@ -15,8 +15,8 @@ from lightning_spectral.curvature import Outlook, measure_by
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
 from lightning_spectral.fitted import left_out, spectra_of
 from lightning_spectral.gathering import whole_weights
-from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import LayerSelection, find_layers, matrix_parameters
+from lightning_spectral.layers.kinds import Kind
+from lightning_spectral.layers.matrices import LayerSelection, find_layers, matrix_parameters
 from lightning_spectral.loaders import batches_of
 from lightning_spectral.loss import LossFunction
 from lightning_spectral.memory import measure_within_memory

@@ -23,7 +23,7 @@ from lightning_spectral.curvature import (
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.factors import Factored, kronecker_factors
 from lightning_spectral.fits import noise_floor
-from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.options import Options
 from lightning_spectral.pieces import Losses, NoSumError, Piece, joined
 from lightning_spectral.processes import Alone, owners_of

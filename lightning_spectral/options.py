@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 
 from lightning_spectral.curvature import check_method
 from lightning_spectral.fits import MIN_POINTS
-from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import LayerSelection, check_kinds, check_selection
+from lightning_spectral.layers.kinds import Kind
+from lightning_spectral.layers.matrices import LayerSelection, check_kinds, check_selection
 from lightning_spectral.quiet import MODES, PRECISIONS, Mode, Precision
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_spectral.batch import batch_size, divisible, take_samples
 from lightning_spectral.curvature import Curvature, Curvatures, Gradients, LossValue, Place, Problem, loss_value
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
-from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.quiet import Beginning, repeatable
 from lightning_spectral.summing import SummedGradients
 from lightning_spectral.svd import SingularTriplets

@@ -15,8 +15,8 @@ from lightning_spectral.costs import FACTOR
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.dry import NeedsValuesError, traced
 from lightning_spectral.estimate import Cost, Estimate
-from lightning_spectral.kinds import Kind
-from lightning_spectral.layers import LayerSelection, MatrixLayer, find_layers
+from lightning_spectral.layers.kinds import Kind
+from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers
 from lightning_spectral.loss import LossFunction
 from lightning_spectral.options import Options
 from lightning_spectral.prepared import unwrapped

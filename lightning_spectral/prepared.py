@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.batch import FirstSamples
 from lightning_spectral.gathering import WholeWeights
-from lightning_spectral.layers import LayerSet, MatrixLayer, find_layers
+from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
 from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
 from lightning_spectral.options import Options
 from lightning_spectral.pieces import Losses

@@ -17,7 +17,7 @@ from twins import block_triplets, matrix_entries
 from twins import loss_of as as_function
 
 from lightning_spectral import LayerSpectrum, SingularTriplets
-from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer
 
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 """What sigma and h may be off by, in units of the gradient's and the block's spectral norm."""

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_spectral import MeasurementError, ProcessError, factors, gathering, measure_spectra, memory, processes
-from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.moments import SecondMoment
 
 SIZES = (30, 18, 0)

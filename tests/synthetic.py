@@ -3,7 +3,7 @@
 import torch
 
 from lightning_spectral import LayerSpectrum, SpectralReport
-from lightning_spectral.kinds import KINDS
+from lightning_spectral.layers.kinds import KINDS
 
 
 def spectrum(

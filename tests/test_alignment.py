@@ -26,7 +26,7 @@ from lightning_spectral.alignment import TENSORS, KroneckerFactors
 from lightning_spectral.curvature import Problem
 from lightning_spectral.factors import _Sums
 from lightning_spectral.fits import entropy_rank, fit_power_law
-from lightning_spectral.layers import find_layers
+from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import measure_quietly
 from lightning_spectral.moments import SecondMoment
 from lightning_spectral.options import Options

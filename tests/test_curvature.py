@@ -7,7 +7,7 @@ from torch import nn
 from twins import block_triplets, dense_hessian, gradient, matrix_entries
 
 from lightning_spectral import SingularTriplets, directional_curvature, measure_spectra
-from lightning_spectral.layers import find_layers
+from lightning_spectral.layers.matrices import find_layers
 
 
 @pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")

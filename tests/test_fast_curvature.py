@@ -34,7 +34,7 @@ from lightning_spectral.curvature.sketch import SketchCurvature, _Draw, _hadamar
 from lightning_spectral.curvature.smooth import cheap_twin
 from lightning_spectral.curvature.trace import Recorder
 from lightning_spectral.fits import fit_power_law, with_ordinate_errors
-from lightning_spectral.layers import find_layers
+from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import directional_curvature
 from lightning_spectral.prepared import losses_of
 from lightning_spectral.svd import SingularTriplets, top_singular_triplets

@@ -13,7 +13,7 @@ import torch
 
 from lightning_spectral import fit_rank_models, spectral_transfer, zeta_bound
 from lightning_spectral.analysis import trusted
-from lightning_spectral.kinds import KINDS
+from lightning_spectral.layers.kinds import KINDS
 from lightning_spectral.report import figures
 from lightning_spectral.report.figures.band import line_and_band, student_quantile
 from lightning_spectral.report.figures.heat import MISSING, NEGATIVE, heat

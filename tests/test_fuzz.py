@@ -25,7 +25,7 @@ from lightning_spectral import MeasurementError, SpectralProbe, SpectralReport, 
 from lightning_spectral.curvature import select
 from lightning_spectral.curvature.ggn import GGNCurvature
 from lightning_spectral.curvature.sketch import SketchCurvature
-from lightning_spectral.layers import find_layers
+from lightning_spectral.layers.matrices import find_layers
 
 pytest.importorskip("hypothesis")
 

@@ -7,8 +7,8 @@ from torch import nn
 from twins import matrix_entries
 
 from lightning_spectral import LayerSpectrum
-from lightning_spectral.kinds import infer_kinds
-from lightning_spectral.layers import MatrixLayer, NoMatrixError, find_layers
+from lightning_spectral.layers.kinds import infer_kinds
+from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
 
 
 def kinds_of(model, **options):

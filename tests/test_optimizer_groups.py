@@ -6,7 +6,7 @@ from cases import Attention, TiedLM, grouped, mlp, signals
 from torch import nn
 
 from lightning_spectral import SpectralNewton
-from lightning_spectral.layers import matrix_parameters
+from lightning_spectral.layers.matrices import matrix_parameters
 from lightning_spectral.optim.groups import ADAMW_KINDS, ALPHA_BY_KIND
 from lightning_spectral.optim.layout import Layout, blocks
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_spectral import SpectralNewton, SpectralProbe
-from lightning_spectral.layers import find_layers
+from lightning_spectral.layers.matrices import find_layers
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -17,7 +17,7 @@ from lightning_spectral import MeasurementError, measure_spectra, top_singular_t
 from lightning_spectral.batch import HeldBatches
 from lightning_spectral.curvature import Curvatures
 from lightning_spectral.curvature.sketch import SketchCurvature
-from lightning_spectral.layers import find_layers
+from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.memory import TRIES
 from lightning_spectral.pieces import Losses, joined
 from lightning_spectral.quiet import Beginning

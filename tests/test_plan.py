@@ -19,7 +19,7 @@ from lightning_spectral.costs import directions_of, parts_of, sketch_products
 from lightning_spectral.curvature import exact, ggn, sketch
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.dry import traced, weightless
-from lightning_spectral.layers import MatrixLayer, find_layers
+from lightning_spectral.layers.matrices import MatrixLayer, find_layers
 from lightning_spectral.plan import plan_spectra
 from lightning_spectral.posthoc import plan_model, shaped_batch
 from lightning_spectral.report.planned import print_plan

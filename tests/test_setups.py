@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from twins import block_triplets, dense_hessian, gradient, matrix_entries
 
 from lightning_spectral import MeasurementError, SpectralProbe, SpectralWarning, measure_spectra
-from lightning_spectral.layers import find_layers
+from lightning_spectral.layers.matrices import find_layers
 
 # What is left out of a measurement is compared, not told.
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer
 
 
 def loss_of(model, batch, loss, parameter: str, *, train: bool = False):

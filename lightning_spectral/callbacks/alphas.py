@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.optim.alphas import MeasuredAlpha
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.record import SpectralReport

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from lightning_spectral.layers import check_selection
+from lightning_spectral.layers.matrices import check_selection
 from lightning_spectral.record import REPORT_KEYS, SpectralReport, evenly
 from lightning_spectral.spectrum import LAYER_KEYS
 

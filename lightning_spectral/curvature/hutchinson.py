@@ -32,7 +32,7 @@ from lightning_spectral.curvature.problem import (
 from lightning_spectral.curvature.sketch import perturbed
 from lightning_spectral.curvature.taps import Tap, check_samples_apart, half_of, tapped
 from lightning_spectral.errors import by_cause, is_out_of_memory
-from lightning_spectral.layers import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.svd import SingularTriplets
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_spectral.kinds import Kind, infer_kinds
-from lightning_spectral.layers import MatrixLayer, NoMatrixError, find_layers
+from lightning_spectral.layers.kinds import Kind, infer_kinds
+from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
 from lightning_spectral.optim.layout import Layout, whole_layout
 
 ALPHA_BY_KIND: dict[str, float] = {

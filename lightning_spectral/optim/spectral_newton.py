@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_spectral.errors import SpectralWarning, some_of
-from lightning_spectral.kinds import Kind
+from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.optim.alphas import START, MeasuredAlpha, mean_in_use, take
 from lightning_spectral.optim.checkpoint import check_own_state, check_parts
 from lightning_spectral.optim.entries import Entry, Ready, entry_of, mesh_scope, new_state, sort_out, update

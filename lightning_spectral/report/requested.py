@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from lightning_spectral.analysis import trusted
-from lightning_spectral.names import brief, shortened
+from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.report.cells import fixed, left_out, literal, new_table, percent, printable, short, that_fit
 from lightning_spectral.spectrum import LayerSpectrum

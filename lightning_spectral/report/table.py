@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_spectral.analysis import DOUBTFUL, compare_kinds, trusted
-from lightning_spectral.names import brief, shortened
+from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.record import SpectralReport
 from lightning_spectral.report.cells import (
     WHOLE_WIDTH,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_spectral.kinds import KINDS
+from lightning_spectral.layers.kinds import KINDS
 from lightning_spectral.report.figures.style import Dash, ground, ink, kind_style
 from lightning_spectral.report.figures.ticks import literal
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.fits import RankModel
-from lightning_spectral.names import brief
+from lightning_spectral.layers.display_names import brief
 from lightning_spectral.record import SpectralReport, evenly
 from lightning_spectral.report.figures.band import fitted_points, line_and_band
 from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.kinds import CONVOLUTIONS, KINDS, TRANSPOSED, Kind, infer_kinds, is_transposed_linear, owner_of
+from lightning_spectral.layers.kinds import (
+    CONVOLUTIONS,
+    KINDS,
+    TRANSPOSED,
+    Kind,
+    infer_kinds,
+    is_transposed_linear,
+    owner_of,
+)
 
 
 @dataclass(frozen=True)
