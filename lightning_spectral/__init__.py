@@ -32,24 +32,24 @@ _PUBLIC = {
     "MeasurementError": "errors",
     "ProcessError": "errors",
     "ParticipationRatio": "metrics",
-    "PowerLawFit": "fits",
+    "PowerLawFit": "numerics.power_law",
     "RankDecay": "metrics",
     "SecondDerivativeError": "errors",
-    "SingularTriplets": "svd",
+    "SingularTriplets": "numerics.svd",
     "SpectralNewton": "optim.spectral_newton",
     "SpectralProbe": "callbacks.probe",
     "SpectralReport": "record",
     "SpectralWarning": "errors",
     "SwapOptimizer": "callbacks.swap",
     "directional_curvature": "measure",
-    "fit_power_law": "fits",
-    "fit_rank_decay": "fits",
-    "fit_rank_models": "fits",
+    "fit_power_law": "numerics.power_law",
+    "fit_rank_decay": "numerics.power_law",
+    "fit_rank_models": "numerics.power_law",
     "measure_spectra": "measure",
-    "participation_ratio": "fits",
+    "participation_ratio": "numerics.power_law",
     "spectral_transfer": "optim.transfer",
-    "top_singular_triplets": "svd",
-    "zeta_bound": "fits",
+    "top_singular_triplets": "numerics.svd",
+    "zeta_bound": "numerics.power_law",
 }
 
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -62,24 +62,24 @@ if TYPE_CHECKING:
     from lightning_spectral.errors import ProcessError as ProcessError
     from lightning_spectral.errors import SecondDerivativeError as SecondDerivativeError
     from lightning_spectral.errors import SpectralWarning as SpectralWarning
-    from lightning_spectral.fits import PowerLawFit as PowerLawFit
-    from lightning_spectral.fits import fit_power_law as fit_power_law
-    from lightning_spectral.fits import fit_rank_decay as fit_rank_decay
-    from lightning_spectral.fits import fit_rank_models as fit_rank_models
-    from lightning_spectral.fits import participation_ratio as participation_ratio
-    from lightning_spectral.fits import zeta_bound as zeta_bound
     from lightning_spectral.measure import directional_curvature as directional_curvature
     from lightning_spectral.measure import measure_spectra as measure_spectra
     from lightning_spectral.metrics import CurvatureDecay as CurvatureDecay
     from lightning_spectral.metrics import CurvatureExponent as CurvatureExponent
     from lightning_spectral.metrics import ParticipationRatio as ParticipationRatio
     from lightning_spectral.metrics import RankDecay as RankDecay
+    from lightning_spectral.numerics.power_law import PowerLawFit as PowerLawFit
+    from lightning_spectral.numerics.power_law import fit_power_law as fit_power_law
+    from lightning_spectral.numerics.power_law import fit_rank_decay as fit_rank_decay
+    from lightning_spectral.numerics.power_law import fit_rank_models as fit_rank_models
+    from lightning_spectral.numerics.power_law import participation_ratio as participation_ratio
+    from lightning_spectral.numerics.power_law import zeta_bound as zeta_bound
+    from lightning_spectral.numerics.svd import SingularTriplets as SingularTriplets
+    from lightning_spectral.numerics.svd import top_singular_triplets as top_singular_triplets
     from lightning_spectral.optim.spectral_newton import SpectralNewton as SpectralNewton
     from lightning_spectral.optim.transfer import spectral_transfer as spectral_transfer
     from lightning_spectral.record import SpectralReport as SpectralReport
     from lightning_spectral.spectrum import LayerSpectrum as LayerSpectrum
-    from lightning_spectral.svd import SingularTriplets as SingularTriplets
-    from lightning_spectral.svd import top_singular_triplets as top_singular_triplets
 
 
 def __getattr__(name: str) -> Any:

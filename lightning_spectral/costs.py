@@ -16,8 +16,8 @@ from lightning_spectral.curvature.ggn import EXACT_COLUMNS
 from lightning_spectral.curvature.sketch import DRAWS, RANKS, SAMPLES_PER_RANK
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.memory import MEMORY
-from lightning_spectral.moments import LARGE
-from lightning_spectral.svd import is_large
+from lightning_spectral.numerics.second_moment import LARGE
+from lightning_spectral.numerics.svd import is_large
 
 WORK = {
     "forward": (1 / 3, 1 / 3),

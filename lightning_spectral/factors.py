@@ -24,13 +24,13 @@ from lightning_spectral.curvature import (
     single_uses,
 )
 from lightning_spectral.errors import is_out_of_memory
-from lightning_spectral.fits import entropy_rank
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.moments import LARGE, Eigenvalues, SecondMoment
-from lightning_spectral.patches import Patches
+from lightning_spectral.numerics.conv_patches import Patches
+from lightning_spectral.numerics.power_law import entropy_rank
+from lightning_spectral.numerics.second_moment import LARGE, Eigenvalues, SecondMoment
+from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.pieces import Losses, Piece
 from lightning_spectral.processes import Alone, owners_of
-from lightning_spectral.svd import SingularTriplets
 
 SOME_SAMPLES = 8
 """In each of two parts of a batch, to see from their losses whether samples are summed or averaged."""

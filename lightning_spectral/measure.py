@@ -20,12 +20,12 @@ from lightning_spectral.layers.matrices import LayerSelection, find_layers, matr
 from lightning_spectral.loaders import batches_of
 from lightning_spectral.loss import LossFunction
 from lightning_spectral.memory import measure_within_memory
+from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.options import Options
 from lightning_spectral.prepared import Prepared, first_buffers, losses_of, prepared, unwrapped
 from lightning_spectral.processes import Alone, Together
 from lightning_spectral.quiet import PRECISIONS, Mode, Precision
 from lightning_spectral.record import SpectralReport
-from lightning_spectral.svd import SingularTriplets
 
 if TYPE_CHECKING:
     # Not in every build of torch.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_spectral.errors import SpectralWarning
-from lightning_spectral.fits import (
+from lightning_spectral.numerics.power_law import (
     MIN_POINTS,
     LogPoints,
     Values,

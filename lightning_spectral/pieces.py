@@ -22,9 +22,9 @@ from lightning_spectral.batch import batch_size, divisible, take_samples
 from lightning_spectral.curvature import Curvature, Curvatures, Gradients, LossValue, Place, Problem, loss_value
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.quiet import Beginning, repeatable
 from lightning_spectral.summing import SummedGradients
-from lightning_spectral.svd import SingularTriplets
 
 ADDS_UP = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Relative difference up to which the losses of pieces add up to that of their batch, by what all is computed in.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.encoding import checked, number, plain
 from lightning_spectral.errors import by_cause
-from lightning_spectral.fits import RankModel
+from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum
 
 if TYPE_CHECKING:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lightning_spectral.alignment import KroneckerFactors, LayerAlignment
 from lightning_spectral.encoding import checked, number, numbers, plain
-from lightning_spectral.fits import (
+from lightning_spectral.fraction import CurvatureFraction
+from lightning_spectral.numerics.bootstrap import Intervals, exponent_intervals
+from lightning_spectral.numerics.power_law import (
     MIN_POINTS,
     PowerLawFit,
     RankModels,
@@ -25,8 +27,6 @@ from lightning_spectral.fits import (
     with_ordinate_errors,
     zeta_bound,
 )
-from lightning_spectral.fraction import CurvatureFraction
-from lightning_spectral.intervals import Intervals, exponent_intervals
 from lightning_spectral.weights import WeightSpectrum
 
 NOISE, EQUAL = "below the noise floor", "sigma equal to all others"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_spectral.encoding import number
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.fits import PowerLawFit, fit_rank_decay, noise_floor
-from lightning_spectral.svd import singular_values
+from lightning_spectral.numerics.power_law import PowerLawFit, fit_rank_decay, noise_floor
+from lightning_spectral.numerics.svd import singular_values
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,8 +28,8 @@ from lightning_spectral import (
     prepared,
 )
 from lightning_spectral.measure import directional_curvature
+from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.plan import plan_spectra
-from lightning_spectral.svd import SingularTriplets
 
 OPTIONS = {"top_k": 3, "precision": "float64"}
 

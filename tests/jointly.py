@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_spectral import MeasurementError, ProcessError, factors, gathering, measure_spectra, memory, processes
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.moments import SecondMoment
+from lightning_spectral.numerics.second_moment import SecondMoment
 
 SIZES = (30, 18, 0)
 """Samples of each rank: unequal, and of the last one none."""

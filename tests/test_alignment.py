@@ -21,14 +21,14 @@ from twins import gradient, matrix_entries
 
 from lightning_spectral import LayerAlignment, SpectralProbe, SpectralReport, measure_spectra
 from lightning_spectral import factors as factors_module
-from lightning_spectral import moments as moments_module
 from lightning_spectral.alignment import TENSORS, KroneckerFactors
 from lightning_spectral.curvature import Problem
 from lightning_spectral.factors import _Sums
-from lightning_spectral.fits import entropy_rank, fit_power_law
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import measure_quietly
-from lightning_spectral.moments import SecondMoment
+from lightning_spectral.numerics import second_moment as moments_module
+from lightning_spectral.numerics.power_law import entropy_rank, fit_power_law
+from lightning_spectral.numerics.second_moment import SecondMoment
 from lightning_spectral.options import Options
 from lightning_spectral.spectrum import LAYER_KEYS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_spectral import fit_power_law, fit_rank_decay
-from lightning_spectral.intervals import Interval, exponent_intervals, slope_interval
+from lightning_spectral.numerics.bootstrap import Interval, exponent_intervals, slope_interval
 from lightning_spectral.spectrum import LayerSpectrum
 
 K = 20

@@ -7,10 +7,10 @@ import torch
 from factors_twin import TRANSPOSED, naive_patches
 from torch import nn
 
-from lightning_spectral import moments
-from lightning_spectral import patches as patches_module
-from lightning_spectral.moments import SecondMoment, gram
-from lightning_spectral.patches import Patches
+from lightning_spectral.numerics import conv_patches as patches_module
+from lightning_spectral.numerics import second_moment as moments
+from lightning_spectral.numerics.conv_patches import Patches
+from lightning_spectral.numerics.second_moment import SecondMoment, gram
 
 CONVOLUTIONS = [
     nn.Conv2d(4, 6, 3, padding=1),

@@ -11,9 +11,9 @@ from twins import block_triplets, gradient, matrix_entries
 from lightning_spectral import fit_power_law, fit_rank_decay, fit_rank_models, measure_spectra
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.layers.matrices import find_layers
+from lightning_spectral.numerics.svd import singular_values, top_singular_triplets
 from lightning_spectral.record import RANK_MODELS, SpectralReport
 from lightning_spectral.spectrum import LayerSpectrum
-from lightning_spectral.svd import singular_values, top_singular_triplets
 from lightning_spectral.weights import WeightSpectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")

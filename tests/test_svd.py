@@ -4,7 +4,9 @@ import pytest
 import torch
 from twins import block_triplets
 
-from lightning_spectral import MeasurementError, lanczos, svd, top_singular_triplets
+from lightning_spectral import MeasurementError, top_singular_triplets
+from lightning_spectral.numerics import block_lanczos as lanczos
+from lightning_spectral.numerics import svd
 
 N, K = 512, 20
 RANKS = torch.arange(1, N + 1, dtype=torch.float64)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype, cause_of, unverified
 from lightning_spectral.errors import by_cause, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer, matrix_direction
-from lightning_spectral.svd import SingularTriplets
+from lightning_spectral.numerics.svd import SingularTriplets
 
 
 class ExactCurvature:

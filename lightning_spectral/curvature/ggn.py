@@ -31,7 +31,7 @@ from lightning_spectral.curvature.taps import (
 )
 from lightning_spectral.curvature.trace import LossCall
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.svd import SingularTriplets
+from lightning_spectral.numerics.svd import SingularTriplets
 
 EXACT_COLUMNS = 64
 """Up to how many columns per sample the output Hessian is taken exactly: a backward pass each."""

@@ -33,7 +33,7 @@ from lightning_spectral.curvature.sketch import perturbed
 from lightning_spectral.curvature.taps import Tap, check_samples_apart, half_of, tapped
 from lightning_spectral.errors import by_cause, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.svd import SingularTriplets
+from lightning_spectral.numerics.svd import SingularTriplets
 
 
 @dataclass(frozen=True)

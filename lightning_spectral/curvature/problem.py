@@ -15,7 +15,7 @@ from lightning_spectral.curvature.trace import Recorder, Trace, Use
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.loss import checked_loss
-from lightning_spectral.svd import SingularTriplets
+from lightning_spectral.numerics.svd import SingularTriplets
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from lightning_spectral.curvature.problem import Curvature, Curvatures, Problem
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.curvature.taps import tapped
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.svd import SingularTriplets
+from lightning_spectral.numerics.svd import SingularTriplets
 
 FEW_LAYERS = 3
 """Up to how many layers the loop over them costs no more than a sketch."""

@@ -40,8 +40,8 @@ from lightning_spectral.curvature.taps import (
 )
 from lightning_spectral.curvature.trace import Recorder
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
-from lightning_spectral.fits import fit_power_law, with_ordinate_errors
-from lightning_spectral.svd import SingularTriplets
+from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
+from lightning_spectral.numerics.svd import SingularTriplets
 
 DRAWS = 3
 """Up to how often all directions are measured: 12 products for 20 directions, 5 in a product."""

@@ -19,7 +19,7 @@ from lightning_spectral.curvature.problem import Curvatures, Problem
 from lightning_spectral.curvature.trace import TRANSPOSED, Use
 from lightning_spectral.errors import MeasurementError, by_cause
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.svd import SingularTriplets
+from lightning_spectral.numerics.svd import SingularTriplets
 
 REMEDY = "use curvature='exact'"
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.numerics.matmul_precision import exact_products
 from lightning_spectral.optim.alphas import in_use
 from lightning_spectral.optim.layout import blocks
 from lightning_spectral.optim.transfer import transfer_batch
-from lightning_spectral.precision import exact_products
 
 MAX_BATCH_NUMEL = 2**24
 """Entries of a batch of matrices: enough to fill a device, while the copies stay under 64 MiB each in float32."""

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_spectral.numerics.matmul_precision import exact_products
 from lightning_spectral.optim.poles import ShiftedInverses, fit_poles
-from lightning_spectral.precision import exact_products
 
 Normalize = Literal["rms", "none"]
 

@@ -12,7 +12,7 @@ from examples.paper.outcome import Outcome
 from examples.paper.plots import clouds, parts
 from lightning_spectral import LayerAlignment, LayerSpectrum
 from lightning_spectral.analysis import trusted
-from lightning_spectral.fits import RankModel
+from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.record import median
 
 LOW_RANK = 10.0

@@ -10,7 +10,7 @@ from statistics import fmean
 from examples.paper.finding import Finding, Outcomes, joined, percent, spread
 from examples.paper.plots import curves
 from lightning_spectral import LayerSpectrum
-from lightning_spectral.fits import RankModel
+from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.record import median
 from lightning_spectral.report.figures import plot_participation_ratio, plot_rank_models_over_training
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
-from lightning_spectral.fits import zeta_bound
+from lightning_spectral.numerics.power_law import zeta_bound
 from lightning_spectral.record import SpectralReport, median
 from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (

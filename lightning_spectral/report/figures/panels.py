@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.fits import RankModel
 from lightning_spectral.layers.display_names import brief
+from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.record import SpectralReport, evenly
 from lightning_spectral.report.figures.band import fitted_points, line_and_band
 from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.encoding import number
-from lightning_spectral.fits import MIN_POINTS
+from lightning_spectral.numerics.power_law import MIN_POINTS
 
 LEVEL = 0.95
 """Share of the draws whose slopes an interval holds."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_spectral.svd import gram_eigenvalues, top_singular_triplets
+from lightning_spectral.numerics.svd import gram_eigenvalues, top_singular_triplets
 
 LARGE = 8192
 """Dimension n above which the leading eigenvalues alone are computed."""

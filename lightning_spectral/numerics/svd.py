@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.lanczos import leading_triplets
+from lightning_spectral.numerics.block_lanczos import leading_triplets
 
 LARGE = 512
 """Shorter side of a matrix from which on block Lanczos beats the full SVD, measured for k = 20."""

@@ -1,0 +1,1 @@
+"""Pure functions of tensors: fits, spectra, moments. They know no model."""
