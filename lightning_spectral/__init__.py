@@ -27,8 +27,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CurvatureDecay": "metrics",
     "CurvatureExponent": "metrics",
-    "LayerAlignment": "alignment",
-    "LayerSpectrum": "spectrum",
+    "LayerAlignment": "records.alignment",
+    "LayerSpectrum": "records.layer_spectrum",
     "MeasurementError": "errors",
     "ProcessError": "errors",
     "ParticipationRatio": "metrics",
@@ -38,7 +38,7 @@ _PUBLIC = {
     "SingularTriplets": "numerics.svd",
     "SpectralNewton": "optim.spectral_newton",
     "SpectralProbe": "callbacks.probe",
-    "SpectralReport": "record",
+    "SpectralReport": "records.report",
     "SpectralWarning": "errors",
     "SwapOptimizer": "callbacks.swap",
     "directional_curvature": "measure",
@@ -55,7 +55,6 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from lightning_spectral.alignment import LayerAlignment as LayerAlignment
     from lightning_spectral.callbacks.probe import SpectralProbe as SpectralProbe
     from lightning_spectral.callbacks.swap import SwapOptimizer as SwapOptimizer
     from lightning_spectral.errors import MeasurementError as MeasurementError
@@ -78,8 +77,9 @@ if TYPE_CHECKING:
     from lightning_spectral.numerics.svd import top_singular_triplets as top_singular_triplets
     from lightning_spectral.optim.spectral_newton import SpectralNewton as SpectralNewton
     from lightning_spectral.optim.transfer import spectral_transfer as spectral_transfer
-    from lightning_spectral.record import SpectralReport as SpectralReport
-    from lightning_spectral.spectrum import LayerSpectrum as LayerSpectrum
+    from lightning_spectral.records.alignment import LayerAlignment as LayerAlignment
+    from lightning_spectral.records.layer_spectrum import LayerSpectrum as LayerSpectrum
+    from lightning_spectral.records.report import SpectralReport as SpectralReport
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_spectral.alignment import KroneckerFactors
 from lightning_spectral.curvature import (
     TRANSPOSED,
     Problem,
@@ -31,6 +30,7 @@ from lightning_spectral.numerics.second_moment import LARGE, Eigenvalues, Second
 from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.pieces import Losses, Piece
 from lightning_spectral.processes import Alone, owners_of
+from lightning_spectral.records.alignment import KroneckerFactors
 
 SOME_SAMPLES = 8
 """In each of two parts of a batch, to see from their losses whether samples are summed or averaged."""

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lightning_spectral.curvature import Curvatures
 from lightning_spectral.errors import by_cause
-from lightning_spectral.fraction import CurvatureFraction
 from lightning_spectral.memory import Measured
 from lightning_spectral.options import Options
 from lightning_spectral.pieces import Losses
 from lightning_spectral.processes import Alone, owners_of
-from lightning_spectral.spectrum import LayerSpectrum
-from lightning_spectral.weights import WeightSpectrum
+from lightning_spectral.records.curvature_fraction import CurvatureFraction
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.weight_spectrum import WeightSpectrum
 
 
 def spectra_of(losses: Losses, measured: Measured, options: Options, processes: Alone) -> dict[str, LayerSpectrum]:

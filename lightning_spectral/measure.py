@@ -25,7 +25,7 @@ from lightning_spectral.options import Options
 from lightning_spectral.prepared import Prepared, first_buffers, losses_of, prepared, unwrapped
 from lightning_spectral.processes import Alone, Together
 from lightning_spectral.quiet import PRECISIONS, Mode, Precision
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.records.report import SpectralReport
 
 if TYPE_CHECKING:
     # Not in every build of torch.

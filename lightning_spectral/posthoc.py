@@ -15,7 +15,7 @@ from lightning_spectral.errors import first_line
 from lightning_spectral.measure import measure_quietly
 from lightning_spectral.options import Options
 from lightning_spectral.plan import Plan, plan_quietly
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import run_of, write_page
 from lightning_spectral.report.page import plotly_js
 from lightning_spectral.sources import Checkpoint, SourceError, build_model, named_loss, read_batches

@@ -16,7 +16,7 @@ from lightning_spectral.analysis import (
     transfer_identity,
 )
 from lightning_spectral.errors import some_of
-from lightning_spectral.record import SpectralReport, median
+from lightning_spectral.records.report import SpectralReport, median
 
 IDENTITY_HOLDS, IDENTITY_ROUGH = 0.05, 0.15
 """Median transfer errors up to which s = alpha gamma holds, and holds roughly. The paper's are 0.010 to 0.019."""

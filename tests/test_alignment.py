@@ -21,7 +21,6 @@ from twins import gradient, matrix_entries
 
 from lightning_spectral import LayerAlignment, SpectralProbe, SpectralReport, measure_spectra
 from lightning_spectral import factors as factors_module
-from lightning_spectral.alignment import TENSORS, KroneckerFactors
 from lightning_spectral.curvature import Problem
 from lightning_spectral.factors import _Sums
 from lightning_spectral.layers.matrices import find_layers
@@ -30,7 +29,8 @@ from lightning_spectral.numerics import second_moment as moments_module
 from lightning_spectral.numerics.power_law import entropy_rank, fit_power_law
 from lightning_spectral.numerics.second_moment import SecondMoment
 from lightning_spectral.options import Options
-from lightning_spectral.spectrum import LAYER_KEYS
+from lightning_spectral.records.alignment import TENSORS, KroneckerFactors
+from lightning_spectral.records.layer_spectrum import LAYER_KEYS
 
 NAMED = {case.name: case for case in CASES}
 ALIGNMENT_KEYS = [key for key in LAYER_KEYS if key.part == "alignment"]

@@ -13,8 +13,8 @@ from twins import dense_hessian, matrix_entries, second_derivative
 
 from lightning_spectral import SpectralProbe, measure_spectra
 from lightning_spectral.curvature.hutchinson import HutchinsonTrace
-from lightning_spectral.fraction import CurvatureFraction
 from lightning_spectral.layers.matrices import find_layers
+from lightning_spectral.records.curvature_fraction import CurvatureFraction
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

@@ -15,15 +15,15 @@ from reports import layer
 from rich.console import Console
 
 from lightning_spectral import LayerSpectrum, SpectralReport, cli
-from lightning_spectral.alignment import KroneckerFactors
 from lightning_spectral.cli import main
 from lightning_spectral.demo import run as demo
 from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
-from lightning_spectral.fraction import CurvatureFraction
+from lightning_spectral.records.alignment import KroneckerFactors
+from lightning_spectral.records.curvature_fraction import CurvatureFraction
+from lightning_spectral.records.weight_spectrum import WeightSpectrum
 from lightning_spectral.report import kind_table, layer_table, print_report
 from lightning_spectral.report.cells import WHOLE_WIDTH, width_for
 from lightning_spectral.report.requested import REQUESTED
-from lightning_spectral.weights import WeightSpectrum
 
 
 def wandb_summary(run):

@@ -10,7 +10,7 @@ import torch
 
 from lightning_spectral import fit_power_law, fit_rank_decay, fit_rank_models, participation_ratio, zeta_bound
 from lightning_spectral.numerics.power_law import directions_holding, entropy_rank
-from lightning_spectral.spectrum import LayerSpectrum
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 PAPER = Path(os.environ.get("PAPER_RESULTS", Path(__file__).parents[2] / "shared" / "paper-results"))
 needs_paper = pytest.mark.skipif(

@@ -7,7 +7,7 @@ import torch
 
 from lightning_spectral import fit_power_law, fit_rank_decay
 from lightning_spectral.numerics.bootstrap import Interval, exponent_intervals, slope_interval
-from lightning_spectral.spectrum import LayerSpectrum
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 K = 20
 RANKS = torch.arange(1, K + 1, dtype=torch.float64)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from reports import dead, layer, report
 
-from lightning_spectral.alignment import KroneckerFactors
-from lightning_spectral.record import SpectralReport, evenly
+from lightning_spectral.records.alignment import KroneckerFactors
+from lightning_spectral.records.layer_spectrum import LAYER_KEYS
+from lightning_spectral.records.report import SpectralReport, evenly
 from lightning_spectral.report import RunError, run_of, write_page
 from lightning_spectral.report.page import PAGE_BYTES, is_page, page, page_data, plotly_js, script_json
 from lightning_spectral.report.run import Probe, Run
-from lightning_spectral.spectrum import LAYER_KEYS
 from lightning_spectral.summary import summary
 
 HOSTILE = [

@@ -19,7 +19,7 @@ from lightning_spectral import (
     zeta_bound,
 )
 from lightning_spectral.numerics.power_law import directions_holding, entropy_rank
-from lightning_spectral.spectrum import LayerSpectrum
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 pytest.importorskip("hypothesis")
 

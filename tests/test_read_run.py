@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralProbe
 from lightning_spectral.cli import main
+from lightning_spectral.records.layer_spectrum import LAYER_KEYS
 from lightning_spectral.report import RunError, read_run, run_of
 from lightning_spectral.report.page import page_data
 from lightning_spectral.report.trackers import CSVTracker, Row
-from lightning_spectral.spectrum import LAYER_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 

@@ -26,10 +26,10 @@ from lightning_spectral.callbacks.logged import LOGGED_LAYERS, PROBE_KEYS, Logge
 from lightning_spectral.callbacks.outputs import FIGURES
 from lightning_spectral.cli import main
 from lightning_spectral.options import Options
-from lightning_spectral.record import REPORT_KEYS
+from lightning_spectral.records.layer_spectrum import LAYER_KEYS
+from lightning_spectral.records.report import REPORT_KEYS
 from lightning_spectral.report import figures
 from lightning_spectral.report.table import CAPTION
-from lightning_spectral.spectrum import LAYER_KEYS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_spectral import LayerSpectrum, SpectralReport, measure_spectra
 from lightning_spectral.analysis import compare_kinds
-from lightning_spectral.record import REPORT_KEYS
-from lightning_spectral.spectrum import LAYER_KEYS, PARTS
+from lightning_spectral.records.layer_spectrum import LAYER_KEYS, PARTS
+from lightning_spectral.records.report import REPORT_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

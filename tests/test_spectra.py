@@ -12,9 +12,9 @@ from lightning_spectral import fit_power_law, fit_rank_decay, fit_rank_models, m
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.numerics.svd import singular_values, top_singular_triplets
-from lightning_spectral.record import RANK_MODELS, SpectralReport
-from lightning_spectral.spectrum import LayerSpectrum
-from lightning_spectral.weights import WeightSpectrum
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.report import RANK_MODELS, SpectralReport
+from lightning_spectral.records.weight_spectrum import WeightSpectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -230,7 +230,7 @@ def test_a_solver_that_fails_on_equal_values_is_asked_again_on_the_cpu(monkeypat
 def test_weights_whose_singular_values_fail_are_noted_and_the_rest_is_measured(monkeypatch, broken):
     case = CASES[0]
     model, batch = case.build()
-    monkeypatch.setattr("lightning_spectral.weights.singular_values", broken)
+    monkeypatch.setattr("lightning_spectral.records.weight_spectrum.singular_values", broken)
     report = measure_spectra(model, batch, case.loss, top_k=4, weight_spectra=True)
     for layer in report.layers.values():
         assert "no singular values" in layer.weights.note

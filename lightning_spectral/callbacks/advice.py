@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.curvature.select import FEW_SAMPLES
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.records.report import SpectralReport
 
 FEWEST_SAMPLES = 16
 """A suggestion of fewer would measure noise."""

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.optim.alphas import MeasuredAlpha
 from lightning_spectral.optim.spectral_newton import SpectralNewton
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.records.report import SpectralReport
 
 ALPHA_KEY = "spectral_newton/<layer>/alpha"
 """Logged: the exponent that SpectralNewton steps with, given alpha="probe"."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from lightning_spectral.layers.matrices import check_selection
-from lightning_spectral.record import REPORT_KEYS, SpectralReport, evenly
-from lightning_spectral.spectrum import LAYER_KEYS
+from lightning_spectral.records.layer_spectrum import LAYER_KEYS
+from lightning_spectral.records.report import REPORT_KEYS, SpectralReport, evenly
 
 PROBE_KEYS: dict[str, str] = {
     "probe_seconds": "wall time of the probe",

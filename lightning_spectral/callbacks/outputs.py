@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_spectral.callbacks.logged import charts
 from lightning_spectral.callbacks.terminal import print_above_bar
-from lightning_spectral.record import SpectralReport, evenly
+from lightning_spectral.records.report import SpectralReport, evenly
 from lightning_spectral.report import figures
 from lightning_spectral.report.trackers import Row, Tracker, tracker_of
 

@@ -37,7 +37,7 @@ from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.options import Options
 from lightning_spectral.processes import Alone
 from lightning_spectral.quiet import Mode, Precision, synchronize
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.records.report import SpectralReport
 
 logger = logging.getLogger(__name__)
 

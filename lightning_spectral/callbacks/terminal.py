@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.cells import width_for
 from lightning_spectral.report.table import print_report
 

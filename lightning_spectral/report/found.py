@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.errors import some_of
-from lightning_spectral.record import FORMAT
+from lightning_spectral.records.report import FORMAT
 from lightning_spectral.report.run import RunError
 
 READABLE = (

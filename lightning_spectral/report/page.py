@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning_spectral
-from lightning_spectral.alignment import LayerAlignment
 from lightning_spectral.analysis import ALPHA_BAND, DOUBTFUL
 from lightning_spectral.errors import by_cause
-from lightning_spectral.record import SpectralReport, evenly
+from lightning_spectral.records.alignment import LayerAlignment
+from lightning_spectral.records.layer_spectrum import LAYER_KEYS, LayerSpectrum, LoggedKey
+from lightning_spectral.records.report import SpectralReport, evenly
 from lightning_spectral.report.run import LayerFacts, Probe, Run, RunError
-from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum, LoggedKey
 from lightning_spectral.summary import summary, summary_over_training
 
 PAGE_BYTES = 6_000_000

@@ -19,7 +19,7 @@ import torch
 
 from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.errors import refused, some_of
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.found import Found, find, short_names
 from lightning_spectral.report.joined import check_networks, in_order
 from lightning_spectral.report.layer_tables import csv_tables, wandb_tables, with_tables

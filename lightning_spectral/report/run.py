@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_spectral.analysis import Exponents
-from lightning_spectral.record import SpectralReport, median
-from lightning_spectral.spectrum import LayerSpectrum
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.report import SpectralReport, median
 
 
 class RunError(ValueError):

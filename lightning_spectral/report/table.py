@@ -10,7 +10,8 @@ from rich.table import Table
 
 from lightning_spectral.analysis import DOUBTFUL, compare_kinds, trusted
 from lightning_spectral.layers.display_names import brief, shortened
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.cells import (
     WHOLE_WIDTH,
     fixed,
@@ -23,7 +24,6 @@ from lightning_spectral.report.cells import (
     width_for,
 )
 from lightning_spectral.report.requested import requested_of
-from lightning_spectral.spectrum import LayerSpectrum
 
 CAPTION = (
     "h ~ sigma^alpha, sigma ~ k^-gamma, h ~ rank^-s; error: |s - α·γ| / |s|; PR_h: directions that carry h, zeta: its "

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_spectral.spectrum import LayerSpectrum
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 
 def fitted_points(layer: LayerSpectrum) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
 from lightning_spectral.numerics.power_law import zeta_bound
-from lightning_spectral.record import SpectralReport, median
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.report import SpectralReport, median
 from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
     EDGE,
@@ -27,7 +28,6 @@ from lightning_spectral.report.figures.style import (
     title,
 )
 from lightning_spectral.report.figures.ticks import log_ticks, name_ticks, short_name
-from lightning_spectral.spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

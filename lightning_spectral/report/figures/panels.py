@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_spectral.layers.display_names import brief
 from lightning_spectral.numerics.power_law import RankModel
-from lightning_spectral.record import SpectralReport, evenly
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.report import SpectralReport, evenly
 from lightning_spectral.report.figures.band import fitted_points, line_and_band
 from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
@@ -27,7 +28,6 @@ from lightning_spectral.report.figures.style import (
     title,
 )
 from lightning_spectral.report.figures.ticks import literal, log_ticks, short_name
-from lightning_spectral.spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

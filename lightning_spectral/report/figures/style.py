@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_spectral.numerics.power_law import RankModel
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.ticks import literal
 from lightning_spectral.report.table import method_of
 

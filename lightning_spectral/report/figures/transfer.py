@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.optim.transfer import check_transfer, transfer
-from lightning_spectral.record import SpectralReport
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle
 from lightning_spectral.report.figures.style import (
     WIDTH,
@@ -22,7 +23,6 @@ from lightning_spectral.report.figures.style import (
     title,
 )
 from lightning_spectral.report.figures.ticks import log_ticks
-from lightning_spectral.spectrum import LayerSpectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

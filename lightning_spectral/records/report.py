@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_spectral.encoding import checked, number, plain
 from lightning_spectral.errors import by_cause
 from lightning_spectral.numerics.power_law import RankModel
-from lightning_spectral.spectrum import LAYER_KEYS, LayerSpectrum
+from lightning_spectral.records.layer_spectrum import LAYER_KEYS, LayerSpectrum
 
 if TYPE_CHECKING:
     import pandas

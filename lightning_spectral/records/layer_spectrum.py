@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.alignment import KroneckerFactors, LayerAlignment
 from lightning_spectral.encoding import checked, number, numbers, plain
-from lightning_spectral.fraction import CurvatureFraction
 from lightning_spectral.numerics.bootstrap import Intervals, exponent_intervals
 from lightning_spectral.numerics.power_law import (
     MIN_POINTS,
@@ -27,7 +25,9 @@ from lightning_spectral.numerics.power_law import (
     with_ordinate_errors,
     zeta_bound,
 )
-from lightning_spectral.weights import WeightSpectrum
+from lightning_spectral.records.alignment import KroneckerFactors, LayerAlignment
+from lightning_spectral.records.curvature_fraction import CurvatureFraction
+from lightning_spectral.records.weight_spectrum import WeightSpectrum
 
 NOISE, EQUAL = "below the noise floor", "sigma equal to all others"
 """Why a point is left out of a fit."""
