@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_spectral.curvature import Outlook, measure_by
+from lightning_spectral.distributed.process_group import Alone, Together
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
 from lightning_spectral.fitted import left_out, spectra_of
 from lightning_spectral.gathering import whole_weights
@@ -23,7 +24,6 @@ from lightning_spectral.memory import measure_within_memory
 from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.options import Options
 from lightning_spectral.prepared import Prepared, first_buffers, losses_of, prepared, unwrapped
-from lightning_spectral.processes import Alone, Together
 from lightning_spectral.quiet import PRECISIONS, Mode, Precision
 from lightning_spectral.records.report import SpectralReport
 

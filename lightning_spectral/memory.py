@@ -20,6 +20,7 @@ from lightning_spectral.curvature import (
     check_method,
     measure_by,
 )
+from lightning_spectral.distributed.process_group import Alone, owners_of
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.factors import Factored, kronecker_factors
 from lightning_spectral.layers.matrices import MatrixLayer
@@ -27,7 +28,6 @@ from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.numerics.svd import SingularTriplets, singular_values, top_singular_triplets
 from lightning_spectral.options import Options
 from lightning_spectral.pieces import Losses, NoSumError, Piece, joined
-from lightning_spectral.processes import Alone, owners_of
 from lightning_spectral.quiet import release_memory
 
 MEMORY = 3.0

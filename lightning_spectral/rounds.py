@@ -9,8 +9,8 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_spectral.distributed.process_group import Alone
 from lightning_spectral.errors import is_out_of_memory
-from lightning_spectral.processes import Alone
 
 DONE, FULL = -1, -2
 """In place of an exchange's number: this process asks for none any more in this step; and has no room for others'."""

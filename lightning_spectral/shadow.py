@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_spectral.distributed.dtensor import is_communication, plain_class, without_communication
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.sharding import is_communication, plain_class, without_communication
 
 # Held by reference: large or bound to the outside, and nothing that computing a loss should write to.
 SHARED_TYPES = (Dataset, DataLoader, Optimizer, LRScheduler, types.ModuleType, type)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_spectral.processes import Alone
+from lightning_spectral.distributed.process_group import Alone
 from lightning_spectral.rounds import Rounds
 
 

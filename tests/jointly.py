@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_spectral import MeasurementError, ProcessError, factors, gathering, measure_spectra, memory, processes
+from lightning_spectral import MeasurementError, ProcessError, factors, gathering, measure_spectra, memory
+from lightning_spectral.distributed import process_group as processes
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.second_moment import SecondMoment
 

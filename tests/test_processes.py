@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_spectral import SpectralReport, SpectralWarning, measure_spectra
-from lightning_spectral.processes import Alone, owners_of
+from lightning_spectral.distributed.process_group import Alone, owners_of
 
 WORLD = 3
 

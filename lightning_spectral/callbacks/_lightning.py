@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_spectral.distributed.process_group import Alone, Together
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.processes import Alone, Together
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_spectral.batch import HeldBatches, batch_size, take_samples
+from lightning_spectral.distributed.process_group import Alone
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.loaders import first_batches
-from lightning_spectral.processes import Alone
 
 BatchChoice = Literal["train", "fixed"] | DataLoader[Any]
 CHOICES = ("train", "fixed")

@@ -26,6 +26,7 @@ from lightning_spectral.callbacks.outputs import OutputOptions, Outputs
 from lightning_spectral.callbacks.schedule import Budget
 from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.warned import WarnOnce
+from lightning_spectral.distributed.process_group import Alone
 from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.interrupts import interruption
@@ -35,7 +36,6 @@ from lightning_spectral.loss import LossFunction, resolve_loss
 from lightning_spectral.measure import measure_quietly
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.options import Options
-from lightning_spectral.processes import Alone
 from lightning_spectral.quiet import Mode, Precision, synchronize
 from lightning_spectral.records.report import SpectralReport
 

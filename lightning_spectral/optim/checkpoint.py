@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_spectral.sharding import is_dtensor
+from lightning_spectral.distributed.dtensor import is_dtensor
 
 STRUCTURE = ("update", "layouts")
 """What decides which state a parameter has."""

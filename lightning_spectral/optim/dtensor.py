@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.sharding import is_dtensor
+from lightning_spectral.distributed.dtensor import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

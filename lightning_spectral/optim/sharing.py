@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_spectral.distributed.dtensor import is_dtensor
+from lightning_spectral.distributed.process_group import owners_of
 from lightning_spectral.optim.layout import row_counts
 from lightning_spectral.optim.matrices import MAX_BATCH_NUMEL, Piece, computed_in, descend, spectral_step, updates_of
-from lightning_spectral.processes import owners_of
-from lightning_spectral.sharding import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import SpectralWarning, some_of
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.optim.alphas import START, MeasuredAlpha, mean_in_use, take
@@ -19,7 +20,6 @@ from lightning_spectral.optim.entries import Entry, Ready, entry_of, mesh_scope,
 from lightning_spectral.optim.groups import ADAMW_NAMES, model_groups
 from lightning_spectral.optim.options import add_missing_options, drop_foreign_options, fill_group, split_group
 from lightning_spectral.optim.sharing import Sharing, check_process_group
-from lightning_spectral.sharding import is_dtensor
 
 
 class SpectralNewton(Optimizer):

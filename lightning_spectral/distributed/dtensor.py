@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_spectral.processes import Alone
+from lightning_spectral.distributed.process_group import Alone
 
 COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
 """Where the classes live that hold a network's processes together."""
