@@ -26,13 +26,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_spectral.batch import batch_size, divisible, map_leaves
 from lightning_spectral.curvature import DryProblem, Problem, Structure, structure
 from lightning_spectral.errors import MeasurementError, first_line
+from lightning_spectral.isolation.batch_tree import batch_size, divisible, map_leaves
+from lightning_spectral.isolation.module_copy import Copier
+from lightning_spectral.isolation.sandbox import PRECISIONS, UNINITIALIZED, Mode, Precision, quiet
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
-from lightning_spectral.quiet import PRECISIONS, UNINITIALIZED, Mode, Precision, quiet
-from lightning_spectral.shadow import Copier
 
 LARGE_BUFFER = 2**16
 """Entries from which on a buffer goes to the meta device, too: an attention mask, whose values no factory reads."""

@@ -32,9 +32,9 @@ from lightning_spectral.costs import (
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.dry import Traced
 from lightning_spectral.gathering import SMALL, whole_at_a_time
+from lightning_spectral.isolation.sandbox import PRECISIONS
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.options import Options
-from lightning_spectral.quiet import PRECISIONS
 
 WITHOUT_BATCH = (
     "which method 'auto' falls on: whether the network is piecewise linear shows in the graph of its loss on a batch",

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_spectral.distributed.dtensor import gathered_together, is_within, shards_of
 from lightning_spectral.distributed.process_group import Alone, owners_of
-from lightning_spectral.interrupts import function_mode
+from lightning_spectral.isolation.interrupts import function_mode
 from lightning_spectral.rounds import Rounds
 from lightning_spectral.summing import SummedGradients
 

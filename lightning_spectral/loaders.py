@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_spectral.batch import HeldBatches
-from lightning_spectral.quiet import RandomStates
+from lightning_spectral.isolation.batch_tree import HeldBatches
+from lightning_spectral.isolation.sandbox import RandomStates
 
 
 def first_batches(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.shadow import Silent
+from lightning_spectral.isolation.module_copy import Silent
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 

@@ -16,6 +16,7 @@ from lightning_spectral.distributed.process_group import Alone, Together
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
 from lightning_spectral.fitted import left_out, spectra_of
 from lightning_spectral.gathering import whole_weights
+from lightning_spectral.isolation.sandbox import PRECISIONS, Mode, Precision
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, find_layers, matrix_parameters
 from lightning_spectral.loaders import batches_of
@@ -24,7 +25,6 @@ from lightning_spectral.memory import measure_within_memory
 from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.options import Options
 from lightning_spectral.prepared import Prepared, first_buffers, losses_of, prepared, unwrapped
-from lightning_spectral.quiet import PRECISIONS, Mode, Precision
 from lightning_spectral.records.report import SpectralReport
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from lightning_spectral.curvature import check_method
+from lightning_spectral.isolation.sandbox import MODES, PRECISIONS, Mode, Precision
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, check_kinds, check_selection
 from lightning_spectral.numerics.power_law import MIN_POINTS
-from lightning_spectral.quiet import MODES, PRECISIONS, Mode, Precision
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.batch import batch_size, divisible, take_samples
 from lightning_spectral.curvature import Curvature, Curvatures, Gradients, LossValue, Place, Problem, loss_value
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.isolation.batch_tree import batch_size, divisible, take_samples
+from lightning_spectral.isolation.sandbox import Beginning, repeatable
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
-from lightning_spectral.quiet import Beginning, repeatable
 from lightning_spectral.summing import SummedGradients
 
 ADDS_UP = {torch.float32: 1e-5, torch.float64: 1e-10}

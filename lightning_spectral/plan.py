@@ -15,12 +15,12 @@ from lightning_spectral.costs import FACTOR
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.dry import NeedsValuesError, traced
 from lightning_spectral.estimate import Cost, Estimate
+from lightning_spectral.isolation.sandbox import Mode, Precision
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers
 from lightning_spectral.loss import LossFunction
 from lightning_spectral.options import Options
 from lightning_spectral.prepared import unwrapped
-from lightning_spectral.quiet import Mode, Precision
 
 FEWER_SAMPLES, FEWER_DIRECTIONS = 32, 10
 """What is suggested for ``max_samples``, of all processes, and ``top_k``: with fewer samples there is no sketch."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_spectral.batch import HeldBatches
 from lightning_spectral.dry import weightless
 from lightning_spectral.errors import first_line
+from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.measure import measure_quietly
 from lightning_spectral.options import Options
 from lightning_spectral.plan import Plan, plan_quietly

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_spectral import MeasurementError
-from lightning_spectral.batch import batch_size, map_leaves, take_samples
+from lightning_spectral.isolation.batch_tree import batch_size, map_leaves, take_samples
 
 X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
 Pair = namedtuple("Pair", ["x", "y"])

@@ -18,8 +18,9 @@ from test_no_trace import assert_identical
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from lightning_spectral import SpectralProbe, interrupts, measure_spectra
-from lightning_spectral.interrupts import NAMES, HeldInterrupts
+from lightning_spectral import SpectralProbe, measure_spectra
+from lightning_spectral.isolation import interrupts
+from lightning_spectral.isolation.interrupts import NAMES, HeldInterrupts
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning_spectral.errors.SpectralWarning",

@@ -14,13 +14,13 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import MeasurementError, measure_spectra, top_singular_triplets
-from lightning_spectral.batch import HeldBatches
 from lightning_spectral.curvature import Curvatures
 from lightning_spectral.curvature.sketch import SketchCurvature
+from lightning_spectral.isolation.batch_tree import HeldBatches
+from lightning_spectral.isolation.sandbox import Beginning
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.memory import TRIES
 from lightning_spectral.pieces import Losses, joined
-from lightning_spectral.quiet import Beginning
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

@@ -18,8 +18,8 @@ from test_probe import Repeated, Tiny, batch_of
 from torch import nn
 
 from lightning_spectral import MeasurementError, SpectralProbe, SpectralWarning, measure_spectra
-from lightning_spectral.quiet import Beginning, copy_batch, quiet
-from lightning_spectral.shadow import shadow_of
+from lightning_spectral.isolation.module_copy import shadow_of
+from lightning_spectral.isolation.sandbox import Beginning, copy_batch, quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

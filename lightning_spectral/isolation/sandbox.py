@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_spectral.batch import map_leaves
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.interrupts import HeldInterrupts, function_mode
+from lightning_spectral.isolation.batch_tree import map_leaves
+from lightning_spectral.isolation.interrupts import HeldInterrupts, function_mode
+from lightning_spectral.isolation.module_copy import Copier, Shadow, shadow_of
 from lightning_spectral.numerics.matmul_precision import full_float32
-from lightning_spectral.shadow import Copier, Shadow, shadow_of
 
 Mode = Literal["eval", "train"]
 Precision = Literal["float32", "float64"]

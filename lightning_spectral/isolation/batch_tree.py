@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.shadow import Copier
+from lightning_spectral.isolation.module_copy import Copier
 
 
 def batch_size(batch: Any) -> int | None:
