@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_spectral.curvature import METHODS, HutchinsonTrace, Structure
-from lightning_spectral.curvature.ggn import EXACT_COLUMNS
+from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS
 from lightning_spectral.curvature.sketch import DRAWS, RANKS, SAMPLES_PER_RANK
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.memory import MEMORY

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from twins import dense_hessian, matrix_entries, second_derivative
 
 from lightning_spectral import SpectralProbe, measure_spectra
-from lightning_spectral.curvature.hutchinson import HutchinsonTrace
+from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
 

@@ -26,13 +26,13 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 
 from lightning_spectral import MeasurementError, SecondDerivativeError, SpectralProbe, SpectralWarning, measure_spectra
-from lightning_spectral.curvature import ggn as ggn_module
-from lightning_spectral.curvature import select
-from lightning_spectral.curvature.ggn import GGNCurvature
+from lightning_spectral.curvature import gauss_newton as ggn_module
+from lightning_spectral.curvature import selection as select
+from lightning_spectral.curvature.activations import cheap_twin
+from lightning_spectral.curvature.forward_recorder import Recorder
+from lightning_spectral.curvature.gauss_newton import GGNCurvature
 from lightning_spectral.curvature.output_hessian import output_hessian
 from lightning_spectral.curvature.sketch import SketchCurvature, _Draw, _hadamard, _mean_and_error
-from lightning_spectral.curvature.smooth import cheap_twin
-from lightning_spectral.curvature.trace import Recorder
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import directional_curvature
 from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors

@@ -22,8 +22,8 @@ from test_no_trace import assert_identical
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import MeasurementError, SpectralProbe, SpectralReport, measure, measure_spectra
-from lightning_spectral.curvature import select
-from lightning_spectral.curvature.ggn import GGNCurvature
+from lightning_spectral.curvature import selection as select
+from lightning_spectral.curvature.gauss_newton import GGNCurvature
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.layers.matrices import find_layers
 

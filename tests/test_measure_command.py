@@ -10,7 +10,7 @@ import torch
 from lightning_spectral import SpectralReport, measure_spectra
 from lightning_spectral.cli import LOSSES_TOLD, METHODS, OPTIONS, main
 from lightning_spectral.curvature import METHODS as KNOWN_METHODS
-from lightning_spectral.curvature.select import FEW_SAMPLES
+from lightning_spectral.curvature.selection import FEW_SAMPLES
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 from lightning_spectral.options import Options
 from lightning_spectral.sources import Checkpoint, SourceError, build_model, imported, named_loss, read_batches

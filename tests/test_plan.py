@@ -16,7 +16,8 @@ from torch import nn
 from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.cli import main
 from lightning_spectral.costs import directions_of, parts_of, sketch_products
-from lightning_spectral.curvature import exact, ggn, sketch
+from lightning_spectral.curvature import exact, sketch
+from lightning_spectral.curvature import gauss_newton as ggn
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.dry import traced, weightless
 from lightning_spectral.layers.matrices import MatrixLayer, find_layers

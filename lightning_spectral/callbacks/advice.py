@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from lightning_spectral.callbacks.schedule import Budget
-from lightning_spectral.curvature.select import FEW_SAMPLES
+from lightning_spectral.curvature.selection import FEW_SAMPLES
 from lightning_spectral.records.report import SpectralReport
 
 FEWEST_SAMPLES = 16

@@ -1,6 +1,8 @@
 """Directional curvatures h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T), H the Hessian block of one layer."""
 
-from lightning_spectral.curvature.hutchinson import HutchinsonTrace
+from lightning_spectral.curvature.forward_recorder import TRANSPOSED, Recorder, Use
+from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
+from lightning_spectral.curvature.layer_taps import Tap, groups_of, single_uses
 from lightning_spectral.curvature.output_hessian import LossValue, loss_value
 from lightning_spectral.curvature.problem import (
     Curvature,
@@ -11,10 +13,8 @@ from lightning_spectral.curvature.problem import (
     accumulation_dtype,
     cause_of,
 )
-from lightning_spectral.curvature.select import METHODS, Outlook, check_method, measure_by
-from lightning_spectral.curvature.structure import DryProblem, Structure, structure
-from lightning_spectral.curvature.taps import Tap, groups_of, single_uses
-from lightning_spectral.curvature.trace import TRANSPOSED, Recorder, Use
+from lightning_spectral.curvature.selection import METHODS, Outlook, check_method, measure_by
+from lightning_spectral.curvature.static_analysis import DryProblem, Structure, structure
 
 __all__ = [
     "METHODS",

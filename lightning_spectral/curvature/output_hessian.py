@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_spectral.curvature.taps import REMEDY
-from lightning_spectral.curvature.trace import LossCall, Recorder
+from lightning_spectral.curvature.forward_recorder import LossCall, Recorder
+from lightning_spectral.curvature.layer_taps import REMEDY
 from lightning_spectral.errors import MeasurementError
 
 

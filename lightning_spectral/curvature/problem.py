@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.opaque import leaves_behind, watch_custom_functions
-from lightning_spectral.curvature.trace import Recorder, Trace, Use
+from lightning_spectral.curvature.custom_functions import leaves_behind, watch_custom_functions
+from lightning_spectral.curvature.forward_recorder import Recorder, Trace, Use
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.loss import checked_loss

@@ -25,11 +25,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.ggn import output_hessians
-from lightning_spectral.curvature.opaque import custom_functions
-from lightning_spectral.curvature.output_hessian import OutputHessian
-from lightning_spectral.curvature.problem import Curvatures, Place, Problem, accumulation_dtype, cause_of
-from lightning_spectral.curvature.taps import (
+from lightning_spectral.curvature.custom_functions import custom_functions
+from lightning_spectral.curvature.forward_recorder import Recorder
+from lightning_spectral.curvature.gauss_newton import output_hessians
+from lightning_spectral.curvature.layer_taps import (
     REMEDY,
     Tap,
     check_samples_apart,
@@ -38,7 +37,8 @@ from lightning_spectral.curvature.taps import (
     measured_exactly,
     tapped,
 )
-from lightning_spectral.curvature.trace import Recorder
+from lightning_spectral.curvature.output_hessian import OutputHessian
+from lightning_spectral.curvature.problem import Curvatures, Place, Problem, accumulation_dtype, cause_of
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
 from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
 from lightning_spectral.numerics.svd import SingularTriplets

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.exact import ExactCurvature
-from lightning_spectral.curvature.graph import Dependence
+from lightning_spectral.curvature.forward_recorder import TRANSPOSED, Use
 from lightning_spectral.curvature.problem import Curvatures, Problem
-from lightning_spectral.curvature.trace import TRANSPOSED, Use
 from lightning_spectral.errors import MeasurementError, by_cause
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets

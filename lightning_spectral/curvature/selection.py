@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lightning_spectral.curvature.exact import ExactCurvature
-from lightning_spectral.curvature.ggn import EXACT_COLUMNS, GGNCurvature, not_piecewise_linear, output_hessians
+from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, GGNCurvature, not_piecewise_linear, output_hessians
+from lightning_spectral.curvature.layer_taps import tapped
 from lightning_spectral.curvature.problem import Curvature, Curvatures, Problem
 from lightning_spectral.curvature.sketch import SketchCurvature
-from lightning_spectral.curvature.taps import tapped
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.graph import LINEAR, PIECEWISE, Dependence, named
-from lightning_spectral.curvature.output_hessian import OutputHessian, output_hessian
-from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype
-from lightning_spectral.curvature.taps import (
+from lightning_spectral.curvature.autograd_graph import LINEAR, PIECEWISE, Dependence, named
+from lightning_spectral.curvature.forward_recorder import LossCall
+from lightning_spectral.curvature.layer_taps import (
     REMEDY,
     Tap,
     check_samples_apart,
@@ -29,7 +28,8 @@ from lightning_spectral.curvature.taps import (
     measured_exactly,
     tapped,
 )
-from lightning_spectral.curvature.trace import LossCall
+from lightning_spectral.curvature.output_hessian import OutputHessian, output_hessian
+from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from lightning_spectral.curvature.smooth import cheap_twin
+from lightning_spectral.curvature.activations import cheap_twin
 
 Function = Callable[..., Any]
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.opaque import custom_functions
+from lightning_spectral.curvature.custom_functions import custom_functions
+from lightning_spectral.curvature.layer_taps import Tap, check_samples_apart, half_of, tapped
 from lightning_spectral.curvature.problem import (
     Curvatures,
     Gradients,
@@ -30,7 +31,6 @@ from lightning_spectral.curvature.problem import (
     unverified,
 )
 from lightning_spectral.curvature.sketch import perturbed
-from lightning_spectral.curvature.taps import Tap, check_samples_apart, half_of, tapped
 from lightning_spectral.errors import by_cause, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets

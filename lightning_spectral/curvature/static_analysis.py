@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_spectral.curvature.ggn import EXACT_COLUMNS, RANDOM_COLUMNS, known_losses
-from lightning_spectral.curvature.graph import Dependence
-from lightning_spectral.curvature.opaque import custom_functions
+from lightning_spectral.curvature.autograd_graph import Dependence
+from lightning_spectral.curvature.custom_functions import custom_functions
+from lightning_spectral.curvature.forward_recorder import Recorder
+from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, RANDOM_COLUMNS, known_losses
+from lightning_spectral.curvature.layer_taps import tapped
 from lightning_spectral.curvature.output_hessian import columns_of
 from lightning_spectral.curvature.problem import Problem
-from lightning_spectral.curvature.select import beyond_ggn, by_ggn, without_ggn
-from lightning_spectral.curvature.taps import tapped
-from lightning_spectral.curvature.trace import Recorder
+from lightning_spectral.curvature.selection import beyond_ggn, by_ggn, without_ggn
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.loss import scalar_loss
 
