@@ -33,7 +33,7 @@ from lightning_spectral.isolation.batch_tree import batch_size, divisible, map_l
 from lightning_spectral.isolation.module_copy import Copier
 from lightning_spectral.isolation.sandbox import PRECISIONS, UNINITIALIZED, Mode, Precision, quiet
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
+from lightning_spectral.measurement.loss import LossFunction, mute, resolve_loss, stand_ins
 
 LARGE_BUFFER = 2**16
 """Entries from which on a buffer goes to the meta device, too: an attention mask, whose values no factory reads."""

@@ -31,9 +31,9 @@ from lightning_spectral.costs import (
 )
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.dry import Traced
-from lightning_spectral.gathering import SMALL, whole_at_a_time
 from lightning_spectral.isolation.sandbox import PRECISIONS
 from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.measurement.sharded.on_demand_weights import SMALL, whole_at_a_time
 from lightning_spectral.options import Options
 
 WITHOUT_BATCH = (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.loss import LossFunction
+from lightning_spectral.measurement.loss import LossFunction
 
 OF_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": F.cross_entropy,

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from lightning_spectral.curvature import Outlook, measure_by
 from lightning_spectral.distributed.process_group import Alone, Together
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
-from lightning_spectral.fitted import left_out, spectra_of
-from lightning_spectral.gathering import whole_weights
 from lightning_spectral.isolation.sandbox import PRECISIONS, Mode, Precision
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, find_layers, matrix_parameters
-from lightning_spectral.loaders import batches_of
-from lightning_spectral.loss import LossFunction
-from lightning_spectral.memory import measure_within_memory
+from lightning_spectral.measurement.fitting import left_out, spectra_of
+from lightning_spectral.measurement.loader_batches import batches_of
+from lightning_spectral.measurement.loss import LossFunction
+from lightning_spectral.measurement.memory import measure_within_memory
+from lightning_spectral.measurement.setup import Prepared, first_buffers, losses_of, prepared, unwrapped
+from lightning_spectral.measurement.sharded.on_demand_weights import whole_weights
 from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.options import Options
-from lightning_spectral.prepared import Prepared, first_buffers, losses_of, prepared, unwrapped
 from lightning_spectral.records.report import SpectralReport
 
 if TYPE_CHECKING:

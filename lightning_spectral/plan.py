@@ -18,9 +18,9 @@ from lightning_spectral.estimate import Cost, Estimate
 from lightning_spectral.isolation.sandbox import Mode, Precision
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers
-from lightning_spectral.loss import LossFunction
+from lightning_spectral.measurement.loss import LossFunction
+from lightning_spectral.measurement.setup import unwrapped
 from lightning_spectral.options import Options
-from lightning_spectral.prepared import unwrapped
 
 FEWER_SAMPLES, FEWER_DIRECTIONS = 32, 10
 """What is suggested for ``max_samples``, of all processes, and ``top_k``: with fewer samples there is no sketch."""

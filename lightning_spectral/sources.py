@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_spectral.errors import first_line, refused, some_of
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
-from lightning_spectral.loaders import first_batches
-from lightning_spectral.loss import LossFunction
+from lightning_spectral.measurement.loader_batches import first_batches
+from lightning_spectral.measurement.loss import LossFunction
 
 STATES = ("state_dict", "model_state_dict", "model")
 """Where a checkpoint keeps the weights, if it holds more than them."""

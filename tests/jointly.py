@@ -20,9 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_spectral import MeasurementError, ProcessError, factors, gathering, measure_spectra, memory
+from lightning_spectral import MeasurementError, ProcessError, measure_spectra
 from lightning_spectral.distributed import process_group as processes
 from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.measurement import kronecker_factors as factors
+from lightning_spectral.measurement import memory
+from lightning_spectral.measurement.sharded import on_demand_weights as gathering
 from lightning_spectral.numerics.second_moment import SecondMoment
 
 SIZES = (30, 18, 0)

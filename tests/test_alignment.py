@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from twins import gradient, matrix_entries
 
 from lightning_spectral import LayerAlignment, SpectralProbe, SpectralReport, measure_spectra
-from lightning_spectral import factors as factors_module
 from lightning_spectral.curvature import Problem
-from lightning_spectral.factors import _Sums
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import measure_quietly
+from lightning_spectral.measurement import kronecker_factors as factors_module
+from lightning_spectral.measurement.kronecker_factors import _Sums
 from lightning_spectral.numerics import second_moment as moments_module
 from lightning_spectral.numerics.power_law import entropy_rank, fit_power_law
 from lightning_spectral.numerics.second_moment import SecondMoment

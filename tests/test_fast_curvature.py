@@ -35,9 +35,9 @@ from lightning_spectral.curvature.output_hessian import output_hessian
 from lightning_spectral.curvature.sketch import SketchCurvature, _Draw, _hadamard, _mean_and_error
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import directional_curvature
+from lightning_spectral.measurement.setup import losses_of
 from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
 from lightning_spectral.numerics.svd import SingularTriplets, top_singular_triplets
-from lightning_spectral.prepared import losses_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

@@ -19,8 +19,8 @@ from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.isolation.sandbox import Beginning
 from lightning_spectral.layers.matrices import find_layers
-from lightning_spectral.memory import TRIES
-from lightning_spectral.pieces import Losses, joined
+from lightning_spectral.measurement.memory import TRIES
+from lightning_spectral.measurement.objective import Losses, joined
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_spectral.distributed.process_group import Alone
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import HeldBatches, batch_size, take_samples
-from lightning_spectral.loaders import first_batches
+from lightning_spectral.measurement.loader_batches import first_batches
 
 BatchChoice = Literal["train", "fixed"] | DataLoader[Any]
 CHOICES = ("train", "fixed")

@@ -33,8 +33,8 @@ from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.isolation.sandbox import Mode, Precision, synchronize
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, NoMatrixError, find_layers
-from lightning_spectral.loss import LossFunction, resolve_loss
 from lightning_spectral.measure import measure_quietly
+from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.options import Options
 from lightning_spectral.records.report import SpectralReport

@@ -14,7 +14,7 @@ from lightning_spectral.curvature.custom_functions import leaves_behind, watch_c
 from lightning_spectral.curvature.forward_recorder import Recorder, Trace, Use
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.loss import checked_loss
+from lightning_spectral.measurement.loss import checked_loss
 from lightning_spectral.numerics.svd import SingularTriplets
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from lightning_spectral.curvature.output_hessian import columns_of
 from lightning_spectral.curvature.problem import Problem
 from lightning_spectral.curvature.selection import beyond_ggn, by_ggn, without_ggn
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.loss import scalar_loss
+from lightning_spectral.measurement.loss import scalar_loss
 
 
 class DryProblem(Problem):

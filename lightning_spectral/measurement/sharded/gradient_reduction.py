@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.distributed.process_group import Alone
-from lightning_spectral.rounds import Rounds
+from lightning_spectral.measurement.sharded.request_rounds import Rounds
 
 
 class SummedGradients:

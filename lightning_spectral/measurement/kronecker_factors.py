@@ -25,11 +25,11 @@ from lightning_spectral.curvature import (
 from lightning_spectral.distributed.process_group import Alone, owners_of
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.measurement.objective import Losses, Piece
 from lightning_spectral.numerics.conv_patches import Patches
 from lightning_spectral.numerics.power_law import entropy_rank
 from lightning_spectral.numerics.second_moment import LARGE, Eigenvalues, SecondMoment
 from lightning_spectral.numerics.svd import SingularTriplets
-from lightning_spectral.pieces import Losses, Piece
 from lightning_spectral.records.alignment import KroneckerFactors
 
 SOME_SAMPLES = 8

@@ -23,8 +23,8 @@ from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, take_samples
 from lightning_spectral.isolation.sandbox import Beginning, repeatable
 from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.measurement.sharded.gradient_reduction import SummedGradients
 from lightning_spectral.numerics.svd import SingularTriplets
-from lightning_spectral.summing import SummedGradients
 
 ADDS_UP = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Relative difference up to which the losses of pieces add up to that of their batch, by what all is computed in.

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_spectral.distributed.dtensor import gathered_together, is_within, shards_of
 from lightning_spectral.distributed.process_group import Alone, owners_of
 from lightning_spectral.isolation.interrupts import function_mode
-from lightning_spectral.rounds import Rounds
-from lightning_spectral.summing import SummedGradients
+from lightning_spectral.measurement.sharded.gradient_reduction import SummedGradients
+from lightning_spectral.measurement.sharded.request_rounds import Rounds
 
 RESIDENT = 2**28
 """Bytes of whole weights that stay in memory; never less than two of the largest."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from lightning_spectral.curvature import Curvatures
 from lightning_spectral.distributed.process_group import Alone, owners_of
 from lightning_spectral.errors import by_cause
-from lightning_spectral.memory import Measured
+from lightning_spectral.measurement.memory import Measured
+from lightning_spectral.measurement.objective import Losses
 from lightning_spectral.options import Options
-from lightning_spectral.pieces import Losses
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.weight_spectrum import WeightSpectrum

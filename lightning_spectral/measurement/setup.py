@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.distributed.process_group import Alone
-from lightning_spectral.gathering import WholeWeights
 from lightning_spectral.isolation.batch_tree import FirstSamples
 from lightning_spectral.isolation.sandbox import Beginning, Mode, Precision, copy_batch, quiet
 from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
-from lightning_spectral.loss import LossFunction, mute, resolve_loss, stand_ins
+from lightning_spectral.measurement.loss import LossFunction, mute, resolve_loss, stand_ins
+from lightning_spectral.measurement.objective import Losses
+from lightning_spectral.measurement.sharded.on_demand_weights import WholeWeights
 from lightning_spectral.options import Options
-from lightning_spectral.pieces import Losses
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -22,13 +22,13 @@ from lightning_spectral.curvature import (
 )
 from lightning_spectral.distributed.process_group import Alone, owners_of
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
-from lightning_spectral.factors import Factored, kronecker_factors
 from lightning_spectral.isolation.sandbox import release_memory
 from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.measurement.kronecker_factors import Factored, kronecker_factors
+from lightning_spectral.measurement.objective import Losses, NoSumError, Piece, joined
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.numerics.svd import SingularTriplets, singular_values, top_singular_triplets
 from lightning_spectral.options import Options
-from lightning_spectral.pieces import Losses, NoSumError, Piece, joined
 
 MEMORY = 3.0
 """Peak memory of a measurement that is aimed at, in that of a training step on the same samples."""

@@ -1,0 +1,1 @@
+"""Measuring weights that lie in shards over ranks; imported only where there are shards."""
