@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_spectral.dry import weightless
 from lightning_spectral.errors import first_line
 from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.measure import measure_quietly
 from lightning_spectral.options import Options
-from lightning_spectral.plan import Plan, plan_quietly
+from lightning_spectral.plan.fake_run import weightless
+from lightning_spectral.plan.planner import Plan, plan_quietly
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import run_of, write_page
 from lightning_spectral.report.page import plotly_js
@@ -89,7 +89,7 @@ def plan_model(
 
     Raises:
         SourceError: as there, and for data and shapes both, or a model that reads its weights when it is made.
-        ValueError, MeasurementError: as in `lightning_spectral.plan.plan_spectra`.
+        ValueError, MeasurementError: as in `lightning_spectral.plan.planner.plan_spectra`.
     """
     if data is not None and shapes:
         raise SourceError("--data and --batch-shape: give one of them")

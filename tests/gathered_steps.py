@@ -29,7 +29,7 @@ from lightning_spectral import (
 )
 from lightning_spectral.measure import directional_curvature
 from lightning_spectral.numerics.svd import SingularTriplets
-from lightning_spectral.plan import plan_spectra
+from lightning_spectral.plan.planner import plan_spectra
 
 OPTIONS = {"top_k": 3, "precision": "float64"}
 

@@ -15,13 +15,13 @@ from torch import nn
 
 from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.cli import main
-from lightning_spectral.costs import directions_of, parts_of, sketch_products
 from lightning_spectral.curvature import exact, sketch
 from lightning_spectral.curvature import gauss_newton as ggn
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
-from lightning_spectral.dry import traced, weightless
 from lightning_spectral.layers.matrices import MatrixLayer, find_layers
-from lightning_spectral.plan import plan_spectra
+from lightning_spectral.plan.cost_model import directions_of, parts_of, sketch_products
+from lightning_spectral.plan.fake_run import traced, weightless
+from lightning_spectral.plan.planner import plan_spectra
 from lightning_spectral.posthoc import plan_model, shaped_batch
 from lightning_spectral.report.planned import print_plan
 from lightning_spectral.sources import SourceError
@@ -297,8 +297,8 @@ HUGE = """
 import resource, torch
 import torch.nn.functional as F
 from torch import nn
-from lightning_spectral.dry import weightless
-from lightning_spectral.plan import plan_spectra
+from lightning_spectral.plan.fake_run import weightless
+from lightning_spectral.plan.planner import plan_spectra
 
 class Block(nn.Module):
     def __init__(self, d, f, heads):

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from examples.benchmarks import scaling, scaling_networks  # noqa: E402
 from examples.benchmarks.scaling_figure import figure  # noqa: E402
 from examples.benchmarks.scaling_networks import GPT2XL, Llama7B  # noqa: E402
-from lightning_spectral.costs import FACTOR  # noqa: E402
+from lightning_spectral.plan.cost_model import FACTOR  # noqa: E402
 
 KEPT = json.loads((ROOT / "examples/benchmarks/results/scaling_cpu.json").read_text())
 SMALL = replace(scaling.BASE, width=24, depth=1, length=8, samples=32, k=3)

@@ -8,10 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_spectral.costs import FACTOR
 from lightning_spectral.errors import by_cause, some_of
-from lightning_spectral.estimate import Cost
-from lightning_spectral.plan import Plan
+from lightning_spectral.plan.cost_estimate import Cost
+from lightning_spectral.plan.cost_model import FACTOR
+from lightning_spectral.plan.planner import Plan
 from lightning_spectral.report.cells import literal
 
 PLAN_WIDTH = 100
@@ -32,7 +32,7 @@ def print_plan(plan: Plan, *, every_layer: bool = False, console: Console | None
     """Print what would be measured, how, and at what cost.
 
     Args:
-        plan: of `lightning_spectral.plan.plan_spectra`.
+        plan: of `lightning_spectral.plan.planner.plan_spectra`.
         every_layer: a row per layer in place of one per kind and shape.
         console: where to print; None: the terminal.
     """

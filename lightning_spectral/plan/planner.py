@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from lightning_spectral.costs import FACTOR
 from lightning_spectral.curvature import METHODS
-from lightning_spectral.dry import NeedsValuesError, traced
-from lightning_spectral.estimate import Cost, Estimate
 from lightning_spectral.isolation.sandbox import Mode, Precision
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.setup import unwrapped
 from lightning_spectral.options import Options
+from lightning_spectral.plan.cost_estimate import Cost, Estimate
+from lightning_spectral.plan.cost_model import FACTOR
+from lightning_spectral.plan.fake_run import NeedsValuesError, traced
 
 FEWER_SAMPLES, FEWER_DIRECTIONS = 32, 10
 """What is suggested for ``max_samples``, of all processes, and ``top_k``: with fewer samples there is no sketch."""
@@ -121,7 +121,7 @@ def plan_spectra(
     """What `measure_spectra` with these options would do and cost, without memory for the network or a pass over it.
 
     Time is in training steps: forward and backward passes in float32 on the batch, without the optimizer. With c_i
-    passes of sort i, which take s_i steps each (`lightning_spectral.costs.steps_at`), a share r of the batch's samples
+    passes of sort i, which take s_i steps each (`lightning_spectral.plan.cost_model.steps_at`), a share r of the batch's samples
     measured, and F the FLOPs of a step,
 
         steps = n_batches * r * sum_i c_i s_i + (FLOPs of singular triplets and Kronecker factors) / F.

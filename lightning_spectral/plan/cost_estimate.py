@@ -1,4 +1,4 @@
-"""The cost of a measurement by each method, put together from the formulas of `lightning_spectral.costs`."""
+"""The cost of a measurement by each method, put together from the formulas of `lightning_spectral.plan.cost_model`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_spectral.costs import (
+from lightning_spectral.curvature import METHODS
+from lightning_spectral.isolation.sandbox import PRECISIONS
+from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.measurement.sharded.on_demand_weights import SMALL, whole_at_a_time
+from lightning_spectral.options import Options
+from lightning_spectral.plan.cost_model import (
     TRACE_GRAPH,
     USUAL,
     Memory,
@@ -29,12 +34,7 @@ from lightning_spectral.costs import (
     trace_passes,
     values_flops,
 )
-from lightning_spectral.curvature import METHODS
-from lightning_spectral.dry import Traced
-from lightning_spectral.isolation.sandbox import PRECISIONS
-from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.sharded.on_demand_weights import SMALL, whole_at_a_time
-from lightning_spectral.options import Options
+from lightning_spectral.plan.fake_run import Traced
 
 WITHOUT_BATCH = (
     "which method 'auto' falls on: whether the network is piecewise linear shows in the graph of its loss on a batch",
@@ -104,7 +104,7 @@ class Estimate:
         model: without wrappers.
         layers: to be measured.
         seen: of its loss on a batch; None without a batch.
-        options, n_batches, world_size, sharded: as in `lightning_spectral.plan.plan_spectra`.
+        options, n_batches, world_size, sharded: as in `lightning_spectral.plan.planner.plan_spectra`.
     """
 
     model: nn.Module
