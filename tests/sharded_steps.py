@@ -21,7 +21,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from lightning_spectral import SpectralNewton
-from lightning_spectral.optim import matrices, sharded, sharing
+from lightning_spectral.optim import ddp as sharing
+from lightning_spectral.optim import fsdp as sharded
+from lightning_spectral.optim import matrix_update as matrices
 
 
 def fsdp_net(n, dtype=torch.float32, **options):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_spectral import SpectralNewton
-from lightning_spectral.optim import matrices, sharing
+from lightning_spectral.optim import ddp as sharing
+from lightning_spectral.optim import matrix_update as matrices
 
 STEPS = 3
 

@@ -24,7 +24,7 @@ from torch import nn
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks.alphas import takers, unmeasured, write_alphas
 from lightning_spectral.layers.matrices import find_layers
-from lightning_spectral.optim.alphas import MeasuredAlpha
+from lightning_spectral.optim.measured_alpha import MeasuredAlpha
 
 LR = 1e-2
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from lightning_spectral import SpectralNewton
 from lightning_spectral.layers.matrices import matrix_parameters
-from lightning_spectral.optim.groups import ADAMW_KINDS, ALPHA_BY_KIND
-from lightning_spectral.optim.layout import Layout, blocks
+from lightning_spectral.optim.matrix_layout import Layout, blocks
+from lightning_spectral.optim.model_groups import ADAMW_KINDS, ALPHA_BY_KIND
 
 
 def by_name(optimizer):

@@ -12,8 +12,8 @@ from processes import in_processes
 from torch import nn
 
 from lightning_spectral import SpectralNewton
-from lightning_spectral.optim.layout import Layout, blocks, row_counts
-from lightning_spectral.optim.sharing import SMALLEST, in_rounds, is_shared, owners_by_cost
+from lightning_spectral.optim.ddp import SMALLEST, in_rounds, is_shared, owners_by_cost
+from lightning_spectral.optim.matrix_layout import Layout, blocks, row_counts
 
 BY_ANY = [shared_steps.small_ones_too, *shared_steps.BY_ANY, *sharded_steps.BY_ANY]
 BY_TWO = [*shared_steps.BY_TWO, *sharded_steps.BY_TWO, *shared_in_lightning.BY_TWO]
@@ -38,7 +38,7 @@ def test_the_costliest_go_first_to_the_least_loaded(costs, n, loads):
 
 
 def test_a_round_holds_something_for_every_process(monkeypatch):
-    monkeypatch.setattr("lightning_spectral.optim.sharing.MAX_BATCH_NUMEL", 5)
+    monkeypatch.setattr("lightning_spectral.optim.ddp.MAX_BATCH_NUMEL", 5)
     rounds = [[item.cost for item in chosen] for chosen in in_rounds(items(1, 2, 9, 4, 3, 8, 1), 2)]
     assert rounds == [[9, 8], [4, 3, 2, 1], [1]]
 

@@ -8,8 +8,8 @@ from cases import CASES, mlp
 from torch import nn
 
 from lightning_spectral import SpectralNewton
-from lightning_spectral.optim.entries import gradient_norms
-from lightning_spectral.optim.matrices import sizes
+from lightning_spectral.optim.matrix_update import sizes
+from lightning_spectral.optim.step import gradient_norms
 
 
 def twin_update(m, alpha, d, rms, gain):
@@ -258,7 +258,7 @@ def test_capturable_skips_what_has_no_factorisation():
 def test_large_batches_are_done_in_parts(monkeypatch):
     results = []
     for limit in (2**24, 100):
-        monkeypatch.setattr("lightning_spectral.optim.matrices.MAX_BATCH_NUMEL", limit)
+        monkeypatch.setattr("lightning_spectral.optim.matrix_update.MAX_BATCH_NUMEL", limit)
         torch.manual_seed(1)
         weights = weights_of([(8, 12)] * 5)
         optimizer = SpectralNewton(weights)

@@ -7,7 +7,7 @@ import torch
 
 from lightning_spectral import spectral_transfer
 from lightning_spectral.optim import transfer as module
-from lightning_spectral.optim.poles import MAX_POLES, fit_poles
+from lightning_spectral.optim.rational_fit import MAX_POLES, fit_poles
 from lightning_spectral.optim.transfer import transfer, transfer_batch
 
 SPECTRA = {
@@ -247,5 +247,5 @@ def test_bad_input(x, options, message):
 @pytest.mark.parametrize(("alpha", "d", "tolerance"), [(0.6, 0.03, 7e-3), (1.9, 0.03, 7e-3), (1.9, 1.0, 7e-4)])
 def test_giving_up_early_takes_no_more_inverses(alpha, d, tolerance, monkeypatch):
     found = fit_poles.__wrapped__(alpha, d, 64.0, tolerance)
-    monkeypatch.setattr("lightning_spectral.optim.poles.HOPELESS", {})
+    monkeypatch.setattr("lightning_spectral.optim.rational_fit.HOPELESS", {})
     assert len(found.shifts) == len(fit_poles.__wrapped__(alpha, d, 64.0, tolerance).shifts)

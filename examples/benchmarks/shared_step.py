@@ -24,8 +24,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lightning_spectral import SpectralNewton
-from lightning_spectral.optim import sharing
-from lightning_spectral.optim.matrices import pieces_of
+from lightning_spectral.optim import ddp as sharing
+from lightning_spectral.optim.matrix_update import pieces_of
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

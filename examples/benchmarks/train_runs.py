@@ -20,7 +20,7 @@ from examples.ablation.peers import LayerRateAdamW, MuonWithAdamW, scale_rates
 from examples.ablation.tasks import Digits, DigitsData, Language, LanguageData, ThreeParts
 from examples.benchmarks.train_results import DIVERGED, Result, Run
 from lightning_spectral import SpectralNewton, measure_spectra
-from lightning_spectral.optim.alphas import MeasuredAlpha
+from lightning_spectral.optim.measured_alpha import MeasuredAlpha
 
 WARMUP = 0.05
 """Share of the steps."""

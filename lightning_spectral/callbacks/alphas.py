@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.optim.alphas import MeasuredAlpha
+from lightning_spectral.optim.measured_alpha import MeasuredAlpha
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.records.report import SpectralReport
 

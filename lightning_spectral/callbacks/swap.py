@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps
 from lightning_spectral.errors import SpectralWarning
-from lightning_spectral.optim.rebind import rebind_scheduler
+from lightning_spectral.optim.rebind_scheduler import rebind_scheduler
 
 logger = logging.getLogger(__name__)
 

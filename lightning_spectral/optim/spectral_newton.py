@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import SpectralWarning, some_of
 from lightning_spectral.layers.kinds import Kind
-from lightning_spectral.optim.alphas import START, MeasuredAlpha, mean_in_use, take
-from lightning_spectral.optim.checkpoint import check_own_state, check_parts
-from lightning_spectral.optim.entries import Entry, Ready, entry_of, mesh_scope, new_state, sort_out, update
-from lightning_spectral.optim.groups import ADAMW_NAMES, model_groups
-from lightning_spectral.optim.options import add_missing_options, drop_foreign_options, fill_group, split_group
-from lightning_spectral.optim.sharing import Sharing, check_process_group
+from lightning_spectral.optim.ddp import Sharing, check_process_group
+from lightning_spectral.optim.measured_alpha import START, MeasuredAlpha, mean_in_use, take
+from lightning_spectral.optim.model_groups import ADAMW_NAMES, model_groups
+from lightning_spectral.optim.param_groups import add_missing_options, drop_foreign_options, fill_group, split_group
+from lightning_spectral.optim.state_checks import check_own_state, check_parts
+from lightning_spectral.optim.step import Entry, Ready, entry_of, mesh_scope, new_state, sort_out, update
 
 
 class SpectralNewton(Optimizer):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.numerics.matmul_precision import exact_products
-from lightning_spectral.optim.poles import ShiftedInverses, fit_poles
+from lightning_spectral.optim.rational_fit import ShiftedInverses, fit_poles
 
 Normalize = Literal["rms", "none"]
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.optim.dtensor import Sharding
-from lightning_spectral.optim.layout import row_counts
-from lightning_spectral.optim.matrices import computed_in, descend, matrix_cost, pieces_of, updates_of
-from lightning_spectral.optim.sharing import in_rounds, owners_by_cost
+from lightning_spectral.optim.ddp import in_rounds, owners_by_cost
+from lightning_spectral.optim.matrix_layout import row_counts
+from lightning_spectral.optim.matrix_update import computed_in, descend, matrix_cost, pieces_of, updates_of
+from lightning_spectral.optim.placement import Sharding
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

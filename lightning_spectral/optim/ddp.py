@@ -16,8 +16,15 @@ from torch import Tensor
 
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.distributed.process_group import owners_of
-from lightning_spectral.optim.layout import row_counts
-from lightning_spectral.optim.matrices import MAX_BATCH_NUMEL, Piece, computed_in, descend, spectral_step, updates_of
+from lightning_spectral.optim.matrix_layout import row_counts
+from lightning_spectral.optim.matrix_update import (
+    MAX_BATCH_NUMEL,
+    Piece,
+    computed_in,
+    descend,
+    spectral_step,
+    updates_of,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

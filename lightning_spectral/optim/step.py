@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.optim.adamw import adamw_state, adamw_step
-from lightning_spectral.optim.dtensor import exchange_device, local, local_gradient, sharding_of
-from lightning_spectral.optim.matrices import Piece, momentum_step, pieces_of, spectral_step
-from lightning_spectral.optim.sharded import ShardedMatrix, sharded_step
-from lightning_spectral.optim.sharing import GOOD, NONE, Scope, agree, shared_step
+from lightning_spectral.optim.ddp import GOOD, NONE, Scope, agree, shared_step
+from lightning_spectral.optim.fsdp import ShardedMatrix, sharded_step
+from lightning_spectral.optim.matrix_update import Piece, momentum_step, pieces_of, spectral_step
+from lightning_spectral.optim.placement import exchange_device, local, local_gradient, sharding_of
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.numerics.matmul_precision import exact_products
-from lightning_spectral.optim.alphas import in_use
-from lightning_spectral.optim.layout import blocks
+from lightning_spectral.optim.matrix_layout import blocks
+from lightning_spectral.optim.measured_alpha import in_use
 from lightning_spectral.optim.transfer import transfer_batch
 
 MAX_BATCH_NUMEL = 2**24

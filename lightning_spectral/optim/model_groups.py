@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.layers.kinds import Kind, infer_kinds
 from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
-from lightning_spectral.optim.layout import Layout, whole_layout
+from lightning_spectral.optim.matrix_layout import Layout, whole_layout
 
 ALPHA_BY_KIND: dict[str, float] = {
     "conv": 2.0,

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_spectral.distributed.dtensor import is_dtensor
-from lightning_spectral.optim import alphas
-from lightning_spectral.optim.dtensor import check_dtensor
-from lightning_spectral.optim.groups import ALPHA_BY_KIND, DAMPING, DAMPING_BY_KIND, has_adamw_name, is_matrix
-from lightning_spectral.optim.layout import whole_layout
+from lightning_spectral.optim import measured_alpha as alphas
+from lightning_spectral.optim.matrix_layout import whole_layout
+from lightning_spectral.optim.model_groups import ALPHA_BY_KIND, DAMPING, DAMPING_BY_KIND, has_adamw_name, is_matrix
+from lightning_spectral.optim.placement import check_dtensor
 from lightning_spectral.optim.transfer import check_tolerance, check_transfer
 
 SPECTRAL = ("alpha", "damping", "momentum", "nesterov", "update_rms", "max_gain", "tolerance")
