@@ -22,7 +22,7 @@ from test_distributed import run_two
 from torch import nn
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
-from lightning_spectral.callbacks.alphas import takers, unmeasured, write_alphas
+from lightning_spectral.callbacks.alpha_transfer import takers, unmeasured, write_alphas
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.optim.measured_alpha import MeasuredAlpha
 

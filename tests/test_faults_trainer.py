@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning, SwapOptimizer
-from lightning_spectral.callbacks.schedule import Budget
+from lightning_spectral.callbacks.time_budget import Budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

@@ -25,9 +25,9 @@ from test_schedule import Clock
 from torch import nn
 
 from lightning_spectral import SpectralProbe, SpectralWarning
-from lightning_spectral.callbacks import outputs
-from lightning_spectral.callbacks.logged import PROBE_KEYS, Logged, charts
-from lightning_spectral.callbacks.outputs import alpha_by_depth
+from lightning_spectral.callbacks import report_writer as outputs
+from lightning_spectral.callbacks.log_selection import PROBE_KEYS, Logged, charts
+from lightning_spectral.callbacks.report_writer import alpha_by_depth
 from lightning_spectral.report import RunError, read_run
 from lightning_spectral.report.layer_tables import wandb_tables
 from lightning_spectral.report.read import wandb_records

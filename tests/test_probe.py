@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
-from lightning_spectral.callbacks.logged import CURVES, LOGGED_LAYERS, PER_LAYER, PROBE_KEYS
-from lightning_spectral.callbacks.warned import MOST_CAUSES, WarnOnce
+from lightning_spectral.callbacks.log_selection import CURVES, LOGGED_LAYERS, PER_LAYER, PROBE_KEYS
+from lightning_spectral.callbacks.warn_once import MOST_CAUSES, WarnOnce
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS
 from lightning_spectral.records.report import REPORT_KEYS
 

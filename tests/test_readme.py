@@ -21,9 +21,9 @@ from reports import layer, report
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
-from lightning_spectral.callbacks.alphas import ALPHA_KEY
-from lightning_spectral.callbacks.logged import LOGGED_LAYERS, PROBE_KEYS, Logged, charts
-from lightning_spectral.callbacks.outputs import FIGURES
+from lightning_spectral.callbacks.alpha_transfer import ALPHA_KEY
+from lightning_spectral.callbacks.log_selection import LOGGED_LAYERS, PROBE_KEYS, Logged, charts
+from lightning_spectral.callbacks.report_writer import FIGURES
 from lightning_spectral.cli import main
 from lightning_spectral.options import Options
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS

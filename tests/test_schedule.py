@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_spectral import SpectralProbe, SpectralWarning, measure_spectra
-from lightning_spectral.callbacks.advice import Advice
-from lightning_spectral.callbacks.schedule import Budget
+from lightning_spectral.callbacks.budget_advice import Advice
+from lightning_spectral.callbacks.time_budget import Budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

@@ -17,15 +17,15 @@ from lightning_spectral.callbacks._lightning import (
     steps_in_all,
     to_device,
 )
-from lightning_spectral.callbacks.advice import Advice
-from lightning_spectral.callbacks.alphas import Fits, alphas_in_use, fits_of, takers, unmeasured, write_alphas
-from lightning_spectral.callbacks.batches import BatchChoice, BatchSource
-from lightning_spectral.callbacks.logged import Logged
-from lightning_spectral.callbacks.monitored import Monitored
-from lightning_spectral.callbacks.outputs import OutputOptions, Outputs
-from lightning_spectral.callbacks.schedule import Budget
+from lightning_spectral.callbacks.alpha_transfer import Fits, alphas_in_use, fits_of, takers, unmeasured, write_alphas
+from lightning_spectral.callbacks.batch_source import BatchChoice, BatchSource
+from lightning_spectral.callbacks.budget_advice import Advice
+from lightning_spectral.callbacks.callback_metrics import Monitored
+from lightning_spectral.callbacks.log_selection import Logged
+from lightning_spectral.callbacks.report_writer import OutputOptions, Outputs
 from lightning_spectral.callbacks.swap import SwapOptimizer
-from lightning_spectral.callbacks.warned import WarnOnce
+from lightning_spectral.callbacks.time_budget import Budget
+from lightning_spectral.callbacks.warn_once import WarnOnce
 from lightning_spectral.distributed.process_group import Alone
 from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.errors import MeasurementError

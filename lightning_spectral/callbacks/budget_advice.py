@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from lightning_spectral.callbacks.schedule import Budget
+from lightning_spectral.callbacks.time_budget import Budget
 from lightning_spectral.curvature.selection import FEW_SAMPLES
 from lightning_spectral.records.report import SpectralReport
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from lightning_spectral.callbacks.logged import charts
-from lightning_spectral.callbacks.terminal import print_above_bar
+from lightning_spectral.callbacks.log_selection import charts
+from lightning_spectral.callbacks.progress_bar import print_above_bar
 from lightning_spectral.records.report import SpectralReport, evenly
 from lightning_spectral.report import figures
 from lightning_spectral.report.trackers import Row, Tracker, tracker_of
