@@ -254,7 +254,7 @@ def _plan(options: argparse.Namespace) -> int:
     _import_from_here()
     from lightning_spectral.options import Options
     from lightning_spectral.posthoc import plan_model
-    from lightning_spectral.report.planned import print_plan
+    from lightning_spectral.report.terminal.plan_tables import print_plan
 
     try:
         plan = plan_model(
@@ -304,9 +304,9 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from lightning_spectral.report.page import is_page, write_page
-    from lightning_spectral.report.read import read_run
-    from lightning_spectral.report.run import RunError
+    from lightning_spectral.report.page.build import is_page, write_page
+    from lightning_spectral.report.runs.read import read_run
+    from lightning_spectral.report.runs.run import RunError
     from lightning_spectral.report.target import check_target, default_target
 
     inputs = [Path(path) for path in options.run]

@@ -17,7 +17,7 @@ from lightning_spectral.plan.fake_run import weightless
 from lightning_spectral.plan.planner import Plan, plan_quietly
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import run_of, write_page
-from lightning_spectral.report.page import plotly_js
+from lightning_spectral.report.page.build import plotly_js
 from lightning_spectral.sources import Checkpoint, SourceError, build_model, named_loss, read_batches
 
 

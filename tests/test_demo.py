@@ -22,8 +22,8 @@ from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
 from lightning_spectral.records.weight_spectrum import WeightSpectrum
 from lightning_spectral.report import kind_table, layer_table, print_report
-from lightning_spectral.report.cells import WHOLE_WIDTH, width_for
-from lightning_spectral.report.requested import REQUESTED
+from lightning_spectral.report.terminal.formatting import WHOLE_WIDTH, width_for
+from lightning_spectral.report.terminal.optional_tables import REQUESTED
 
 
 def wandb_summary(run):

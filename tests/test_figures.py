@@ -15,12 +15,12 @@ from lightning_spectral import fit_rank_models, spectral_transfer, zeta_bound
 from lightning_spectral.analysis import trusted
 from lightning_spectral.layers.kinds import KINDS
 from lightning_spectral.report import figures
-from lightning_spectral.report.figures.band import line_and_band, student_quantile
-from lightning_spectral.report.figures.heat import MISSING, NEGATIVE, heat
+from lightning_spectral.report.figures.confidence_band import line_and_band, student_quantile
+from lightning_spectral.report.figures.heatmap import MISSING, NEGATIVE, heat
 from lightning_spectral.report.figures.panels import MAX_PANELS, choose_layers, model_curve, rank_values
 from lightning_spectral.report.figures.style import KIND_STYLE, MODEL_STYLE, OTHER_STYLE
 from lightning_spectral.report.figures.ticks import log_ticks, short_name
-from lightning_spectral.report.figures.transfer import sigma_hat
+from lightning_spectral.report.figures.transfer_functions import sigma_hat
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -29,8 +29,8 @@ from lightning_spectral.callbacks import report_writer as outputs
 from lightning_spectral.callbacks.log_selection import PROBE_KEYS, Logged, charts
 from lightning_spectral.callbacks.report_writer import alpha_by_depth
 from lightning_spectral.report import RunError, read_run
-from lightning_spectral.report.layer_tables import wandb_tables
-from lightning_spectral.report.read import wandb_records
+from lightning_spectral.report.runs.layer_tables import wandb_tables
+from lightning_spectral.report.runs.read import wandb_records
 from lightning_spectral.report.trackers import Row, tracker_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")

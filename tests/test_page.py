@@ -17,8 +17,8 @@ from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS
 from lightning_spectral.records.report import SpectralReport, evenly
 from lightning_spectral.report import RunError, run_of, write_page
-from lightning_spectral.report.page import PAGE_BYTES, is_page, page, page_data, plotly_js, script_json
-from lightning_spectral.report.run import Probe, Run
+from lightning_spectral.report.page.build import PAGE_BYTES, is_page, page, page_data, plotly_js, script_json
+from lightning_spectral.report.runs.run import Probe, Run
 from lightning_spectral.summary import summary
 
 HOSTILE = [

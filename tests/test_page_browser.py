@@ -14,7 +14,7 @@ from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
 from lightning_spectral.records.weight_spectrum import WeightSpectrum
 from lightning_spectral.report import read_run, run_of, write_page
-from lightning_spectral.report.run import Probe, Run
+from lightning_spectral.report.runs.run import Probe, Run
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None, reason="no Chromium or Chrome on PATH (or in the variable CHROMIUM)"

@@ -23,7 +23,7 @@ from lightning_spectral.plan.cost_model import directions_of, parts_of, sketch_p
 from lightning_spectral.plan.fake_run import traced, weightless
 from lightning_spectral.plan.planner import plan_spectra
 from lightning_spectral.posthoc import plan_model, shaped_batch
-from lightning_spectral.report.planned import print_plan
+from lightning_spectral.report.terminal.plan_tables import print_plan
 from lightning_spectral.sources import SourceError
 
 K = 3

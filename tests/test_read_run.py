@@ -20,7 +20,7 @@ from lightning_spectral import SpectralProbe
 from lightning_spectral.cli import main
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS
 from lightning_spectral.report import RunError, read_run, run_of
-from lightning_spectral.report.page import page_data
+from lightning_spectral.report.page.build import page_data
 from lightning_spectral.report.trackers import CSVTracker, Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")

@@ -29,7 +29,7 @@ from lightning_spectral.options import Options
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS
 from lightning_spectral.records.report import REPORT_KEYS
 from lightning_spectral.report import figures
-from lightning_spectral.report.table import CAPTION
+from lightning_spectral.report.terminal.tables import CAPTION
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

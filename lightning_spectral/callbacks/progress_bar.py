@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.cells import width_for
-from lightning_spectral.report.table import print_report
+from lightning_spectral.report.terminal.formatting import width_for
+from lightning_spectral.report.terminal.tables import print_report
 
 
 def print_above_bar(trainer: Any, report: SpectralReport, title: str, layers: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import print_report, run_of, write_page
-from lightning_spectral.report.page import plotly_js
+from lightning_spectral.report.page.build import plotly_js
 from lightning_spectral.report.trackers import offline_wandb_run
 
 

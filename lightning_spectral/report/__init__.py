@@ -1,8 +1,8 @@
 """Reports for people: tables in the terminal, and a page for a browser."""
 
-from lightning_spectral.report.page import write_page
-from lightning_spectral.report.read import read_run, run_of
-from lightning_spectral.report.run import RunError
-from lightning_spectral.report.table import kind_table, layer_table, print_report
+from lightning_spectral.report.page.build import write_page
+from lightning_spectral.report.runs.read import read_run, run_of
+from lightning_spectral.report.runs.run import RunError
+from lightning_spectral.report.terminal.tables import kind_table, layer_table, print_report
 
 __all__ = ["RunError", "kind_table", "layer_table", "print_report", "read_run", "run_of", "write_page"]

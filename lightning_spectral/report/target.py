@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_spectral.report.run import RunError
+from lightning_spectral.report.runs.run import RunError
 
 
 def check_target(path: Path) -> None:

@@ -14,8 +14,8 @@ from lightning_spectral.layers.display_names import brief
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport, evenly
-from lightning_spectral.report.figures.band import fitted_points, line_and_band
-from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle, mark_handle, patch_handle
+from lightning_spectral.report.figures.confidence_band import fitted_points, line_and_band
+from lightning_spectral.report.figures.legends import kind_handles, legend, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
     EDGE,
     MODEL_STYLE,

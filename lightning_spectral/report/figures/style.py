@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.ticks import literal
-from lightning_spectral.report.table import method_of
+from lightning_spectral.report.terminal.tables import method_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,11 +20,11 @@ import torch
 from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.errors import refused, some_of
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.found import Found, find, short_names
-from lightning_spectral.report.joined import check_networks, in_order
-from lightning_spectral.report.layer_tables import csv_tables, wandb_tables, with_tables
-from lightning_spectral.report.rows import choose, logged, probe_in
-from lightning_spectral.report.run import Probe, Reading, Run, RunError
+from lightning_spectral.report.runs.discover import Found, find, short_names
+from lightning_spectral.report.runs.layer_tables import csv_tables, wandb_tables, with_tables
+from lightning_spectral.report.runs.log_rows import choose, logged, probe_in
+from lightning_spectral.report.runs.merge import check_networks, in_order
+from lightning_spectral.report.runs.run import Probe, Reading, Run, RunError
 from lightning_spectral.report.trackers import STEP
 
 

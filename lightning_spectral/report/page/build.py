@@ -19,7 +19,7 @@ from lightning_spectral.errors import by_cause
 from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS, LayerSpectrum, LoggedKey
 from lightning_spectral.records.report import SpectralReport, evenly
-from lightning_spectral.report.run import LayerFacts, Probe, Run, RunError
+from lightning_spectral.report.runs.run import LayerFacts, Probe, Run, RunError
 from lightning_spectral.summary import summary, summary_over_training
 
 PAGE_BYTES = 6_000_000

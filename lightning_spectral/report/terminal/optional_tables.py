@@ -12,7 +12,16 @@ from lightning_spectral.analysis import trusted
 from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.cells import fixed, left_out, literal, new_table, percent, printable, short, that_fit
+from lightning_spectral.report.terminal.formatting import (
+    fixed,
+    left_out,
+    literal,
+    new_table,
+    percent,
+    printable,
+    short,
+    that_fit,
+)
 
 NAME_LEAST = 12
 """Characters of a layer's name that are worth more than another column; the first table has more of it."""

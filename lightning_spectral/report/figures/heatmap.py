@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.figures.keys import legend, patch_handle
+from lightning_spectral.report.figures.legends import legend, patch_handle
 from lightning_spectral.report.figures.style import WIDTH, canvas, ground, one_report, title
 from lightning_spectral.report.figures.ticks import LINE, name_ticks, whole_numbers
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.errors import some_of
 from lightning_spectral.records.report import FORMAT
-from lightning_spectral.report.run import RunError
+from lightning_spectral.report.runs.run import RunError
 
 READABLE = (
     "a CSVLogger's folder or metrics.csv, an offline W&B run's folder or .wandb file, a TensorBoardLogger's folder or "

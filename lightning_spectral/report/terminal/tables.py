@@ -12,7 +12,7 @@ from lightning_spectral.analysis import DOUBTFUL, compare_kinds, trusted
 from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.cells import (
+from lightning_spectral.report.terminal.formatting import (
     WHOLE_WIDTH,
     fixed,
     left_out,
@@ -23,7 +23,7 @@ from lightning_spectral.report.cells import (
     that_fit,
     width_for,
 )
-from lightning_spectral.report.requested import requested_of
+from lightning_spectral.report.terminal.optional_tables import requested_of
 
 CAPTION = (
     "h ~ sigma^alpha, sigma ~ k^-gamma, h ~ rank^-s; error: |s - α·γ| / |s|; PR_h: directions that carry h, zeta: its "

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_spectral.errors import some_of
-from lightning_spectral.report.found import natural
-from lightning_spectral.report.layer_tables import QUANTITIES
-from lightning_spectral.report.run import Probe, RunError
+from lightning_spectral.report.runs.discover import natural
+from lightning_spectral.report.runs.layer_tables import QUANTITIES
+from lightning_spectral.report.runs.run import Probe, RunError
 
 MARK = "layers_measured"
 """Every probe logs it, so that the keys that end in it tell the prefixes in a log."""

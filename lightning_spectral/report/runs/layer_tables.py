@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS
-from lightning_spectral.report.run import LayerFacts, Probe, RunError
+from lightning_spectral.report.runs.run import LayerFacts, Probe, RunError
 
 QUANTITIES = frozenset(key.name for key in LAYER_KEYS)
 QUARTERS = ("alpha_q1", "alpha_q2", "alpha_q3", "alpha_q4")

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_spectral.optim.transfer import check_transfer, transfer
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.figures.keys import kind_handles, legend, line_handle
+from lightning_spectral.report.figures.legends import kind_handles, legend, line_handle
 from lightning_spectral.report.figures.style import (
     WIDTH,
     canvas,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lightning_spectral.report.run import Probe, Reading, RunError
+from lightning_spectral.report.runs.run import Probe, Reading, RunError
 
 SAME = 1e-5
 """Relative difference up to which two figures are one: TensorBoard keeps float32."""

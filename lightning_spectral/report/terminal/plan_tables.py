@@ -12,7 +12,7 @@ from lightning_spectral.errors import by_cause, some_of
 from lightning_spectral.plan.cost_estimate import Cost
 from lightning_spectral.plan.cost_model import FACTOR
 from lightning_spectral.plan.planner import Plan
-from lightning_spectral.report.cells import literal
+from lightning_spectral.report.terminal.formatting import literal
 
 PLAN_WIDTH = 100
 """Width that the tables need."""
