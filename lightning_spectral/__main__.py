@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_spectral.cli import main
+from lightning_spectral.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

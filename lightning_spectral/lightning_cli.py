@@ -15,8 +15,8 @@ import yaml
 # The command line knows the short names of classes that are imported.
 from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import lightning_cli, package_of
+from lightning_spectral.cli.checkpoints import imported, loaded
 from lightning_spectral.optim.spectral_newton import SpectralNewton
-from lightning_spectral.sources import imported, loaded
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI as _LightningCLI

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from lightning_spectral import SpectralReport, measure_spectra
-from lightning_spectral.cli import LOSSES_TOLD, METHODS, OPTIONS, main
+from lightning_spectral.cli.checkpoints import Checkpoint, SourceError, build_model, imported, named_loss, read_batches
+from lightning_spectral.cli.commands import LOSSES_TOLD, METHODS, OPTIONS, main
 from lightning_spectral.curvature import METHODS as KNOWN_METHODS
 from lightning_spectral.curvature.selection import FEW_SAMPLES
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 from lightning_spectral.options import Options
-from lightning_spectral.sources import Checkpoint, SourceError, build_model, imported, named_loss, read_batches
 
 NETS = """
 import pytorch_lightning as pl
@@ -416,7 +416,7 @@ def test_a_traceback_on_request(nets):
 
 
 def test_the_installed_command_says_one_line_and_finds_modules_where_it_is_run(nets, tmp_path):
-    code = "import sys; from lightning_spectral.cli import main; sys.argv[0] = 'lightning-spectral'; sys.exit(main())"
+    code = "import sys; from lightning_spectral.cli.commands import main; sys.argv[0] = 'lightning-spectral'; sys.exit(main())"
     for arguments, status in ((["--checkpoint=none.ckpt"], 2), ([], 0)):
         command = [sys.executable, "-P", "-c", code, *BASE, "--loss=cross_entropy", *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

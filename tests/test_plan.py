@@ -14,7 +14,9 @@ from rich.console import Console
 from torch import nn
 
 from lightning_spectral import MeasurementError, measure_spectra
-from lightning_spectral.cli import main
+from lightning_spectral.cli.checkpoints import SourceError
+from lightning_spectral.cli.commands import main
+from lightning_spectral.cli.measure_command import plan_model, shaped_batch
 from lightning_spectral.curvature import exact, sketch
 from lightning_spectral.curvature import gauss_newton as ggn
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
@@ -22,9 +24,7 @@ from lightning_spectral.layers.matrices import MatrixLayer, find_layers
 from lightning_spectral.plan.cost_model import directions_of, parts_of, sketch_products
 from lightning_spectral.plan.fake_run import traced, weightless
 from lightning_spectral.plan.planner import plan_spectra
-from lightning_spectral.posthoc import plan_model, shaped_batch
 from lightning_spectral.report.terminal.plan_tables import print_plan
-from lightning_spectral.sources import SourceError
 
 K = 3
 """Directions that every gradient of the cases has above its noise floor."""

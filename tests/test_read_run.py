@@ -17,7 +17,7 @@ from reports import dead, layer, report
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralProbe
-from lightning_spectral.cli import main
+from lightning_spectral.cli.commands import main
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS
 from lightning_spectral.report import RunError, read_run, run_of
 from lightning_spectral.report.page.build import page_data

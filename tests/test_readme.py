@@ -24,7 +24,7 @@ from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
 from lightning_spectral.callbacks.alpha_transfer import ALPHA_KEY
 from lightning_spectral.callbacks.log_selection import LOGGED_LAYERS, PROBE_KEYS, Logged, charts
 from lightning_spectral.callbacks.report_writer import FIGURES
-from lightning_spectral.cli import main
+from lightning_spectral.cli.commands import main
 from lightning_spectral.options import Options
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS
 from lightning_spectral.records.report import REPORT_KEYS

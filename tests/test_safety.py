@@ -16,7 +16,7 @@ from reports import layer, report
 from rich.console import Console
 
 import lightning_spectral
-from lightning_spectral.cli import main
+from lightning_spectral.cli.commands import main
 from lightning_spectral.report import figures, print_report
 from lightning_spectral.report.trackers import Row, tracker_of
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_spectral.cli.checkpoints import Checkpoint, SourceError, build_model, named_loss, read_batches
 from lightning_spectral.errors import first_line
 from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.measure import measure_quietly
@@ -18,7 +19,6 @@ from lightning_spectral.plan.planner import Plan, plan_quietly
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import run_of, write_page
 from lightning_spectral.report.page.build import plotly_js
-from lightning_spectral.sources import Checkpoint, SourceError, build_model, named_loss, read_batches
 
 
 def measure_checkpoint(
@@ -37,12 +37,12 @@ def measure_checkpoint(
     """Build a model, load its weights, and measure it.
 
     Args:
-        model: import path, see `lightning_spectral.sources.build_model`.
-        data: import path, see `lightning_spectral.sources.read_batches`.
-        loss: name of a loss, see `lightning_spectral.sources.named_loss`; None: the module's ``spectral_loss`` or
+        model: import path, see `lightning_spectral.cli.checkpoints.build_model`.
+        data: import path, see `lightning_spectral.cli.checkpoints.read_batches`.
+        loss: name of a loss, see `lightning_spectral.cli.checkpoints.named_loss`; None: the module's ``spectral_loss`` or
             ``training_step``.
         checkpoint: file of a Lightning checkpoint or a state dict; None: the weights stay as they are.
-        prefix, strict: see `lightning_spectral.sources.Checkpoint.load_into`.
+        prefix, strict: see `lightning_spectral.cli.checkpoints.Checkpoint.load_into`.
         n_batches: average over so many batches.
         device: such as "cpu" or "cuda:1"; "auto": "cuda" where there is one.
         seed: of whatever is random in the model, the data and the measurement.

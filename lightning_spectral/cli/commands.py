@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning_spectral
-from lightning_spectral.command import Parser, in_options
+from lightning_spectral.cli.parser import Parser, in_options
 
 LIGHTNING_COMMANDS = {
     "fit": "train a LightningModule from a configuration (a LightningCLI with this package's parts)",
@@ -179,8 +179,8 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(options: argparse.Namespace) -> int:
     _import_from_here()
+    from lightning_spectral.cli.measure_command import check_folder, check_page, measure_checkpoint, write_report
     from lightning_spectral.options import Options
-    from lightning_spectral.posthoc import check_folder, check_page, measure_checkpoint, write_report
     from lightning_spectral.report import print_report
 
     try:
@@ -252,8 +252,8 @@ def _add_plan(commands: Any) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     _import_from_here()
+    from lightning_spectral.cli.measure_command import plan_model
     from lightning_spectral.options import Options
-    from lightning_spectral.posthoc import plan_model
     from lightning_spectral.report.terminal.plan_tables import print_plan
 
     try:
@@ -304,10 +304,10 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from lightning_spectral.cli.page_path import check_target, default_target
     from lightning_spectral.report.page.build import is_page, write_page
     from lightning_spectral.report.runs.read import read_run
     from lightning_spectral.report.runs.run import RunError
-    from lightning_spectral.report.target import check_target, default_target
 
     inputs = [Path(path) for path in options.run]
     target = default_target(inputs) if options.output is None else Path(options.output)
@@ -357,8 +357,8 @@ def _lightning(arguments: Sequence[str], *, from_command_line: bool) -> int:
     if missing := jsonargparse_missing():
         print(f"lightning-spectral {arguments[0]}: {missing}", file=sys.stderr)
         return 2
+    from lightning_spectral.cli.checkpoints import SourceError
     from lightning_spectral.lightning_cli import run
-    from lightning_spectral.sources import SourceError
 
     try:
         run(arguments, from_command_line=from_command_line)
