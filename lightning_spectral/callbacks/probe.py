@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral.callbacks._lightning import (
     AnyCallback,
     optimizer_steps,
@@ -27,7 +28,6 @@ from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.time_budget import Budget
 from lightning_spectral.callbacks.warn_once import WarnOnce
 from lightning_spectral.distributed.process_group import Alone
-from lightning_spectral.encoding import UNREADABLE
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.isolation.sandbox import Mode, Precision, synchronize

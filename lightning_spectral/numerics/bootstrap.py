@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.encoding import number
+from lightning_spectral._serialization import number
 from lightning_spectral.numerics.power_law import MIN_POINTS
 
 LEVEL = 0.95

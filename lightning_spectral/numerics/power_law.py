@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_spectral.encoding import checked, number, numbers
+from lightning_spectral._serialization import checked, number, numbers
 
 RankModel = Literal["power_law", "exponential", "lognormal"]
 

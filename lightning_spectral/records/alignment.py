@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.encoding import number, numbers
+from lightning_spectral._serialization import number, numbers
 from lightning_spectral.numerics.power_law import PowerLawFit, fit_power_law, with_ordinate_errors
 
 TENSORS = ("lambda_delta", "lambda_a", "rho_delta", "rho_a", "phi_k", "h_kron", "chi", "concentration")

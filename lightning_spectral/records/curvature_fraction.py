@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.encoding import numbers
+from lightning_spectral._serialization import numbers
 
 
 @dataclass(frozen=True)

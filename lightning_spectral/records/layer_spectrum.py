@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.encoding import checked, number, numbers, plain
+from lightning_spectral._serialization import checked, number, numbers, plain
 from lightning_spectral.numerics.bootstrap import Intervals, exponent_intervals
 from lightning_spectral.numerics.power_law import (
     MIN_POINTS,

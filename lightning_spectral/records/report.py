@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_spectral.encoding import checked, number, plain
+from lightning_spectral._serialization import checked, number, plain
 from lightning_spectral.errors import by_cause
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS, LayerSpectrum

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.encoding import number
+from lightning_spectral._serialization import number
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.power_law import PowerLawFit, fit_rank_decay, noise_floor
 from lightning_spectral.numerics.svd import singular_values

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lightning_spectral.encoding import UNREADABLE
+from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral.errors import some_of
 from lightning_spectral.records.report import FORMAT
 from lightning_spectral.report.runs.run import RunError

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_spectral.encoding import UNREADABLE
+from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS
 from lightning_spectral.report.runs.run import LayerFacts, Probe, RunError
 

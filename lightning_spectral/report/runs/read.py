@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_spectral.encoding import UNREADABLE
+from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral.errors import refused, some_of
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.discover import Found, find, short_names
