@@ -23,7 +23,7 @@ test: $(READY)
 
 # Random networks, losses and options against dense Hessians, others each time: a few minutes. For each night.
 fuzz: $(READY)
-	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/test_fuzz.py --hypothesis-show-statistics
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/property/test_fuzz.py --hypothesis-show-statistics
 
 # The same with the oldest versions that pyproject.toml allows, but for torch.
 test-oldest:
@@ -48,9 +48,9 @@ ablation: $(READY)
 paper: $(READY)
 	$(BIN)/python examples/paper/run.py
 
-# The pictures that tests/test_figure_images.py compares with. Look at them before committing them.
+# The pictures that tests/unit/report/test_figure_images.py compares with. Look at them before committing them.
 baselines: $(READY)
-	$(BIN)/python tests/test_figure_images.py
+	$(BIN)/python tests/unit/report/test_figure_images.py
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

@@ -11,7 +11,7 @@ While it trains, a network is measured by `SpectralProbe`, once by `measure_spec
 - `lightning_spectral.summary` and `lightning_spectral.analysis`: what a report says, in sentences and as records.
 - `lightning_spectral.functional`: losses of `torch.nn.functional` by name, as the command `measure` takes them.
 - `lightning_spectral.lightning_cli`: a LightningCLI that gives an optimizer the model's groups.
-- `lightning_spectral.plan.planner`: what a measurement would do and cost, without doing it.
+- `lightning_spectral.plan`: what a measurement would do and cost, without doing it.
 - `lightning_spectral.options`: the options that the probe and `measure_spectra` share.
 
 Formulas are written as the code has them: sigma_k is an index, a^b a power, and log the natural logarithm.

@@ -12,8 +12,9 @@ from torch.distributed import fsdp
 torch.set_num_threads(1)
 
 SHARDED = [
-    "gathered_steps.py", "jointly.py", "sharded_steps.py", "shared_in_lightning.py", "test_gathering.py",
-    "test_processes.py", "test_shards_benchmark.py", "test_shared_steps.py",
+    "helpers/gathered_steps.py", "helpers/jointly.py", "helpers/sharded_steps.py", "helpers/shared_in_lightning.py",
+    "distributed/test_gathering.py", "distributed/test_processes.py", "distributed/test_shared_steps.py",
+    "examples/test_shards_benchmark.py",
 ]  # fmt: skip
 collect_ignore = [] if hasattr(fsdp, "fully_shard") else SHARDED
 

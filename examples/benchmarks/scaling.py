@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import SpectralProbe, fit_power_law, measure_spectra
 from lightning_spectral.demo.networks import CharacterGPT, ResidualBlock
-from lightning_spectral.plan.planner import plan_spectra
+from lightning_spectral.plan import plan_spectra
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

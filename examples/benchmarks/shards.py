@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_spectral import measure_spectra
-from lightning_spectral.plan.planner import plan_spectra
+from lightning_spectral.plan import plan_spectra
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

@@ -39,7 +39,7 @@ def measure_checkpoint(
     Args:
         model: import path, see `lightning_spectral.cli.checkpoints.build_model`.
         data: import path, see `lightning_spectral.cli.checkpoints.read_batches`.
-        loss: name of a loss, see `lightning_spectral.cli.checkpoints.named_loss`; None: the module's ``spectral_loss`` or
+        loss: name of a loss, see `named_loss`; None: the module's ``spectral_loss`` or
             ``training_step``.
         checkpoint: file of a Lightning checkpoint or a state dict; None: the weights stay as they are.
         prefix, strict: see `lightning_spectral.cli.checkpoints.Checkpoint.load_into`.

@@ -26,8 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_spectral.curvature import DryProblem, Problem, Structure
-from lightning_spectral.curvature import static_analysis as structure
+from lightning_spectral.curvature import DryProblem, Problem, Structure, structure
 from lightning_spectral.errors import MeasurementError, first_line
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, map_leaves
 from lightning_spectral.isolation.module_copy import Copier

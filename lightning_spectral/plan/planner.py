@@ -121,7 +121,7 @@ def plan_spectra(
     """What `measure_spectra` with these options would do and cost, without memory for the network or a pass over it.
 
     Time is in training steps: forward and backward passes in float32 on the batch, without the optimizer. With c_i
-    passes of sort i, which take s_i steps each (`lightning_spectral.plan.cost_model.steps_at`), a share r of the batch's samples
+    passes of sort i, which take s_i steps each (`steps_at`), a share r of the batch's samples
     measured, and F the FLOPs of a step,
 
         steps = n_batches * r * sum_i c_i s_i + (FLOPs of singular triplets and Kronecker factors) / F.

@@ -303,4 +303,4 @@ def _short(value: float) -> float | int | str | None:
 
 
 def _asset(name: str) -> str:
-    return (files("lightning_spectral.report") / "assets" / name).read_text(encoding="utf-8")
+    return (files("lightning_spectral.report.page") / "assets" / name).read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ from lightning_spectral.report.figures.transfer_functions import sigma_hat
 
 matplotlib = pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
 ONE = {

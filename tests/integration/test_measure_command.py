@@ -416,7 +416,7 @@ def test_a_traceback_on_request(nets):
 
 
 def test_the_installed_command_says_one_line_and_finds_modules_where_it_is_run(nets, tmp_path):
-    code = "import sys; from lightning_spectral.cli.commands import main; sys.argv[0] = 'lightning-spectral'; sys.exit(main())"
+    code = "import sys; from lightning_spectral.cli import main; sys.argv[0] = 'lightning-spectral'; sys.exit(main())"
     for arguments, status in ((["--checkpoint=none.ckpt"], 2), ([], 0)):
         command = [sys.executable, "-P", "-c", code, *BASE, "--loss=cross_entropy", *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -199,7 +199,7 @@ def run_two(folder, train):
     """What each of two processes leaves in `result` after these lines, and its weights."""
     folder.mkdir()
     script = folder / "train.py"
-    begin = BEGIN.format(tests=str(Path(__file__).parent), folder=str(folder))
+    begin = BEGIN.format(tests=str(Path(cases.__file__).parent), folder=str(folder))
     script.write_text(textwrap.dedent(begin + train + END))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(script)]

@@ -18,7 +18,8 @@ np = pytest.importorskip("numpy")
 BASELINE = Path(__file__).parent / "baseline"
 
 # Versions of matplotlib place and draw text differently, by more than a wrong colour makes.
-DRAWN_WITH = re.search(r"^matplotlib==(\d+\.\d+)", (BASELINE.parents[1] / "constraints.txt").read_text(), re.MULTILINE)[
+CONSTRAINTS = Path(__file__).parents[3] / "constraints.txt"
+DRAWN_WITH = re.search(r"^matplotlib==(\d+\.\d+)", CONSTRAINTS.read_text(), re.MULTILINE)[1] / "constraints.txt").read_text(), re.MULTILINE)[
     1
 ]
 same_version = pytest.mark.skipif(

@@ -263,7 +263,7 @@ def test_the_command_runs_the_package_that_the_model_is_of(package, capsys):
 
 @pytest.mark.parametrize("package", PACKAGES[1:], indirect=True)
 def test_the_installed_command_finds_modules_where_it_is_run(package, tmp_path):
-    code = "import sys; from lightning_spectral.cli.commands import main; sys.argv[0] = 'lightning-spectral'; sys.exit(main())"
+    code = "import sys; from lightning_spectral.cli import main; sys.argv[0] = 'lightning-spectral'; sys.exit(main())"
     arguments = [*words(package), "--optimizer=SpectralNewton", "--trainer.callbacks+=words.Tell"]
     # Without -c's entry for the current folder, as a console script.
     done = subprocess.run(

@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.paper import archives, imagenet  # noqa: E402

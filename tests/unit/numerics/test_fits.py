@@ -12,7 +12,7 @@ from lightning_spectral import fit_power_law, fit_rank_decay, fit_rank_models, p
 from lightning_spectral.numerics.power_law import directions_holding, entropy_rank
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
-PAPER = Path(os.environ.get("PAPER_RESULTS", Path(__file__).parents[2] / "shared" / "paper-results"))
+PAPER = Path(os.environ.get("PAPER_RESULTS", Path(__file__).parents[4] / "shared" / "paper-results"))
 needs_paper = pytest.mark.skipif(
     not PAPER.is_dir(), reason=f"the paper's data files are not in {PAPER}; PAPER_RESULTS names their folder"
 )

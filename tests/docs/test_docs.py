@@ -10,7 +10,7 @@ import pytest
 import lightning_spectral
 
 pytest.importorskip("pdoc", reason="the pages need pdoc: pip install lightning-spectral[docs]")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_pages_hold_every_public_name_and_whole_formulas(tmp_path):

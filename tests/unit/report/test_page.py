@@ -222,7 +222,7 @@ def test_evenly_keeps_the_ends():
 
 
 def test_every_place_in_the_template_is_filled_and_every_element_is_there():
-    folder = files("lightning_spectral.report") / "assets"
+    folder = files("lightning_spectral.report.page") / "assets"
     template = (folder / "page.html").read_text(encoding="utf-8")
     wanted = set(re.findall(r'get\("([\w-]+)"\)', (folder / "page.js").read_text(encoding="utf-8")))
     assert wanted <= set(re.findall(r' id="([\w-]+)"', template))

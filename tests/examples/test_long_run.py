@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import CSVLogger
 from lightning_spectral import SpectralProbe
 from lightning_spectral.curvature import Problem
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from examples.benchmarks.long_run import MOST_GROWTH, RUNS, Watch, train  # noqa: E402
 

@@ -37,7 +37,7 @@ ALIGNMENT_KEYS = [key for key in LAYER_KEYS if key.part == "alignment"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
-PAPER = Path(os.environ.get("PAPER_RESULTS", Path(__file__).parents[2] / "shared" / "paper-results"))
+PAPER = Path(os.environ.get("PAPER_RESULTS", Path(__file__).parents[4] / "shared" / "paper-results"))
 TIED = "it is used 2 times"
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lightning_spectral import SpectralNewton, SpectralProbe
 from lightning_spectral.layers.matrices import find_layers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.paper import networks  # noqa: E402

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_spectral import SpectralNewton
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.ablation.peers import LayerRateAdamW, MuonWithAdamW  # noqa: E402

@@ -31,7 +31,7 @@ from lightning_spectral.records.report import REPORT_KEYS
 from lightning_spectral.report import figures
 from lightning_spectral.report.terminal.tables import CAPTION
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
