@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-
 import torch
-
-NAMES_SHOWN = 6
-"""How many layers a message names."""
 
 
 class MeasurementError(RuntimeError):
@@ -46,45 +40,3 @@ def text_of(error: BaseException) -> str:
         return str(error)
     except Exception:
         return ""
-
-
-def refused(error: BaseException) -> str:
-    """What torch.load with weights_only=True would not read, without its advice to execute it; else nothing.
-
-    >>> refused(ValueError("Do that. WeightsUnpickler error: Unsupported global: GLOBAL os.system was not an allowed"))
-    'it holds os.system, which is code'
-    >>> refused(ValueError("no such file"))
-    ''
-    """
-    if "WeightsUnpickler error" not in str(error) and type(error).__name__ != "UnpicklingError":
-        return ""
-    code = re.search(r"\bGLOBAL (\S+)", str(error))
-    return f"it holds {code[1]}, which is code" if code else "its bytes are not those of a checkpoint"
-
-
-def by_cause(failed: Mapping[str, str]) -> list[str]:
-    """A line per cause that names the layers it struck.
-
-    >>> by_cause({"a": "frozen", "b": "dead", "c": "frozen"})
-    ['a, c: frozen', 'b: dead']
-    """
-    layers: dict[str, list[str]] = {}
-    for name, why in failed.items():
-        layers.setdefault(why, []).append(name)
-    return [f"{some_of(names)}: {why}" for why, names in layers.items()]
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first names, and how many more there are.
-
-    >>> some_of(list("abcdefgh"))
-    'a, b, c, d, e, f and 2 more'
-    """
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
-
-
-def first_line(error: BaseException) -> str:
-    """The class of an error and the first line of it that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_spectral.curvature import Outlook, measure_by
-from lightning_spectral.distributed.process_group import Alone, Together
-from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning, by_cause
-from lightning_spectral.isolation.sandbox import PRECISIONS, Mode, Precision
+from lightning_spectral._messages import group_by_reason
+from lightning_spectral.curvature import LossProperties, measure_by
+from lightning_spectral.distributed.process_group import DistributedGroup, SingleProcess
+from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, find_layers, matrix_parameters
 from lightning_spectral.measurement.fitting import left_out, spectra_of
@@ -24,7 +24,7 @@ from lightning_spectral.measurement.memory import measure_within_memory
 from lightning_spectral.measurement.setup import Prepared, first_buffers, losses_of, prepared, unwrapped
 from lightning_spectral.measurement.sharded.on_demand_weights import whole_weights
 from lightning_spectral.numerics.svd import SingularTriplets
-from lightning_spectral.options import Options
+from lightning_spectral.options import PRECISIONS, Mode, Options, Precision
 from lightning_spectral.records.report import SpectralReport
 
 if TYPE_CHECKING:
@@ -126,22 +126,22 @@ def measure_spectra(
         curvature_fraction=curvature_fraction,
         alignment=alignment,
     )
-    processes = Alone() if process_group is None else Together(process_group)
-    batches = processes.agreed(lambda: batches_of(batch, n_batches, model))
-    report = measure_quietly(model, batches, options, loss_fn, processes=processes)
+    processes = SingleProcess() if process_group is None else DistributedGroup(process_group)
+    batches = processes.call_everywhere(lambda: batches_of(batch, n_batches, model))
+    report = run_measurement(model, batches, options, loss_fn, processes=processes)
     for text in report.problems():
         warnings.warn(text, SpectralWarning, stacklevel=2)
     return report
 
 
-def measure_quietly(
+def run_measurement(
     model: nn.Module,
     batches: Sequence[Any],
     options: Options,
     loss_fn: LossFunction | None = None,
     *,
     batch_idx: int = 0,
-    processes: Alone | None = None,
+    processes: SingleProcess | None = None,
 ) -> SpectralReport:
     """`measure_spectra` without warnings, for callers that read the report's ``failed`` and ``warnings`` themselves.
 
@@ -153,7 +153,7 @@ def measure_quietly(
         processes: that measure together, each with its own batches, of which there may be none; None: this one alone.
     """
     started = time.perf_counter()
-    processes = processes or Alone()
+    processes = processes or SingleProcess()
     with ExitStack() as stack:
         network = unwrapped(model)
         whole = stack.enter_context(whole_weights(network, processes, PRECISIONS[options.precision]))
@@ -161,24 +161,24 @@ def measure_quietly(
         def begin() -> Prepared:
             return stack.enter_context(prepared(network, batches, options, loss_fn, batch_idx, whole))
 
-        begun = processes.agreed(begin)
+        begun = processes.call_everywhere(begin)
         losses, layers = begun.losses, begun.found.layers
-        told = processes.gathered((list(layers), options.settings))
+        told = processes.all_gather_object((list(layers), options.settings))
         _check_alike(told)
-        sizes = processes.gathered(losses.sizes)
+        sizes = processes.all_gather_object(losses.sizes)
         if not any(size != 0 for of_process in sizes for size in of_process):
             raise MeasurementError(NO_SAMPLE)
-        processes.agreed(partial(begun.take, first_buffers(begun.module, processes)))
+        processes.call_everywhere(partial(begun.take, first_buffers(begun.module, processes)))
         losses.among(sizes, processes.rank)
         measured = measure_within_memory(losses, options, processes)
         failed, curvatures = measured.failed, measured.curvatures
         if len(failed) == len(layers):
             error = SecondDerivativeError if curvatures.failed else MeasurementError
-            raise error("; ".join(by_cause(failed)))
-        mine = processes.agreed(lambda: spectra_of(losses, measured, options, processes))
-        others = {name: spectrum for part in processes.gathered(mine) for name, spectrum in part.items()}
+            raise error("; ".join(group_by_reason(failed)))
+        mine = processes.call_everywhere(lambda: spectra_of(losses, measured, options, processes))
+        others = {name: spectrum for part in processes.all_gather_object(mine) for name, spectrum in part.items()}
         spectra = {name: others[name] for name in layers}
-        notes = list(dict.fromkeys(note for part in processes.gathered(begun.notes) for note in part))
+        notes = list(dict.fromkeys(note for part in processes.all_gather_object(begun.notes) for note in part))
     return SpectralReport(
         layers=spectra,
         skipped=begun.found.skipped,
@@ -262,7 +262,7 @@ def directional_curvature(
                 f"got {tuple(triplets.u.shape)} and {tuple(triplets.v.shape)}"
             )
     with (
-        whole_weights(model, Alone(), PRECISIONS[precision]) as whole_of,
+        whole_weights(model, SingleProcess(), PRECISIONS[precision]) as whole_of,
         losses_of(model, [batch], loss_fn, chosen, mode, precision, whole=whole_of) as (losses, _, _),
     ):
         pieces = losses.whole()
@@ -270,9 +270,9 @@ def directional_curvature(
             raise MeasurementError(NO_SAMPLE)
         measured = measure_by(
             method,
-            lambda: Outlook.of(losses.problem(pieces[0]), directions),
+            lambda: LossProperties.of(losses.problem(pieces[0]), directions),
             lambda m: losses.curvatures(m, pieces, directions),
         )
     if measured.failed:
-        raise SecondDerivativeError("; ".join(by_cause(measured.failed)))
+        raise SecondDerivativeError("; ".join(group_by_reason(measured.failed)))
     return measured.h

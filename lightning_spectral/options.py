@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
-from lightning_spectral.curvature import check_method
-from lightning_spectral.isolation.sandbox import MODES, PRECISIONS, Mode, Precision
+import torch
+
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, check_kinds, check_selection
 from lightning_spectral.numerics.power_law import MIN_POINTS
+
+METHODS = ("auto", "exact", "ggn", "sketch")
+Mode = Literal["eval", "train"]
+MODES: tuple[Mode, ...] = ("eval", "train")
+Precision = Literal["float32", "float64"]
+PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check each of them."""
-        check_method(self.curvature)
+        if self.curvature not in METHODS:
+            raise ValueError(f"curvature must be one of {', '.join(map(repr, METHODS))}, got {self.curvature!r}")
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
         if self.precision not in PRECISIONS:

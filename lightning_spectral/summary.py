@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lightning_spectral._messages import join_names
 from lightning_spectral.analysis import (
     FEWEST_POINTS,
     GOOD_FIT,
@@ -15,7 +16,6 @@ from lightning_spectral.analysis import (
     of_each_layer,
     transfer_identity,
 )
-from lightning_spectral.errors import some_of
 from lightning_spectral.records.report import SpectralReport, median
 
 IDENTITY_HOLDS, IDENTITY_ROUGH = 0.05, 0.15
@@ -88,7 +88,7 @@ def _clouds(layers: Sequence[Exponents]) -> str:
     why = "no straight line in log sigma, and alpha is the slope of a cloud"
     if not all(x.r2 < GOOD_FIT for x in clouds):
         why = "no straight line in log sigma, or its points are too few or too noisy to tell"
-    return f"Not to be trusted: {some_of(bad)}. There log h is {why}."
+    return f"Not to be trusted: {join_names(bad)}. There log h is {why}."
 
 
 def _doubt(x: Exponents) -> str:
@@ -103,7 +103,7 @@ def _unmeasured(layers: Sequence[Exponents]) -> str:
     if not missing:
         return ""
     why = sorted({x.note for x in layers if math.isnan(x.alpha) and x.note})
-    return f"No alpha: {some_of(missing)}" + (f" ({why[0]})." if len(why) == 1 else ".")
+    return f"No alpha: {join_names(missing)}" + (f" ({why[0]})." if len(why) == 1 else ".")
 
 
 def _exponent(layers: Sequence[Exponents]) -> str:
@@ -154,7 +154,7 @@ def _deviation(layers: Sequence[Exponents]) -> str:
         return ""
     # A log tells no kinds, and then all layers are compared.
     of = "their kind" if all(x.kind for x, _ in far) else "all layers"
-    return f"Far from the median of {of} (alpha; the median): {some_of([text for _, text in far])}."
+    return f"Far from the median of {of} (alpha; the median): {join_names([text for _, text in far])}."
 
 
 def _with_error(x: Exponents) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_spectral.distributed.process_group import Alone, Together
+from lightning_spectral.distributed.process_group import DistributedGroup, SingleProcess
 from lightning_spectral.errors import MeasurementError
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
@@ -91,20 +91,20 @@ def to_device(trainer: Any, module: Any, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(before(batch, dataloader_idx=0), dataloader_idx=0)
 
 
-def processes_of(trainer: Any) -> Alone:
+def processes_of(trainer: Any) -> SingleProcess:
     """The processes that train together, each on its part of the batches.
 
     Raises:
         MeasurementError: if they do not talk through torch.distributed.
     """
     if trainer.world_size == 1:
-        return Alone()
+        return SingleProcess()
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise MeasurementError(
             f"{type(trainer.strategy).__name__} has {trainer.world_size} processes that do not talk through "
             "torch.distributed, so that they cannot measure together; train with strategy='ddp'"
         )
-    return Together()
+    return DistributedGroup()
 
 
 def repeats_a_batch(trainer: Any) -> bool:

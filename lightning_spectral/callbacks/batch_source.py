@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_spectral.distributed.process_group import Alone
+from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import HeldBatches, batch_size, take_samples
 from lightning_spectral.measurement.loader_batches import first_batches
@@ -96,7 +96,7 @@ class BatchSource:
         self._held.append(batch)
 
     def batches(
-        self, batch: Any, module: nn.Module, to_device: Callable[[Any], Any], processes: Alone
+        self, batch: Any, module: nn.Module, to_device: Callable[[Any], Any], processes: SingleProcess
     ) -> Sequence[Any] | None:
         """What to measure, None until there are enough.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from lightning_spectral.callbacks.time_budget import Budget
+from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.curvature.selection import FEW_SAMPLES
 from lightning_spectral.records.report import SpectralReport
 
@@ -24,7 +24,7 @@ class Advice:
         warn: tells a text once.
     """
 
-    def __init__(self, budget: Budget, warn: Callable[[str], None]) -> None:
+    def __init__(self, budget: TimeBudget, warn: Callable[[str], None]) -> None:
         self.budget, self.warn = budget, warn
         self.start()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-class Monitored:
+class CallbackMetrics:
     """Keep the last value of each key, and hold it in `trainer.callback_metrics`.
 
     A value that is NaN is left out, and the one before it stays: EarlyStopping ends training at a NaN, and a probe that

@@ -21,22 +21,22 @@ from lightning_spectral.callbacks._lightning import (
 from lightning_spectral.callbacks.alpha_transfer import Fits, alphas_in_use, fits_of, takers, unmeasured, write_alphas
 from lightning_spectral.callbacks.batch_source import BatchChoice, BatchSource
 from lightning_spectral.callbacks.budget_advice import Advice
-from lightning_spectral.callbacks.callback_metrics import Monitored
+from lightning_spectral.callbacks.callback_metrics import CallbackMetrics
 from lightning_spectral.callbacks.log_selection import Logged
-from lightning_spectral.callbacks.report_writer import OutputOptions, Outputs
+from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
 from lightning_spectral.callbacks.swap import SwapOptimizer
-from lightning_spectral.callbacks.time_budget import Budget
+from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.callbacks.warn_once import WarnOnce
-from lightning_spectral.distributed.process_group import Alone
+from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.interrupts import interruption
-from lightning_spectral.isolation.sandbox import Mode, Precision, synchronize
+from lightning_spectral.isolation.sandbox import synchronize
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, NoMatrixError, find_layers
-from lightning_spectral.measure import measure_quietly
+from lightning_spectral.measure import run_measurement
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.optim.spectral_newton import SpectralNewton
-from lightning_spectral.options import Options
+from lightning_spectral.options import Mode, Options, Precision
 from lightning_spectral.records.report import SpectralReport
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class SpectralProbe(AnyCallback):
             alignment=alignment,
         )
         self.every_n_steps = None if every_n_steps is None else _at_least_one("every_n_steps", every_n_steps)
-        self.budget = Budget(max_overhead)
+        self.budget = TimeBudget(max_overhead)
         self.swap = SwapOptimizer() if swap_optimizer else None
         self.source = BatchSource(batch, n_batches, fixed_samples)
         if fixed_samples is not None and max_samples is not None:
@@ -190,9 +190,9 @@ class SpectralProbe(AnyCallback):
         self._warn_once = WarnOnce()
         self.logged = Logged(log_layers, log_quantities, self.options.parts, self._warn_once)
         outputs = OutputOptions(log_figures_every, log_tables, wandb_charts, print_every, print_end)
-        self.outputs = Outputs(prefix, outputs, self.logged.layers, self._warn_once)
+        self.outputs = ReportWriter(prefix, outputs, self.logged.layers, self._warn_once)
         self.advice = Advice(self.budget, self._warn_once)
-        self.monitored = Monitored()
+        self.monitored = CallbackMetrics()
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f"loss_fn must be a callable (module, batch) -> scalar, got {loss_fn!r}")
         self.loss_fn = loss_fn
@@ -200,7 +200,7 @@ class SpectralProbe(AnyCallback):
         self.failed_probes = 0
         self._disabled = False
         self._off = self._without_batches = ""
-        self._processes = Alone()
+        self._processes = SingleProcess()
         self._last_report: SpectralReport | None = None
         self._resumed = False
         self._window: int | None = None
@@ -262,7 +262,7 @@ class SpectralProbe(AnyCallback):
         self._window = None
         self._disabled = False
         self._off = self._without_batches = ""
-        self._processes = Alone()
+        self._processes = SingleProcess()
         self._warn_once.muted = not trainer.is_global_zero
         if not self._resumed:
             self.monitored.values = {}
@@ -305,7 +305,7 @@ class SpectralProbe(AnyCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock, and say which matrices of alpha="probe" are not measured."""
-        for rank, why in enumerate(self._processes.gathered(self._off)):
+        for rank, why in enumerate(self._processes.all_gather_object(self._off)):
             if why and not self._disabled:
                 self._disable(f"process {rank}: {why}")
         if not self._disabled and (missing := unmeasured(takers(trainer), pl_module, self._layers(pl_module))):
@@ -434,7 +434,7 @@ class SpectralProbe(AnyCallback):
 
     def _all_ready(self, ready: bool) -> bool:
         """Whether every process has its batches; where one of them cannot have them, all are off."""
-        told = self._processes.gathered((ready, self._without_batches))
+        told = self._processes.all_gather_object((ready, self._without_batches))
         for rank, (_, why) in enumerate(told):
             if why:
                 where = f"process {rank}: " if len(told) > 1 else ""
@@ -457,7 +457,7 @@ class SpectralProbe(AnyCallback):
         self, trainer: Any, module: Any, batches: Sequence[Any], batch_idx: int, step: int
     ) -> SpectralReport | None:
         try:
-            report = measure_quietly(
+            report = run_measurement(
                 module, batches, self.options, self.loss_fn, batch_idx=batch_idx, processes=self._processes
             )
         except Exception as error:

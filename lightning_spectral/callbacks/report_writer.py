@@ -57,7 +57,7 @@ class OutputOptions:
             raise ImportError('log_figures_every needs matplotlib: pip install "lightning-spectral[plot]"')
 
 
-class Outputs:
+class ReportWriter:
     """Give each report to the loggers of a Trainer and to the terminal, from the first process alone.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Budget:
+class TimeBudget:
     """Space probes so that they take at most a share f of wall time, from the second probe on.
 
     With P the seconds probed so far, W the wall time since the start, c the cost of the last probe and t the time since
@@ -21,7 +21,7 @@ class Budget:
         clock: seconds, from any origin.
 
     >>> now = [0.0]
-    >>> budget = Budget(0.1, clock=lambda: now[0])
+    >>> budget = TimeBudget(0.1, clock=lambda: now[0])
     >>> budget.start(0)
     >>> budget.due(0)
     True

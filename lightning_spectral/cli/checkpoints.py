@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_spectral.errors import first_line, refused, some_of
+from lightning_spectral._messages import first_line, join_names, unpickling_refusal
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 from lightning_spectral.measurement.loader_batches import first_batches
 from lightning_spectral.measurement.loss import LossFunction
@@ -72,7 +72,7 @@ def loaded(path: Path, option: str, remedy: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         # Whatever bytes may raise in torch.load.
-        why = refused(error) or first_line(error)
+        why = unpickling_refusal(error) or first_line(error)
         raise SourceError(
             f"{option} {path}: no checkpoint that loads with weights_only=True ({why}); {remedy}"
         ) from error
@@ -128,7 +128,7 @@ class Checkpoint:
         if key is None and not _is_state(content):
             raise SourceError(
                 f"--checkpoint {path}: no weights under {', '.join(STATES)}; it has "
-                f"{some_of([str(key) for key in content]) or 'nothing'}"
+                f"{join_names([str(key) for key in content]) or 'nothing'}"
             )
         return cls(path, dict(content), key)
 
@@ -151,9 +151,11 @@ class Checkpoint:
         state = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
         own = model.state_dict()
         if prefix and not state:
-            raise SourceError(f"--prefix {prefix}: no name in {self.path} begins so; it has {some_of([*self.state])}")
+            raise SourceError(
+                f"--prefix {prefix}: no name in {self.path} begins so; it has {join_names([*self.state])}"
+            )
         if wrong := _wrong_shapes(own, state):
-            raise SourceError(f"--checkpoint {self.path}: {some_of(wrong)}; is the model of the same size?")
+            raise SourceError(f"--checkpoint {self.path}: {join_names(wrong)}; is the model of the same size?")
         missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
         what = _unmatched(missing, unexpected)
         if what and (strict or len(missing) == len(own)):
@@ -178,7 +180,7 @@ def _wrong_shapes(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]
 
 def _unmatched(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     parts = {"it lacks": missing, "the model lacks": unexpected}
-    return ", and ".join(f"{what} {some_of(names)}" for what, names in parts.items() if names)
+    return ", and ".join(f"{what} {join_names(names)}" for what, names in parts.items() if names)
 
 
 def _remedy(own: Mapping[str, Any], state: Mapping[str, Any], missing: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning_spectral
+from lightning_spectral._version import __version__
 from lightning_spectral.cli.parser import Parser, in_options
 
 LIGHTNING_COMMANDS = {
@@ -57,7 +57,7 @@ the layers, the products and the memory that does not depend on the batch are to
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = Parser("lightning-spectral", description="Curvature exponents of a network in training.")
-    parser.add_argument("--version", action="version", version=lightning_spectral.__version__)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
         "demo",
@@ -214,7 +214,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 def _failed(options: argparse.Namespace, error: Exception) -> int:
     """Say in one line what went wrong: the model, the data and the loss are anyone's code, and raise anything."""
-    from lightning_spectral.errors import first_line
+    from lightning_spectral._messages import first_line
 
     if options.traceback:
         raise error
@@ -358,7 +358,7 @@ def _lightning(arguments: Sequence[str], *, from_command_line: bool) -> int:
         print(f"lightning-spectral {arguments[0]}: {missing}", file=sys.stderr)
         return 2
     from lightning_spectral.cli.checkpoints import SourceError
-    from lightning_spectral.lightning_cli import run
+    from lightning_spectral.cli.lightning import run
 
     try:
         run(arguments, from_command_line=from_command_line)

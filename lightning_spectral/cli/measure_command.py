@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_spectral._messages import first_line
 from lightning_spectral.cli.checkpoints import Checkpoint, SourceError, build_model, named_loss, read_batches
-from lightning_spectral.errors import first_line
 from lightning_spectral.isolation.batch_tree import HeldBatches
-from lightning_spectral.measure import measure_quietly
+from lightning_spectral.measure import run_measurement
 from lightning_spectral.options import Options
 from lightning_spectral.plan.fake_run import weightless
 from lightning_spectral.plan.planner import Plan, plan_quietly
@@ -62,7 +62,7 @@ def measure_checkpoint(
     left_out = "" if saved is None else saved.load_into(network, prefix=prefix, strict=strict)
     chosen = _moved(network, device)
     batches = HeldBatches(read_batches(data, n_batches, network), chosen)
-    report = measure_quietly(network, batches, options or Options(), loss_fn)
+    report = run_measurement(network, batches, options or Options(), loss_fn)
     return (report if saved is None or not saved.place else report.at(**saved.place)), left_out
 
 

@@ -1,37 +1,37 @@
 """Directional curvatures h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T), H the Hessian block of one layer."""
 
-from lightning_spectral.curvature.forward_recorder import TRANSPOSED, Recorder, Use
+from lightning_spectral.curvature.forward_recorder import TRANSPOSED, LayerCall, Recorder
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
 from lightning_spectral.curvature.layer_taps import Tap, groups_of, single_uses
 from lightning_spectral.curvature.output_hessian import LossValue, loss_value
 from lightning_spectral.curvature.problem import (
     Curvature,
     Curvatures,
+    DifferentiableLoss,
     Gradients,
-    Place,
-    Problem,
+    SampleRange,
     accumulation_dtype,
     cause_of,
 )
-from lightning_spectral.curvature.selection import METHODS, Outlook, check_method, measure_by
-from lightning_spectral.curvature.static_analysis import DryProblem, Structure, structure
+from lightning_spectral.curvature.selection import METHODS, LossProperties, check_method, measure_by
+from lightning_spectral.curvature.static_analysis import FakeLoss, Structure, structure
 
 __all__ = [
     "METHODS",
     "TRANSPOSED",
     "Curvature",
     "Curvatures",
-    "DryProblem",
+    "DifferentiableLoss",
+    "FakeLoss",
     "Gradients",
     "HutchinsonTrace",
+    "LayerCall",
+    "LossProperties",
     "LossValue",
-    "Outlook",
-    "Place",
-    "Problem",
     "Recorder",
+    "SampleRange",
     "Structure",
     "Tap",
-    "Use",
     "accumulation_dtype",
     "cause_of",
     "check_method",

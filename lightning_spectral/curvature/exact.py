@@ -7,8 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype, cause_of, unverified
-from lightning_spectral.errors import by_cause, is_out_of_memory
+from lightning_spectral._messages import group_by_reason
+from lightning_spectral.curvature.problem import (
+    Curvatures,
+    DifferentiableLoss,
+    accumulation_dtype,
+    cause_of,
+    unverified,
+)
+from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer, matrix_direction
 from lightning_spectral.numerics.svd import SingularTriplets
 
@@ -20,7 +27,7 @@ class ExactCurvature:
     differentiates_gradients = True
     memory = 4.0
 
-    def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
+    def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure each layer in turn; one that has no second derivative does not stop the others."""
         gradients = problem.gradients(keep_graph=True)
         h, failed = {}, {}
@@ -37,7 +44,7 @@ class ExactCurvature:
                 h[name] = _nothing(triplets)
                 failed[name] = cause_of(error)
         trusted = {name: unverified(gradients.trusted[name]) for name in directions if name in gradients.trusted}
-        return Curvatures(h, self.name, failed, notes=tuple(by_cause(trusted)))
+        return Curvatures(h, self.name, failed, notes=tuple(group_by_reason(trusted)))
 
 
 def _layer(layer: MatrixLayer, leaf: Tensor, gradient: Tensor | None, triplets: SingularTriplets) -> Tensor:

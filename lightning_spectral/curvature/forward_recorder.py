@@ -37,7 +37,7 @@ ARGUMENTS: dict[Function, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Use:
+class LayerCall:
     """One product of a parameter with an activation: z = W a.
 
     Attributes:
@@ -82,7 +82,7 @@ class Trace:
         casts: floating types that the network goes down to by itself on the way to the loss.
     """
 
-    uses: dict[int, list[Use]] = field(default_factory=dict)
+    uses: dict[int, list[LayerCall]] = field(default_factory=dict)
     losses: list[LossCall] = field(default_factory=list)
     hooked: bool = False
     casts: set[torch.dtype] = field(default_factory=set)
@@ -162,7 +162,7 @@ class Recorder(TorchFunctionMode):
         output = output if zero is None else output + zero
         # Taken now: after an operation in place, the tensor stands for what that made of it.
         edge = get_gradient_edge(output) if output.requires_grad else None
-        self.trace.uses.setdefault(id(weight), []).append(Use(func, a, output, edge, given, time_first, zero))
+        self.trace.uses.setdefault(id(weight), []).append(LayerCall(func, a, output, edge, given, time_first, zero))
         return output
 
     @contextmanager

@@ -29,7 +29,7 @@ from lightning_spectral.curvature.layer_taps import (
     tapped,
 )
 from lightning_spectral.curvature.output_hessian import OutputHessian, output_hessian
-from lightning_spectral.curvature.problem import Curvatures, Problem, accumulation_dtype
+from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, accumulation_dtype
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 
@@ -62,7 +62,7 @@ class GGNCurvature:
     differentiates_gradients: bool = False
     memory: float = 2.7
 
-    def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
+    def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure all layers that can be tapped together, and the rest one by one."""
         problem.run()
         outputs = output_hessians(problem)
@@ -143,7 +143,7 @@ class _Moments:
         return (self.deviations / (self.count - 1)).sum(0) / self.count
 
 
-def output_hessians(problem: Problem) -> list[OutputHessian]:
+def output_hessians(problem: DifferentiableLoss) -> list[OutputHessian]:
     """The output Hessian of every known loss that the measured one is made of.
 
     Raises:
@@ -155,7 +155,7 @@ def output_hessians(problem: Problem) -> list[OutputHessian]:
     return [output_hessian(call, weight, samples) for call, weight in zip(used, weights, strict=True)]
 
 
-def known_losses(problem: Problem) -> list[LossCall]:
+def known_losses(problem: DifferentiableLoss) -> list[LossCall]:
     """The calls of known losses that the measured one is made of; read from its graph, and from no value.
 
     Raises:
@@ -202,7 +202,7 @@ def _met(output: OutputHessian, taps: Mapping[str, Tap]) -> set[str]:
     return {name for name, r in moved.items() if r is not None}
 
 
-def not_piecewise_linear(problem: Problem, outputs: Iterable[Tensor], names: Iterable[str]) -> str:
+def not_piecewise_linear(problem: DifferentiableLoss, outputs: Iterable[Tensor], names: Iterable[str]) -> str:
     """Which operations between these layers and the output are not piecewise linear; empty if there is none."""
     leaves = {id(problem.parameters[name]) for name in names}
     found: dict[str, int] = {}

@@ -20,18 +20,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_spectral._messages import group_by_reason
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.layer_taps import Tap, check_samples_apart, half_of, tapped
 from lightning_spectral.curvature.problem import (
     Curvatures,
+    DifferentiableLoss,
     Gradients,
-    Problem,
     accumulation_dtype,
     cause_of,
     unverified,
 )
 from lightning_spectral.curvature.sketch import perturbed
-from lightning_spectral.errors import by_cause, is_out_of_memory
+from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
 
@@ -56,7 +57,7 @@ class HutchinsonTrace:
     differentiates_gradients: bool = False
     memory: float = 6.2
 
-    def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
+    def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """(N,) draws for each layer in ``directions``."""
         problem.run()
         taps, _ = tapped(problem, directions)
@@ -73,7 +74,7 @@ class HutchinsonTrace:
         h = {name: (found | others).get(name, nothing) for name in directions}
         return Curvatures(h, self.name, failed, notes=notes)
 
-    def _by_sample(self, problem: Problem, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
+    def _by_sample(self, problem: DifferentiableLoss, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
         """Signs for each sample, with products in the layers' outputs."""
         if not taps:
             return {}
@@ -103,13 +104,15 @@ class HutchinsonTrace:
         held = float(self.h[name].nansum().abs()) if name in self.h else 1.0
         return 2.0 ** max(-60, min(60, round(-math.log2(held) / 2))) if held else 1.0
 
-    def _whole(self, problem: Problem, names: list[str]) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
+    def _whole(
+        self, problem: DifferentiableLoss, names: list[str]
+    ) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
         """One z for all samples, with products in the weights; where those fail together, for each layer by itself."""
         if not names:
             return {}, {}, ()
         layers = {name: problem.layers[name] for name in names}
         parameters = {name: problem.parameters[name] for name in names}
-        alone = Problem(problem.evaluate, layers, parameters, problem.samples, problem.place)
+        alone = DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples, problem.place)
         gradients = alone.gradients(keep_graph=True)
         failed = {name: gradients.failed[name] for name in names if name in gradients.failed}
         names = [name for name in names if name not in failed]
@@ -127,9 +130,9 @@ class HutchinsonTrace:
                         raise
                     failed[name] = cause_of(failure)
         trusted = {name: unverified(gradients.trusted[name]) for name in found if name in gradients.trusted}
-        return found, failed, tuple(by_cause(trusted))
+        return found, failed, tuple(group_by_reason(trusted))
 
-    def _drawn(self, problem: Problem, gradients: Gradients, names: list[str]) -> dict[str, Tensor]:
+    def _drawn(self, problem: DifferentiableLoss, gradients: Gradients, names: list[str]) -> dict[str, Tensor]:
         layers = {name: problem.layers[name] for name in names}
         leaves = {name: problem.parameters[name] for name in names}
         draws = []
@@ -143,7 +146,7 @@ class HutchinsonTrace:
         return {name: drawn[:, i] for i, name in enumerate(names)}
 
 
-def _generator(seed: int, problem: Problem) -> torch.Generator:
+def _generator(seed: int, problem: DifferentiableLoss) -> torch.Generator:
     # Pieces of a batch draw signs of their own, so that their errors average out.
     return torch.Generator().manual_seed(seed + (problem.place.first if problem.place else 0))
 

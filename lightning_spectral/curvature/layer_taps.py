@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from lightning_spectral._messages import group_by_reason
 from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.exact import ExactCurvature
-from lightning_spectral.curvature.forward_recorder import TRANSPOSED, Use
-from lightning_spectral.curvature.problem import Curvatures, Problem
-from lightning_spectral.errors import MeasurementError, by_cause
+from lightning_spectral.curvature.forward_recorder import TRANSPOSED, LayerCall
+from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
+from lightning_spectral.errors import MeasurementError
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
 
@@ -34,7 +35,7 @@ class Tap:
         shape: of the parameter.
     """
 
-    def __init__(self, layer: MatrixLayer, use: Use, samples: int, shape: torch.Size) -> None:
+    def __init__(self, layer: MatrixLayer, use: LayerCall, samples: int, shape: torch.Size) -> None:
         self.layer, self.use, self.samples, self.shape = layer, use, samples, shape
         self.channels_last = use.function is F.linear
 
@@ -45,7 +46,7 @@ class Tap:
         return self.use.edge
 
     @staticmethod
-    def fits(use: Use, samples: int) -> bool:
+    def fits(use: LayerCall, samples: int) -> bool:
         """Whether the rows of an activation can be told apart by sample."""
         rows = use.output.shape[:-1].numel() if use.function is F.linear else use.output.shape[0]
         by_sample = use.time_first == samples if use.time_first else use.output.shape[0] % samples == 0
@@ -133,7 +134,7 @@ def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
     return triplets.u.abs().argmax(0) // (layer.shape[0] // layer.groups)
 
 
-def single_uses(problem: Problem, names: Iterable[str]) -> tuple[dict[str, Use], dict[str, str]]:
+def single_uses(problem: DifferentiableLoss, names: Iterable[str]) -> tuple[dict[str, LayerCall], dict[str, str]]:
     """The one product that each of these layers took part in, and why others have none or several."""
     root = problem.value.grad_fn
     assert root is not None
@@ -150,7 +151,7 @@ def single_uses(problem: Problem, names: Iterable[str]) -> tuple[dict[str, Use],
     return found, rest
 
 
-def tapped(problem: Problem, names: Iterable[str]) -> tuple[dict[str, Tap], dict[str, str]]:
+def tapped(problem: DifferentiableLoss, names: Iterable[str]) -> tuple[dict[str, Tap], dict[str, str]]:
     """Layers that can be seen through their output, and why the others cannot."""
     uses, rest = single_uses(problem, names)
     taps = {}
@@ -163,7 +164,7 @@ def tapped(problem: Problem, names: Iterable[str]) -> tuple[dict[str, Tap], dict
 
 
 def measured_exactly(
-    problem: Problem, directions: Mapping[str, SingularTriplets], why: Mapping[str, str]
+    problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets], why: Mapping[str, str]
 ) -> Curvatures:
     """Double backward for the layers in ``why``, on a forward pass whose gradients keep their graph."""
     if not why:
@@ -171,9 +172,12 @@ def measured_exactly(
     layers = {name: problem.layers[name] for name in why}
     parameters = {name: problem.parameters[name] for name in why}
     exact = ExactCurvature()(
-        Problem(problem.evaluate, layers, parameters, problem.samples), {name: directions[name] for name in why}
+        DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples),
+        {name: directions[name] for name in why},
     )
-    notes = tuple(by_cause({name: f"measured by double backward, since {reason}" for name, reason in why.items()}))
+    notes = tuple(
+        group_by_reason({name: f"measured by double backward, since {reason}" for name, reason in why.items()})
+    )
     return Curvatures(exact.h, "exact", exact.failed, {}, dict.fromkeys(why, "exact"), notes)
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.curvature.custom_functions import leaves_behind, watch_custom_functions
-from lightning_spectral.curvature.forward_recorder import Recorder, Trace, Use
+from lightning_spectral.curvature.forward_recorder import LayerCall, Recorder, Trace
+from lightning_spectral.curvature.scalar_loss import checked_loss
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.loss import checked_loss
 from lightning_spectral.numerics.svd import SingularTriplets
 
 T = TypeVar("T")
@@ -39,14 +39,14 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class Place:
+class SampleRange:
     """Which of all samples measured a problem's are: the first of them, and how many there are in all."""
 
     first: int
     total: int
 
 
-class Problem:
+class DifferentiableLoss:
     """One loss of one network on one batch, differentiated at most once.
 
     Args:
@@ -63,7 +63,7 @@ class Problem:
         layers: Mapping[str, MatrixLayer],
         parameters: Mapping[str, Tensor],
         samples: int | None = None,
-        place: Place | None = None,
+        place: SampleRange | None = None,
     ) -> None:
         self.evaluate = evaluate
         self.layers = layers
@@ -111,7 +111,7 @@ class Problem:
             return None if value is None else value.detach()
         return torch.autograd.grad(self.value, self.parameters[name], retain_graph=True, allow_unused=True)[0]
 
-    def output_gradients(self, uses: Iterable[Use]) -> dict[int, Tensor | None]:
+    def output_gradients(self, uses: Iterable[LayerCall]) -> dict[int, Tensor | None]:
         """id of a use -> the gradient of the loss in its output; None where it does not depend on that. Given once."""
         edges = {id(use): use.edge for use in uses if use.edge is not None}
         missing = {key: edge for key, edge in edges.items() if key not in self._outputs}
@@ -210,7 +210,7 @@ class Curvature(Protocol):
 
     @property
     def differentiates_gradients(self) -> bool:
-        """Whether `Problem.gradients` must keep its graph."""
+        """Whether `DifferentiableLoss.gradients` must keep its graph."""
         ...
 
     @property
@@ -218,7 +218,7 @@ class Curvature(Protocol):
         """Peak memory of a measurement, in that of a training step on the same samples: what was measured."""
         ...
 
-    def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
+    def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure h_k for each layer in ``directions``, for each of its triplets."""
         ...
 

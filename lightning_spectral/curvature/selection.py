@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, GGNCurvature, not_piecewise_linear, output_hessians
 from lightning_spectral.curvature.layer_taps import tapped
-from lightning_spectral.curvature.problem import Curvature, Curvatures, Problem
+from lightning_spectral.curvature.problem import Curvature, Curvatures, DifferentiableLoss
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -43,7 +43,7 @@ def check_method(name: str) -> Curvature | None:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class LossProperties:
     """What "auto" goes by.
 
     Attributes:
@@ -57,7 +57,7 @@ class Outlook:
     samples: int | None
 
     @classmethod
-    def of(cls, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Outlook:
+    def of(cls, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> LossProperties:
         """Of a loss, of which this may be a piece."""
         problem.run()
         taps, _ = tapped(problem, directions)
@@ -65,7 +65,9 @@ class Outlook:
         return cls(_obstacle(problem, taps), len(taps), samples)
 
 
-def measure_by(name: str, outlook: Callable[[], Outlook], measure: Callable[[Curvature], Curvatures]) -> Curvatures:
+def measure_by(
+    name: str, outlook: Callable[[], LossProperties], measure: Callable[[Curvature], Curvatures]
+) -> Curvatures:
     """Measure by the method of that name.
 
     "auto" is Gauss-Newton where it equals the Hessian, else a sketch where samples do not interact, else double
@@ -120,7 +122,7 @@ class CheckedGGN(GGNCurvature):
         MeasurementError: when called, if it fails its check, or as in `GGNCurvature`.
     """
 
-    def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
+    def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure, and check."""
         found = super().__call__(problem, directions)
         error = _check(problem, directions, found)
@@ -138,7 +140,7 @@ def by_ggn(others: int) -> str:
     return why + (also if others else "")
 
 
-def _obstacle(problem: Problem, names: Iterable[str]) -> str:
+def _obstacle(problem: DifferentiableLoss, names: Iterable[str]) -> str:
     """Why Gauss-Newton is not the Hessian, or cannot be had exactly; empty if it is."""
     try:
         outputs = output_hessians(problem)
@@ -147,7 +149,7 @@ def _obstacle(problem: Problem, names: Iterable[str]) -> str:
     return beyond_ggn(problem, [(output.output, output.columns) for output in outputs], names)
 
 
-def beyond_ggn(problem: Problem, outputs: Sequence[tuple[Tensor, int]], names: Iterable[str]) -> str:
+def beyond_ggn(problem: DifferentiableLoss, outputs: Sequence[tuple[Tensor, int]], names: Iterable[str]) -> str:
     """Why Gauss-Newton of these outputs is not the Hessian, or cannot be had exactly; empty if it is.
 
     Args:
@@ -161,14 +163,14 @@ def beyond_ggn(problem: Problem, outputs: Sequence[tuple[Tensor, int]], names: I
     return f"the network has {most} outputs per sample, over {EXACT_COLUMNS}" if most > EXACT_COLUMNS else ""
 
 
-def _check(problem: Problem, directions: Mapping[str, SingularTriplets], found: Curvatures) -> float:
+def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets], found: Curvatures) -> float:
     """Relative difference to one exact product: the first direction of the layer in the middle of the network."""
     names = [name for name in directions if name not in found.methods and name not in found.failed]
     if not names:
         return 0.0
     name = names[len(names) // 2]
     layers, parameters = {name: problem.layers[name]}, {name: problem.parameters[name]}
-    alone = Problem(problem.evaluate, layers, parameters, problem.samples)
+    alone = DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples)
     exact = ExactCurvature()(alone, {name: directions[name].first(1)}).h[name][0]
     difference = float((found.h[name][0] - exact).abs())
     return difference / float(exact.abs()) if difference else 0.0

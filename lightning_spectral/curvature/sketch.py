@@ -38,7 +38,13 @@ from lightning_spectral.curvature.layer_taps import (
     tapped,
 )
 from lightning_spectral.curvature.output_hessian import OutputHessian
-from lightning_spectral.curvature.problem import Curvatures, Place, Problem, accumulation_dtype, cause_of
+from lightning_spectral.curvature.problem import (
+    Curvatures,
+    DifferentiableLoss,
+    SampleRange,
+    accumulation_dtype,
+    cause_of,
+)
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
 from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -98,7 +104,7 @@ class SketchCurvature:
         if self.ranks is not None and self.ranks < 1:
             raise ValueError(f"ranks must be None or at least 1, got {self.ranks}")
 
-    def __call__(self, problem: Problem, directions: Mapping[str, SingularTriplets]) -> Curvatures:
+    def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure all layers that can be tapped together, and the rest one by one."""
         problem.run()
         taps, rest = tapped(problem, directions)
@@ -118,7 +124,7 @@ class SketchCurvature:
         return Curvatures(h | others.h, self.name, others.failed, stderr, others.methods, others.notes)
 
     def _measure(
-        self, problem: Problem, taps: dict[str, Tap], directions: Mapping[str, SingularTriplets]
+        self, problem: DifferentiableLoss, taps: dict[str, Tap], directions: Mapping[str, SingularTriplets]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         products = _Products(problem, taps, directions, self.seed)
         try:
@@ -163,14 +169,14 @@ class _Products:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: DifferentiableLoss,
         taps: Mapping[str, Tap],
         directions: Mapping[str, SingularTriplets],
         seed: int,
     ) -> None:
         assert problem.samples is not None
         self.samples, self.generator = problem.samples, torch.Generator().manual_seed(seed)
-        self.place = problem.place or Place(0, problem.samples)
+        self.place = problem.place or SampleRange(0, problem.samples)
         self.taps, self.zeros, self.gradients = perturbed(problem, taps)
         self.triplets = {name: directions[name] for name in taps}
         self.right = {
@@ -332,7 +338,9 @@ def _alpha_error(
     return float(torch.tensor(errors).nanmedian())
 
 
-def perturbed(problem: Problem, taps: Mapping[str, Tap]) -> tuple[dict[str, Tap], list[Tensor], list[Tensor]]:
+def perturbed(
+    problem: DifferentiableLoss, taps: Mapping[str, Tap]
+) -> tuple[dict[str, Tap], list[Tensor], list[Tensor]]:
     """Another forward pass with zeros added to the layers' outputs: taps on it, the zeros, the gradients in them."""
     leaves = {id(problem.parameters[name]) for name in taps}
     # Only the zeros are differentiated in; without weights in its graph a product costs a quarter less. What is

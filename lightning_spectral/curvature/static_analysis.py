@@ -12,13 +12,13 @@ from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, RANDOM_COLUMNS, known_losses
 from lightning_spectral.curvature.layer_taps import tapped
 from lightning_spectral.curvature.output_hessian import columns_of
-from lightning_spectral.curvature.problem import Problem
+from lightning_spectral.curvature.problem import DifferentiableLoss
+from lightning_spectral.curvature.scalar_loss import scalar_loss
 from lightning_spectral.curvature.selection import beyond_ggn, by_ggn, without_ggn
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.measurement.loss import scalar_loss
 
 
-class DryProblem(Problem):
+class FakeLoss(DifferentiableLoss):
     """A problem whose loss has a graph and no value, as on fake tensors."""
 
     def run(self) -> None:
@@ -72,7 +72,7 @@ class Structure:
         return method, why
 
 
-def structure(problem: Problem) -> Structure:
+def structure(problem: DifferentiableLoss) -> Structure:
     """Read the graph of a problem that has been run."""
     root = problem.value.grad_fn
     assert root is not None

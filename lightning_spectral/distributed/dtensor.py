@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_spectral.distributed.process_group import Alone
+from lightning_spectral.distributed.process_group import SingleProcess
 
 COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
 """Where the classes live that hold a network's processes together."""
 
 
-def shards_of(model: nn.Module, processes: Alone) -> list[Any]:
+def shards_of(model: nn.Module, processes: SingleProcess) -> list[Any]:
     """The parameters and buffers that are shards, in the model's order; FSDP2 holds none of them whole any more.
 
     Raises:

@@ -29,7 +29,7 @@ COMMUNICATION = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 """Namespaces of the operations by which processes talk."""
 
 
-class Alone:
+class SingleProcess:
     """The one process that measures, and what several have in common."""
 
     rank = 0
@@ -38,7 +38,7 @@ class Alone:
     in_step = True
     """Whether a step is being computed, at whose end the processes meet."""
 
-    def agreed(self, compute: Callable[[], T], *, watched: bool = False) -> T:
+    def call_everywhere(self, compute: Callable[[], T], *, watched: bool = False) -> T:
         """What ``compute`` gives here, or in every process the error that it raises in one.
 
         With ``watched`` it is an error if, of several processes, it talks to others.
@@ -52,22 +52,22 @@ class Alone:
         """
         return nullcontext()
 
-    def told(self, number: int, device: torch.device) -> list[int]:
+    def all_gather_int(self, number: int, device: torch.device) -> list[int]:
         """The numbers of all processes, by rank, sent from a device."""
         return [number]
 
     def reduce(self, tensor: Tensor, rank: int) -> None:
         """Make a tensor the sum over all processes in the process of one rank; in the others it is spent."""
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """The values of all processes, by rank. They go through pickle, and must not fail there."""
         return [value]
 
-    def collected(self, value: T, rank: int) -> list[T] | None:
+    def gather_object(self, value: T, rank: int) -> list[T] | None:
         """The values of all processes, by rank, in the process of one rank; None in the others."""
         return [value]
 
-    def summed(
+    def reduce_to_owners(
         self, values: Mapping[str, Tensor], owners: Mapping[str, int], empty: Callable[[str], Tensor]
     ) -> dict[str, Tensor]:
         """The sums over all processes of those tensors that this one owns.
@@ -79,12 +79,14 @@ class Alone:
         """
         return {name: values[name] if name in values else empty(name) for name in owners}
 
-    def shared(self, mine: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]) -> dict[str, list[Tensor]]:
+    def broadcast_from_owners(
+        self, mine: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]
+    ) -> dict[str, list[Tensor]]:
         """What each process has of the names that it owns, in all of them: name -> tensors."""
         return {name: list(mine[name]) for name in owners if name in mine}
 
 
-class Together(Alone):
+class DistributedGroup(SingleProcess):
     """The processes of a group. All must make the same calls in the same order.
 
     Args:
@@ -103,7 +105,7 @@ class Together(Alone):
         if self.rank < 0:
             raise ValueError("process_group: this process is not in the group, so it has no part in the measurement")
 
-    def agreed(self, compute: Callable[[], T], *, watched: bool = False) -> T:
+    def call_everywhere(self, compute: Callable[[], T], *, watched: bool = False) -> T:
         """What ``compute`` gives here, or in every process the error that it raises in one.
 
         Memory that ran out anywhere comes first, else the lowest rank's error. What is raised is of the same class in
@@ -122,7 +124,7 @@ class Together(Alone):
             self.in_step = False
         if self._serve is not None:
             self._serve()
-        failures = {rank: found for rank, found in enumerate(self.gathered(failure)) if found is not None}
+        failures = {rank: found for rank, found in enumerate(self.all_gather_object(failure)) if found is not None}
         if not failures:
             return value  # type: ignore[return-value]
         rank = min(failures, key=lambda rank: (failures[rank].kind is not MemoryError, rank))
@@ -137,7 +139,7 @@ class Together(Alone):
         finally:
             self._serve = None
 
-    def told(self, number: int, device: torch.device) -> list[int]:
+    def all_gather_int(self, number: int, device: torch.device) -> list[int]:
         """The numbers of all processes, by rank, sent from a device."""
         mine = torch.tensor([number], device=device)
         found = [torch.empty_like(mine) for _ in range(self.size)]
@@ -148,19 +150,19 @@ class Together(Alone):
         """Make a tensor the sum over all processes in the process of one rank; in the others it is spent."""
         dist.reduce(tensor, self._global(rank), group=self.group)
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def collected(self, value: T, rank: int) -> list[T] | None:
+    def gather_object(self, value: T, rank: int) -> list[T] | None:
         """The values of all processes, by rank, in the process of one rank; None in the others."""
         found: list[Any] | None = [None] * self.size if rank == self.rank else None
         dist.gather_object(value, found, self._global(rank), group=self.group)
         return found
 
-    def summed(
+    def reduce_to_owners(
         self, values: Mapping[str, Tensor], owners: Mapping[str, int], empty: Callable[[str], Tensor]
     ) -> dict[str, Tensor]:
         """The sums over all processes of those tensors that this one owns."""
@@ -170,7 +172,7 @@ class Together(Alone):
             if not names:
                 continue
             # Memory may run out here as in any step.
-            parts = self.agreed(partial(_by_dtype, names, values, empty))
+            parts = self.call_everywhere(partial(_by_dtype, names, values, empty))
             for flat, shapes in parts:
                 self.reduce(flat, rank)
                 if rank == self.rank:
@@ -178,21 +180,29 @@ class Together(Alone):
                     found |= {name: p.view(shape) for (name, shape), p in zip(shapes.items(), pieces, strict=True)}
         return found
 
-    def shared(self, mine: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]) -> dict[str, list[Tensor]]:
+    def broadcast_from_owners(
+        self, mine: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]
+    ) -> dict[str, list[Tensor]]:
         """What each process has of the names that it owns, in all of them: name -> tensors."""
-        layouts = self.gathered({name: [(t.shape, t.dtype, t.device) for t in ts] for name, ts in mine.items()})
+        layouts = self.all_gather_object(
+            {name: [(t.shape, t.dtype, t.device) for t in ts] for name, ts in mine.items()}
+        )
         flats: dict[int, Tensor] = {}
         for rank, layout in enumerate(layouts):
             if not (tensors := [spec for specs in layout.values() for spec in specs]):
                 continue
             sizes = [shape.numel() * dtype.itemsize for shape, dtype, _ in tensors]
             if rank == self.rank:
-                flat = self.agreed(lambda: torch.cat([_bytes(t) for of_name in mine.values() for t in of_name]))
+                flat = self.call_everywhere(
+                    lambda: torch.cat([_bytes(t) for of_name in mine.values() for t in of_name])
+                )
             else:
-                flat = self.agreed(partial(torch.empty, sum(sizes), dtype=torch.uint8, device=_here(tensors[0][2])))
+                flat = self.call_everywhere(
+                    partial(torch.empty, sum(sizes), dtype=torch.uint8, device=_here(tensors[0][2]))
+                )
             dist.broadcast(flat, self._global(rank), group=self.group)
             flats[rank] = flat
-        parts = self.agreed(lambda: [_taken_apart(flat, layouts[rank]) for rank, flat in flats.items()])
+        parts = self.call_everywhere(lambda: [_taken_apart(flat, layouts[rank]) for rank, flat in flats.items()])
         found = {name: tensors for part in parts for name, tensors in part.items()}
         return {name: found[name] for name in owners if name in found}
 
@@ -200,10 +210,10 @@ class Together(Alone):
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
-def owners_of(costs: Mapping[Name, float], size: int) -> dict[Name, int]:
+def assign_owners(costs: Mapping[Name, float], size: int) -> dict[Name, int]:
     """Name -> rank, so that no process has much more to do than another: the dearest first, to who has the least.
 
-    >>> owners_of({"a": 3, "b": 1, "c": 2}, 2)
+    >>> assign_owners({"a": 3, "b": 1, "c": 2}, 2)
     {'a': 0, 'b': 1, 'c': 1}
     """
     loads = [0.0] * size

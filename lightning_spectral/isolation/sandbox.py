@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,10 @@ from lightning_spectral.isolation.batch_tree import map_leaves
 from lightning_spectral.isolation.interrupts import HeldInterrupts, function_mode
 from lightning_spectral.isolation.module_copy import Copier, Shadow, shadow_of
 from lightning_spectral.numerics.matmul_precision import full_float32
+from lightning_spectral.options import PRECISIONS, Mode, Precision
 
-Mode = Literal["eval", "train"]
-Precision = Literal["float32", "float64"]
-MODES: tuple[Mode, ...] = ("eval", "train")
 ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
-PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
 
 @contextmanager
@@ -169,7 +166,7 @@ def _random_states(model: nn.Module) -> Iterator[None]:
         states.restore()
 
 
-class Beginning:
+class InitialState:
     """What a network and the random generators are like before the first call of a loss.
 
     Args:
@@ -220,7 +217,7 @@ def _value(tensor: Tensor, original: Tensor | None) -> Tensor:
     return tensor.detach().clone() if original is None else original.detach()
 
 
-def repeatable(evaluate: Callable[[], Any], beginning: Beginning, values: list[float]) -> Callable[[], Any]:
+def repeatable(evaluate: Callable[[], Any], beginning: InitialState, values: list[float]) -> Callable[[], Any]:
     """The same loss at each call, from the same beginning, or an error.
 
     Args:

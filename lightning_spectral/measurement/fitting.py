@@ -8,33 +8,35 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_spectral._messages import group_by_reason
 from lightning_spectral.curvature import Curvatures
-from lightning_spectral.distributed.process_group import Alone, owners_of
-from lightning_spectral.errors import by_cause
-from lightning_spectral.measurement.memory import Measured
-from lightning_spectral.measurement.objective import Losses
+from lightning_spectral.distributed.process_group import SingleProcess, assign_owners
+from lightning_spectral.measurement.memory import RawMeasurement
+from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.options import Options
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.weight_spectrum import WeightSpectrum
 
 
-def spectra_of(losses: Losses, measured: Measured, options: Options, processes: Alone) -> dict[str, LayerSpectrum]:
+def spectra_of(
+    losses: Objective, measured: RawMeasurement, options: Options, processes: SingleProcess
+) -> dict[str, LayerSpectrum]:
     """The spectra and fits of the layers that fall to this process."""
-    owners = owners_of({name: layer.decomposition_cost for name, layer in losses.layers.items()}, processes.size)
+    owners = assign_owners({name: layer.decomposition_cost for name, layer in losses.layers.items()}, processes.size)
     mine = [name for name, owner in owners.items() if owner == processes.rank]
     weights = losses.weights(mine) if options.weight_spectra else {}
     return {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in mine}
 
 
-def left_out(measured: Measured, spectra: Mapping[str, LayerSpectrum], told: Sequence[str]) -> list[str]:
+def left_out(measured: RawMeasurement, spectra: Mapping[str, LayerSpectrum], told: Sequence[str]) -> list[str]:
     """What was measured on request could not be had of which layers, beside what the layers' own notes say."""
     no_weights = {n: x.weights.note for n, x in spectra.items() if x.weights is not None and x.weights.note}
     return [
         *(note for note in measured.traces.notes if note not in told),
-        *(f"curvature_fraction: {text}" for text in by_cause(measured.traces.failed)),
-        *(f"spectrum_top_k: {text}" for text in by_cause(measured.shorter)),
-        *(f"weight_spectra: {text}" for text in by_cause(no_weights)),
+        *(f"curvature_fraction: {text}" for text in group_by_reason(measured.traces.failed)),
+        *(f"spectrum_top_k: {text}" for text in group_by_reason(measured.shorter)),
+        *(f"weight_spectra: {text}" for text in group_by_reason(no_weights)),
         *_unaligned(spectra),
     ]
 
@@ -45,10 +47,12 @@ def _unaligned(spectra: Mapping[str, LayerSpectrum]) -> list[str]:
         name: f"no alignment: {x.alignment_note}" for name, x in spectra.items() if x.alignment_note and not x.note
     }
     partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
-    return by_cause(missing | partly)
+    return group_by_reason(missing | partly)
 
 
-def _spectrum(losses: Losses, name: str, measured: Measured, options: Options, weights: Tensor | None) -> LayerSpectrum:
+def _spectrum(
+    losses: Objective, name: str, measured: RawMeasurement, options: Options, weights: Tensor | None
+) -> LayerSpectrum:
     layer, eps = losses.layers[name], losses.eps(name)
     curvatures, factored = measured.curvatures, measured.alignment
     triplets, nothing = measured.triplets.get(name), torch.zeros(0, dtype=torch.float64)

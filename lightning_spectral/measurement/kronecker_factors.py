@@ -13,19 +13,19 @@ from torch import Tensor
 
 from lightning_spectral.curvature import (
     TRANSPOSED,
-    Problem,
+    DifferentiableLoss,
+    LayerCall,
     Recorder,
     Tap,
-    Use,
     accumulation_dtype,
     cause_of,
     groups_of,
     single_uses,
 )
-from lightning_spectral.distributed.process_group import Alone, owners_of
+from lightning_spectral.distributed.process_group import SingleProcess, assign_owners
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.objective import Losses, Piece
+from lightning_spectral.measurement.objective import MicroBatch, Objective
 from lightning_spectral.numerics.conv_patches import Patches
 from lightning_spectral.numerics.power_law import entropy_rank
 from lightning_spectral.numerics.second_moment import LARGE, Eigenvalues, SecondMoment
@@ -40,7 +40,7 @@ CACHED = 2**18
 
 
 @dataclass(frozen=True, eq=False)
-class Factored:
+class KroneckerResult:
     """The factors of the layers that have them.
 
     Attributes:
@@ -56,12 +56,12 @@ class Factored:
 
 
 def kronecker_factors(
-    losses: Losses,
-    pieces: Sequence[Piece],
-    problem: Problem | None,
+    losses: Objective,
+    pieces: Sequence[MicroBatch],
+    problem: DifferentiableLoss | None,
     directions: Mapping[str, SingularTriplets],
-    processes: Alone,
-) -> Factored:
+    processes: SingleProcess,
+) -> KroneckerResult:
     """Factors of the loss; where memory runs out, nothing but the reason.
 
     With L = sum_b l_b / B the loss of B samples, delta = B dL / dz is the gradient of one sample's loss l_b; for a loss
@@ -76,23 +76,25 @@ def kronecker_factors(
     """
     if losses.samples is None:
         why = "the batch does not tell how many samples it holds, so the gradient of one sample's loss is not known"
-        return Factored({}, dict.fromkeys(directions, why))
+        return KroneckerResult({}, dict.fromkeys(directions, why))
     try:
         return _factors(losses, pieces, problem, directions, processes)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return Factored({}, dict.fromkeys(directions, f"{type(error).__name__}: {str(error)[:200]}"))
+        return KroneckerResult({}, dict.fromkeys(directions, f"{type(error).__name__}: {str(error)[:200]}"))
 
 
 def _factors(
-    losses: Losses,
-    pieces: Sequence[Piece],
-    problem: Problem | None,
+    losses: Objective,
+    pieces: Sequence[MicroBatch],
+    problem: DifferentiableLoss | None,
     directions: Mapping[str, SingularTriplets],
-    processes: Alone,
-) -> Factored:
-    votes = processes.gathered(processes.agreed(lambda: sums_over_samples(losses) if pieces else None))
+    processes: SingleProcess,
+) -> KroneckerResult:
+    votes = processes.all_gather_object(
+        processes.call_everywhere(lambda: sums_over_samples(losses) if pieces else None)
+    )
     summed = any(votes)
     samples = losses.samples or 1
     sums = _empty(losses.layers, directions)
@@ -110,31 +112,33 @@ def _factors(
                 own.release()
         return found
 
-    factors = processes.agreed(here)
+    factors = processes.call_everywhere(here)
     if processes.size > 1:
-        notes = {name: why for of_process in processes.gathered(notes) for name, why in of_process.items()}
+        notes = {name: why for of_process in processes.all_gather_object(notes) for name, why in of_process.items()}
         factors = _joint(sums, [name for name in directions if name not in notes], losses, processes)
     while sums:
         name, mine = sums.popitem()
         factors[name] = mine.factors()
     per_sample = samples / sum((size or 0) ** 2 for size in losses.all_sizes) if summed else 1.0
-    return Factored(factors, notes, per_sample)
+    return KroneckerResult(factors, notes, per_sample)
 
 
 def _joint(
-    sums: dict[str, _Sums], names: Sequence[str], losses: Losses, processes: Alone
+    sums: dict[str, _Sums], names: Sequence[str], losses: Objective, processes: SingleProcess
 ) -> dict[str, KroneckerFactors]:
     """The factors of the sums over all processes, each layer's taken by one of them; nothing is left in ``sums``."""
     costs = {name: float(sum(side**3 for side in losses.layers[name].shape)) for name in names}
     mine = {}
-    for name, owner in owners_of(costs, processes.size).items():
+    for name, owner in assign_owners(costs, processes.size).items():
         # Layer by layer, so that no more than one layer's matrices of all processes are in one of them.
-        parts = processes.collected(processes.agreed(sums[name].told), owner)
-        joined = processes.agreed(partial(sums[name].joined, parts or (), losses.parameters[name].device))
+        parts = processes.gather_object(processes.call_everywhere(sums[name].told), owner)
+        joined = processes.call_everywhere(partial(sums[name].joined, parts or (), losses.parameters[name].device))
         if parts is not None:
             mine[name] = joined
     sums.clear()
-    found = processes.gathered(processes.agreed(lambda: {name: own.factors() for name, own in mine.items()}))
+    found = processes.all_gather_object(
+        processes.call_everywhere(lambda: {name: own.factors() for name, own in mine.items()})
+    )
     return {name: factors for of_process in found for name, factors in of_process.items()}
 
 
@@ -150,7 +154,13 @@ def _empty(layers: Mapping[str, MatrixLayer], directions: Mapping[str, SingularT
 
 
 def _added(
-    problem: Problem, piece: Piece, scale: float, sums: dict[str, _Sums], notes: dict[str, str], *, last: bool
+    problem: DifferentiableLoss,
+    piece: MicroBatch,
+    scale: float,
+    sums: dict[str, _Sums],
+    notes: dict[str, str],
+    *,
+    last: bool,
 ) -> dict[str, KroneckerFactors]:
     """Add one piece to the sums, and keep nothing of its graph.
 
@@ -177,7 +187,7 @@ def _added(
     return factors
 
 
-def sums_over_samples(losses: Losses) -> bool:
+def sums_over_samples(losses: Objective) -> bool:
     """Whether the loss of a batch grows as the number of its samples, as a sum does, and a mean does not.
 
     Seen from the loss of a few samples and of as many others, alone and together. A batch that cannot be cut, and a
@@ -187,7 +197,7 @@ def sums_over_samples(losses: Losses) -> bool:
     n = min((size or 0) // 2, SOME_SAMPLES)
     if not losses.divisible or n == 0:
         return False
-    parts = [Piece(batch, 1.0, 0, n), Piece(batch, 1.0, n, 2 * n), Piece(batch, 1.0, 0, 2 * n)]
+    parts = [MicroBatch(batch, 1.0, 0, n), MicroBatch(batch, 1.0, n, 2 * n), MicroBatch(batch, 1.0, 0, 2 * n)]
     try:
         with torch.no_grad():
             first, second, both = (float(losses.problem(part).evaluate()) for part in parts)
@@ -199,21 +209,21 @@ def sums_over_samples(losses: Losses) -> bool:
     return abs(both - (first + second)) < abs(both - (first + second) / 2)
 
 
-def _left_out(losses: Losses, pieces: Sequence[Piece]) -> Iterator[Piece]:
+def _left_out(losses: Objective, pieces: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
     """The samples that are in none of the pieces, since nothing of the loss is in them; their inputs count."""
     ends: dict[int, int] = defaultdict(int)
     for piece in sorted((p for p in pieces if p.stop is not None), key=lambda p: (p.batch, p.start)):
         if piece.start > ends[piece.batch]:
-            yield Piece(piece.batch, 0.0, ends[piece.batch], piece.start)
+            yield MicroBatch(piece.batch, 0.0, ends[piece.batch], piece.start)
         ends[piece.batch] = piece.stop or 0
     for batch, end in ends.items():
         if end < (losses.sizes[batch] or 0):
-            yield Piece(batch, 0.0, end, losses.sizes[batch])
+            yield MicroBatch(batch, 0.0, end, losses.sizes[batch])
 
 
 def _seen(
-    problem: Problem, piece: Piece, names: Sequence[str], notes: dict[str, str]
-) -> Iterator[tuple[str, Use, Tensor]]:
+    problem: DifferentiableLoss, piece: MicroBatch, names: Sequence[str], notes: dict[str, str]
+) -> Iterator[tuple[str, LayerCall, Tensor]]:
     """Each layer's product and the gradient of the loss in its output, and in ``notes`` why a layer has none."""
     if not piece.weight:
         with torch.no_grad(), Recorder({id(leaf) for leaf in problem.parameters.values()}) as recorder:
@@ -236,7 +246,9 @@ def _seen(
             notes[name] = "the loss does not depend on its output"
 
 
-def _output_gradients(problem: Problem, uses: Mapping[str, Use], notes: dict[str, str]) -> dict[int, Tensor | None]:
+def _output_gradients(
+    problem: DifferentiableLoss, uses: Mapping[str, LayerCall], notes: dict[str, str]
+) -> dict[int, Tensor | None]:
     """The gradients in these outputs; one at a time where all together fail, and then in ``notes`` why."""
     try:
         return problem.output_gradients(uses.values())
@@ -259,10 +271,10 @@ class _Inputs:
 
     def __init__(self, k: int) -> None:
         self.moment = SecondMoment(k)
-        self.last: Use | None = None  # within a piece: its output holds the piece's graph
+        self.last: LayerCall | None = None  # within a piece: its output holds the piece's graph
         self._eigenvalues: Eigenvalues | None = None
 
-    def add(self, use: Use, tap: Tap) -> None:
+    def add(self, use: LayerCall, tap: Tap) -> None:
         """Add the inputs of one product, once."""
         if use is self.last:
             return
@@ -296,7 +308,7 @@ class _Sums:
         self.outputs = SecondMoment(len(triplets))
         self.delta, self.a, self.both = (torch.zeros(len(triplets), dtype=torch.float64) for _ in range(3))
 
-    def add(self, use: Use, delta: Tensor, scale: float, shape: torch.Size) -> None:
+    def add(self, use: LayerCall, delta: Tensor, scale: float, shape: torch.Size) -> None:
         """Add one product and the gradient in its output, times ``scale``."""
         linear = use.function is F.linear
         if not linear and use.input.ndim != len(shape):

@@ -10,12 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral.curvature.scalar_loss import LOSS_REMEDY
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.module_copy import Silent
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
-
-REMEDY = "pass loss_fn(model, batch) -> scalar, or give the module a method spectral_loss(batch)"
 
 
 def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int = 0) -> LossFunction:
@@ -35,11 +34,11 @@ def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int 
         return lambda module, batch: module.spectral_loss(batch)  # type: ignore[operator]
     name = type(model).__name__
     if not callable(getattr(model, "training_step", None)):
-        raise ValueError(f"{name} has no training_step, so its loss is not known; {REMEDY}")
+        raise ValueError(f"{name} has no training_step, so its loss is not known; {LOSS_REMEDY}")
     if not getattr(model, "automatic_optimization", True):
-        raise ValueError(f"{name} optimizes manually, so its training_step cannot be called to measure; {REMEDY}")
+        raise ValueError(f"{name} optimizes manually, so its training_step cannot be called to measure; {LOSS_REMEDY}")
     if "dataloader_iter" in inspect.signature(model.training_step).parameters:  # type: ignore[arg-type]
-        raise ValueError(f"{name}.training_step takes dataloader_iter and would consume batches; {REMEDY}")
+        raise ValueError(f"{name}.training_step takes dataloader_iter and would consume batches; {LOSS_REMEDY}")
     return lambda module, batch: _training_step_loss(module, batch, batch_idx)
 
 
@@ -93,33 +92,3 @@ def mute(shadow: nn.Module, original: nn.Module, replaced: Mapping[int, Any]) ->
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
-
-
-def checked_loss(value: Any) -> Tensor:
-    """The loss, if curvature can be measured of it.
-
-    Raises:
-        MeasurementError: if it is no scalar tensor, is NaN or infinite, or does not depend on any parameter.
-    """
-    if isinstance(value, Tensor) and value.numel() == 1 and not bool(torch.isfinite(value)):
-        raise MeasurementError(f"the loss is {value.item()}, so its gradient and curvature mean nothing")
-    return scalar_loss(value)
-
-
-def scalar_loss(value: Any) -> Tensor:
-    """The loss, if it is a scalar with a gradient, whatever its value.
-
-    Raises:
-        MeasurementError: if not.
-    """
-    if value is None:
-        raise MeasurementError("the loss is None: the step skipped this batch")
-    if not isinstance(value, Tensor):
-        raise MeasurementError(f"the loss must be a scalar tensor, got {type(value).__name__}; {REMEDY}")
-    if value.numel() != 1:
-        raise MeasurementError(f"the loss must be a scalar, got shape {tuple(value.shape)}; reduce it with .mean()")
-    if not value.requires_grad:
-        raise MeasurementError(
-            "the loss has no gradient: it was computed under no_grad, detached, or not from the module it was given"
-        )
-    return value.reshape(())

@@ -13,19 +13,19 @@ from torch import Tensor
 from lightning_spectral.curvature import (
     Curvature,
     Curvatures,
+    DifferentiableLoss,
     Gradients,
     HutchinsonTrace,
-    Outlook,
-    Problem,
+    LossProperties,
     check_method,
     measure_by,
 )
-from lightning_spectral.distributed.process_group import Alone, owners_of
+from lightning_spectral.distributed.process_group import SingleProcess, assign_owners
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.sandbox import release_memory
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.kronecker_factors import Factored, kronecker_factors
-from lightning_spectral.measurement.objective import Losses, NoSumError, Piece, joined
+from lightning_spectral.measurement.kronecker_factors import KroneckerResult, kronecker_factors
+from lightning_spectral.measurement.objective import MicroBatch, NoSumError, Objective, joined
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.numerics.svd import SingularTriplets, singular_values, top_singular_triplets
 from lightning_spectral.options import Options
@@ -50,7 +50,7 @@ FACTORS_TOO_LARGE = (
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class RawMeasurement:
     """What was measured of a loss before anything is fitted.
 
     Attributes:
@@ -72,10 +72,10 @@ class Measured:
     failed: dict[str, str]
     loss: float
     most: int | None
-    alignment: Factored = field(default_factory=lambda: Factored({}, {}))
+    alignment: KroneckerResult = field(default_factory=lambda: KroneckerResult({}, {}))
 
 
-def measure_within_memory(losses: Losses, options: Options, processes: Alone) -> Measured:
+def measure_within_memory(losses: Objective, options: Options, processes: SingleProcess) -> RawMeasurement:
     """Measure; where memory runs out, on pieces half as large, three tries in all.
 
     Args:
@@ -97,7 +97,7 @@ def measure_within_memory(losses: Losses, options: Options, processes: Alone) ->
                 if errors and isinstance(error, MeasurementError):
                     raise MeasurementError(f"out of memory with {errors[0]}, and no smaller pieces: {error}") from None
                 raise
-            found = processes.gathered((losses.in_use if losses.whole() else 0, losses.divisible))
+            found = processes.all_gather_object((losses.in_use if losses.whole() else 0, losses.divisible))
             largest = _most([size for size, _ in found])
             errors.append(f"{largest or 'all'} samples at once")
         release_memory(losses.parameters.values())
@@ -110,26 +110,26 @@ def measure_within_memory(losses: Losses, options: Options, processes: Alone) ->
     )
 
 
-def _measured(losses: Losses, options: Options, most: int | None, processes: Alone) -> Measured:
+def _measured(losses: Objective, options: Options, most: int | None, processes: SingleProcess) -> RawMeasurement:
     """Gradient and curvature, on pieces of at most so many samples; None: as many as memory is likely to hold."""
     named = check_method(options.curvature)
     losses.in_use = losses.largest(losses.whole()) if most is None else most
-    pieces = processes.agreed(lambda: losses.whole() if most is None else losses.pieces(most), watched=True)
+    pieces = processes.call_everywhere(lambda: losses.whole() if most is None else losses.pieces(most), watched=True)
     in_one = len(pieces) == 1 and (most is not None or not losses.divisible)
     keep_graph = in_one and named is not None and named.differentiates_gradients
     # What talks to no other process here does not later: it is the same loss.
-    gradients, loss, problem = processes.agreed(
+    gradients, loss, problem = processes.call_everywhere(
         lambda: losses.gradients(
             pieces, keep_graph=keep_graph, outputs=options.alignment and losses.samples is not None
         ),
         watched=True,
     )
-    losses.casts |= {dtype for casts in processes.gathered(losses.casts) for dtype in casts}
+    losses.casts |= {dtype for casts in processes.all_gather_object(losses.casts) for dtype in casts}
     spectra = _of_gradients(losses, gradients, options, processes)
-    smallest = processes.agreed(partial(_smallest, gradients))
+    smallest = processes.call_everywhere(partial(_smallest, gradients))
     del gradients
-    directions = processes.agreed(lambda: _directions(losses, spectra.triplets))
-    factored = Factored({}, {})
+    directions = processes.call_everywhere(lambda: _directions(losses, spectra.triplets))
+    factored = KroneckerResult({}, {})
     if options.alignment:
         factored = _factored(losses, pieces, problem, directions, processes)
 
@@ -151,7 +151,7 @@ def _measured(losses: Losses, options: Options, most: int | None, processes: Alo
         return losses.curvatures(method, pieces, directions)
 
     def measure(method: Curvature, directions: Mapping[str, SingularTriplets] = directions) -> Curvatures:
-        parts = processes.gathered(processes.agreed(lambda: here(method, directions)))
+        parts = processes.all_gather_object(processes.call_everywhere(lambda: here(method, directions)))
         found = [part for part in parts if part is not None]
         return joined(found, [1.0] * len(found))
 
@@ -165,33 +165,39 @@ def _measured(losses: Losses, options: Options, most: int | None, processes: Alo
             at_once.append(losses.in_use)
         except MeasurementError as error:
             traces = Curvatures({}, "", dict.fromkeys(measurable, str(error)))
-    return Measured(
+    return RawMeasurement(
         triplets=spectra.triplets,
         spectra=spectra.values,
         shorter=spectra.shorter,
         curvatures=curvatures,
         traces=traces,
         failed=spectra.failed | curvatures.failed,
-        loss=sum(processes.gathered(loss)),
-        most=max((size for sizes in processes.gathered(at_once) for size in sizes if size is not None), default=None),
+        loss=sum(processes.all_gather_object(loss)),
+        most=max(
+            (size for sizes in processes.all_gather_object(at_once) for size in sizes if size is not None), default=None
+        ),
         alignment=factored,
     )
 
 
-def _outlook(problem: Problem | None, directions: Mapping[str, SingularTriplets], processes: Alone) -> Outlook:
+def _outlook(
+    problem: DifferentiableLoss | None, directions: Mapping[str, SingularTriplets], processes: SingleProcess
+) -> LossProperties:
     """What stands in the way of Gauss-Newton in any process, or else the same in all."""
-    found = processes.gathered(processes.agreed(lambda: None if problem is None else Outlook.of(problem, directions)))
+    found = processes.all_gather_object(
+        processes.call_everywhere(lambda: None if problem is None else LossProperties.of(problem, directions))
+    )
     known = [outlook for outlook in found if outlook is not None]
     return max(known, key=lambda outlook: bool(outlook.obstacle))
 
 
 def _factored(
-    losses: Losses,
-    pieces: list[Piece],
-    problem: Problem | None,
+    losses: Objective,
+    pieces: list[MicroBatch],
+    problem: DifferentiableLoss | None,
     directions: Mapping[str, SingularTriplets],
-    processes: Alone,
-) -> Factored:
+    processes: SingleProcess,
+) -> KroneckerResult:
     """The Kronecker factors; where memory runs out, of pieces half as large, and in the end none: curvature goes on."""
     for _ in range(TRIES):
         try:
@@ -202,17 +208,17 @@ def _factored(
         if problem is not None:
             problem.release()
         release_memory(losses.parameters.values())
-        found = processes.gathered((losses.largest(pieces) if pieces else 0, losses.divisible))
+        found = processes.all_gather_object((losses.largest(pieces) if pieces else 0, losses.divisible))
         largest = _most([size for size, _ in found])
         if largest is None or largest <= 1 or not all(divisible for _, divisible in found):
             break
         most = math.ceil(largest / 2)
         try:
-            pieces = processes.agreed(partial(losses.pieces, most))
+            pieces = processes.call_everywhere(partial(losses.pieces, most))
         except MeasurementError:
             break
         problem = losses.problem(pieces[0]) if pieces else None
-    return Factored({}, dict.fromkeys(directions, FACTORS_TOO_LARGE))
+    return KroneckerResult({}, dict.fromkeys(directions, FACTORS_TOO_LARGE))
 
 
 def _most(sizes: Sequence[int | None]) -> int | None:
@@ -221,7 +227,7 @@ def _most(sizes: Sequence[int | None]) -> int | None:
     return max(known) if len(known) == len(sizes) else None
 
 
-def _thrifty(losses: Losses, method: Curvature) -> list[Piece]:
+def _thrifty(losses: Objective, method: Curvature) -> list[MicroBatch]:
     """Pieces small enough for `MEMORY`; none where whole batches are, or the loss cannot be measured in pieces."""
     parts = math.ceil(method.memory / MEMORY)
     if parts == 1 or not losses.divisible:
@@ -250,22 +256,24 @@ class _Spectra:
     shorter: dict[str, str] = field(default_factory=dict)
 
 
-def _of_gradients(losses: Losses, gradients: Gradients, options: Options, processes: Alone) -> _Spectra:
+def _of_gradients(losses: Objective, gradients: Gradients, options: Options, processes: SingleProcess) -> _Spectra:
     """The spectra of the sums over all processes of these gradients, each layer's taken by one process."""
     layers, leaves, sums = losses.layers, losses.parameters, losses.sums
     there = {name: value.detach() for name, value in gradients.values.items() if value is not None}
     gone = {name for name in there if sums is not None and id(leaves[name]) in sums.taken}
     here = {name: value for name, value in there.items() if name not in gone}
-    told = processes.gathered((set(here), gone, gradients.failed))
+    told = processes.all_gather_object((set(here), gone, gradients.failed))
     local, all_gone = (set().union(*(names[i] for names in told)) for i in (0, 1))
     failed = {n: why for some, others, reasons in told for n, why in reasons.items() if n not in some | others}
     present = (local | all_gone) - failed.keys()
     for name in layers.keys() - present - failed.keys():
         failed[name] = NO_GRADIENT
     costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in present}
-    owners = owners_of(costs, processes.size) if sums is None else {n: sums.owners[id(leaves[n])] for n in costs}
-    own = processes.agreed(lambda: {name: layers[name].to_matrix(here[name]) for name in owners if name in here})
-    matrices = processes.summed(
+    owners = assign_owners(costs, processes.size) if sums is None else {n: sums.owners[id(leaves[n])] for n in costs}
+    own = processes.call_everywhere(
+        lambda: {name: layers[name].to_matrix(here[name]) for name in owners if name in here}
+    )
+    matrices = processes.reduce_to_owners(
         own,
         {name: owner for name, owner in owners.items() if name in local},
         lambda name: _zeros(layers[name], leaves[name]),
@@ -275,9 +283,9 @@ def _of_gradients(losses: Losses, gradients: Gradients, options: Options, proces
             total = layers[name].to_matrix(sums.sums[id(leaves[name])])
             matrices[name] = matrices[name] + total if name in matrices else total
         sums.clear()
-    mine = processes.agreed(lambda: _decomposed(matrices, layers, options))
-    others = processes.gathered((mine.failed, mine.shorter))
-    shared = processes.shared(
+    mine = processes.call_everywhere(lambda: _decomposed(matrices, layers, options))
+    others = processes.all_gather_object((mine.failed, mine.shorter))
+    shared = processes.broadcast_from_owners(
         {name: [t.u, t.sigma, t.v, mine.values[name]] for name, t in mine.triplets.items()}, owners
     )
     return _Spectra(
@@ -331,13 +339,13 @@ def _spectrum(matrix: Tensor, layer: MatrixLayer, sigma: Tensor, options: Option
     return torch.cat([sigma, values[len(sigma) : k].to(sigma)])
 
 
-def _directions(losses: Losses, triplets: Mapping[str, SingularTriplets]) -> dict[str, SingularTriplets]:
+def _directions(losses: Objective, triplets: Mapping[str, SingularTriplets]) -> dict[str, SingularTriplets]:
     """Those above the noise floor, of the layers that have any."""
     usable = {name: t.first(_usable(losses, name, t)) for name, t in triplets.items()}
     return {name: t for name, t in usable.items() if len(t)}
 
 
-def _usable(losses: Losses, name: str, triplets: SingularTriplets) -> int:
+def _usable(losses: Objective, name: str, triplets: SingularTriplets) -> int:
     """How many directions lie above the noise floor: no product is spent on rounding noise."""
     layer = losses.layers[name]
     return int((triplets.sigma > noise_floor(triplets.sigma, layer.shape, layer.groups, losses.eps(name))).sum())

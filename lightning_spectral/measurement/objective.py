@@ -18,12 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import Curvature, Curvatures, Gradients, LossValue, Place, Problem, loss_value
+from lightning_spectral.curvature import (
+    Curvature,
+    Curvatures,
+    DifferentiableLoss,
+    Gradients,
+    LossValue,
+    SampleRange,
+    loss_value,
+)
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, take_samples
-from lightning_spectral.isolation.sandbox import Beginning, repeatable
+from lightning_spectral.isolation.sandbox import InitialState, repeatable
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.sharded.gradient_reduction import SummedGradients
+from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
 from lightning_spectral.numerics.svd import SingularTriplets
 
 ADDS_UP = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -45,7 +53,7 @@ class NoSumError(MeasurementError):
 
 
 @dataclass(frozen=True)
-class Piece:
+class MicroBatch:
     """Samples start to stop of one batch and the weight of their loss; stop is None for a batch that is not cut."""
 
     batch: int
@@ -54,7 +62,7 @@ class Piece:
     stop: int | None = None
 
 
-class Losses:
+class Objective:
     """The mean, weighted by samples, of the losses of batches.
 
     Args:
@@ -72,8 +80,8 @@ class Losses:
         batches: Sequence[Any],
         layers: Mapping[str, MatrixLayer],
         parameters: Mapping[str, Tensor],
-        beginning: Beginning,
-        sums: SummedGradients | None = None,
+        beginning: InitialState,
+        sums: GradientReducer | None = None,
     ) -> None:
         self.loss, self.batches, self.beginning, self.sums = loss, batches, beginning, sums
         self.layers, self.parameters = layers, parameters
@@ -96,23 +104,23 @@ class Losses:
         self.samples = sum(known) if len(known) == len(self.all_sizes) else None
         self._first = sum(size or 0 for of_process in sizes[:rank] for size in of_process)
 
-    def whole(self) -> list[Piece]:
+    def whole(self) -> list[MicroBatch]:
         """A piece per batch, but for those without a sample."""
         even = 1 / sum(size != 0 for size in self.all_sizes) if any(size != 0 for size in self.all_sizes) else 0.0
         return [
-            Piece(i, even if self.samples is None or size is None else size / self.samples)
+            MicroBatch(i, even if self.samples is None or size is None else size / self.samples)
             for i, size in enumerate(self.sizes)
             if size != 0
         ]
 
-    def pieces(self, most: int) -> list[Piece]:
+    def pieces(self, most: int) -> list[MicroBatch]:
         """Pieces of nearly equal size, of at most so many samples.
 
         Raises:
             MeasurementError: if a batch cannot be cut.
             NoSumError: if its loss is no weighted sum of those of its pieces, or that cannot be told.
         """
-        found: list[Piece] = []
+        found: list[MicroBatch] = []
         for piece in self.whole():
             size = self.sizes[piece.batch]
             if size is None:
@@ -124,27 +132,27 @@ class Losses:
             parts = list(pairwise(round(i * size / n) for i in range(n + 1)))
             for (start, stop), weight in zip(parts, self._weights(piece.batch, parts), strict=True):
                 if weight:
-                    found.append(Piece(piece.batch, piece.weight * weight, start, stop))
+                    found.append(MicroBatch(piece.batch, piece.weight * weight, start, stop))
         return found
 
-    def largest(self, pieces: Sequence[Piece]) -> int | None:
+    def largest(self, pieces: Sequence[MicroBatch]) -> int | None:
         """The samples of the largest of these pieces; None where a batch does not tell."""
         sizes = [self.sizes[p.batch] if p.stop is None else p.stop - p.start for p in pieces]
         known = [size for size in sizes if size is not None]
         return max(known, default=None) if len(known) == len(sizes) else None
 
-    def problem(self, piece: Piece) -> Problem:
+    def problem(self, piece: MicroBatch) -> DifferentiableLoss:
         """The loss of one piece, to be differentiated."""
         samples = self.sizes[piece.batch] if piece.stop is None else piece.stop - piece.start
         place = None
         if self.samples is not None:
             before = sum(size or 0 for size in self.sizes[: piece.batch])
-            place = Place(self._first + before + piece.start, self.samples)
-        return Problem(self._repeatable(piece), self.layers, self.parameters, samples, place)
+            place = SampleRange(self._first + before + piece.start, self.samples)
+        return DifferentiableLoss(self._repeatable(piece), self.layers, self.parameters, samples, place)
 
     def gradients(
-        self, pieces: Sequence[Piece], *, keep_graph: bool, outputs: bool = False
-    ) -> tuple[Gradients, float, Problem | None]:
+        self, pieces: Sequence[MicroBatch], *, keep_graph: bool, outputs: bool = False
+    ) -> tuple[Gradients, float, DifferentiableLoss | None]:
         """The gradient of the loss, its value, and the problem of the first piece; None where there is no piece.
 
         With keep_graph, and one piece alone, the gradient can be differentiated again; else those that go to ``sums``
@@ -177,7 +185,7 @@ class Losses:
     def curvatures(
         self,
         method: Curvature,
-        pieces: Sequence[Piece],
+        pieces: Sequence[MicroBatch],
         directions: Mapping[str, SingularTriplets],
         expected: tuple[str, Tensor] | None = None,
     ) -> Curvatures:
@@ -228,7 +236,7 @@ class Losses:
             [f"the network casts to {names} by itself, and nothing measured is more precise than that"] if names else []
         )
 
-    def _repeatable(self, piece: Piece) -> Callable[[], Tensor]:
+    def _repeatable(self, piece: MicroBatch) -> Callable[[], Tensor]:
         def evaluate() -> Tensor:
             batch = self.batches[piece.batch]
             if piece.stop is not None:
@@ -241,13 +249,13 @@ class Losses:
         """w_i with L = sum_i w_i L_i."""
         if not self._values[batch, 0, None]:
             with torch.no_grad():
-                self._repeatable(Piece(batch, 1.0))()
+                self._repeatable(MicroBatch(batch, 1.0))()
         if not self._values[batch, 0, None]:
             raise NoSumError("micro_batch_size: the loss of the batch is no scalar; reduce it with .mean()")
         whole = self._values[batch, 0, None][0]
         if not math.isfinite(whole):
             raise MeasurementError(f"the loss is {whole}, so its gradient and curvature mean nothing")
-        found = [self._part(Piece(batch, 1.0, start, stop)) for start, stop in parts]
+        found = [self._part(MicroBatch(batch, 1.0, start, stop)) for start, stop in parts]
         counts = [part.normalizer for part in found]
         losses = [0.0 if part.normalizer == 0 else part.value for part in found]
         tolerance = ADDS_UP[self._precision({dtype for part in found for dtype in (part.dtype, *part.casts)})]
@@ -279,7 +287,7 @@ class Losses:
         """float64 if all weights, buffers and these others are, else float32."""
         return torch.float64 if self.beginning.dtypes | others == {torch.float64} else torch.float32
 
-    def _part(self, piece: Piece) -> LossValue:
+    def _part(self, piece: MicroBatch) -> LossValue:
         try:
             return loss_value(self._repeatable(piece))
         except Exception as error:

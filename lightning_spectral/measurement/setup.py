@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.distributed.process_group import Alone
+from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.isolation.batch_tree import FirstSamples
-from lightning_spectral.isolation.sandbox import Beginning, Mode, Precision, copy_batch, quiet
+from lightning_spectral.isolation.sandbox import InitialState, copy_batch, quiet
 from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
 from lightning_spectral.measurement.loss import LossFunction, mute, resolve_loss, stand_ins
-from lightning_spectral.measurement.objective import Losses
-from lightning_spectral.measurement.sharded.on_demand_weights import WholeWeights
-from lightning_spectral.options import Options
+from lightning_spectral.measurement.objective import Objective
+from lightning_spectral.measurement.sharded.on_demand_weights import OnDemandWeights
+from lightning_spectral.options import Mode, Options, Precision
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -37,7 +37,7 @@ class Prepared:
         notes: what to tell of it.
     """
 
-    losses: Losses
+    losses: Objective
     module: nn.Module
     found: LayerSet
     notes: list[str]
@@ -54,13 +54,13 @@ def prepared(
     options: Options,
     loss_fn: LossFunction | None,
     batch_idx: int,
-    whole: WholeWeights | None,
+    whole: OnDemandWeights | None,
 ) -> Iterator[Prepared]:
     """The loss of batches on a shadow of the model; all traces are gone at the end.
 
     Args:
         model: what is measured.
-        batches: see `Losses`.
+        batches: see `Objective`.
         options: which layers, and how.
         loss_fn, batch_idx: see `resolve_loss`.
         whole: stand-ins for parameters in shards.
@@ -82,7 +82,7 @@ def prepared(
         yield Prepared(losses, module, found, notes)
 
 
-def first_buffers(module: nn.Module, processes: Alone) -> dict[str, Tensor]:
+def first_buffers(module: nn.Module, processes: SingleProcess) -> dict[str, Tensor]:
     """The first process's buffers: DDP gives them to all with the next step, and until then they differ.
 
     But for those of other shapes in other processes, such as a cache that grows with the sequences seen.
@@ -95,9 +95,11 @@ def first_buffers(module: nn.Module, processes: Alone) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers()
         if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided and buffer.device == device
     }
-    layouts = processes.gathered({name: (buffer.shape, buffer.dtype) for name, buffer in own.items()})
+    layouts = processes.all_gather_object({name: (buffer.shape, buffer.dtype) for name, buffer in own.items()})
     alike = [name for name in layouts[0] if all(one.get(name) == layouts[0][name] for one in layouts)]
-    found = processes.shared({n: [own[n]] for n in alike} if processes.rank == 0 else {}, dict.fromkeys(alike, 0))
+    found = processes.broadcast_from_owners(
+        {n: [own[n]] for n in alike} if processes.rank == 0 else {}, dict.fromkeys(alike, 0)
+    )
     return {name: tensors[0] for name, tensors in found.items()}
 
 
@@ -110,8 +112,8 @@ def losses_of(
     mode: Mode,
     precision: Precision,
     batch_idx: int = 0,
-    whole: WholeWeights | None = None,
-) -> Iterator[tuple[Losses, nn.Module, list[str]]]:
+    whole: OnDemandWeights | None = None,
+) -> Iterator[tuple[Objective, nn.Module, list[str]]]:
     """As `prepared`, of layers that are known."""
     loss = resolve_loss(model, loss_fn, batch_idx)
     replaced = stand_ins(model)
@@ -124,12 +126,12 @@ def losses_of(
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
         notes = [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in shadow.shared.items()]
         yield (
-            Losses(
+            Objective(
                 lambda batch: loss(shadow.module, copy_batch(batch, precision)),
                 batches,
                 layers,
                 leaves,
-                Beginning(shadow.module, shadow.originals, whole.restore if whole else None),
+                InitialState(shadow.module, shadow.originals, whole.restore if whole else None),
                 whole.sums(_costs(layers, leaves)) if whole else None,
             ),
             shadow.module,

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral.distributed.dtensor import is_dtensor
-from lightning_spectral.distributed.process_group import owners_of
+from lightning_spectral.distributed.process_group import assign_owners
 from lightning_spectral.optim.matrix_layout import row_counts
 from lightning_spectral.optim.matrix_update import (
     MAX_BATCH_NUMEL,
-    Piece,
+    MatrixBlock,
     computed_in,
     descend,
     spectral_step,
@@ -111,7 +111,7 @@ def agree(norms: Sequence[float | None], scope: Scope, device: torch.device) -> 
 
 def owners_by_cost(items: Sequence[_Item], n: int) -> list[int]:
     """Which of n processes gets which item."""
-    return list(owners_of({i: item.cost for i, item in enumerate(items)}, n).values())
+    return list(assign_owners({i: item.cost for i, item in enumerate(items)}, n).values())
 
 
 def in_rounds(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
@@ -129,9 +129,9 @@ def in_rounds(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def shared_step(pieces: Sequence[Piece], group: ProcessGroup) -> None:
+def shared_step(pieces: Sequence[MatrixBlock], group: ProcessGroup) -> None:
     """`spectral_step` of matrices that every process of the group has, with the same momentum."""
-    kinds: dict[Any, list[Piece]] = {}
+    kinds: dict[Any, list[MatrixBlock]] = {}
     alone = []
     for piece in pieces:
         if is_shared(piece.target.shape[0], piece.numel):
@@ -149,10 +149,10 @@ def is_shared(m: int, numel: int) -> bool:
     return min(m, numel // m) >= SMALLEST
 
 
-def _step_round(pieces: Sequence[Piece], group: ProcessGroup, dtype: torch.dtype, device: torch.device) -> None:
+def _step_round(pieces: Sequence[MatrixBlock], group: ProcessGroup, dtype: torch.dtype, device: torch.device) -> None:
     """Every process computes its own and gathers all, each share padded to the largest."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
-    shares: list[list[Piece]] = [[] for _ in range(n)]
+    shares: list[list[MatrixBlock]] = [[] for _ in range(n)]
     for piece, owner in zip(pieces, owners_by_cost(pieces, n), strict=True):
         shares[owner].append(piece)
     longest = max(sum(piece.numel for piece in share) for share in shares)
@@ -169,7 +169,7 @@ def _step_round(pieces: Sequence[Piece], group: ProcessGroup, dtype: torch.dtype
             descend(piece.target, update, piece.group["lr"])
 
 
-def _parts(flat: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
+def _parts(flat: Tensor, pieces: Sequence[MatrixBlock]) -> list[Tensor]:
     """A view of each piece's shape, one after the other."""
     used = flat[: sum(piece.numel for piece in pieces)]
     parts = torch.split(used, [piece.numel for piece in pieces])

@@ -20,7 +20,7 @@ MAX_BATCH_NUMEL = 2**24
 
 
 @dataclass(frozen=True)
-class Piece:
+class MatrixBlock:
     """One matrix of a parameter: where its update goes, its momentum M, and the group with its hyper-parameters.
 
     It is the part-th matrix of the group's i-th parameter. Both tensors have the shape (m, ...) of a view into the
@@ -88,14 +88,14 @@ def momentum_step(
     return updates
 
 
-def pieces_of(target: Tensor, momentum: Tensor, group: Mapping[str, Any], i: int) -> list[Piece]:
+def pieces_of(target: Tensor, momentum: Tensor, group: Mapping[str, Any], i: int) -> list[MatrixBlock]:
     """The matrices of the group's i-th parameter, or of a tensor of its shape."""
     parts = zip(blocks(target, group["layouts"][i]), blocks(momentum, group["layouts"][i]), strict=True)
-    return [Piece(of_target, of_momentum, group, i, part) for part, (of_target, of_momentum) in enumerate(parts)]
+    return [MatrixBlock(of_target, of_momentum, group, i, part) for part, (of_target, of_momentum) in enumerate(parts)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def spectral_step(pieces: Iterable[Piece]) -> None:
+def spectral_step(pieces: Iterable[MatrixBlock]) -> None:
     """W <- W - lr * sized(U T(sigma_hat) V^T of M), matrices of one shape in one batch.
 
     Left out of compiled steps: it is factorisations and large products, which a compiler hands on as they are.
@@ -104,9 +104,9 @@ def spectral_step(pieces: Iterable[Piece]) -> None:
         descend(piece.target, update, piece.group["lr"])
 
 
-def updates_of(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+def updates_of(pieces: Iterable[MatrixBlock]) -> Iterator[tuple[MatrixBlock, Tensor]]:
     """Each piece with its update, batch after batch."""
-    batches: dict[tuple[Any, ...], list[Piece]] = {}
+    batches: dict[tuple[Any, ...], list[MatrixBlock]] = {}
     for piece in pieces:
         batches.setdefault(piece.key, []).append(piece)
     for batch in batches.values():
@@ -127,7 +127,7 @@ def descend(target: Tensor, update: Tensor, lr: float | Tensor) -> None:
         target.add_(update, alpha=-lr)
 
 
-def _batch_updates(batch: Sequence[Piece]) -> Tensor:
+def _batch_updates(batch: Sequence[MatrixBlock]) -> Tensor:
     group = batch[0].group
     m_brn = torch.stack([_wide(piece.momentum.flatten(1), piece.tall) for piece in batch])
     m_brn = m_brn.to(computed_in(m_brn.dtype))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_spectral._messages import join_names
 from lightning_spectral.distributed.dtensor import is_dtensor
-from lightning_spectral.errors import SpectralWarning, some_of
+from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.optim.ddp import Sharing, check_process_group
 from lightning_spectral.optim.measured_alpha import START, MeasuredAlpha, mean_in_use, take
@@ -340,7 +341,7 @@ class SpectralNewton(Optimizer):
     def _warn_of_unlike(self, names: Sequence[str]) -> None:
         self._sharing.warned = True
         warnings.warn(
-            f"the gradients of {some_of(names)} differ between processes, so each computes all of its updates by "
+            f"the gradients of {join_names(names)} differ between processes, so each computes all of its updates by "
             "itself, now and whenever that is so; process_group=None no longer compares them",
             SpectralWarning,
             stacklevel=3,

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_spectral.optim.adamw import adamw_state, adamw_step
 from lightning_spectral.optim.ddp import GOOD, NONE, Scope, agree, shared_step
 from lightning_spectral.optim.fsdp import ShardedMatrix, sharded_step
-from lightning_spectral.optim.matrix_update import Piece, momentum_step, pieces_of, spectral_step
+from lightning_spectral.optim.matrix_update import MatrixBlock, momentum_step, pieces_of, spectral_step
 from lightning_spectral.optim.placement import exchange_device, local, local_gradient, sharding_of
 
 
@@ -85,7 +85,7 @@ def new_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
 
 def update(chosen: Iterable[Ready], *, share: bool = True) -> None:
     """Step parameters, in the order of their groups; without ``share``, every process computes what it has."""
-    wholes: dict[Any, list[Piece]] = {}
+    wholes: dict[Any, list[MatrixBlock]] = {}
     sharded: list[ShardedMatrix] = []
     for _, of_group in groupby(chosen, key=lambda ready: id(ready.entry.group)):
         members = list(of_group)

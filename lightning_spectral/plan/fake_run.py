@@ -26,13 +26,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_spectral.curvature import DryProblem, Problem, Structure, structure
-from lightning_spectral.errors import MeasurementError, first_line
+from lightning_spectral._messages import first_line
+from lightning_spectral.curvature import DifferentiableLoss, FakeLoss, Structure, structure
+from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, map_leaves
 from lightning_spectral.isolation.module_copy import Copier
-from lightning_spectral.isolation.sandbox import PRECISIONS, UNINITIALIZED, Mode, Precision, quiet
+from lightning_spectral.isolation.sandbox import UNINITIALIZED, quiet
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.loss import LossFunction, mute, resolve_loss, stand_ins
+from lightning_spectral.options import PRECISIONS, Mode, Precision
 
 LARGE_BUFFER = 2**16
 """Entries from which on a buffer goes to the meta device, too: an attention mask, whose values no factory reads."""
@@ -163,7 +165,7 @@ def traced(
         mute(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
-        problem = DryProblem(lambda: loss(shadow.module, given), layers, leaves, samples)
+        problem = FakeLoss(lambda: loss(shadow.module, given), layers, leaves, samples)
         try:
             with fakes, values, _Unmoved(), _unlogged():
                 activations, forward = _forward(problem, parameters.values())
@@ -259,7 +261,7 @@ def _no_values(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return {}
 
 
-def _forward(problem: Problem, weights: Iterable[Tensor]) -> tuple[int, int]:
+def _forward(problem: DifferentiableLoss, weights: Iterable[Tensor]) -> tuple[int, int]:
     """Bytes saved for the backward pass in storages that are not the parameters', and FLOPs."""
     kept: dict[int, Any] = {}
 

@@ -12,12 +12,11 @@ from typing import Any
 from torch import nn
 
 from lightning_spectral.curvature import METHODS
-from lightning_spectral.isolation.sandbox import Mode, Precision
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.setup import unwrapped
-from lightning_spectral.options import Options
+from lightning_spectral.options import Mode, Options, Precision
 from lightning_spectral.plan.cost_estimate import Cost, Estimate
 from lightning_spectral.plan.cost_model import FACTOR
 from lightning_spectral.plan.fake_run import NeedsValuesError, traced

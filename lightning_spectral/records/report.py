@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_spectral._messages import group_by_reason
 from lightning_spectral._serialization import checked, number, plain
-from lightning_spectral.errors import by_cause
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS, LayerSpectrum
 
@@ -86,7 +86,7 @@ class SpectralReport:
 
     def problems(self) -> list[str]:
         """What could not be measured or copied, a line each."""
-        return [*by_cause(self.failed), *self.warnings]
+        return [*group_by_reason(self.failed), *self.warnings]
 
     def by_kind(self) -> dict[str, list[LayerSpectrum]]:
         """The layers of each kind."""

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import cases
 import pytest
 from torch.distributed import fsdp
 
@@ -70,7 +71,7 @@ JOINT = """
             raise KeyError("lost")
         return loss(module, batch)
 
-    class Alone(pl.Callback):
+    class SingleProcess(pl.Callback):
         # Before the probe: the joined batch, measured by the first process on a copy of its module.
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             batches = [None, None]
@@ -97,7 +98,7 @@ JOINT = """
     fixed = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3, prefix="held", batch=loader, n_batches=3)
     module = ConvNet()
     trainer = pl.Trainer(
-        max_steps=8, max_epochs=-1, callbacks=[Alone(), probe, fixed], logger=pl.loggers.CSVLogger(folder),
+        max_steps=8, max_epochs=-1, callbacks=[SingleProcess(), probe, fixed], logger=pl.loggers.CSVLogger(folder),
         use_distributed_sampler=False, **options,
     )
     warnings.simplefilter("always")

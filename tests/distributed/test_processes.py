@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_spectral import SpectralReport, SpectralWarning, measure_spectra
-from lightning_spectral.distributed.process_group import Alone, owners_of
+from lightning_spectral.distributed.process_group import SingleProcess, assign_owners
 
 WORLD = 3
 
@@ -231,17 +231,17 @@ def test_a_group_of_some_processes(results, alone):
 
 def test_owners_share_evenly():
     costs = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 3.0}
-    owners = owners_of(costs, 2)
+    owners = assign_owners(costs, 2)
     loads = [sum(costs[name] for name, owner in owners.items() if owner == rank) for rank in (0, 1)]
     assert sorted(loads) == [8.0, 10.0]
     assert list(owners) == list(costs)
 
 
 def test_one_process_has_everything():
-    one = Alone()
-    assert one.gathered("x") == ["x"]
-    assert one.collected(2, 0) == [2]
+    one = SingleProcess()
+    assert one.all_gather_object("x") == ["x"]
+    assert one.gather_object(2, 0) == [2]
     values = {"a": torch.ones(2)}
-    found = one.summed(values, {"a": 0, "b": 0}, lambda name: torch.zeros(1))
+    found = one.reduce_to_owners(values, {"a": 0, "b": 0}, lambda name: torch.zeros(1))
     assert found["a"] is values["a"]
     assert found["b"].tolist() == [0.0]

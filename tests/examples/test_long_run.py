@@ -8,7 +8,7 @@ import pytest
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_spectral import SpectralProbe
-from lightning_spectral.curvature import Problem
+from lightning_spectral.curvature import DifferentiableLoss
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -44,13 +44,13 @@ def test_probes_leave_nothing_behind(tmp_path):
 
 
 def test_reports_and_graphs_that_are_kept_show(tmp_path, monkeypatch):
-    kept, run = [], Problem.run
+    kept, run = [], DifferentiableLoss.run
 
     def keep(self):
         run(self)
         kept.append(self.value)
 
-    monkeypatch.setattr(Problem, "run", keep)
+    monkeypatch.setattr(DifferentiableLoss, "run", keep)
     grown, _ = growth(tmp_path, 100, history_size=100)
     assert grown["graphs"] >= 50
     assert grown["blocks"] > 50 * 100

@@ -163,7 +163,7 @@ def test_a_failed_measurement_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no curvature today")
 
-    monkeypatch.setattr("lightning_spectral.callbacks.probe.measure_quietly", fails)
+    monkeypatch.setattr("lightning_spectral.callbacks.probe.run_measurement", fails)
     with pytest.raises(RuntimeError, match="mlp, seed 0: 1 measurements failed"):
         outcome(Training.from_config("mlp", MLP), 0, tmp_path)
     assert not list(tmp_path.glob("*.json"))

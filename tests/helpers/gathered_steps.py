@@ -179,7 +179,7 @@ def check_same(models, batch, loss_fn=loss, **options):
 
 def at_most(measure):
     """Bytes: the most of whole weights at a time; of all; of the largest; of gradients that are not split."""
-    made, real = [], gathering.WholeWeights.reserve
+    made, real = [], gathering.OnDemandWeights.reserve
     held, real_spectra = [], memory._of_gradients
 
     def of_gradients(losses, gradients, *args):
@@ -192,10 +192,10 @@ def at_most(measure):
         return real_spectra(losses, gradients, *args)
 
     split = []
-    gathering.WholeWeights.reserve = lambda weights: made.append(weights) or real(weights)
+    gathering.OnDemandWeights.reserve = lambda weights: made.append(weights) or real(weights)
     memory._of_gradients = of_gradients
     measure()
-    gathering.WholeWeights.reserve, memory._of_gradients = real, real_spectra
+    gathering.OnDemandWeights.reserve, memory._of_gradients = real, real_spectra
     sizes = [weight.nbytes for weight in made[0]._weights]
     assert not any(weight.memory.untyped_storage().nbytes() for weight in made[0]._weights)
     matrices = [weight.nbytes for weight in made[0]._weights if weight.whole.ndim > 1]
@@ -230,8 +230,8 @@ def check_what_is_planned(rank, n, folder):
     whole, sharded = models(Deep)
     sizes = (48,) * n
     joined = torch.zeros(sum(sizes), 16, dtype=torch.float64), torch.zeros(sum(sizes), dtype=torch.long)
-    made, real_gather, real_reserve = [], gathering._Weight.gather, gathering.WholeWeights.reserve
-    gathering.WholeWeights.reserve = lambda weights: made.append(weights) or real_reserve(weights)
+    made, real_gather, real_reserve = [], gathering._Weight.gather, gathering.OnDemandWeights.reserve
+    gathering.OnDemandWeights.reserve = lambda weights: made.append(weights) or real_reserve(weights)
     for method in ("exact", "ggn"):
         options = OPTIONS | {"curvature": method, "micro_batch_size": 8}
         gathered = 0
@@ -248,7 +248,7 @@ def check_what_is_planned(rank, n, folder):
         assert made[-1].most <= plan.costs[method].memory.weights < sum(made[-1]._sizes)
         # Each process sends its own shards to all others.
         assert plan.sent / 4 < (n - 1) / n * gathered < plan.sent
-    gathering.WholeWeights.reserve = real_reserve
+    gathering.OnDemandWeights.reserve = real_reserve
 
 
 def check_everything_on_request(rank, n, folder):
@@ -348,23 +348,23 @@ def check_no_room_in_one(rank, n, folder):
             # Taken up again on pieces half as large.
             check_same(pair, own_batch(rank), curvature="ggn")
             assert came() or not len(own_batch(rank)[0])
-    real = gathering.WholeWeights.reserve
+    real = gathering.OnDemandWeights.reserve
 
     def reserve(weights):
         if rank == 1:
             raise MemoryError("no room")
         real(weights)
 
-    gathering.WholeWeights.reserve = reserve
+    gathering.OnDemandWeights.reserve = reserve
     with pytest.raises(MemoryError, match="process 1: out of memory: no room"):
         measured(pair[1], own_batch(rank))
-    gathering.WholeWeights.reserve = real
+    gathering.OnDemandWeights.reserve = real
 
 
 @contextlib.contextmanager
 def no_room(rank, call):
     """To take part in an exchange, in one process at its nth."""
-    real, calls = gathering.WholeWeights._room, 0
+    real, calls = gathering.OnDemandWeights._room, 0
 
     def room(weights):
         nonlocal calls
@@ -373,9 +373,9 @@ def no_room(rank, call):
             raise MemoryError("full")
         return real(weights)
 
-    gathering.WholeWeights._room = room
+    gathering.OnDemandWeights._room = room
     yield lambda: calls >= call
-    gathering.WholeWeights._room = real
+    gathering.OnDemandWeights._room = real
 
 
 def check_no_room_in_the_middle(rank, n, folder):
@@ -480,17 +480,17 @@ def check_a_failure_beside_buffers_in_shards(rank, n, folder):
     _, sharded = models(Deep)
     mesh = init_device_mesh("cpu", (n,))
     sharded.register_buffer("scale", distribute_tensor(torch.ones(3), mesh, [Replicate()]))
-    real = prepared.Beginning
+    real = prepared.InitialState
 
     def fails(*args):
         if rank == 1:
             raise MemoryError("no room")
         return real(*args)
 
-    prepared.Beginning = fails
+    prepared.InitialState = fails
     with pytest.raises(MemoryError, match="process 1: out of memory: no room"):
         measured(sharded, own_batch(rank))
-    prepared.Beginning = real
+    prepared.InitialState = real
 
 
 def check_buffers_in_shards(rank, n, folder):

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning, SwapOptimizer
-from lightning_spectral.callbacks.time_budget import Budget
+from lightning_spectral.callbacks.time_budget import TimeBudget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -249,7 +249,7 @@ def test_a_learning_rate_finder_in_mid_training_leaves_the_schedule(tmp_path):
 
 def test_a_budget_that_is_put_back_in_mid_training_goes_on():
     now = [0.0]
-    budget = Budget(0.1, clock=lambda: now[0])
+    budget = TimeBudget(0.1, clock=lambda: now[0])
     budget.start(0)
     assert budget.due(0)
     now[0] = 1.0

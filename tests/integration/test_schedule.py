@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_spectral import SpectralProbe, SpectralWarning, measure_spectra
 from lightning_spectral.callbacks.budget_advice import Advice
-from lightning_spectral.callbacks.time_budget import Budget
+from lightning_spectral.callbacks.time_budget import TimeBudget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -36,7 +36,7 @@ def simulated(steps, step_seconds, probe_seconds, max_overhead=0.05, budget=None
     """The steps at which a budget probes, the share of wall time after each, and the budget."""
     clock = clock or Clock()
     if budget is None:
-        budget = Budget(max_overhead, clock)
+        budget = TimeBudget(max_overhead, clock)
         budget.start(0)
     probed, shares = [], []
     for step in range(first, steps):
@@ -72,7 +72,7 @@ def test_time_is_looked_at_rarely():
     clock = Clock()
     looks = []
 
-    class Watched(Budget):
+    class Watched(TimeBudget):
         def missing(self):
             looks.append(1)
             return super().missing()
@@ -95,7 +95,7 @@ def test_a_budget_goes_on_where_its_state_left_it():
     head, _, budget = simulated(1777, 2**-7, 2**-2, 2**-4, clock=clock)
     state = budget.state_dict()
     clock.now += 1e6
-    resumed = Budget(2**-4, clock)
+    resumed = TimeBudget(2**-4, clock)
     resumed.load_state_dict(state)
     clock.now += 1e6
     resumed.start(1777)
@@ -122,7 +122,7 @@ def test_time_between_two_fits_does_not_count_and_a_new_training_begins_anew():
 
 def test_every_process_waits_as_long_as_the_first():
     clock = Clock()
-    budget = Budget(0.05, clock)
+    budget = TimeBudget(0.05, clock)
     budget.start(0)
     assert budget.due(0, lambda wait: wait)
     budget.probed(0, 1.0)
@@ -243,8 +243,8 @@ def test_the_schedule_survives_a_checkpoint(tmp_path):
 
 def costly(monkeypatch, seconds):
     """Make the clock of the probe say that each takes so long."""
-    real = Budget.probed
-    monkeypatch.setattr(Budget, "probed", lambda self, step, _: real(self, step, seconds))
+    real = TimeBudget.probed
+    monkeypatch.setattr(TimeBudget, "probed", lambda self, step, _: real(self, step, seconds))
 
 
 @pytest.mark.parametrize("steps", [3, 20])
@@ -274,7 +274,7 @@ def test_a_probe_that_exceeds_the_whole_budget_is_told_once(monkeypatch, steps):
 def test_fewer_samples_are_advised_only_where_they_cost_less(chosen, samples, says):
     clock, told = Clock(), []
     clock.now = 0.0
-    budget = Budget(0.1, clock=clock)
+    budget = TimeBudget(0.1, clock=clock)
     budget.start(0)
     clock.now = 2.0
     budget.probed(0, 2.0)
@@ -592,7 +592,7 @@ def test_a_loaders_batches_pass_the_modules_hooks_and_the_precision():
 def test_how_many_samples_would_fit_is_told_where_the_cost_goes_with_them(monkeypatch):
     costly(monkeypatch, 50.0)
     probe = SpectralProbe(top_k=3, max_overhead=0.99)
-    monkeypatch.setattr(Budget, "wall_seconds", 30.0)
+    monkeypatch.setattr(TimeBudget, "wall_seconds", 30.0)
     trainer = pl.Trainer(
         max_steps=3, max_epochs=-1, callbacks=[probe], logger=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,

@@ -357,7 +357,7 @@ class Rows(DummyLogger):
         self.rows.append(metrics)
 
 
-class Measured(ConvNet):
+class RawMeasurement(ConvNet):
     """A module that logs metrics of made-up spectra, one per batch."""
 
     def __init__(self):
@@ -376,7 +376,7 @@ class Measured(ConvNet):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_a_module_logs_steps_and_epochs(precision):
     logger = Rows()
-    fit(Measured(), logger=logger, steps=6, batch_size=32, precision=precision)
+    fit(RawMeasurement(), logger=logger, steps=6, batch_size=32, precision=precision)
     spectra = [spectrum(seed) for seed in range(3)]
     steps = [row["alpha_step"] for row in logger.rows if "alpha_step" in row]
     assert steps == pytest.approx([fit_power_law(*each).exponent for each in spectra] * 2, rel=1e-6)

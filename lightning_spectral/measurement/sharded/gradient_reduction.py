@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_spectral.distributed.process_group import Alone
+from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.measurement.sharded.request_rounds import Rounds
 
 
-class SummedGradients:
+class GradientReducer:
     """Gradients that go as they come: each to one process, where they are summed over all.
 
     Args:
@@ -23,7 +23,9 @@ class SummedGradients:
         rounds: in which they meet.
     """
 
-    def __init__(self, leaves: Iterable[Tensor], owners: Mapping[int, int], processes: Alone, rounds: Rounds) -> None:
+    def __init__(
+        self, leaves: Iterable[Tensor], owners: Mapping[int, int], processes: SingleProcess, rounds: Rounds
+    ) -> None:
         self.owners, self._processes, self._rounds = owners, processes, rounds
         self._leaves = {rounds.add(partial(self._exchange, leaf)): leaf for leaf in leaves}
         self.clear()

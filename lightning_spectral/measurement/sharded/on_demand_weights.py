@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_spectral.distributed.dtensor import gathered_together, is_within, shards_of
-from lightning_spectral.distributed.process_group import Alone, owners_of
+from lightning_spectral.distributed.process_group import SingleProcess, assign_owners
 from lightning_spectral.isolation.interrupts import function_mode
-from lightning_spectral.measurement.sharded.gradient_reduction import SummedGradients
+from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
 from lightning_spectral.measurement.sharded.request_rounds import Rounds
 
 RESIDENT = 2**28
@@ -86,7 +86,7 @@ class _Weight:
             self.memory.untyped_storage().resize_(0)
 
 
-class WholeWeights(TorchDispatchMode):
+class OnDemandWeights(TorchDispatchMode):
     """Stand-ins for weights in shards: plain tensors, whose memory is filled when an operation reads them.
 
     Second derivatives need the weights once more, at a time that no hook of a module tells. So every operation of
@@ -103,7 +103,7 @@ class WholeWeights(TorchDispatchMode):
     """
 
     def __init__(
-        self, shards: Iterable[Any], together: Mapping[str, Sequence[int]], processes: Alone, dtype: torch.dtype
+        self, shards: Iterable[Any], together: Mapping[str, Sequence[int]], processes: SingleProcess, dtype: torch.dtype
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._processes = processes
@@ -176,7 +176,7 @@ class WholeWeights(TorchDispatchMode):
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after, always_call=True)
 
-    def sums(self, costs: Mapping[int, float]) -> SummedGradients:
+    def sums(self, costs: Mapping[int, float]) -> GradientReducer:
         """Where gradients go.
 
         Args:
@@ -186,7 +186,7 @@ class WholeWeights(TorchDispatchMode):
         # Losses of pieces are held against the gradient of the smallest, here.
         stays = min(measured, key=lambda weight: weight.nbytes, default=None)
         large = [weight.whole for weight in measured if weight.nbytes >= SMALL and weight is not stays]
-        return SummedGradients(large, owners_of(costs, self._processes.size), self._processes, self.rounds)
+        return GradientReducer(large, assign_owners(costs, self._processes.size), self._processes, self.rounds)
 
     def restore(self) -> None:
         """Put back what was written to, and hold nothing together: another forward pass begins."""
@@ -269,15 +269,15 @@ class _ByPointer(TorchFunctionMode):
 
 
 @contextmanager
-def whole_weights(model: nn.Module, processes: Alone, dtype: torch.dtype) -> Iterator[WholeWeights | None]:
+def whole_weights(model: nn.Module, processes: SingleProcess, dtype: torch.dtype) -> Iterator[OnDemandWeights | None]:
     """Stand-ins for the parameters of a model that are shards; None for a model without.
 
     Raises:
         ValueError: for shards that processes beside these hold, or not all of these.
         MemoryError: in all processes, if there is no room in one of them for the weights that are whole at a time.
     """
-    shards = processes.agreed(lambda: shards_of(model, processes))
-    told = processes.gathered([(tuple(shard.shape), str(shard.dtype)) for shard in shards])
+    shards = processes.call_everywhere(lambda: shards_of(model, processes))
+    told = processes.all_gather_object([(tuple(shard.shape), str(shard.dtype)) for shard in shards])
     for rank, others in enumerate(told):
         if others != told[0]:
             raise ValueError(
@@ -288,8 +288,8 @@ def whole_weights(model: nn.Module, processes: Alone, dtype: torch.dtype) -> Ite
         yield None
         return
     with torch.inference_mode(False):
-        weights = WholeWeights(shards, gathered_together(model), processes, dtype)
-        processes.agreed(weights.reserve)
+        weights = OnDemandWeights(shards, gathered_together(model), processes, dtype)
+        processes.call_everywhere(weights.reserve)
     with weights.active():
         yield weights
 

@@ -9,7 +9,7 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_spectral.distributed.process_group import Alone
+from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.errors import is_out_of_memory
 
 DONE, FULL = -1, -2
@@ -33,7 +33,7 @@ class Rounds:
             would leave the others waiting.
     """
 
-    def __init__(self, processes: Alone, device: torch.device, room: Callable[[], object]) -> None:
+    def __init__(self, processes: SingleProcess, device: torch.device, room: Callable[[], object]) -> None:
         self._processes, self._device, self._room = processes, device, room
         self._exchanges: list[Exchange] = []
 
@@ -71,7 +71,7 @@ class Rounds:
 
     def _meet(self, own: int) -> list[int]:
         """One round: what each process asks for."""
-        told, failure = self._processes.told(own, self._device), None
+        told, failure = self._processes.all_gather_int(own, self._device), None
         if FULL in told:
             if own >= 0:
                 raise MemoryError(f"process {told.index(FULL)} has no room for weights and gradients of others")

@@ -13,9 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import lightning_spectral
+from lightning_spectral._messages import group_by_reason
+from lightning_spectral._version import __version__
 from lightning_spectral.analysis import ALPHA_BAND, DOUBTFUL
-from lightning_spectral.errors import by_cause
 from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LAYER_KEYS, LayerSpectrum, LoggedKey
 from lightning_spectral.records.report import SpectralReport, evenly
@@ -89,7 +89,7 @@ def page(run: Run, *, title: str | None = None) -> str:
     compressed = gzip.compress(plotly_js().encode(), mtime=0)
     parts = {
         "title": html.escape(title or run.name),
-        "version": lightning_spectral.__version__,
+        "version": __version__,
         "summary": "".join(f"<li>{html.escape(sentence)}</li>" for sentence in data["probes"][-1]["summary"]),
         "sources": html.escape("; ".join(run.sources)),
         "doubtful": html.escape(DOUBTFUL),
@@ -221,7 +221,7 @@ def _probe(probe: Probe, names: Sequence[str], keys: Sequence[LoggedKey], until:
         "facts": "" if report is None else _facts(report),
         "summary": said,
         "problems": [] if report is None else report.problems(),
-        "skipped": [] if report is None else by_cause(report.skipped),
+        "skipped": [] if report is None else group_by_reason(report.skipped),
         "values": [[_short(row.get(key.name, math.nan)) for key in keys] if row else None for row in rows],
         "trusted": [int(name in trusted) for name in names],
         "quarters": [_quarters(probe.facts.get(name)) for name in names],

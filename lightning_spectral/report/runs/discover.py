@@ -8,8 +8,8 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lightning_spectral._messages import join_names
 from lightning_spectral._serialization import UNREADABLE
-from lightning_spectral.errors import some_of
 from lightning_spectral.records.report import FORMAT
 from lightning_spectral.report.runs.run import RunError
 
@@ -53,7 +53,7 @@ def short_names(paths: Sequence[str | Path]) -> list[str]:
     return ["/".join(p[-n:]) for p in parts]
 
 
-def natural(value: object) -> list[tuple[int, int, str]]:
+def natural_sort_key(value: object) -> list[tuple[int, int, str]]:
     """A key that sorts layer 2 before layer 10."""
     parts = re.split(r"(\d+)", str(value))
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
@@ -73,13 +73,13 @@ def _find(path: Path) -> tuple[list[Found], list[str]]:
     if len(below) == 1:
         return below, left_out
     if below:
-        raise RunError(f"{path} holds several runs, name one: {some_of([str(file) for _, file in below])}")
+        raise RunError(f"{path} holds several runs, name one: {join_names([str(file) for _, file in below])}")
     raise RunError(f"{path} holds no run; give {READABLE}")
 
 
 def _in_folder(files: Iterable[Path]) -> tuple[list[Found], list[str]]:
     found: dict[str, dict[Path, None]] = {}
-    for file in sorted(files, key=natural):
+    for file in sorted(files, key=natural_sort_key):
         if _is_log(file) or file.suffix == ".ckpt":
             reader = _reader_of(file)
             found.setdefault(reader, {})[file.parent if reader == "TensorBoard log" else file] = None

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_spectral.errors import some_of
-from lightning_spectral.report.runs.discover import natural
+from lightning_spectral._messages import join_names
+from lightning_spectral.report.runs.discover import natural_sort_key
 from lightning_spectral.report.runs.layer_tables import QUANTITIES
 from lightning_spectral.report.runs.run import Probe, RunError
 
@@ -50,7 +50,7 @@ def _kinds_in(path: Path, row: Mapping[str, Any], prefix: str) -> dict[str, floa
 
 def _layers_in(path: Path, row: Mapping[str, Any], prefix: str) -> dict[str, dict[str, float]]:
     layers: dict[str, dict[str, float]] = {}
-    for key in sorted(row, key=natural):
+    for key in sorted(row, key=natural_sort_key):
         name, _, quantity = key.removeprefix(prefix).rpartition("/")
         if key.startswith(prefix) and name and quantity in QUANTITIES:
             layers.setdefault(name, {})[quantity] = _number(path, row, key)
@@ -70,7 +70,7 @@ def choose(path: Path, prefixes: Iterable[str], prefix: str | None, nothing: str
     if not known:
         raise RunError(f"{path} {nothing}")
     if prefix is None and len(known) > 1:
-        raise RunError(f"{path} holds several probes; choose one with --prefix: {some_of(known)}")
+        raise RunError(f"{path} holds several probes; choose one with --prefix: {join_names(known)}")
     if prefix is not None and prefix not in known:
-        raise RunError(f"{path} holds no probe with the prefix {prefix!r}, but {some_of(known)}")
+        raise RunError(f"{path} holds no probe with the prefix {prefix!r}, but {join_names(known)}")
     return known[0] if prefix is None else prefix

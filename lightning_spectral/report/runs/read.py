@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from lightning_spectral._messages import join_names, unpickling_refusal
 from lightning_spectral._serialization import UNREADABLE
-from lightning_spectral.errors import refused, some_of
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.discover import Found, find, short_names
 from lightning_spectral.report.runs.layer_tables import csv_tables, wandb_tables, with_tables
@@ -88,7 +88,7 @@ def _named(readings: Sequence[Reading], files: Sequence[Path]) -> list[Reading]:
 
 def _name(paths: Sequence[str | Path]) -> str:
     if len(paths) > 1:
-        return some_of(short_names(paths))
+        return join_names(short_names(paths))
     only = Path(paths[0]).resolve()
     return only.name if only.is_file() else "/".join(only.parts[-2:])
 
@@ -117,7 +117,7 @@ def _read_checkpoint(path: Path, prefix: str | None) -> Reading:
     except Exception as error:
         # Whatever bytes may raise in torch.load.
         raise RunError(
-            f"{path}: no checkpoint that loads with weights_only=True ({refused(error) or _why(error)}); "
+            f"{path}: no checkpoint that loads with weights_only=True ({unpickling_refusal(error) or _why(error)}); "
             "a CSV log, or JSON of probe.last_report, can be read instead"
         ) from error
     callbacks = data.get("callbacks") if isinstance(data, dict) else None
@@ -206,7 +206,7 @@ def _why(error: object) -> str:
 
 
 def _shown(paths: Sequence[str | Path]) -> str:
-    return some_of([str(path) for path in paths])
+    return join_names([str(path) for path in paths])
 
 
 _READERS: dict[str, Callable[[Path, str | None], Reading]] = {

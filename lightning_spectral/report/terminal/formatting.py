@@ -47,7 +47,7 @@ def width_for(console: Console) -> int:
     return max(console.width, WHOLE_WIDTH)
 
 
-def that_fit(
+def fit_columns(
     columns: Mapping[str, Sequence[str]], width: int, *, flexible: str, least: int, expendable: Sequence[str]
 ) -> tuple[list[str], int]:
     """(headings of the columns that a table of this width has room for, characters left for the flexible one).

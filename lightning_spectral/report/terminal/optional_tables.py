@@ -13,6 +13,7 @@ from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.terminal.formatting import (
+    fit_columns,
     fixed,
     left_out,
     literal,
@@ -20,7 +21,6 @@ from lightning_spectral.report.terminal.formatting import (
     percent,
     printable,
     short,
-    that_fit,
 )
 
 NAME_LEAST = 12
@@ -50,7 +50,7 @@ class Requested:
         columns = {"layer": [brief(printable(layer.name)) for layer in shown]}
         columns |= {heading: [cell(layer) for layer in shown] for heading, cell in self.columns.items()}
         last_first = list(self.columns)[:0:-1]
-        kept, length = that_fit(columns, width, flexible="layer", least=NAME_LEAST, expendable=last_first)
+        kept, length = fit_columns(columns, width, flexible="layer", least=NAME_LEAST, expendable=last_first)
         table = new_table()
         for heading in kept:
             table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)

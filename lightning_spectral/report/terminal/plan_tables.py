@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_spectral.errors import by_cause, some_of
+from lightning_spectral._messages import group_by_reason, join_names
 from lightning_spectral.plan.cost_estimate import Cost
 from lightning_spectral.plan.cost_model import FACTOR
 from lightning_spectral.plan.planner import Plan
@@ -40,10 +40,10 @@ def print_plan(plan: Plan, *, every_layer: bool = False, console: Console | None
     console.width = max(console.width, PLAN_WIDTH)
     console.print(literal(f"{plan.model}: {plan.parameters:,} parameters, {len(plan.layers)} matrices to measure"))
     console.print(_layers(plan) if every_layer else _groups(plan))
-    for text in by_cause(plan.skipped):
+    for text in group_by_reason(plan.skipped):
         console.print(literal(f"left out: {text}"), soft_wrap=True)
     if plan.unreached:
-        console.print(literal(f"would fail, as the loss does not depend on it: {some_of(plan.unreached)}"))
+        console.print(literal(f"would fail, as the loss does not depend on it: {join_names(plan.unreached)}"))
     if plan.why:
         console.print(literal(f"curvature by {plan.why}"), soft_wrap=True)
     for text in plan.unknown:

@@ -14,13 +14,13 @@ from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.terminal.formatting import (
     WHOLE_WIDTH,
+    fit_columns,
     fixed,
     left_out,
     literal,
     new_table,
     percent,
     printable,
-    that_fit,
     width_for,
 )
 from lightning_spectral.report.terminal.optional_tables import requested_of
@@ -113,7 +113,7 @@ def _layer_table(report: SpectralReport, title: str, width: int | None) -> tuple
     layers = list(report.layers.values())
     columns = {heading: [printable(cells[heading]) for cells in map(_cells, layers)] for heading in HEADINGS}
     room = 10**6 if width is None else width
-    kept, length = that_fit(columns, room, flexible="layer", least=NAME_LEAST, expendable=LEAST_NEEDED)
+    kept, length = fit_columns(columns, room, flexible="layer", least=NAME_LEAST, expendable=LEAST_NEEDED)
     table = new_table(title)
     for heading in kept:
         table.add_column(heading, justify="left" if heading in ("layer", "kind", "shape") else "right", no_wrap=True)
@@ -138,7 +138,7 @@ def kind_table(report: SpectralReport, title: str = "", *, width: int | None = N
         "alpha in the paper": [row.paper_alpha for row in rows],
     }
     room, paper = 10**6 if width is None else width, "alpha in the paper"
-    kept, _ = that_fit(columns, room, flexible=paper, least=PAPER_LEAST, expendable=KIND_LEAST_NEEDED)
+    kept, _ = fit_columns(columns, room, flexible=paper, least=PAPER_LEAST, expendable=KIND_LEAST_NEEDED)
     table = new_table(title)
     for heading in kept:
         table.add_column(heading, justify="left" if heading in ("kind", paper) else "right", no_wrap=heading != paper)

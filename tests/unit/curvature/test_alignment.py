@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from twins import gradient, matrix_entries
 
 from lightning_spectral import LayerAlignment, SpectralProbe, SpectralReport, measure_spectra
-from lightning_spectral.curvature import Problem
+from lightning_spectral.curvature import DifferentiableLoss
 from lightning_spectral.layers.matrices import find_layers
-from lightning_spectral.measure import measure_quietly
+from lightning_spectral.measure import run_measurement
 from lightning_spectral.measurement import kronecker_factors as factors_module
 from lightning_spectral.measurement.kronecker_factors import _Sums
 from lightning_spectral.numerics import second_moment as moments_module
@@ -220,7 +220,7 @@ def test_an_empty_batch_is_no_sample_of_a_sum():
     model, (x, y) = relu_mlp().double(), batch_of()
     options = Options(curvature="exact", alignment=True)
     alone, beside = (
-        measure_quietly(model, batches, options, summed) for batches in ([(x, y)], [(x, y), (x[:0], y[:0])])
+        run_measurement(model, batches, options, summed) for batches in ([(x, y)], [(x, y), (x[:0], y[:0])])
     )
     same(beside, alone)
 
@@ -385,7 +385,7 @@ def test_a_layer_that_fails_stops_no_other(monkeypatch):
 
 
 def test_a_backward_pass_that_fails_stops_no_other_layer(monkeypatch):
-    real = Problem.output_gradients
+    real = DifferentiableLoss.output_gradients
 
     def broken(self, uses):
         uses = list(uses)
@@ -393,7 +393,7 @@ def test_a_backward_pass_that_fails_stops_no_other_layer(monkeypatch):
             raise RuntimeError("no luck")
         return real(self, uses)
 
-    monkeypatch.setattr(Problem, "output_gradients", broken)
+    monkeypatch.setattr(DifferentiableLoss, "output_gradients", broken)
     report = aligned(*NAMED["mlp_cross_entropy"].build(), cross_entropy)
     assert report.layers["2.weight"].alignment_note == "its backward pass failed: no luck"
     adds_up(report.layers["0.weight"])
@@ -404,8 +404,10 @@ def test_gradients_in_outputs_are_those_of_a_pass_of_their_own(monkeypatch):
     model, batch = NAMED["grouped_depthwise_transposed"].build()
     # The fifth direction of five classes is rounding noise.
     found = aligned(model, batch, cross_entropy, curvature="ggn", top_k=4)
-    real = Problem.gradients
-    monkeypatch.setattr(Problem, "gradients", lambda self, keep_graph, outputs=False: real(self, keep_graph=keep_graph))
+    real = DifferentiableLoss.gradients
+    monkeypatch.setattr(
+        DifferentiableLoss, "gradients", lambda self, keep_graph, outputs=False: real(self, keep_graph=keep_graph)
+    )
     same(found, aligned(model, batch, cross_entropy, curvature="ggn", top_k=4))
 
 

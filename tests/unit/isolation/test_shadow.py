@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_spectral import MeasurementError, SpectralProbe, SpectralWarning, measure_spectra
 from lightning_spectral.isolation.module_copy import shadow_of
-from lightning_spectral.isolation.sandbox import Beginning, copy_batch, quiet
+from lightning_spectral.isolation.sandbox import InitialState, copy_batch, quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -107,7 +107,7 @@ def test_weights_are_put_back_from_the_originals_without_a_second_copy():
     model = nn.Linear(3, 2).double()
     before = model.weight.detach().clone()
     with quiet(model) as shadow:
-        beginning = Beginning(shadow.module, shadow.originals)
+        beginning = InitialState(shadow.module, shadow.originals)
         assert beginning._values[0].data_ptr() == model.weight.data_ptr()
         beginning.restore()
         shadow.module.weight.data.mul_(2)
@@ -119,7 +119,7 @@ def test_weights_are_put_back_from_the_originals_without_a_second_copy():
 def test_weights_that_stand_in_for_others_are_put_back_by_who_gave_them():
     model, whole = nn.Linear(3, 2), nn.Parameter(torch.ones(2, 3))
     with quiet(model, stand_ins={id(model.weight): whole}) as shadow:
-        beginning = Beginning(shadow.module, shadow.originals, lambda: whole.data.fill_(1.0))
+        beginning = InitialState(shadow.module, shadow.originals, lambda: whole.data.fill_(1.0))
         assert beginning._tensors[0] is not whole
         beginning.restore()
         shadow.module.weight.data[0, 0] += 1e-6

@@ -17,10 +17,10 @@ from lightning_spectral import MeasurementError, measure_spectra, top_singular_t
 from lightning_spectral.curvature import Curvatures
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.isolation.batch_tree import HeldBatches
-from lightning_spectral.isolation.sandbox import Beginning
+from lightning_spectral.isolation.sandbox import InitialState
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measurement.memory import TRIES
-from lightning_spectral.measurement.objective import Losses, joined
+from lightning_spectral.measurement.objective import Objective, joined
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -179,7 +179,7 @@ def test_a_head_of_zeros_does_not_hide_the_weights_of_pieces(method):
 def test_pieces_whose_gradients_do_not_add_up_are_given_up(monkeypatch):
     model, batch = gelu_mlp().double(), batch_of()
     expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4, micro_batch_size=SAMPLES)
-    monkeypatch.setattr(Losses, "_weights", lambda self, batch, parts: [0.9 / len(parts)] * len(parts))
+    monkeypatch.setattr(Objective, "_weights", lambda self, batch, parts: [0.9 / len(parts)] * len(parts))
     found = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4)
     close(found, expected)
     assert found.micro_batch_size == SAMPLES
@@ -284,10 +284,10 @@ def test_pieces_take_the_signs_of_their_own_samples():
             seen.append(products._signs(8))
             return super()._drawn(products)
 
-    beginning = Beginning(model)
+    beginning = InitialState(model)
     layers = find_layers(model).layers
     parameters = {name: dict(model.named_parameters())[name] for name in layers}
-    losses = Losses(lambda b: cross_entropy(model, b), [batch], layers, parameters, beginning)
+    losses = Objective(lambda b: cross_entropy(model, b), [batch], layers, parameters, beginning)
     pieces = losses.pieces(16)
     gradients, _, _ = losses.gradients(pieces, keep_graph=False)
     directions = {n: top_singular_triplets(g, 3) for n, g in gradients.values.items()}

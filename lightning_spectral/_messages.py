@@ -1,0 +1,51 @@
+"""Text for messages: names joined, reasons grouped, the line of an error that says something."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+NAMES_SHOWN = 6
+"""How many layers a message names."""
+
+
+def unpickling_refusal(error: BaseException) -> str:
+    """Return what torch.load with weights_only=True would not read, without its advice to execute it; else nothing.
+
+    >>> unpickling_refusal(ValueError("WeightsUnpickler error: Unsupported global: GLOBAL os.system was not allowed"))
+    'it holds os.system, which is code'
+    >>> unpickling_refusal(ValueError("no such file"))
+    ''
+    """
+    if "WeightsUnpickler error" not in str(error) and type(error).__name__ != "UnpicklingError":
+        return ""
+    code = re.search(r"\bGLOBAL (\S+)", str(error))
+    return f"it holds {code[1]}, which is code" if code else "its bytes are not those of a checkpoint"
+
+
+def group_by_reason(failed: Mapping[str, str]) -> list[str]:
+    """A line per cause that names the layers it struck.
+
+    >>> group_by_reason({"a": "frozen", "b": "dead", "c": "frozen"})
+    ['a, c: frozen', 'b: dead']
+    """
+    layers: dict[str, list[str]] = {}
+    for name, why in failed.items():
+        layers.setdefault(why, []).append(name)
+    return [f"{join_names(names)}: {why}" for why, names in layers.items()]
+
+
+def join_names(names: Sequence[str]) -> str:
+    """The first names, and how many more there are.
+
+    >>> join_names(list("abcdefgh"))
+    'a, b, c, d, e, f and 2 more'
+    """
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """The class of an error and the first line of it that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

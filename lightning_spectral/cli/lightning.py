@@ -1,0 +1,153 @@
+"""`lightning-spectral fit`: a LightningCLI of either Lightning package that gives an optimizer the model's groups."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+# The command line knows the short names of classes that are imported.
+from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
+from lightning_spectral.callbacks._lightning import lightning_cli, package_of
+from lightning_spectral.cli.checkpoints import imported, loaded
+from lightning_spectral.optim.spectral_newton import SpectralNewton
+
+if TYPE_CHECKING:
+    from pytorch_lightning.cli import LightningCLI as _LightningCLI
+else:
+    _LightningCLI = object
+
+__all__ = ["NamedGroups", "SpectralNewton", "SpectralProbe", "SwapOptimizer", "spectral_cli"]
+
+logger = logging.getLogger(__name__)
+
+USAGE = "%(prog)s [-c CONFIG] --model CLASS [--optimizer CLASS] [--trainer.OPTION VALUE] ..."
+"""In place of all options, of which an error would be the last line of forty."""
+
+
+class NamedGroups(_LightningCLI):
+    """Mixin for a LightningCLI: ``--optimizer`` is given ``groups(model)`` if its class has such a function.
+
+    Without it, every optimizer gets the flat list `model.parameters()`, in which nothing tells an embedding from a
+    matrix. Optimizer and scheduler are then made by the model's `configure_optimizers`, when the Trainer asks for it,
+    and go through the CLI's own `configure_optimizers(module, optimizer, lr_scheduler)`, overridden or not. Other
+    optimizers, and one fixed by `add_optimizer_args(SomeClass)`, are LightningCLI's business as ever.
+
+    In a program of your own: ``class MyCLI(NamedGroups, LightningCLI)``.
+    """
+
+    def instantiate_classes(self) -> None:
+        """Instantiate all but an optimizer that has groups."""
+        automatic = self.auto_configure_optimizers
+        chosen = self._of_command(self.config).get("optimizer")
+        grouped = automatic and callable(getattr(_imported(_class_path(chosen)), "groups", None))
+        self.auto_configure_optimizers = automatic and not grouped
+        try:
+            super().instantiate_classes()
+        finally:
+            self.auto_configure_optimizers = automatic
+        if grouped:
+            self._configure_with_groups()
+
+    def _configure_with_groups(self) -> None:
+        options = self._of_command(self.config_init)
+        optimizer_options, scheduler_options = options["optimizer"], options.get("lr_scheduler")
+        make = _imported(optimizer_options["class_path"])
+
+        def configure_optimizers(module: Any) -> Any:
+            optimizer = make(make.groups(module), **_init_args(optimizer_options))
+            names = [group.get("name", i) for i, group in enumerate(optimizer.param_groups)]
+            logger.info("%s of the command line, groups %s", make.__name__, ", ".join(map(str, names)))
+            scheduler = None
+            if scheduler_options:
+                scheduler = _imported(scheduler_options["class_path"])(optimizer, **_init_args(scheduler_options))
+            return self.configure_optimizers(module, optimizer, scheduler)
+
+        self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
+
+    def _of_command(self, config: Any) -> Any:
+        """A configuration's part for the command, such as fit, if there are commands."""
+        return config if self.subcommand is None else config[self.subcommand]
+
+
+class _PlainCheckpoints(_LightningCLI):
+    """Refuse a ``--ckpt_path`` that would execute code: Lightning 2.4 loads whatever it is given."""
+
+    def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
+        """Parse, then look into the checkpoint before Lightning does."""
+        super().parse_arguments(*args, **kwargs)
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path and Path(path).is_file():
+            loaded(Path(path), "--ckpt_path", "Trainer.fit(ckpt_path=...) in a program of your own loads one you trust")
+
+
+def spectral_cli(package: str = "pytorch_lightning") -> type[_LightningCLI]:
+    """The LightningCLI of a package with `NamedGroups`.
+
+    Raises:
+        ImportError: without jsonargparse.
+    """
+    return type("SpectralCLI", (_PlainCheckpoints, NamedGroups, lightning_cli(package)), {})
+
+
+def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
+    """Run ``fit --config ...`` and the like with the LightningCLI of the package that the model is of.
+
+    Raises:
+        SourceError: if the model cannot be imported.
+    """
+    path = named_model(arguments)
+    # A short name is for LightningCLI to resolve, and so is a file of options.
+    by_path = path is not None and "." in path and Path(path).suffix not in (".yaml", ".yml", ".json")
+    cli = spectral_cli(package_of(imported(path, "--model") if path and by_path else None))
+    # Under `python -m` argparse would take the name of the file that is run.
+    parser_kwargs = {"prog": "lightning-spectral", arguments[0]: {"usage": USAGE}}
+    # LightningCLI warns of arguments given beside those of the command line.
+    cli(args=None if from_command_line else list(arguments), parser_kwargs=parser_kwargs)
+
+
+def named_model(arguments: Sequence[str]) -> str | None:
+    """The class path that arguments give for the model, or the last of their configuration files, or None."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", "--model.class_path")
+    parser.add_argument("-c", "--config", action="append", default=[])
+    given, _ = parser.parse_known_args(list(arguments))
+    found = [given.model, *(_model_in(config) for config in reversed(given.config))]
+    return next((path for path in found if path), None)
+
+
+def _model_in(config: str) -> str | None:
+    """A file that cannot be read is LightningCLI's to complain of."""
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return _class_path(content.get("model")) if isinstance(content, Mapping) else None
+
+
+def _class_path(options: Any) -> str | None:
+    """Of ``class_path: ...`` with or without ``init_args``, or a bare path."""
+    path = options if isinstance(options, str) or options is None else options.get("class_path")
+    return path if isinstance(path, str) else None
+
+
+def _imported(path: str | None) -> Any:
+    """What an import path names, or None."""
+    module, _, name = (path or "").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None) if module else None
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            return None
+        raise
+
+
+def _init_args(options: Any) -> dict[str, Any]:
+    return dict((options.get("init_args") or {}).items())
