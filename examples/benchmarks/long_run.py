@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import SpectralProbe
-from lightning_spectral.callbacks.log_selection import PROBE_KEYS
+from lightning_spectral.records.log_keys import PROBE_KEYS
 from lightning_spectral.report.trackers import offline_wandb_run
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -10,10 +10,8 @@ from torch import nn
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.optim.measured_alpha import MeasuredAlpha
 from lightning_spectral.optim.spectral_newton import SpectralNewton
+from lightning_spectral.records.log_keys import ALPHA_KEY
 from lightning_spectral.records.report import SpectralReport
-
-ALPHA_KEY = "spectral_newton/<layer>/alpha"
-"""Logged: the exponent that SpectralNewton steps with, given alpha="probe"."""
 
 Fits = dict[str, tuple[float, float]]
 """Layer -> (alpha, r2): all that an optimizer takes from a report, and that processes have to agree on."""

@@ -7,14 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from lightning_spectral.layers.matrices import check_selection
-from lightning_spectral.records.layer_spectrum import LAYER_KEYS
-from lightning_spectral.records.report import REPORT_KEYS, SpectralReport, evenly
-
-PROBE_KEYS: dict[str, str] = {
-    "probe_seconds": "wall time of the probe",
-    "probe_overhead": "share of wall time that all probes took so far",
-    "failed_probes": "probes since the start that measured nothing",
-}
+from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS
+from lightning_spectral.records.report import SpectralReport, evenly
 
 LOGGED_LAYERS = 24
 """How many layers `log_layers="auto"` logs one by one."""

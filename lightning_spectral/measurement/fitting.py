@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_spectral._messages import group_by_reason
-from lightning_spectral.curvature import Curvatures
 from lightning_spectral.distributed.process_group import assign_owners
+from lightning_spectral.measurement.layer_fit import (
+    Part,
+    alignment_part,
+    fit_layer,
+    fraction_part,
+    intervals_part,
+    weights_part,
+)
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.raw import RawMeasurement
+from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.options import Options
-from lightning_spectral.records.curvature_fraction import CurvatureFraction
+from lightning_spectral.records.layer_measurement import LayerMeasurement
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
-from lightning_spectral.records.weight_spectrum import WeightSpectrum
 
 
 def fit_layers(
@@ -64,36 +70,27 @@ def _fit(
     if name in curvatures.stderr:
         stderr[: len(curvatures.stderr[name])] = curvatures.stderr[name]
     why = factors.notes.get(name) or failed.get(name) or "no direction above the noise floor"
-    spectrum = LayerSpectrum.from_spectrum(
-        sigma,
-        h,
+    measurement = LayerMeasurement(
         name=name,
         kind=layer.kind,
         shape=layer.shape,
         groups=layer.groups,
+        sigma=sigma,
+        h=h,
         h_stderr=stderr,
-        method=curvatures.methods.get(name, curvatures.method),
-        eps=eps,
-        note=failed.get(name, ""),
         spectrum=raw.directions.spectra.get(name, nothing),
-        bootstrap=options.bootstrap,
-        factors=factors.factors.get(name),
+        noise_floor=noise_floor(sigma, layer.shape, layer.groups, eps),
+        method=curvatures.methods.get(name, curvatures.method),
+        note=failed.get(name, ""),
         alignment_note=why if options.alignment and name not in factors.factors else "",
-        per_sample=factors.per_sample,
     )
+    parts: dict[str, Part] = {}
     if weights is not None:
-        of_weights = WeightSpectrum.of(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
-        spectrum = replace(spectrum, weights=of_weights)
-    return replace(spectrum, fraction=_fraction(spectrum, raw.traces)) if options.curvature_fraction else spectrum
-
-
-def _fraction(spectrum: LayerSpectrum, traces: Curvatures) -> CurvatureFraction:
-    if spectrum.name not in traces.h:
-        return CurvatureFraction.missing(traces.failed.get(spectrum.name, spectrum.note))
-    return CurvatureFraction.of(
-        traces.h[spectrum.name],
-        spectrum.h,
-        shape=spectrum.shape,
-        h_stderr=spectrum.h_stderr,
-        note=traces.failed.get(spectrum.name, ""),
-    )
+        parts["weights"] = weights_part(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
+    if options.bootstrap:
+        parts["intervals"] = intervals_part(options.bootstrap)
+    if options.curvature_fraction:
+        parts["fraction"] = fraction_part(raw.traces.h.get(name), raw.traces.failed.get(name, ""))
+    if name in factors.factors:
+        parts["alignment"] = alignment_part(factors.factors[name], factors.per_sample)
+    return fit_layer(measurement, parts)

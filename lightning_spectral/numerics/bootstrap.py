@@ -10,14 +10,12 @@ slope owes to single points, no more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_spectral._serialization import number
 from lightning_spectral.numerics.power_law import MIN_POINTS
 
 LEVEL = 0.95
@@ -42,11 +40,6 @@ class Interval:
     n_draws: int
     n_degenerate: int
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Interval:
-        """The inverse of `encoding.plain`."""
-        return cls(**{**data, **{name: number(data[name]) for name in ("low", "high", "level")}})
-
 
 @dataclass(frozen=True)
 class Intervals:
@@ -55,11 +48,6 @@ class Intervals:
     alpha: Interval
     gamma: Interval
     s: Interval
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Intervals:
-        """The inverse of `encoding.plain`."""
-        return cls(**{name: Interval.from_dict(data[name]) for name in ("alpha", "gamma", "s")})
 
 
 def exponent_intervals(

@@ -8,12 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-
-from lightning_spectral._serialization import checked, number, numbers
 
 RankModel = Literal["power_law", "exponential", "lognormal"]
 
@@ -44,11 +42,6 @@ class PowerLawFit:
     n_used: int
     n_dropped: int
     dropped: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PowerLawFit:
-        """The inverse of `encoding.plain`."""
-        return checked(cls(**numbers(data, skip=("dropped",))))
 
 
 @dataclass(frozen=True)
@@ -83,14 +76,6 @@ class RankModels:
         """BIC of the runner-up minus that of the winner; NaN where fewer than two models could be fitted."""
         known = sorted(bic for bic in self.bic.values() if not math.isnan(bic))
         return known[1] - known[0] if len(known) > 1 else float("nan")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RankModels:
-        """The inverse of `encoding.plain`."""
-        bic: dict[RankModel, float] = {name: number(value) for name, value in data["bic"].items()}
-        coefficients = {name: tuple(map(number, fit["coefficients"])) for name, fit in data["fits"].items()}
-        fits = {name: RankModelFit(c, number(data["fits"][name]["rss"]), bic[name]) for name, c in coefficients.items()}
-        return cls(data["winner"], bic, fits, data["n_used"], data["n_dropped"])
 
 
 class LogPoints(NamedTuple):

@@ -14,18 +14,12 @@ carry powers of the batch size; here delta is the gradient of one sample's loss,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_spectral._serialization import number, numbers
 from lightning_spectral.numerics.power_law import PowerLawFit, fit_power_law, with_ordinate_errors
-
-TENSORS = ("lambda_delta", "lambda_a", "rho_delta", "rho_a", "phi_k", "h_kron", "chi", "concentration")
-FITS = ("beta", "phi", "chi_slope")
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,16 +169,6 @@ class LayerAlignment:
             rows=factors.rows,
             note=note,
         )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> LayerAlignment:
-        """The inverse of `encoding.plain`."""
-        values = {f.name: data[f.name] for f in fields(cls)}
-        for name in TENSORS:
-            values[name] = torch.tensor([number(x) for x in values[name]], dtype=torch.float64)
-        for name in FITS:
-            values[name] = PowerLawFit.from_dict(values[name])
-        return cls(**numbers(values, skip=(*TENSORS, *FITS, "note")))
 
 
 def median(values: Tensor) -> float:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from lightning_spectral._serialization import numbers
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,3 @@ class CurvatureFraction:
         """What there is of a layer that could not be measured."""
         empty = torch.zeros(0)
         return cls.of(empty, empty, shape=(0, 0), note=note)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CurvatureFraction:
-        """The inverse of `encoding.plain`."""
-        return cls(**numbers(data, skip=("note",)))

@@ -6,34 +6,20 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral._messages import group_by_reason
-from lightning_spectral._serialization import checked, number, plain
+from lightning_spectral._serialization import decode, to_jsonable
 from lightning_spectral.numerics.power_law import RankModel
-from lightning_spectral.records.layer_spectrum import LAYER_KEYS, LayerSpectrum
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.log_keys import LAYER_KEYS, RANK_MODELS
 
 if TYPE_CHECKING:
     import pandas
 
 FORMAT, FORMAT_VERSION = "lightning-spectral-report", 3
-
-RANK_MODELS: tuple[RankModel, ...] = ("power_law", "exponential", "lognormal")
-
-REPORT_KEYS: dict[str, str] = {
-    "loss": "the loss the probe measured, on its own batch and mode",
-    "layers_measured": "layers with an alpha",
-    "layers_failed": "layers chosen but without an alpha; the report's notes say why",
-    "negative_curvature": "directions with h < 0, all layers",
-    "zeta_unbounded": "layers whose zeta bound is infinite, alpha gamma <= 1",
-    "check_error": "relative difference of one curvature to an exact product, with curvature ggn by auto",
-    **{
-        f"rank_model/{model}": "share of the layers whose gradient spectrum it fits best, by BIC"
-        for model in RANK_MODELS
-    },
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,16 +112,16 @@ class SpectralReport:
         return replace(self, step=step, epoch=epoch)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain, JSON-able values: NaN as None, infinity as "inf"."""
-        return {"format": FORMAT, "version": FORMAT_VERSION, **plain(self)}
+        """Return JSON-able values: NaN as None, infinity as "inf"."""
+        return {"format": FORMAT, "version": FORMAT_VERSION, **to_jsonable(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SpectralReport:
-        """The inverse of `to_dict`.
+        """Invert `to_dict`.
 
         Raises:
             ValueError: if the data is no report, or one of another version, older or newer; of data that only looks
-                like one, any of `encoding.UNREADABLE`.
+                like one, any of `_serialization.UNREADABLE`.
         """
         if data.get("format") != FORMAT:
             raise ValueError(f"expected a {FORMAT} of version {FORMAT_VERSION}, got the format {data.get('format')!r}")
@@ -144,12 +130,7 @@ class SpectralReport:
                 f"expected a {FORMAT} of version {FORMAT_VERSION}, got one of version {data.get('version')!r}: "
                 "measure again, or read it with the release that wrote it"
             )
-        values = {f.name: data[f.name] for f in fields(cls)}
-        values["layers"] = {name: LayerSpectrum.from_dict(layer) for name, layer in data["layers"].items()}
-        values["warnings"] = tuple(data["warnings"])
-        for name in ("loss", "seconds", "check_error"):
-            values[name] = number(data[name])
-        return checked(cls(**values))
+        return decode(cls, data)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Standard JSON text, also written to a file if a path is given."""
@@ -221,5 +202,5 @@ def _medians(layers: Iterable[LayerSpectrum], prefix: str) -> dict[str, float]:
     return {
         f"{prefix}{key.name}_median": median([key.value(layer) for layer in layers])
         for key in LAYER_KEYS
-        if key.median and all(key.given(layer) for layer in layers)
+        if key.median and all(key.applies_to(layer) for layer in layers)
     }

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_spectral._serialization import number
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.power_law import PowerLawFit, fit_rank_decay, noise_floor
 from lightning_spectral.numerics.svd import singular_values
@@ -70,10 +67,3 @@ class WeightSpectrum:
             n_ranks=len(sigma),
             note=note,
         )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> WeightSpectrum:
-        """The inverse of `encoding.plain`."""
-        fits = {name: PowerLawFit.from_dict(data[name]) for name in ("gamma", "s")}
-        sigma = torch.tensor([number(x) for x in data["sigma"]], dtype=torch.float64)
-        return cls(sigma=sigma, n_ranks=data["n_ranks"], note=data["note"], **fits)

@@ -21,13 +21,11 @@ from reports import layer, report
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
-from lightning_spectral.callbacks.alpha_transfer import ALPHA_KEY
-from lightning_spectral.callbacks.log_selection import LOGGED_LAYERS, PROBE_KEYS, Logged, charts
+from lightning_spectral.callbacks.log_selection import LOGGED_LAYERS, Logged, charts
 from lightning_spectral.callbacks.report_writer import FIGURES
 from lightning_spectral.cli.commands import main
 from lightning_spectral.options import Options
-from lightning_spectral.records.layer_spectrum import LAYER_KEYS
-from lightning_spectral.records.report import REPORT_KEYS
+from lightning_spectral.records.log_keys import ALPHA_KEY, LAYER_KEYS, PROBE_KEYS, REPORT_KEYS
 from lightning_spectral.report import figures
 from lightning_spectral.report.terminal.tables import CAPTION
 

@@ -1,8 +1,9 @@
 """Reports made of numbers, without a network: what tables, summaries and pages show."""
 
 import torch
+from fits import fit_numbers
 
-from lightning_spectral import LayerSpectrum, SpectralReport
+from lightning_spectral import SpectralReport
 
 
 def layer(name, *, alpha=2.0, gamma=1.0, noise=0.0, negative=0, kind="dense", k=20, seed=0, shape=(64, 32), **kwargs):
@@ -11,12 +12,12 @@ def layer(name, *, alpha=2.0, gamma=1.0, noise=0.0, negative=0, kind="dense", k=
     sigma = torch.arange(1, k + 1, dtype=torch.float64) ** -gamma
     h = sigma**alpha * (noise * torch.randn(k, generator=generator, dtype=torch.float64)).exp()
     h[k - negative :] *= -1
-    return LayerSpectrum.from_spectrum(sigma, h, name=name, kind=kind, shape=shape, **kwargs)
+    return fit_numbers(sigma, h, name=name, kind=kind, shape=shape, **kwargs)
 
 
 def dead(name, note="nothing flows through it", kind="dense"):
     """A layer without a direction."""
-    return LayerSpectrum.from_spectrum(torch.zeros(0), torch.zeros(0), name=name, kind=kind, shape=(5, 5), note=note)
+    return fit_numbers(torch.zeros(0), torch.zeros(0), name=name, kind=kind, shape=(5, 5), note=note)
 
 
 def report(*layers, step=None, skipped=None, **kwargs):

@@ -1,8 +1,9 @@
 """Reports made from formulas, the same on every machine: no training, no random numbers."""
 
 import torch
+from fits import fit_numbers
 
-from lightning_spectral import LayerSpectrum, SpectralReport
+from lightning_spectral import SpectralReport
 from lightning_spectral.layers.kinds import KINDS
 
 
@@ -15,13 +16,13 @@ def spectrum(
     sigma = 0.1 * (-gamma * ranks.log() - rate * ranks - bend * ranks.log().square() + wave).exp()
     h = 50 * sigma**alpha * (noise * (7 * ranks + len(name)).sin()).exp()
     h[list(negative)] *= -1
-    return LayerSpectrum.from_spectrum(sigma, h, name=name, kind=kind, shape=shape, **more)
+    return fit_numbers(sigma, h, name=name, kind=kind, shape=shape, **more)
 
 
 def dead(name, kind="conv"):
     """A layer whose curvature could not be measured."""
     sigma = 0.1 / torch.arange(1, 21, dtype=torch.float64)
-    return LayerSpectrum.from_spectrum(
+    return fit_numbers(
         sigma, torch.full((20,), float("nan")), name=name, kind=kind, shape=(64, 64), note="no second derivative"
     )
 
@@ -79,6 +80,6 @@ def broken():
         spectrum("short", k=2),
         spectrum("cloud", "head", noise=3.0, negative=(1, 4)),
         spectrum("falling", alpha=-0.7),
-        *(LayerSpectrum.from_spectrum(*of, name=name, kind="by hand", shape=(5, 5)) for name, of in nothing.items()),
+        *(fit_numbers(*of, name=name, kind="by hand", shape=(5, 5)) for name, of in nothing.items()),
     ]
     return report(layers, step=5)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fits import fit_numbers
 from reports import layer
 from rich.console import Console
 
-from lightning_spectral import LayerSpectrum, SpectralReport
+from lightning_spectral import SpectralReport
 from lightning_spectral.cli.commands import commands as cli
 from lightning_spectral.cli.commands import main
 from lightning_spectral.demo import run as demo
@@ -104,11 +105,9 @@ def text_of(table, width=140):
 def test_tables_show_what_is_missing_and_escape_names():
     k = torch.arange(1, 21, dtype=torch.float64)
     layers = [
-        LayerSpectrum.from_spectrum(k**-1, k**-2, name="a[bold].weight", kind="conv", shape=(64, 288), groups=2),
-        LayerSpectrum.from_spectrum(
-            torch.zeros(0), torch.zeros(0), name="b.weight", kind="head", shape=(5, 5), note="x"
-        ),
-        LayerSpectrum.from_spectrum(k**-1, k**-0.5, name="c.weight", kind="dense", shape=(64, 64)),
+        fit_numbers(k**-1, k**-2, name="a[bold].weight", kind="conv", shape=(64, 288), groups=2),
+        fit_numbers(torch.zeros(0), torch.zeros(0), name="b.weight", kind="head", shape=(5, 5), note="x"),
+        fit_numbers(k**-1, k**-0.5, name="c.weight", kind="dense", shape=(64, 64)),
     ]
     report = SpectralReport({x.name: x for x in layers}, {}, 1.0, 8, "exact", "eval", "float32", 20, 0.1)
     rows = [re.split(r"\s{2,}", line.strip()) for line in text_of(layer_table(report)).splitlines()[3:] if line.strip()]

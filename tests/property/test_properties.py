@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fits import fit_numbers
 from torch import nn
 
 from lightning_spectral import (
@@ -19,7 +20,6 @@ from lightning_spectral import (
     zeta_bound,
 )
 from lightning_spectral.numerics.power_law import directions_holding, entropy_rank
-from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 pytest.importorskip("hypothesis")
 
@@ -253,9 +253,7 @@ def test_a_spectrum_in_other_units_has_the_same_exponents(cloud, a, b):
     sigma, h = cloud
     sigma = sigma.sort(descending=True).values
     # Powers of two, so that no point crosses the noise floor by rounding.
-    plain, scaled = (
-        LayerSpectrum.from_spectrum(2.0**i * sigma, 2.0**j * h, name="w", shape=(9, 9)) for i, j in ((0, 0), (a, b))
-    )
+    plain, scaled = (fit_numbers(2.0**i * sigma, 2.0**j * h, name="w", shape=(9, 9)) for i, j in ((0, 0), (a, b)))
     counts = ("n_usable", "n_negative", "n_repeated", "directions_95_curvature", "directions_99_gradient", "note")
     assert [getattr(plain, name) for name in counts] == [getattr(scaled, name) for name in counts]
     assert plain.alpha.dropped == scaled.alpha.dropped

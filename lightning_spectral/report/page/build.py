@@ -17,7 +17,8 @@ from lightning_spectral._messages import group_by_reason
 from lightning_spectral._version import __version__
 from lightning_spectral.analysis import ALPHA_BAND, DOUBTFUL
 from lightning_spectral.records.alignment import LayerAlignment
-from lightning_spectral.records.layer_spectrum import LAYER_KEYS, LayerSpectrum, LoggedKey
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.log_keys import LAYER_KEYS, LoggedKey
 from lightning_spectral.records.report import SpectralReport, evenly
 from lightning_spectral.report.runs.run import LayerFacts, Probe, Run, RunError
 from lightning_spectral.summary import summary, summary_over_training

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_spectral._serialization import UNREADABLE
-from lightning_spectral.records.layer_spectrum import LAYER_KEYS
+from lightning_spectral.records.log_keys import LAYER_KEYS
 from lightning_spectral.report.runs.run import LayerFacts, Probe, RunError
 
 QUANTITIES = frozenset(key.name for key in LAYER_KEYS)

@@ -30,7 +30,7 @@ from lightning_spectral.numerics.power_law import entropy_rank, fit_power_law
 from lightning_spectral.numerics.second_moment import SecondMoment
 from lightning_spectral.options import Options
 from lightning_spectral.records.alignment import TENSORS, KroneckerFactors
-from lightning_spectral.records.layer_spectrum import LAYER_KEYS
+from lightning_spectral.records.log_keys import LAYER_KEYS
 
 NAMED = {case.name: case for case in CASES}
 ALIGNMENT_KEYS = [key for key in LAYER_KEYS if key.part == "alignment"]

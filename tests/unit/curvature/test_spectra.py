@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cases import CASES, Case
+from fits import fit_numbers
 from torch import nn
 from twins import block_triplets, gradient, matrix_entries
 
@@ -12,8 +13,8 @@ from lightning_spectral import fit_power_law, fit_rank_decay, fit_rank_models, m
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.numerics.svd import singular_values, top_singular_triplets
-from lightning_spectral.records.layer_spectrum import LayerSpectrum
-from lightning_spectral.records.report import RANK_MODELS, SpectralReport
+from lightning_spectral.records.log_keys import RANK_MODELS
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.weight_spectrum import WeightSpectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -154,7 +155,7 @@ def test_alpha_of_each_quarter_is_the_fit_of_its_points():
     sigma = k**-1.0
     h = sigma ** (1 + k / 10)
     h[3], sigma[-1] = -1.0, 1e-12
-    spectrum = LayerSpectrum.from_spectrum(sigma, h, name="w", shape=(64, 64))
+    spectrum = fit_numbers(sigma, h, name="w", shape=(64, 64))
     parts = [slice(0, 6), slice(6, 12), slice(12, 17), slice(17, 22)]
     assert len(spectrum.alpha_quartiles) == 4
     for part, fit in zip(parts, spectrum.alpha_quartiles, strict=True):
@@ -169,7 +170,7 @@ def test_alpha_of_each_quarter_is_the_fit_of_its_points():
 @pytest.mark.parametrize("n", [0, 1, 3, 11])
 def test_quarters_with_fewer_than_3_points_are_nan(n):
     sigma = torch.arange(1, n + 1, dtype=torch.float64) ** -1.0
-    spectrum = LayerSpectrum.from_spectrum(sigma, sigma**2, name="w", shape=(64, 64))
+    spectrum = fit_numbers(sigma, sigma**2, name="w", shape=(64, 64))
     assert [fit.n_used for fit in spectrum.alpha_quartiles] == [len(part) for part in sigma.tensor_split(4)]
     for fit in spectrum.alpha_quartiles:
         assert math.isnan(fit.exponent) == (fit.n_used < 3)
@@ -177,13 +178,13 @@ def test_quarters_with_fewer_than_3_points_are_nan(n):
 
 def layer_of(law, name):
     k = torch.arange(1, 21, dtype=torch.float64)
-    return LayerSpectrum.from_spectrum(law(k), k**-2, name=name, shape=(64, 64))
+    return fit_numbers(law(k), k**-2, name=name, shape=(64, 64))
 
 
 def test_shares_and_margins_of_rank_models():
     laws = [lambda k: k**-1.3, lambda k: (-0.4 * k).exp(), lambda k: (-0.3 * k).exp(), lambda k: k**-0.7]
     layers = {str(i): layer_of(law, str(i)) for i, law in enumerate(laws)}
-    layers["dead"] = LayerSpectrum.from_spectrum(torch.zeros(0), torch.zeros(0), name="dead", shape=(9, 9), note="dead")
+    layers["dead"] = fit_numbers(torch.zeros(0), torch.zeros(0), name="dead", shape=(9, 9), note="dead")
     report = SpectralReport(layers, {}, 1.0, 8, "exact", "eval", "float32", 20, 0.1)
     assert report.rank_model_shares() == {"power_law": 0.5, "exponential": 0.5, "lognormal": 0.0}
     scalars = report.scalars()

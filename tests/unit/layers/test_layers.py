@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import Attention, Block, TiedLM, grouped
+from fits import fit_numbers
 from torch import nn
 from twins import matrix_entries
 
-from lightning_spectral import LayerSpectrum
 from lightning_spectral.layers.kinds import infer_kinds
 from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
 
@@ -277,5 +277,5 @@ def test_kinds_of_fine_tuned_networks(tree, frozen, expected):
 
 def test_grouped_noise_floor_is_that_of_a_group():
     sigma = torch.tensor([1.0, 0.5, 0.25])
-    floors = [LayerSpectrum.from_spectrum(sigma, sigma, name="w", shape=(64, 9), groups=g).noise_floor for g in (1, 16)]
+    floors = [fit_numbers(sigma, sigma, name="w", shape=(64, 9), groups=g).noise_floor for g in (1, 16)]
     assert floors[0] == pytest.approx(64 / 9 * floors[1])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fits import fit_numbers
 
 from lightning_spectral import fit_power_law, fit_rank_decay, fit_rank_models, participation_ratio, zeta_bound
 from lightning_spectral.numerics.power_law import directions_holding, entropy_rank
-from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 PAPER = Path(os.environ.get("PAPER_RESULTS", Path(__file__).parents[4] / "shared" / "paper-results"))
 needs_paper = pytest.mark.skipif(
@@ -36,7 +36,7 @@ def test_fits_reproduce_the_paper():
     assert len(layers) == 24
     for _, layer, _ in layers:
         sigma, h = (torch.tensor(layer[key], dtype=torch.float64) for key in ("sigma", "h_exact"))
-        fitted = LayerSpectrum.from_spectrum(sigma, h, name=layer["name"], shape=tuple(layer["shape"]), eps=0.0)
+        fitted = fit_numbers(sigma, h, name=layer["name"], shape=tuple(layer["shape"]), eps=0.0)
         close = {"rel": 1e-6}
         assert fitted.alpha.exponent == pytest.approx(layer["alpha"], **close)
         assert fitted.alpha.r2 == pytest.approx(layer["r2_alpha"], **close)
@@ -178,7 +178,7 @@ def test_zeta_bound():
 def test_spectrum_of_an_exact_power_law():
     k = torch.arange(1, 21, dtype=torch.float64)
     sigma = 3 * k**-1.2
-    spectrum = LayerSpectrum.from_spectrum(sigma, 7 * sigma**2, name="w", shape=(64, 64))
+    spectrum = fit_numbers(sigma, 7 * sigma**2, name="w", shape=(64, 64))
     assert spectrum.alpha.exponent == pytest.approx(2.0)
     assert spectrum.gamma.exponent == pytest.approx(1.2)
     assert spectrum.s.exponent == pytest.approx(2.4)
@@ -193,7 +193,7 @@ def test_spectrum_of_an_exact_power_law():
 def test_points_below_the_noise_floor_and_negative_curvature():
     sigma = torch.tensor([1.0, 0.5, 0.25, 0.25, 0.125, 1e-7])
     h = torch.tensor([1.0, 0.25, 0.0625, -0.1, 0.015625, 1e3])
-    spectrum = LayerSpectrum.from_spectrum(sigma, h, name="w", shape=(10, 64))
+    spectrum = fit_numbers(sigma, h, name="w", shape=(10, 64))
     assert spectrum.noise_floor == pytest.approx(64 * torch.finfo(torch.float32).eps)
     assert spectrum.alpha.exponent == pytest.approx(2.0)
     assert spectrum.alpha.dropped == {"below the noise floor": 1, "not positive": 1}
@@ -203,13 +203,13 @@ def test_points_below_the_noise_floor_and_negative_curvature():
 
 def test_spectrum_of_the_wrong_shape():
     with pytest.raises(ValueError, match=r"must be \(K,\)"):
-        LayerSpectrum.from_spectrum(torch.ones(3), torch.ones(4), name="w", shape=(5, 5))
+        fit_numbers(torch.ones(3), torch.ones(4), name="w", shape=(5, 5))
 
 
 def test_abscissae_that_differ_by_rounding_have_no_slope():
     assert math.isnan(fit_power_law([0.1 + 0.2, 0.3, 0.3], [1.0, 2.0, 3.0]).exponent)
     k = torch.arange(8, dtype=torch.float64)
-    equal = LayerSpectrum.from_spectrum(1 + 1e-8 * k.flip(0), 1 + k, name="w", shape=(8, 8))
+    equal = fit_numbers(1 + 1e-8 * k.flip(0), 1 + k, name="w", shape=(8, 8))
     assert math.isnan(equal.alpha.exponent)
     assert equal.n_repeated == 8
     assert "equal to rounding" in equal.note

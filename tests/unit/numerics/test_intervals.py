@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from fits import fit_numbers
 
 from lightning_spectral import fit_power_law, fit_rank_decay
+from lightning_spectral._serialization import decode
 from lightning_spectral.numerics.bootstrap import Interval, exponent_intervals, slope_interval
-from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 K = 20
 RANKS = torch.arange(1, K + 1, dtype=torch.float64)
@@ -74,7 +75,7 @@ def test_intervals_of_few_points_hold_the_true_slope_as_often_as_documented(n, l
 def test_intervals_of_a_spectrum_lie_around_its_exponents():
     sigma, h = noisy_power_law(1, noise=0.2)
     h[4] = -h[4]
-    spectrum = LayerSpectrum.from_spectrum(sigma, h, name="w", shape=(64, 64), bootstrap=500)
+    spectrum = fit_numbers(sigma, h, name="w", shape=(64, 64), bootstrap=500)
     for name in ("alpha", "gamma", "s"):
         interval, exponent = getattr(spectrum.intervals, name), getattr(spectrum, name).exponent
         assert interval.low <= exponent + 1e-9
@@ -83,7 +84,7 @@ def test_intervals_of_a_spectrum_lie_around_its_exponents():
     assert spectrum.intervals.gamma.high == pytest.approx(1.2)
     assert spectrum.intervals == exponent_intervals(sigma, h, draws=500)
     assert fit_rank_decay(h[h > 0]).exponent == spectrum.s.exponent
-    assert LayerSpectrum.from_spectrum(sigma, h, name="w", shape=(64, 64)).intervals is None
+    assert fit_numbers(sigma, h, name="w", shape=(64, 64)).intervals is None
 
 
 def test_intervals_leave_the_global_random_state():
@@ -118,14 +119,14 @@ def test_options_out_of_range(options, message):
 
 def test_an_interval_without_ends_survives_json():
     interval = Interval(math.nan, math.nan, 0.95, 10, 10)
-    back = Interval.from_dict({"low": None, "high": None, "level": 0.95, "n_draws": 10, "n_degenerate": 10})
+    back = decode(Interval, {"low": None, "high": None, "level": 0.95, "n_draws": 10, "n_degenerate": 10})
     assert repr(back) == repr(interval)
 
 
 def test_points_that_alpha_leaves_out_are_in_no_interval_of_it():
     """Sigma equal to rounding: h has no slope against them, whatever the rounding makes of it."""
     sigma = 1 + torch.finfo(torch.float32).eps * torch.arange(8, 0, -1, dtype=torch.float64) / 8
-    spectrum = LayerSpectrum.from_spectrum(sigma, RANKS[:8] ** -1, name="w", shape=(64, 64), bootstrap=50)
+    spectrum = fit_numbers(sigma, RANKS[:8] ** -1, name="w", shape=(64, 64), bootstrap=50)
     assert math.isnan(spectrum.alpha.exponent)
     assert math.isnan(spectrum.intervals.alpha.low)
     assert math.isnan(spectrum.intervals.alpha.high)
@@ -136,7 +137,7 @@ def test_points_that_alpha_leaves_out_are_in_no_interval_of_it():
 def test_where_an_exponent_is_nan_its_interval_is_too(n):
     sigma, h = noisy_power_law(3)
     h[n:] = -1.0
-    spectrum = LayerSpectrum.from_spectrum(sigma, h, name="w", shape=(64, 64), bootstrap=50)
+    spectrum = fit_numbers(sigma, h, name="w", shape=(64, 64), bootstrap=50)
     for name in ("alpha", "gamma", "s"):
         missing = math.isnan(getattr(spectrum, name).exponent)
         assert math.isnan(getattr(spectrum.intervals, name).low) == missing

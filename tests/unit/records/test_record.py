@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 from cases import CASES
+from fits import fit_numbers
 from torch import nn
 
 from lightning_spectral import LayerSpectrum, SpectralReport, measure_spectra
 from lightning_spectral.analysis import compare_kinds
-from lightning_spectral.records.layer_spectrum import LAYER_KEYS, PARTS
-from lightning_spectral.records.report import REPORT_KEYS
+from lightning_spectral.records.layer_spectrum import PARTS
+from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -79,7 +80,7 @@ def test_json_is_standard(report):
 
 
 def test_json_of_a_layer_without_a_direction():
-    empty = LayerSpectrum.from_spectrum(torch.zeros(0), torch.zeros(0), name="w", shape=(3, 3), note="why")
+    empty = fit_numbers(torch.zeros(0), torch.zeros(0), name="w", shape=(3, 3), note="why")
     assert math.isnan(empty.transfer_error)
     assert LayerSpectrum.from_dict(empty.to_dict()).to_dict() == empty.to_dict()
 
@@ -144,10 +145,10 @@ def test_scalars_have_one_name_per_quantity(report):
 def test_medians_leave_nan_out():
     k = torch.arange(1, 6, dtype=torch.float64)
     layers = {
-        name: LayerSpectrum.from_spectrum(k**-1, k**-slope, name=name, kind=kind, shape=(9, 9))
+        name: fit_numbers(k**-1, k**-slope, name=name, kind=kind, shape=(9, 9))
         for name, slope, kind in (("a", 1.0, "conv"), ("b", 2.0, "conv"), ("c", 4.0, "head"))
     }
-    layers["d"] = LayerSpectrum.from_spectrum(torch.zeros(0), torch.zeros(0), name="d", shape=(9, 9), note="dead")
+    layers["d"] = fit_numbers(torch.zeros(0), torch.zeros(0), name="d", shape=(9, 9), note="dead")
     report = SpectralReport(layers, {}, 1.0, 8, "exact", "eval", "float32", 5, 0.1)
     medians = report.medians()
     assert medians["alpha_median"] == pytest.approx(2.0)

@@ -14,7 +14,7 @@ import torch
 from reports import dead, layer, report
 
 from lightning_spectral.records.alignment import KroneckerFactors
-from lightning_spectral.records.layer_spectrum import LAYER_KEYS
+from lightning_spectral.records.log_keys import LAYER_KEYS
 from lightning_spectral.records.report import SpectralReport, evenly
 from lightning_spectral.report import RunError, run_of, write_page
 from lightning_spectral.report.page.build import PAGE_BYTES, is_page, page, page_data, plotly_js, script_json

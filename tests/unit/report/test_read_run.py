@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralProbe
 from lightning_spectral.cli.commands import main
-from lightning_spectral.records.layer_spectrum import LAYER_KEYS
+from lightning_spectral.records.log_keys import LAYER_KEYS
 from lightning_spectral.report import RunError, read_run, run_of
 from lightning_spectral.report.page.build import page_data
 from lightning_spectral.report.trackers import CSVTracker, Row
@@ -443,13 +443,13 @@ def test_report_with_a_field_missing(tmp_path):
     ("where", "value", "says"),
     [
         (("layers", "a", "kind"), 5, "kind must be str, got 5"),
-        (("layers", "a", "shape"), [1, 2, 3], r"shape must be tuple\[int, int\], got \(1, 2, 3\)"),
+        (("layers", "a", "shape"), [1, 2, 3], r"shape must be tuple\[int, int\], got \[1, 2, 3\]"),
         (("layers", "a", "n_usable"), 10**30, "n_usable must be int, got 10+"),
         (("layers", "a", "alpha", "intercept"), [], r"intercept must be float, got \[\]"),
-        (("layers", "a", "sigma"), [10**400], "int too large"),
-        (("skipped",), {"b": 1}, r"skipped must be dict\[str, str\], got \{'b': 1\}"),
-        (("warnings",), [1], r"warnings must be tuple\[str, ...\], got \(1,\)"),
-        (("step",), "1", r"step must be int \| None, got '1'"),
+        (("layers", "a", "sigma"), [10**400], "sigma must be float, got 10+"),
+        (("skipped",), {"b": 1}, "skipped must be str, got 1"),
+        (("warnings",), [1], "warnings must be str, got 1"),
+        (("step",), "1", "step must be int, got '1'"),
     ],
 )
 def test_report_with_a_wrong_value(tmp_path, where, value, says):

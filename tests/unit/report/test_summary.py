@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from fits import fit_numbers
 from reports import dead, layer, report
 
-from lightning_spectral import LayerSpectrum
 from lightning_spectral.analysis import PAPER_ALPHA, PAPER_RANGES, Exponents, deviating, transfer_identity, trusted
 from lightning_spectral.summary import SAYS_LITTLE, in_words, summary, summary_over_training
 
@@ -62,7 +62,7 @@ def sampled(name, relative):
     """Exact h, each with a standard error of so many times its size."""
     whole = layer(name)
     options = {"name": name, "kind": "dense", "shape": (64, 32), "h_stderr": relative * whole.h}
-    return LayerSpectrum.from_spectrum(whole.sigma, whole.h, **options)
+    return fit_numbers(whole.sigma, whole.h, **options)
 
 
 def test_layers_without_an_alpha():

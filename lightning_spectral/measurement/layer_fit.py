@@ -1,0 +1,174 @@
+"""Every fit of one layer: from singular values and curvatures to a `LayerSpectrum`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.numerics.bootstrap import exponent_intervals
+from lightning_spectral.numerics.power_law import (
+    MIN_POINTS,
+    PowerLawFit,
+    directions_holding,
+    entropy_rank,
+    fit_power_law,
+    fit_rank_decay,
+    fit_rank_models,
+    participation_ratio,
+    with_ordinate_errors,
+    zeta_bound,
+)
+from lightning_spectral.records.alignment import KroneckerFactors, LayerAlignment
+from lightning_spectral.records.curvature_fraction import CurvatureFraction
+from lightning_spectral.records.layer_measurement import LayerMeasurement
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.weight_spectrum import WeightSpectrum
+
+NOISE, EQUAL = "below the noise floor", "sigma equal to all others"
+"""Reasons for leaving a point out of a fit."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPoints:
+    """Points of a layer's fits.
+
+    Attributes:
+        sigma, h, h_stderr: (K,) as measured; h is NaN where sigma is rounding noise.
+        usable: (K,) mask of the singular values above the noise floor.
+        used: (K,) mask of the points that alpha is fitted to.
+        shape: (m, n) of the matrix.
+        note: reason for a missing alpha; empty where there is one.
+    """
+
+    sigma: Tensor
+    h: Tensor
+    h_stderr: Tensor
+    usable: Tensor
+    used: Tensor
+    shape: tuple[int, int]
+    note: str
+
+
+Part = Callable[[LayerPoints], Any]
+"""Function from the points of a layer's fits to an optional part of its spectrum."""
+
+
+def weights_part(matrix: Tensor, *, top_k: int, groups: int, eps: float) -> Part:
+    """Return what computes ``weights`` of a matrix (m, n); options as of `WeightSpectrum.of`."""
+    return lambda points: WeightSpectrum.of(matrix, top_k=top_k, groups=groups, eps=eps)
+
+
+def intervals_part(draws: int) -> Part:
+    """Return what computes ``intervals`` from this many draws."""
+    return lambda points: exponent_intervals(
+        points.sigma[points.usable], points.h[points.usable], used=points.used[points.usable], draws=draws
+    )
+
+
+def fraction_part(draws: Tensor | None, note: str = "") -> Part:
+    """Return what computes ``fraction`` from draws (N,) of z^T H z; without any, ``note`` says why."""
+
+    def part(points: LayerPoints) -> CurvatureFraction:
+        if draws is None:
+            return CurvatureFraction.missing(note or points.note)
+        return CurvatureFraction.of(draws, points.h, shape=points.shape, h_stderr=points.h_stderr, note=note)
+
+    return part
+
+
+def alignment_part(factors: KroneckerFactors, per_sample: float = 1.0) -> Part:
+    """Return what computes ``alignment``; arguments as of `LayerAlignment.from_factors`."""
+    return lambda points: LayerAlignment.from_factors(
+        factors, points.sigma, points.h, used=points.used, h_stderr=points.h_stderr, per_sample=per_sample
+    )
+
+
+def fit_layer(measured: LayerMeasurement, parts: Mapping[str, Part] | None = None) -> LayerSpectrum:
+    """Fit all that is fitted to a layer, and compute its optional parts from the same points.
+
+    Args:
+        measured: singular values and curvatures.
+        parts: ``weights``, ``intervals``, ``fraction``, ``alignment``: those asked for, each a function of the points.
+    """
+    sigma, floor = measured.sigma, measured.noise_floor
+    h_stderr, spectrum = cast(Tensor, measured.h_stderr), cast(Tensor, measured.spectrum)
+    usable = sigma > floor
+    noise = {NOISE: ~usable}
+    positive = measured.h[usable & (measured.h > 0)]
+    energy = sigma[usable].square()
+    alpha = _fit_alpha(sigma, measured.h, h_stderr, floor)
+    used = usable & (measured.h > 0) & (EQUAL not in alpha.dropped)
+    gamma = fit_rank_decay(sigma, exclude=noise)
+    h = torch.where(usable, measured.h, torch.full_like(measured.h, float("nan")))
+    s = fit_rank_decay(h, exclude=noise)
+    product = alpha.exponent * gamma.exponent
+    note = measured.note or _explain(alpha, n_usable=int(usable.sum()), n_positive=len(positive))
+    points = LayerPoints(sigma, h, h_stderr, usable, used, measured.shape, note)
+    return LayerSpectrum(
+        name=measured.name,
+        kind=measured.kind,
+        shape=measured.shape,
+        groups=measured.groups,
+        sigma=sigma,
+        h=h,
+        h_stderr=h_stderr,
+        method=measured.method,
+        noise_floor=floor,
+        alpha=alpha,
+        gamma=gamma,
+        s=s,
+        transfer_error=abs(s.exponent - product) / abs(s.exponent) if s.exponent else float("nan"),
+        pr_curvature=participation_ratio(positive),
+        pr_gradient=participation_ratio(energy),
+        entropy_rank_curvature=entropy_rank(positive),
+        entropy_rank_gradient=entropy_rank(energy),
+        directions_95_curvature=directions_holding(positive, 0.95),
+        directions_99_curvature=directions_holding(positive, 0.99),
+        directions_95_gradient=directions_holding(energy, 0.95),
+        directions_99_gradient=directions_holding(energy, 0.99),
+        zeta_bound=zeta_bound(product),
+        zeta_bound_window=zeta_bound(product, len(positive)),
+        n_usable=int(usable.sum()),
+        n_negative=int((h[usable] < 0).sum()),
+        n_repeated=_count_repeated(sigma[usable], floor),
+        spectrum=spectrum,
+        rank_models=fit_rank_models(spectrum[spectrum > floor]),
+        alpha_quartiles=tuple(
+            _fit_alpha(sigma[k], h[k], h_stderr[k], floor) for k in torch.arange(len(sigma)).tensor_split(4)
+        ),
+        note=note,
+        alignment_note=measured.alignment_note,
+        **{name: part(points) for name, part in (parts or {}).items()},
+    )
+
+
+def _fit_alpha(sigma: Tensor, h: Tensor, h_stderr: Tensor, floor: float) -> PowerLawFit:
+    """Fit h ~ sigma^alpha over the points above the noise floor."""
+    usable = sigma > floor
+    # Where all sigma are equal to rounding, h against them has no slope.
+    flat = int(usable.sum()) > 1 and float(sigma[usable].max() - sigma[usable].min()) <= floor
+    fit = fit_power_law(sigma, h, exclude={NOISE: ~usable, EQUAL: usable & flat})
+    return with_ordinate_errors(fit, sigma, h, h_stderr, used=usable & (h > 0))
+
+
+def _explain(alpha: PowerLawFit, *, n_usable: int, n_positive: int) -> str:
+    """Return why there is no alpha; empty where there is one."""
+    if alpha.n_used >= MIN_POINTS:
+        return ""
+    if EQUAL in alpha.dropped:
+        return "all sigma are equal to rounding, so h has no slope against them"
+    return (
+        f"{n_usable} directions above the noise floor, {n_positive} of them with h > 0; "
+        f"a fit of alpha needs {MIN_POINTS}"
+    )
+
+
+def _count_repeated(sigma: Tensor, floor: float) -> int:
+    """Count the singular values that equal a neighbour to rounding."""
+    equal = (sigma[:-1] - sigma[1:]) <= floor
+    padding = torch.zeros(1, dtype=torch.bool)
+    return int((torch.cat([equal, padding]) | torch.cat([padding, equal])).sum()) if len(sigma) > 1 else 0

@@ -1,0 +1,115 @@
+"""Every key that is logged: of a layer, of a report, of the probe and of the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_spectral.numerics.power_law import RankModel
+from lightning_spectral.records.alignment import LayerAlignment
+
+if TYPE_CHECKING:
+    from lightning_spectral.records.layer_spectrum import LayerSpectrum
+
+RANK_MODELS: tuple[RankModel, ...] = ("power_law", "exponential", "lognormal")
+
+
+@dataclass(frozen=True)
+class LoggedKey:
+    """Quantity logged per layer.
+
+    Attributes:
+        name, meaning: of the quantity.
+        value: function that reads it from a spectrum, which must hold the part.
+        median: True where its median over layers is logged.
+        part: optional part of a spectrum that it belongs to; empty for what is always measured.
+    """
+
+    name: str
+    meaning: str
+    value: Callable[[Any], float]
+    median: bool = False
+    part: str = ""
+
+    def applies_to(self, layer: LayerSpectrum) -> bool:
+        """Return True if it was asked for, so that the layer holds it or says why not."""
+        return not self.part or self.part in layer.parts
+
+
+def _aligned(name: str, meaning: str, value: Callable[[LayerAlignment], float]) -> LoggedKey:
+    """Return a key that reads a layer's alignment; NaN where that was asked for and is not to be had."""
+
+    def read(layer: LayerSpectrum) -> float:
+        return float("nan") if layer.alignment is None else value(layer.alignment)
+
+    return LoggedKey(name, meaning, read, median=True, part="alignment")
+
+
+LAYER_KEYS: tuple[LoggedKey, ...] = (
+    LoggedKey("alpha", "slope of log h on log sigma", lambda x: x.alpha.exponent, median=True),
+    LoggedKey("alpha_stderr", "standard error of alpha", lambda x: x.alpha.stderr),
+    LoggedKey("r2_alpha", "r2 of the fit of alpha", lambda x: x.alpha.r2, median=True),
+    LoggedKey("gamma", "minus the slope of log sigma_k on log k", lambda x: x.gamma.exponent, median=True),
+    LoggedKey("r2_gamma", "r2 of the fit of gamma", lambda x: x.gamma.r2),
+    LoggedKey("s", "minus the slope of log sorted positive h on log rank", lambda x: x.s.exponent, median=True),
+    LoggedKey("r2_s", "r2 of the fit of s", lambda x: x.s.r2),
+    LoggedKey("transfer_error", "abs(s - alpha gamma) / abs(s)", lambda x: x.transfer_error, median=True),
+    LoggedKey("pr_curvature", "participation ratio of positive h", lambda x: x.pr_curvature, median=True),
+    LoggedKey("pr_gradient", "participation ratio of sigma^2", lambda x: x.pr_gradient, median=True),
+    LoggedKey("zeta_bound", "zeta(alpha gamma)^2 / zeta(2 alpha gamma)", lambda x: x.zeta_bound, median=True),
+    LoggedKey("zeta_bound_window", "zeta bound of the window", lambda x: x.zeta_bound_window, median=True),
+    LoggedKey("negative_curvature", "directions with h < 0", lambda x: x.n_negative),
+    LoggedKey("points", "points in the fit of alpha", lambda x: x.alpha.n_used),
+    LoggedKey("rank_margin", "BIC of the runner-up minus the winner's", lambda x: x.rank_models.margin, median=True),
+    LoggedKey("alpha_low", "lower end of alpha's interval", lambda x: x.intervals.alpha.low, part="intervals"),
+    LoggedKey("alpha_high", "upper end of alpha's interval", lambda x: x.intervals.alpha.high, part="intervals"),
+    LoggedKey("gamma_low", "lower end of gamma's interval", lambda x: x.intervals.gamma.low, part="intervals"),
+    LoggedKey("gamma_high", "upper end of gamma's interval", lambda x: x.intervals.gamma.high, part="intervals"),
+    LoggedKey("s_low", "lower end of s's interval", lambda x: x.intervals.s.low, part="intervals"),
+    LoggedKey("s_high", "upper end of s's interval", lambda x: x.intervals.s.high, part="intervals"),
+    LoggedKey("gamma_weight", "gamma of the weights", lambda x: x.weights.gamma.exponent, True, "weights"),
+    LoggedKey("s_weight", "s of the weights", lambda x: x.weights.s.exponent, True, "weights"),
+    LoggedKey("r2_s_weight", "r2 of the fit of s_weight", lambda x: x.weights.s.r2, part="weights"),
+    LoggedKey("hessian_trace", "trace of the Hessian block", lambda x: x.fraction.trace, part="fraction"),
+    LoggedKey(
+        "hessian_trace_stderr", "standard error of the trace", lambda x: x.fraction.trace_stderr, part="fraction"
+    ),
+    LoggedKey("curvature_fraction", "sum of h over the trace", lambda x: x.fraction.value, True, "fraction"),
+    LoggedKey("curvature_fraction_stderr", "standard error of it", lambda x: x.fraction.stderr, part="fraction"),
+    LoggedKey("curvature_over_random", "mean h over tr H / (m n)", lambda x: x.fraction.over_random, True, "fraction"),
+    _aligned("beta", "slope of log(Lambda_delta_k Lambda_A_k) on log sigma", lambda x: x.beta.exponent),
+    _aligned("phi", "slope of log Phi_k on log sigma", lambda x: x.phi.exponent),
+    _aligned("chi_slope", "slope of log chi_k on log sigma", lambda x: x.chi_slope.exponent),
+    _aligned("chi", "median of chi_k = h_k / h_kron_k over k", lambda x: x.median_chi),
+    _aligned(
+        "concentration_ratio", "mean of products over product of means, median over k", lambda x: x.concentration_ratio
+    ),
+    _aligned("effective_rank_a", "exp(entropy) of C_A's eigenvalues", lambda x: x.effective_rank_a),
+    _aligned("effective_rank_delta", "exp(entropy) of C_delta's eigenvalues", lambda x: x.effective_rank_delta),
+)
+"""Quantities of each layer, in the order in which they are logged."""
+
+REPORT_KEYS: dict[str, str] = {
+    "loss": "the loss the probe measured, on its own batch and mode",
+    "layers_measured": "layers with an alpha",
+    "layers_failed": "layers chosen but without an alpha; the report's notes say why",
+    "negative_curvature": "directions with h < 0, all layers",
+    "zeta_unbounded": "layers whose zeta bound is infinite, alpha gamma <= 1",
+    "check_error": "relative difference of one curvature to an exact product, with curvature ggn by auto",
+    **{
+        f"rank_model/{model}": "share of the layers whose gradient spectrum it fits best, by BIC"
+        for model in RANK_MODELS
+    },
+}
+"""Quantities of a report, logged beside the medians over its layers."""
+
+PROBE_KEYS: dict[str, str] = {
+    "probe_seconds": "wall time of the probe",
+    "probe_overhead": "share of wall time that all probes took so far",
+    "failed_probes": "probes since the start that measured nothing",
+}
+"""Quantities that the callback adds to those of a report."""
+
+ALPHA_KEY = "spectral_newton/<layer>/alpha"
+"""Logged: the exponent that SpectralNewton steps with, given alpha="probe"."""

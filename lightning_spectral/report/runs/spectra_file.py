@@ -1,0 +1,192 @@
+"""Reports of a run in one file, ``spectra.jsonl``: a line per probe, appended while the run goes on.
+
+A line holds what was measured, from which reading fits again: the very same report, to the bit. Its vectors are base64
+of little-endian float64, 11 characters a number where decimals take 20, so that 20 directions of a layer take less
+than 1 kB. What was asked for besides (weights, intervals, fraction, alignment) stands in it as in the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral._serialization import UNREADABLE, decode, to_jsonable
+from lightning_spectral.errors import SpectralWarning
+from lightning_spectral.measurement.layer_fit import fit_layer
+from lightning_spectral.records.layer_measurement import LayerMeasurement
+from lightning_spectral.records.layer_spectrum import PARTS, LayerSpectrum
+from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.runs.run import RunError
+
+FORMAT, FORMAT_VERSION = "lightning-spectral-measurement", 1
+
+_START = re.compile(rb'\s*\{\s*"format"\s*:\s*"' + FORMAT.encode() + rb'"\s*,\s*"version"\s*:\s*(\d+)\s*,\s*')
+_STEP = re.compile(rb'"step"\s*:\s*(null|\d{1,18})\s*[,}]')
+_HEAD_BYTES = 200
+"""Bytes of a line that tell its format and step, which stand first."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Place of a report in a file.
+
+    Attributes:
+        number: of the line, from 1.
+        offset: bytes before it.
+        step: of the report; None outside training.
+    """
+
+    number: int
+    offset: int
+    step: int | None
+
+
+def spectra_file_name(prefix: str = "spectral") -> str:
+    """Return the name of the file of a probe whose logged keys begin with ``prefix``.
+
+    >>> spectra_file_name(), spectra_file_name("spectral/late")
+    ('spectra.jsonl', 'spectra-spectral-late.jsonl')
+    """
+    return "spectra.jsonl" if prefix == "spectral" else f"spectra-{re.sub('[^A-Za-z0-9_.]+', '-', prefix)}.jsonl"
+
+
+def append_report(path: str | Path, report: SpectralReport) -> None:
+    """Append a report to a file as one line, in one write: a run that is killed leaves whole lines.
+
+    A last line without its end, of a killed run or a full disk, is cut off first: nothing can be read from it, and
+    what follows it must begin a line.
+
+    Raises:
+        OSError: if the file cannot be written, or not in full.
+    """
+    line = json.dumps(_line_of(report), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    with Path(path).open("ab", buffering=0) as file:
+        end = _end_of_lines(Path(path))
+        if end < file.tell():
+            file.truncate(end)
+        if (written := file.write(line)) < len(line):
+            raise OSError(f"{path}: {written} of {len(line)} bytes written: is the disk full?")
+
+
+def read_reports(path: str | Path) -> list[SpectralReport]:
+    """Return all reports of a file, fitted again.
+
+    Of a run that was resumed from an older checkpoint, lines of steps that it took again replace those before.
+
+    Warns:
+        SpectralWarning: of a torn last line, which is left out.
+
+    Raises:
+        RunError: if the file cannot be read or holds anything else.
+    """
+    lines, torn = index_reports(path)
+    if torn:
+        warnings.warn(f"{path}: {torn}", SpectralWarning, stacklevel=2)
+    return list(decode_reports(path, lines))
+
+
+def index_reports(path: str | Path) -> tuple[list[Line], str]:
+    """Return where a file's reports are, without decoding them, and what it says of a torn last line; else nothing.
+
+    Raises:
+        RunError: if the file cannot be read, or a line is not a report.
+    """
+    lines: list[Line] = []
+    offset = 0
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.endswith(b"\n"):
+            return lines, f"its last line, {number}, is torn and left out: the run was killed or the disk was full"
+        step = _step_of(path, number, line)
+        while step is not None and lines and lines[-1].step is not None and lines[-1].step >= step:
+            lines.pop()
+        lines.append(Line(number, offset, step))
+        offset += len(line)
+    return lines, ""
+
+
+def decode_reports(path: str | Path, lines: Iterable[Line]) -> Iterator[SpectralReport]:
+    """Yield the reports of these lines, each read, checked and fitted when it is asked for.
+
+    Raises:
+        RunError: if one cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        for line in lines:
+            file.seek(line.offset)
+            try:
+                yield _report_of(json.loads(file.readline()))
+            except UNREADABLE as error:
+                why = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)[:200]
+                raise RunError(f"{path}: line {line.number} holds no report ({why})") from error
+
+
+def _line_of(report: SpectralReport) -> dict[str, Any]:
+    first = {"format": FORMAT, "version": FORMAT_VERSION, "step": report.step, "epoch": report.epoch}
+    layers = {name: _layer_of(layer) for name, layer in report.layers.items()}
+    return {**first, **to_jsonable(replace(report, layers={})), "layers": layers}
+
+
+def _layer_of(layer: LayerSpectrum) -> dict[str, Any]:
+    """Return what was measured of a layer, without what has its default value."""
+    values = {field.name: getattr(layer, field.name) for field in fields(LayerMeasurement) if field.name != "name"}
+    usual = {field.name: field.default for field in fields(LayerMeasurement)}
+    if not layer.h_stderr.any():
+        values["h_stderr"] = None
+    if torch.equal(layer.spectrum, layer.sigma):
+        values["spectrum"] = None
+    values = {name: value for name, value in values.items() if isinstance(value, Tensor) or value != usual[name]}
+    parts = {name: part for name in PARTS if (part := getattr(layer, name)) is not None}
+    return {name: to_jsonable(value, pack=True) for name, value in (values | parts).items()}
+
+
+def _report_of(data: Any) -> SpectralReport:
+    layers = {name: _fit(name, values) for name, values in data["layers"].items()}
+    return replace(decode(SpectralReport, data | {"layers": {}}), layers=layers)
+
+
+def _fit(name: str, values: Any) -> LayerSpectrum:
+    parts = {part: decode(kind, values[part]) for part, kind in PARTS.items() if part in values}
+    return replace(fit_layer(decode(LayerMeasurement, values | {"name": name})), **parts)
+
+
+def _lines(path: str | Path) -> Iterator[bytes]:
+    try:
+        with Path(path).open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _step_of(path: str | Path, number: int, line: bytes) -> int | None:
+    start = _START.match(line[:_HEAD_BYTES])
+    step = start and _STEP.match(line[:_HEAD_BYTES], start.end())
+    if not start or not step:
+        raise RunError(f"{path}: line {number} is not of a file that a SpectralProbe wrote, such as spectra.jsonl")
+    if int(start[1]) != FORMAT_VERSION:
+        raise RunError(
+            f"{path}: line {number} is of version {int(start[1])}, expected {FORMAT_VERSION}: read it with the release "
+            "that wrote it"
+        )
+    return None if step[1] == b"null" else int(step[1])
+
+
+def _end_of_lines(path: Path, block: int = 1 << 16) -> int:
+    """Return the size of a file up to the end of its last whole line."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - block)
+            file.seek(start)
+            if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+                return start + newline + 1
+            end = start
+    return 0
