@@ -1,37 +1,30 @@
-"""Measure the spectra of a network once: the post-hoc way in, without a Trainer, and what the probe runs."""
+"""Measure the spectra of a network once: the post-hoc way in, without a Trainer."""
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_spectral._messages import group_by_reason
-from lightning_spectral.curvature import LossProperties, measure_by
-from lightning_spectral.distributed.process_group import DistributedGroup, SingleProcess
-from lightning_spectral.errors import MeasurementError, SecondDerivativeError, SpectralWarning
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, DistributedGroup
+from lightning_spectral.errors import SecondDerivativeError, SpectralWarning
 from lightning_spectral.layers.kinds import Kind
-from lightning_spectral.layers.matrices import LayerSelection, find_layers, matrix_parameters
-from lightning_spectral.measurement.fitting import left_out, spectra_of
+from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers, matrix_parameters
+from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature
 from lightning_spectral.measurement.loader_batches import batches_of
-from lightning_spectral.measurement.loss import LossFunction
-from lightning_spectral.measurement.memory import measure_within_memory
-from lightning_spectral.measurement.setup import Prepared, first_buffers, losses_of, prepared, unwrapped
-from lightning_spectral.measurement.sharded.on_demand_weights import whole_weights
+from lightning_spectral.measurement.loss import LossFunction, resolve_loss
+from lightning_spectral.measurement.pipeline import run_measurement
+from lightning_spectral.measurement.setup import isolated_copy, set_up_objective, unwrapped
 from lightning_spectral.numerics.svd import SingularTriplets
-from lightning_spectral.options import PRECISIONS, Mode, Options, Precision
+from lightning_spectral.options import Mode, Options, Precision
 from lightning_spectral.records.report import SpectralReport
 
 if TYPE_CHECKING:
     # Not in every build of torch.
     from torch.distributed import ProcessGroup
-
-NO_SAMPLE = "there is no sample to measure: the batch is empty"
 
 
 def measure_spectra(
@@ -56,7 +49,7 @@ def measure_spectra(
     alignment: bool = False,
     process_group: ProcessGroup | None = None,
 ) -> SpectralReport:
-    """Gradient spectrum and curvature along it, of every layer, for one loss on one batch.
+    """Measure the gradient spectrum and the curvature along it, of every layer, for one loss on one batch.
 
     Per layer with gradient G = U diag(sigma) V^T: sigma_k, h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T) for the Hessian
     block H of the layer, and the fits of `LayerSpectrum`. The model is left exactly as it was: its parameters,
@@ -126,94 +119,13 @@ def measure_spectra(
         curvature_fraction=curvature_fraction,
         alignment=alignment,
     )
-    processes = SingleProcess() if process_group is None else DistributedGroup(process_group)
-    batches = processes.call_everywhere(lambda: batches_of(batch, n_batches, model))
-    report = run_measurement(model, batches, options, loss_fn, processes=processes)
+    group = SINGLE_PROCESS if process_group is None else DistributedGroup(process_group)
+    with group.step():
+        batches = batches_of(batch, n_batches, model)
+    report = run_measurement(model, batches, options, loss_fn, group=group)
     for text in report.problems():
         warnings.warn(text, SpectralWarning, stacklevel=2)
     return report
-
-
-def run_measurement(
-    model: nn.Module,
-    batches: Sequence[Any],
-    options: Options,
-    loss_fn: LossFunction | None = None,
-    *,
-    batch_idx: int = 0,
-    processes: SingleProcess | None = None,
-) -> SpectralReport:
-    """`measure_spectra` without warnings, for callers that read the report's ``failed`` and ``warnings`` themselves.
-
-    Args:
-        model, loss_fn: as there.
-        batches: one or more; gradient and curvature are those of the mean of their losses, weighted by samples.
-        options: what to measure and how.
-        batch_idx: what training_step is told.
-        processes: that measure together, each with its own batches, of which there may be none; None: this one alone.
-    """
-    started = time.perf_counter()
-    processes = processes or SingleProcess()
-    with ExitStack() as stack:
-        network = unwrapped(model)
-        whole = stack.enter_context(whole_weights(network, processes, PRECISIONS[options.precision]))
-
-        def begin() -> Prepared:
-            return stack.enter_context(prepared(network, batches, options, loss_fn, batch_idx, whole))
-
-        begun = processes.call_everywhere(begin)
-        losses, layers = begun.losses, begun.found.layers
-        told = processes.all_gather_object((list(layers), options.settings))
-        _check_alike(told)
-        sizes = processes.all_gather_object(losses.sizes)
-        if not any(size != 0 for of_process in sizes for size in of_process):
-            raise MeasurementError(NO_SAMPLE)
-        processes.call_everywhere(partial(begun.take, first_buffers(begun.module, processes)))
-        losses.among(sizes, processes.rank)
-        measured = measure_within_memory(losses, options, processes)
-        failed, curvatures = measured.failed, measured.curvatures
-        if len(failed) == len(layers):
-            error = SecondDerivativeError if curvatures.failed else MeasurementError
-            raise error("; ".join(group_by_reason(failed)))
-        mine = processes.call_everywhere(lambda: spectra_of(losses, measured, options, processes))
-        others = {name: spectrum for part in processes.all_gather_object(mine) for name, spectrum in part.items()}
-        spectra = {name: others[name] for name in layers}
-        notes = list(dict.fromkeys(note for part in processes.all_gather_object(begun.notes) for note in part))
-    return SpectralReport(
-        layers=spectra,
-        skipped=begun.found.skipped,
-        loss=measured.loss,
-        n_samples=losses.samples,
-        n_batches=len(losses.all_sizes),
-        micro_batch_size=measured.most,
-        curvature=options.curvature,
-        mode=options.mode,
-        precision=options.precision,
-        top_k=options.top_k,
-        spectrum_top_k=options.spectrum_top_k or options.top_k,
-        seconds=time.perf_counter() - started,
-        warnings=(*notes, *losses.notes(), *curvatures.notes, *left_out(measured, spectra, curvatures.notes)),
-        chosen=curvatures.chosen,
-        check_error=curvatures.check_error,
-    )
-
-
-def _check_alike(told: Sequence[tuple[list[str], dict[str, Any]]]) -> None:
-    """Raise, in all processes alike, if they are not to measure the same."""
-    names, settings = told[0]
-    for rank, (others, other_settings) in enumerate(told):
-        if others != names:
-            apart = ", ".join(sorted(set(names) ^ set(others))[:4]) or "in another order"
-            raise MeasurementError(
-                f"process {rank} measures other layers than process 0 ({apart}); all must hold the same network and "
-                "options"
-            )
-        for option, value in settings.items():
-            if other_settings[option] != value:
-                raise MeasurementError(
-                    f"{option}: process {rank} has {other_settings[option]!r}, and process 0 has {value!r}; all must "
-                    "have the same"
-                )
 
 
 def directional_curvature(
@@ -226,7 +138,7 @@ def directional_curvature(
     mode: Mode = "eval",
     precision: Precision = "float32",
 ) -> dict[str, Tensor]:
-    """h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T) along given directions, H the Hessian block of one parameter.
+    """Return h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T) along given directions, H the Hessian block of one parameter.
 
     Args:
         model, batch, loss_fn, mode, precision: as in `measure_spectra`.
@@ -243,36 +155,34 @@ def directional_curvature(
         MeasurementError: as in `measure_spectra`.
         SecondDerivativeError: if a layer's loss has no second derivative.
     """
-    Options(curvature=method, mode=mode, precision=precision)
+    options = Options(curvature=method, mode=mode, precision=precision)
     model = unwrapped(model)
+    layers = _layers_of(model, directions)
+    with isolated_copy(model, mode, precision, SINGLE_PROCESS) as copy:
+        loss = resolve_loss(model, loss_fn)
+        objective = set_up_objective(copy, loss, [batch], layers, options, SINGLE_PROCESS)
+        micro_batches = objective.full_batches()
+        evaluation = Evaluation(objective, micro_batches, objective.differentiable(micro_batches[0]))
+        curvatures = estimate_curvature(evaluation, directions, method)
+    if curvatures.failed:
+        raise SecondDerivativeError("; ".join(group_by_reason(curvatures.failed)))
+    return curvatures.h
+
+
+def _layers_of(model: nn.Module, directions: Mapping[str, SingularTriplets]) -> dict[str, MatrixLayer]:
     parts = find_layers(model, layers=lambda layer: True).layers
-    whole = matrix_parameters(model)[0]
-    by_parameter = {alias: layer for layer in whole.values() for alias in (layer.name, *layer.aliases)} | parts
-    unknown = [name for name in directions if name not in by_parameter]
+    parameters = matrix_parameters(model)[0]
+    by_name = {alias: layer for layer in parameters.values() for alias in (layer.name, *layer.aliases)} | parts
+    unknown = [name for name in directions if name not in by_name]
     if unknown:
         raise ValueError(
             f"directions: {', '.join(unknown)} is no trained matrix of the model; it has {', '.join(parts)}"
         )
-    chosen = {name: by_parameter[name] for name in directions}
     for name, triplets in directions.items():
-        m, n = chosen[name].shape
+        m, n = by_name[name].shape
         if triplets.u.shape != (m, len(triplets)) or triplets.v.shape != (n, len(triplets)):
             raise ValueError(
                 f"directions: {name} is a matrix ({m}, {n}), so u must be ({m}, K) and v ({n}, K); "
                 f"got {tuple(triplets.u.shape)} and {tuple(triplets.v.shape)}"
             )
-    with (
-        whole_weights(model, SingleProcess(), PRECISIONS[precision]) as whole_of,
-        losses_of(model, [batch], loss_fn, chosen, mode, precision, whole=whole_of) as (losses, _, _),
-    ):
-        pieces = losses.whole()
-        if not pieces:
-            raise MeasurementError(NO_SAMPLE)
-        measured = measure_by(
-            method,
-            lambda: LossProperties.of(losses.problem(pieces[0]), directions),
-            lambda m: losses.curvatures(m, pieces, directions),
-        )
-    if measured.failed:
-        raise SecondDerivativeError("; ".join(group_by_reason(measured.failed)))
-    return measured.h
+    return {name: by_name[name] for name in directions}

@@ -33,8 +33,8 @@ from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.isolation.sandbox import synchronize
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, NoMatrixError, find_layers
-from lightning_spectral.measure import run_measurement
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
+from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.options import Mode, Options, Precision
 from lightning_spectral.records.report import SpectralReport
@@ -458,7 +458,7 @@ class SpectralProbe(AnyCallback):
     ) -> SpectralReport | None:
         try:
             report = run_measurement(
-                module, batches, self.options, self.loss_fn, batch_idx=batch_idx, processes=self._processes
+                module, batches, self.options, self.loss_fn, batch_idx=batch_idx, group=self._processes
             )
         except Exception as error:
             # Whatever goes wrong in here, the training run is not ours to end; nor, where the user ends it and the

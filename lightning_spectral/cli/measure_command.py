@@ -12,7 +12,7 @@ from torch import nn
 from lightning_spectral._messages import first_line
 from lightning_spectral.cli.checkpoints import Checkpoint, SourceError, build_model, named_loss, read_batches
 from lightning_spectral.isolation.batch_tree import HeldBatches
-from lightning_spectral.measure import run_measurement
+from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.options import Options
 from lightning_spectral.plan.fake_run import weightless
 from lightning_spectral.plan.planner import Plan, plan_quietly

@@ -13,7 +13,7 @@ from lightning_spectral.curvature.problem import (
     accumulation_dtype,
     cause_of,
 )
-from lightning_spectral.curvature.selection import METHODS, LossProperties, check_method, measure_by
+from lightning_spectral.curvature.selection import METHODS, LossProperties, check_method
 from lightning_spectral.curvature.static_analysis import FakeLoss, Structure, structure
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "check_method",
     "groups_of",
     "loss_value",
-    "measure_by",
     "single_uses",
     "structure",
 ]

@@ -65,38 +65,6 @@ class LossProperties:
         return cls(_obstacle(problem, taps), len(taps), samples)
 
 
-def measure_by(
-    name: str, outlook: Callable[[], LossProperties], measure: Callable[[Curvature], Curvatures]
-) -> Curvatures:
-    """Measure by the method of that name.
-
-    "auto" is Gauss-Newton where it equals the Hessian, else a sketch where samples do not interact, else double
-    backward; where one of them refuses, the next takes over.
-
-    Args:
-        name: of the method.
-        outlook: what "auto" goes by.
-        measure: by one method.
-    """
-    method = check_method(name)
-    if method is not None:
-        return measure(method)
-    found = outlook()
-    obstacle = found.obstacle
-    if not obstacle:
-        try:
-            return measure(CheckedGGN())
-        except MeasurementError as error:
-            obstacle = str(error)
-    other, why = without_ggn(obstacle, found.taps, found.samples)
-    if other == SketchCurvature.name:
-        try:
-            return replace(measure(SketchCurvature()), chosen=why)
-        except MeasurementError as error:
-            why = f"exact: {obstacle}, and no sketch: {error}"
-    return replace(measure(ExactCurvature()), chosen=why)
-
-
 def without_ggn(obstacle: str, n_taps: int, samples: int | None) -> tuple[str, str]:
     """What "auto" takes in place of Gauss-Newton: the method's name, and the choice with its reasons.
 
@@ -171,6 +139,7 @@ def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplet
     name = names[len(names) // 2]
     layers, parameters = {name: problem.layers[name]}, {name: problem.parameters[name]}
     alone = DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples)
+    alone.run()
     exact = ExactCurvature()(alone, {name: directions[name].first(1)}).h[name][0]
     difference = float((found.h[name][0] - exact).abs())
     return difference / float(exact.abs()) if difference else 0.0

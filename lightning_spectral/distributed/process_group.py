@@ -1,8 +1,8 @@
-"""Processes that measure together: each holds a part of the batches, and all come to one result.
+"""Collectives of ranks that measure together: each holds a part of the batches, and all come to one result.
 
-A measurement is steps that each process takes alone, and exchanges between them. Nothing is exchanged within a step,
-and a step that fails in one process fails in all, with the same kind of error, so that no process waits for another
-that has gone a different way.
+A measurement is a sequence of steps that each rank takes alone. Ranks communicate between steps, never within one. A
+step that fails on one rank fails on all with the same kind of error, so that no rank waits for one that has gone
+another way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -26,71 +26,102 @@ Name = TypeVar("Name", bound=Hashable)
 PACKAGE = __name__.partition(".")[0]
 
 COMMUNICATION = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
-"""Namespaces of the operations by which processes talk."""
+"""Namespaces of the operations by which ranks communicate."""
+
+
+class Step:
+    """Step of a measurement: `with group.step() as step`.
+
+    Where its body raises on one rank, all ranks raise at its end. What the body gives to `send` is all-gathered.
+    """
+
+    received: Sequence[Any] = ()
+    """After the step: what each rank sent, by rank; None for a rank that sent nothing."""
+
+    def __init__(self) -> None:
+        self._value: Any = None
+
+    def send(self, value: object) -> None:
+        """Give all ranks a value, through pickle, which must not fail."""
+        self._value = value
+
+    def __enter__(self) -> Step:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End, with what was sent."""
+        self.received = [self._value]
 
 
 class SingleProcess:
-    """The one process that measures, and what several have in common."""
+    """One process that measures alone, with the interface of a group of one rank."""
 
     rank = 0
     size = 1
     members: Sequence[int] = (0,)
     in_step = True
-    """Whether a step is being computed, at whose end the processes meet."""
+    """State of being within a step, at whose end the ranks meet."""
 
-    def call_everywhere(self, compute: Callable[[], T], *, watched: bool = False) -> T:
-        """What ``compute`` gives here, or in every process the error that it raises in one.
+    def step(self, *, watched: bool = False) -> Step:
+        """Return a context in which each rank works alone; if its body raises on any rank, all ranks raise at its end.
 
-        With ``watched`` it is an error if, of several processes, it talks to others.
+        Args:
+            watched: raise, on several ranks, if the body communicates.
         """
-        return compute()
+        return Step()
 
     def meeting(self, serve: Callable[[], None]) -> AbstractContextManager[None]:
-        """Inside, each process calls ``serve`` when its part of a step is done, whether or not it failed.
+        """Call ``serve`` at the end of every step inside, on each rank, whether or not the step failed there.
 
-        Those still at theirs may then exchange what they need with it, until all are done.
+        Ranks that are still in the step may then exchange what they need with this one, until all are done.
         """
         return nullcontext()
 
     def all_gather_int(self, number: int, device: torch.device) -> list[int]:
-        """The numbers of all processes, by rank, sent from a device."""
+        """Return the numbers of all ranks, sent from a device."""
         return [number]
 
     def reduce(self, tensor: Tensor, rank: int) -> None:
-        """Make a tensor the sum over all processes in the process of one rank; in the others it is spent."""
+        """Sum ``tensor`` over all ranks into ``rank``. Its contents on other ranks are undefined afterwards."""
 
     def all_gather_object(self, value: T) -> list[T]:
-        """The values of all processes, by rank. They go through pickle, and must not fail there."""
+        """Return the values of all ranks. They go through pickle, which must not fail."""
         return [value]
 
     def gather_object(self, value: T, rank: int) -> list[T] | None:
-        """The values of all processes, by rank, in the process of one rank; None in the others."""
+        """Return the values of all ranks on ``rank``, None on the others."""
         return [value]
 
     def reduce_to_owners(
         self, values: Mapping[str, Tensor], owners: Mapping[str, int], empty: Callable[[str], Tensor]
     ) -> dict[str, Tensor]:
-        """The sums over all processes of those tensors that this one owns.
+        """Sum each tensor over all ranks into its owner, and return those that this rank owns.
 
         Args:
-            values: name -> tensor, in each process those that it has.
-            owners: name -> the rank that is given the sum, for the names of all processes in one order.
-            empty: name -> zeros in place of a tensor that this process does not have.
+            values: name -> tensor, on each rank those that it has.
+            owners: name -> rank, for the names of all ranks in one order.
+            empty: name -> zeros in place of a tensor that this rank does not have.
         """
         return {name: values[name] if name in values else empty(name) for name in owners}
 
     def broadcast_from_owners(
-        self, mine: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]
+        self, values: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]
     ) -> dict[str, list[Tensor]]:
-        """What each process has of the names that it owns, in all of them: name -> tensors."""
-        return {name: list(mine[name]) for name in owners if name in mine}
+        """Broadcast every owner's tensors to all ranks: name -> tensors."""
+        return {name: list(values[name]) for name in owners if name in values}
+
+
+SINGLE_PROCESS = SingleProcess()
 
 
 class DistributedGroup(SingleProcess):
-    """The processes of a group. All must make the same calls in the same order.
+    """Ranks of a process group. All must make the same calls in the same order.
 
     Args:
-        group: of torch.distributed, with a backend for the device of the tensors; None: all processes.
+        group: of torch.distributed, with a backend for the device of the tensors; None: all ranks.
 
     Raises:
         ValueError: if this process is not one of them.
@@ -101,133 +132,154 @@ class DistributedGroup(SingleProcess):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.members = range(self.size) if group is None else dist.get_process_group_ranks(group)
         self.in_step = False
-        self._serve: Callable[[], None] | None = None
+        self.serve: Callable[[], None] | None = None
         if self.rank < 0:
             raise ValueError("process_group: this process is not in the group, so it has no part in the measurement")
 
-    def call_everywhere(self, compute: Callable[[], T], *, watched: bool = False) -> T:
-        """What ``compute`` gives here, or in every process the error that it raises in one.
+    def step(self, *, watched: bool = False) -> Step:
+        """Return a context in which each rank works alone; if its body raises on any rank, all ranks raise at its end.
 
-        Memory that ran out anywhere comes first, else the lowest rank's error. What is raised is of the same class in
-        all processes: this package's own classes, ValueError and MemoryError as they are, everything else as
-        ProcessError.
+        Running out of memory anywhere comes first, else the lowest rank's error. The error is of the same class on all
+        ranks: this package's own classes, ValueError and MemoryError as they are, everything else as ProcessError.
         """
-        value, failure, cause = None, None, None
-        self.in_step = True
-        try:
-            with _NoCommunication() if watched else nullcontext():  # type: ignore[no-untyped-call]
-                value = compute()
-        except Exception as error:
-            failure = _Failure.of(error)
-            cause = None if failure.kind is MemoryError else error
-        finally:
-            self.in_step = False
-        if self._serve is not None:
-            self._serve()
-        failures = {rank: found for rank, found in enumerate(self.all_gather_object(failure)) if found is not None}
-        if not failures:
-            return value  # type: ignore[return-value]
-        rank = min(failures, key=lambda rank: (failures[rank].kind is not MemoryError, rank))
-        raise failures[rank].error(rank) from (cause if rank == self.rank else None)
+        return _JointStep(self, watched)
 
     @contextmanager
     def meeting(self, serve: Callable[[], None]) -> Iterator[None]:
-        """Inside, each process calls ``serve`` when its part of a step is done, whether or not it failed."""
-        self._serve = serve
+        """Call ``serve`` at the end of every step inside, on each rank, whether or not the step failed there."""
+        self.serve = serve
         try:
             yield
         finally:
-            self._serve = None
+            self.serve = None
 
     def all_gather_int(self, number: int, device: torch.device) -> list[int]:
-        """The numbers of all processes, by rank, sent from a device."""
-        mine = torch.tensor([number], device=device)
-        found = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(found, mine, group=self.group)
-        return [int(value) for value in found]
+        """Return the numbers of all ranks, sent from a device."""
+        own = torch.tensor([number], device=device)
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(gathered, own, group=self.group)
+        return [int(value) for value in gathered]
 
     def reduce(self, tensor: Tensor, rank: int) -> None:
-        """Make a tensor the sum over all processes in the process of one rank; in the others it is spent."""
+        """Sum ``tensor`` over all ranks into ``rank``. Its contents on other ranks are undefined afterwards."""
         dist.reduce(tensor, self._global(rank), group=self.group)
 
     def all_gather_object(self, value: T) -> list[T]:
-        """The values of all processes, by rank."""
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        """Return the values of all ranks."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
     def gather_object(self, value: T, rank: int) -> list[T] | None:
-        """The values of all processes, by rank, in the process of one rank; None in the others."""
-        found: list[Any] | None = [None] * self.size if rank == self.rank else None
-        dist.gather_object(value, found, self._global(rank), group=self.group)
-        return found
+        """Return the values of all ranks on ``rank``, None on the others."""
+        gathered: list[Any] | None = [None] * self.size if rank == self.rank else None
+        dist.gather_object(value, gathered, self._global(rank), group=self.group)
+        return gathered
 
     def reduce_to_owners(
         self, values: Mapping[str, Tensor], owners: Mapping[str, int], empty: Callable[[str], Tensor]
     ) -> dict[str, Tensor]:
-        """The sums over all processes of those tensors that this one owns."""
-        found: dict[str, Tensor] = {}
+        """Sum each tensor over all ranks into its owner, and return those that this rank owns."""
+        owned: dict[str, Tensor] = {}
         for rank in range(self.size):
             names = [name for name, owner in owners.items() if owner == rank]
             if not names:
                 continue
             # Memory may run out here as in any step.
-            parts = self.call_everywhere(partial(_by_dtype, names, values, empty))
+            with self.step():
+                parts = _by_dtype(names, values, empty)
             for flat, shapes in parts:
                 self.reduce(flat, rank)
                 if rank == self.rank:
-                    pieces = torch.split(flat, [shape.numel() for shape in shapes.values()])
-                    found |= {name: p.view(shape) for (name, shape), p in zip(shapes.items(), pieces, strict=True)}
-        return found
+                    tensors = torch.split(flat, [shape.numel() for shape in shapes.values()])
+                    owned |= {name: t.view(shape) for (name, shape), t in zip(shapes.items(), tensors, strict=True)}
+        return owned
 
     def broadcast_from_owners(
-        self, mine: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]
+        self, values: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]
     ) -> dict[str, list[Tensor]]:
-        """What each process has of the names that it owns, in all of them: name -> tensors."""
+        """Broadcast every owner's tensors to all ranks: name -> tensors."""
         layouts = self.all_gather_object(
-            {name: [(t.shape, t.dtype, t.device) for t in ts] for name, ts in mine.items()}
+            {name: [(t.shape, t.dtype, t.device) for t in tensors] for name, tensors in values.items()}
         )
         flats: dict[int, Tensor] = {}
         for rank, layout in enumerate(layouts):
             if not (tensors := [spec for specs in layout.values() for spec in specs]):
                 continue
             sizes = [shape.numel() * dtype.itemsize for shape, dtype, _ in tensors]
-            if rank == self.rank:
-                flat = self.call_everywhere(
-                    lambda: torch.cat([_bytes(t) for of_name in mine.values() for t in of_name])
+            with self.step():
+                flats[rank] = (
+                    torch.cat([_bytes(t) for of_name in values.values() for t in of_name])
+                    if rank == self.rank
+                    else torch.empty(sum(sizes), dtype=torch.uint8, device=_local_device(tensors[0][2]))
                 )
-            else:
-                flat = self.call_everywhere(
-                    partial(torch.empty, sum(sizes), dtype=torch.uint8, device=_here(tensors[0][2]))
-                )
-            dist.broadcast(flat, self._global(rank), group=self.group)
-            flats[rank] = flat
-        parts = self.call_everywhere(lambda: [_taken_apart(flat, layouts[rank]) for rank, flat in flats.items()])
-        found = {name: tensors for part in parts for name, tensors in part.items()}
-        return {name: found[name] for name in owners if name in found}
+            dist.broadcast(flats[rank], self._global(rank), group=self.group)
+        with self.step():
+            parts = [_split_bytes(flat, layouts[rank]) for rank, flat in flats.items()]
+        merged = {name: tensors for part in parts for name, tensors in part.items()}
+        return {name: merged[name] for name in owners if name in merged}
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
+class _JointStep(Step):
+    def __init__(self, group: DistributedGroup, watched: bool) -> None:
+        super().__init__()
+        self._group = group
+        self._watch = _NoCommunication() if watched else nullcontext()  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Step:
+        self._group.in_step = True
+        self._watch.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._watch.__exit__(kind, error, traceback)
+        self._group.in_step = False
+        # An interrupt is of this rank alone.
+        if error is not None and not isinstance(error, Exception):
+            return
+        if self._group.serve is not None:
+            self._group.serve()
+        failure = None if error is None else _Failure.of(error)
+        gathered = self._group.all_gather_object((failure, None if failure else self._value))
+        failures = {rank: failed for rank, (failed, _) in enumerate(gathered) if failed is not None}
+        if failures:
+            rank = min(failures, key=lambda rank: (failures[rank].kind is not MemoryError, rank))
+            cause = error if rank == self._group.rank and failures[rank].kind is not MemoryError else None
+            _raise(failures[rank].error(rank), cause)
+        self.received = [value for _, value in gathered]
+
+
+def _raise(error: Exception, cause: BaseException | None) -> None:
+    """Raise an error in place of the one that is handled, whose traceback would keep the memory that ran out."""
+    try:
+        raise error from cause
+    finally:
+        error.__context__ = None
+
+
 def assign_owners(costs: Mapping[Name, float], size: int) -> dict[Name, int]:
-    """Name -> rank, so that no process has much more to do than another: the dearest first, to who has the least.
+    """Return name -> rank, so that no rank has much more to do than another: the dearest first, to who has the least.
 
     >>> assign_owners({"a": 3, "b": 1, "c": 2}, 2)
     {'a': 0, 'b': 1, 'c': 1}
     """
     loads = [0.0] * size
-    found: dict[Name, int] = {}
+    owners: dict[Name, int] = {}
     for name in sorted(costs, key=lambda name: -costs[name]):
         rank = loads.index(min(loads))
         loads[rank] += costs[name]
-        found[name] = rank
-    return {name: found[name] for name in costs}
+        owners[name] = rank
+    return {name: owners[name] for name in costs}
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error as other processes are told of it."""
+    """Error of one rank in the form that the others are told of it."""
 
     kind: type[Exception]
     text: str
@@ -239,8 +291,8 @@ class _Failure:
             return cls(MemoryError, f"out of memory: {text}")
         # Other classes may take more than a text, or be unknown elsewhere.
         if isinstance(error, MeasurementError):
-            known = type(error).__module__.partition(".")[0] == PACKAGE
-            return cls(type(error) if known else MeasurementError, text)
+            own = type(error).__module__.partition(".")[0] == PACKAGE
+            return cls(type(error) if own else MeasurementError, text)
         if isinstance(error, ValueError):
             return cls(ValueError, text)
         return cls(ProcessError, f"{type(error).__name__}: {text}")
@@ -250,12 +302,12 @@ class _Failure:
 
 
 class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Have exchanges between processes raise: their number may differ between processes, and all would hang."""
+    """Raise where an operation communicates: its number may differ between ranks, and all would hang."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation, unless it talks to other processes."""
+        """Run an operation, unless it communicates."""
         if func.namespace in COMMUNICATION:
             raise MeasurementError(
                 f"the loss talks to other processes ({func.namespace}.{func.__name__}), so that it depends on their "
@@ -268,22 +320,23 @@ class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _by_dtype(
     names: Sequence[str], values: Mapping[str, Tensor], empty: Callable[[str], Tensor]
 ) -> list[tuple[Tensor, dict[str, torch.Size]]]:
-    """Tensors in a row, for each of their types, and what they were."""
+    """Return a flat tensor for each dtype among the tensors of these names, with the names and shapes in it."""
     tensors = {name: values[name] if name in values else empty(name) for name in names}
-    found = []
+    flats = []
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
-        some = {name: tensor for name, tensor in tensors.items() if tensor.dtype is dtype}
-        flat = torch.cat([tensor.flatten() for tensor in some.values()])
-        found.append((flat, {name: tensor.shape for name, tensor in some.items()}))
-    return found
+        of_dtype = {name: tensor for name, tensor in tensors.items() if tensor.dtype is dtype}
+        flat = torch.cat([tensor.flatten() for tensor in of_dtype.values()])
+        flats.append((flat, {name: tensor.shape for name, tensor in of_dtype.items()}))
+    return flats
 
 
-def _taken_apart(
+def _split_bytes(
     flat: Tensor, layout: Mapping[str, Sequence[tuple[torch.Size, torch.dtype, torch.device]]]
 ) -> dict[str, list[Tensor]]:
-    """Tensors from their bytes in a row; cloned, since a view as a wider type must start at a multiple of its size."""
+    """Return tensors from their bytes in a row."""
     sizes = [shape.numel() * dtype.itemsize for specs in layout.values() for shape, dtype, _ in specs]
     parts = iter(torch.split(flat, sizes))
+    # Cloned, since a view as a wider type must start at a multiple of its size.
     return {
         name: [next(parts).clone().view(dtype).view(shape) for shape, dtype, _ in specs]
         for name, specs in layout.items()
@@ -294,8 +347,8 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def _here(device: torch.device) -> torch.device:
-    """This process's device of the same kind."""
+def _local_device(device: torch.device) -> torch.device:
+    """Return this process's device of the same kind."""
     return (
         device if device.type == "cpu" else torch.device(device.type, torch.get_device_module(device).current_device())
     )

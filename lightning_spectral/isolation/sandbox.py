@@ -191,17 +191,6 @@ class InitialState:
         self._called = False
         self.dtypes = {tensor.dtype for tensor in found if tensor.is_floating_point()}
 
-    def take(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-        """Begin with these values of some buffers of the module instead."""
-        own = dict(module.named_buffers())
-        for name, value in buffers.items():
-            own[name].data.copy_(value)
-        changed = {id(own[name]) for name in buffers}
-        self._values = [
-            tensor.detach().clone() if id(tensor) in changed else value
-            for tensor, value in zip(self._tensors, self._values, strict=True)
-        ]
-
     def restore(self) -> None:
         """Put everything back. Weights through .data, so that graphs of earlier calls stay valid."""
         self._random.restore()
@@ -217,21 +206,33 @@ def _value(tensor: Tensor, original: Tensor | None) -> Tensor:
     return tensor.detach().clone() if original is None else original.detach()
 
 
-def repeatable(evaluate: Callable[[], Any], beginning: InitialState, values: list[float]) -> Callable[[], Any]:
-    """The same loss at each call, from the same beginning, or an error.
+class ReplayedLoss:
+    """Loss of one batch that starts from the same state at each call, and must have the same value.
 
     Args:
-        evaluate: computes the loss.
-        beginning: what each call starts from.
+        loss: batch -> its loss.
+        batch: gives the batch, anew for each call.
+        initial_state: restored before each call.
         values: of the loss, so far; each call adds one.
-
-    Raises:
-        MeasurementError: by the function returned, if the value is another one all the same.
     """
 
-    def again() -> Any:
-        beginning.restore()
-        loss = evaluate()
+    def __init__(
+        self,
+        loss: Callable[[Any], Any],
+        batch: Callable[[], Any],
+        initial_state: InitialState,
+        values: list[float],
+    ) -> None:
+        self._loss, self._batch, self._initial_state, self._values = loss, batch, initial_state, values
+
+    def __call__(self) -> Any:
+        """Compute the loss.
+
+        Raises:
+            MeasurementError: if the value is another one than at the first call.
+        """
+        self._initial_state.restore()
+        loss, values = self._loss(self._batch()), self._values
         if isinstance(loss, Tensor) and loss.numel() == 1:
             values.append(float(loss.detach()))
             if not math.isclose(values[0], values[-1], rel_tol=1e-4, abs_tol=1e-12) and math.isfinite(values[0]):
@@ -241,8 +242,6 @@ def repeatable(evaluate: Callable[[], Any], beginning: InitialState, values: lis
                     "the whole batch, which calls it once"
                 )
         return loss
-
-    return again
 
 
 @contextmanager

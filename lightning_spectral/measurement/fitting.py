@@ -1,14 +1,14 @@
-"""From what was measured to the spectrum and the fits of each layer, and to what a reader must know of them."""
+"""From the raw measurement to the spectrum and the fits of each layer, and to what a reader must know of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lightning_spectral._messages import group_by_reason
-from lightning_spectral.distributed.process_group import SingleProcess, assign_owners
+from lightning_spectral.distributed.process_group import assign_owners
 from lightning_spectral.measurement.layer_fit import (
     Part,
     alignment_part,
@@ -17,58 +17,59 @@ from lightning_spectral.measurement.layer_fit import (
     intervals_part,
     weights_part,
 )
-from lightning_spectral.measurement.memory import RawMeasurement
 from lightning_spectral.measurement.objective import Objective
+from lightning_spectral.measurement.raw import RawMeasurement
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.options import Options
 from lightning_spectral.records.layer_measurement import LayerMeasurement
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 
-def spectra_of(
-    losses: Objective, measured: RawMeasurement, options: Options, processes: SingleProcess
-) -> dict[str, LayerSpectrum]:
-    """The spectra and fits of the layers that fall to this process."""
-    owners = assign_owners({name: layer.decomposition_cost for name, layer in losses.layers.items()}, processes.size)
-    mine = [name for name, owner in owners.items() if owner == processes.rank]
-    weights = losses.weights(mine) if options.weight_spectra else {}
-    return {name: _spectrum(losses, name, measured, options, weights.get(name)) for name in mine}
+def fit_layers(
+    objective: Objective, raw: RawMeasurement, options: Options
+) -> tuple[dict[str, LayerSpectrum], int | None]:
+    """Return the fitted spectra of all layers, each rank fitting its share, and the largest micro-batch of any rank."""
+    group = objective.group
+    owners = assign_owners({name: layer.decomposition_cost for name, layer in objective.layers.items()}, group.size)
+    own = [name for name, owner in owners.items() if owner == group.rank]
+    with group.step() as step:
+        weights = objective.weight_matrices(own) if options.weight_spectra else {}
+        fitted = {name: _fit(objective, name, raw, options, weights.get(name)) for name in own}
+        step.send((fitted, raw.micro_batch_sizes))
+    merged = {name: spectrum for of_rank, _ in step.received for name, spectrum in of_rank.items()}
+    sizes = [size for _, sizes in step.received for size in sizes if size is not None]
+    return {name: merged[name] for name in objective.layers}, max(sizes, default=None)
 
 
-def left_out(measured: RawMeasurement, spectra: Mapping[str, LayerSpectrum], told: Sequence[str]) -> list[str]:
-    """What was measured on request could not be had of which layers, beside what the layers' own notes say."""
+def omission_notes(raw: RawMeasurement, spectra: Mapping[str, LayerSpectrum]) -> list[str]:
+    """Return which quantities asked for are missing of which layers, beyond what the layers' own notes say."""
     no_weights = {n: x.weights.note for n, x in spectra.items() if x.weights is not None and x.weights.note}
-    return [
-        *(note for note in measured.traces.notes if note not in told),
-        *(f"curvature_fraction: {text}" for text in group_by_reason(measured.traces.failed)),
-        *(f"spectrum_top_k: {text}" for text in group_by_reason(measured.shorter)),
-        *(f"weight_spectra: {text}" for text in group_by_reason(no_weights)),
-        *_unaligned(spectra),
-    ]
-
-
-def _unaligned(spectra: Mapping[str, LayerSpectrum]) -> list[str]:
-    """What of the alignment that was asked for is not there, beside the layers that were not measured at all."""
-    missing = {
+    unaligned = {
         name: f"no alignment: {x.alignment_note}" for name, x in spectra.items() if x.alignment_note and not x.note
     }
     partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
-    return group_by_reason(missing | partly)
+    return [
+        *(note for note in raw.traces.notes if note not in raw.curvatures.notes),
+        *(f"curvature_fraction: {text}" for text in group_by_reason(raw.traces.failed)),
+        *(f"spectrum_top_k: {text}" for text in group_by_reason(raw.directions.truncated)),
+        *(f"weight_spectra: {text}" for text in group_by_reason(no_weights)),
+        *group_by_reason(unaligned | partly),
+    ]
 
 
-def _spectrum(
-    losses: Objective, name: str, measured: RawMeasurement, options: Options, weights: Tensor | None
+def _fit(
+    objective: Objective, name: str, raw: RawMeasurement, options: Options, weights: Tensor | None
 ) -> LayerSpectrum:
-    layer, eps = losses.layers[name], losses.eps(name)
-    curvatures, factored = measured.curvatures, measured.alignment
-    triplets, nothing = measured.triplets.get(name), torch.zeros(0, dtype=torch.float64)
+    layer, eps = objective.layers[name], objective.eps(name, raw.narrow_dtypes)
+    curvatures, factors, failed = raw.curvatures, raw.factors, raw.failed
+    triplets, nothing = raw.directions.triplets.get(name), torch.zeros(0, dtype=torch.float64)
     sigma = nothing if triplets is None else triplets.sigma
     h, stderr = torch.full(sigma.shape, float("nan"), dtype=torch.float64), torch.zeros(len(sigma), dtype=torch.float64)
     if name in curvatures.h:
         h[: len(curvatures.h[name])] = curvatures.h[name]
     if name in curvatures.stderr:
         stderr[: len(curvatures.stderr[name])] = curvatures.stderr[name]
-    why = factored.notes.get(name) or measured.failed.get(name) or "no direction above the noise floor"
+    why = factors.notes.get(name) or failed.get(name) or "no direction above the noise floor"
     measurement = LayerMeasurement(
         name=name,
         kind=layer.kind,
@@ -77,11 +78,11 @@ def _spectrum(
         sigma=sigma,
         h=h,
         h_stderr=stderr,
-        spectrum=measured.spectra.get(name, nothing),
+        spectrum=raw.directions.spectra.get(name, nothing),
         noise_floor=noise_floor(sigma, layer.shape, layer.groups, eps),
         method=curvatures.methods.get(name, curvatures.method),
-        note=measured.failed.get(name, ""),
-        alignment_note=why if options.alignment and name not in factored.factors else "",
+        note=failed.get(name, ""),
+        alignment_note=why if options.alignment and name not in factors.factors else "",
     )
     parts: dict[str, Part] = {}
     if weights is not None:
@@ -89,7 +90,7 @@ def _spectrum(
     if options.bootstrap:
         parts["intervals"] = intervals_part(options.bootstrap)
     if options.curvature_fraction:
-        parts["fraction"] = fraction_part(measured.traces.h.get(name), measured.traces.failed.get(name, ""))
-    if name in factored.factors:
-        parts["alignment"] = alignment_part(factored.factors[name], factored.per_sample)
+        parts["fraction"] = fraction_part(raw.traces.h.get(name), raw.traces.failed.get(name, ""))
+    if name in factors.factors:
+        parts["alignment"] = alignment_part(factors.factors[name], factors.per_sample)
     return fit_layer(measurement, parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -39,7 +40,7 @@ def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int 
         raise ValueError(f"{name} optimizes manually, so its training_step cannot be called to measure; {LOSS_REMEDY}")
     if "dataloader_iter" in inspect.signature(model.training_step).parameters:  # type: ignore[arg-type]
         raise ValueError(f"{name}.training_step takes dataloader_iter and would consume batches; {LOSS_REMEDY}")
-    return lambda module, batch: _training_step_loss(module, batch, batch_idx)
+    return partial(_training_step_loss, batch_idx=batch_idx)
 
 
 def _training_step_loss(module: nn.Module, batch: Any, batch_idx: int) -> Tensor:

@@ -1,77 +1,69 @@
-"""The loss of one or more batches, measured piece by piece so that one piece's graph at a time is in memory.
-
-With L the loss of a batch and L_i those of its pieces, L = sum_i w_i L_i for a mean over samples (w_i the share of the
-samples), a mean over targets that count (w_i their share) and a sum (w_i = 1). Gradient and curvature, linear in the
-loss, are then sums with the same weights. Which of them holds is seen from the values of the losses.
-"""
+"""The loss of one or more batches as a weighted sum over micro-batches, of which one graph at a time is in memory."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import (
-    Curvature,
-    Curvatures,
-    DifferentiableLoss,
-    Gradients,
-    LossValue,
-    SampleRange,
-    loss_value,
-)
+from lightning_spectral.curvature import DifferentiableLoss, LossValue, SampleRange, loss_value
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, take_samples
-from lightning_spectral.isolation.sandbox import InitialState, repeatable
+from lightning_spectral.isolation.sandbox import InitialState, ReplayedLoss
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
-from lightning_spectral.numerics.svd import SingularTriplets
+from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, infer_weights
 
-ADDS_UP = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Relative difference up to which the losses of pieces add up to that of their batch, by what all is computed in.
-
-Below it a term of the weights in a sum of losses, or one across samples, is taken for rounding. Its share of the
-curvature may be much larger than its share of the loss.
-"""
-
-SPREAD = 1e-2
-"""How far the losses of pieces must lie apart, relatively, for that to tell their weights to about 1e-3."""
-
-SAME_GRADIENT = {torch.float32: 1e-3, torch.float64: 1e-7}
-"""Relative difference up to which the gradients of pieces add up to that of their batch, likewise."""
+if TYPE_CHECKING:
+    from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
 
 
-class NoSumError(MeasurementError):
-    """A loss that cannot be had as a sum of those of pieces of its batch."""
+@dataclass(frozen=True, eq=False)
+class ObjectiveGradients:
+    """Gradients of an objective on this rank, and what all ranks know of them.
 
+    Attributes:
+        values: layer name -> gradient in the parameter's shape, of this rank's samples.
+        unreduced: names of the layers whose gradient some rank holds in ``values``.
+        reduced: names of the layers whose gradient some rank has reduced to its owner already.
+        failed: layer name -> why it has no gradient on any rank.
+        loss: value of the objective, over all ranks.
+        narrow_dtypes: half-precision types that the network casts to by itself, on any rank.
+        first: loss of this rank's first micro-batch, with its graph; None on a rank without samples.
+        has_graph: whether the gradients of ``first`` can be differentiated again.
+    """
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Samples start to stop of one batch and the weight of their loss; stop is None for a batch that is not cut."""
-
-    batch: int
-    weight: float
-    start: int = 0
-    stop: int | None = None
+    values: dict[str, Tensor]
+    unreduced: frozenset[str]
+    reduced: frozenset[str]
+    failed: dict[str, str]
+    loss: float
+    narrow_dtypes: frozenset[torch.dtype]
+    first: DifferentiableLoss | None
+    has_graph: bool
 
 
 class Objective:
-    """The mean, weighted by samples, of the losses of batches.
+    """Mean, weighted by samples, of the losses of the batches of all ranks.
 
     Args:
-        loss: of a batch.
-        batches: each is fetched when it is needed.
-        layers: the matrices to differentiate in.
+        loss: batch -> its loss; it is given a copy of the batch.
+        batches: of this rank, each fetched when it is needed.
+        layers: matrices to differentiate in.
         parameters: layer name -> the leaf that holds its matrix.
-        beginning: what each call of the loss starts from.
-        sums: where gradients go that are summed over processes as they come; None: all stay.
+        initial_state: restored before each call of the loss.
+        copy_batch: batch -> its copy.
+        group: ranks that measure together.
+        sizes: samples of each batch of each rank; None: those of this rank alone.
+        reducer: sums gradients of weights in shards over the ranks as they are computed; None where there are none.
     """
 
     def __init__(
@@ -80,253 +72,230 @@ class Objective:
         batches: Sequence[Any],
         layers: Mapping[str, MatrixLayer],
         parameters: Mapping[str, Tensor],
-        beginning: InitialState,
-        sums: GradientReducer | None = None,
+        initial_state: InitialState,
+        *,
+        copy_batch: Callable[[Any], Any] = lambda batch: batch,
+        group: SingleProcess = SINGLE_PROCESS,
+        sizes: Sequence[Sequence[int | None]] | None = None,
+        reducer: GradientReducer | None = None,
     ) -> None:
-        self.loss, self.batches, self.beginning, self.sums = loss, batches, beginning, sums
-        self.layers, self.parameters = layers, parameters
-        self.sizes = [batch_size(batch) for batch in batches]
+        self.layers, self.parameters, self.group, self.reducer = layers, parameters, group, reducer
+        self._loss, self._batches, self._copy_batch, self._initial_state = loss, batches, copy_batch, initial_state
+        self.sizes = batch_sizes(batches) if sizes is None else sizes[group.rank]
         self.divisible = all(divisible(batch) for batch, size in zip(batches, self.sizes, strict=True) if size != 0)
-        self.among([self.sizes], 0)
-        self.in_use: int | None = None
-        self.casts: set[torch.dtype] = set()
-        self._values: dict[tuple[int, int, int | None], list[float]] = defaultdict(list)
+        by_rank = [self.sizes] if sizes is None else sizes
+        self.all_sizes = [size for of_rank in by_rank for size in of_rank]
+        counts = [size for size in self.all_sizes if size is not None]
+        self.samples = sum(counts) if len(counts) == len(self.all_sizes) else None
+        self._first_sample = sum(size or 0 for of_rank in by_rank[: group.rank] for size in of_rank)
+        self._values: dict[MicroBatch, list[float]] = defaultdict(list)
+        self._size_in_use: int | None = None
 
-    def among(self, sizes: Sequence[Sequence[int | None]], rank: int) -> None:
-        """Be a part of a larger loss, the mean over the batches of several processes.
-
-        Args:
-            sizes: the samples of each batch of each process.
-            rank: which process this is.
-        """
-        self.all_sizes = [size for of_process in sizes for size in of_process]
-        known = [size for size in self.all_sizes if size is not None]
-        self.samples = sum(known) if len(known) == len(self.all_sizes) else None
-        self._first = sum(size or 0 for of_process in sizes[:rank] for size in of_process)
-
-    def whole(self) -> list[MicroBatch]:
-        """A piece per batch, but for those without a sample."""
-        even = 1 / sum(size != 0 for size in self.all_sizes) if any(size != 0 for size in self.all_sizes) else 0.0
+    def full_batches(self) -> list[MicroBatch]:
+        """Return a micro-batch per batch, but for those without a sample."""
+        filled = sum(size != 0 for size in self.all_sizes)
         return [
-            MicroBatch(i, even if self.samples is None or size is None else size / self.samples)
+            MicroBatch(i, 1 / filled if self.samples is None or size is None else size / self.samples)
             for i, size in enumerate(self.sizes)
             if size != 0
         ]
 
-    def pieces(self, most: int) -> list[MicroBatch]:
-        """Pieces of nearly equal size, of at most so many samples.
+    def cut(self, max_size: int | None) -> list[MicroBatch]:
+        """Return micro-batches of at most so many samples, None: full batches; raise on all ranks if on one."""
+        full_batches = self.full_batches()
+        self._size_in_use = self.largest(full_batches) if max_size is None else max_size
+        with self.group.step(watched=True):
+            return full_batches if max_size is None else self.micro_batches(max_size)
+
+    def micro_batches(self, max_size: int) -> list[MicroBatch]:
+        """Return micro-batches of nearly equal size, of at most so many samples.
 
         Raises:
             MeasurementError: if a batch cannot be cut.
-            NoSumError: if its loss is no weighted sum of those of its pieces, or that cannot be told.
+            NoSumError: if its loss is no weighted sum of those of its micro-batches, or that cannot be told.
         """
-        found: list[MicroBatch] = []
-        for piece in self.whole():
-            size = self.sizes[piece.batch]
+        micro_batches: list[MicroBatch] = []
+        for full in self.full_batches():
+            size = self.sizes[full.batch]
             if size is None:
-                take_samples(self.batches[piece.batch], most, option="micro_batch_size")
-            if size is None or size <= most:
-                found.append(piece)
+                take_samples(self._batches[full.batch], max_size, option="micro_batch_size")
+            if size is None or size <= max_size:
+                micro_batches.append(full)
                 continue
-            n = math.ceil(size / most)
-            parts = list(pairwise(round(i * size / n) for i in range(n + 1)))
-            for (start, stop), weight in zip(parts, self._weights(piece.batch, parts), strict=True):
+            n = math.ceil(size / max_size)
+            bounds = pairwise(round(i * size / n) for i in range(n + 1))
+            parts = [MicroBatch(full.batch, 1.0, start, stop) for start, stop in bounds]
+            for part, weight in zip(parts, self._weights(parts), strict=True):
                 if weight:
-                    found.append(MicroBatch(piece.batch, piece.weight * weight, start, stop))
-        return found
+                    micro_batches.append(MicroBatch(full.batch, full.weight * weight, part.start, part.stop))
+        return micro_batches
 
-    def largest(self, pieces: Sequence[MicroBatch]) -> int | None:
-        """The samples of the largest of these pieces; None where a batch does not tell."""
-        sizes = [self.sizes[p.batch] if p.stop is None else p.stop - p.start for p in pieces]
-        known = [size for size in sizes if size is not None]
-        return max(known, default=None) if len(known) == len(sizes) else None
+    def split(self, parts: int) -> list[MicroBatch]:
+        """Return micro-batches of so many parts of the largest batch; none where the loss is no sum of theirs."""
+        if parts == 1 or not self.divisible:
+            return []
+        try:
+            smaller = self.micro_batches(math.ceil(max(size or 1 for size in self.sizes) / parts))
+        except NoSumError:
+            return []
+        return smaller if len(smaller) > len(self.sizes) else []
 
-    def problem(self, piece: MicroBatch) -> DifferentiableLoss:
-        """The loss of one piece, to be differentiated."""
-        samples = self.sizes[piece.batch] if piece.stop is None else piece.stop - piece.start
+    def largest(self, micro_batches: Sequence[MicroBatch]) -> int | None:
+        """Return the samples of the largest of these; None where a batch does not tell."""
+        return largest_size([self.samples_of(micro_batch) for micro_batch in micro_batches]) if micro_batches else None
+
+    def samples_of(self, micro_batch: MicroBatch) -> int | None:
+        """Return how many samples a micro-batch holds; None where its batch does not tell."""
+        return self.sizes[micro_batch.batch] if micro_batch.stop is None else micro_batch.stop - micro_batch.start
+
+    @property
+    def size_in_use(self) -> int | None:
+        """Samples of the largest micro-batch that is, or was last, in memory."""
+        return self._size_in_use
+
+    def differentiable(self, micro_batch: MicroBatch) -> DifferentiableLoss:
+        """Return the loss of one micro-batch, to be differentiated."""
         place = None
         if self.samples is not None:
-            before = sum(size or 0 for size in self.sizes[: piece.batch])
-            place = SampleRange(self._first + before + piece.start, self.samples)
-        return DifferentiableLoss(self._repeatable(piece), self.layers, self.parameters, samples, place)
+            before = sum(size or 0 for size in self.sizes[: micro_batch.batch])
+            place = SampleRange(self._first_sample + before + micro_batch.start, self.samples)
+        return DifferentiableLoss(
+            self._replayed(micro_batch), self.layers, self.parameters, self.samples_of(micro_batch), place
+        )
 
-    def gradients(
-        self, pieces: Sequence[MicroBatch], *, keep_graph: bool, outputs: bool = False
-    ) -> tuple[Gradients, float, DifferentiableLoss | None]:
-        """The gradient of the loss, its value, and the problem of the first piece; None where there is no piece.
-
-        With keep_graph, and one piece alone, the gradient can be differentiated again; else those that go to ``sums``
-        hold nothing here. With ``outputs`` the problem
-        holds its gradients in the layers' outputs, too, as far as they cost no backward pass of their own.
-        """
-        values: dict[str, Tensor | None] = {}
-        failed: dict[str, str] = {}
-        trusted: dict[str, str] = {}
-        problem = None
-        loss = 0.0
-        self.in_use = self.largest(pieces)
-        if self.sums is not None:
-            self.sums.clear()
-        # The first piece comes last, since its graph is kept.
-        for piece in reversed(pieces):
-            problem = self.problem(piece)
-            kept = keep_graph and len(pieces) == 1
-            with nullcontext() if self.sums is None or kept else self.sums.taking(piece.weight):
-                part = problem.gradients(keep_graph=kept, outputs=outputs and piece is pieces[0])
-            self.casts |= problem.trace.casts
-            loss += piece.weight * problem.loss
-            failed |= part.failed
-            trusted |= part.trusted
-            for name, value in part.values.items():
-                gone = self.sums is not None and id(self.parameters[name]) in self.sums.taken
-                values[name] = value if gone else _sum(values.get(name), value, piece.weight)
-        return Gradients(values, failed, trusted), loss, problem
-
-    def curvatures(
-        self,
-        method: Curvature,
-        pieces: Sequence[MicroBatch],
-        directions: Mapping[str, SingularTriplets],
-        expected: tuple[str, Tensor] | None = None,
-    ) -> Curvatures:
-        """The curvature of the loss: the weighted sum over the pieces, of which one at a time is in memory.
+    def losses(
+        self, micro_batches: Sequence[MicroBatch], first: DifferentiableLoss | None = None
+    ) -> Iterator[tuple[MicroBatch, DifferentiableLoss]]:
+        """Yield each micro-batch with its loss, to be differentiated before the next.
 
         Args:
-            method: measures each piece.
-            pieces: of all batches.
-            directions: layer name -> triplets.
-            expected: a layer and the gradient of the loss in it, to hold the pieces against.
-
-        Raises:
-            NoSumError: if the pieces' gradients do not add up to that gradient.
+            micro_batches: in the order to take them in.
+            first: loss of the first of them, where its graph is there.
         """
-        parts, gradient = [], None
-        self.in_use = self.largest(pieces)
-        for piece in pieces:
-            problem = self.problem(piece)
-            parts.append(method(problem, directions))
-            if expected is not None:
-                gradient = _sum(gradient, problem.gradient(expected[0]), piece.weight)
-        if expected is not None:
-            difference = expected[1] if gradient is None else gradient - expected[1]
-            error = float(difference.norm() / expected[1].norm())
-            if not error <= SAME_GRADIENT[self._precision(self.casts)]:
-                raise NoSumError(
-                    f"the gradients of the pieces add up to another one in {expected[0]} (relative error {error:.2g})"
-                )
-        return joined(parts, [piece.weight for piece in pieces])
+        self._size_in_use = self.largest(micro_batches)
+        for micro_batch in micro_batches:
+            yield micro_batch, first or self.differentiable(micro_batch)
+            first = None
 
-    def eps(self, name: str) -> float:
-        """Machine epsilon of a layer's gradient: of its type, or of float32 where the network goes down to that.
+    def gradients(
+        self, micro_batches: Sequence[MicroBatch], *, keep_graph: bool = False, outputs: bool = False
+    ) -> ObjectiveGradients:
+        """Return the gradients of the objective, summed over this rank's micro-batches.
 
-        Half precision's own would leave no direction of a wide layer; that it is used is told in the notes instead.
+        Args:
+            micro_batches: all of this rank.
+            keep_graph: keep them differentiable, if there is one micro-batch alone.
+            outputs: have the first loss hold its gradients in the layers' outputs, where that costs no backward pass.
         """
-        dtypes = [self.parameters[name].dtype, *([torch.float32] if self.casts else [])]
+        keep_graph = keep_graph and len(micro_batches) == 1
+        sums: dict[str, Tensor | None] = {}
+        failed: dict[str, str] = {}
+        narrow: set[torch.dtype] = set()
+        first, total = None, 0.0
+        with self.group.step(watched=True) as step:
+            if self.reducer is not None:
+                self.reducer.clear()
+            # The first comes last, since its graph is kept.
+            for micro_batch, first in self.losses(micro_batches[::-1]):
+                with nullcontext() if self.reducer is None or keep_graph else self.reducer.taking(micro_batch.weight):
+                    part = first.gradients(keep_graph=keep_graph, outputs=outputs and micro_batch is micro_batches[0])
+                narrow |= first.trace.casts
+                total += micro_batch.weight * first.loss
+                failed |= part.failed
+                for name, value in part.values.items():
+                    value = None if value is None else value.detach()
+                    sums[name] = (
+                        value if self._is_reduced(name) else add_weighted(sums.get(name), value, micro_batch.weight)
+                    )
+            values = {name: value for name, value in sums.items() if value is not None}
+            reduced = {name for name in values if self._is_reduced(name)}
+            step.send((values.keys() - reduced, reduced, failed, narrow, total))
+        unreduced, all_reduced, failures, dtypes, losses = zip(*step.received, strict=True)
+        return ObjectiveGradients(
+            values={name: value for name, value in values.items() if name not in reduced},
+            unreduced=frozenset().union(*unreduced),
+            reduced=frozenset().union(*all_reduced),
+            failed={
+                name: why
+                for own, gone, reasons in zip(unreduced, all_reduced, failures, strict=True)
+                for name, why in reasons.items()
+                if name not in own | gone
+            },
+            loss=sum(losses),
+            narrow_dtypes=frozenset().union(*dtypes),
+            first=first,
+            has_graph=keep_graph,
+        )
+
+    def _is_reduced(self, name: str) -> bool:
+        return self.reducer is not None and id(self.parameters[name]) in self.reducer.taken
+
+    def eps(self, name: str, narrow_dtypes: frozenset[torch.dtype]) -> float:
+        """Return the machine epsilon of a layer's gradient.
+
+        Half precision's epsilon would put every direction of a wide layer below the noise floor, so float32's is used
+        where the network casts to it, and a note of the report says so.
+        """
+        dtypes = [self.parameters[name].dtype, *([torch.float32] if narrow_dtypes else [])]
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
-    def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The matrices of these layers themselves, as they were before any call of the loss."""
-        self.beginning.restore()
+    def weight_matrices(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the matrices of these layers themselves, as they were before any call of the loss."""
+        self._initial_state.restore()
         return {name: self.layers[name].to_matrix(self.parameters[name].detach()) for name in names}
 
-    def notes(self) -> list[str]:
-        """What limits the precision of the measurement."""
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.casts))
-        return (
-            [f"the network casts to {names} by itself, and nothing measured is more precise than that"] if names else []
-        )
+    def compute_dtype(self, dtypes: set[torch.dtype] | frozenset[torch.dtype]) -> torch.dtype:
+        """Return float64 if all weights, buffers and these dtypes are, else float32."""
+        return torch.float64 if self._initial_state.dtypes | dtypes == {torch.float64} else torch.float32
 
-    def _repeatable(self, piece: MicroBatch) -> Callable[[], Tensor]:
-        def evaluate() -> Tensor:
-            batch = self.batches[piece.batch]
-            if piece.stop is not None:
-                batch = take_samples(batch, piece.stop, piece.start, option="micro_batch_size")
-            return self.loss(batch)
+    def _replayed(self, micro_batch: MicroBatch) -> ReplayedLoss:
+        values = self._values[MicroBatch(micro_batch.batch, 1.0, micro_batch.start, micro_batch.stop)]
+        return ReplayedLoss(self._loss, partial(self._samples, micro_batch), self._initial_state, values)
 
-        return repeatable(evaluate, self.beginning, self._values[piece.batch, piece.start, piece.stop])
+    def _samples(self, micro_batch: MicroBatch) -> Any:
+        batch = self._batches[micro_batch.batch]
+        if micro_batch.stop is not None:
+            batch = take_samples(batch, micro_batch.stop, micro_batch.start, option="micro_batch_size")
+        return self._copy_batch(batch)
 
-    def _weights(self, batch: int, parts: Sequence[tuple[int, int]]) -> list[float]:
-        """w_i with L = sum_i w_i L_i."""
-        if not self._values[batch, 0, None]:
+    def _weights(self, parts: Sequence[MicroBatch]) -> list[float]:
+        full = MicroBatch(parts[0].batch, 1.0)
+        if not self._values[full]:
             with torch.no_grad():
-                self._repeatable(MicroBatch(batch, 1.0))()
-        if not self._values[batch, 0, None]:
+                self._replayed(full)()
+        if not self._values[full]:
             raise NoSumError("micro_batch_size: the loss of the batch is no scalar; reduce it with .mean()")
-        whole = self._values[batch, 0, None][0]
-        if not math.isfinite(whole):
-            raise MeasurementError(f"the loss is {whole}, so its gradient and curvature mean nothing")
-        found = [self._part(MicroBatch(batch, 1.0, start, stop)) for start, stop in parts]
-        counts = [part.normalizer for part in found]
-        losses = [0.0 if part.normalizer == 0 else part.value for part in found]
-        tolerance = ADDS_UP[self._precision({dtype for part in found for dtype in (part.dtype, *part.casts)})]
-        size = parts[-1][1]
-        apart = max(losses) - min(losses) >= SPREAD * max(abs(loss) for loss in losses)
-        candidates = [[1.0] * len(parts)]
-        if apart:
-            candidates.append([(stop - start) / size for start, stop in parts])
-        known = [count for count in counts if count is not None]
-        if len(known) == len(counts) and sum(known) > 0:
-            candidates.insert(0, [count / sum(known) for count in known])
-        for weights in candidates:
-            terms = torch.tensor([w * x for w, x in zip(weights, losses, strict=True)], dtype=torch.float64)
-            if abs(float(terms.sum()) - whole) <= tolerance * max(abs(whole), float(terms.abs().sum())):
-                return weights
-        if not apart:
-            raise NoSumError(
-                f"micro_batch_size: the losses of the pieces are equal ({losses[0]:.6g}), so that their weights cannot "
-                "be told; measure the batch in one piece, or fewer samples of it (max_samples)"
-            )
-        raise NoSumError(
-            f"micro_batch_size: the loss of the batch, {whole:.6g}, is neither a mean nor the sum of those of its "
-            f"pieces ({', '.join(f'{loss:.6g}' for loss in losses[:4])}), so its samples depend on each other "
-            "(BatchNorm or dropout in train mode, a loss across the batch); measure the batch in one piece, "
-            "or fewer samples of it (max_samples)"
-        )
-
-    def _precision(self, others: set[torch.dtype]) -> torch.dtype:
-        """float64 if all weights, buffers and these others are, else float32."""
-        return torch.float64 if self.beginning.dtypes | others == {torch.float64} else torch.float32
-
-    def _part(self, piece: MicroBatch) -> LossValue:
-        try:
-            return loss_value(self._repeatable(piece))
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise NoSumError(
-                f"micro_batch_size: the loss fails on samples {piece.start} to {piece.stop} of the batch alone "
-                f"({type(error).__name__}: {error}); measure the batch in one piece"
-            ) from error
+        total = self._values[full][0]
+        if not math.isfinite(total):
+            raise MeasurementError(f"the loss is {total}, so its gradient and curvature mean nothing")
+        losses: list[LossValue] = []
+        for part in parts:
+            try:
+                losses.append(loss_value(self._replayed(part)))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise NoSumError(
+                    f"micro_batch_size: the loss fails on samples {part.start} to {part.stop} of the batch alone "
+                    f"({type(error).__name__}: {error}); measure the batch whole"
+                ) from error
+        dtypes = {dtype for loss in losses for dtype in (loss.dtype, *loss.casts)}
+        return infer_weights(total, parts, losses, self.compute_dtype(dtypes))
 
 
-def joined(parts: Sequence[Curvatures], weights: Sequence[float]) -> Curvatures:
-    """The curvatures of a weighted sum of losses."""
-    if len(parts) == 1 and weights[0] == 1:
-        return parts[0]
-    failed = {name: why for part in parts for name, why in part.failed.items()}
-    h: dict[str, Tensor] = {}
-    variance: dict[str, Tensor] = {}
-    methods: dict[str, dict[str, None]] = {}
-    for part, weight in zip(parts, weights, strict=True):
-        for name, h_k in part.h.items():
-            h[name] = h.get(name, torch.zeros_like(h_k)) + weight * h_k
-            methods.setdefault(name, {})[part.methods.get(name, part.method)] = None
-        for name, stderr in part.stderr.items():
-            variance[name] = variance.get(name, torch.zeros_like(stderr)) + (weight * stderr).square()
-    errors = [part.check_error for part in parts if not math.isnan(part.check_error)]
-    return Curvatures(
-        h={name: torch.full_like(h_k, float("nan")) if name in failed else h_k for name, h_k in h.items()},
-        method=parts[0].method,
-        failed=failed,
-        stderr={name: v.sqrt() for name, v in variance.items()},
-        methods={name: "+".join(used) for name, used in methods.items()},
-        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-        check_error=max(errors, default=float("nan")),
-        chosen="; ".join(dict.fromkeys(part.chosen for part in parts if part.chosen)),
-    )
+def batch_sizes(batches: Sequence[Any]) -> list[int | None]:
+    """Return the samples of each batch, None for one that does not tell."""
+    return [batch_size(batch) for batch in batches]
 
 
-def _sum(total: Tensor | None, value: Tensor | None, weight: float) -> Tensor | None:
+def largest_size(sizes: Sequence[int | None]) -> int | None:
+    """Return the largest of these sizes; None where one is not known."""
+    counts = [size for size in sizes if size is not None]
+    return max(counts) if len(counts) == len(sizes) else None
+
+
+def add_weighted(total: Tensor | None, value: Tensor | None, weight: float) -> Tensor | None:
+    """Return total + weight * value; None stands for zero."""
     if value is None:
         return total
     value = value if weight == 1 else weight * value

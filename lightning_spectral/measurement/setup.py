@@ -1,147 +1,211 @@
-"""A loss on a shadow of the network, ready to be differentiated."""
+"""A copy of the network on which the user's code may run, and the objective that is computed on it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral.distributed.dtensor import shards_of
 from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import FirstSamples
 from lightning_spectral.isolation.sandbox import InitialState, copy_batch, quiet
 from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
-from lightning_spectral.measurement.loss import LossFunction, mute, resolve_loss, stand_ins
-from lightning_spectral.measurement.objective import Objective
-from lightning_spectral.measurement.sharded.on_demand_weights import OnDemandWeights
-from lightning_spectral.options import Mode, Options, Precision
+from lightning_spectral.measurement.loss import LossFunction, mute, stand_ins
+from lightning_spectral.measurement.objective import Objective, batch_sizes
+from lightning_spectral.options import PRECISIONS, Mode, Options, Precision
+
+if TYPE_CHECKING:
+    from lightning_spectral.measurement.sharded.on_demand_weights import OnDemandWeights
+
+NO_SAMPLE = "there is no sample to measure: the batch is empty"
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkCopy:
+    """Copy of a network that may be run and written to.
+
+    Attributes:
+        original: the network.
+        module: its copy.
+        precision: lowest precision to compute in.
+        initial_state: of the copy, to begin each call of the loss with.
+        notes: what of the network could not be copied, on any rank.
+        sharded: weights that lie in shards, and are put together when they are read; None where there are none.
+    """
+
+    original: nn.Module
+    module: nn.Module
+    precision: Precision
+    initial_state: InitialState
+    notes: tuple[str, ...]
+    sharded: OnDemandWeights | None
+
+    def leaves(self, layers: Mapping[str, MatrixLayer]) -> dict[str, Tensor]:
+        """Return layer name -> the copy's parameter that holds its matrix."""
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        return {name: parameters[layer.parameter] for name, layer in layers.items()}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside a DistributedDataParallel or DataParallel wrapper."""
+    """Return the module inside a DistributedDataParallel or DataParallel wrapper."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     return model.module if isinstance(model, wrappers) else model
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A loss that is ready to be measured.
-
-    Attributes:
-        losses: the loss.
-        module: the shadow it is computed on.
-        found: the layers to measure, and those left out.
-        notes: what to tell of it.
-    """
-
-    losses: Objective
-    module: nn.Module
-    found: LayerSet
-    notes: list[str]
-
-    def take(self, buffers: Mapping[str, Tensor]) -> None:
-        """Begin each call of the loss with these values of some buffers."""
-        self.losses.beginning.take(self.module, buffers)
+@contextmanager
+def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: SingleProcess) -> Iterator[NetworkCopy]:
+    """Yield a copy of a model, the same on all ranks; all traces of what happens on it are gone at the end."""
+    original = unwrapped(model)
+    with ExitStack() as stack:
+        sharded = stack.enter_context(_sharded_weights(original, PRECISIONS[precision], group))
+        with group.step() as step:
+            trainers = stand_ins(original)
+            substitutes = trainers if sharded is None else trainers | sharded.stand_ins
+            copy = stack.enter_context(quiet(original, mode=mode, precision=precision, stand_ins=substitutes))
+            if sharded is not None:
+                sharded.hold_together(copy.module)
+            mute(copy.module, original, trainers)
+            step.send(
+                [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in copy.shared.items()]
+            )
+        notes = tuple(dict.fromkeys(note for of_rank in step.received for note in of_rank))
+        shared = _first_buffers(copy.module, group)
+        with group.step():
+            buffers = dict(copy.module.named_buffers())
+            for name, value in shared.items():
+                buffers[name].data.copy_(value)
+            changed = {id(buffers[name]) for name in shared}
+            originals = {key: value for key, value in copy.originals.items() if key not in changed}
+            state = InitialState(copy.module, originals, sharded.restore if sharded else None)
+        yield NetworkCopy(original, copy.module, precision, state, notes, sharded)
 
 
 @contextmanager
-def prepared(
-    model: nn.Module,
-    batches: Sequence[Any],
-    options: Options,
-    loss_fn: LossFunction | None,
-    batch_idx: int,
-    whole: OnDemandWeights | None,
-) -> Iterator[Prepared]:
-    """The loss of batches on a shadow of the model; all traces are gone at the end.
+def _sharded_weights(model: nn.Module, dtype: torch.dtype, group: SingleProcess) -> Iterator[OnDemandWeights | None]:
+    with group.step() as step:
+        shards = shards_of(model, group)
+        step.send([(tuple(shard.shape), str(shard.dtype)) for shard in shards])
+    for rank, of_rank in enumerate(step.received):
+        if of_rank != step.received[0]:
+            raise ValueError(
+                f"process_group: process {rank} holds {len(of_rank)} parameters and buffers as shards (DTensor), and "
+                f"process 0 holds {len(step.received[0])}, or others; all must hold the same network, sharded alike"
+            )
+    if not shards:
+        yield None
+        return
+    # What serves shards alone is not loaded without them.
+    from lightning_spectral.measurement.sharded.on_demand_weights import on_demand_weights
 
-    Args:
-        model: what is measured.
-        batches: see `Objective`.
-        options: which layers, and how.
-        loss_fn, batch_idx: see `resolve_loss`.
-        whole: stand-ins for parameters in shards.
+    with on_demand_weights(model, shards, group, dtype) as weights:
+        yield weights
 
-    Raises:
-        ValueError: if there is no layer or no loss.
+
+def _first_buffers(module: nn.Module, group: SingleProcess) -> dict[str, Tensor]:
+    """Return the first rank's buffers: DDP gives them to all ranks with the next step, and until then they differ.
+
+    Buffers of other shapes on other ranks, such as a cache that grows with the sequences seen, are left out.
     """
-    found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
-    if not found.layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
-        raise ValueError(f"layers: no layer is left to measure ({reasons})")
-    if options.max_samples is not None:
-        batches = FirstSamples(batches, options.max_samples)
-    with losses_of(model, batches, loss_fn, found.layers, options.mode, options.precision, batch_idx, whole) as (
-        losses,
-        module,
-        notes,
-    ):
-        yield Prepared(losses, module, found, notes)
-
-
-def first_buffers(module: nn.Module, processes: SingleProcess) -> dict[str, Tensor]:
-    """The first process's buffers: DDP gives them to all with the next step, and until then they differ.
-
-    But for those of other shapes in other processes, such as a cache that grows with the sequences seen.
-    """
-    if processes.size == 1:
+    if group.size == 1:
         return {}
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    own = {
+    buffers = {
         name: buffer
         for name, buffer in module.named_buffers()
         if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided and buffer.device == device
     }
-    layouts = processes.all_gather_object({name: (buffer.shape, buffer.dtype) for name, buffer in own.items()})
-    alike = [name for name in layouts[0] if all(one.get(name) == layouts[0][name] for one in layouts)]
-    found = processes.broadcast_from_owners(
-        {n: [own[n]] for n in alike} if processes.rank == 0 else {}, dict.fromkeys(alike, 0)
-    )
-    return {name: tensors[0] for name, tensors in found.items()}
+    layouts = group.all_gather_object({name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()})
+    alike = [name for name in layouts[0] if all(layout.get(name) == layouts[0][name] for layout in layouts)]
+    own = {name: [buffers[name]] for name in alike} if group.rank == 0 else {}
+    shared = group.broadcast_from_owners(own, dict.fromkeys(alike, 0))
+    return {name: value for name, (value,) in shared.items()}
 
 
-@contextmanager
-def losses_of(
-    model: nn.Module,
+def select_layers(model: nn.Module, options: Options) -> LayerSet:
+    """Return the layers to measure, and those left out.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    layers = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
+    if not layers.layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(layers.skipped.items())[:4])
+        raise ValueError(f"layers: no layer is left to measure ({reasons})")
+    return layers
+
+
+def set_up_objective(
+    copy: NetworkCopy,
+    loss: LossFunction,
     batches: Sequence[Any],
-    loss_fn: LossFunction | None,
     layers: Mapping[str, MatrixLayer],
-    mode: Mode,
-    precision: Precision,
-    batch_idx: int = 0,
-    whole: OnDemandWeights | None = None,
-) -> Iterator[tuple[Objective, nn.Module, list[str]]]:
-    """As `prepared`, of layers that are known."""
-    loss = resolve_loss(model, loss_fn, batch_idx)
-    replaced = stand_ins(model)
-    given = replaced if whole is None else replaced | whole.stand_ins
-    with quiet(model, mode=mode, precision=precision, stand_ins=given) as shadow:
-        if whole is not None:
-            whole.hold_together(shadow.module)
-        mute(shadow.module, model, replaced)
-        parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
-        leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
-        notes = [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in shadow.shared.items()]
-        yield (
-            Objective(
-                lambda batch: loss(shadow.module, copy_batch(batch, precision)),
-                batches,
-                layers,
-                leaves,
-                InitialState(shadow.module, shadow.originals, whole.restore if whole else None),
-                whole.sums(_costs(layers, leaves)) if whole else None,
-            ),
-            shadow.module,
-            notes,
+    options: Options,
+    group: SingleProcess,
+) -> Objective:
+    """Return the objective over the batches of all ranks.
+
+    Args:
+        copy: to compute the loss on.
+        loss: (module, batch) -> scalar.
+        batches: of this rank.
+        layers: to measure, the same on all ranks.
+        options: settings that all ranks must have in common.
+        group: ranks that measure together.
+
+    Raises:
+        MeasurementError: if ranks are not to measure the same, or there is no sample on any.
+    """
+    with group.step() as step:
+        if options.max_samples is not None:
+            batches = FirstSamples(batches, options.max_samples)
+        leaves = copy.leaves(layers)
+        step.send((list(layers), options.settings, batch_sizes(batches)))
+    names, settings, sizes = zip(*step.received, strict=True)
+    _require_equal(names, settings)
+    if not any(size != 0 for of_rank in sizes for size in of_rank):
+        raise MeasurementError(NO_SAMPLE)
+    with group.step():
+        reducer = None if copy.sharded is None else copy.sharded.sums(_decomposition_costs(layers, leaves))
+        return Objective(
+            partial(loss, copy.module),
+            batches,
+            layers,
+            leaves,
+            copy.initial_state,
+            copy_batch=partial(copy_batch, precision=copy.precision),
+            group=group,
+            sizes=sizes,
+            reducer=reducer,
         )
 
 
-def _costs(layers: Mapping[str, MatrixLayer], leaves: Mapping[str, Tensor]) -> dict[int, float]:
-    """id of a leaf -> what the spectra cost of the layers whose matrix it holds."""
-    found: dict[int, float] = {}
+def _require_equal(names: Sequence[Sequence[str]], settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raise, on all ranks alike, if they are not to measure the same."""
+    for rank, (own_names, own_settings) in enumerate(zip(names, settings, strict=True)):
+        if own_names != names[0]:
+            apart = ", ".join(sorted(set(names[0]) ^ set(own_names))[:4]) or "in another order"
+            raise MeasurementError(
+                f"process {rank} measures other layers than process 0 ({apart}); all must hold the same network and "
+                "options"
+            )
+        for option, value in settings[0].items():
+            if own_settings[option] != value:
+                raise MeasurementError(
+                    f"{option}: process {rank} has {own_settings[option]!r}, and process 0 has {value!r}; all must "
+                    "have the same"
+                )
+
+
+def _decomposition_costs(layers: Mapping[str, MatrixLayer], leaves: Mapping[str, Tensor]) -> dict[int, float]:
+    """Return id of a leaf -> cost of the spectra of the layers whose matrix it holds."""
+    costs: dict[int, float] = {}
     for name, layer in layers.items():
-        found[id(leaves[name])] = found.get(id(leaves[name]), 0.0) + layer.decomposition_cost
-    return found
+        costs[id(leaves[name])] = costs.get(id(leaves[name]), 0.0) + layer.decomposition_cost
+    return costs

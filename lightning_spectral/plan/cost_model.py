@@ -15,7 +15,7 @@ from lightning_spectral.curvature import METHODS, HutchinsonTrace, Structure
 from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS
 from lightning_spectral.curvature.sketch import DRAWS, RANKS, SAMPLES_PER_RANK
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.memory import MEMORY
+from lightning_spectral.measurement.estimation import MEMORY
 from lightning_spectral.numerics.second_moment import LARGE
 from lightning_spectral.numerics.svd import is_large
 

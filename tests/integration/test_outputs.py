@@ -26,10 +26,9 @@ from torch import nn
 
 from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import report_writer as outputs
-from lightning_spectral.callbacks.log_selection import PROBE_KEYS, Logged, charts
+from lightning_spectral.callbacks.log_selection import Logged, charts
 from lightning_spectral.callbacks.report_writer import alpha_by_depth
-from lightning_spectral.report import RunError, read_run
-from lightning_spectral.report.runs.layer_tables import wandb_tables
+from lightning_spectral.records.log_keys import PROBE_KEYS
 from lightning_spectral.report.runs.read import wandb_records
 from lightning_spectral.report.trackers import Row, tracker_of
 
@@ -126,31 +125,6 @@ def equal_tables(columns, cells, measured):
                 assert float(found) == pytest.approx(value, rel=1e-6)
             else:
                 assert found in (None, "")
-
-
-def test_wandb_run_is_read_back_as_a_run(tmp_path):
-    probe = SpectralProbe(every_n_steps=2, log_tables=True, log_figures_every=1, prefix="my/probe")
-    _, files = offline_run(tmp_path, probe)
-    run = read_run([files.parent])
-    assert ([p.step for p in run.probes], run.left_out) == ([0, 2, 4], ())
-    for read, measured in zip(run.probes, probe.history, strict=True):
-        assert read.kinds.keys() == {x.kind for x in measured.layers.values()}
-        assert list(read.layers) == list(measured.layers)
-        for name, x in measured.layers.items():
-            known = {key: value for key, value in x.scalars().items() if math.isfinite(value)}
-            assert all(same(read.layers[name][key], value) for key, value in known.items())
-            assert (read.facts[name].kind, read.facts[name].shape) == (x.kind, x.shape)
-    with pytest.raises(RunError, match=r"run-x.wandb names a table that is outside of its folder: .*files/\.\./t.json"):
-        wandb_tables(files / "run-x.wandb", [{"p/layers.path": "../t.json"}], "step", "p")
-    first, second, *_ = sorted((files / "media" / "table" / "my" / "probe").glob("layers_*"))
-    first.unlink()
-    run = read_run([files.parent])
-    assert run.left_out == (f"the table {first} of step 0: no such file",)
-    assert [bool(p.facts) for p in run.probes] == [False, True, True]
-    for wrong, why in (("{", "no table that can be read"), ('{"columns": [], "data": [[]]}', "no table of layers")):
-        second.write_text(wrong)
-        with pytest.raises(RunError, match=f"{second}: {why}"):
-            read_run([files.parent])
 
 
 def test_wandb_hides_nothing_where_all_charts_are_wanted(tmp_path):

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_spectral.distributed.dtensor import gathered_together, is_within, shards_of
+from lightning_spectral.distributed.dtensor import gathered_together, is_within
 from lightning_spectral.distributed.process_group import SingleProcess, assign_owners
 from lightning_spectral.isolation.interrupts import function_mode
 from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
@@ -269,27 +269,18 @@ class _ByPointer(TorchFunctionMode):
 
 
 @contextmanager
-def whole_weights(model: nn.Module, processes: SingleProcess, dtype: torch.dtype) -> Iterator[OnDemandWeights | None]:
-    """Stand-ins for the parameters of a model that are shards; None for a model without.
+def on_demand_weights(
+    model: nn.Module, shards: Sequence[Any], group: SingleProcess, dtype: torch.dtype
+) -> Iterator[OnDemandWeights]:
+    """Yield stand-ins for the parameters and buffers of a model that are shards.
 
     Raises:
-        ValueError: for shards that processes beside these hold, or not all of these.
-        MemoryError: in all processes, if there is no room in one of them for the weights that are whole at a time.
+        MemoryError: on all ranks, if there is no room on one of them for the weights that are whole at a time.
     """
-    shards = processes.call_everywhere(lambda: shards_of(model, processes))
-    told = processes.all_gather_object([(tuple(shard.shape), str(shard.dtype)) for shard in shards])
-    for rank, others in enumerate(told):
-        if others != told[0]:
-            raise ValueError(
-                f"process_group: process {rank} holds {len(others)} parameters and buffers as shards (DTensor), and "
-                f"process 0 holds {len(told[0])}, or others; all must hold the same network, sharded alike"
-            )
-    if not shards:
-        yield None
-        return
     with torch.inference_mode(False):
-        weights = OnDemandWeights(shards, gathered_together(model), processes, dtype)
-        processes.call_everywhere(weights.reserve)
+        weights = OnDemandWeights(shards, gathered_together(model), group, dtype)
+        with group.step():
+            weights.reserve()
     with weights.active():
         yield weights
 

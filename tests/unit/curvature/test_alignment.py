@@ -22,9 +22,10 @@ from twins import gradient, matrix_entries
 from lightning_spectral import LayerAlignment, SpectralProbe, SpectralReport, measure_spectra
 from lightning_spectral.curvature import DifferentiableLoss
 from lightning_spectral.layers.matrices import find_layers
-from lightning_spectral.measure import run_measurement
+from lightning_spectral.measurement import factor_sums
 from lightning_spectral.measurement import kronecker_factors as factors_module
-from lightning_spectral.measurement.kronecker_factors import _Sums
+from lightning_spectral.measurement.factor_sums import FactorSums
+from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.numerics import second_moment as moments_module
 from lightning_spectral.numerics.power_law import entropy_rank, fit_power_law
 from lightning_spectral.numerics.second_moment import SecondMoment
@@ -309,7 +310,7 @@ def test_pieces_of_a_convolution_give_the_same():
 def test_a_sum_over_samples_is_told_from_a_mean(monkeypatch, loss, expected):
     seen = []
     real = factors_module.sums_over_samples
-    monkeypatch.setattr(factors_module, "sums_over_samples", lambda losses: seen.append(real(losses)) or seen[-1])
+    monkeypatch.setattr(factors_module, "sums_over_samples", lambda objective: seen.append(real(objective)) or seen[-1])
     aligned(gelu_mlp().double(), batch_of(), loss)
     assert seen == [expected]
 
@@ -369,14 +370,14 @@ def test_a_convolution_without_a_dimension_for_samples_is_noted():
 
 
 def test_a_layer_that_fails_stops_no_other(monkeypatch):
-    real = _Sums.add
+    real = FactorSums.add
 
     def broken(self, *args):
         if self.layer.name == "2.weight":
             raise RuntimeError("no luck")
         real(self, *args)
 
-    monkeypatch.setattr(_Sums, "add", broken)
+    monkeypatch.setattr(FactorSums, "add", broken)
     model, batch = NAMED["mlp_cross_entropy"].build()
     report = aligned(model, batch, cross_entropy)
     assert report.layers["2.weight"].alignment_note == "RuntimeError: no luck"
@@ -420,7 +421,7 @@ def test_a_failure_of_all_is_noted(monkeypatch):
 def test_out_of_memory_is_met_with_smaller_pieces(monkeypatch):
     model, batch = relu_mlp().double(), batch_of()
     expected = aligned(model, batch, cross_entropy)
-    real, sizes = _Sums.add, []
+    real, sizes = FactorSums.add, []
 
     def short(self, use, *args):
         sizes.append(len(use.input))
@@ -428,12 +429,12 @@ def test_out_of_memory_is_met_with_smaller_pieces(monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         real(self, use, *args)
 
-    monkeypatch.setattr(_Sums, "add", short)
+    monkeypatch.setattr(FactorSums, "add", short)
     found = aligned(model, batch, cross_entropy)
     same(found, expected)
     assert list(dict.fromkeys(sizes)) == [48, 24, 12]
     assert found.micro_batch_size == expected.micro_batch_size
-    monkeypatch.setattr(_Sums, "add", lambda *args: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(FactorSums, "add", lambda *args: (_ for _ in ()).throw(MemoryError()))
     nothing = aligned(model, batch, cross_entropy)
     assert {layer.alignment_note for layer in nothing.layers.values()} == {
         "out of memory; measure fewer samples (max_samples), or fewer layers (layers): C_A and C_delta of a layer are "
@@ -464,7 +465,7 @@ def test_of_large_factors_the_leading_eigenvalues(monkeypatch, case):
     model, batch = case.build()
     expected = aligned(model, batch, case.loss, top_k=3, **case.options)
     monkeypatch.setattr(moments_module, "LARGE", 4)
-    monkeypatch.setattr(factors_module, "LARGE", 4)
+    monkeypatch.setattr(factor_sums, "LARGE", 4)
     monkeypatch.setattr(moments_module, "FEW_ROWS", 5)
     found = aligned(model, batch, case.loss, top_k=3, **case.options)
     noted = 0

@@ -26,6 +26,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 
 from lightning_spectral import MeasurementError, SecondDerivativeError, SpectralProbe, SpectralWarning, measure_spectra
+from lightning_spectral import options as options_module
 from lightning_spectral.curvature import gauss_newton as ggn_module
 from lightning_spectral.curvature import selection as select
 from lightning_spectral.curvature.activations import cheap_twin
@@ -33,11 +34,14 @@ from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.gauss_newton import GGNCurvature
 from lightning_spectral.curvature.output_hessian import output_hessian
 from lightning_spectral.curvature.sketch import SketchCurvature, _Draw, _hadamard, _mean_and_error
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import directional_curvature
-from lightning_spectral.measurement.setup import losses_of
+from lightning_spectral.measurement.directions import leading_directions
+from lightning_spectral.measurement.setup import isolated_copy, set_up_objective
 from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
-from lightning_spectral.numerics.svd import SingularTriplets, top_singular_triplets
+from lightning_spectral.numerics.svd import SingularTriplets
+from lightning_spectral.options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -255,6 +259,7 @@ def test_gauss_newton_of_a_network_that_is_not_piecewise_linear_is_j_h_j():
 
 def with_method(monkeypatch, method):
     monkeypatch.setitem(select.METHODS, "test", lambda: method)
+    monkeypatch.setattr(options_module, "METHODS", (*options_module.METHODS, "test"))
 
 
 def tokens_relu():
@@ -310,7 +315,7 @@ SKETCHED = [
 
 
 @pytest.mark.parametrize(
-    ("case", "options"),
+    ("case", "settings"),
     [
         (SKETCHED[0], {}),
         (SKETCHED[0], {"ranks": 1}),
@@ -321,21 +326,19 @@ SKETCHED = [
     ],
     ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
-def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, options):
+def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, settings):
     model, batch = case.build()
     measured = {"top_k": 4, **case.options}
     expected = measure_spectra(model, batch, case.loss, curvature="exact", **measured)
     layers = find_layers(model, fused_qkv=measured.get("fused_qkv", ())).layers
     mode = measured.get("mode", "eval")
     estimates, errors = [], []
-    with losses_of(model, [batch], case.loss, layers, mode, "float32") as (losses, *_):
-        gradients, _, problem = losses.gradients(losses.whole(), keep_graph=False)
-        directions = {
-            name: top_singular_triplets(layers[name].to_matrix(gradient), 4, groups=layers[name].groups)
-            for name, gradient in gradients.values.items()
-        }
+    with isolated_copy(model, mode, "float32", SINGLE_PROCESS) as copy:
+        objective = set_up_objective(copy, case.loss, [batch], layers, Options(mode=mode), SINGLE_PROCESS)
+        gradients = objective.gradients(objective.full_batches())
+        directions = leading_directions(gradients, objective, Options(top_k=4)).triplets
         for seed in range(200):
-            found = SketchCurvature(seed=seed, **options)(problem, directions)
+            found = SketchCurvature(seed=seed, **settings)(gradients.first, directions)
             assert not found.methods
             estimates.append(torch.cat([found.h[name] for name in layers]))
             errors.append(torch.cat([found.stderr[name] for name in layers]))
@@ -351,10 +354,12 @@ def sketched(model, batch, top_k, seeds):
     """Estimates and errors (seeds, directions) by seed, and what double backward finds."""
     layers = find_layers(model).layers
     expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=max(top_k, 3))
-    with losses_of(model, [batch], cross_entropy, layers, "eval", "float32") as (losses, *_):
-        gradients, _, problem = losses.gradients(losses.whole(), keep_graph=False)
-        directions = {n: top_singular_triplets(g, top_k) for n, g in gradients.values.items()}
-        found = [SketchCurvature(seed=seed)(problem, directions) for seed in seeds]
+    with isolated_copy(model, "eval", "float32", SINGLE_PROCESS) as copy:
+        objective = set_up_objective(copy, cross_entropy, [batch], layers, Options(), SINGLE_PROCESS)
+        gradients = objective.gradients(objective.full_batches())
+        triplets = leading_directions(gradients, objective, Options(top_k=max(top_k, 3))).triplets
+        directions = {name: t.first(top_k) for name, t in triplets.items()}
+        found = [SketchCurvature(seed=seed)(gradients.first, directions) for seed in seeds]
     h = torch.stack([torch.cat([f.h[name] for name in layers]) for f in found])
     nothing = torch.zeros(top_k, dtype=torch.float64)
     stderr = torch.stack([torch.cat([f.stderr.get(name, nothing) for name in layers]) for f in found])

@@ -200,7 +200,7 @@ def test_shares_and_margins_of_rank_models():
 
 
 def test_a_window_that_holds_all_directions_asks_for_no_more(monkeypatch):
-    monkeypatch.setattr("lightning_spectral.measurement.memory.singular_values", None)
+    monkeypatch.setattr("lightning_spectral.measurement.directions.singular_values", None)
     model, batch = CASES[0].build()
     report = measure_spectra(model, batch, CASES[0].loss, top_k=20, spectrum_top_k=100)
     assert len(report.layers["0.weight"].spectrum) == 6
@@ -245,7 +245,7 @@ def test_a_longer_spectrum_that_fails_leaves_that_of_the_window(monkeypatch, bro
     case = CASES[0]
     model, batch = case.build()
     expected = measure_spectra(model, batch, case.loss, top_k=4)
-    monkeypatch.setattr("lightning_spectral.measurement.memory.singular_values", broken)
+    monkeypatch.setattr("lightning_spectral.measurement.directions.singular_values", broken)
     report = measure_spectra(model, batch, case.loss, top_k=4, spectrum_top_k=6)
     assert report.failed == expected.failed
     for name, layer in report.layers.items():

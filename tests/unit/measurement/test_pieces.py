@@ -13,14 +13,17 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_spectral import MeasurementError, measure_spectra, top_singular_triplets
+from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.curvature import Curvatures
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.isolation.sandbox import InitialState
 from lightning_spectral.layers.matrices import find_layers
+from lightning_spectral.measurement.directions import leading_directions
+from lightning_spectral.measurement.estimation import Evaluation, weighted_sum
 from lightning_spectral.measurement.memory import TRIES
-from lightning_spectral.measurement.objective import Objective, joined
+from lightning_spectral.measurement.objective import Objective
+from lightning_spectral.options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -170,7 +173,7 @@ def test_a_head_of_zeros_does_not_hide_the_weights_of_pieces(method):
     for name, layer in expected.layers.items():
         torch.testing.assert_close(found.layers[name].sigma, layer.sigma, rtol=1e-9, atol=1e-14)
     assert found.micro_batch_size == SAMPLES
-    with pytest.raises(MeasurementError, match=r"micro_batch_size: the losses of the pieces are equal \(1\.609"):
+    with pytest.raises(MeasurementError, match=r"micro_batch_size: the losses of the micro-batches are equal \(1\.609"):
         measure_spectra(model, batch, masked_mean, curvature=method, micro_batch_size=24)
     known = measure_spectra(model, batch, cross_entropy, curvature=method, micro_batch_size=24)
     assert known.micro_batch_size == 24
@@ -179,7 +182,7 @@ def test_a_head_of_zeros_does_not_hide_the_weights_of_pieces(method):
 def test_pieces_whose_gradients_do_not_add_up_are_given_up(monkeypatch):
     model, batch = gelu_mlp().double(), batch_of()
     expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4, micro_batch_size=SAMPLES)
-    monkeypatch.setattr(Objective, "_weights", lambda self, batch, parts: [0.9 / len(parts)] * len(parts))
+    monkeypatch.setattr(Objective, "_weights", lambda self, parts: [0.9 / len(parts)] * len(parts))
     found = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4)
     close(found, expected)
     assert found.micro_batch_size == SAMPLES
@@ -287,11 +290,11 @@ def test_pieces_take_the_signs_of_their_own_samples():
     beginning = InitialState(model)
     layers = find_layers(model).layers
     parameters = {name: dict(model.named_parameters())[name] for name in layers}
-    losses = Objective(lambda b: cross_entropy(model, b), [batch], layers, parameters, beginning)
-    pieces = losses.pieces(16)
-    gradients, _, _ = losses.gradients(pieces, keep_graph=False)
-    directions = {n: top_singular_triplets(g, 3) for n, g in gradients.values.items()}
-    losses.curvatures(Watched(), pieces, directions)
+    objective = Objective(lambda b: cross_entropy(model, b), [batch], layers, parameters, beginning)
+    micro_batches = objective.micro_batches(16)
+    gradients = objective.gradients(micro_batches)
+    directions = leading_directions(gradients, objective, Options(top_k=3)).triplets
+    Evaluation(objective, micro_batches, gradients.first).measure(Watched(), directions)
     signs = torch.cat(seen, 1).double()
     torch.testing.assert_close(signs @ signs.T, 64 * torch.eye(8, dtype=torch.float64))
     assert not torch.equal(seen[0], seen[1])
@@ -387,7 +390,9 @@ def test_out_of_memory_ends_after_three_tries(monkeypatch):
 def test_out_of_memory_where_there_are_no_pieces(monkeypatch):
     short = OutOfMemory(monkeypatch, 24)
     model, batch = batch_norm().double(), batch_of()
-    with pytest.raises(MeasurementError, match=r"out of memory with 48 samples at once, and no smaller pieces: micro"):
+    with pytest.raises(
+        MeasurementError, match=r"out of memory with 48 samples at once, and no smaller micro-batches: micro"
+    ):
         measure_spectra(model, batch, short.loss, mode="train", curvature="ggn")
     alone = tuple(t[:1] for t in batch)
     with pytest.raises(MeasurementError, match=r"out of memory with 1 samples at once; measure fewer"):
@@ -409,11 +414,11 @@ def test_other_errors_are_no_lack_of_memory():
 def test_joined_curvatures():
     a = Curvatures({"w": torch.tensor([1.0, 2.0])}, "ggn", {}, {"w": torch.tensor([0.3, 0.4])}, notes=("n",))
     b = Curvatures({"w": torch.tensor([3.0, 6.0])}, "exact", {}, {}, notes=("n", "m"), check_error=0.1, chosen="b")
-    both = joined([a, b], [0.25, 0.75])
+    both = weighted_sum([a, b], [0.25, 0.75])
     torch.testing.assert_close(both.h["w"], torch.tensor([2.5, 5.0]))
     torch.testing.assert_close(both.stderr["w"], torch.tensor([0.075, 0.1]))
     assert (both.methods["w"], both.notes, both.check_error, both.chosen) == ("ggn+exact", ("n", "m"), 0.1, "b")
-    failed = joined([a, Curvatures({"w": torch.zeros(2)}, "exact", {"w": "no"})], [0.5, 0.5])
+    failed = weighted_sum([a, Curvatures({"w": torch.zeros(2)}, "exact", {"w": "no"})], [0.5, 0.5])
     assert failed.h["w"].isnan().all()
     assert failed.failed == {"w": "no"}
 

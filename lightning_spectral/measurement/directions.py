@@ -1,0 +1,151 @@
+"""From gradients to the directions u_k v_k^T along which curvature is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.distributed.process_group import assign_owners
+from lightning_spectral.errors import is_out_of_memory
+from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.measurement.objective import Objective, ObjectiveGradients
+from lightning_spectral.numerics.power_law import noise_floor
+from lightning_spectral.numerics.svd import SingularTriplets, singular_values, top_singular_triplets
+from lightning_spectral.options import Options
+
+NO_GRADIENT = (
+    "the loss does not depend on it; a loss_fn must use the module it is given, checkpointing needs "
+    "use_reentrant=False; layers of another loss are left out by layers=..."
+)
+"""Reason why a layer without a gradient on any rank is not measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Singular triplets and values of the gradients.
+
+    Attributes:
+        triplets: layer name -> singular triplets of its gradient, on the window of ``top_k``.
+        spectra: layer name -> leading singular values of its gradient, ``spectrum_top_k`` of them.
+        usable: layer name -> its triplets above the noise floor, of the layers that have any.
+        failed: layer name -> why it has no triplets.
+        truncated: layer name -> why its ``spectra`` are those of the window alone, though more were asked for.
+        smallest: name of the layer with the smallest gradient tensor of this rank that is not zero, and that gradient.
+    """
+
+    triplets: dict[str, SingularTriplets] = field(default_factory=dict)
+    spectra: dict[str, Tensor] = field(default_factory=dict)
+    usable: dict[str, SingularTriplets] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    truncated: dict[str, str] = field(default_factory=dict)
+    smallest: tuple[str, Tensor] | None = None
+
+
+def leading_directions(gradients: ObjectiveGradients, objective: Objective, options: Options) -> Directions:
+    """Return the leading singular triplets of the gradients summed over all ranks, each layer's taken by its owner.
+
+    Args:
+        gradients: of all layers, as each rank has them.
+        objective: whose gradients they are.
+        options: numbers of singular values.
+    """
+    layers, leaves, group, reducer = objective.layers, objective.parameters, objective.group, objective.reducer
+    present = (gradients.unreduced | gradients.reduced) - gradients.failed.keys()
+    costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in present}
+    owners = assign_owners(costs, group.size) if reducer is None else {n: reducer.owners[id(leaves[n])] for n in costs}
+    with group.step():
+        local = {name: layers[name].to_matrix(gradients.values[name]) for name in owners if name in gradients.values}
+        smallest = _smallest(gradients.values)
+    matrices = group.reduce_to_owners(
+        local,
+        {name: owner for name, owner in owners.items() if name in gradients.unreduced},
+        lambda name: _zeros(layers[name], leaves[name]),
+    )
+    if reducer is not None:
+        for name in [n for n, owner in owners.items() if n in gradients.reduced and owner == group.rank]:
+            total = layers[name].to_matrix(reducer.sums[id(leaves[name])])
+            matrices[name] = matrices[name] + total if name in matrices else total
+        reducer.clear()
+    with group.step() as step:
+        owned = _decompose(matrices, layers, options)
+        step.send((owned.failed, owned.truncated))
+    shared = group.broadcast_from_owners(
+        {name: [t.u, t.sigma, t.v, owned.spectra[name]] for name, t in owned.triplets.items()}, owners
+    )
+    triplets = {name: SingularTriplets(u, sigma, v) for name, (u, sigma, v, _) in shared.items()}
+    with group.step():
+        usable = _above_noise(triplets, gradients, objective)
+    missing = dict.fromkeys(layers.keys() - present - gradients.failed.keys(), NO_GRADIENT)
+    return Directions(
+        triplets=triplets,
+        spectra={name: values for name, (*_, values) in shared.items()},
+        usable=usable,
+        failed=_in_order(layers, gradients.failed, missing, *(failed for failed, _ in step.received)),
+        truncated=_in_order(layers, *(truncated for _, truncated in step.received)),
+        smallest=smallest,
+    )
+
+
+def _smallest(gradients: Mapping[str, Tensor]) -> tuple[str, Tensor] | None:
+    """Return the layer with the smallest gradient tensor that is not zero, and that gradient."""
+    nonzero = {name: value for name, value in gradients.items() if value.any()}
+    return min(nonzero.items(), key=lambda item: item[1].numel(), default=None)
+
+
+def _zeros(layer: MatrixLayer, parameter: Tensor) -> Tensor:
+    """Return zeros in the gradient's matrix shape; only the parameter's shape is read."""
+    shape = layer.to_matrix(torch.empty_like(parameter, device="meta"))
+    return torch.zeros_like(shape, device=parameter.device)
+
+
+def _in_order(layers: Mapping[str, MatrixLayer], *reasons: Mapping[str, str]) -> dict[str, str]:
+    merged = {name: why for of_rank in reasons for name, why in of_rank.items()}
+    return {name: merged[name] for name in layers if name in merged}
+
+
+def _decompose(matrices: Mapping[str, Tensor], layers: Mapping[str, MatrixLayer], options: Options) -> Directions:
+    owned = Directions()
+    for name, matrix in matrices.items():
+        layer = layers[name]
+        try:
+            triplets = top_singular_triplets(matrix, options.top_k, groups=layer.groups)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            owned.failed[name] = f"its gradient has no singular values: {error}"
+            continue
+        owned.triplets[name], owned.spectra[name] = triplets, triplets.sigma
+        try:
+            owned.spectra[name] = _spectrum(matrix, layer, triplets.sigma, options)
+        except (RuntimeError, MemoryError) as error:
+            # Smaller micro-batches would not help: the matrix is as large as it is.
+            owned.truncated[name] = (
+                f"only the {len(triplets)} singular values of the window ({type(error).__name__}: {error})"
+            )
+    return owned
+
+
+def _spectrum(matrix: Tensor, layer: MatrixLayer, sigma: Tensor, options: Options) -> Tensor:
+    """Return the ``spectrum_top_k`` leading singular values, of which sigma holds those of the window."""
+    k = options.spectrum_top_k or options.top_k
+    # A window that is not full holds all there are.
+    if k == options.top_k or len(sigma) < options.top_k:
+        return sigma
+    values = singular_values(matrix, groups=layer.groups)
+    return torch.cat([sigma, values[len(sigma) : k].to(sigma)])
+
+
+def _above_noise(
+    triplets: Mapping[str, SingularTriplets], gradients: ObjectiveGradients, objective: Objective
+) -> dict[str, SingularTriplets]:
+    """Return the triplets above the noise floor, of the layers that have any: no product is spent on rounding noise."""
+    usable = {}
+    for name, t in triplets.items():
+        layer, eps = objective.layers[name], objective.eps(name, gradients.narrow_dtypes)
+        n = int((t.sigma > noise_floor(t.sigma, layer.shape, layer.groups, eps)).sum())
+        if n:
+            usable[name] = t.first(n)
+    return usable

@@ -1,0 +1,85 @@
+"""Micro-batches of a batch, and the weights with which their losses add up to the loss of the batch.
+
+With L the loss of a batch and L_i those of its micro-batches, L = sum_i w_i L_i for a mean over samples (w_i the share
+of the samples), a mean over targets that count (w_i their share) and a sum (w_i = 1). Which of them holds is inferred
+from the values of the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightning_spectral.curvature import LossValue
+from lightning_spectral.errors import MeasurementError
+
+SUM_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+"""Relative tolerance for sum_i w_i L_i = L, by compute dtype.
+
+Below it a term of the weights in a sum of losses, or one across samples, is taken for rounding. Its share of the
+curvature may be much larger than its share of the loss.
+"""
+
+SPREAD = 1e-2
+"""Relative spread of the losses of micro-batches from which on they tell their weights to about 1e-3."""
+
+
+class NoSumError(MeasurementError):
+    """Raised for a loss that is no weighted sum of those of micro-batches of its batch."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples start to stop of one batch and the weight of their loss; stop is None for a batch that is not cut."""
+
+    batch: int
+    weight: float
+    start: int = 0
+    stop: int | None = None
+
+
+def infer_weights(
+    total: float, micro_batches: Sequence[MicroBatch], parts: Sequence[LossValue], compute_dtype: torch.dtype
+) -> list[float]:
+    """Return w_i with L = sum_i w_i L_i.
+
+    Args:
+        total: L.
+        micro_batches: all of one batch, in order.
+        parts: L_i, with what was seen of how they came about.
+        compute_dtype: the dtype whose rounding counts.
+
+    Raises:
+        NoSumError: if there are no such weights, or the losses are too equal to tell.
+    """
+    losses = [0.0 if part.normalizer == 0 else part.value for part in parts]
+    tolerance = SUM_TOLERANCE[compute_dtype]
+    apart = max(losses) - min(losses) >= SPREAD * max(abs(loss) for loss in losses)
+    for weights in _candidates(parts, micro_batches, apart):
+        terms = torch.tensor([w * x for w, x in zip(weights, losses, strict=True)], dtype=torch.float64)
+        if abs(float(terms.sum()) - total) <= tolerance * max(abs(total), float(terms.abs().sum())):
+            return weights
+    if not apart:
+        raise NoSumError(
+            f"micro_batch_size: the losses of the micro-batches are equal ({losses[0]:.6g}), so that their weights "
+            "cannot be told; measure the batch whole, or fewer samples of it (max_samples)"
+        )
+    raise NoSumError(
+        f"micro_batch_size: the loss of the batch, {total:.6g}, is neither a mean nor the sum of those of its "
+        f"micro-batches ({', '.join(f'{loss:.6g}' for loss in losses[:4])}), so its samples depend on each other "
+        "(BatchNorm or dropout in train mode, a loss across the batch); measure the batch whole, or fewer samples of "
+        "it (max_samples)"
+    )
+
+
+def _candidates(parts: Sequence[LossValue], micro_batches: Sequence[MicroBatch], apart: bool) -> list[list[float]]:
+    """Return the weights to try: shares of the targets that count, those of a sum, shares of the samples."""
+    counts = [part.normalizer for part in parts if part.normalizer is not None]
+    candidates = [[count / sum(counts) for count in counts]] if len(counts) == len(parts) and sum(counts) > 0 else []
+    candidates.append([1.0] * len(parts))
+    if apart:
+        size = micro_batches[-1].stop or 1
+        candidates.append([((part.stop or 0) - part.start) / size for part in micro_batches])
+    return candidates
