@@ -104,6 +104,14 @@ def test_of_several_runs_the_newest_is_taken_and_said(log, capsys):
     assert len(read_run([log.parent]).steps) == 1
 
 
+def test_a_stale_file_above_a_newer_run_is_not_taken(log, tmp_path):
+    stale = write(tmp_path, steps()[:1])
+    os.utime(stale, (0, 0))
+    assert len(read_run([tmp_path]).steps) == 3
+    os.utime(stale, (time.time() + 9,) * 2)
+    assert len(read_run([tmp_path]).steps) == 1
+
+
 def test_a_torn_line_is_left_out_and_said(log, capsys):
     file = log / "spectra.jsonl"
     with file.open("ab") as out:
@@ -133,7 +141,7 @@ def test_a_log_without_its_reports_says_what_to_do(tmp_path):
     folder.mkdir()
     for name in ("metrics.csv", "run-x.wandb", "events.out.tfevents.1"):
         (folder / name).write_bytes(b"step\n0\n")
-        with pytest.raises(RunError, match=r"holds a log, .* no spectra.jsonl: train with SpectralProbe\(keep_rep"):
+        with pytest.raises(RunError, match=r"holds a log, .* no spectra.jsonl: give .* train with SpectralProbe\(keep"):
             read_run([folder])
         with pytest.raises(RunError, match=r"a log holds scalars only and is not read; give a run's folder"):
             read_run([folder / name])
@@ -235,7 +243,7 @@ def test_reports_in_memory():
 def test_two_probes_need_a_prefix(tmp_path):
     for prefix, n in (("spectral", 3), ("other/one", 1)):
         write(tmp_path / "run", steps()[:n], spectra_file_name(prefix))
-    names = "run/spectra-other-one.jsonl, .*run/spectra.jsonl"
+    names = "run/spectra-other%2Fone.jsonl, .*run/spectra.jsonl"
     with pytest.raises(RunError, match=f"several probes, name the file of one: .*{names}"):
         read_run([tmp_path])
     with pytest.raises(RunError, match=f"no spectra-x.jsonl, of a probe with the prefix 'x', but .*{names}"):
