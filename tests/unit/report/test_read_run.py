@@ -77,7 +77,7 @@ def test_a_file_of_reports_by_every_path_that_leads_to_it(log):
     for path in (log, str(log), file, log.parent, log.parent.parent):
         run = read_run([path])
         assert [step.label for step in run.steps] == ["step 0", "step 4", "step 8"]
-        assert (run.sources, run.left_out) == ((f"spectra file {file}",), ())
+        assert (run.sources, run.omissions) == ((f"spectra file {file}",), ())
         same(run, steps())
     assert read_run([log]).name == "csv/version_0"
 
@@ -118,7 +118,7 @@ def test_a_torn_line_is_left_out_and_said(log, capsys):
         out.write(b'{"format":"light')
     run = read_run([log])
     same(run, steps())
-    (said,) = run.left_out
+    (said,) = run.omissions
     assert said.startswith(f"{file}: its last line, 4, is torn")
     assert page_data(run)["notes"] == [f"Left out: {said}."]
     assert main(["report", str(log)]) == 0
@@ -133,7 +133,7 @@ def test_long_runs_are_thinned_before_they_are_fitted(log, monkeypatch):
     shown = [step.step for step in run.steps]
     assert (len(shown), shown[0], shown[-1]) == (MAX_REPORTS, 0, 999)
     assert {b - a for a, b in itertools.pairwise(shown)} <= {5, 6}
-    assert run.left_out == (f"{file}: 800 of 1000 probes, evenly; 200 are read",)
+    assert run.omissions == (f"{file}: 800 of 1000 probes, evenly; 200 are read",)
 
 
 def test_a_log_without_its_reports_says_what_to_do(tmp_path):
@@ -161,7 +161,7 @@ def test_checkpoint_alone_and_beside_its_run(trained):
     copy = folder / "copy.ckpt"
     copy.write_bytes((folder / "last.ckpt").read_bytes())
     twice = read_run([folder / "last.ckpt", copy])
-    assert ([p.step for p in twice.steps], twice.left_out) == (
+    assert ([p.step for p in twice.steps], twice.omissions) == (
         [2], (f"{copy}: the other inputs hold all of it",),
     )  # fmt: skip
 
