@@ -18,8 +18,8 @@ from lightning_spectral.report.runs.discover import CHECKPOINT, REPORT, SPECTRA,
 from lightning_spectral.report.runs.run import Run, RunError, RunStep
 from lightning_spectral.report.runs.spectra_file import decode_reports, index_reports
 
-MAX_REPORTS = 200
-"""Reports of one file that a run holds. Each layer of each is fitted again, in 3 ms."""
+MAX_REPORTS, MAX_FITS = 200, 10_000
+"""Limits of what is read of one file: its reports, and their layers, each of which is fitted again in 3 ms."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,8 @@ def _read(file: RunFile, prefix: str | None) -> RunInput:
 
 def _read_spectra(path: Path) -> RunInput:
     lines, torn = index_reports(path)
-    shown = [lines[i] for i in evenly(len(lines), MAX_REPORTS)]
+    layers = max((len(report.layers) for report in decode_reports(path, lines[-1:])), default=0)
+    shown = [lines[i] for i in evenly(len(lines), max(2, min(MAX_REPORTS, MAX_FITS // max(1, layers))))]
     omissions = [f"{path}: {torn}"] if torn else []
     if len(shown) < len(lines):
         omissions.append(f"{path}: {len(lines) - len(shown)} of {len(lines)} probes, evenly; {len(shown)} are read")

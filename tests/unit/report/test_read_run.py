@@ -19,6 +19,7 @@ from lightning_spectral import SpectralProbe
 from lightning_spectral.cli.commands import main
 from lightning_spectral.report import RunError, read_run, run_of
 from lightning_spectral.report.page.data import page_data
+from lightning_spectral.report.runs import read
 from lightning_spectral.report.runs.read import MAX_REPORTS
 from lightning_spectral.report.runs.spectra_file import append_report, spectra_file_name
 
@@ -134,6 +135,9 @@ def test_long_runs_are_thinned_before_they_are_fitted(log, monkeypatch):
     assert (len(shown), shown[0], shown[-1]) == (MAX_REPORTS, 0, 999)
     assert {b - a for a, b in itertools.pairwise(shown)} <= {5, 6}
     assert run.omissions == (f"{file}: 800 of 1000 probes, evenly; 200 are read",)
+    for fits, n in ((100, 20), (7, 2)):
+        monkeypatch.setattr(read, "MAX_FITS", fits)
+        assert [step.step for step in read_run([log]).steps][:: n - 1] == [0, 999]
 
 
 def test_a_log_without_its_reports_says_what_to_do(tmp_path):
