@@ -26,7 +26,7 @@ from lightning_spectral.measurement.layer_fit import fit_layer
 from lightning_spectral.records.layer_measurement import LayerMeasurement
 from lightning_spectral.records.layer_spectrum import PARTS, LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.runs.run import RunError
+from lightning_spectral.report.runs.run import RunError, explain
 
 FORMAT, FORMAT_VERSION = "lightning-spectral-measurement", 1
 
@@ -126,8 +126,7 @@ def decode_reports(path: str | Path, lines: Iterable[Line]) -> Iterator[Spectral
             try:
                 yield _report_of(json.loads(file.readline()))
             except UNREADABLE as error:
-                why = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)[:200]
-                raise RunError(f"{path}: line {line.number} holds no report ({why})") from error
+                raise RunError(f"{path}: line {line.number} holds no report ({explain(error)})") from error
 
 
 def _line_of(report: SpectralReport) -> dict[str, Any]:
