@@ -15,8 +15,8 @@ class RunError(ValueError):
 def explain(error: BaseException) -> str:
     """Return the first line of an error that says something.
 
-    >>> explain(KeyError("sigma")), explain(ValueError("two\\nlines")), explain(RecursionError())
-    ("no 'sigma'", 'two', 'RecursionError')
+    >>> explain(KeyError("sigma")), explain(ValueError("no report")), explain(RecursionError())
+    ("no 'sigma'", 'no report', 'RecursionError')
     """
     if isinstance(error, KeyError):
         return f"no {error.args[0]!r}"
