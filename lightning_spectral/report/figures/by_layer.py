@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
-from lightning_spectral.numerics.power_law import zeta_bound
+from lightning_spectral.numerics.participation import zeta_bound
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
