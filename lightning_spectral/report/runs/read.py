@@ -13,7 +13,8 @@ import torch
 
 from lightning_spectral._messages import join_names, unpickling_refusal
 from lightning_spectral._serialization import UNREADABLE
-from lightning_spectral.records.report import SpectralReport, evenly
+from lightning_spectral.numerics.statistics import evenly
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.discover import CHECKPOINT, REPORT, SPECTRA, RunFile, find_files, short_names
 from lightning_spectral.report.runs.run import Run, RunError, RunStep, explain
 from lightning_spectral.report.runs.spectra_file import decode_reports, index_reports

@@ -10,7 +10,7 @@ import torch
 from fits import fit_numbers
 
 from lightning_spectral import fit_power_law, fit_rank_decay, fit_rank_models, participation_ratio, zeta_bound
-from lightning_spectral.numerics.power_law import directions_holding, entropy_rank
+from lightning_spectral.numerics.participation import directions_holding, entropy_rank
 
 PAPER = Path(os.environ.get("PAPER_RESULTS", Path(__file__).parents[4] / "shared" / "paper-results"))
 needs_paper = pytest.mark.skipif(

@@ -321,13 +321,11 @@ def test_layers_by_name_and_pattern():
         "block.conv.weight", "block.mlp_up.weight", "block.mlp_down.weight",
     ]  # fmt: skip
     assert len(figures.plot_rank_profiles(report, layers="*.mlp_*").axes) == 2
-    with pytest.raises(
-        ValueError, match=r"layers: 'nowhere' matches no layer of the report; its layers are block.conv"
-    ):
+    with pytest.raises(ValueError, match=r"layers: 'nowhere' matches no layer; the layers are block.conv"):
         figures.plot_power_law(report, layers=["*", "nowhere"])
-    with pytest.raises(ValueError, match="layers: an empty list matches no layer"):
+    with pytest.raises(ValueError, match=r"layers: \[\] selects no layer"):
         figures.plot_rank_profiles(report, layers=[])
-    with pytest.raises(ValueError, match=r", \.\.\.$"):
+    with pytest.raises(ValueError, match=r", \.\.\. \(160 in all\)$"):
         choose_layers(synthetic.deep(), "x")
 
 
