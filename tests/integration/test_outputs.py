@@ -26,7 +26,7 @@ from torch import nn
 
 from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import report_writer as outputs
-from lightning_spectral.callbacks.log_selection import PROBE_KEYS, Logged, charts
+from lightning_spectral.callbacks.log_selection import PROBE_KEYS, LogSelection, charts
 from lightning_spectral.callbacks.report_writer import alpha_by_depth
 from lightning_spectral.report import RunError, read_run
 from lightning_spectral.report.runs.layer_tables import wandb_tables
@@ -169,7 +169,7 @@ def test_wandb_hides_nothing_where_all_charts_are_wanted(tmp_path):
 )
 def test_forty_charts_for_any_network(kinds, expected):
     measured = report(*(layer(f"l.{i}.weight", kind=kind) for i, kind in enumerate(kinds)))
-    logged = Logged("auto", "auto", (), lambda text: None).scalars(measured) | dict.fromkeys(PROBE_KEYS, 0.0)
+    logged = LogSelection("auto", "auto", (), lambda text: None).scalars(measured) | dict.fromkeys(PROBE_KEYS, 0.0)
     assert len(logged) <= 100
     shown = charts(logged, 40)
     assert len(set(shown)) == len(shown) == 40
@@ -184,7 +184,7 @@ def test_forty_charts_for_any_network(kinds, expected):
 
 def test_infinity_is_logged_as_nan_and_counted():
     flat = report(layer("a", alpha=0.5), layer("b", alpha=0.5), layer("c", alpha=3.0))
-    logged = Logged("all", "all", (), lambda text: None).scalars(flat)
+    logged = LogSelection("all", "all", (), lambda text: None).scalars(flat)
     assert math.isinf(flat.scalars()["a/zeta_bound"])
     assert math.isnan(logged["a/zeta_bound"])
     assert math.isnan(logged["zeta_bound_median"])
@@ -479,8 +479,8 @@ def test_drawing_counts_as_probing(monkeypatch):
 
 
 def test_tables_and_lines_are_capped(monkeypatch):
-    monkeypatch.setattr(outputs, "MOST_ROWS", 5)
-    monkeypatch.setattr(outputs, "MOST_LINES", 3)
+    monkeypatch.setattr(outputs, "MAX_ROWS", 5)
+    monkeypatch.setattr(outputs, "MAX_LINES", 3)
     logger = MLFlowLogger()
     probe = SpectralProbe(log_tables=True, top_k=3)
     told = warned(lambda: fit_tiny(probe, deep(8), steps=1, logger=[logger]))

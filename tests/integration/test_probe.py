@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
 from lightning_spectral.callbacks.log_selection import CURVES, LOGGED_LAYERS, PER_LAYER, PROBE_KEYS
-from lightning_spectral.callbacks.warn_once import MOST_CAUSES, WarnOnce
+from lightning_spectral.callbacks.warn_once import MAX_CAUSES, WarnOnce
 from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -508,11 +508,11 @@ def test_addresses_and_shapes_make_no_new_cause_and_names_of_layers_do():
 
 
 def test_a_text_that_is_new_at_each_probe_is_told_so_often_and_kept_no_longer():
-    told, warn = told_once(f"sample_{i} is broken" for i in range(3 * MOST_CAUSES))
-    assert told[:MOST_CAUSES] == [f"sample_{i} is broken" for i in range(MOST_CAUSES)]
-    assert len(told) == MOST_CAUSES + 1
+    told, warn = told_once(f"sample_{i} is broken" for i in range(3 * MAX_CAUSES))
+    assert told[:MAX_CAUSES] == [f"sample_{i} is broken" for i in range(MAX_CAUSES)]
+    assert len(told) == MAX_CAUSES + 1
     assert "100 different warnings were given" in told[-1]
-    assert len(warn._told) == MOST_CAUSES + 1
+    assert len(warn._seen_causes) == MAX_CAUSES + 1
 
 
 @pytest.mark.parametrize("module_class", [ConvNet, GPT])
