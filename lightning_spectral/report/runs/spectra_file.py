@@ -56,8 +56,8 @@ def spectra_file_name(prefix: str = "spectral") -> str:
 
     >>> spectra_file_name(), spectra_file_name("spectral/late")
     ('spectra.jsonl', 'spectra-spectral%2Flate.jsonl')
+    """
     return "spectra.jsonl" if prefix == "spectral" else f"spectra-{quote(prefix, safe='')}.jsonl"
-    return "spectra.jsonl" if prefix == "spectral" else f"spectra-{quote(prefix, safe="")}.jsonl"
 
 
 def append_report(path: str | Path, report: SpectralReport) -> None:
