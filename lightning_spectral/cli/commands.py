@@ -281,16 +281,16 @@ def _add_report(commands: Any) -> None:
         "report",
         help="write one HTML page of a run: summary, table, interactive plots",
         description="Write one self-contained HTML page of a run, which needs no network.",
-        epilog="A log holds scalars only, with SpectralProbe(log_tables=True) of all layers; checkpoints and JSON "
-        "reports hold the spectra too, and may stand beside it.",
+        epilog="A log's scalars are not read: the page is made of the reports in spectra.jsonl, which a SpectralProbe "
+        "writes into its run's folder. Of several runs below a folder the newest is shown.",
     )
     report.add_argument(
         "run",
         nargs="+",
         metavar="RUN",
-        help="a CSVLogger's folder or metrics.csv; an offline W&B run's folder or .wandb file; a TensorBoardLogger's "
-        "folder or event file; a checkpoint of a Trainer with a SpectralProbe; JSON files of SpectralReport.to_json, "
-        "or a folder of them. Several are shown as one run, of one network",
+        help="a run's folder (a Lightning log's, a W&B run's, or default_root_dir) or the spectra.jsonl in it; a "
+        "checkpoint of a Trainer with a SpectralProbe; JSON files of SpectralReport.to_json, or a folder of them. "
+        "Several are shown as one run, of one network",
     )
     report.add_argument(
         "--output",
@@ -300,7 +300,7 @@ def _add_report(commands: Any) -> None:
     )
     report.add_argument("--force", action="store_true", help="replace any other file that is there, too")
     report.add_argument("--title", help="of the page (RUN's name)")
-    report.add_argument("--prefix", help="of the probe's keys, where a log or checkpoint holds several probes'")
+    report.add_argument("--prefix", help="of the probe's keys, where a run or checkpoint holds several probes'")
 
 
 def _report(options: argparse.Namespace) -> int:

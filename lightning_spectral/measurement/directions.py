@@ -76,11 +76,13 @@ def leading_directions(gradients: ObjectiveGradients, objective: Objective, opti
         {name: [t.u, t.sigma, t.v, owned.spectra[name]] for name, t in owned.triplets.items()}, owners
     )
     triplets = {name: SingularTriplets(u, sigma, v) for name, (u, sigma, v, _) in shared.items()}
+    with group.step():
+        usable = _above_noise(triplets, gradients, objective)
     missing = dict.fromkeys(layers.keys() - present - gradients.failed.keys(), NO_GRADIENT)
     return Directions(
         triplets=triplets,
         spectra={name: values for name, (*_, values) in shared.items()},
-        usable=_above_noise(triplets, gradients, objective),
+        usable=usable,
         failed=_in_order(layers, gradients.failed, missing, *(failed for failed, _ in step.received)),
         truncated=_in_order(layers, *(truncated for _, truncated in step.received)),
         smallest=smallest,

@@ -100,6 +100,13 @@ class Objective:
             if size != 0
         ]
 
+    def cut(self, max_size: int | None) -> list[MicroBatch]:
+        """Return micro-batches of at most so many samples, None: full batches; raise on all ranks if on one."""
+        full_batches = self.full_batches()
+        self._size_in_use = self.largest(full_batches) if max_size is None else max_size
+        with self.group.step(watched=True):
+            return full_batches if max_size is None else self.micro_batches(max_size)
+
     def micro_batches(self, max_size: int) -> list[MicroBatch]:
         """Return micro-batches of nearly equal size, of at most so many samples.
 
@@ -143,7 +150,7 @@ class Objective:
 
     @property
     def size_in_use(self) -> int | None:
-        """Samples of the largest micro-batch that was last differentiated."""
+        """Samples of the largest micro-batch that is, or was last, in memory."""
         return self._size_in_use
 
     def differentiable(self, micro_batch: MicroBatch) -> DifferentiableLoss:

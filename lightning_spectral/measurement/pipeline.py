@@ -76,8 +76,7 @@ def run_measurement(
 
 def measure(objective: Objective, options: Options, max_size: int | None) -> RawMeasurement:
     """Measure an objective by micro-batches of at most ``max_size`` samples; None: as memory asks for."""
-    with objective.group.step(watched=True):
-        micro_batches = objective.full_batches() if max_size is None else objective.micro_batches(max_size)
+    micro_batches = objective.cut(max_size)
     gradients = objective.gradients(
         micro_batches,
         keep_graph=wants_graph(options.curvature) and (max_size is not None or not objective.divisible),

@@ -76,8 +76,12 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
                 [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in copy.shared.items()]
             )
         notes = tuple(dict.fromkeys(note for of_rank in step.received for note in of_rank))
-        changed = _share_buffers(copy.module, group)
+        shared = _first_buffers(copy.module, group)
         with group.step():
+            buffers = dict(copy.module.named_buffers())
+            for name, value in shared.items():
+                buffers[name].data.copy_(value)
+            changed = {id(buffers[name]) for name in shared}
             originals = {key: value for key, value in copy.originals.items() if key not in changed}
             state = InitialState(copy.module, originals, sharded.restore if sharded else None)
         yield NetworkCopy(original, copy.module, precision, state, notes, sharded)
@@ -104,13 +108,13 @@ def _sharded_weights(model: nn.Module, dtype: torch.dtype, group: SingleProcess)
         yield weights
 
 
-def _share_buffers(module: nn.Module, group: SingleProcess) -> set[int]:
-    """Give all ranks the first one's buffers, as DDP does with the next step, and return the ids of those that changed.
+def _first_buffers(module: nn.Module, group: SingleProcess) -> dict[str, Tensor]:
+    """Return the first rank's buffers: DDP gives them to all ranks with the next step, and until then they differ.
 
-    Buffers of other shapes on other ranks, such as a cache that grows with the sequences seen, stay.
+    Buffers of other shapes on other ranks, such as a cache that grows with the sequences seen, are left out.
     """
     if group.size == 1:
-        return set()
+        return {}
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     buffers = {
         name: buffer
@@ -120,9 +124,8 @@ def _share_buffers(module: nn.Module, group: SingleProcess) -> set[int]:
     layouts = group.all_gather_object({name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()})
     alike = [name for name in layouts[0] if all(layout.get(name) == layouts[0][name] for layout in layouts)]
     own = {name: [buffers[name]] for name in alike} if group.rank == 0 else {}
-    for name, (value,) in group.broadcast_from_owners(own, dict.fromkeys(alike, 0)).items():
-        buffers[name].data.copy_(value)
-    return {id(buffers[name]) for name in alike}
+    shared = group.broadcast_from_owners(own, dict.fromkeys(alike, 0))
+    return {name: value for name, (value,) in shared.items()}
 
 
 def select_layers(model: nn.Module, options: Options) -> LayerSet:

@@ -1,7 +1,8 @@
-"""What a measurement of a network found, its logged names, and its way to dicts, JSON and DataFrames."""
+"""Result of measuring a network, its logged names, and its way to dicts, JSON and DataFrames."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import statistics
@@ -10,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_spectral._messages import group_by_reason
+from lightning_spectral._messages import group_by_reason, join_names
 from lightning_spectral._serialization import decode, to_jsonable
+from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.log_keys import LAYER_KEYS, RANK_MODELS
@@ -22,29 +24,55 @@ if TYPE_CHECKING:
 FORMAT, FORMAT_VERSION = "lightning-spectral-report", 3
 
 
+class LayerSpectra(dict[str, LayerSpectrum]):
+    """Spectra of layers by name. A lookup takes the short name that tables show, too, where it is that of one layer.
+
+    >>> layers = LayerSpectra({"net.4.weight": "a spectrum"})
+    >>> layers["net.4"], "net.4" in layers
+    ('a spectrum', False)
+    """
+
+    def __missing__(self, name: str) -> LayerSpectrum:
+        """Return the layer of a short name.
+
+        Raises:
+            KeyError: naming layers with similar names, or those that share the short name.
+        """
+        matches = [full for full in self if isinstance(name, str) and shortened(full, len(name)) == name]
+        if len(matches) == 1:
+            return self[matches[0]]
+        if matches:
+            raise KeyError(f"{name!r} is short for several layers: {join_names(matches)}")
+        short_names = {brief(full): full for full in self}
+        near = difflib.get_close_matches(str(name), [*self, *short_names])
+        near = list(dict.fromkeys(short_names.get(match, match) for match in near))
+        raise KeyError(f"no layer {name!r}; " + (f"similar: {join_names(near)}" if near else f"there are {len(self)}"))
+
+
 @dataclass(frozen=True, eq=False)
 class SpectralReport:
     """One measurement of a network.
 
     Attributes:
-        layers: parameter name -> spectrum, in the order of the network.
-        skipped: matrix parameters that were not measured -> why (frozen, not selected, ...).
+        layers: parameter name -> spectrum, in the order of the network; ``layers["net.4"]`` is that of
+            "net.4.weight".
+        skipped: matrix parameters that were not measured -> reason (frozen, not selected, ...).
         loss: value of the loss measured.
         n_samples: samples measured; None where a batch does not tell.
-        n_batches: how many batches they came in.
-        micro_batch_size: of them, how many had their curvature measured at once at most, in whichever phase; None
-            where the batch does not tell.
+        n_batches: number of batches they came in.
+        micro_batch_size: largest number of samples whose curvature was measured at once; None where a batch does not
+            tell.
         curvature: the method asked for.
-        chosen: which method "auto" chose, and why; empty for the others.
+        chosen: the method that "auto" chose, and why; empty for the others.
         check_error: relative difference of one curvature to an exact product; NaN where none was checked.
         mode: "eval" or "train", of the network while it was measured.
         precision: the precision asked for.
         top_k: directions asked for per layer.
         spectrum_top_k: singular values asked for per layer.
         seconds: wall time of the measurement.
-        warnings: what was shared or left out beside single layers.
+        warnings: notes on what was shared or left out beside single layers.
         step: optimizer steps taken before the measurement; None outside training.
-        epoch: likewise.
+        epoch: epochs finished before the measurement; None outside training.
     """
 
     layers: dict[str, LayerSpectrum]
@@ -65,36 +93,40 @@ class SpectralReport:
     epoch: int | None = None
     spectrum_top_k: int | None = None
 
+    def __post_init__(self) -> None:
+        """Let layers be found by their short names."""
+        object.__setattr__(self, "layers", LayerSpectra(self.layers))
+
     @property
     def failed(self) -> dict[str, str]:
-        """Layers without an alpha -> why."""
+        """Layers without an alpha -> reason."""
         return {name: layer.note for name, layer in self.layers.items() if math.isnan(layer.alpha.exponent)}
 
     def problems(self) -> list[str]:
-        """What could not be measured or copied, a line each."""
+        """Return what could not be measured or copied, a line each."""
         return [*group_by_reason(self.failed), *self.warnings]
 
     def by_kind(self) -> dict[str, list[LayerSpectrum]]:
-        """The layers of each kind."""
+        """Return the layers of each kind."""
         kinds: dict[str, list[LayerSpectrum]] = {}
         for layer in self.layers.values():
             kinds.setdefault(layer.kind, []).append(layer)
         return kinds
 
     def rank_model_shares(self) -> dict[RankModel, float]:
-        """The share of the layers that each model of the gradient spectrum wins, of those where one does."""
+        """Return the share of the layers that each model of the gradient spectrum wins, of those where one does."""
         winners = [layer.rank_models.winner for layer in self.layers.values() if layer.rank_models.winner]
         return {model: winners.count(model) / len(winners) if winners else float("nan") for model in RANK_MODELS}
 
     def medians(self) -> dict[str, float]:
-        """Medians over all layers, and over those of each kind as ``kind/<kind>/<quantity>_median``; NaN left out."""
+        """Return medians over all layers, and over each kind's as ``kind/<kind>/<quantity>_median``; NaN left out."""
         out = _medians(self.layers.values(), "")
         for kind, layers in self.by_kind().items():
             out |= _medians(layers, f"kind/{kind}/")
         return out
 
     def scalars(self, layers: list[str] | None = None) -> dict[str, float]:
-        """Flat logged names, without a prefix, of the aggregates and of the layers named (None: of all)."""
+        """Return the logged quantities by name, without a prefix: of the report, and of these layers (None: all)."""
         out = self.medians()
         out["loss"] = self.loss
         out["layers_measured"] = float(len(self.layers) - len(self.failed))
@@ -108,7 +140,7 @@ class SpectralReport:
         return out
 
     def at(self, *, step: int, epoch: int) -> SpectralReport:
-        """The same report, placed in training."""
+        """Return the report, placed in training."""
         return replace(self, step=step, epoch=epoch)
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +165,7 @@ class SpectralReport:
         return decode(cls, data)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Standard JSON text, also written to a file if a path is given."""
+        """Return standard JSON text, and write it to a file if a path is given."""
         text = json.dumps(self.to_dict(), allow_nan=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
@@ -141,16 +173,16 @@ class SpectralReport:
 
     @classmethod
     def from_json(cls, source: str | Path) -> SpectralReport:
-        """The inverse of `to_json`: JSON text, or the path of a file with it."""
+        """Invert `to_json`, of JSON text or of the path of a file with it."""
         text = source if isinstance(source, str) and source.lstrip().startswith("{") else None
         return cls.from_dict(json.loads(Path(source).read_text(encoding="utf-8") if text is None else text))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per layer: name, kind, shape, every logged quantity, alpha by quarter, rank model and note."""
+        """Return a row per layer: name, kind, shape, every logged quantity, alpha by quarter, rank model and note."""
         return [_row(layer) for layer in self.layers.values()]
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A row per layer, indexed by its name. Needs pandas."""
+        """Return a DataFrame with a row per layer, indexed by its name. Needs pandas."""
         try:
             import pandas
         except ImportError as error:

@@ -1,6 +1,7 @@
 """The page in a real browser: no network, no errors, and everything a reader can do. Skipped where there is none."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,9 @@ from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
 from lightning_spectral.records.weight_spectrum import WeightSpectrum
 from lightning_spectral.report import read_run, run_of, write_page
-from lightning_spectral.report.runs.run import Probe, Run
+from lightning_spectral.report.page import build
+from lightning_spectral.report.page.data import page_data
+from lightning_spectral.report.runs.spectra_file import append_report
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None, reason="no Chromium or Chrome on PATH (or in the variable CHROMIUM)"
@@ -215,19 +218,6 @@ def test_names_of_layers_are_shown_and_never_read_as_html(browser, tmp_path):
     assert browser.problems == []
 
 
-def test_a_log_shows_what_there_is(browser, steps, tmp_path):
-    probes = [
-        Probe(r.step, f"step {r.step}", r.loss, p.layers, None, 5)
-        for r, p in zip(steps, run_of(steps, "").probes, strict=True)
-    ]
-    browser.open(write_page(Run("log", ("CSV log x",), tuple(probes)), tmp_path / "p.html"))
-    assert browser.problems == []
-    assert "A log holds scalars only" in browser.evaluate("document.getElementById('notes').textContent")
-    assert browser.evaluate("[...document.querySelectorAll('figure.spectral')].every(figure => figure.hidden)")
-    assert browser.evaluate("document.querySelector('th[data-key=kind]')") is None
-    assert browser.evaluate("document.querySelectorAll('.js-plotly-plot').length") == 4
-
-
 NOTES = "document.querySelector('#{} .annotation')?.textContent"
 VISIBLE = "[...document.querySelectorAll('#{} .xtick text')].filter(tick => tick.checkVisibility())"
 TICKS = f"{VISIBLE}.map(tick => tick.textContent)"
@@ -271,41 +261,65 @@ def test_probes_outside_training_are_named_where_steps_would_stand(browser, tmp_
     assert browser.problems == []
 
 
-def test_kind_medians_of_a_log_are_drawn_though_it_tells_no_layers_kind(browser, tmp_path):
-    layers = {name: {"alpha": 2.0 + i, "r2_alpha": 0.99} for i, name in enumerate(NAMES)}
-    kinds = {"conv": 2.5, SLANTED: 3.0}
-    probes = [Probe(step, f"step {step}", 1.0, layers, None, 4, kinds=kinds) for step in (0, 1)]
-    browser.open(write_page(Run("log", ("CSV log x",), tuple(probes)), tmp_path / "p.html"))
+SHOWN = "getComputedStyle(document.getElementById('{}').closest('figure')).display !== 'none'"
+ABSENT = "[...document.querySelectorAll('#absent li')].map(item => item.textContent)"
+HEADS = "[...document.querySelectorAll('#columns button')].map(button => button.textContent)"
+
+
+def test_plots_without_data_are_left_out_and_say_why(browser, tmp_path):
+    browser.open(write_page(run_of([report(dead("a"), dead("b"), step=3)], "dead"), tmp_path / "p.html"))
+    shown = {plot: browser.evaluate(SHOWN.format(plot)) for plot in ("depth", "transfer", "training", "models")}
+    assert shown == {"depth": False, "transfer": False, "training": False, "models": True}
+    assert browser.evaluate(ABSENT) == [
+        "alpha by layer is not shown: no layer has an alpha at step 3.",
+        "The transfer identity is not shown: no layer has alpha, gamma and s at step 3.",
+        "alpha over training is not shown: it takes several probes.",
+    ]
+    assert browser.evaluate("document.querySelectorAll('tr.doubtful').length") == 2
+    assert browser.problems == []
+
+
+def test_medians_of_kinds_are_drawn_in_their_colours(browser, tmp_path):
+    def at(step):
+        layers = [layer(f"{k}.{i}", kind=k, alpha=a + i) for k, a in (("conv", 2.0), (SLANTED, 3.0)) for i in (0, 1)]
+        return report(*layers, step=step)
+
+    browser.open(write_page(run_of([at(0), at(1)], "kinds"), tmp_path / "p.html"))
     thick = browser.evaluate(
         "document.getElementById('training').data.filter(t => t.mode === 'lines+markers')"
         ".map(t => [t.name.startsWith('&lt;'), t.line.color, t.y[1]])"
     )
-    assert [[escaped, alpha] for escaped, _, alpha in thick] == [[False, 2.5], [True, 3.0]]
+    assert [[escaped, alpha] for escaped, _, alpha in thick] == [[False, 2.5], [True, 3.5]]
     assert len({colour for _, colour, _ in thick}) == 2
-    assert browser.evaluate("document.getElementById('thick').textContent") == "median by kind"
-    bare = Run("log", ("x",), tuple(Probe(step, f"step {step}", 1.0, layers, None, 4) for step in (0, 1)))
-    browser.open(write_page(bare, tmp_path / "p.html"))
-    assert browser.evaluate("document.getElementById('thick').textContent") == "median"
-    assert browser.evaluate("document.getElementById('training').data.at(-1).y[0]") == 3.5
     assert browser.problems == []
 
 
-SHOWN = "getComputedStyle(document.getElementById('{}').closest('figure')).display !== 'none'"
-HEADS = "[...document.querySelectorAll('#columns button')].map(button => button.textContent)"
+def test_a_probe_without_spectra_says_so(browser, steps, tmp_path, monkeypatch):
+    """Of a long run, where spectra are shown of some probes alone."""
+    data = page_data(run_of(steps, "long"))
+    data["probes"][1]["spectra"] = None
+    monkeypatch.setattr(build, "page_data", lambda run: data)
+    browser.open(write_page(run_of(steps, "long"), tmp_path / "p.html"))
+    assert browser.evaluate("document.getElementById('layer-missing').hidden")
+    browser.evaluate("document.getElementById('step').focus()")
+    browser.press("ArrowLeft", 37)
+    missing = browser.evaluate("document.getElementById('layer-missing').textContent")
+    assert missing == "No sigma and h of this layer at step 5 on this page."
+    assert browser.evaluate("[...document.querySelectorAll('figure.spectral')].every(figure => figure.hidden)")
+    assert browser.problems == []
 
 
-def test_a_log_of_alpha_alone_hides_what_it_cannot_draw_and_says_how_to_get_it(browser, tmp_path):
-    layers = {name: {"alpha": 2.0 + i, "r2_alpha": 0.99} for i, name in enumerate(NAMES)}
-    probes = [Probe(step, f"step {step}", 1.0, layers, None, len(NAMES)) for step in (0, 1)]
-    browser.open(write_page(Run("log", ("CSV log x",), tuple(probes)), tmp_path / "p.html"))
-    shown = {plot: browser.evaluate(SHOWN.format(plot)) for plot in ("depth", "transfer", "training", "models")}
-    assert shown == {"depth": True, "transfer": False, "training": True, "models": False}
-    (absent,) = browser.evaluate("[...document.querySelectorAll('#absent li')].map(item => item.textContent)")
-    assert absent.startswith("The transfer identity is not shown: no layer has gamma and s at step 1.")
-    assert 'log_quantities="all"' in absent
-    assert browser.evaluate(HEADS) == ["layer", "alpha ± se", "r2"]
-    assert browser.evaluate("document.querySelector('#rows td[data-key=alpha]').textContent") == "2.00"
-    assert browser.evaluate("document.getElementById('layer-training').data.map(trace => trace.name)") == ["alpha"]
+def test_the_file_of_a_run_makes_the_page_of_its_reports(browser, steps, tmp_path):
+    for r in steps:
+        append_report(tmp_path / "spectra.jsonl", r)
+    pages = [tmp_path / "whole.html", tmp_path / "file.html"]
+    write_page(run_of(steps, "mine"), pages[0], title="mine")
+    write_page(read_run([tmp_path]), pages[1], title="mine")
+    whole, read = (re.sub("<p>From .*?</p>", "", page.read_text(encoding="utf-8")) for page in pages)
+    assert read == whole
+    browser.open(pages[1])
+    assert "spectra file" in browser.evaluate("document.querySelector('footer').textContent")
+    assert browser.evaluate("document.getElementById('facts').textContent").endswith("5 layers, 3 probes")
     assert browser.problems == []
 
 

@@ -18,17 +18,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_spectral import (
-    MeasurementError,
-    ProcessError,
-    estimate,
-    gathering,
-    measure_spectra,
-    memory,
-    prepared,
-)
+from lightning_spectral import MeasurementError, ProcessError, measure_spectra
 from lightning_spectral.measure import directional_curvature
+from lightning_spectral.measurement import pipeline, setup
+from lightning_spectral.measurement.sharded import on_demand_weights as gathering
 from lightning_spectral.numerics.svd import SingularTriplets
+from lightning_spectral.plan import cost_estimate as estimate
 from lightning_spectral.plan.planner import plan_spectra
 
 OPTIONS = {"top_k": 3, "precision": "float64"}
@@ -180,22 +175,21 @@ def check_same(models, batch, loss_fn=loss, **options):
 def at_most(measure):
     """Bytes: the most of whole weights at a time; of all; of the largest; of gradients that are not split."""
     made, real = [], gathering.OnDemandWeights.reserve
-    held, real_spectra = [], memory._of_gradients
+    held, real_spectra = [], pipeline.leading_directions
 
-    def of_gradients(losses, gradients, *args):
-        if losses.sums is not None:
-            values = [value for value in gradients.values.values() if value is not None]
-            held.append(sum(value.untyped_storage().nbytes() for value in values))
-            found = torch.tensor(sum(total.numel() * 8 for total in losses.sums.sums.values()))
+    def of_gradients(gradients, objective, options):
+        if objective.reducer is not None:
+            held.append(sum(value.untyped_storage().nbytes() for value in gradients.values.values()))
+            found = torch.tensor(sum(total.numel() * 8 for total in objective.reducer.sums.values()))
             dist.all_reduce(found)
             split.append(int(found))
-        return real_spectra(losses, gradients, *args)
+        return real_spectra(gradients, objective, options)
 
     split = []
     gathering.OnDemandWeights.reserve = lambda weights: made.append(weights) or real(weights)
-    memory._of_gradients = of_gradients
+    pipeline.leading_directions = of_gradients
     measure()
-    gathering.OnDemandWeights.reserve, memory._of_gradients = real, real_spectra
+    gathering.OnDemandWeights.reserve, pipeline.leading_directions = real, real_spectra
     sizes = [weight.nbytes for weight in made[0]._weights]
     assert not any(weight.memory.untyped_storage().nbytes() for weight in made[0]._weights)
     matrices = [weight.nbytes for weight in made[0]._weights if weight.whole.ndim > 1]
@@ -480,17 +474,17 @@ def check_a_failure_beside_buffers_in_shards(rank, n, folder):
     _, sharded = models(Deep)
     mesh = init_device_mesh("cpu", (n,))
     sharded.register_buffer("scale", distribute_tensor(torch.ones(3), mesh, [Replicate()]))
-    real = prepared.InitialState
+    real = setup.InitialState
 
     def fails(*args):
         if rank == 1:
             raise MemoryError("no room")
         return real(*args)
 
-    prepared.InitialState = fails
+    setup.InitialState = fails
     with pytest.raises(MemoryError, match="process 1: out of memory: no room"):
         measured(sharded, own_batch(rank))
-    prepared.InitialState = real
+    setup.InitialState = real
 
 
 def check_buffers_in_shards(rank, n, folder):

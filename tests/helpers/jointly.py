@@ -23,8 +23,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lightning_spectral import MeasurementError, ProcessError, measure_spectra
 from lightning_spectral.distributed import process_group as processes
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement import kronecker_factors as factors
-from lightning_spectral.measurement import memory
+from lightning_spectral.measurement import directions
+from lightning_spectral.measurement.factor_sums import FactorSums
 from lightning_spectral.measurement.sharded import on_demand_weights as gathering
 from lightning_spectral.numerics.second_moment import SecondMoment
 
@@ -160,9 +160,9 @@ def broken(where):
 
 STEPS = {
     "the matrices of gradients": (MatrixLayer, "to_matrix"),
-    "noise floors": (memory, "_usable"),
-    "what is shared": (processes, "_taken_apart"),
-    "sums told": (factors._Sums, "told"),
+    "noise floors": (directions, "_above_noise"),
+    "what is shared": (processes, "_split_bytes"),
+    "sums told": (FactorSums, "to_cpu"),
     "sums joined": (SecondMoment, "add_moment"),
 }
 

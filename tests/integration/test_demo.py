@@ -16,8 +16,8 @@ from reports import layer
 from rich.console import Console
 
 from lightning_spectral import SpectralReport
-from lightning_spectral.cli.commands import commands as cli
-from lightning_spectral.cli.commands import main
+from lightning_spectral.cli import commands as cli
+from lightning_spectral.cli import main
 from lightning_spectral.demo import run as demo
 from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
 from lightning_spectral.records.alignment import KroneckerFactors

@@ -26,8 +26,9 @@ from torch import nn
 
 from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import report_writer as outputs
-from lightning_spectral.callbacks.log_selection import PROBE_KEYS, LogSelection, charts
+from lightning_spectral.callbacks.log_selection import LogSelection, charts
 from lightning_spectral.callbacks.report_writer import alpha_by_depth
+from lightning_spectral.records.log_keys import PROBE_KEYS
 from lightning_spectral.report import RunError, read_run
 from lightning_spectral.report.runs.layer_tables import wandb_tables
 from lightning_spectral.report.runs.read import wandb_records

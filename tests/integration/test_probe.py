@@ -21,9 +21,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
-from lightning_spectral.callbacks.log_selection import CURVES, LOGGED_LAYERS, PER_LAYER, PROBE_KEYS
+from lightning_spectral.callbacks.log_selection import CURVES, LOGGED_LAYERS, PER_LAYER
 from lightning_spectral.callbacks.warn_once import MAX_CAUSES, WarnOnce
-from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS
+from lightning_spectral.records.log_keys import LAYER_KEYS, PROBE_KEYS, REPORT_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

@@ -1,4 +1,4 @@
-"""Which files of a path are a run's, and what reads each of them."""
+"""Find the files of a run below the paths that a user names."""
 
 from __future__ import annotations
 
@@ -6,43 +6,56 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_spectral._messages import join_names
 from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral.records.report import FORMAT
 from lightning_spectral.report.runs.run import RunError
+from lightning_spectral.report.runs.spectra_file import spectra_file_name
 
-READABLE = (
-    "a CSVLogger's folder or metrics.csv, an offline W&B run's folder or .wandb file, a TensorBoardLogger's folder or "
-    "event file, a checkpoint of a Trainer with a SpectralProbe, or JSON reports"
+SPECTRA, REPORT, CHECKPOINT = "spectra file", "JSON report", "checkpoint"
+"""Kinds of files that are read."""
+
+_KIND = {".jsonl": SPECTRA, ".json": REPORT, ".ckpt": CHECKPOINT, ".pt": CHECKPOINT, ".pth": CHECKPOINT}
+_READABLE = (
+    "a run's folder with the spectra.jsonl that SpectralProbe(keep_reports=True) writes, that file, a checkpoint of a "
+    "Trainer with a SpectralProbe, or JSON of SpectralReport.to_json"
 )
 
-LOGS = ("CSV log", "W&B run", "TensorBoard log")
-"""Of the same scalars logged twice one log will do: the first of these, which holds most."""
 
-Found = tuple[str, Path]
-"""What reads it, and the file; of TensorBoard, whose runs have several, their folder."""
+@dataclass(frozen=True)
+class RunFile:
+    """File to read: its kind, its path, and a remark on why it was taken."""
+
+    kind: str
+    path: Path
+    remark: str = ""
 
 
-def find(paths: Iterable[str | Path]) -> tuple[list[Found], list[str]]:
-    """The files to read of all paths, each once, and what lies beside them and is not read.
+def find_files(paths: Iterable[str | Path], prefix: str | None = None) -> list[RunFile]:
+    """Return the files of all paths, each once.
+
+    Args:
+        paths: files, or folders that hold a run: in the order of preference ``spectra.jsonl`` in it (of a W&B run, in
+            its ``files``), JSON reports, the newest ``spectra.jsonl`` below it, checkpoints.
+        prefix: of the probe's keys, where a run holds the files of several probes.
 
     Raises:
-        RunError: if a path is not there, or holds no run or several.
+        RunError: if a path is not there, or holds no run.
     """
-    found: dict[Path, Found] = {}
-    left_out: list[str] = []
-    for path in paths:
-        items, beside = _find(Path(path))
-        for item in items:
-            found.setdefault(item[1].resolve(), item)
-        left_out += beside
-    return list(found.values()), left_out
+    files: dict[Path, RunFile] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise RunError(f"{path}: no such file or folder")
+        for file in [_file(path)] if path.is_file() else _in_folder(path, prefix):
+            files.setdefault(file.path.resolve(), file)
+    return list(files.values())
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:
-    """What tells paths apart: the last part of each, or as many as it takes.
+    """Return the last parts of each path, as many as tell all paths apart.
 
     >>> short_names(["a/step-1/spectra.json", "a/step-2/spectra.json"])
     ['step-1/spectra.json', 'step-2/spectra.json']
@@ -54,59 +67,61 @@ def short_names(paths: Sequence[str | Path]) -> list[str]:
 
 
 def natural_sort_key(value: object) -> list[tuple[int, int, str]]:
-    """A key that sorts layer 2 before layer 10."""
+    """Return a key that sorts layer 2 before layer 10."""
     parts = re.split(r"(\d+)", str(value))
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _find(path: Path) -> tuple[list[Found], list[str]]:
-    if not path.exists():
-        raise RunError(f"{path}: no such file or folder")
-    if path.is_file():
-        return [(_reader_of(path), path)], []
-    own, left_out = _in_folder(path.iterdir())
-    if own:
-        return own, left_out
-    below, left_out = _in_folder(file for file in path.rglob("*") if _is_log(file) or file.suffix == ".ckpt")
-    # Lightning keeps checkpoints below its log's folder; which of them is the run's is not for us to guess.
-    below = [item for item in below if item[0] != "checkpoint"] or below
-    if len(below) == 1:
-        return below, left_out
+def _file(path: Path) -> RunFile:
+    if _is_log(path):
+        raise RunError(f"{path}: a log holds scalars only and is not read; give {_READABLE}")
+    kind = _KIND.get(path.suffix.lower()) or (CHECKPOINT if zipfile.is_zipfile(path) else "")
+    if not kind:
+        raise RunError(f"{path}: not a file that can be read; give {_READABLE}")
+    return RunFile(kind, path)
+
+
+def _in_folder(folder: Path, prefix: str | None) -> list[RunFile]:
+    if own := [*folder.glob("spectra*.jsonl"), *(folder / "files").glob("spectra*.jsonl")]:
+        return [_newest(folder, own, prefix)]
+    files = sorted(folder.iterdir(), key=natural_sort_key)
+    checkpoints = [RunFile(CHECKPOINT, file) for file in files if file.suffix == ".ckpt"]
+    if reports := [RunFile(REPORT, file) for file in files if file.suffix == ".json" and _is_report(file)]:
+        return reports + checkpoints
+    if below := list(folder.rglob("spectra*.jsonl")):
+        return [_newest(folder, below, prefix)]
+    if checkpoints:
+        return checkpoints
+    below = sorted(folder.rglob("*.ckpt"), key=natural_sort_key)
+    # Which of a run's checkpoints below its folder is meant is not ours to guess.
+    if len(below) > 1:
+        raise RunError(f"{folder} holds several checkpoints, name one: {join_names([str(file) for file in below])}")
     if below:
-        raise RunError(f"{path} holds several runs, name one: {join_names([str(file) for _, file in below])}")
-    raise RunError(f"{path} holds no run; give {READABLE}")
+        return [RunFile(CHECKPOINT, below[0])]
+    if any(_is_log(file) for file in folder.rglob("*")):
+        raise RunError(
+            f"{folder} holds a log, whose scalars are not read back, and no spectra.jsonl: train with "
+            "SpectralProbe(keep_reports=True), or give a checkpoint or a JSON report of the run"
+        )
+    raise RunError(f"{folder} holds no run; give {_READABLE}")
 
 
-def _in_folder(files: Iterable[Path]) -> tuple[list[Found], list[str]]:
-    found: dict[str, dict[Path, None]] = {}
-    for file in sorted(files, key=natural_sort_key):
-        if _is_log(file) or file.suffix == ".ckpt":
-            reader = _reader_of(file)
-            found.setdefault(reader, {})[file.parent if reader == "TensorBoard log" else file] = None
-        elif file.suffix == ".json" and _is_report(file):
-            found.setdefault("JSON report", {})[file] = None
-    first, *others = [log for log in LOGS if log in found] or [""]
-    left_out = [
-        f"{log} {file}: taken for the same scalars as the {first}; name its file to have it read"
-        for log in others
-        for file in found.pop(log)
-    ]
-    return [(reader, file) for reader, files in found.items() for file in files], left_out
+def _newest(folder: Path, files: Sequence[Path], prefix: str | None) -> RunFile:
+    """Return the spectra file of the run that was written to last."""
+    named = [file for file in files if prefix is None or file.name == spectra_file_name(prefix)]
+    if not named:
+        raise RunError(
+            f"{folder} holds no {spectra_file_name(str(prefix))}, of a probe with the prefix {prefix!r}, but "
+            f"{join_names(sorted(map(str, files)))}"
+        )
+    newest = max(named, key=lambda file: (file.stat().st_mtime, natural_sort_key(file)))
+    if len(probes := [str(file) for file in named if file.parent == newest.parent]) > 1:
+        raise RunError(f"{newest.parent} holds several probes, name the file of one: {join_names(sorted(probes))}")
+    return RunFile(SPECTRA, newest, f", the newest of {len(named)} runs in {folder}" if len(named) > 1 else "")
 
 
 def _is_log(file: Path) -> bool:
     return file.name == "metrics.csv" or file.suffix == ".wandb" or ".tfevents." in file.name
-
-
-def _reader_of(path: Path) -> str:
-    if ".tfevents." in path.name:
-        return "TensorBoard log"
-    reader = {".csv": "CSV log", ".wandb": "W&B run", ".json": "JSON report"}.get(path.suffix.lower())
-    if reader is None and (path.suffix.lower() in (".ckpt", ".pt", ".pth") or zipfile.is_zipfile(path)):
-        reader = "checkpoint"
-    if reader is None:
-        raise RunError(f"{path}: not a file that can be read; give {READABLE}")
-    return reader
 
 
 def _is_report(path: Path) -> bool:

@@ -1,88 +1,196 @@
-"""Runs as a page shows them: from CSV logs, W&B's offline files, TensorBoard's, checkpoints and JSON reports."""
+"""Read a run back: the file of its reports, JSON reports, or checkpoints."""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lightning_spectral._messages import join_names, unpickling_refusal
 from lightning_spectral._serialization import UNREADABLE
-from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.runs.discover import Found, find, short_names
-from lightning_spectral.report.runs.layer_tables import csv_tables, wandb_tables, with_tables
-from lightning_spectral.report.runs.log_rows import choose, logged, probe_in
-from lightning_spectral.report.runs.merge import check_networks, in_order
-from lightning_spectral.report.runs.run import Probe, Reading, Run, RunError
-from lightning_spectral.report.trackers import STEP
+from lightning_spectral.records.report import SpectralReport, evenly
+from lightning_spectral.report.runs.discover import CHECKPOINT, REPORT, SPECTRA, RunFile, find_files, short_names
+from lightning_spectral.report.runs.run import Run, RunError, RunStep
+from lightning_spectral.report.runs.spectra_file import decode_reports, index_reports
+
+MAX_REPORTS = 200
+"""Reports of one file that a run holds. Each layer of each is fitted again, in 3 ms."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunInput:
+    """Contents of one file: its name, its steps, and what of it was left out."""
+
+    name: str
+    steps: Sequence[RunStep]
+    left_out: tuple[str, ...] = ()
 
 
 def run_of(reports: Iterable[SpectralReport], name: str) -> Run:
-    """A run of whole reports, such as a probe's `history`.
+    """Return reports, such as a probe's `history`, as a run.
 
     Raises:
         RunError: if two reports are of the same step and not the same.
     """
     labelled = [(f"report {i}", report) for i, report in enumerate(reports, start=1)]
-    readings = [Reading(label, [Probe.of(report, label)]) for label, report in labelled]
-    return Run(name, (f"{len(readings)} report{'s' if len(readings) != 1 else ''}",), in_order(readings))
+    inputs = [RunInput(label, [RunStep.of(report, label)]) for label, report in labelled]
+    return Run(name, (f"{len(inputs)} report{'s' if len(inputs) != 1 else ''}",), _in_order(inputs))
 
 
 def read_run(paths: Sequence[str | Path], *, prefix: str | None = None) -> Run:
-    """Read one run from one path or several; of one step, a whole report counts before a log's scalars.
+    """Read one run from one path or several.
 
     Args:
-        paths: each a CSV log, an offline W&B run, a TensorBoard log, a checkpoint, a JSON report, or a folder of these.
+        paths: each a run's ``spectra.jsonl``, a JSON report, a checkpoint, or a folder that holds them.
         prefix: of the probe's keys, where a run holds those of several probes.
 
     Raises:
         RunError: if there is nothing to read, or not what it looks like; or if it is not of one run.
     """
-    found, left_out = find(paths)
-    if prefix is not None and all(reader == "JSON report" for reader, _ in found):
-        raise RunError(f"{_shown(paths)}: JSON reports hold one probe each and no prefix; leave out --prefix {prefix}")
-    readings = _named([_READERS[reader](file, prefix) for reader, file in found], [file for _, file in found])
-    check_networks(readings)
-    probes = in_order(readings)
-    if not probes:
-        raise RunError(f"{_shown(paths)}: the probe measured nothing in this run")
-    if not any(probe.layers for probe in probes):
-        raise RunError(
-            f"{_shown(paths)}: medians but no layers (log_layers='none'); log_tables=True, a checkpoint or JSON "
-            "reports hold the layers"
-        )
-    kept = set(map(id, probes))
-    left_out += [text for item in readings for text in item.left_out]
+    files = find_files(paths, prefix)
+    if prefix is not None and all(file.kind != CHECKPOINT and file.path in map(Path, paths) for file in files):
+        raise RunError(f"{_show(paths)}: a file of reports is of one probe; leave out --prefix {prefix}")
+    inputs = _named([_read(file, prefix) for file in files], [file.path for file in files])
+    _check_networks(inputs)
+    steps = _in_order(inputs)
+    if not steps:
+        raise RunError(f"{_show(paths)}: the probe measured nothing in this run")
+    used = set(map(id, steps))
+    left_out = [text for item in inputs for text in item.left_out]
     left_out += [
         f"{item.name}: the other inputs hold all of it"
-        for item in readings
-        if item.probes and kept.isdisjoint(map(id, item.probes))
+        for item in inputs
+        if item.steps and used.isdisjoint(map(id, item.steps))
     ]
-    return Run(_name(paths), _sources(found), probes, tuple(left_out))
+    return Run(_name(paths), _sources(files), steps, tuple(left_out))
 
 
-def _named(readings: Sequence[Reading], files: Sequence[Path]) -> list[Reading]:
-    """Of several files, reports outside training are labelled by their files' names, as long as it takes."""
+def _read(file: RunFile, prefix: str | None) -> RunInput:
+    if file.kind == CHECKPOINT:
+        return _read_checkpoint(file.path, prefix)
+    return {SPECTRA: _read_spectra, REPORT: _read_json}[file.kind](file.path)
+
+
+def _read_spectra(path: Path) -> RunInput:
+    lines, torn = index_reports(path)
+    shown = [lines[i] for i in evenly(len(lines), MAX_REPORTS)]
+    left_out = [f"{path}: {torn}"] if torn else []
+    if len(shown) < len(lines):
+        left_out.append(f"{path}: {len(lines) - len(shown)} of {len(lines)} probes, evenly; {len(shown)} are read")
+    reports = enumerate(decode_reports(path, shown), start=1)
+    return RunInput(str(path), [RunStep.of(report, f"probe {i}") for i, report in reports], tuple(left_out))
+
+
+def _read_json(path: Path) -> RunInput:
+    try:
+        return RunInput(str(path), [RunStep.of(SpectralReport.from_json(path), path.stem)])
+    except (*UNREADABLE, OSError) as error:
+        raise RunError(f"{path}: no report that can be read ({_explain(error)})") from error
+
+
+def _read_checkpoint(path: Path, prefix: str | None) -> RunInput:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        # Whatever bytes may raise in torch.load.
+        why = unpickling_refusal(error) or _explain(error)
+        raise RunError(
+            f"{path}: no checkpoint that loads with weights_only=True ({why}); the run's spectra.jsonl, or JSON of "
+            "probe.last_report, can be read instead"
+        ) from error
+    callbacks = data.get("callbacks") if isinstance(data, dict) else None
+    states = callbacks.items() if isinstance(callbacks, dict) else ()
+    by_prefix = {
+        _prefix_of(str(key)): state
+        for key, state in states
+        if str(key).startswith("SpectralProbe{") and isinstance(state, dict)
+    }
+    saved = by_prefix[_choose(path, list(by_prefix), prefix)].get("last_report")
+    if saved is None:
+        return RunInput(str(path), [])
+    try:
+        return RunInput(str(path), [RunStep.of(SpectralReport.from_dict(saved), path.stem)])
+    except UNREADABLE as error:
+        raise RunError(f"{path}: its report cannot be read ({_explain(error)})") from error
+
+
+def _prefix_of(state_key: str) -> str:
+    match = re.fullmatch(r"SpectralProbe\{'prefix': (['\"])(.*)\1\}", state_key)
+    return match.group(2) if match else state_key
+
+
+def _choose(path: Path, prefixes: Sequence[str], prefix: str | None) -> str:
+    """Return the prefix that is meant."""
+    if not prefixes:
+        raise RunError(f"{path} is no checkpoint of a Trainer with a SpectralProbe")
+    if prefix is None and len(prefixes) > 1:
+        raise RunError(f"{path} holds several probes; choose one with --prefix: {join_names(sorted(prefixes))}")
+    if prefix is not None and prefix not in prefixes:
+        raise RunError(f"{path} holds no probe with the prefix {prefix!r}, but {join_names(sorted(prefixes))}")
+    return prefixes[0] if prefix is None else prefix
+
+
+def _check_networks(inputs: Sequence[RunInput]) -> None:
+    """Refuse inputs of different networks.
+
+    Layers may come and go in a training. Two inputs are of one network where most of the smaller one's layers are in
+    both, with the same shape; a frozen layer's is unknown.
+
+    Raises:
+        RunError: naming two inputs that are not.
+    """
+    networks = [(item.name, shapes) for item in inputs if (shapes := _shapes(item.steps))]
+    for (a, before), (b, after) in pairwise(networks):
+        both = [name for name in before if name in after]
+        same = sum(None in (before[name], after[name]) or before[name] == after[name] for name in both)
+        fewer = min(len(before), len(after))
+        if 2 * same < fewer:
+            raise RunError(
+                f"{a} and {b} are of different networks: of {fewer} layers, {same} are in both with the same shape; "
+                "make a page of each"
+            )
+
+
+def _shapes(steps: Sequence[RunStep]) -> dict[str, tuple[int, int] | None]:
+    """Return the shapes of an input's layers; None for frozen ones."""
+    shapes: dict[str, tuple[int, int] | None] = {name: None for step in steps for name in step.report.skipped}
+    return shapes | {name: layer.shape for step in steps for name, layer in step.report.layers.items()}
+
+
+def _in_order(inputs: Sequence[RunInput]) -> tuple[RunStep, ...]:
+    """Return the steps of all inputs in the order of training, those outside training first.
+
+    Raises:
+        RunError: if two inputs hold different reports of one step.
+    """
+    outside: list[RunStep] = []
+    by_step: dict[int, tuple[str, RunStep]] = {}
+    for item in inputs:
+        for step in item.steps:
+            if step.step is None:
+                outside.append(step)
+                continue
+            name, other = by_step.setdefault(step.step, (item.name, step))
+            if other is not step and other.report.to_dict() != step.report.to_dict():
+                raise RunError(
+                    f"{name} and {item.name} hold different measurements of step {step.step}: they are of two runs, or "
+                    "were measured in two ways; make a page of each"
+                )
+    return (*outside, *(by_step[step][1] for step in sorted(by_step)))
+
+
+def _named(inputs: Sequence[RunInput], files: Sequence[Path]) -> list[RunInput]:
+    """Label reports outside training, where there are several files, by the files' names."""
     if len(files) == 1:
-        return list(readings)
-    named = zip(readings, short_names(files), strict=True)
+        return list(inputs)
     return [
-        replace(
-            reading,
-            probes=[replace(p, label=name) if p.step is None and p.report else p for p in reading.probes],
-        )
-        for reading, name in named
+        replace(item, steps=[replace(step, label=name) if step.step is None else step for step in item.steps])
+        for item, name in zip(inputs, short_names(files), strict=True)
     ]
 
 
@@ -93,126 +201,23 @@ def _name(paths: Sequence[str | Path]) -> str:
     return only.name if only.is_file() else "/".join(only.parts[-2:])
 
 
-def _sources(found: Sequence[Found]) -> tuple[str, ...]:
-    """Where a run is from, several files of a folder in one."""
-    groups: dict[tuple[str, Path], list[Path]] = {}
-    for reader, file in found:
-        groups.setdefault((reader, file.parent), []).append(file)
+def _sources(files: Sequence[RunFile]) -> tuple[str, ...]:
+    """Return where a run is from, several files of a folder in one."""
+    groups: dict[tuple[str, Path], list[RunFile]] = {}
+    for file in files:
+        groups.setdefault((file.kind, file.path.parent), []).append(file)
     return tuple(
-        f"{reader} {files[0]}" if len(files) == 1 else f"{len(files)} {reader}s in {folder}"
-        for (reader, folder), files in groups.items()
+        f"{kind} {group[0].path}{group[0].remark}" if len(group) == 1 else f"{len(group)} {kind}s in {folder}"
+        for (kind, folder), group in groups.items()
     )
 
 
-def _read_json(path: Path, prefix: str | None) -> Reading:
-    try:
-        return Reading(str(path), [Probe.of(SpectralReport.from_json(path), path.stem)])
-    except (*UNREADABLE, OSError) as error:
-        raise RunError(f"{path}: no report that can be read ({_why(error)})") from error
-
-
-def _read_checkpoint(path: Path, prefix: str | None) -> Reading:
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        # Whatever bytes may raise in torch.load.
-        raise RunError(
-            f"{path}: no checkpoint that loads with weights_only=True ({unpickling_refusal(error) or _why(error)}); "
-            "a CSV log, or JSON of probe.last_report, can be read instead"
-        ) from error
-    callbacks = data.get("callbacks") if isinstance(data, dict) else None
-    kept = callbacks.items() if isinstance(callbacks, dict) else ()
-    states = {k: v for k, v in kept if str(k).startswith("SpectralProbe{") and isinstance(v, dict)}
-    by_prefix = {_prefix_of(str(key)): state for key, state in states.items()}
-    state = by_prefix[choose(path, by_prefix, prefix, "is no checkpoint of a Trainer with a SpectralProbe")]
-    saved = state.get("last_report")
-    if saved is None:
-        return Reading(str(path), [])
-    try:
-        return Reading(str(path), [Probe.of(SpectralReport.from_dict(saved), path.stem)])
-    except UNREADABLE as error:
-        raise RunError(f"{path}: its report cannot be read ({_why(error)})") from error
-
-
-def _prefix_of(state_key: str) -> str:
-    match = re.fullmatch(r"SpectralProbe\{'prefix': (['\"])(.*)\1\}", state_key)
-    return match.group(2) if match else state_key
-
-
-def _read_csv(path: Path, prefix: str | None) -> Reading:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
-    except (OSError, ValueError, csv.Error) as error:
-        raise RunError(f"{path}: no CSV file that can be read ({_why(error)})") from error
-    chosen = probe_in(path, rows, prefix)
-    return Reading(str(path), with_tables(logged(path, rows, "step", chosen), csv_tables(path, chosen)))
-
-
-def wandb_records(path: str | Path) -> list[dict[str, Any]]:
-    """All that an offline run's file holds, in its order, as W&B's own command prints it.
-
-    Raises:
-        RunError: if there is no such command, or it cannot read the file.
-    """
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(Path(path).absolute())]
-    # Offline, it reports nothing to anyone.
-    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
-    # Python's -m looks into the current folder first, which may hold a wandb.py, or W&B's own folder of runs.
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            command, capture_output=True, check=False, encoding="utf-8", errors="replace", env=environment, cwd=folder
-        )
-    if done.returncode:
-        missing = "No module named" in done.stderr or "No such" in done.stderr
-        what = (
-            "reading it needs `wandb leet inspect` of W&B 0.28: pip install --upgrade wandb"
-            if missing
-            else f"no W&B run that can be read ({_why(done.stderr)})"
-        )
-        raise RunError(f"{path}: {what}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def _read_wandb(path: Path, prefix: str | None) -> Reading:
-    """The history in an offline run's file, and the tables beside it."""
-    rows = [record["history"].get("item", {}) for record in wandb_records(path) if record.get("type") == "history"]
-    chosen = probe_in(path, rows, prefix)
-    tables, missing = wandb_tables(path, rows, STEP, chosen)
-    return Reading(str(path), with_tables(logged(path, rows, STEP, chosen), tables), tuple(missing))
-
-
-def _read_tensorboard(path: Path, prefix: str | None) -> Reading:
-    """The scalars of an event file, or of all in a folder."""
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError as error:
-        raise RunError(f"{path}: reading TensorBoard's files needs tensorboard: pip install tensorboard") from error
-    # Its own limit is 10 000 of each scalar, drawn at random; 0 is none.
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-    rows: dict[int, dict[str, Any]] = {}
-    for tag in events.Tags()["scalars"]:
-        for event in events.Scalars(tag):
-            rows.setdefault(event.step, {"step": event.step})[tag] = event.value
-    in_order_of_steps = [rows[step] for step in sorted(rows)]
-    return Reading(str(path), logged(path, in_order_of_steps, "step", probe_in(path, in_order_of_steps, prefix)))
-
-
-def _why(error: object) -> str:
-    """The first line of an error that says something."""
+def _explain(error: BaseException) -> str:
+    """Return the first line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return f"no {error.args[0]!r}" if isinstance(error, KeyError) else text[:200]
 
 
-def _shown(paths: Sequence[str | Path]) -> str:
+def _show(paths: Sequence[str | Path]) -> str:
     return join_names([str(path) for path in paths])
-
-
-_READERS: dict[str, Callable[[Path, str | None], Reading]] = {
-    "CSV log": _read_csv,
-    "W&B run": _read_wandb,
-    "TensorBoard log": _read_tensorboard,
-    "checkpoint": _read_checkpoint,
-    "JSON report": _read_json,
-}

@@ -1,10 +1,14 @@
 """Reports to dicts, JSON and DataFrames, and back."""
 
 import builtins
+import copy
 import json
 import math
+import pickle
 
 import pytest
+import reports
+import synthetic
 import torch
 from cases import CASES
 from fits import fit_numbers
@@ -12,6 +16,7 @@ from torch import nn
 
 from lightning_spectral import LayerSpectrum, SpectralReport, measure_spectra
 from lightning_spectral.analysis import compare_kinds
+from lightning_spectral.layers.display_names import shortened
 from lightning_spectral.records.layer_spectrum import PARTS
 from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS
 
@@ -171,3 +176,32 @@ def test_skipped_and_chosen_layers_cover_every_matrix(report):
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     only = measure_spectra(model, torch.randn(9, 6), lambda m, x: m(x).square().mean(), layers="0")
     assert only.skipped == {"1.weight": "not selected by layers"}
+
+
+def test_a_layer_by_the_name_that_tables_show(report):
+    names = list(report.layers)
+    assert "head.weight" in names
+    assert report.layers["head"] is report.layers["head.weight"]
+    assert "head" not in report.layers
+    assert report.layers.get("head") is None
+    made = SpectralReport.from_json(synthetic.deep().to_json())
+    for name, layer in made.layers.items():
+        for length in (60, 40, 30):
+            if (shown := shortened(name, length)) not in made.layers and "\u2026" not in shown:
+                assert made.layers[shown] is layer
+    assert isinstance(report.layers, dict)
+    assert json.loads(json.dumps(list(report.to_dict()["layers"]))) == names
+    assert copy.deepcopy(report).layers["head"].name == pickle.loads(pickle.dumps(report)).layers["head"].name
+
+
+def test_a_layer_that_is_not_there_names_those_like_it():
+    layers = reports.report(*(reports.layer(f"{block}.{i}.weight") for block in ("net", "not") for i in (4, 14))).layers
+    assert list(layers) == ["net.4.weight", "net.14.weight", "not.4.weight", "not.14.weight"]
+    assert layers["net.4"].name == "net.4.weight"
+    with pytest.raises(KeyError, match=r"'n.4' is short for several layers: net.4.weight, not.4.weight"):
+        layers["n.4"]
+    with pytest.raises(KeyError, match=r"no layer 'net.5'; similar: net.4.weight"):
+        layers["net.5"]
+    for unknown in ("something else", "", 4):
+        with pytest.raises(KeyError, match=f"no layer {unknown!r}; there are 4"):
+            layers[unknown]

@@ -13,12 +13,14 @@ import pytest
 import torch
 from reports import dead, layer, report
 
+from lightning_spectral.analysis import TRUSTED
 from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.log_keys import LAYER_KEYS
 from lightning_spectral.records.report import SpectralReport, evenly
 from lightning_spectral.report import RunError, run_of, write_page
-from lightning_spectral.report.page.build import PAGE_BYTES, is_page, page, page_data, plotly_js, script_json
-from lightning_spectral.report.runs.run import Probe, Run
+from lightning_spectral.report.page.build import PAGE_BYTES, SCRIPTS, is_page, page, plotly_js
+from lightning_spectral.report.page.data import page_data, script_json
+from lightning_spectral.report.runs.run import Run
 from lightning_spectral.summary import summary
 
 HOSTILE = [
@@ -150,29 +152,6 @@ def test_long_runs_are_thinned_evenly_and_say_so():
         assert max(gaps) - min(gaps) <= 10
 
 
-def test_a_log_is_thinned_without_spectra():
-    probes = [Probe(p.step, p.label, p.loss, p.layers, None, 8) for p in long_run(30, 8).probes]
-    log = Run("log", ("CSV log x",), tuple(probes))
-    data = page_data(log)
-    assert (len(data["probes"]), data["kinds"][0]) == (30, "")
-    assert "A log holds scalars only" in data["notes"][0]
-    assert "last.ckpt" in data["notes"][0]
-    assert all(probe["spectra"] is None for probe in data["probes"])
-    assert len(page_data(log, limit=len(script_json(data)) // 3)["probes"]) < 12
-
-
-def test_mixed_and_capped_logs_say_what_is_missing():
-    whole = long_run(2, 2).probes
-    mixed = Run("m", ("x",), (Probe(0, "step 0", 1.0, whole[0].layers, None, 5), whole[1]))
-    notes = page_data(mixed)["notes"]
-    assert notes[0].startswith("sigma_k and h_k are known at 1 of 2 probes")
-    assert notes[1].startswith("2 of 5 layers were logged one by one")
-    assert len(notes) == 2
-    few = {name: {"alpha": 2.0, "r2_alpha": 0.99} for name in whole[0].layers}
-    notes = page_data(Run("m", ("x",), (Probe(0, "step 0", 1.0, few, None, 2),)))["notes"]
-    assert 'SpectralProbe(log_quantities="all")' in notes[-1]
-
-
 def test_a_huge_run_stays_small():
     assert len(page(long_run(100, 200)).encode()) < PAGE_BYTES
 
@@ -224,6 +203,7 @@ def test_evenly_keeps_the_ends():
 def test_every_place_in_the_template_is_filled_and_every_element_is_there():
     folder = files("lightning_spectral.report.page") / "assets"
     template = (folder / "page.html").read_text(encoding="utf-8")
+    assert {f"{name}.js" for name in SCRIPTS} == {file.name for file in folder.iterdir() if file.name.endswith(".js")}
     wanted = set(re.findall(r'get\("([\w-]+)"\)', (folder / "page.js").read_text(encoding="utf-8")))
     assert wanted <= set(re.findall(r' id="([\w-]+)"', template))
     assert "<!--=" not in page(run()).partition('<script type="application/json"')[0]
@@ -235,10 +215,11 @@ def test_meanings_cover_the_keys():
     asked = page_data(run_of([report(layer("a", bootstrap=10))], "mine"))
     assert set(asked["keys"]) - set(data["keys"]) == {key.name for key in LAYER_KEYS if key.part == "intervals"}
     assert not any(isinstance(value, float) and math.isnan(value) for value in data["probes"][0]["values"][0])
-    assert isinstance(run().probes[0].report, SpectralReport)
+    assert isinstance(run().steps[0].report, SpectralReport)
 
 
 def test_the_page_greys_what_python_does_not_trust():
     data = page_data(run_of([report(layer("few", negative=17), layer("b"), dead("dead"))], "mine"))
     assert data["probes"][0]["trusted"] == [0, 1, 0]
     assert "no fit, r2 below 0.9, fewer than 5 points" in page(run())
+    assert f"filled: a fit to trust ({TRUSTED})" in page(run())

@@ -1,27 +1,26 @@
-"""Runs from every source that `lightning-spectral report` takes, and what it says of others."""
+"""Runs from every file that `lightning-spectral report` takes, and what it says of others."""
 
+import itertools
 import json
-import math
 import os
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
+import time
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from modules import ConvNet
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger
 from reports import dead, layer, report
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralProbe
 from lightning_spectral.cli.commands import main
-from lightning_spectral.records.log_keys import LAYER_KEYS
 from lightning_spectral.report import RunError, read_run, run_of
-from lightning_spectral.report.page.build import page_data
-from lightning_spectral.report.trackers import CSVTracker, Row
+from lightning_spectral.report.page.data import page_data
+from lightning_spectral.report.runs.read import MAX_REPORTS
+from lightning_spectral.report.runs.spectra_file import append_report, spectra_file_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
@@ -38,18 +37,21 @@ def steps():
     ]
 
 
-def logged(tracker, reports=(), prefix="spectral"):
+def write(folder, reports=(), name="spectra.jsonl"):
+    """The file of a run in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     for r in reports or steps():
-        tracker.log_metrics({"train_loss": 2.0, "epoch": 0}, step=r.step)
-        tracker.log_metrics({f"{prefix}/{k}": v for k, v in r.scalars().items()}, step=r.step)
-    return tracker
+        append_report(folder / name, r)
+    return folder / name
 
 
 @pytest.fixture
 def log(tmp_path):
-    tracker = logged(CSVLogger(tmp_path, name="csv"))
-    tracker.save()
-    return Path(tracker.log_dir)
+    """The folder of a run of a CSVLogger: a log beside the file of its reports."""
+    folder = tmp_path / "csv" / "version_0"
+    write(folder)
+    (folder / "metrics.csv").write_text("step,spectral/alpha_median\n0,2.0\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -66,174 +68,93 @@ def trained(tmp_path_factory):
     return folder, probe
 
 
-def equal_scalars(probe, expected):
-    assert set(probe.layers) == set(expected.layers)
-    for name, values in probe.layers.items():
-        for key, value in expected.layers[name].scalars().items():
-            assert values[key] == pytest.approx(value, nan_ok=True), (name, key)
+def same(run, expected):
+    assert [step.report.to_json() for step in run.steps] == [r.to_json() for r in expected]
 
 
-def test_csv_log(log):
-    for path in (log, log / "metrics.csv", log.parent):
+def test_a_file_of_reports_by_every_path_that_leads_to_it(log):
+    file = log / "spectra.jsonl"
+    for path in (log, str(log), file, log.parent, log.parent.parent):
         run = read_run([path])
-        assert [probe.label for probe in run.probes] == ["step 0", "step 4", "step 8"]
-        assert run.sources == (f"CSV log {log / 'metrics.csv'}",)
-        for probe, expected in zip(run.probes, steps(), strict=True):
-            assert probe.report is None
-            assert probe.loss == expected.loss
-            assert probe.n_layers == 5
-            equal_scalars(probe, expected)
-            assert [x.alpha for x in probe.exponents()] == pytest.approx(
-                [expected.layers[name].alpha.exponent for name in probe.layers], nan_ok=True
-            )
-    assert list(run.probes[0].layers)[-2:] == ["net.2.weight", "net.10.weight"]
-    assert run.name.endswith("csv/version_0") or run.name.endswith("/csv")
+        assert [step.label for step in run.steps] == ["step 0", "step 4", "step 8"]
+        assert (run.sources, run.left_out) == ((f"spectra file {file}",), ())
+        same(run, steps())
+    assert read_run([log]).name == "csv/version_0"
 
 
-def with_table(log, reports=(), prefix="spectral"):
-    """The log with the table of layers that log_tables=True writes."""
-    for r in reports or steps():
-        CSVTracker(SimpleNamespace(log_dir=log), pytest.fail).write_table(Row(prefix, r.step, {}, table=r.rows()))
-    return log
+def test_in_the_files_of_a_wandb_run_and_below_default_root_dir(tmp_path):
+    run = tmp_path / "wandb" / "offline-run-20260101_120000-abc"
+    file = write(run / "files")
+    (run / "run-abc.wandb").write_bytes(b"not read")
+    for path in (run, tmp_path / "wandb", tmp_path):
+        assert read_run([path]).sources == (f"spectra file {file}",)
 
 
-def test_a_table_of_layers_beside_a_csv_log(tmp_path):
-    tracker = CSVLogger(tmp_path, name="csv")
-    for r in steps():
-        tracker.log_metrics({f"spectral/{k}": v for k, v in r.scalars([NAMES[1]]).items()}, step=r.step)
-    tracker.save()
-    run = read_run([with_table(Path(tracker.log_dir))])
-    for probe, expected in zip(run.probes, steps(), strict=True):
-        assert probe.loss == expected.loss
-        assert list(probe.layers) == list(expected.layers)
-        for name, spectrum in expected.layers.items():
-            known = {key: value for key, value in spectrum.scalars().items() if math.isfinite(value)}
-            assert {k: v for k, v in probe.layers[name].items() if math.isfinite(v)} == pytest.approx(known)
-            facts = probe.facts[name]
-            assert (facts.kind, facts.shape, facts.note) == (spectrum.kind, spectrum.shape, spectrum.note)
-            assert facts.rank_model == (spectrum.rank_models.winner or "")
-            quarters = [fit.exponent for fit in spectrum.alpha_quartiles]
-            assert list(facts.quarters) == pytest.approx(quarters, nan_ok=True)
-        assert [x.kind for x in probe.exponents()] == ["dense"] * 5
-    data = page_data(run)
-    assert (data["kinds"][0], data["shapes"][0]) == ("dense", "64 × 32")
-    assert data["probes"][-1]["notes"] == {"dead": "nothing flows through it"}
-    assert data["notes"][0].startswith("A log holds scalars only, and the table of layers beside it too")
-    assert len(data["notes"]) == 1
+def test_of_several_runs_the_newest_is_taken_and_said(log, capsys):
+    other = write(log.parent / "version_1", steps()[:1])
+    for newest, n in ((other, 1), (log / "spectra.jsonl", 3)):
+        os.utime(newest, (time.time() + n, time.time() + n))
+        run = read_run([log.parent])
+        assert len(run.steps) == n
+        assert run.sources == (f"spectra file {newest}, the newest of 2 runs in {log.parent}",)
+    assert main(["report", str(log.parent)]) == 0
+    assert f"read spectra file {newest}, the newest of 2 runs in {log.parent}\n" in capsys.readouterr().err
+    assert len(read_run([other]).steps) == 1
+    os.utime(other, (newest.stat().st_mtime,) * 2)
+    assert len(read_run([log.parent]).steps) == 1
 
 
-def test_tables_are_of_one_probe_the_last_row_counts_and_steps_of_theirs_alone_are_kept(log):
-    second = steps()[1]
-    others = [report(layer("z.weight", alpha=5.0), step=0)]
-    with_table(log, others, prefix="spectral/other")
-    with_table(log, [second, report(layer(NAMES[1], alpha=3.0), step=4)])
-    resumed = report(layer("late.weight", bootstrap=5, alpha=1.25), step=11)
-    with_table(log, [resumed])
-    assert sorted(path.name for path in log.glob("*_layers*")) == [
-        "spectral_layers.csv", "spectral_layers_1.csv", "spectral_other_layers.csv",
-    ]  # fmt: skip
-    probes = read_run([log]).probes
-    assert [probe.label for probe in probes] == ["step 0", "step 4", "step 8", "step 11"]
-    assert probes[0].facts == probes[2].facts == {}
-    assert probes[1].layers[NAMES[1]]["alpha"] == pytest.approx(3.0)
-    assert probes[1].layers[NAMES[0]]["alpha"] == pytest.approx(second.layers[NAMES[0]].alpha.exponent)
-    assert math.isnan(probes[3].loss)
-    assert probes[3].layers["late.weight"]["alpha_low"] == pytest.approx(1.25)
+def test_a_torn_line_is_left_out_and_said(log, capsys):
+    file = log / "spectra.jsonl"
+    with file.open("ab") as out:
+        out.write(b'{"format":"light')
+    run = read_run([log])
+    same(run, steps())
+    (said,) = run.left_out
+    assert said.startswith(f"{file}: its last line, 4, is torn")
+    assert page_data(run)["notes"] == [f"Left out: {said}."]
+    assert main(["report", str(log)]) == 0
+    assert f"lightning-spectral report: left out: {said}\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"step,layer\n0,a\n", "no table of layers as log_tables=True writes it \\(KeyError: 'kind'"),
-        (b"layer\na\n", "KeyError: 'step'"),
-        (b"step,layer,kind,m,n,note,rank_model\n0,a,conv,x,3,,\n", "ValueError: invalid literal"),
-        (b"step,layer,alpha,kind\n0,a,blue,conv\n", "could not convert string to float: 'blue'"),
-        (b"\xff\xfe", "no CSV file that can be read"),
-    ],
-)
-def test_what_is_no_table_of_layers(log, content, says):
-    (log / "spectral_layers.csv").write_bytes(content)
-    with pytest.raises(RunError, match=f"spectral_layers.csv: .*{says}"):
-        read_run([log])
+def test_long_runs_are_thinned_before_they_are_fitted(log, monkeypatch):
+    (log / "spectra.jsonl").unlink()
+    file, line = log / "spectra.jsonl", write(log, steps()[:1]).read_bytes()
+    file.write_bytes(b"".join(line.replace(b'"step":0', b'"step":%d' % step) for step in range(1000)))
+    run = read_run([log])
+    shown = [step.step for step in run.steps]
+    assert (len(shown), shown[0], shown[-1]) == (MAX_REPORTS, 0, 999)
+    assert {b - a for a, b in itertools.pairwise(shown)} <= {5, 6}
+    assert run.left_out == (f"{file}: 800 of 1000 probes, evenly; 200 are read",)
 
 
-def test_logged_keys_are_all_read(log):
-    assert set(read_run([log]).probes[0].layers["dead"]) == {key.name for key in LAYER_KEYS if not key.part}
+def test_a_log_without_its_reports_says_what_to_do(tmp_path):
+    folder = tmp_path / "version_0"
+    folder.mkdir()
+    for name in ("metrics.csv", "run-x.wandb", "events.out.tfevents.1"):
+        (folder / name).write_bytes(b"step\n0\n")
+        with pytest.raises(RunError, match=r"holds a log, .* no spectra.jsonl: train with SpectralProbe\(keep_rep"):
+            read_run([folder])
+        with pytest.raises(RunError, match=r"a log holds scalars only and is not read; give a run's folder"):
+            read_run([folder / name])
+        (folder / name).unlink()
 
 
-def test_wandb_offline_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", minversion="0.28", reason="`wandb leet inspect`, which reads a run, is not there")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    tracker = logged(WandbLogger(project="p", save_dir=tmp_path, offline=True))
-    folder = Path(tracker.experiment.dir).parent
-    tracker.experiment.finish()
-    (file,) = folder.glob("*.wandb")
-    for path in (folder, file):
-        run = read_run([path])
-        assert run.sources == (f"W&B run {file}",)
-        for probe, expected in zip(run.probes, steps(), strict=True):
-            assert probe.step == expected.step
-            equal_scalars(probe, expected)
-    assert math.isinf(run.probes[0].layers["net.2.weight"]["zeta_bound"])
-
-
-def test_wandb_without_its_reader(tmp_path, monkeypatch):
-    file = tmp_path / "run-x.wandb"
-    file.write_bytes(b"nonsense" * 9)
-    old = subprocess.CompletedProcess([], 2, "", "Usage: ...\n\nError: No such command 'leet'.")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: old)
-    with pytest.raises(RunError, match=r"needs `wandb leet inspect` of W&B 0\.28: pip install --upgrade wandb"):
-        read_run([file])
-
-
-def test_wandb_is_neither_the_current_folder_nor_told_options_by_a_path(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", minversion="0.28", reason="`wandb leet inspect`, which reads a run, is not there")
-    (tmp_path / "wandb.py").write_text("raise SystemExit('taken from the current folder')")
-    (tmp_path / "--help.wandb").write_bytes(b"nonsense" * 9)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunError, match=r"no W&B run that can be read \(.*bad header"):
-        read_run(["--help.wandb"])
-
-
-def test_a_tensorboard_log_alone_beside_a_csv_log_and_without_its_reader(log, tmp_path, monkeypatch):
-    tracker = logged(TensorBoardLogger(tmp_path, name="tb"))
-    tracker.finalize("success")
-    folder = Path(tracker.log_dir)
-    (file,) = folder.glob("events*")
-    for path in (folder, file, folder.parent):
-        run = read_run([path])
-        for probe, expected in zip(run.probes, steps(), strict=True):
-            assert (probe.step, probe.loss) == (expected.step, expected.loss)
-            assert probe.kinds == {"dense": pytest.approx(expected.medians()["kind/dense/alpha_median"])}
-            assert probe.layers[NAMES[0]]["alpha"] == pytest.approx(expected.layers[NAMES[0]].alpha.exponent)
-    # float32 of the one and float64 of the other are one measurement.
-    assert [p.step for p in read_run([folder, log]).probes] == [0, 4, 8]
-    file.rename(log / file.name)
-    beside = read_run([log])
-    assert beside.sources == (f"CSV log {log / 'metrics.csv'}",)
-    assert beside.left_out == (
-        f"TensorBoard log {log}: taken for the same scalars as the CSV log; name its file to have it read",
-    )
-    assert page_data(beside)["notes"][-1] == f"Left out: {beside.left_out[0]}."
-    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
-    with pytest.raises(RunError, match="reading TensorBoard's files needs tensorboard: pip install tensorboard"):
-        read_run([log / file.name])
-
-
-def test_checkpoint_alone_and_beside_its_log(trained):
+def test_checkpoint_alone_and_beside_its_run(trained):
     folder, probe = trained
     alone = read_run([folder / "last.ckpt"])
-    assert [p.label for p in alone.probes] == ["step 2"]
-    assert alone.probes[0].report.to_json() == probe.last_report.to_json()
-    for paths in ([folder / "csv", folder / "last.ckpt"], [folder / "last.ckpt", folder / "csv"]):
-        both = read_run(paths)
-        assert [(p.step, p.report is not None) for p in both.probes] == [(0, False), (2, True)]
-        assert both.left_out == ()
+    assert [step.label for step in alone.steps] == ["step 2"]
+    same(alone, [probe.last_report])
+    whole = write(folder / "run", probe.history)
+    for paths in ([whole, folder / "last.ckpt"], [folder / "last.ckpt", whole]):
+        same(read_run(paths), probe.history)
+    early = write(folder / "early", probe.history[:1])
+    same(read_run([early, folder / "last.ckpt"]), probe.history)
     copy = folder / "copy.ckpt"
     copy.write_bytes((folder / "last.ckpt").read_bytes())
-    same = read_run([folder / "last.ckpt", copy])
-    assert ([p.step for p in same.probes], same.left_out) == (
-        [2], (f"{folder / 'last.ckpt'}: the other inputs hold all of it",),
+    twice = read_run([folder / "last.ckpt", copy])
+    assert ([p.step for p in twice.steps], twice.left_out) == (
+        [2], (f"{copy}: the other inputs hold all of it",),
     )  # fmt: skip
 
 
@@ -245,12 +166,12 @@ def test_json_reports_one_several_or_a_folder(tmp_path):
     (tmp_path / "hparams.json").write_text("{}")
     for paths in (files, files[::-1], [tmp_path], [str(tmp_path)]):
         run = read_run(paths)
-        assert [p.step for p in run.probes] == [0, 4, 8]
-        assert all(p.report is not None for p in run.probes)
+        assert [p.step for p in run.steps] == [0, 4, 8]
+        same(run, steps())
     assert run.sources == (f"3 JSON reports in {tmp_path}",)
     outside = tmp_path / "after.json"
     report(layer("a")).to_json(outside)
-    assert [p.label for p in read_run([outside]).probes] == ["after"]
+    assert [p.label for p in read_run([outside]).steps] == ["after"]
 
 
 def test_reports_outside_training_are_named_by_their_files_and_each_is_a_probe(tmp_path):
@@ -259,10 +180,10 @@ def test_reports_outside_training_are_named_by_their_files_and_each_is_a_probe(t
         file.parent.mkdir()
         report(layer("a", alpha=1.0 + i)).to_json(file)
     run = read_run([*files, files[0]])
-    assert [p.label for p in run.probes] == ["step-1/spectra.json", "step-2/spectra.json"]
+    assert [p.label for p in run.steps] == ["step-1/spectra.json", "step-2/spectra.json"]
     assert run.name.startswith("step-1/spectra.json, step-2/spectra.json")
     files[1].rename(tmp_path / "after.json")
-    assert [p.label for p in read_run([files[0], tmp_path / "after.json"]).probes] == ["spectra.json", "after.json"]
+    assert [p.label for p in read_run([files[0], tmp_path / "after.json"]).steps] == ["spectra.json", "after.json"]
 
 
 def saved(tmp_path, name, *layers, step=None, **kwargs):
@@ -275,7 +196,7 @@ def test_inputs_of_two_networks_are_refused(tmp_path, log, capsys):
     others = [
         (saved(tmp_path, "two.json", layer("c"), layer("d"), layer("head"), step=200), "of 3 layers, 1 are in both"),
         (saved(tmp_path, "wide.json", *(layer(x, shape=(8, 9)) for x in ("a", "b", "head"))), "of 3 layers, 0 are"),
-        (log / "metrics.csv", "of 3 layers, 0 are in both"),
+        (log / "spectra.jsonl", "of 3 layers, 0 are in both"),
     ]
     for other, why in others:
         assert main(["report", str(one), str(other)]) == 2
@@ -286,7 +207,7 @@ def test_inputs_of_two_networks_are_refused(tmp_path, log, capsys):
     # Frozen layers are of the network, and a head alone is of it before the rest thaws.
     for i, (layers, skipped) in enumerate((("a", {"head": "frozen", "b": "frozen"}), ("head", {"a": "frozen"}))):
         saved(tmp_path / "csv", f"{i}.json", layer(layers), skipped=skipped, step=i)
-    assert len(read_run([tmp_path / "csv" / "0.json", tmp_path / "csv" / "1.json", one]).probes) == 3
+    assert len(read_run([tmp_path / "csv" / "0.json", tmp_path / "csv" / "1.json", one]).steps) == 3
 
 
 def test_two_measurements_of_a_step_are_refused(tmp_path, log):
@@ -294,52 +215,38 @@ def test_two_measurements_of_a_step_are_refused(tmp_path, log):
     files = [tmp_path / f"{i}.json" for i in range(3)]
     for r, file in zip((first, second, late), files, strict=True):
         r.to_json(file)
-    other = logged(CSVLogger(tmp_path, name="csv"), [second])
-    other.save()
-    for a, b in (
-        files[:2],
-        (log / "metrics.csv", files[1]),
-        (log / "metrics.csv", Path(other.log_dir) / "metrics.csv"),
-    ):
+    other = write(tmp_path / "other", [second])
+    for a, b in (files[:2], (log / "spectra.jsonl", files[1]), (log / "spectra.jsonl", other)):
         with pytest.raises(
             RunError, match=f"{a} and {b} hold different measurements of step 0: .*; make a page of each"
         ):
             read_run([a, b])
-    assert [p.report is not None for p in read_run([log, files[0], files[2]]).probes] == [True, False, True]
+    same(read_run([log, files[0], files[2]]), steps())
     with pytest.raises(RunError, match="report 1 and report 2 hold different measurements of step 0"):
         run_of([first, second], "mine")
 
 
-def test_a_longer_log_of_the_same_run_counts(tmp_path, log):
-    """Of the same step in two logs, the one that holds more layers."""
-    tracker = CSVLogger(tmp_path, name="few")
-    for r in steps():
-        tracker.log_metrics({f"spectral/{k}": v for k, v in r.scalars([NAMES[1]]).items()}, step=r.step)
-    tracker.save()
-    for paths in ([log, tracker.log_dir], [tracker.log_dir, log]):
-        assert [len(p.layers) for p in read_run(paths).probes] == [5, 5, 5]
-
-
 def test_reports_in_memory():
     run = run_of(steps()[::-1], "mine")
-    assert ([p.step for p in run.probes], run.sources) == ([0, 4, 8], ("3 reports",))
-    assert run_of([report(layer("a"))], "mine").probes[0].label == "report 1"
+    assert ([p.step for p in run.steps], run.sources) == ([0, 4, 8], ("3 reports",))
+    assert run_of([report(layer("a"))], "mine").steps[0].label == "report 1"
 
 
 def test_two_probes_need_a_prefix(tmp_path):
-    tracker = CSVLogger(tmp_path, name="csv")
-    for prefix in ("spectral", "other/one"):
-        logged(tracker, prefix=prefix)
-    tracker.save()
-    with pytest.raises(RunError, match="several probes; choose one with --prefix: other/one, spectral"):
-        read_run([tracker.log_dir])
-    with pytest.raises(RunError, match="no probe with the prefix 'x', but other/one, spectral"):
-        read_run([tracker.log_dir], prefix="x")
+    for prefix, n in (("spectral", 3), ("other/one", 1)):
+        write(tmp_path / "run", steps()[:n], spectra_file_name(prefix))
+    names = "run/spectra-other-one.jsonl, .*run/spectra.jsonl"
+    with pytest.raises(RunError, match=f"several probes, name the file of one: .*{names}"):
+        read_run([tmp_path])
+    with pytest.raises(RunError, match=f"no spectra-x.jsonl, of a probe with the prefix 'x', but .*{names}"):
+        read_run([tmp_path], prefix="x")
+    for prefix, n in (("spectral", 3), ("other/one", 1)):
+        assert len(read_run([tmp_path / "run"], prefix=prefix).steps) == n
+        assert len(read_run([tmp_path / "run" / spectra_file_name(prefix)]).steps) == n
     steps()[0].to_json(tmp_path / "r.json")
-    with pytest.raises(RunError, match=r"r.json: JSON reports hold one probe each and no prefix; leave out --prefix x"):
+    with pytest.raises(RunError, match=r"r.json: a file of reports is of one probe; leave out --prefix x"):
         read_run([tmp_path / "r.json"], prefix="x")
-    assert len(read_run([tracker.log_dir, tmp_path / "r.json"], prefix="spectral").probes) == 3
-    assert len(read_run([tracker.log_dir], prefix="other/one").probes) == 3
+    assert len(read_run([tmp_path / "run", tmp_path / "r.json"], prefix="spectral").steps) == 3
 
 
 def test_checkpoint_of_two_probes(tmp_path):
@@ -349,20 +256,7 @@ def test_checkpoint_of_two_probes(tmp_path):
     torch.save({"callbacks": {p.state_key: p.state_dict() for p in probes}}, tmp_path / "two.ckpt")
     with pytest.raises(RunError, match="choose one with --prefix: it's, spectral"):
         read_run([tmp_path / "two.ckpt"])
-    assert read_run([tmp_path / "two.ckpt"], prefix="it's").probes[0].step == 0
-
-
-def test_failed_probes_are_left_out(tmp_path):
-    tracker = logged(CSVLogger(tmp_path, name="csv"), steps()[:1])
-    tracker.log_metrics({"spectral/alpha_median": math.nan, "spectral/layers_measured": math.nan}, step=9)
-    tracker.save()
-    assert [p.step for p in read_run([tracker.log_dir]).probes] == [0]
-
-
-def test_log_without_steps(tmp_path):
-    file = tmp_path / "metrics.csv"
-    file.write_text("spectral/layers_measured,spectral/alpha_median,spectral/a/alpha\n1,2.0,2.0\n1,2.1,2.1\n")
-    assert [p.label for p in read_run([file]).probes] == ["probe 1", "probe 2"]
+    assert read_run([tmp_path / "two.ckpt"], prefix="it's").steps[0].step == 0
 
 
 def bad(tmp_path, name, content):
@@ -372,27 +266,23 @@ def bad(tmp_path, name, content):
     return path
 
 
-HEAD = b"spectral/layers_measured,spectral/alpha_median,spectral/a/alpha\n"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("gone", None, "no such file or folder"),
-        ("notes.txt", b"hello", "not a file that can be read; give a CSVLogger's"),
-        ("metrics.csv", b"step,loss\n0,1.0\n", "holds nothing that a SpectralProbe logged"),
-        ("events.out.tfevents.1", b"nonsense", "holds nothing that a SpectralProbe logged"),
-        ("metrics.csv", b"", "holds nothing that a SpectralProbe logged"),
-        ("metrics.csv", b"\xff\xfe\x00", "no CSV file that can be read"),
-        ("metrics.csv", HEAD + b"1,2.0,blue\n", "spectral/a/alpha should be a number, got 'blue'"),
-        ("metrics.csv", HEAD + b"nan,nan,\n", "the probe measured nothing"),
-        ("metrics.csv", b"spectral/layers_measured,spectral/alpha_median\n5,2.0\n", "medians but no layers"),
+        ("notes.txt", b"hello", "not a file that can be read; give a run's folder with the spectra.jsonl"),
+        ("metrics.csv", b"step,loss\n0,1.0\n", "a log holds scalars only"),
+        ("events.out.tfevents.1", b"nonsense", "a log holds scalars only"),
+        ("run-x.wandb", b"nonsense", "a log holds scalars only"),
+        ("spectra.jsonl", b"", "the probe measured nothing in this run"),
+        ("spectra.jsonl", b"torn", "the probe measured nothing in this run"),
+        ("spectra.jsonl", b"nonsense\n", "line 1 is not of a file that a SpectralProbe wrote"),
+        ("other.jsonl", b"{}\n", "line 1 is not of a file that a SpectralProbe wrote"),
         ("r.json", b"{", "no report that can be read"),
         ("r.json", b"[]", "no report that can be read"),
         ("r.json", b"{}", "expected a lightning-spectral-report"),
         ("r.json", b'{"format": "lightning-spectral-report", "version": 99}', "of version"),
         ("r.json", b"[" * 100_000, "no report that can be read"),
-        ("metrics.csv", b"step," + HEAD + b"inf,inf,2.0,blue\n", "should be a number, got 'blue'"),
         ("x.ckpt", b"nonsense", "no checkpoint that loads with weights_only=True"),
         ("x.ckpt", b"", "no checkpoint that loads with weights_only=True"),
     ],
@@ -462,35 +352,34 @@ def test_report_with_a_wrong_value(tmp_path, where, value, says):
         read_run([tmp_path / "r.json"])
 
 
-def test_a_log_of_infinities_makes_a_page(tmp_path):
-    file = bad(
-        tmp_path, "metrics.csv", b"step," + HEAD.strip() + b",spectral/a/negative_curvature\ninf,inf,2.0,1.0,inf\n"
-    )
-    (probe,) = read_run([file]).probes
-    assert (probe.step, probe.n_layers) == (None, 1)
-    assert main(["report", str(file)]) == 0
-
-
-def test_folders_with_no_run_and_with_several(tmp_path):
-    with pytest.raises(RunError, match="holds no run; give a CSVLogger's folder"):
+def test_folders_with_no_run_and_with_several_checkpoints(tmp_path):
+    with pytest.raises(RunError, match=r"holds no run; give a run's folder with the spectra.jsonl"):
         read_run([tmp_path])
-    for _ in range(2):
-        logged(CSVLogger(tmp_path, name="csv")).save()
-    with pytest.raises(
-        RunError, match=r"holds several runs, name one: .*version_0/metrics.csv, .*version_1/metrics.csv"
-    ):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("a.ckpt", "b.ckpt"):
+        (tmp_path / "checkpoints" / name).write_bytes(b"not read")
+    with pytest.raises(RunError, match=r"holds several checkpoints, name one: .*a.ckpt, .*b.ckpt"):
         read_run([tmp_path])
 
 
-def test_a_log_above_checkpoints_is_the_run(log):
+def test_one_checkpoint_below_a_folder_is_the_run(tmp_path, trained):
+    folder, probe = trained
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes())
+    same(read_run([tmp_path]), [probe.last_report])
+
+
+def test_reports_above_checkpoints_are_the_run(log):
     (log / "checkpoints").mkdir()
     (log / "checkpoints" / "epoch=0.ckpt").write_bytes(b"not read")
-    assert [probe.step for probe in read_run([log.parent]).probes] == [0, 4, 8]
+    (log / "last.ckpt").write_bytes(b"not read")
+    for path in (log, log.parent):
+        assert [step.step for step in read_run([path]).steps] == [0, 4, 8]
 
 
 def test_command_writes_beside_the_run_and_says_what_it_read(log, tmp_path, capsys, monkeypatch):
     assert main(["report", str(log)]) == 0
-    read = f"lightning-spectral report: read CSV log {log / 'metrics.csv'}\n"
+    read = f"lightning-spectral report: read spectra file {log / 'spectra.jsonl'}\n"
     assert capsys.readouterr() == (f"{log / 'report.html'}\n", read)
     files = [tmp_path / "runs" / name / "one.json" for name in "ab"]
     for step, file in enumerate(files):
@@ -510,7 +399,7 @@ def test_command_writes_beside_the_run_and_says_what_it_read(log, tmp_path, caps
 def test_a_page_is_replaced_and_another_file_is_not(log, capsys):
     page, other = log / "report.html", log / "notes.html"
     for said in ("", f"lightning-spectral report: {page} was there and is replaced\n"):
-        assert main(["report", str(log / "metrics.csv"), "--output", str(page)]) == 0
+        assert main(["report", str(log / "spectra.jsonl"), "--output", str(page)]) == 0
         printed = capsys.readouterr()
         assert (printed.out, printed.err) == (f"{page}\n", said)
     other.write_text("<p>mine</p>")
@@ -550,7 +439,7 @@ def test_help_and_unknown_options(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["report", "--help"])
     assert stop.value.code == 0
-    assert "offline W&B run" in " ".join(capsys.readouterr().out.split())
+    assert "spectra.jsonl" in " ".join(capsys.readouterr().out.split())
     for arguments in (["report"], ["report", "x", "--colour", "red"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
@@ -564,7 +453,7 @@ def test_reading_needs_neither_lightning_nor_wandb_nor_plotly(log):
             "import sys\n"
             "for name in ('pytorch_lightning', 'lightning', 'wandb', 'plotly'):\n    sys.modules[name] = None\n"
             "from lightning_spectral.report import read_run\n"
-            f"print(len(read_run([{str(log)!r}]).probes))",
+            f"print(len(read_run([{str(log)!r}]).steps))",
         ],
         capture_output=True, text=True, check=False, env=os.environ,
     )  # fmt: skip

@@ -115,7 +115,7 @@ def test_each_report_is_one_write_and_a_short_one_is_an_error(file, monkeypatch)
             return super().write(data[:10])
 
     monkeypatch.setattr(spectra_file.Path, "open", lambda path, mode, **_: Short(os.fspath(path), mode))
-    with pytest.raises(OSError, match="10 of .* bytes written: is the disk full"):
+    with pytest.raises(OSError, match=r"10 of .* bytes written: is the disk full"):
         append_report(file, report(layer("a"), step=2))
     monkeypatch.undo()
     assert [json.loads(line)["step"] for line in writes] == [2]

@@ -18,8 +18,6 @@ function list(id, lines) {
 const of = (key) => (layer) => value(data, state.probe, layer, key);
 const spectraOf = (layer) => data.probes[state.probe].spectra?.[layer];
 
-const isHeld = (probe, layer, key) =>
-  (key === "product" ? product(data, probe, layer) : value(data, probe, layer, key)) !== null;
 const interval = (key, i) =>
   known(of(`${key}_low`)(i)) ? `${fixed(of(`${key}_low`)(i))} to ${fixed(of(`${key}_high`)(i))}` : "–";
 const withError = (key, show) => (i) =>
@@ -134,12 +132,7 @@ const COLUMNS = [
     meaning: data.meanings.negative_curvature,
   },
   ...REQUESTED,
-].filter(({ key, requested }) => {
-  if (key === "kind" || key === "shape") return data.kinds.some(Boolean);
-  if (requested || key === "alpha_low") return data.keys.includes(key);
-  // Of a log that holds alpha alone, no empty columns.
-  return key === "layer" || data.probes.some((_, probe) => data.layers.some((_, i) => isHeld(probe, i, key)));
-});
+].filter(({ key, requested }) => !(requested || key === "alpha_low") || data.keys.includes(key));
 
 function order(layers) {
   const column = COLUMNS.find(({ key }) => key === state.column);
@@ -253,24 +246,17 @@ function showProbe() {
   showOverview();
 }
 
-// Which plots of all layers have anything to show, and what would give those that have not.
+// Which plots of all layers have anything to show, and why the others have not.
 function overviewPlots() {
   const any = (read) => data.layers.some((_, layer) => known(read(layer)));
   const label = data.probes[state.probe].label;
-  const logs = 'SpectralProbe(log_quantities="all"), log_tables=True of a CSVLogger or a WandbLogger, a checkpoint or a JSON report';
-  const alphas = any(of("alpha"));
   return {
-    depth: [alphas, `alpha by layer is not shown: no layer has an alpha at ${label}.`],
+    depth: [any(of("alpha")), `alpha by layer is not shown: no layer has an alpha at ${label}.`],
     transfer: [
       any((layer) => product(data, state.probe, layer)) && any(of("s")),
-      alphas
-        ? `The transfer identity is not shown: no layer has gamma and s at ${label}. ${logs} would give them.`
-        : `The transfer identity is not shown: no layer has an alpha at ${label}.`,
+      `The transfer identity is not shown: no layer has alpha, gamma and s at ${label}.`,
     ],
-    training: [
-      data.probes.length > 1,
-      "alpha over training is not shown: it takes several probes, from a log or from several reports.",
-    ],
+    training: [data.probes.length > 1, "alpha over training is not shown: it takes several probes."],
   };
 }
 
@@ -285,7 +271,6 @@ function showOverview() {
   for (const [id, [given]] of Object.entries(plots)) get(id).closest("figure").hidden = !given;
   for (const [id, beside] of [["transfer", "training"], ["training", "transfer"]])
     get(id).closest("figure").classList.toggle("wide", !plots[beside][0]);
-  get("thick").textContent = medianKinds(data).length ? "median by kind" : "median";
   if (!state.plots) return;
   const c = colours();
   if (plots.depth[0]) draw("depth", depthFigure(data, state, c, get("depth").clientWidth > 640), c);
@@ -327,7 +312,7 @@ function showLayer() {
   const note = data.probes[state.probe].notes[data.layers[layer]];
   const missing = spectra
     ? ""
-    : `No sigma and h of this layer at ${data.probes[state.probe].label} on this page: they come from a checkpoint or a JSON report of that probe.`;
+    : `No sigma and h of this layer at ${data.probes[state.probe].label} on this page.`;
   get("layer-missing").textContent = [note, missing].filter(Boolean).join(" ");
   get("layer-missing").hidden = !note && !missing;
   list("layer-more", moreOf(layer, spectra));

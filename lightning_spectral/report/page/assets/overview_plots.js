@@ -83,9 +83,7 @@ function depthFigure(data, state, c, wide) {
     {
       xaxis: {
         range: [-edge, data.layers.length - 1 + edge],
-        title: named
-          ? undefined
-          : { text: data.kinds.some(Boolean) ? "layer, from the input to the output" : "layer, by name" },
+        title: named ? undefined : { text: "layer, from the input to the output" },
         ...(named
           ? {
               tickvals: data.layers.map((_, i) => i),
@@ -156,16 +154,13 @@ function trainingFigure(data, state, c) {
     },
     opacity: layer === state.layer ? 1 : 0.35,
   }));
-  const kinds = medianKinds(data);
-  const of = (kind) => (probe) =>
-    kind ? probe.kinds[kind] : middle(probe.values.map((row) => row?.[data.keys.indexOf("alpha")]));
-  const medians = (kinds.length ? kinds : [""]).map((kind) => {
+  const medians = kindsOf(data).map((kind) => {
     const mark = markOf(data, kind, c);
-    const y = data.probes.map(of(kind));
+    const y = data.probes.map((probe) => probe.kinds[kind]);
     return {
       type: "scatter",
       mode: "lines+markers",
-      name: kind ? mark.name : "median",
+      name: mark.name,
       x,
       y,
       hoverinfo: "text",

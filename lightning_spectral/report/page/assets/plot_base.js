@@ -20,11 +20,6 @@ const fixed = (value, digits = 2) =>
 const percent = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
 const short = (name) => name.replace(/\.weight(?=(\.[qkv])?$)/, "");
 const clipped = (name) => plain(name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
-const middle = (values) => {
-  const sorted = values.filter(known).sort((a, b) => a - b);
-  const half = sorted.length >> 1;
-  return sorted.length ? (sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2) : null;
-};
 
 function colours() {
   const style = getComputedStyle(document.documentElement);
@@ -45,16 +40,9 @@ function kindsOf(data) {
   return [...new Set(data.kinds)];
 }
 
-// Kinds whose medians are known, in the order of the network as far as it is known; a log may hold the medians and not
-// say which layer is of which kind.
-function medianKinds(data) {
-  const medians = data.probes.flatMap((probe) => Object.keys(probe.kinds));
-  return [...new Set([...data.kinds.filter((kind) => medians.includes(kind)), ...medians])];
-}
-
 function markOf(data, kind, c) {
-  const i = [...new Set([...data.kinds, ...medianKinds(data)])].indexOf(kind);
-  return { colour: c.kinds[i % c.kinds.length], symbol: SYMBOLS[i % SYMBOLS.length], name: plain(kind || "layers") };
+  const i = kindsOf(data).indexOf(kind);
+  return { colour: c.kinds[i % c.kinds.length], symbol: SYMBOLS[i % SYMBOLS.length], name: plain(kind) };
 }
 
 function value(data, probe, layer, key) {
@@ -126,7 +114,7 @@ const beyond = (x, range) => known(x) && range && (x < range[0] || x > range[1])
 function hover(data, probe, layer) {
   const of = (key) => value(data, probe, layer, key);
   return (
-    `<b>${plain(short(data.layers[layer]))}</b>${data.kinds[layer] ? ` (${plain(data.kinds[layer])})` : ""}` +
+    `<b>${plain(short(data.layers[layer]))}</b> (${plain(data.kinds[layer])})` +
     `<br>alpha ${fixed(of("alpha"))} ± ${fixed(of("alpha_stderr"))}, r2 ${fixed(of("r2_alpha"))}` +
     `<br>gamma ${fixed(of("gamma"))}, s ${fixed(of("s"))}, alpha · gamma ${fixed(product(data, probe, layer))}`
   );

@@ -1,0 +1,193 @@
+"""What a page's scripts show of a run, as JSON-able values."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning_spectral._messages import group_by_reason
+from lightning_spectral.analysis import ALPHA_BAND
+from lightning_spectral.records.alignment import LayerAlignment
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
+from lightning_spectral.records.log_keys import LAYER_KEYS, LoggedKey
+from lightning_spectral.records.report import SpectralReport, evenly, median
+from lightning_spectral.report.runs.run import Run, RunStep
+from lightning_spectral.summary import summary, summary_over_training
+
+DATA_BYTES = 3_000_000
+"""Size of the data from which on a longer run is thinned evenly."""
+
+DIGITS = 6
+"""Significant digits of the page's figures."""
+
+
+def script_json(data: Any) -> str:
+    """Return JSON that may stand within a script element: no tag, comment or line separator can be in it.
+
+    >>> "<" in script_json("</script><!--")
+    False
+    """
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
+    """Return what the page's scripts show, thinned to about ``limit`` bytes of JSON."""
+    reports = [step.report for step in run.steps]
+    layers = _last_layers(reports)
+    parts = {part for report in reports for layer in report.layers.values() for part in layer.parts}
+    keys = [key for key in LAYER_KEYS if not key.part or key.part in parts]
+    rows = [_probe(step, list(layers), keys, run.steps[0]) for step in run.steps]
+    spectra = [[_spectrum(report.layers.get(name)) for name in layers] for report in reports]
+    shown, with_spectra = _thin(rows, spectra, limit)
+    return {
+        "layers": list(layers),
+        "kinds": [layer.kind for layer in layers.values()],
+        "shapes": [_shape(layer) for layer in layers.values()],
+        "keys": [key.name for key in keys],
+        "meanings": {key.name: key.meaning for key in keys},
+        "band": ALPHA_BAND,
+        "notes": _notes(run, len(shown), len(with_spectra)),
+        "probes": [rows[i] | {"spectra": spectra[i] if i in with_spectra else None} for i in shown],
+    }
+
+
+def _last_layers(reports: Sequence[SpectralReport]) -> dict[str, LayerSpectrum]:
+    """Return each layer of a run as it was measured last, in the order of the last report."""
+    layers: dict[str, LayerSpectrum] = {}
+    for report in reversed(reports):
+        layers = {**layers, **{name: layer for name, layer in report.layers.items() if name not in layers}}
+    return layers
+
+
+def _thin(rows: Sequence[Any], spectra: Sequence[Any], limit: int) -> tuple[list[int], set[int]]:
+    """Return which probes to show, and which of these with their spectra.
+
+    Scalars, the curves over training, may take half of the limit, and spectra what is left.
+    """
+    size = max(len(script_json(row)) for row in rows)
+    shown = evenly(len(rows), max(1, limit // 2 // size))
+    each = max(len(script_json(spectra[i])) for i in shown)
+    with_spectra = evenly(len(shown), (limit - size * len(shown)) // each)
+    return shown, {shown[i] for i in with_spectra}
+
+
+def _notes(run: Run, shown: int, with_spectra: int) -> list[str]:
+    """Return what the page lacks and how to get it."""
+    n = len(run.steps)
+    notes = []
+    if shown < n:
+        notes.append(f"{shown} of {n} probes are shown, evenly, to keep this page small.")
+    if with_spectra < shown:
+        notes.append(
+            f"sigma_k and h_k are shown at {with_spectra} of {n} probes, evenly, to keep this page small; a page of "
+            "fewer probes shows them all."
+        )
+    return [*notes, *(f"Left out: {what}." for what in run.left_out)]
+
+
+def _probe(step: RunStep, names: Sequence[str], keys: Sequence[LoggedKey], first: RunStep) -> dict[str, Any]:
+    report, exponents = step.report, step.exponents()
+    sentences = [
+        *summary(exponents),
+        *summary_over_training([(x.step, x.exponents()) for x in (first, step)]),
+    ]
+    layers = [report.layers.get(name) for name in names]
+    trusted = {x.name for x in exponents if x.trusted}
+    return {
+        "label": step.label,
+        "step": step.step,
+        "kinds": {
+            kind: _short(median([layer.alpha.exponent for layer in of_kind]))
+            for kind, of_kind in report.by_kind().items()
+        },
+        "loss": _short(report.loss),
+        "facts": _facts(report),
+        "summary": sentences,
+        "problems": report.problems(),
+        "skipped": group_by_reason(report.skipped),
+        "values": [_values(layer, keys) for layer in layers],
+        "trusted": [int(name in trusted) for name in names],
+        "quarters": [layer and _shorten(fit.exponent for fit in layer.alpha_quartiles) for layer in layers],
+        "winners": [(layer.rank_models.winner or "") if layer else "" for layer in layers],
+        "notes": {name: note for name, layer in report.layers.items() if (note := _note(layer))},
+    }
+
+
+def _values(layer: LayerSpectrum | None, keys: Sequence[LoggedKey]) -> list[Any] | None:
+    if layer is None:
+        return None
+    scalars = layer.scalars()
+    return _shorten(scalars.get(key.name, math.nan) for key in keys)
+
+
+def _note(layer: LayerSpectrum) -> str:
+    """Return what is missing of a layer, and why."""
+    notes = {
+        "alignment": layer.alignment_note,
+        "weights": layer.weights.note if layer.weights else "",
+        "curvature fraction": layer.fraction.note if layer.fraction else "",
+    }
+    parts = [f"{part}: {note}" for part, note in notes.items() if note and note != layer.note]
+    return "; ".join(filter(None, [layer.note, *parts]))
+
+
+def _spectrum(layer: LayerSpectrum | None) -> dict[str, Any] | None:
+    """Return what the plots of one layer need: the points, and the intercepts of the lines through them."""
+    if layer is None:
+        return None
+    sampled = bool((layer.h_stderr > 0).any())
+    longer = len(layer.spectrum) > len(layer.sigma)
+    models = {model: fit.coefficients for model, fit in layer.rank_models.fits.items() if not math.isnan(fit.bic)}
+    return {
+        "sigma": _shorten(layer.sigma.tolist()),
+        "h": _shorten(layer.h.tolist()),
+        "error": _shorten(layer.h_stderr.tolist()) if sampled else None,
+        "usable": layer.n_usable,
+        "lines": _shorten(fit.intercept for fit in (layer.alpha, layer.gamma, layer.s)),
+        "method": layer.method,
+        "spectrum": _shorten(layer.spectrum.tolist()) if longer else None,
+        "ranked": int((layer.spectrum > layer.noise_floor).sum()),
+        "models": {model: _shorten(coefficients) for model, coefficients in models.items()},
+        "split": None if layer.alignment is None else _split(layer.alignment),
+    }
+
+
+def _split(alignment: LayerAlignment) -> list[Any]:
+    """Return the three factors of h_k whose slopes on log sigma add up to alpha: name, values, intercept."""
+    product = alignment.lambda_delta * alignment.lambda_a
+    factors = {
+        "beta": (product, alignment.beta),
+        "phi": (alignment.phi_k, alignment.phi),
+        "chi_slope": (alignment.chi, alignment.chi_slope),
+    }
+    return [[key, _shorten(values.tolist()), _short(fit.intercept)] for key, (values, fit) in factors.items()]
+
+
+def _facts(report: SpectralReport) -> str:
+    samples = "" if report.n_samples is None else f"{report.n_samples} samples, "
+    method = report.chosen.partition(":")[0] or report.curvature
+    return (
+        f"{samples}{report.mode} mode, {report.precision}, curvature by {method}, {report.top_k} directions per layer"
+    )
+
+
+def _shape(layer: LayerSpectrum) -> str:
+    m, n = layer.shape
+    return f"{m} × {n}" + (f" / {layer.groups}" if layer.groups > 1 else "")
+
+
+def _shorten(values: Iterable[float]) -> list[Any]:
+    return [_short(value) for value in values]
+
+
+def _short(value: float) -> float | int | str | None:
+    """Return a figure for JSON: rounded, NaN as None, infinity as "inf"."""
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return str(value)
+    rounded = float(f"{value:.{DIGITS}g}")
+    return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e15 else rounded
