@@ -10,7 +10,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_every_fault_of_the_table_has_a_test():
     (table,) = re.findall(r"<!-- faults -->\n(.*?)<!-- end of faults -->", README, re.DOTALL)
     rows = [line.split(" | ")[-1] for line in table.splitlines()[2:]]
-    written = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_*.py")))
+    written = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py")))
     for row in rows:
         names = re.findall(r"`(test_\w+)`", row)
         assert names or "the same" in row, row

@@ -86,7 +86,7 @@ def test_every_logged_key_is_documented():
 
 
 KEYS = re.compile(
-    r"(?<=<!-- keys: written by `python tests/test_readme.py` -->\n).*?(?=<!-- end of keys -->)", re.DOTALL
+    r"(?<=<!-- keys: written by `python tests/docs/test_readme.py` -->\n).*?(?=<!-- end of keys -->)", re.DOTALL
 )
 ON_REQUEST = {"weight_spectra": True, "bootstrap": 2, "curvature_fraction": 2, "alignment": True}
 
@@ -105,7 +105,7 @@ def table_of_keys():
 
 def test_the_table_of_keys_is_the_codes():
     (written,) = KEYS.findall(README)
-    assert written == table_of_keys(), "run `python tests/test_readme.py`"
+    assert written == table_of_keys(), "run `python tests/docs/test_readme.py`"
 
 
 def test_the_table_of_costs_is_the_benchmarks():
