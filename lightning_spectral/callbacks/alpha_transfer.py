@@ -17,9 +17,6 @@ from lightning_spectral.records.report import SpectralReport
 MAX_NAMES = 8
 """Number of layers that a message names."""
 
-Fits = dict[str, tuple[float, float]]
-"""Layer -> (alpha, r2): all that an optimizer takes from a report."""
-
 
 def probe_alpha_optimizers(trainer: Any) -> list[SpectralNewton]:
     """Return the Trainer's optimizers with alpha="probe", after letting each know that a probe measures it."""
@@ -41,19 +38,15 @@ def transfer_alphas(
     options: Options,
     logged: Callable[[Sequence[str]], Sequence[str]],
 ) -> dict[str, float]:
-    """Give the optimizers the exponents of a report, and return logged key -> exponent in use.
+    """Give the optimizers the exponents of a report, if any, and return logged key -> exponent in use.
 
-    Args:
-        report: report of the probe; None if it failed.
-        optimizers: optimizers with alpha="probe".
-        module: module in training.
-        options: options of the measurement, which select the layers.
-        logged: names of all layers -> those logged one by one.
+    ``logged`` maps the names of all layers to those logged one by one.
     """
     if not optimizers:
         return {}
     layers = _measured_layers(module, options)
-    write_alphas(optimizers, module, layers, alpha_fits(report))
+    fits = {} if report is None else {name: (x.alpha.exponent, x.alpha.r2) for name, x in report.layers.items()}
+    write_alphas(optimizers, module, layers, fits)
     return alphas_in_use(optimizers, module, {name: layers[name] for name in logged(list(layers))})
 
 
@@ -76,15 +69,16 @@ def _measured_layers(module: nn.Module, options: Options) -> dict[str, MatrixLay
         return {}
 
 
-def alpha_fits(report: SpectralReport | None) -> Fits:
-    """Return alpha and r2 of each layer; NaN where a layer's fit failed."""
-    return {} if report is None else {x.name: (x.alpha.exponent, x.alpha.r2) for x in report.layers.values()}
-
-
 def write_alphas(
-    optimizers: Iterable[SpectralNewton], module: nn.Module, layers: Mapping[str, MatrixLayer], fits: Fits
+    optimizers: Iterable[SpectralNewton],
+    module: nn.Module,
+    layers: Mapping[str, MatrixLayer],
+    fits: Mapping[str, tuple[float, float]],
 ) -> None:
-    """Set the exponents of the layers' parameters, matched by identity, in every optimizer."""
+    """Set the exponents of the layers' parameters, matched by identity, in every optimizer.
+
+    ``fits`` is layer -> (alpha, r2), NaN where a layer's fit failed.
+    """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     measured: dict[Any, list[MeasuredAlpha]] = {}
     for name, (alpha, r2) in fits.items():

@@ -215,11 +215,11 @@ class SpectralProbe(AnyCallback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check what depends on the module before the first step: patterns without a layer, the loss, the strategy."""
         self._warn_once.muted = not trainer.is_global_zero
-        if not self.trigger.state.is_resumed:
+        if not self.trigger.is_resumed:
             self.monitored.values = {}
         self.trigger.prepare(trainer)
         try:
-            self.trigger.state.group = process_group_of(trainer)
+            self.trigger.group = process_group_of(trainer)
             resolve_loss(pl_module, self.loss_fn)
         except (ValueError, MeasurementError) as error:
             self.trigger.turn_off(str(error))
@@ -237,12 +237,12 @@ class SpectralProbe(AnyCallback):
         self.advice.start()
         self.outputs.start()
         self.monitored.publish(trainer)
-        if not self.trigger.state.off:
+        if not self.trigger.off:
             warn_of_unmeasured(probe_alpha_optimizers(trainer), pl_module, self.options, self._warn_once)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop the clock, warn of what is missing in the curves, and print the last probe where that is wanted."""
-        if not self.trigger.state.off:
+        if not self.trigger.off:
             if self._has_one_within_budget:
                 self.advice.end(optimizer_steps(trainer), self.last_report)
             elif not self.probes:
@@ -252,13 +252,13 @@ class SpectralProbe(AnyCallback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Probe before the step on this batch, if a probe is due."""
-        if self.trigger.state.off:
+        if self.trigger.off:
             return
         step, optimizers = optimizer_steps(trainer), probe_alpha_optimizers(trainer)
         if self.trigger.enter_step(trainer):
             if self._has_one_within_budget:
                 self.advice.judge(step, self.last_report, lambda: total_steps(trainer))
-            self.trigger.state.is_pending |= self.should_measure(step)
+            self.trigger.is_pending |= self.should_measure(step)
         if (batches := self.trigger.batches(trainer, pl_module, batch)) is None:
             return
         report = self._measure(trainer, pl_module, batches, batch_idx, step)
@@ -301,7 +301,7 @@ class SpectralProbe(AnyCallback):
     ) -> SpectralReport | None:
         try:
             report = run_measurement(
-                module, batches, self.options, self.loss_fn, batch_idx=batch_idx, group=self.trigger.state.group
+                module, batches, self.options, self.loss_fn, batch_idx=batch_idx, group=self.trigger.group
             )
         except Exception as error:
             # A failed probe must not end training; an interrupt that surfaced as another error must.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning_spectral._validation import positive_int
@@ -17,31 +17,6 @@ MAX_OVERHEAD = 0.05
 """Share of wall time that probes take by default."""
 
 
-@dataclass
-class TriggerState:
-    """State of a trigger within a run.
-
-    Attributes:
-        off: reason why there are no probes; empty while there are.
-        group: ranks that measure together.
-        is_resumed: True in a run that goes on from a checkpoint with probes.
-        step: optimizer step whose micro-batches are coming; None before the first.
-        is_pending: True from when a probe is due until it has been done; it may wait for its batches.
-        collecting_seconds: time that collecting batches took since the last probe.
-        started: budget's clock when the probe being done began, less ``collecting_seconds``.
-        batch_error: reason why this rank has no batches; empty while it has.
-    """
-
-    off: str = ""
-    group: SingleProcess = SINGLE_PROCESS
-    is_resumed: bool = False
-    step: int | None = None
-    is_pending: bool = False
-    collecting_seconds: float = 0.0
-    started: float = 0.0
-    batch_error: str = ""
-
-
 class ProbeTrigger:
     """Give the batches of a probe when it is due and they are complete, on all ranks at the same step.
 
@@ -50,6 +25,12 @@ class ProbeTrigger:
         budget: time budget of the probes.
         source: batches to measure.
         warn: warns once per cause.
+
+    Attributes:
+        off: reason why there are no probes in this run; empty while there are.
+        group: ranks that measure together.
+        is_resumed: True in a run that goes on from a checkpoint with probes.
+        is_pending: True from when a probe is due until it is done; it may wait for its batches.
     """
 
     def __init__(
@@ -57,15 +38,19 @@ class ProbeTrigger:
     ) -> None:
         self.every_n_steps = None if every_n_steps is None else positive_int("every_n_steps", every_n_steps)
         self.budget, self.source, self.warn = budget, source, warn
-        self.state = TriggerState()
+        self.reset()
 
     def reset(self) -> None:
         """Begin a run, before a checkpoint is loaded."""
-        self.state = TriggerState()
+        self.off = self._batch_error = ""
+        self.group: SingleProcess = SINGLE_PROCESS
+        self.is_resumed = self.is_pending = False
+        self._step: int | None = None
+        self._seconds = self._started = 0.0
 
     def turn_off(self, reason: str) -> None:
         """Probe no more in this run, and warn."""
-        self.state.off = reason
+        self.off = reason
         self.warn(f"SpectralProbe is off: {reason}")
 
     def prepare(self, trainer: Any) -> None:
@@ -74,7 +59,7 @@ class ProbeTrigger:
         Raises:
             ValueError: for a DataLoader that is too short.
         """
-        if self.state.is_resumed and self.source.choice == "fixed":
+        if self.is_resumed and self.source.choice == "fixed":
             self.warn(
                 "batch='fixed' keeps the first batches after the resume, not those before it; "
                 "a DataLoader as batch gives the same ones"
@@ -95,14 +80,14 @@ class ProbeTrigger:
 
     def start(self, trainer: Any) -> None:
         """Start the clock, and turn off on all ranks if one of them is."""
-        for rank, reason in enumerate(self.state.group.all_gather_object(self.state.off)):
-            if reason and not self.state.off:
+        for rank, reason in enumerate(self.group.all_gather_object(self.off)):
+            if reason and not self.off:
                 self.turn_off(f"process {rank}: {reason}")
         self.budget.start(optimizer_steps(trainer))
 
     def warn_if_waiting(self) -> None:
         """Warn at the end of training if the first probe is still waiting for its batches."""
-        if self.state.is_pending:
+        if self.is_pending:
             self.warn(
                 "training ended before there were the batches that a probe takes "
                 f"({self.source.describe_size()}): there was none"
@@ -111,15 +96,15 @@ class ProbeTrigger:
     def is_due(self, step: int) -> bool:
         """Return whether to probe before this step by the schedule; the same on all ranks."""
         if self.every_n_steps is None:
-            return self.budget.is_due(step, lambda wait: self.state.group.all_gather_object(wait)[0])
+            return self.budget.is_due(step, lambda wait: self.group.all_gather_object(wait)[0])
         return step % self.every_n_steps == 0
 
     def enter_step(self, trainer: Any) -> bool:
         """Return whether this micro-batch is the first of its optimizer step, and record the step."""
         step = optimizer_steps(trainer)
-        if step == self.state.step:
+        if step == self._step:
             return False
-        self.state.step = step
+        self._step = step
         self.budget.record_step(step)
         if 1 < self.source.takes_per_probe <= trainer.accumulate_grad_batches:
             # An epoch's end cut the last step's micro-batches short; a probe takes those of one step.
@@ -134,30 +119,28 @@ class ProbeTrigger:
             module: module in training.
             batch: batch about to be trained on.
         """
-        state, clock = self.state, self.budget.clock
-        if not (state.is_pending or self.source.collects):
+        if not (self.is_pending or self.source.collects):
             return None
         synchronize(module.parameters())
-        started = clock()
+        self._started = self.budget.clock()
         batches = self._collect(trainer, module, batch)
-        if not (state.is_pending and self._all_have(batches)):
-            state.collecting_seconds += clock() - started
+        if not (self.is_pending and self._all_have(batches)):
+            self._seconds += self.budget.clock() - self._started
             return None
-        state.started = started - state.collecting_seconds
-        return [] if state.group.size > 1 and repeats_batch(trainer) else batches
+        return [] if self.group.size > 1 and repeats_batch(trainer) else batches
 
     def finish(self, module: Any, step: int) -> None:
         """Record that the probe before this step is done."""
         synchronize(module.parameters())
-        self.budget.record_probe(step, self.budget.clock() - self.state.started)
-        self.state.is_pending, self.state.collecting_seconds = False, 0.0
+        self.budget.record_probe(step, self._seconds + self.budget.clock() - self._started)
+        self.is_pending, self._seconds = False, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule and its state."""
         return {
             "every_n_steps": self.every_n_steps,
             "budget": self.budget.state_dict(),
-            "collecting": self.state.is_pending,
+            "collecting": self.is_pending,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -169,28 +152,26 @@ class ProbeTrigger:
             self.budget.load_state_dict(state_dict["budget"])
         except KeyError as error:
             self.warn(f"the checkpoint says nothing of the time probes took ({error}); it is counted from here on")
-        self.state.is_resumed = bool(state_dict.get("probes"))
+        self.is_resumed = bool(state_dict.get("probes"))
         # The batches are not in the checkpoint: a probe that was collecting them begins anew.
-        self.state.is_pending = state_dict.get("collecting", False)
+        self.is_pending = state_dict.get("collecting", False)
 
     def _collect(self, trainer: Any, module: Any, batch: Any) -> Sequence[Any] | None:
-        if self.state.batch_error:
+        if self._batch_error:
             return None
         try:
             if self.source.collects:
                 self.source.collect(batch)
-            if not self.state.is_pending:
+            if not self.is_pending:
                 return None
-            return self.source.batches(
-                batch, module, lambda loaded: to_device(trainer, module, loaded), self.state.group
-            )
+            return self.source.batches(batch, module, partial(to_device, trainer, module), self.group)
         except Exception as error:
-            self.state.batch_error = str(error)
+            self._batch_error = str(error)
             return None
 
     def _all_have(self, batches: Sequence[Any] | None) -> bool:
         """Return whether every rank has its batches; turn off where one cannot have them."""
-        answers = self.state.group.all_gather_object((batches is not None, self.state.batch_error))
+        answers = self.group.all_gather_object((batches is not None, self._batch_error))
         for rank, (_, error) in enumerate(answers):
             if error:
                 where = f"process {rank}: " if len(answers) > 1 else ""

@@ -29,30 +29,29 @@ class ReportFile:
             return
         path = Path(self.name)
         try:
-            if (folder := run_folder(trainer)) is None:
-                self.warn(
-                    f"{self.name} is not written, as loggers and default_root_dir are at URLs; give the Trainer a "
-                    "default_root_dir on this machine, or the probe keep_reports=False"
-                )
-                return
-            path = folder / self.name
+            path = run_folder(trainer) / self.name
             path.parent.mkdir(parents=True, exist_ok=True)
             append_report(path, report)
         except Exception as error:
             reason = getattr(error, "strerror", None) or error
             self.warn(
-                f"{path} could not be written: {reason}; free space or make the folder writable, else it lacks this "
-                "report; keep_reports=False writes no file"
+                f"{path} could not be written: {reason}; free space, make the folder writable or set the Trainer's "
+                "default_root_dir, else it lacks this report; keep_reports=False writes no file"
             )
 
 
-def run_folder(trainer: Any) -> Path | None:
+def run_folder(trainer: Any) -> Path:
     """Return the folder of a run on this machine: the first logger's that has one, else default_root_dir.
 
-    None if all of them are URLs. `Trainer.log_dir` would hang, which all ranks must call.
+    `Trainer.log_dir` is a collective: on rank 0 alone it would hang.
+
+    Raises:
+        ValueError: if all of them are URLs.
     """
-    folders = (*map(_logger_folder, trainer.loggers), trainer.default_root_dir)
-    return next((Path(folder) for folder in folders if folder and "://" not in str(folder)), None)
+    for folder in (*map(_logger_folder, trainer.loggers), trainer.default_root_dir):
+        if folder and "://" not in str(folder):
+            return Path(folder)
+    raise ValueError(f"default_root_dir={trainer.default_root_dir} is not on this machine")
 
 
 def _logger_folder(logger: Any) -> Any:

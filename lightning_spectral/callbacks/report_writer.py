@@ -109,8 +109,7 @@ class ReportWriter:
             scalars: keys without a prefix -> values.
             extra: full keys -> values, with charts if any are left.
             report: report of the probe; None if it failed.
-            history: last reports, with this one.
-            probes: number of probes so far, with this one.
+            history, probes: last reports and number of probes so far, with this one.
         """
         if not trainer.is_global_zero:
             return

@@ -94,8 +94,7 @@ class SwapOptimizer(AnyCallback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give the module its configure_optimizers back: Lightning does not call `teardown` after an error."""
-        self._restore()
-        self._restore = _do_nothing
+        self.teardown(trainer, pl_module, "fit")
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that holds the state of the optimizer that is swapped out from the start."""
@@ -145,20 +144,18 @@ class SwapOptimizer(AnyCallback):
         self.swapped = state_dict["swapped"]
 
     def _wrap(self, module: Any) -> None:
-        override = module.__dict__.get("configure_optimizers")
-        configure = module.configure_optimizers
+        attributes, configure = module.__dict__, module.configure_optimizers
+        overridden = {name: attributes[name] for name in ("configure_optimizers",) if name in attributes}
 
         def restore() -> None:
-            if override is None:
-                module.__dict__.pop("configure_optimizers", None)
-            else:
-                module.__dict__["configure_optimizers"] = override
+            attributes.pop("configure_optimizers", None)
+            attributes.update(overridden)
 
         def configure_optimizers() -> Any:
             configuration = configure()
             return self._swap_in(configuration, module) if self.swapped or self.from_the_start else configuration
 
-        module.__dict__["configure_optimizers"] = configure_optimizers
+        attributes["configure_optimizers"] = configure_optimizers
         self._restore = restore
 
     def _swap_in(self, configuration: Any, module: nn.Module) -> Any:

@@ -224,6 +224,21 @@ def test_state_round_trip():
     assert fresh.last_report is None
 
 
+def test_a_state_of_an_earlier_release_loads():
+    budget = {
+        "probe_seconds": 1.5, "wall_seconds": 60.0, "last_seconds": 0.5, "last_step": 40, "since_seconds": 3.0,
+        "next_look": 44, "latest": 43,
+    }  # fmt: skip
+    state = {
+        "every_n_steps": None, "budget": budget, "swap": None, "probes": 3, "failed_probes": 1, "collecting": True,
+        "monitored": {"spectral/alpha_median": 2.0}, "last_report": None,
+    }  # fmt: skip
+    probe = SpectralProbe()
+    probe.load_state_dict(state)
+    assert (probe.probes, probe.failed_probes, probe.trigger.is_pending, probe.trigger.is_resumed) == (3, 1, True, True)
+    assert probe.state_dict() == state
+
+
 def test_another_schedule_than_the_checkpoint_s_is_told():
     with pytest.warns(SpectralWarning, match="every_n_steps=7; going on with 3"):
         SpectralProbe(every_n_steps=3).load_state_dict(SpectralProbe(every_n_steps=7).state_dict())

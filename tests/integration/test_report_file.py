@@ -22,6 +22,12 @@ from lightning_spectral.report.runs.spectra_file import read_reports
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
 
+REMEDY = (
+    "free space, make the folder writable or set the Trainer's default_root_dir, else it lacks this report; "
+    "keep_reports=False writes no file"
+)
+
+
 def files_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("spectra*"))
 
@@ -58,12 +64,12 @@ def test_reports_without_a_folder_of_a_logger_lie_below_the_root(tmp_path, logge
 def test_urls_are_no_folders(tmp_path):
     bucket = SimpleNamespace(log_dir="s3://bucket/version_0")
     assert run_folder(trainer_in(tmp_path, bucket)) == tmp_path
-    assert run_folder(trainer_in("s3://bucket", bucket)) is None
+    with pytest.raises(ValueError, match="default_root_dir=s3://bucket is not on this machine"):
+        run_folder(trainer_in("s3://bucket", bucket))
     told = []
     ReportFile("spectral", told.append).append(trainer_in("s3://bucket", bucket), report(layer("a"), step=0))
     assert told == [
-        "spectra.jsonl is not written, as loggers and default_root_dir are at URLs; give the Trainer a "
-        "default_root_dir on this machine, or the probe keep_reports=False"
+        f"spectra.jsonl could not be written: default_root_dir=s3://bucket is not on this machine; {REMEDY}"
     ]
 
 
@@ -151,10 +157,7 @@ def test_a_full_disk_costs_the_reports_and_one_warning(tmp_path):
     path = tmp_path / "spectra.jsonl"
     path.symlink_to("/dev/full")
     (text,) = told_of(path, SpectralProbe(every_n_steps=1), tmp_path)
-    assert text == (
-        f"{path} could not be written: No space left on device; free space or make the folder writable, else it lacks "
-        "this report; keep_reports=False writes no file"
-    )
+    assert text == f"{path} could not be written: No space left on device; {REMEDY}"
 
 
 def test_a_disk_that_has_room_again_gets_the_next_report(tmp_path, monkeypatch):
@@ -185,7 +188,7 @@ def test_a_read_only_folder_costs_the_reports_and_one_warning(tmp_path, monkeypa
 
     monkeypatch.setattr(Path, "open", refused)
     (text,) = told_of(tmp_path / "spectra.jsonl", SpectralProbe(every_n_steps=1), tmp_path)
-    assert "could not be written: Read-only file system; free space or make the folder writable" in text
+    assert text.endswith(f"could not be written: Read-only file system; {REMEDY}")
 
 
 def test_a_folder_that_is_a_file_costs_the_reports_and_one_warning(tmp_path):
