@@ -81,7 +81,7 @@ class ReportWriter:
         layers: Callable[[Sequence[str]], list[str]],
         warn: Callable[[str], None],
     ) -> None:
-        self.prefix, self.options, self.layers, self.warn = _checked_prefix(prefix), options, layers, warn
+        self.prefix, self.options, self.layers, self.warn = _check_prefix(prefix), options, layers, warn
         self.file = ReportFile(prefix, warn)
         self.start()
 
@@ -180,7 +180,7 @@ class ReportWriter:
         return [rows[i] for i in evenly(len(rows), MAX_ROWS)]
 
 
-def _checked_prefix(prefix: str) -> str:
+def _check_prefix(prefix: str) -> str:
     # Trackers make paths of files of it.
     if {"", ".", ".."} & set(re.split(r"[/\\]", prefix)):
         raise ValueError(
