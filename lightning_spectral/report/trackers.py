@@ -75,13 +75,13 @@ class Tracker:
 
     def write(self, row: Row) -> None:
         """Log a probe. Scalars are logged where figures or tables fail."""
-        with self.trying(""):
+        with self.warn_on_error(""):
             self.logger.log_metrics(dict(row.scalars), step=row.step)
         for name, figure in row.figures.items():
-            with self.trying(" figures"):
+            with self.warn_on_error(" figures"):
                 self.write_figure(row, name, figure)
         if row.table:
-            with self.trying(" tables"):
+            with self.warn_on_error(" tables"):
                 self.write_table(row)
 
     def write_figure(self, row: Row, name: str, figure: Figure) -> None:
@@ -91,7 +91,7 @@ class Tracker:
         """Log the table; nothing where the logger takes none."""
 
     @contextmanager
-    def trying(self, what: str) -> Iterator[None]:
+    def warn_on_error(self, what: str) -> Iterator[None]:
         """Warn of an error within, in place of raising it."""
         try:
             yield
@@ -112,12 +112,12 @@ class WandbTracker(Tracker):
         """Hide the keys beyond the charts, and log the row; without media where they fail."""
         self._hide(row)
         media: dict[str, Any] = {}
-        with self.trying(" figures"):
+        with self.warn_on_error(" figures"):
             media |= {f"{row.prefix}/figures/{name}": _wandb_image(figure) for name, figure in row.figures.items()}
-        with self.trying(" tables"):
+        with self.warn_on_error(" tables"):
             media |= _wandb_tables(row)
         if media:
-            with self.trying(" figures and tables"):
+            with self.warn_on_error(" figures and tables"):
                 self.logger.log_metrics(dict(row.scalars) | media, step=row.step)
                 return
         super().write(Row(row.prefix, row.step, row.scalars))
@@ -128,7 +128,7 @@ class WandbTracker(Tracker):
         for key in sorted(row.scalars.keys() - set(row.charted) - self._defined):
             name = f"{before}-{key}" if before else key
             # One that W&B does not take, with an asterisk in it, leaves the others.
-            with self.trying(" which keys have charts"):
+            with self.warn_on_error(" which keys have charts"):
                 self.logger.experiment.define_metric(name, step_metric=STEP, step_sync=True, hidden=True)
                 self._defined.add(key)
 
@@ -191,7 +191,7 @@ class MLFlowTracker(Tracker):
 
 
 class CSVTracker(Tracker):
-    """The table beside metrics.csv: a row per step and layer in one file, as long as its columns stay the same."""
+    """CSV logger: the table is a file beside metrics.csv, a row per step and layer, until its columns change."""
 
     tables = True
 
