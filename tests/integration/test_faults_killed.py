@@ -61,6 +61,14 @@ def test_the_rows_of_a_run_killed_and_resumed_are_those_of_the_whole_run(fault, 
     assert set(table) == {line for lines in tables for line in lines}
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_reports_kept_of_a_run_killed_and_resumed_are_those_of_the_whole_run(fault, folder):
+    whole, before, after = (killed.reports(folder, name) for name in ("whole", fault, f"{fault}-resumed"))
+    assert whole == result(folder, "whole")["reports"]
+    assert before == whole[: len(before)] != []
+    assert after == [report for report in whole if report["step"] >= RESUMED_FROM[fault]]
+
+
 def test_wandb_that_is_killed_is_told_once_and_training_goes_on(folder):
     assert result(folder, "ended")["wandb"] == 0
     steps, probes, told = result(folder, "wandb")

@@ -264,7 +264,7 @@ def test_two_probes_need_a_prefix(tmp_path):
 def test_checkpoint_of_two_probes(tmp_path):
     probes = [SpectralProbe(1), SpectralProbe(1, prefix="it's")]
     for probe in probes:
-        probe._last_report = steps()[0]
+        probe.last_report = steps()[0]
     torch.save({"callbacks": {p.state_key: p.state_dict() for p in probes}}, tmp_path / "two.ckpt")
     with pytest.raises(RunError, match="choose one with --prefix: it's, spectral"):
         read_run([tmp_path / "two.ckpt"])
