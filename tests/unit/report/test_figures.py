@@ -154,7 +154,7 @@ def test_white_and_opaque_or_dark(name):
 
 def test_neither_pyplot_nor_a_backend_is_needed():
     code = (
-        "import sys; sys.path.insert(0, 'tests/helpers')\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2] / 'helpers')!r})\n"
         "import synthetic\n"
         "from lightning_spectral.report import figures\n"
         "assert 'matplotlib' not in sys.modules\n"
