@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -57,7 +56,11 @@ def spectra_file_name(prefix: str = "spectral") -> str:
     >>> spectra_file_name(), spectra_file_name("spectral/late")
     ('spectra.jsonl', 'spectra-spectral%2Flate.jsonl')
     """
-    return "spectra.jsonl" if prefix == "spectral" else f"spectra-{quote(prefix, safe='')}.jsonl"
+    if prefix == "spectral":
+        return "spectra.jsonl"
+    # As in a URL: no two prefixes have one name.
+    escaped = re.sub(rb"[^A-Za-z0-9_.-]", lambda match: b"%%%02X" % match[0][0], prefix.encode())
+    return f"spectra-{escaped.decode()}.jsonl"
 
 
 def append_report(path: str | Path, report: SpectralReport) -> None:
