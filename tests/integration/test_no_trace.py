@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from identical import assert_identical
 from modules import GPT, ConvNet, fit
 from pytorch_lightning.loggers import CSVLogger
 
@@ -51,24 +52,6 @@ def user_rows(rows):
     cut = [[row.split(",")[i] for i in keep] for row in rows]
     step = [header[i] for i in keep].index("step")
     return [row for row in cut if any(cell for i, cell in enumerate(row) if i != step)]
-
-
-def assert_identical(a, b, path=""):
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=path)
-    elif isinstance(a, np.ndarray):
-        assert np.array_equal(a, b), path
-    elif isinstance(a, dict):
-        assert list(a) == list(b), path
-        for key in a:
-            assert_identical(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_identical(x, y, f"{path}[{i}]")
-    else:
-        assert a == b, path
 
 
 @pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")

@@ -17,8 +17,8 @@ from unittest import mock
 import pytest
 import pytorch_lightning as pl
 import torch
+from identical import assert_identical
 from modules import fit
-from test_no_trace import assert_identical
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import MeasurementError, SpectralProbe, SpectralReport, measure, measure_spectra

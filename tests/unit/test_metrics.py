@@ -16,9 +16,9 @@ import matplotlib as mpl
 import pytest
 import torch
 from modules import ConvNet, fit
+from paper import needs_paper, paper_layers
 from pytorch_lightning.loggers.logger import DummyLogger
 from test_distributed import run_two
-from test_fits import needs_paper, paper_layers
 from torchmetrics import Metric, MetricCollection
 
 from lightning_spectral import (
