@@ -61,8 +61,8 @@ def _decode(kind: Any, data: Any, name: str) -> Any:
         (some,) = (argument for argument in arguments if argument is not type(None))
         return None if data is None else _decode(some, data, name)
     if is_dataclass(kind) and isinstance(data, Mapping):
-        held = [(f.name, hint) for f, hint in _field_types(cast(type, kind)) if f.name in data or _is_required(f)]
-        return cast(type, kind)(**{key: _decode(hint, data[key], key) for key, hint in held})
+        present = [(f.name, hint) for f, hint in _field_types(cast(type, kind)) if f.name in data or _is_required(f)]
+        return cast(type, kind)(**{key: _decode(hint, data[key], key) for key, hint in present})
     if kind is Tensor and isinstance(data, str):
         return _unpacked(data)
     if kind is Tensor and isinstance(data, list):

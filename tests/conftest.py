@@ -40,6 +40,15 @@ else:
     settings.load_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "repeatable")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def current_folder(tmp_path_factory):
+    """Without a logger's folder a probe keeps its reports in the current one."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("current"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -222,6 +222,6 @@ def test_one_process_has_everything():
     assert one.all_gather_object("x") == ["x"]
     assert one.gather_object(2, 0) == [2]
     values = {"a": torch.ones(2)}
-    found = one.reduce_to_owners(values, {"a": 0, "b": 0}, lambda name: torch.zeros(1))
+    found = one.reduce_to_owners({"a": 0, "b": 0}, lambda name: values.get(name, torch.zeros(1)))
     assert found["a"] is values["a"]
     assert found["b"].tolist() == [0.0]

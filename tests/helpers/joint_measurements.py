@@ -152,7 +152,7 @@ def broken(where):
 
 STEPS = {
     "the matrices of gradients": (MatrixLayer, "to_matrix"),
-    "noise floors": (directions, "_above_noise"),
+    "noise floors": (directions, "_count_above_noise"),
     "what is shared": (processes, "_split_bytes"),
     "sums told": (FactorSums, "to_cpu"),
     "sums joined": (SecondMoment, "add_moment"),

@@ -21,7 +21,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
-from lightning_spectral.callbacks.alpha_transfer import takers, unmeasured, write_alphas
+from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, unmeasured_parameters, write_alphas
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.optim.measured_alpha import MeasuredAlpha
 
@@ -179,7 +179,7 @@ def test_optimizers_are_found_in_their_wrappers():
     own, plain = SpectralNewton(mlp().parameters(), alpha="probe"), SpectralNewton(mlp().parameters())
     wrapped = SimpleNamespace(optimizer=LightningOptimizer(own))
     others = [torch.optim.SGD(mlp().parameters(), lr=0.1), plain]
-    assert takers(SimpleNamespace(optimizers=[*others, wrapped])) == [own]
+    assert probe_alpha_optimizers(SimpleNamespace(optimizers=[*others, wrapped])) == [own]
 
 
 def test_matrices_that_the_probe_does_not_measure_are_named():
@@ -187,7 +187,7 @@ def test_matrices_that_the_probe_does_not_measure_are_named():
     optimizer = SpectralNewton(model.parameters(), alpha="probe")
     model.block.down.requires_grad_(False)
     layers = find_layers(model, layers=["block.*"]).layers
-    assert unmeasured([optimizer], model, layers) == ["tokens.weight"]
+    assert unmeasured_parameters([optimizer], model, layers) == ["tokens.weight"]
     with pytest.warns(SpectralWarning, match=r"alpha='probe': tokens.weight are not measured.*choose them with layers"):
         trained(GPT, Given(1.5), params=lambda m: m.parameters(), steps=1)
 

@@ -64,6 +64,14 @@ def test_the_rows_of_a_run_killed_and_resumed_are_those_of_the_whole_run(fault, 
     assert set(table) == {line for lines in tables for line in lines}
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_reports_kept_of_a_run_killed_and_resumed_are_those_of_the_whole_run(fault, killed_runs):
+    whole, before, after = (killed.reports(killed_runs, name) for name in ("whole", fault, f"{fault}-resumed"))
+    assert whole == result(killed_runs, "whole")["reports"]
+    assert before == whole[: len(before)] != []
+    assert after == [report for report in whole if report["step"] >= RESUMED_FROM[fault]]
+
+
 def test_wandb_that_is_killed_is_told_once_and_training_goes_on(killed_runs):
     assert result(killed_runs, "ended")["wandb"] == 0
     steps, probes, told = result(killed_runs, "wandb")

@@ -18,17 +18,17 @@ from lightning_spectral.report.runs.discover import CHECKPOINT, REPORT, SPECTRA,
 from lightning_spectral.report.runs.run import Run, RunError, RunStep
 from lightning_spectral.report.runs.spectra_file import decode_reports, index_reports
 
-MAX_REPORTS = 200
-"""Reports of one file that a run holds. Each layer of each is fitted again, in 3 ms."""
+MAX_REPORTS, MAX_FITS = 200, 10_000
+"""Limits of what is read of one file: its reports, and their layers, each of which is fitted again in 3 ms."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunInput:
-    """Contents of one file: its name, its steps, and what of it was left out."""
+    """Contents of one file: its name, its steps, and what of it is not among them."""
 
     name: str
     steps: Sequence[RunStep]
-    left_out: tuple[str, ...] = ()
+    omissions: tuple[str, ...] = ()
 
 
 def run_of(reports: Iterable[SpectralReport], name: str) -> Run:
@@ -61,13 +61,13 @@ def read_run(paths: Sequence[str | Path], *, prefix: str | None = None) -> Run:
     if not steps:
         raise RunError(f"{_show(paths)}: the probe measured nothing in this run")
     used = set(map(id, steps))
-    left_out = [text for item in inputs for text in item.left_out]
-    left_out += [
+    omissions = [text for item in inputs for text in item.omissions]
+    omissions += [
         f"{item.name}: the other inputs hold all of it"
         for item in inputs
         if item.steps and used.isdisjoint(map(id, item.steps))
     ]
-    return Run(_name(paths), _sources(files), steps, tuple(left_out))
+    return Run(_name(paths), _sources(files), steps, tuple(omissions))
 
 
 def _read(file: RunFile, prefix: str | None) -> RunInput:
@@ -78,12 +78,13 @@ def _read(file: RunFile, prefix: str | None) -> RunInput:
 
 def _read_spectra(path: Path) -> RunInput:
     lines, torn = index_reports(path)
-    shown = [lines[i] for i in evenly(len(lines), MAX_REPORTS)]
-    left_out = [f"{path}: {torn}"] if torn else []
+    layers = max((len(report.layers) for report in decode_reports(path, lines[-1:])), default=0)
+    shown = [lines[i] for i in evenly(len(lines), max(2, min(MAX_REPORTS, MAX_FITS // max(1, layers))))]
+    omissions = [f"{path}: {torn}"] if torn else []
     if len(shown) < len(lines):
-        left_out.append(f"{path}: {len(lines) - len(shown)} of {len(lines)} probes, evenly; {len(shown)} are read")
+        omissions.append(f"{path}: {len(lines) - len(shown)} of {len(lines)} probes, evenly; {len(shown)} are read")
     reports = enumerate(decode_reports(path, shown), start=1)
-    return RunInput(str(path), [RunStep.of(report, f"probe {i}") for i, report in reports], tuple(left_out))
+    return RunInput(str(path), [RunStep.of(report, f"probe {i}") for i, report in reports], tuple(omissions))
 
 
 def _read_json(path: Path) -> RunInput:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -54,9 +55,9 @@ def spectra_file_name(prefix: str = "spectral") -> str:
     """Return the name of the file of a probe whose logged keys begin with ``prefix``.
 
     >>> spectra_file_name(), spectra_file_name("spectral/late")
-    ('spectra.jsonl', 'spectra-spectral-late.jsonl')
+    ('spectra.jsonl', 'spectra-spectral%2Flate.jsonl')
     """
-    return "spectra.jsonl" if prefix == "spectral" else f"spectra-{re.sub('[^A-Za-z0-9_.]+', '-', prefix)}.jsonl"
+    return "spectra.jsonl" if prefix == "spectral" else f"spectra-{quote(prefix, safe='')}.jsonl"
 
 
 def append_report(path: str | Path, report: SpectralReport) -> None:
