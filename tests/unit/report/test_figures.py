@@ -4,6 +4,8 @@ import itertools
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -586,9 +588,13 @@ def test_two_reports_of_one_step():
 # --- the example
 
 
-def test_the_example_draws_the_readmes_figures_and_all(tmp_path):
+def test_the_example_draws_the_readmes_figures_and_all(monkeypatch, tmp_path):
     pytest.importorskip("sklearn")
     from examples.figures import make
+
+    # One demo for both.
+    monkeypatch.setattr(make, "TemporaryDirectory", lambda: nullcontext(str(tmp_path)))
+    monkeypatch.setattr(make, "run", cache(make.run))
 
     make.main(["--output", str(tmp_path / "readme")], steps_factor=0.02)
     committed = {path.name for path in (ROOT / "examples" / "figures").glob("*.png")}
