@@ -121,7 +121,8 @@ def plan_spectra(
 
         steps = n_batches * r * (g + 1.4 sum_i c_i f_i) + (FLOPs of singular triplets and Kronecker factors) / F.
 
-    Time and memory hold within a factor of about two. Memory is beside that of the network:
+    Time holds within a factor of three, of networks of width 96 and more within two, and so does memory. Memory is
+    beside that of the network:
 
         peak = weights + directions + max(gradients + SVD + graph of the gradient, graph of the curvature),
 
