@@ -39,7 +39,7 @@ INPUTS = ("inputs", "input", "x")
 
 
 def functional_loss(name: str) -> LossFunction:
-    """The mean loss of a model on a batch, by the name of the loss in `torch.nn.functional`.
+    """Return the mean loss of a model on a batch, by the name of the loss in `torch.nn.functional`.
 
     A batch is a pair (inputs, targets), of which the model is given the inputs; or a mapping with targets as one of
     `TARGETS`, of which the model is given one of `INPUTS` by position, or all the rest by keyword. What the model
@@ -119,7 +119,7 @@ def _of_mapping(name: str, model: nn.Module, batch: Mapping[Any, Any]) -> tuple[
 
 
 def _by_class(name: str, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and targets as torch takes them, with the classes in the second dimension."""
+    """Return scores and targets as torch takes them, with the classes in the second dimension."""
     # One number per class and sample: probabilities of classes, which torch knows.
     if output.shape == targets.shape and targets.is_floating_point():
         return output, targets
@@ -143,7 +143,7 @@ def _by_class(name: str, output: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def _by_value(name: str, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and targets of one shape: broadcasting (N, 1) against (N,) would compare all samples with all."""
+    """Return values and targets of one shape: broadcasting (N, 1) with (N,) would compare all samples with all."""
     if output.shape == (*targets.shape, 1):
         output = output.squeeze(-1)
     if output.shape != targets.shape:

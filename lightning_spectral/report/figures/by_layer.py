@@ -43,7 +43,7 @@ EARLIER = 0.35
 
 
 def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: bool = False) -> Figure:
-    """The exponent alpha of each layer in the order of the network, with its standard error.
+    """Draw the exponent alpha of each layer in the order of the network, with its standard error.
 
     Colour and marker are the layer's kind, hollow where its fit is not to be trusted. The grey band is alpha from 1.85
     to 2.15. A layer without a fit is a cross on the bottom edge. Where there are too many names, some are left out.
@@ -83,7 +83,7 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
 
 
 def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool = False) -> Figure:
-    """The decay s of the curvature against alpha gamma, which the transfer relation says it is, a point per layer.
+    """Draw the decay s of the curvature against alpha gamma, its value by the transfer relation, a point per layer.
 
     On the line s = alpha gamma; the band holds transfer errors abs(s - alpha gamma) / abs(s) up to 10 %. Hollow
     where alpha's fit is not to be trusted. Of several reports, the layers of all but the last are pale.
@@ -122,7 +122,7 @@ def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool =
 
 
 def plot_participation_ratio(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
-    """Participation ratio of the curvature against alpha gamma, with the zeta bound and its finite-window form.
+    """Draw the participation ratio of the curvature against alpha gamma, with the zeta bound and that of a window.
 
     The solid line is zeta(alpha gamma)^2 / zeta(2 alpha gamma), infinite up to alpha gamma = 1; the dashed one is what
     a pure power law of n directions has, n the number of positive h that most layers have. Both are bounds for exact
@@ -172,7 +172,7 @@ def _alpha_point(axes: Axes, i: int, layer: LayerSpectrum, size: float) -> None:
 
 
 def _alpha_limits(layers: Sequence[LayerSpectrum]) -> tuple[float, float]:
-    """Around the exponents and the band; of an error bar, what is longer than 1 may leave the axes."""
+    """Return limits around the exponents and the band; the part of an error bar beyond 1 may leave the axes."""
     ends = [*ALPHA_BAND]
     for layer in layers:
         if not math.isnan(layer.alpha.exponent):
@@ -182,7 +182,7 @@ def _alpha_limits(layers: Sequence[LayerSpectrum]) -> tuple[float, float]:
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:
-    """Limits around values, with some room."""
+    """Return limits around values, with some room."""
     low, high = (min(values), max(values)) if values else (0.0, 3.0)
     room = 0.07 * max(high - low, 0.2)
     return low - room, high + room
@@ -192,7 +192,7 @@ Point = tuple[float, float, LayerSpectrum, float]
 
 
 def _points(reports: Sequence[SpectralReport], ordinate: Callable[[LayerSpectrum], float]) -> list[Point]:
-    """(alpha gamma, ordinate, layer, opacity) of every layer that has both."""
+    """Return (alpha gamma, ordinate, layer, opacity) of every layer that has both."""
     return [
         (layer.alpha_gamma, ordinate(layer), layer, 1.0 if report is reports[-1] else EARLIER)
         for report in reports

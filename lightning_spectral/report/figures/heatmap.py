@@ -27,7 +27,7 @@ LABELS = {
 def plot_spectrum_heatmap(
     report: SpectralReport, quantity: Literal["sigma", "h"] = "sigma", *, width: float = WIDTH, dark: bool = False
 ) -> Figure:
-    """log10 of sigma_k or h_k, a row per layer in the order of the network, a column per direction k.
+    """Draw log10 of sigma_k or h_k, a row per layer in the order of the network, a column per direction k.
 
     Negative h are vermilion. What was not measured, is zero, or lies at or below the noise floor is grey; where a
     layer has fewer directions than others its row ends.
@@ -69,7 +69,7 @@ def plot_spectrum_heatmap(
 
 
 def heat(report: SpectralReport, quantity: Literal["sigma", "h"]) -> tuple[Tensor, Tensor]:
-    """(log10 of the values, NaN where there is none; 1 where one is missing, 2 where it is negative), both (L, K)."""
+    """Return log10 of the values, NaN where there is none, and 1 where one is missing, 2 where it is negative."""
     layers = list(report.layers.values())
     columns = max(1, *(len(layer.sigma) for layer in layers))
     values_lk = torch.full((len(layers), columns), float("nan"), dtype=torch.float64)

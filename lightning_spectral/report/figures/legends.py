@@ -20,7 +20,7 @@ LEGEND_LETTER, LEGEND_MARK, LEGEND_LINE = 0.056, 0.43, 0.16
 
 
 def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
-    """Keys to the kinds given, in the order of `KINDS`."""
+    """Return keys to the kinds given, in the order of `KINDS`."""
     from matplotlib.lines import Line2D
 
     found = list(dict.fromkeys(kinds))
@@ -34,7 +34,7 @@ def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
 
 
 def mark_handle(marker: str, label: str, *, hollow: bool = False, opacity: float = 1.0) -> Artist:
-    """A key to a marker that means the same in every colour."""
+    """Return a key to a marker that means the same in every colour."""
     from matplotlib.lines import Line2D
 
     look: dict[str, Any] = {"markerfacecolor": ground() if hollow else ink(), "alpha": opacity}
@@ -42,21 +42,21 @@ def mark_handle(marker: str, label: str, *, hollow: bool = False, opacity: float
 
 
 def line_handle(dash: Dash, label: str, colour: str | None = None) -> Artist:
-    """A key to a line, in the colour of text where none is given."""
+    """Return a key to a line, in the colour of text where none is given."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=colour or ink(), linestyle=dash, linewidth=1.0, label=label)
 
 
 def patch_handle(label: str, **look: Any) -> Artist:
-    """A key to an area."""
+    """Return a key to an area."""
     from matplotlib.patches import Patch
 
     return Patch(label=label, linewidth=0, **look)
 
 
 def legend(figure: Figure, handles: Sequence[Artist], *, abscissa: str = "") -> None:
-    """A legend below the axes, by which the figure grows, with an abscissa for all panels.
+    """Add a legend below the axes, by which the figure grows, with an abscissa for all panels.
 
     The abscissa is the legend's title, since matplotlib lays a legend out over a `supxlabel`.
     """
@@ -69,7 +69,7 @@ def legend(figure: Figure, handles: Sequence[Artist], *, abscissa: str = "") -> 
 
 
 def _columns(labels: Sequence[str], width: float) -> int:
-    """The most columns of a legend that fit into a width in inches; a legend is filled column by column."""
+    """Return the most columns of a legend that fit into a width in inches; a legend is filled column by column."""
     for count in range(len(labels), 1, -1):
         rows, longer = divmod(len(labels), count)
         starts = [i * rows + min(i, longer) for i in range(count + 1)]

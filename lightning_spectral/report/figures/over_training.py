@@ -36,7 +36,7 @@ NO_MODEL = "#BBBBBB"
 
 
 def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
-    """The exponent alpha over the steps: a thin line per layer, and the median of each kind of layer thick.
+    """Draw the exponent alpha over the steps: a thin line per layer, and the median of each kind of layer thick.
 
     The grey band is alpha from 1.85 to 2.15. A line breaks where a layer had no fit. The axis shows all medians and
     98 % of the layers' values; at initialisation single layers may leave it.
@@ -73,7 +73,7 @@ def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bo
 
 
 def plot_rank_models_over_training(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
-    """Which rank model describes how many layers' gradient spectra, stacked over the steps.
+    """Draw which rank model describes how many layers' gradient spectra, stacked over the steps.
 
     The model of a layer is that with the lowest BIC (`fit_rank_models`); the fractions are of all layers of the
     report. arXiv 2606.02596 calls their change in training the spectral phase transition.
@@ -110,7 +110,7 @@ Band = tuple[str, str, str, list[float]]
 
 
 def model_bands(reports: Sequence[SpectralReport]) -> list[Band]:
-    """(name, colour, hatch, fraction of layers at each report) per model; layers without one last, if there are any."""
+    """Return (name, colour, hatch, fraction of layers at each report) per model; layers without a model last."""
     winners = [[layer.rank_models.winner for layer in report.layers.values()] for report in reports]
     bands = [
         (style.name, style.colour, style.hatch, [of.count(model) / len(of) for of in winners])
@@ -124,7 +124,7 @@ Series = dict[tuple[str, str], list[float]]
 
 
 def alpha_series(reports: Sequence[SpectralReport]) -> tuple[Series, dict[str, list[float]]]:
-    """((name, kind) -> alpha at each report, NaN where there is none; kind -> its median at each report)."""
+    """Return ((name, kind) -> alpha at each report, NaN where there is none; kind -> its median at each report)."""
     keys = dict.fromkeys((layer.name, layer.kind) for report in reports for layer in report.layers.values())
     by_layer = {
         (name, kind): [r.layers[name].alpha.exponent if name in r.layers else math.nan for r in reports]
@@ -148,7 +148,7 @@ def _limits(axes: Axes, layers: Sequence[list[float]], medians: Sequence[list[fl
 
 
 def _cells(x: Sequence[int]) -> list[float]:
-    """Edges of cells, halfway between abscissae and a little beyond the ends; at a step taken twice one is empty."""
+    """Return edges of cells, halfway between abscissae and a little beyond the ends; empty at a step taken twice."""
     inner = [(a + b) / 2 for a, b in itertools.pairwise(x)]
     beyond = max(0.5, 0.02 * (x[-1] - x[0]))
     return [x[0] - beyond, *inner, x[-1] + beyond]

@@ -66,7 +66,7 @@ Layers = str | Sequence[str] | None
 def plot_power_law(
     report: SpectralReport, layers: Layers = None, *, width: float = WIDTH, dark: bool = False
 ) -> Figure:
-    """Curvature h_k against singular value sigma_k, a panel per layer, with the fitted line h ~ sigma^alpha.
+    """Draw curvature h_k against singular value sigma_k, a panel per layer, with the fitted line h ~ sigma^alpha.
 
     The shaded band is the 95 % confidence band of the line (`line_and_band`), left out, as the heading says, where it
     would fill most of the panel; bars are standard errors of sampled h.
@@ -102,7 +102,7 @@ def plot_power_law(
 def plot_rank_profiles(
     report: SpectralReport, layers: Layers = None, *, width: float = WIDTH, dark: bool = False
 ) -> Figure:
-    """Singular values sigma_k against their rank k, a panel per layer, with the three rank models.
+    """Draw singular values sigma_k against their rank k, a panel per layer, with the three rank models.
 
     The model with the lowest BIC is drawn thick and named, with the difference of the next one's BIC to its own.
     Values at or below the noise floor, which no model is fitted to, are hollow.
@@ -147,7 +147,7 @@ def choose_layers(report: SpectralReport, layers: Layers) -> tuple[list[LayerSpe
 
 
 def rank_values(layer: LayerSpectrum) -> Tensor:
-    """(n,) the singular values that the rank models of a layer are fitted to."""
+    """Return (n,) the singular values that the rank models of a layer are fitted to."""
     return layer.spectrum[layer.spectrum > layer.noise_floor]
 
 
@@ -157,7 +157,7 @@ def _grid(panels: int, width: float) -> tuple[int, int]:
 
 
 def _height(rows: int, each: float) -> float:
-    """Inches of the panels; of one row enough for the label of its ordinate."""
+    """Return inches of the panels; of one row enough for the label of its ordinate."""
     return max(0.1 + each * rows, 2.8)
 
 
@@ -226,7 +226,7 @@ def _mark_handles(marks: Collection[str]) -> list[Artist]:
 
 
 def _frame(axes: Axes, x: Tensor, y: Tensor) -> None:
-    """Limits and ticks of logarithmic axes around points, with room at the bottom for marks on the edge."""
+    """Set limits and ticks of logarithmic axes around points, with room at the bottom for marks on the edge."""
     sides = ((x, axes.xaxis, axes.set_xlim, 0.06, 0.06, 0.3), (y, axes.yaxis, axes.set_ylim, 0.12, 0.08, 0.18))
     for values, axis, set_limits, below, above, gap in sides:
         if not len(values):
@@ -242,7 +242,7 @@ def _frame(axes: Axes, x: Tensor, y: Tensor) -> None:
 
 
 def _heading(layer: LayerSpectrum) -> list[str]:
-    """The layer, its fit and its negative curvatures, a line each. They stand above the panel, where no point is."""
+    """Return the lines above a panel: the layer, its fit and its negative curvatures."""
     fit, lines = layer.alpha, [literal(short_name(layer.name, PANEL_NAME))]
     lines.append(
         "no fit" if math.isnan(fit.exponent) else f"α = {fit.exponent:.2f} ± {fit.stderr:.2f}, r² = {fit.r2:.2f}"
@@ -273,7 +273,7 @@ def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:
 
 
 def model_curve(model: RankModel, coefficients: Sequence[float], k: Tensor) -> Tensor:
-    """sigma at the ranks k by a rank model: exp(a + b log k), exp(a + b k) or exp(a + b log k + c (log k)^2)."""
+    """Return sigma at ranks k by a rank model: exp(a + b log k), exp(a + b k) or exp(a + b log k + c (log k)^2)."""
     columns = {
         "power_law": [torch.ones_like(k), k.log()],
         "exponential": [torch.ones_like(k), k],

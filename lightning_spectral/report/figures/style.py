@@ -1,4 +1,4 @@
-"""What all figures share: canvas, colours, titles, names of layers, legends."""
+"""Style that all figures share: canvas, colours, titles."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OTHER_STYLE = ("#8C6D31", "h")
 
 
 class ModelStyle(NamedTuple):
-    """How a rank model is drawn: its name, colours on white and on dark, line, and hatch of its areas."""
+    """Look of a rank model: its name, colours on white and on dark, line, and hatch of its areas."""
 
     name: str
     on_white: str
@@ -57,7 +57,7 @@ class ModelStyle(NamedTuple):
 
     @property
     def colour(self) -> str:
-        """The colour for the style in force."""
+        """Return the colour for the style in force."""
         return self.on_dark if ground() == DARK_GROUND else self.on_white
 
 
@@ -114,7 +114,7 @@ EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}
 
 @contextmanager
 def canvas(width: float, height: float, *, dark: bool) -> Iterator[Figure]:
-    """A figure to draw on, in this module's style and in no other.
+    """Yield a figure to draw on, in this module's style and in no other.
 
     It is laid out before the style is left, since matplotlib makes ticks only then and would take the user's style.
 
@@ -140,27 +140,27 @@ def canvas(width: float, height: float, *, dark: bool) -> Iterator[Figure]:
 
 
 def ink() -> str:
-    """The colour of text in the style in force."""
+    """Return the colour of text in the style in force."""
     from matplotlib import rcParams
 
     return str(rcParams["text.color"])
 
 
 def ground() -> str:
-    """The colour of the page in the style in force, what a hollow marker is filled with."""
+    """Return the colour of the page in the style in force, what a hollow marker is filled with."""
     from matplotlib import rcParams
 
     return str(rcParams["axes.facecolor"])
 
 
 def kind_style(kind: str) -> tuple[str, str]:
-    """(colour, marker) of a kind of layer, in the style in force."""
+    """Return (colour, marker) of a kind of layer, in the style in force."""
     colour, marker = KIND_STYLE.get(kind, OTHER_STYLE)
     return (ink() if colour == INK else colour), marker
 
 
 def one_report(report: SpectralReport) -> SpectralReport:
-    """The report, if it holds layers; else a ValueError that says why there are none."""
+    """Return the report, or raise ValueError saying why it holds no layers."""
     if not isinstance(report, SpectralReport):
         raise TypeError(f"need one SpectralReport, such as probe.last_report, got {type(report).__name__}")
     if not report.layers:
@@ -170,7 +170,7 @@ def one_report(report: SpectralReport) -> SpectralReport:
 
 
 def all_reports(reports: Reports) -> list[SpectralReport]:
-    """The reports in the order of their steps; a ValueError where there are none."""
+    """Return the reports in the order of their steps; raise ValueError where there are none."""
     found = [reports] if isinstance(reports, SpectralReport) else list(reports)
     if not found:
         raise ValueError(
@@ -183,13 +183,13 @@ def all_reports(reports: Reports) -> list[SpectralReport]:
 
 
 def positions(reports: Sequence[SpectralReport]) -> tuple[list[int], str]:
-    """(abscissae, their label): the steps, or numbers where a report was not taken in training."""
+    """Return abscissae and their label: the steps, or numbers where a report was not taken in training."""
     steps = [report.step for report in reports if report.step is not None]
     return (steps, "optimizer step") if len(steps) == len(reports) else (list(range(len(reports))), "measurement")
 
 
 def title(figure: Figure, text: str, reports: Sequence[SpectralReport], note: str = "") -> None:
-    """What the figure shows, and below it when and how that was measured; the figure grows by it."""
+    """Write what the figure shows, and below it when and how that was measured; the figure grows by it."""
     steps = [report.step for report in reports if report.step is not None]
     span = f"step {steps[0]}" if len(set(steps)) == 1 else f"steps {min(steps)} to {max(steps)}" if steps else ""
     count = f"{len(reports)} reports" if len(reports) > 1 else ""
@@ -203,7 +203,7 @@ def title(figure: Figure, text: str, reports: Sequence[SpectralReport], note: st
 
 
 def backing() -> dict[str, Any]:
-    """A patch behind text, through which what it covers can still be seen."""
+    """Return a patch behind text, through which what it covers can still be seen."""
     return {"facecolor": ground(), "edgecolor": "none", "alpha": 0.7, "pad": 1.0}
 
 

@@ -20,12 +20,12 @@ LINE = 0.125
 
 
 def short_name(name: str, length: int = NAME_LENGTH) -> str:
-    """A layer's name as figures show it."""
+    """Return a layer's name as figures show it."""
     return shortened(name, length)
 
 
 def literal(text: str) -> str:
-    r"""A text that matplotlib draws as it is, where between two dollars it would read mathematics.
+    r"""Escape a text for matplotlib, which would read mathematics between two dollars.
 
     >>> literal("mix_$a$")
     'mix_\\$a\\$'
@@ -34,7 +34,7 @@ def literal(text: str) -> str:
 
 
 def name_ticks(axis: Axis, names: Sequence[str], room: float) -> None:
-    """Ticks 0, 1, ... of an axis with the names of layers, every second, third, ... where all do not fit.
+    """Set ticks 0, 1, ... of an axis with the names of layers, every second, third, ... where all do not fit.
 
     Args:
         axis: x or y.
@@ -49,7 +49,7 @@ def name_ticks(axis: Axis, names: Sequence[str], room: float) -> None:
 
 
 def log_ticks(axis: Axis, low: float, high: float, *, gap: float) -> None:
-    """Ticks of a logarithmic axis from low to high that do not overlap, however short it is.
+    """Set ticks of a logarithmic axis from low to high that do not overlap, however short it is.
 
     Powers of ten, every second, third, ... of them where there are many, or numbers between where there are few:
     whatever gives the most ticks at least `gap`, a fraction of the axis, apart.
@@ -69,7 +69,7 @@ def log_ticks(axis: Axis, low: float, high: float, *, gap: float) -> None:
 
 
 def _apart(values: Sequence[float], room: float) -> list[float]:
-    """The first value and every next one that is this many decades above the last taken."""
+    """Return the first value and every next one that is this many decades above the last taken."""
     taken: list[float] = []
     for value in values:
         if not taken or math.log10(value / taken[-1]) >= room:
@@ -78,7 +78,7 @@ def _apart(values: Sequence[float], room: float) -> list[float]:
 
 
 def whole_numbers(axes: Axes, x: Sequence[int]) -> None:
-    """Ticks of the abscissa at whole numbers alone, which a locator does not keep to within a range of one."""
+    """Set ticks of the abscissa at whole numbers alone, which a locator does not keep to within a range of one."""
     from matplotlib.ticker import MaxNLocator
 
     if min(x) == max(x):
@@ -88,7 +88,7 @@ def whole_numbers(axes: Axes, x: Sequence[int]) -> None:
 
 
 def _plain(value: float) -> str:
-    """A round number as a plain one or, very small or large, with a power of ten.
+    """Write a round number as it is or, very small or large, with a power of ten.
 
     >>> _plain(0.02), _plain(500.0), _plain(1e6)
     ('0.02', '500', '$10^{6}$')
