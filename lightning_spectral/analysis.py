@@ -12,7 +12,7 @@ from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 
 GOOD_FIT, FEWEST_POINTS, LARGEST_ERROR = 0.9, 5, 0.25
-"""What a fit to trust has: r2 of at least 0.9, at least 5 points, and a standard error of at most a quarter of alpha.
+"""Limits of a fit to trust: r2 of at least 0.9, at least 5 points, a standard error of at most a quarter of alpha.
 
 Below that r2 log h is no straight line in log sigma. The standard error of n points without errors of their own is
 abs(alpha) sqrt((1 / r2 - 1) / (n - 2)), at most 0.19 abs(alpha) for 5 points with an r2 of 0.9, so that the third
@@ -29,7 +29,7 @@ DEVIATES, DEVIATES_STDERR, SIBLINGS = 0.25, 3.0, 3
 """A layer deviates from the median of its kind, of at least so many layers, by more than 0.25 and 3 standard errors."""
 
 ALPHA_BAND = (1.85, 2.15)
-"""Around alpha = 2, where curvature is the square of the gradient: the grey band of figures and pages."""
+"""Band around alpha = 2, where curvature is the square of the gradient: the grey band of figures and pages."""
 
 Reported = tuple[float, float, str]
 

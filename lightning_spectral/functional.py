@@ -15,7 +15,7 @@ OF_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": F.cross_entropy,
     "nll_loss": F.nll_loss,
 }
-"""Of scores per class and the numbers of classes."""
+"""Losses of scores per class and the numbers of classes."""
 
 OF_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "binary_cross_entropy": F.binary_cross_entropy,
@@ -27,15 +27,15 @@ OF_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "smooth_l1_loss": F.smooth_l1_loss,
     "soft_margin_loss": F.soft_margin_loss,
 }
-"""Of values and targets of the same shape."""
+"""Losses of values and targets of the same shape."""
 
 FUNCTIONAL_LOSSES = (*OF_CLASSES, *OF_VALUES)
 
 TARGETS = ("labels", "label", "targets", "target", "y")
-"""What a batch that is a mapping may call its targets."""
+"""Keys of the targets in a batch that is a mapping."""
 
 INPUTS = ("inputs", "input", "x")
-"""What it may call a single input, which the model then takes by position."""
+"""Keys of a single input in such a batch, which the model then takes by position."""
 
 
 def functional_loss(name: str) -> LossFunction:

@@ -25,7 +25,7 @@ HEAD_NAME = re.compile(r"(\w+_)?head|classifier|score|(output|final)_(layer|proj
 POSITION_NAME = re.compile(r"(.*_)?pos(ition)?(s|al)?(_.*)?|.*emb(ed)?(ding)?s?|wpe|wte")
 
 BLOCK_DEPTH = 3
-"""How many levels above an attention layer its block may lie: BERT's `attention.self` lies three below its block."""
+"""Most levels by which an attention layer lies below its block: three in BERT's `attention.self`."""
 
 
 def infer_kinds(model: nn.Module) -> dict[str, Kind]:

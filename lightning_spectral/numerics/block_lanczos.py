@@ -19,16 +19,16 @@ from torch import Tensor
 EXTRA = 4
 """Vectors in a block beyond k. With b >= k a sigma that repeats cannot hide from the Krylov space."""
 TOLERANCE = 1e-6
-"""Of the residuals over sigma at which the iteration ends; three times that where it runs in float32."""
+"""Largest residual over sigma at which the iteration ends; three times that where it runs in float32."""
 SLACK = 10
-"""By what factor the residuals of what is returned may exceed it."""
+"""Factor by which the residuals of the triplets returned may exceed `TOLERANCE`."""
 FLAT = 0.25
 """Participation ratio of the eigenvalues of G over n, from which on the iteration is so long that G pays.
 
 Then sigma_1 is close to the others, and G in float32 accurate enough: a CPU computes it in a third of the time.
 """
 ROUNDING = 100
-"""Times eps and the norm of a product, of which a vector is no more than what rounding leaves."""
+"""Multiple of eps and the norm of a product below which a vector is rounding noise."""
 EPS = torch.finfo(torch.float32).eps
 CACHED_ENTRIES = 2**18
 """Entries converted to float64 at a time: 2 MiB stay in a CPU's cache, and no copy of the matrix is held."""

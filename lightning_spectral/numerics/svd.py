@@ -13,7 +13,7 @@ from lightning_spectral.numerics.block_lanczos import leading_triplets
 LANCZOS_SIDE = 512
 """Shorter side of a matrix from which on block Lanczos beats the full SVD, measured for k = 20."""
 SIDE_PER_TRIPLET = 20
-"""The least ratio of the shorter side to k at which it does."""
+"""Least ratio of the shorter side to k at which block Lanczos does."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
+from lightning_spectral.layers.display_names import shortened
 from lightning_spectral.numerics.participation import zeta_bound
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
@@ -28,7 +29,7 @@ from lightning_spectral.report.figures.style import (
     say,
     title,
 )
-from lightning_spectral.report.figures.ticks import log_ticks, name_ticks, short_name
+from lightning_spectral.report.figures.ticks import NAME_LENGTH, log_ticks, name_ticks
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRANSFER_BAND = 0.1
-"""Of the transfer error."""
+"""Largest transfer error within the band."""
 
 EARLIER = 0.35
 """Opacity of the layers of all reports but the last."""
@@ -59,7 +60,7 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
     """
     layers = list(one_report(report).layers.values())
     names = [layer.name for layer in layers]
-    with canvas(width, 2.4 + 0.055 * max(len(short_name(name)) for name in names), dark=dark) as figure:
+    with canvas(width, 2.4 + 0.055 * max(len(shortened(name, NAME_LENGTH)) for name in names), dark=dark) as figure:
         axes = figure.subplots()
         band = draw_alpha_band(axes)
         missing = [i for i, layer in enumerate(layers) if math.isnan(layer.alpha.exponent)]
@@ -97,10 +98,10 @@ def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool =
         ImportError: without matplotlib.
         ValueError: if there is no report, or one holds no layers.
     """
-    found = all_reports(reports)
+    history = all_reports(reports)
     with canvas(width, 0.9 * width, dark=dark) as figure:
         axes = figure.subplots()
-        points = _points(found, lambda layer: layer.s.exponent)
+        points = _points(history, lambda layer: layer.s.exponent)
         low, high = padded([v for x, y, _, _ in points for v in (x, y)])
         ends = torch.linspace(low, high, 200)
         _identity_band(axes, ends)
@@ -115,9 +116,9 @@ def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool =
         else:
             note = ""
             say(axes, "no layer has fits of α, γ and s")
-        title(figure, "Transfer relation s = α γ", found, note)
+        title(figure, "Transfer relation s = α γ", history, note)
         band = patch_handle("error up to 10 %", color=ink(), alpha=0.12)
-        legend(figure, [*_keys(found, points), line_handle("-", "s = α γ"), band])
+        legend(figure, [*_keys(history, points), line_handle("-", "s = α γ"), band])
     return figure
 
 
@@ -137,10 +138,10 @@ def plot_participation_ratio(reports: Reports, *, width: float = WIDTH, dark: bo
         ImportError: without matplotlib.
         ValueError: if there is no report, or one holds no layers.
     """
-    found = all_reports(reports)
+    history = all_reports(reports)
     with canvas(width, 2.9, dark=dark) as figure:
         axes = figure.subplots()
-        points = _points(found, lambda layer: layer.pr_curvature)
+        points = _points(history, lambda layer: layer.pr_curvature)
         low, high = padded([0.9, 1.6, *(x for x, _, _, _ in points)])
         curves = _bounds(axes, [layer.alpha.n_used for _, _, layer, _ in points], low, high)
         for x, y, layer, opacity in points:
@@ -151,8 +152,8 @@ def plot_participation_ratio(reports: Reports, *, width: float = WIDTH, dark: bo
         log_ticks(axes.yaxis, 0.9, top, gap=0.1)
         if not points:
             say(axes, "no layer has a fit of α and γ")
-        title(figure, "Participation ratio of curvature, zeta bound", found)
-        legend(figure, [*_keys(found, points), *curves])
+        title(figure, "Participation ratio of curvature, zeta bound", history)
+        legend(figure, [*_keys(history, points), *curves])
     return figure
 
 

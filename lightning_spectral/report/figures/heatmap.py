@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NEGATIVE, MISSING = "#D55E00", "#BBBBBB"
-"""Of h < 0, and of what was not measured or is rounding noise: neither is a colour of the scale."""
+"""Colours of h < 0, and of what was not measured or is rounding noise: neither is a colour of the scale."""
 
 LABELS = {
     "sigma": ("Singular values of the gradient", "log₁₀ σ (loss per unit of weight)"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,16 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
-LEGEND_LETTER, LEGEND_MARK, LEGEND_LINE = 0.056, 0.43, 0.16
-"""Inches that a letter of the legend takes in the mean, a mark with the space around it, and a line."""
+LEGEND_COLUMN, LEGEND_LINE = 1.5, 0.16
+"""Inches that a column of the legend takes, and a line."""
 
 
 def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
     """Return keys to the kinds given, in the order of `KINDS`."""
     from matplotlib.lines import Line2D
 
-    found = list(dict.fromkeys(kinds))
-    order = [kind for kind in KINDS if kind in found] + [kind for kind in found if kind not in KINDS]
+    unique = list(dict.fromkeys(kinds))
+    order = [kind for kind in KINDS if kind in unique] + [kind for kind in unique if kind not in KINDS]
     style: Dash = "-" if line else "none"
     return [
         Line2D([], [], color=colour, marker=marker, linestyle=style, label=literal(kind.replace("_", " ")))
@@ -62,18 +61,7 @@ def legend(figure: Figure, handles: Sequence[Artist], *, abscissa: str = "") -> 
     """
     if not handles:
         return
-    columns = _columns([str(handle.get_label()) for handle in handles], figure.get_figwidth())
+    columns = min(len(handles), int(figure.get_figwidth() / LEGEND_COLUMN))
     figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, title=abscissa or None)
     rows = math.ceil(len(handles) / columns) + bool(abscissa)
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * rows)
-
-
-def _columns(labels: Sequence[str], width: float) -> int:
-    """Return the most columns of a legend that fit into a width in inches; a legend is filled column by column."""
-    for count in range(len(labels), 1, -1):
-        rows, longer = divmod(len(labels), count)
-        starts = [i * rows + min(i, longer) for i in range(count + 1)]
-        longest = [max(map(len, labels[a:b])) for a, b in itertools.pairwise(starts)]
-        if sum(LEGEND_LETTER * length + LEGEND_MARK for length in longest) <= width - 0.1:
-            return count
-    return 1

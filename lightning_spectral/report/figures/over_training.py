@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NO_MODEL = "#BBBBBB"
-"""Of layers with too few values for any rank model."""
+"""Colour of layers with too few values for any rank model."""
 
 
 def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
@@ -50,12 +50,12 @@ def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bo
         ImportError: without matplotlib.
         ValueError: if there is no report, or one holds no layers.
     """
-    found = all_reports(reports)
-    x, label = positions(found)
+    history = all_reports(reports)
+    x, label = positions(history)
     with canvas(width, 2.8, dark=dark) as figure:
         axes = figure.subplots()
         band = draw_alpha_band(axes)
-        by_layer, by_kind = alpha_series(found)
+        by_layer, by_kind = alpha_series(history)
         for (_, kind), values in by_layer.items():
             axes.plot(x, values, color=kind_style(kind)[0], linewidth=0.6, alpha=0.45, label=kind)
         for kind, values in by_kind.items():
@@ -66,7 +66,7 @@ def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bo
         whole_numbers(axes, x)
         if not any(math.isfinite(value) for values in by_layer.values() for value in values):
             say(axes, "no layer has a fit of α")
-        title(figure, "Curvature exponent α over training, medians by kind", found)
+        title(figure, "Curvature exponent α over training, medians by kind", history)
         shown = (kind for kind, values in by_kind.items() if not all(map(math.isnan, values)))
         legend(figure, [*kind_handles(shown, line=True), band])
     return figure
@@ -87,11 +87,11 @@ def plot_rank_models_over_training(reports: Reports, *, width: float = WIDTH, da
         ImportError: without matplotlib.
         ValueError: if there is no report, or one holds no layers.
     """
-    found = all_reports(reports)
-    x, label = positions(found)
+    history = all_reports(reports)
+    x, label = positions(history)
     with canvas(width, 2.3, dark=dark) as figure:
         axes = figure.subplots()
-        bands = model_bands(found)
+        bands = model_bands(history)
         edges, bottoms = _cells(x), [0.0] * len(x)
         for name, colour, hatch, shares in bands:
             axes.stairs(
@@ -101,7 +101,7 @@ def plot_rank_models_over_training(reports: Reports, *, width: float = WIDTH, da
             bottoms = [b + s for b, s in zip(bottoms, shares, strict=True)]
         axes.set(xlabel=label, ylabel="fraction of layers", xlim=(edges[0], edges[-1]), ylim=(0, 1))
         whole_numbers(axes, x)
-        title(figure, "Rank models of the gradient spectra, by BIC", found)
+        title(figure, "Rank models of the gradient spectra, by BIC", history)
         legend(figure, _band_handles(bands))
     return figure
 

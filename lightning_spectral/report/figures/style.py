@@ -27,7 +27,7 @@ MIN_WIDTH = 3.25
 """Inches: a column of a two-column paper."""
 
 INK = "ink"
-"""Stands for the colour of the text, black or nearly white."""
+"""Placeholder for the colour of the text, black or nearly white."""
 
 KIND_STYLE: dict[str, tuple[str, str]] = {
     "conv": ("#0072B2", "o"),
@@ -43,7 +43,7 @@ KIND_STYLE: dict[str, tuple[str, str]] = {
 place of its yellow, which is too pale for a line on white."""
 
 OTHER_STYLE = ("#8C6D31", "h")
-"""Of a kind that is none of `KINDS`, in a record made by hand."""
+"""Style of a kind that is none of `KINDS`, in a record made by hand."""
 
 
 class ModelStyle(NamedTuple):
@@ -109,7 +109,7 @@ TITLE_LETTER, TITLE_LINE = 0.067, 0.16
 """Inches that a letter of the title takes in the mean, and a line of it."""
 
 EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}
-"""Of marks on the edge of the axes."""
+"""Look of marks on the edge of the axes."""
 
 
 @contextmanager
@@ -171,15 +171,15 @@ def one_report(report: SpectralReport) -> SpectralReport:
 
 def all_reports(reports: Reports) -> list[SpectralReport]:
     """Return the reports in the order of their steps; raise ValueError where there are none."""
-    found = [reports] if isinstance(reports, SpectralReport) else list(reports)
-    if not found:
+    history = [reports] if isinstance(reports, SpectralReport) else list(reports)
+    if not history:
         raise ValueError(
             "no reports to draw: probe.history is empty until the first probe; "
             "every_n_steps, or a larger max_overhead, gives more of them"
         )
-    found = [one_report(report) for report in found]
-    steps = [report.step for report in found if report.step is not None]
-    return sorted(found, key=lambda report: report.step or 0) if len(steps) == len(found) else found
+    history = [one_report(report) for report in history]
+    steps = [report.step for report in history if report.step is not None]
+    return sorted(history, key=lambda report: report.step or 0) if len(steps) == len(history) else history
 
 
 def positions(reports: Sequence[SpectralReport]) -> tuple[list[int], str]:
