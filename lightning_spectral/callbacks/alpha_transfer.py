@@ -1,44 +1,84 @@
-"""From a probe's report to the optimizers that ask for it: alpha="probe" of `SpectralNewton`."""
+"""Measured exponents, from a report to optimizers with alpha="probe": `SpectralNewton`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.layers.matrices import MatrixLayer, find_layers
 from lightning_spectral.optim.measured_alpha import MeasuredAlpha
 from lightning_spectral.optim.spectral_newton import SpectralNewton
+from lightning_spectral.options import Options
 from lightning_spectral.records.log_keys import ALPHA_KEY
 from lightning_spectral.records.report import SpectralReport
 
-Fits = dict[str, tuple[float, float]]
-"""Layer -> (alpha, r2): all that an optimizer takes from a report, and that processes have to agree on."""
+MAX_NAMES = 8
+"""Number of layers that a message names."""
 
 
-def takers(trainer: Any) -> list[SpectralNewton]:
-    """The optimizers of a Trainer that take measured exponents. They are told that a probe is there."""
-    found = []
+def probe_alpha_optimizers(trainer: Any) -> list[SpectralNewton]:
+    """Return the Trainer's optimizers with alpha="probe", after letting each know that a probe measures it."""
+    optimizers = []
     for optimizer in trainer.optimizers:
-        # Wrappers keep what they wrap there; Lightning's also passes for an instance of its class.
+        # A wrapper keeps its optimizer there; Lightning's wrapper also passes for an instance of its class.
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
         if isinstance(optimizer, SpectralNewton) and optimizer.takes_alpha:
             optimizer.expect_alpha()
-            found.append(optimizer)
-    return found
+            optimizers.append(optimizer)
+    return optimizers
 
 
-def fits_of(report: SpectralReport | None) -> Fits:
-    """What was measured, failed layers as NaN."""
-    return {} if report is None else {x.name: (x.alpha.exponent, x.alpha.r2) for x in report.layers.values()}
+def transfer_alphas(
+    report: SpectralReport | None,
+    optimizers: Sequence[SpectralNewton],
+    module: nn.Module,
+    options: Options,
+    logged: Callable[[Sequence[str]], Sequence[str]],
+) -> dict[str, float]:
+    """Give the optimizers the exponents of a report, if any, and return logged key -> exponent in use.
+
+    ``logged`` maps the names of all layers to those logged one by one.
+    """
+    if not optimizers:
+        return {}
+    layers = _measured_layers(module, options)
+    fits = {} if report is None else {name: (x.alpha.exponent, x.alpha.r2) for name, x in report.layers.items()}
+    write_alphas(optimizers, module, layers, fits)
+    return alphas_in_use(optimizers, module, {name: layers[name] for name in logged(list(layers))})
+
+
+def warn_of_unmeasured(
+    optimizers: Sequence[SpectralNewton], module: nn.Module, options: Options, warn: Callable[[str], None]
+) -> None:
+    """Warn of parameters of alpha="probe" that the options leave unmeasured."""
+    if names := unmeasured_parameters(optimizers, module, _measured_layers(module, options)):
+        warn(
+            f"alpha='probe': {', '.join(names[:MAX_NAMES])}{' and others' * (len(names) > MAX_NAMES)} are "
+            "not measured, so their alpha stays as it is; choose them with layers, or leave them to AdamW"
+        )
+
+
+def _measured_layers(module: nn.Module, options: Options) -> dict[str, MatrixLayer]:
+    try:
+        return find_layers(module, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv).layers
+    except Exception:
+        # The measurement fails for the same reason, and warns.
+        return {}
 
 
 def write_alphas(
-    optimizers: Iterable[SpectralNewton], module: nn.Module, layers: Mapping[str, MatrixLayer], fits: Fits
+    optimizers: Iterable[SpectralNewton],
+    module: nn.Module,
+    layers: Mapping[str, MatrixLayer],
+    fits: Mapping[str, tuple[float, float]],
 ) -> None:
-    """Set the exponents of the layers' parameters, which are known by identity, in every optimizer."""
+    """Set the exponents of the layers' parameters, matched by identity, in every optimizer.
+
+    ``fits`` is layer -> (alpha, r2), NaN where a layer's fit failed.
+    """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     measured: dict[Any, list[MeasuredAlpha]] = {}
     for name, (alpha, r2) in fits.items():
@@ -51,17 +91,19 @@ def write_alphas(
 def alphas_in_use(
     optimizers: Sequence[SpectralNewton], module: nn.Module, layers: Mapping[str, MatrixLayer]
 ) -> dict[str, float]:
-    """The logged names of the layers that an optimizer holds, with their exponents."""
+    """Return logged key -> exponent of each layer that an optimizer steps."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    out: dict[str, float] = {}
+    exponents: dict[str, float] = {}
     for name, layer in layers.items():
-        used = [optimizer.alpha_of(parameters[layer.parameter], layer.rows) for optimizer in optimizers]
-        out |= {ALPHA_KEY.replace("<layer>", name): alpha for alpha in used if alpha is not None}
-    return out
+        alphas = [optimizer.alpha_of(parameters[layer.parameter], layer.rows) for optimizer in optimizers]
+        exponents |= {ALPHA_KEY.replace("<layer>", name): alpha for alpha in alphas if alpha is not None}
+    return exponents
 
 
-def unmeasured(optimizers: Iterable[SpectralNewton], module: nn.Module, layers: Mapping[str, MatrixLayer]) -> list[str]:
-    """Parameters of alpha="probe" that no layer measured belongs to."""
+def unmeasured_parameters(
+    optimizers: Iterable[SpectralNewton], module: nn.Module, layers: Mapping[str, MatrixLayer]
+) -> list[str]:
+    """Return the names of the parameters of alpha="probe" that belong to none of the layers."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     measured = {id(parameters[layer.parameter]) for layer in layers.values()}
     names = {id(parameter): name for name, parameter in module.named_parameters()}

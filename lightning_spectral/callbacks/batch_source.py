@@ -1,4 +1,4 @@
-"""Which batches a probe measures: those about to be trained on, the first ones, or a loader's."""
+"""`BatchSource`: the batches that a probe measures, of training, kept from its start, or of a loader."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_spectral._validation import optional_positive_int, positive_int
 from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import HeldBatches, batch_size, take_samples
@@ -18,13 +19,13 @@ CHOICES = ("train", "fixed")
 
 
 class BatchSource:
-    """The batches of each probe, collected from training or kept for all of them.
+    """Batches of each probe, collected from training or kept for all probes.
 
     Args:
-        choice: "train", the batches from the probe's step on; "fixed", the first ones of the run; or a DataLoader,
-            whose first ones are fetched once.
-        n_batches: how many.
-        fixed_samples: "fixed": as many batches as hold so many samples, the last one cut, in place of n_batches.
+        choice: "train", the batches from the probe's step on; "fixed", the first batches of the run; or a DataLoader,
+            whose first batches are fetched once.
+        n_batches: number of batches.
+        fixed_samples: with "fixed", keep as many batches as hold so many samples, the last one cut, instead.
 
     Raises:
         ValueError: for an option out of range, or options that exclude each other.
@@ -33,49 +34,43 @@ class BatchSource:
     def __init__(self, choice: BatchChoice, n_batches: int = 1, fixed_samples: int | None = None) -> None:
         if not isinstance(choice, DataLoader) and choice not in CHOICES:
             raise ValueError(f"batch must be 'train', 'fixed' or a DataLoader, got {choice!r}")
-        if not isinstance(n_batches, int) or isinstance(n_batches, bool) or n_batches < 1:
-            raise ValueError(f"n_batches must be a whole number of at least 1, got {n_batches!r}")
-        if fixed_samples is not None:
-            if not isinstance(fixed_samples, int) or fixed_samples < 1:
-                raise ValueError(f"fixed_samples must be None or a whole number of at least 1, got {fixed_samples!r}")
-            if choice != "fixed" or n_batches > 1:
-                raise ValueError(
-                    "fixed_samples tells how much of batch='fixed' to keep, in place of n_batches; "
-                    f"got batch={choice!r} and n_batches={n_batches}"
-                )
         self.choice = choice
-        self.n_batches = n_batches
-        self.fixed_samples = fixed_samples
-        self.forget()
+        self.n_batches = positive_int("n_batches", n_batches)
+        self.fixed_samples = optional_positive_int("fixed_samples", fixed_samples)
+        if fixed_samples is not None and (choice != "fixed" or n_batches > 1):
+            raise ValueError(
+                "fixed_samples tells how much of batch='fixed' to keep, in place of n_batches; "
+                f"got batch={choice!r} and n_batches={n_batches}"
+            )
+        self.reset()
 
-    def forget(self) -> None:
-        """Drop what was collected: another run begins."""
-        self._held = HeldBatches()
+    def reset(self) -> None:
+        """Drop the collected batches, for the next probe or run."""
+        self._batches = HeldBatches()
         self._samples = 0
-        self._loaded = False
+        self._is_loaded = False
 
-    @property
-    def told(self) -> str:
-        """The options that say how much is collected."""
+    def describe_size(self) -> str:
+        """Return the option that sets how much is collected, as text."""
         return f"n_batches={self.n_batches}" if self.fixed_samples is None else f"fixed_samples={self.fixed_samples}"
 
     @property
     def takes_per_probe(self) -> int:
-        """Batches of training that each probe needs for itself."""
+        """Number of training batches that each probe takes."""
         return self.n_batches if self.choice == "train" else 1
 
     @property
     def collects(self) -> bool:
-        """Whether it wants to see a training batch although none is to be measured now."""
-        return self.choice == "fixed" and not self._full
+        """True while batches of training are to be collected even where no probe is due."""
+        return self.choice == "fixed" and not self._is_full
 
     @property
-    def _full(self) -> bool:
+    def _is_full(self) -> bool:
         if self.fixed_samples is not None:
             return self._samples >= self.fixed_samples
         if isinstance(self.choice, DataLoader):
-            return self._loaded
-        return len(self._held) >= self.n_batches
+            return self._is_loaded
+        return len(self._batches) >= self.n_batches
 
     def collect(self, batch: Any) -> None:
         """Keep a copy of a training batch.
@@ -90,44 +85,44 @@ class BatchSource:
                     "fixed_samples: the tensors of the batch share no leading dimension, so its samples cannot be "
                     "counted; set n_batches instead"
                 )
-            left = self.fixed_samples - self._samples
-            batch = batch if size <= left else take_samples(batch, left, option="fixed_samples")
-            self._samples += min(size, left)
-        self._held.append(batch)
+            missing = self.fixed_samples - self._samples
+            batch = batch if size <= missing else take_samples(batch, missing, option="fixed_samples")
+            self._samples += min(size, missing)
+        self._batches.append(batch)
 
     def batches(
-        self, batch: Any, module: nn.Module, to_device: Callable[[Any], Any], processes: SingleProcess
+        self, batch: Any, module: nn.Module, to_device: Callable[[Any], Any], group: SingleProcess
     ) -> Sequence[Any] | None:
-        """What to measure, None until there are enough.
+        """Return the batches to measure; None until there are enough.
 
-        Of a loader that gives all processes the same batches each takes its share of them.
+        Where a loader gives all ranks the same batches, each rank takes its share of them.
 
         Args:
-            batch: about to be trained on.
-            module: whose random states a loader leaves alone.
-            to_device: moves a batch of the loader to where the module is.
-            processes: that measure together.
+            batch: batch about to be trained on.
+            module: module whose random states stay as they are while a loader is read.
+            to_device: moves a batch of the loader to the module's device.
+            group: ranks that measure together.
         """
         if self.choice == "train":
             if self.n_batches == 1:
                 return [batch]
             self.collect(batch)
-        elif isinstance(self.choice, DataLoader) and not self._loaded:
+        elif isinstance(self.choice, DataLoader) and not self._is_loaded:
             inner = getattr(self.choice.batch_sampler, "sampler", None)
-            apart = isinstance(self.choice.sampler, DistributedSampler) or isinstance(inner, DistributedSampler)
-            rank, size = (0, 1) if apart else (processes.rank, processes.size)
+            is_split = isinstance(self.choice.sampler, DistributedSampler) or isinstance(inner, DistributedSampler)
+            rank, size = (0, 1) if is_split else (group.rank, group.size)
             share = slice(rank, None, size)
-            self._held = first_batches(self.choice, self.n_batches, module, prepare=to_device, share=share)
-            self._loaded = True
-        if not self._full:
+            self._batches = first_batches(self.choice, self.n_batches, module, prepare=to_device, share=share)
+            self._is_loaded = True
+        if not self._is_full:
             return None
-        found = self._held
+        batches = self._batches
         if self.choice == "train":
-            self.forget()
-        return found
+            self.reset()
+        return batches
 
     def check_loader(self) -> None:
-        """Raise ValueError for a loader that is known to be too short."""
+        """Raise ValueError for a loader whose length is known and too short."""
         if not isinstance(self.choice, DataLoader):
             return
         try:

@@ -1,4 +1,4 @@
-"""What a user would miss in the curves: that the budget leaves no room for probes, and what would make some."""
+"""Warnings that the time budget leaves no room for a second probe, and which options would make some."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lightning_spectral.curvature.selection import FEW_SAMPLES
 from lightning_spectral.records.report import SpectralReport
 
 FEWEST_SAMPLES = 16
-"""A suggestion of fewer would measure noise."""
+"""Number of samples below which a suggested max_samples would measure noise."""
 
 STEPS_TO_JUDGE = 4
-"""Steps after the first probe from which on the length of the whole run is foretold."""
+"""Number of steps after the first probe from which the length of the whole run is predicted."""
 
 
-class Advice:
+class BudgetAdvice:
     """Warn if one probe takes more than the whole run allows, or was the only one.
 
     Args:
-        budget: of the probes.
-        warn: tells a text once.
+        budget: time budget of the probes.
+        warn: warns once per cause.
     """
 
     def __init__(self, budget: TimeBudget, warn: Callable[[str], None]) -> None:
@@ -29,55 +29,57 @@ class Advice:
         self.start()
 
     def start(self) -> None:
-        """A run begins."""
-        self._judged = self._judged_over = False
+        """Begin a run."""
+        self._is_judged = self._warned = False
 
-    def judge(self, step: int, report: SpectralReport | None, steps: Callable[[], float] | None) -> None:
-        """After one probe, say if it takes more than the budget of the whole run, as soon as its length is known.
+    def judge(self, step: int, report: SpectralReport | None, total_steps: Callable[[], float] | None) -> None:
+        """Warn if the first probe took more than the budget of the whole run, as soon as its length is known.
 
         Args:
-            step: optimizer step that training has come to.
-            report: what was measured.
-            steps: tells the optimizer steps of the whole run; None: they are over.
+            step: optimizer step that training has reached.
+            report: report of the probe; None if it failed.
+            total_steps: returns the optimizer steps of the whole run; None when the run is over.
         """
         budget, first = self.budget, self.budget.last_step
-        if self._judged or first is None or step - first < (1 if steps is None else STEPS_TO_JUDGE):
+        if self._is_judged or first is None or step - first < (1 if total_steps is None else STEPS_TO_JUDGE):
             return
-        self._judged = True
-        left = 0.0 if steps is None else steps() - step
-        seconds = budget.wall_seconds + left * budget.step_seconds(step)
+        self._is_judged = True
+        steps_to_come = 0.0 if total_steps is None else total_steps() - step
+        seconds = budget.wall_seconds + steps_to_come * budget.step_seconds(step)
         allowed = budget.max_overhead * seconds
         if not math.isfinite(seconds) or budget.last_seconds <= allowed:
             return
-        self._judged_over = True
-        n = report.n_samples if report is not None else None
-        enough = 0 if n is None else int(n * allowed / budget.last_seconds)
-        chosen = "" if report is None else report.chosen
-        # The cost of Gauss-Newton goes with the samples; below FEW_SAMPLES other networks get no sketch.
-        if chosen.startswith("ggn") and enough >= FEWEST_SAMPLES:
-            samples = f"about {enough} of {n}"
-        elif chosen.startswith("exact") and n is not None and n < FEW_SAMPLES:
-            samples = f"{FEW_SAMPLES} or more, for a sketch, which is faster"
-        else:
-            samples = f"but not below {FEW_SAMPLES}"
+        self._warned = True
         self.warn(
             f"one probe took {budget.last_seconds:.2g} s, more than the max_overhead={budget.max_overhead:g} of this "
             f"whole run of about {seconds:.2g} s, so there will be no other; set max_samples "
-            f"({samples}), fewer layers or directions "
-            "(layers, top_k), a larger max_overhead, or every_n_steps. "
-            f"A second probe takes a run of {self._second():.2g} s"
+            f"({_max_samples(report, allowed / budget.last_seconds)}), fewer layers or directions (layers, top_k), a "
+            f"larger max_overhead, or every_n_steps. A second probe takes a run of {self._seconds_for_second():.2g} s"
         )
 
-    def look_back(self) -> None:
-        """At the end of a run with one probe, say what a second takes, unless `judge` did."""
-        if self._judged_over:
+    def end(self, step: int, report: SpectralReport | None) -> None:
+        """Warn at the end of a run with one probe, unless `judge` did, what a second probe takes."""
+        self.judge(step, report, None)
+        if self._warned or report is None:
             return
         self.warn(
             "the one probe before the first steps was the only one: in this run of "
             f"{self.budget.wall_seconds:.2g} s max_overhead={self.budget.max_overhead:g} leaves no room for a "
-            f"second, which takes a run of {self._second():.2g} s; raise max_overhead, or set every_n_steps"
+            f"second, which takes a run of {self._seconds_for_second():.2g} s; raise max_overhead, or set every_n_steps"
         )
 
-    def _second(self) -> float:
-        """Wall time from which on a second probe of the last one's cost is within the budget."""
+    def _seconds_for_second(self) -> float:
+        """Return the wall time from which on a second probe of the same cost is within the budget."""
         return 2 * self.budget.last_seconds / self.budget.max_overhead
+
+
+def _max_samples(report: SpectralReport | None, share: float) -> str:
+    """Return the max_samples to advise where a probe may take this share of its time."""
+    n = None if report is None else report.n_samples
+    method = "" if report is None else report.chosen
+    # The cost of Gauss-Newton goes with the samples; below FEW_SAMPLES other networks get no sketch.
+    if n is not None and method.startswith("ggn") and int(n * share) >= FEWEST_SAMPLES:
+        return f"about {int(n * share)} of {n}"
+    if n is not None and method.startswith("exact") and n < FEW_SAMPLES:
+        return f"{FEW_SAMPLES} or more, for a sketch, which is faster"
+    return f"but not below {FEW_SAMPLES}"

@@ -1,4 +1,4 @@
-"""What probes logged last, where EarlyStopping, ModelCheckpoint and plateau schedulers look for a `monitor`."""
+"""Last values logged, where EarlyStopping, ModelCheckpoint and plateau schedulers look for a `monitor`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 
 
 class CallbackMetrics:
-    """Keep the last value of each key, and hold it in `trainer.callback_metrics`.
+    """Keep the last value of each key, and publish it in `trainer.callback_metrics`.
 
-    A value that is NaN is left out, and the one before it stays: EarlyStopping ends training at a NaN, and a probe that
-    fails must not. A key without a value yet is not there.
+    A NaN does not replace the value before it: EarlyStopping ends training at a NaN, and a probe that fails must not.
+    A key that never had a value is absent.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
 
     def write(self, trainer: Any, scalars: Mapping[str, float]) -> None:
-        """Hold what a probe logged."""
+        """Keep and publish the scalars of a probe."""
         self.values |= {key: value for key, value in scalars.items() if math.isfinite(value)}
         self.publish(trainer)
 
     def publish(self, trainer: Any) -> None:
-        """Hold what there is, also in a run that resumes and has yet to probe."""
-        # `LightningModule.log` would do, were it allowed before the first batch of a resumed run, too.
+        """Publish the values, also in a resumed run that has yet to probe."""
+        # `LightningModule.log` raises before the first batch of a resumed run.
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self.values.items()})

@@ -1,4 +1,4 @@
-"""Which scalars a probe logs, of which layers, and which of them get a chart of their own."""
+"""`LogSelection`: the scalars that a probe logs, of which layers; `charts`: the keys with a chart of their own."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS
 from lightning_spectral.records.report import SpectralReport
 
 LOGGED_LAYERS = 24
-"""How many layers `log_layers="auto"` logs one by one."""
+"""Number of layers that `log_layers="auto"` logs one by one."""
 
 CURVES = ("alpha", "gamma", "s", "transfer_error", "pr_curvature", "zeta_bound")
-"""Whose medians are logged for each kind of layer, too."""
+"""Quantities whose medians are logged for each kind of layer, too."""
 
 PER_LAYER = ("alpha", "r2_alpha")
-"""What `log_quantities="auto"` logs per layer: the exponent, and whether to trust it."""
+"""Quantities that `log_quantities="auto"` logs per layer: the exponent, and whether to trust it."""
 
 HEALTH = ("layers_failed", "negative_curvature", "r2_alpha_median", "probe_overhead")
-"""Charts that tell whether to trust the others."""
+"""Keys that tell whether to trust the others."""
 
 _PART_OF = {key.name: key.part for key in LAYER_KEYS}
 
 
-class Logged:
-    """Choose what is logged of a report.
+class LogSelection:
+    """Choose the scalars of a report that are logged.
 
     Args:
         log_layers: "auto", up to `LOGGED_LAYERS` layers evenly over depth; "all"; "none"; or glob patterns.
-        log_quantities: of each of them: "auto", `PER_LAYER` and what is measured on request; "all"; or names.
-        parts: what is measured on request.
-        warn: tells a text once.
+        log_quantities: quantities of each layer: "auto", `PER_LAYER` and those measured on request; "all"; or names.
+        parts: parts of a `LayerSpectrum` that are measured on request.
+        warn: warns once per cause.
 
     Raises:
         ValueError: for an option out of range.
@@ -51,19 +51,19 @@ class Logged:
         self.quantities = self._quantities(log_quantities)
         self.warn = warn
 
-    def _quantities(self, chosen: str | Sequence[str]) -> frozenset[str]:
-        given = [name for name, part in _PART_OF.items() if part in self.parts]
-        if chosen == "all":
-            return frozenset(given)
-        if chosen == "auto":
-            return frozenset(name for name in given if name in PER_LAYER or _PART_OF[name])
-        names = [chosen] if isinstance(chosen, str) else list(chosen)
+    def _quantities(self, selection: str | Sequence[str]) -> frozenset[str]:
+        available = [name for name, part in _PART_OF.items() if part in self.parts]
+        if selection == "all":
+            return frozenset(available)
+        if selection == "auto":
+            return frozenset(name for name in available if name in PER_LAYER or _PART_OF[name])
+        names = [selection] if isinstance(selection, str) else list(selection)
         if unknown := [name for name in names if name not in _PART_OF]:
             raise ValueError(
                 f"log_quantities must be 'auto', 'all' or names of quantities, got {unknown[0]!r}; "
                 f"there are {', '.join(_PART_OF)}"
             )
-        if missing := [name for name in names if name not in given]:
+        if missing := [name for name in names if name not in available]:
             raise ValueError(
                 f"log_quantities: {missing[0]!r} is measured on request, by an option that README names, and was not "
                 "asked for"
@@ -71,7 +71,7 @@ class Logged:
         return frozenset(names)
 
     def layers(self, names: Sequence[str]) -> list[str]:
-        """Those of these layers that are logged one by one."""
+        """Return the layers that are logged one by one."""
         if self.log_layers == "all" or (self.log_layers == "auto" and len(names) <= LOGGED_LAYERS):
             return list(names)
         if self.log_layers == "none":
@@ -82,28 +82,28 @@ class Logged:
         return list(select({name: name for name in names}, self.log_layers, layer_names))
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise ValueError if layers are to be logged and the patterns match none of these."""
+        """Raise ValueError if patterns of layers to log match none of these."""
         if names and self.log_layers not in ("none", []) and not self.layers(names):
             check_matches("log_layers", self.log_layers, {name: name for name in names}, layer_names)
 
     def scalars(self, report: SpectralReport | None) -> dict[str, float]:
-        """Logged names, without a prefix, in the order of the README; NaN of a probe that measured nothing.
+        """Return key without prefix -> value, in the order of the README; all NaN for a probe that failed.
 
-        Infinity, which no chart shows and some trackers store as the largest number there is, becomes NaN.
+        Infinity becomes NaN: no chart shows it, and some trackers store it as the largest number there is.
         """
         if report is None:
             keys = [f"{key.name}_median" for key in LAYER_KEYS if key.median and key.part in self.parts]
             return dict.fromkeys((*keys, *REPORT_KEYS), float("nan"))
-        chosen = self.layers(list(report.layers))
+        layers = self.layers(list(report.layers))
         return {
             key: value if math.isfinite(value) else float("nan")
-            for key, value in report.scalars(chosen).items()
-            if self._logs(key, chosen)
+            for key, value in report.scalars(layers).items()
+            if self._logs(key, layers)
         }
 
-    def _logs(self, key: str, chosen: Sequence[str]) -> bool:
+    def _logs(self, key: str, layers: Sequence[str]) -> bool:
         owner, _, quantity = key.rpartition("/")
-        if owner in chosen:
+        if owner in layers:
             return quantity in self.quantities
         if owner.startswith("kind/"):
             name = quantity.removesuffix("_median")
@@ -112,10 +112,10 @@ class Logged:
 
 
 def charts(keys: Iterable[str], n: int | None) -> list[str]:
-    """The keys, without a prefix, that get one of n charts; the most telling first, layers evenly over depth.
+    """Return the keys, without a prefix, that get one of n charts; the most telling first, layers evenly over depth.
 
-    First the medians of `CURVES` over all layers, then those of each kind, `HEALTH`, medians of what was measured
-    on request, alpha of the layers, other counts and medians, and all the rest.
+    The order: medians of `CURVES` over all layers, those of each kind, `HEALTH`, medians of what is measured on
+    request, alpha of the layers, other counts and medians, everything else.
 
     >>> keys = ["loss", "alpha_median", "kind/conv/alpha_median", "layers_failed", *(f"{i}/alpha" for i in range(9))]
     >>> charts(keys, 6)
@@ -126,15 +126,15 @@ def charts(keys: Iterable[str], n: int | None) -> list[str]:
         return keys
     groups: dict[tuple[int, int], list[str]] = {}
     for key in keys:
-        groups.setdefault(_rank(key), []).append(key)
-    shown: list[str] = []
-    for rank in sorted(groups):
-        shown += [groups[rank][i] for i in evenly(len(groups[rank]), n - len(shown))]
-    return shown
+        groups.setdefault(_priority(key), []).append(key)
+    charted: list[str] = []
+    for _, group in sorted(groups.items()):
+        charted += [group[i] for i in evenly(len(group), n - len(charted))]
+    return charted
 
 
-def _rank(key: str) -> tuple[int, int]:
-    """The place of a key's group among the groups of `charts`."""
+def _priority(key: str) -> tuple[int, int]:
+    """Return the place of a key's group in the order of `charts`."""
     owner, _, quantity = key.rpartition("/")
     name = quantity.removesuffix("_median")
     if name != quantity and name in CURVES:

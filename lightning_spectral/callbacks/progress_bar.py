@@ -15,25 +15,27 @@ from lightning_spectral.report.terminal.tables import print_report
 
 
 def print_above_bar(trainer: Any, report: SpectralReport, title: str, layers: Sequence[str]) -> None:
-    """Print a report above the bar of the Trainer, which stays whole.
+    """Print a report above the Trainer's progress bar without breaking the bar; without one, just print it.
 
     Args:
-        trainer: whose bar it is; without one the report is just printed.
-        report: what was measured.
-        title: of the table.
-        layers: those that get a row.
+        trainer: Trainer with the bar.
+        report: report to print.
+        title: title of the table.
+        layers: names of the layers that get a row.
     """
     bar = trainer.progress_bar_callback
     live = getattr(getattr(bar, "progress", None), "console", None)
-    seen = live or Console()
+    terminal = live or Console()
     text = io.StringIO()
-    console = Console(file=text, force_terminal=seen.is_terminal, width=width_for(seen), no_color=seen.no_color)
+    console = Console(
+        file=text, force_terminal=terminal.is_terminal, width=width_for(terminal), no_color=terminal.no_color
+    )
     print_report(report, title, layers=layers, console=console)
     if isinstance(live, Console):
         # A line cut to the width of the bar would lose its figures.
         live.print(Text.from_ansi(text.getvalue()), soft_wrap=True)
     elif hasattr(bar, "train_progress_bar"):
-        # The bar's own `print` says nothing once it is closed, which it may be when training ends.
+        # The bar's own `print` is silent once the bar is closed, as it may be when training ends.
         bar.train_progress_bar.write(text.getvalue())
     elif bar is not None:
         bar.print(text.getvalue())

@@ -1,4 +1,4 @@
-"""`SwapOptimizer`: train with another optimizer than the one configured, from the start or from a step on."""
+"""`SwapOptimizer`: train with another optimizer than the configured one, from the start or from a step on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lightning_spectral.optim.rebind_scheduler import rebind_scheduler
 
 logger = logging.getLogger(__name__)
 
-REFUSED = ("FSDPStrategy", "DeepSpeed")
-"""Strategies that tie the optimizer to parameters they have flattened or taken over."""
+UNSUPPORTED = ("FSDPStrategy", "DeepSpeed")
+"""Parts of names of strategies that tie the optimizer to flattened parameters."""
 
 
 class SwapOptimizer(AnyCallback):
@@ -62,19 +62,19 @@ class SwapOptimizer(AnyCallback):
         self.at_step, self.at_epoch = at_step, at_epoch
         self.swapped = False
         self._step: int | None = None
-        self._restore: Callable[[], None] = _nothing
+        self._restore: Callable[[], None] = _do_nothing
 
     @property
     def from_the_start(self) -> bool:
-        """Whether the configured optimizer never takes a step."""
+        """True if the configured optimizer never takes a step."""
         return self.at_step is None and self.at_epoch is None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Stand between the Trainer and the module's configure_optimizers."""
+        """Wrap the module's configure_optimizers."""
         if stage != "fit":
             return
         strategy = type(trainer.strategy).__name__
-        if any(name in strategy for name in REFUSED):
+        if any(name in strategy for name in UNSUPPORTED):
             raise ValueError(
                 f"SwapOptimizer cannot swap under {strategy}, which ties the optimizer to parameters of its own; "
                 "return the optimizer from configure_optimizers, or train with DDP or ModelParallelStrategy (FSDP2)"
@@ -90,29 +90,28 @@ class SwapOptimizer(AnyCallback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the module its configure_optimizers back."""
         self._restore()
-        self._restore = _nothing
+        self._restore = _do_nothing
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same after an error, where Lightning does not call `teardown`."""
-        self._restore()
-        self._restore = _nothing
+        """Give the module its configure_optimizers back: Lightning does not call `teardown` after an error."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that holds the state of the optimizer that is swapped out from the start."""
         self.check(checkpoint, checkpoint.get("callbacks", {}).get(self.state_key))
 
-    def check(self, checkpoint: dict[str, Any], known: dict[str, Any] | None) -> None:
-        """Raise ValueError for a checkpoint with another optimizer's state; ``known`` is this callback's own."""
-        if known is None and self.from_the_start and checkpoint.get("optimizer_states"):
+    def check(self, checkpoint: dict[str, Any], state: dict[str, Any] | None) -> None:
+        """Raise ValueError for a checkpoint with another optimizer's state; ``state`` is this callback's in it."""
+        if state is None and self.from_the_start and checkpoint.get("optimizer_states"):
             raise ValueError(
                 "the checkpoint was written without SwapOptimizer, so it holds the state of the configured optimizer, "
                 f"with which {self.optimizer_class.__name__} cannot go on; give SwapOptimizer "
                 f"at_step={checkpoint.get('global_step')}, or start from the checkpoint's weights alone"
             )
-        if known is not None and known["swapped"] and known["optimizer"] != _path(self.optimizer_class):
+        if state is not None and state["swapped"] and state["optimizer"] != _import_path(self.optimizer_class):
             raise ValueError(
-                f"the checkpoint holds the state of {known['optimizer']}, and SwapOptimizer was given "
-                f"{_path(self.optimizer_class)}; resume with the optimizer of the checkpoint"
+                f"the checkpoint holds the state of {state['optimizer']}, and SwapOptimizer was given "
+                f"{_import_path(self.optimizer_class)}; resume with the optimizer of the checkpoint"
             )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -121,14 +120,14 @@ class SwapOptimizer(AnyCallback):
             self._swap_now(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Swap, if it is time: before a step, not between its micro-batches."""
+        """Swap, if it is time, before a step and not between its micro-batches."""
         step = optimizer_steps(trainer)
-        begins, self._step = step != self._step, step
-        if begins and self.at_step is not None and step >= self.at_step:
+        is_first, self._step = step != self._step, step
+        if is_first and self.at_step is not None and step >= self.at_step:
             self._swap_now(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say if training ended before the swap."""
+        """Warn if training ended before the swap."""
         if not self.swapped:
             warnings.warn(
                 f"training ended before at_step={self.at_step}, at_epoch={self.at_epoch}: no optimizer was swapped",
@@ -137,70 +136,68 @@ class SwapOptimizer(AnyCallback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """On which side of the swap the checkpoint is."""
-        return {"swapped": self.swapped, "optimizer": _path(self.optimizer_class)}
+        """Return on which side of the swap the checkpoint is."""
+        return {"swapped": self.swapped, "optimizer": _import_path(self.optimizer_class)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict`; it comes before the optimizers are configured."""
+        """Restore `state_dict`, before the optimizers are configured."""
         self.swapped = state_dict["swapped"]
 
     def _wrap(self, module: Any) -> None:
-        own = module.__dict__.get("configure_optimizers")
-        configure = module.configure_optimizers
+        attributes, configure = module.__dict__, module.configure_optimizers
+        overridden = {name: attributes[name] for name in ("configure_optimizers",) if name in attributes}
 
         def restore() -> None:
-            if own is None:
-                module.__dict__.pop("configure_optimizers", None)
-            else:
-                module.__dict__["configure_optimizers"] = own
+            attributes.pop("configure_optimizers", None)
+            attributes.update(overridden)
 
         def configure_optimizers() -> Any:
-            configured = configure()
-            return self._swapped_in(configured, module) if self.swapped or self.from_the_start else configured
+            configuration = configure()
+            return self._swap_in(configuration, module) if self.swapped or self.from_the_start else configuration
 
-        module.__dict__["configure_optimizers"] = configure_optimizers
+        attributes["configure_optimizers"] = configure_optimizers
         self._restore = restore
 
-    def _swapped_in(self, configured: Any, module: nn.Module) -> Any:
-        """What configure_optimizers returned, with the new optimizer in it."""
-        optimizers = [leaf for leaf in _leaves(configured) if isinstance(leaf, Optimizer)]
-        old = _only(optimizers)
-        new = self._new(old, module)
-        for leaf in _leaves(configured):
+    def _swap_in(self, configuration: Any, module: nn.Module) -> Any:
+        """Return the result of configure_optimizers with the new optimizer in it."""
+        leaves = _leaves(configuration)
+        old = _only_optimizer([leaf for leaf in leaves if isinstance(leaf, Optimizer)])
+        new = self._new_optimizer(old, module)
+        for leaf in leaves:
             if getattr(leaf, "optimizer", None) is old:
                 rebind_scheduler(leaf, old, new)
-        self._note(old, new, "before training")
-        return _with(configured, old, new)
+        self._record_swap(old, new, "before training")
+        return _replace(configuration, old, new)
 
     def _swap_now(self, trainer: Any, module: nn.Module) -> None:
         if self.swapped:
             return
-        old = _only(trainer.strategy.optimizers)
-        new = self._new(old, module)
+        old = _only_optimizer(trainer.strategy.optimizers)
+        new = self._new_optimizer(old, module)
         for config in trainer.strategy.lr_scheduler_configs:
             rebind_scheduler(config.scheduler, old, new)
         trainer.strategy.optimizers = [new]
-        self._note(old, new, f"before step {optimizer_steps(trainer)}")
+        self._record_swap(old, new, f"before step {optimizer_steps(trainer)}")
 
-    def _new(self, old: Optimizer, module: nn.Module) -> Optimizer:
-        """The new optimizer for the parameters of the old one."""
-        held = {id(parameter) for group in old.param_groups for parameter in group["params"]}
+    def _new_optimizer(self, old: Optimizer, module: nn.Module) -> Optimizer:
+        """Return the new optimizer, for the parameters of the old one."""
+        parameters = [parameter for group in old.param_groups for parameter in group["params"]]
         if not callable(getattr(self.optimizer_class, "groups", None)):
-            parameters = [parameter for group in old.param_groups for parameter in group["params"]]
             return self.optimizer_class(parameters, **self.init_args)
-        chosen = []
+        ids = set(map(id, parameters))
+        groups = []
         for group in self.optimizer_class.groups(module):  # type: ignore[attr-defined]
-            kept = [i for i, parameter in enumerate(group["params"]) if id(parameter) in held]
+            indices = [i for i, parameter in enumerate(group["params"]) if id(parameter) in ids]
             per_parameter = {
-                key: [value[i] for i in kept]
+                key: [value[i] for i in indices]
                 for key, value in group.items()
                 if isinstance(value, list) and len(value) == len(group["params"])
             }
-            if kept:
-                chosen.append({**group, **per_parameter})
-        return self.optimizer_class(chosen, **self.init_args)
+            if indices:
+                groups.append({**group, **per_parameter})
+        return self.optimizer_class(groups, **self.init_args)
 
-    def _note(self, old: Optimizer, new: Optimizer, when: str) -> None:
+    def _record_swap(self, old: Optimizer, new: Optimizer, when: str) -> None:
         self.swapped = True
         logger.info("%s: %s takes the place of %s", when, type(new).__name__, type(old).__name__)
 
@@ -210,25 +207,25 @@ def _optimizer_class(path: str | type[Optimizer]) -> type[Optimizer]:
         return _checked_class(path, path)
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name) if module else getattr(torch.optim, name)
+        target = getattr(importlib.import_module(module), name) if module else getattr(torch.optim, name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"optimizer must be the import path of a class, or a name in torch.optim; {path!r}: {error}"
         ) from error
-    return _checked_class(found, path)
+    return _checked_class(target, path)
 
 
-def _checked_class(found: Any, given: Any) -> type[Optimizer]:
-    if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        raise ValueError(f"optimizer must be a class of optimizers, got {given!r}, which is {found!r}")
-    return found
+def _checked_class(target: Any, option: Any) -> type[Optimizer]:
+    if not (isinstance(target, type) and issubclass(target, Optimizer)):
+        raise ValueError(f"optimizer must be a class of optimizers, got {option!r}, which is {target!r}")
+    return target
 
 
-def _path(of: type) -> str:
-    return f"{of.__module__}.{of.__qualname__}"
+def _import_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _only(optimizers: list[Optimizer]) -> Optimizer:
+def _only_optimizer(optimizers: list[Optimizer]) -> Optimizer:
     if len(optimizers) != 1:
         raise ValueError(
             f"SwapOptimizer swaps one optimizer, and configure_optimizers gave {len(optimizers) or 'none'}"
@@ -237,7 +234,7 @@ def _only(optimizers: list[Optimizer]) -> Optimizer:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """Everything in nested lists, tuples and dicts."""
+    """Return everything in nested lists, tuples and dicts."""
     if isinstance(value, Mapping):
         return [leaf for item in value.values() for leaf in _leaves(item)]
     if isinstance(value, (list, tuple)):
@@ -245,14 +242,14 @@ def _leaves(value: Any) -> list[Any]:
     return [value]
 
 
-def _with(value: Any, old: Any, new: Any) -> Any:
-    """The same nesting with one object in another's place."""
+def _replace(value: Any, old: Any, new: Any) -> Any:
+    """Return the same nesting with one object in another's place."""
     if isinstance(value, Mapping):
-        return {key: _with(item, old, new) for key, item in value.items()}
+        return {key: _replace(item, old, new) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_with(item, old, new) for item in value)
+        return type(value)(_replace(item, old, new) for item in value)
     return new if value is old else value
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     return None

@@ -1,4 +1,4 @@
-"""When to probe: at fixed steps, or as often as a share of wall time allows."""
+"""`TimeBudget`: space probes so that they take a share of wall time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class TimeBudget:
 
     With P the seconds probed so far, W the wall time since the start, c the cost of the last probe and t the time since
     it, the next one is due when P + c <= f (W + c), the whole run's share, and c <= f (t + c), its own interval's, so
-    that what long pauses save is not spent at once. The time is looked at on steps that are planned ahead from the
-    mean time of a step, so that processes which are told the plan of one of them take the same decisions.
+    that time saved by a long pause is not spent at once. The clock is read only at steps predicted from the mean step
+    time; rank 0 broadcasts its prediction, so all ranks decide alike.
 
     Args:
         max_overhead: f, between 0 and 1.
@@ -23,9 +23,9 @@ class TimeBudget:
     >>> now = [0.0]
     >>> budget = TimeBudget(0.1, clock=lambda: now[0])
     >>> budget.start(0)
-    >>> budget.due(0)
+    >>> budget.is_due(0)
     True
-    >>> now[0] = 1.0; budget.probed(0, 1.0); budget.due(1)
+    >>> now[0] = 1.0; budget.record_probe(0, 1.0); budget.is_due(1)
     False
     """
 
@@ -40,33 +40,33 @@ class TimeBudget:
         self.probe_seconds = 0.0
         self.last_seconds = 0.0
         self.last_step: int | None = None
-        self._latest = 0
+        self._latest_step = 0
         self.next_look = 0
-        self._earlier = 0.0
-        self._since_earlier = 0.0
-        self._running_since: float | None = None
-        self._last_ended = 0.0
+        self._wall_before = 0.0
+        self._since_before = 0.0
+        self._started: float | None = None
+        self._probe_ended = 0.0
 
     def start(self, step: int) -> None:
-        """Count wall time from this optimizer step on, on top of what was counted up to `stop` or before a resume."""
-        if self._running_since is not None:
-            # The last run ended without `stop`, in an error.
+        """Count wall time from this optimizer step on, on top of the time up to `stop` or before a resume."""
+        if self._started is not None:
+            # The last run ended in an error, without `stop`.
             self.stop()
-        if step < self._latest:
-            # Another training, whose steps begin anew.
+        if step < self._latest_step:
+            # Another training: its steps begin anew.
             self._reset()
-        self._running_since = self._last_ended = self.clock()
+        self._started = self._probe_ended = self.clock()
         self.next_look = max(self.next_look, step)
 
     def stop(self) -> None:
         """Count no wall time until the next `start`."""
-        self._earlier, self._since_earlier = self.wall_seconds, self._since
-        self._running_since = None
+        self._wall_before, self._since_before = self.wall_seconds, self._since
+        self._started = None
 
     @property
     def wall_seconds(self) -> float:
-        """W, of all runs that make up this training."""
-        return self._earlier + (0.0 if self._running_since is None else self.clock() - self._running_since)
+        """W, over all runs of this training."""
+        return self._wall_before + (0.0 if self._started is None else self.clock() - self._started)
 
     @property
     def overhead(self) -> float:
@@ -75,63 +75,62 @@ class TimeBudget:
 
     @property
     def _since(self) -> float:
-        return self._since_earlier + (0.0 if self._running_since is None else self.clock() - self._last_ended)
+        return self._since_before + (0.0 if self._started is None else self.clock() - self._probe_ended)
 
     def missing(self) -> float:
-        """Seconds until the next probe is within the budget; not positive when it is."""
+        """Return the seconds until the next probe is within the budget; not positive when it is."""
         if self.last_step is None:
             return 0.0
         c, f = self.last_seconds, self.max_overhead
         return max((self.probe_seconds + c) / f - (self.wall_seconds + c), c / f - (self._since + c))
 
-    def seen(self, step: int) -> None:
-        """Note that training has come to this step."""
-        self._latest = step
+    def record_step(self, step: int) -> None:
+        """Record that training has reached this step."""
+        self._latest_step = step
 
-    def due(self, step: int, agreed: Callable[[int], int] = int) -> bool:
-        """Whether to probe before this step.
+    def is_due(self, step: int, broadcast: Callable[[int], int] = int) -> bool:
+        """Return whether to probe before this step.
 
         Args:
             step: optimizer step.
-            agreed: what all processes take for the number of steps to wait, from that of one of them; they look at the
-                same steps.
+            broadcast: number of steps to wait -> rank 0's number. All ranks call it at the same steps.
         """
         if step < self.next_look:
             return False
-        wait = agreed(self._wait(step))
+        wait = broadcast(self._steps_to_wait(step))
         self.next_look = step + max(wait, 1)
         return wait == 0
 
-    def _wait(self, step: int) -> int:
+    def _steps_to_wait(self, step: int) -> int:
         missing = self.missing()
         if missing <= 0:
             return 0
         done = step - (self.last_step or 0)
         if done <= 0 or self._since <= 0:
             return 1
-        # No more than as many again as were seen: the first steps are slow, and steps may become faster.
+        # At most as many again as were taken: the first steps are slow, and steps may become faster.
         return max(1, min(math.ceil(missing / (self._since / done)), done))
 
-    def probed(self, step: int, seconds: float) -> None:
-        """A probe before this step took so long, and has just ended."""
+    def record_probe(self, step: int, seconds: float) -> None:
+        """Record a probe before this step that took so long and has just ended."""
         self.probe_seconds += seconds
         self.last_seconds = seconds
         self.last_step = step
-        self._since_earlier, self._last_ended = 0.0, self.clock()
+        self._since_before, self._probe_ended = 0.0, self.clock()
 
-    def logged(self, seconds: float) -> None:
-        """Writing down the last probe took so long, and has just ended."""
+    def record_logging(self, seconds: float) -> None:
+        """Record that logging the last probe took so long and has just ended."""
         self.probe_seconds += seconds
         self.last_seconds += seconds
-        self._last_ended = self.clock()
+        self._probe_ended = self.clock()
 
     def step_seconds(self, step: int) -> float:
-        """The mean time of the steps since the last probe; NaN before there are any."""
+        """Return the mean time of the steps since the last probe; NaN before there are any."""
         done = step - (self.last_step or 0)
         return self._since / done if self.last_step is not None and done > 0 else float("nan")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next decision depends on."""
+        """Return everything that the next decision depends on."""
         return {
             "probe_seconds": self.probe_seconds,
             "wall_seconds": self.wall_seconds,
@@ -139,14 +138,14 @@ class TimeBudget:
             "last_step": self.last_step,
             "since_seconds": self._since,
             "next_look": self.next_look,
-            "latest": self._latest,
+            "latest": self._latest_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore `state_dict`."""
         self.probe_seconds, self.last_seconds = state["probe_seconds"], state["last_seconds"]
-        self.last_step, self.next_look, self._latest = state["last_step"], state["next_look"], state["latest"]
-        self._earlier, self._since_earlier = state["wall_seconds"], state["since_seconds"]
-        if self._running_since is not None:
-            # In mid-training, as learning rate finders do, who put back the state that they found.
-            self._running_since = self._last_ended = self.clock()
+        self.last_step, self.next_look, self._latest_step = state["last_step"], state["next_look"], state["latest"]
+        self._wall_before, self._since_before = state["wall_seconds"], state["since_seconds"]
+        if self._started is not None:
+            # Learning rate finders restore the state in mid-training.
+            self._started = self._probe_ended = self.clock()

@@ -10,35 +10,35 @@ from lightning_spectral.errors import SpectralWarning
 
 logger = logging.getLogger(__name__)
 
-MOST_CAUSES = 100
-"""Warnings of one probe: a text that says something new each time would fill the terminal, and memory."""
+MAX_CAUSES = 100
+"""Number of warnings of one probe: a text that differs each time would fill the terminal, and memory."""
 
-CHANGING = re.compile(
+VARYING = re.compile(
     r"\b0x[0-9a-f]+"  # an object's address
     r"|(?<![\w.])\d+(?:x\d+)+(?!\w)"  # a shape, as PyTorch writes it of a matrix product
     r"|(?<![\w.])\d[\d.e+-]*(?![\w.])"
     r"|\bnan\b|\binf\b"
 )
-"""What differs from probe to probe in texts of one cause."""
+"""Parts of a text that differ from probe to probe though the cause is the same."""
 
 
 class WarnOnce:
-    """Warn of each cause once: steps, sizes and values change from probe to probe; the cause, and the layer, do not."""
+    """Warn of each cause once: steps, sizes and values change from probe to probe; the cause and the layer do not."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._seen_causes: set[str] = set()
         self.muted = False
-        """Whether another process tells it."""
+        """Set on all ranks but one, which warns for all."""
 
     def __call__(self, text: str) -> None:
-        """Warn, unless the text differs from an earlier one by its numbers only, or `MOST_CAUSES` were told."""
-        cause = CHANGING.sub("#", text)
-        if cause in self._told or self.muted or len(self._told) > MOST_CAUSES:
+        """Warn, unless the text differs from an earlier one only by its numbers, or `MAX_CAUSES` were reached."""
+        cause = VARYING.sub("#", text)
+        if cause in self._seen_causes or self.muted or len(self._seen_causes) > MAX_CAUSES:
             return
-        self._told.add(cause)
-        if len(self._told) > MOST_CAUSES:
+        self._seen_causes.add(cause)
+        if len(self._seen_causes) > MAX_CAUSES:
             text = (
-                f"{MOST_CAUSES} different warnings were given, and the probe gives no more; what it cannot measure is "
+                f"{MAX_CAUSES} different warnings were given, and the probe gives no more; what it cannot measure is "
                 "still NaN and counted in failed_probes and layers_failed, and probe.last_report.problems() names it"
             )
         try:

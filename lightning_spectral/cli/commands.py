@@ -321,7 +321,7 @@ def _report(options: argparse.Namespace) -> int:
         print(write_page(run, target, title=options.title))
         # What lay in a folder is for the reader to know: others may have put more there.
         said = [f"read {source}" for source in run.sources if any(path.is_dir() for path in inputs)]
-        for line in [*said, *(f"left out: {what}" for what in run.left_out)]:
+        for line in [*said, *(f"left out: {what}" for what in run.omissions)]:
             print(f"lightning-spectral report: {line}", file=sys.stderr)
         if there:
             print(f"lightning-spectral report: {target} was there and is replaced", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where the command `report` writes a page."""
+"""Choose and check the file that the command `report` writes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def check_target(path: Path) -> None:
 
 
 def default_target(paths: Sequence[Path]) -> Path:
-    """Where a run's page goes: into its folder, beside its file, or into the folder that several have in common."""
+    """Return the file of a run's page: in its folder, beside its file, or in the folder that several have in common."""
     first, *others = paths
     if not others:
         return first / "report.html" if first.is_dir() else first.with_suffix(".html")
     folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
-    common, here = Path(os.path.commonpath(folders)), Path.cwd()
-    return (common.relative_to(here) if common.is_relative_to(here) else common) / "report.html"
+    common, current = Path(os.path.commonpath(folders)), Path.cwd()
+    return (common.relative_to(current) if common.is_relative_to(current) else common) / "report.html"

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
-"""The vocabulary of `PythonSource`: printable ASCII and the newline. Other characters are left out."""
+"""Vocabulary of `PythonSource`: the newline and printable ASCII. Other characters are dropped."""
 
 
 def digits() -> TensorDataset:
-    """1,797 grey images (1, 8, 8), standardised, and their labels 0 to 9. Needs scikit-learn."""
+    """Return 1,797 grey images (1, 8, 8), standardised, and their labels 0 to 9. Needs scikit-learn."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -28,8 +28,8 @@ class PythonSource(Dataset[Tensor]):
     """Windows of length + 1 characters of the standard library's top-level modules, as indices (length + 1,).
 
     Args:
-        length: characters a network sees at once.
-        limit: characters read in all.
+        length: number of characters that a network sees at once.
+        limit: largest number of characters to read.
     """
 
     def __init__(self, length: int, limit: int = 2_000_000) -> None:

@@ -87,9 +87,9 @@ class CharacterGPT(pl.LightningModule):
 
     Args:
         vocabulary: number of characters.
-        length: characters it sees at once.
-        width: of the residual stream.
-        heads: of each attention layer.
+        length: number of characters it sees at once.
+        width: width of the residual stream.
+        heads: number of heads of each attention layer.
         depth: number of blocks.
         lr: learning rate of AdamW.
     """

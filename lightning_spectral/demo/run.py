@@ -1,4 +1,4 @@
-"""Train both networks with a probe, an offline W&B run and a CSV log each, and print what the probes saw."""
+"""Train both networks with a probe, an offline W&B run and a CSV log each, and print what the probes measured."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Experiment:
     """One training run of the demo.
 
     Attributes:
-        name: of its folder and W&B run.
-        title: of its tables.
-        module: what is trained.
-        data: what it is trained on.
+        name: name of its folder and W&B run.
+        title: title of its tables.
+        module: network to train.
+        data: training data.
         batch_size: samples per step.
         steps: optimizer steps.
         every_n_steps: spacing of the probes.
-        max_samples: samples a probe measures on.
+        max_samples: samples that a probe measures.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Experiment:
 
 
 def experiments(steps_factor: float = 1.0) -> list[Experiment]:
-    """The two runs; a factor below 1 shortens them."""
+    """Return the two runs; a factor below 1 shortens them."""
 
     def scaled(steps: int) -> int:
         return max(1, round(steps * steps_factor))
@@ -72,7 +72,7 @@ def experiments(steps_factor: float = 1.0) -> list[Experiment]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread: more of them sum in another order, and training goes elsewhere. Small nets gain none."""
+    """Compute with one thread: with more, sums have another order and other results, and small nets are no faster."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -86,51 +86,48 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
     """Train, probe and print; return the reports of each run by its name.
 
     Args:
-        folder: where the logs go.
-        steps_factor: shortens the runs, for a test.
+        folder: folder of the logs, the reports and the pages.
+        steps_factor: factor on the number of steps, for a test.
     """
-    # What is missing is better said before training than after it.
+    # Raises before training if plotly is missing.
     plotly_js()
     folder = Path(folder)
     console = Console()
     _hush_lightning()
-    planned = experiments(steps_factor)
-    histories, runs, pages = {}, {}, []
-    for experiment in planned:
-        console.print(f"\n[bold]{experiment.title}[/bold], {experiment.steps} steps")
-        history, runs[experiment.name] = _train(experiment, folder)
-        histories[experiment.name] = history
-        for report in history:
-            report.to_json(folder / experiment.name / f"step-{report.step}.json")
-        run_shown = run_of(history, experiment.name)
-        pages.append(write_page(run_shown, folder / experiment.name / "report.html", title=experiment.title))
-    for experiment in planned:
+    runs = experiments(steps_factor)
+    histories, wandb_folders, pages = {}, {}, []
+    for experiment in runs:
+        name, title = experiment.name, experiment.title
+        console.print(f"\n[bold]{title}[/bold], {experiment.steps} steps")
+        histories[name], wandb_folders[name] = _train(experiment, folder)
+        pages.append(write_page(run_of(histories[name], name), folder / name / "report.html", title=title))
+    for experiment in runs:
         print_report(histories[experiment.name][-1], experiment.title)
-    _say_where(console, runs, pages)
+    _print_paths(console, wandb_folders, pages)
     return histories
 
 
-def _say_where(console: Console, runs: Mapping[str, Path], pages: Sequence[Path]) -> None:
+def _print_paths(console: Console, wandb_folders: Mapping[str, Path], pages: Sequence[Path]) -> None:
     beside_python = Path(sys.executable).with_name("wandb")
-    wandb = "wandb" if shutil.which("wandb") or not beside_python.exists() else _from_here(beside_python)
+    wandb = "wandb" if shutil.which("wandb") or not beside_python.exists() else _relative(beside_python)
     lines = []
-    for name, path in runs.items():
-        where = _from_here(path)
-        lines += [f"\n{name}: W&B run in {where}", f"  see it in this terminal:  {wandb} leet run {where}"]
-    lines += ["\nPages for a browser, each one file:", *(f"  {_from_here(page)}" for page in pages)]
+    for name, path in wandb_folders.items():
+        folder = _relative(path)
+        lines += [f"\n{name}: W&B run in {folder}", f"  see it in this terminal:  {wandb} leet run {folder}"]
+    lines += ["\nPages for a browser, each one file:", *(f"  {_relative(page)}" for page in pages)]
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _from_here(path: Path) -> str:
-    """A path below the current folder as seen from it, another whole."""
-    # Without following links: a virtual environment's programs may be some.
-    whole = Path(os.path.abspath(path))
-    return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
+def _relative(path: Path) -> str:
+    """Return a path relative to the current folder if it lies below, else the absolute path."""
+    # Without following links: a virtual environment's programs may be links.
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
 
 
 def _hush_lightning() -> None:
-    """Leave the progress bar, and of Lightning's notes on hardware and workers nothing."""
+    """Silence Lightning's notes on hardware and workers, but not its progress bar."""
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.ERROR)
     for message in ("does not have many workers", "smaller than the logging interval", "LeafSpec"):
@@ -145,7 +142,7 @@ def _train(experiment: Experiment, folder: Path) -> tuple[list[SpectralReport], 
     loader = DataLoader(experiment.data, experiment.batch_size, shuffle=True, drop_last=True)
     trainer = pl.Trainer(
         max_steps=experiment.steps + 1,
-        # Which the steps end; without it the bar counts to epoch -2.
+        # The steps end training; without a number of epochs the bar counts to epoch -2.
         max_epochs=math.ceil((experiment.steps + 1) / len(loader)),
         logger=[CSVLogger(home, name="csv"), WandbLogger(save_dir=home, experiment=wandb_run)],
         callbacks=[probe],

@@ -95,23 +95,24 @@ class SingleProcess:
         """Return the values of all ranks on ``rank``, None on the others."""
         return [value]
 
-    def reduce_to_owners(
-        self, values: Mapping[str, Tensor], owners: Mapping[str, int], empty: Callable[[str], Tensor]
-    ) -> dict[str, Tensor]:
+    def reduce_to_owners(self, owners: Mapping[str, int], tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Sum each tensor over all ranks into its owner, and return those that this rank owns.
 
         Args:
-            values: name -> tensor, on each rank those that it has.
             owners: name -> rank, for the names of all ranks in one order.
-            empty: name -> zeros in place of a tensor that this rank does not have.
+            tensor: name -> this rank's tensor, or zeros of its shape where it has none.
         """
-        return {name: values[name] if name in values else empty(name) for name in owners}
+        return {name: tensor(name) for name in owners}
 
     def broadcast_from_owners(
         self, values: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]
     ) -> dict[str, list[Tensor]]:
         """Broadcast every owner's tensors to all ranks: name -> tensors."""
         return {name: list(values[name]) for name in owners if name in values}
+
+    def broadcast_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Broadcast the first rank's tensors to all ranks: those of names with one shape and dtype on all of them."""
+        return dict(tensors)
 
 
 SINGLE_PROCESS = SingleProcess()
@@ -176,9 +177,7 @@ class DistributedGroup(SingleProcess):
         dist.gather_object(value, gathered, self._global(rank), group=self.group)
         return gathered
 
-    def reduce_to_owners(
-        self, values: Mapping[str, Tensor], owners: Mapping[str, int], empty: Callable[[str], Tensor]
-    ) -> dict[str, Tensor]:
+    def reduce_to_owners(self, owners: Mapping[str, int], tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Sum each tensor over all ranks into its owner, and return those that this rank owns."""
         owned: dict[str, Tensor] = {}
         for rank in range(self.size):
@@ -187,7 +186,7 @@ class DistributedGroup(SingleProcess):
                 continue
             # Memory may run out here as in any step.
             with self.step():
-                parts = _by_dtype(names, values, empty)
+                parts = _by_dtype({name: tensor(name) for name in names})
             for flat, shapes in parts:
                 self.reduce(flat, rank)
                 if rank == self.rank:
@@ -218,6 +217,13 @@ class DistributedGroup(SingleProcess):
             parts = [_split_bytes(flat, layouts[rank]) for rank, flat in flats.items()]
         merged = {name: tensors for part in parts for name, tensors in part.items()}
         return {name: merged[name] for name in owners if name in merged}
+
+    def broadcast_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Broadcast the first rank's tensors to all ranks: those of names with one shape and dtype on all of them."""
+        layouts = self.all_gather_object({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        alike = [name for name in layouts[0] if all(layout.get(name) == layouts[0][name] for layout in layouts)]
+        own = {name: [tensors[name]] for name in alike} if self.rank == 0 else {}
+        return {name: t for name, (t,) in self.broadcast_from_owners(own, dict.fromkeys(alike, 0)).items()}
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
@@ -317,11 +323,8 @@ class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _by_dtype(
-    names: Sequence[str], values: Mapping[str, Tensor], empty: Callable[[str], Tensor]
-) -> list[tuple[Tensor, dict[str, torch.Size]]]:
-    """Return a flat tensor for each dtype among the tensors of these names, with the names and shapes in it."""
-    tensors = {name: values[name] if name in values else empty(name) for name in names}
+def _by_dtype(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, torch.Size]]]:
+    """Return a flat tensor for each dtype among these tensors, with the names and shapes in it."""
     flats = []
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
         of_dtype = {name: tensor for name, tensor in tensors.items() if tensor.dtype is dtype}

@@ -33,7 +33,6 @@ class Directions:
         usable: layer name -> its triplets above the noise floor, of the layers that have any.
         failed: layer name -> why it has no triplets.
         truncated: layer name -> why its ``spectra`` are those of the window alone, though more were asked for.
-        smallest: name of the layer with the smallest gradient tensor of this rank that is not zero, and that gradient.
     """
 
     triplets: dict[str, SingularTriplets] = field(default_factory=dict)
@@ -41,7 +40,6 @@ class Directions:
     usable: dict[str, SingularTriplets] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     truncated: dict[str, str] = field(default_factory=dict)
-    smallest: tuple[str, Tensor] | None = None
 
 
 def leading_directions(gradients: ObjectiveGradients, objective: Objective, options: Options) -> Directions:
@@ -56,14 +54,13 @@ def leading_directions(gradients: ObjectiveGradients, objective: Objective, opti
     present = (gradients.unreduced | gradients.reduced) - gradients.failed.keys()
     costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in present}
     owners = assign_owners(costs, group.size) if reducer is None else {n: reducer.owners[id(leaves[n])] for n in costs}
-    with group.step():
-        local = {name: layers[name].to_matrix(gradients.values[name]) for name in owners if name in gradients.values}
-        smallest = _smallest(gradients.values)
-    matrices = group.reduce_to_owners(
-        local,
-        {name: owner for name, owner in owners.items() if name in gradients.unreduced},
-        lambda name: _zeros(layers[name], leaves[name]),
-    )
+
+    def matrix(name: str) -> Tensor:
+        gradient = gradients.values.get(name)
+        return _zeros(layers[name], leaves[name]) if gradient is None else layers[name].to_matrix(gradient)
+
+    unreduced = {name: owner for name, owner in owners.items() if name in gradients.unreduced}
+    matrices = group.reduce_to_owners(unreduced, matrix)
     if reducer is not None:
         for name in [n for n, owner in owners.items() if n in gradients.reduced and owner == group.rank]:
             total = layers[name].to_matrix(reducer.sums[id(leaves[name])])
@@ -71,28 +68,22 @@ def leading_directions(gradients: ObjectiveGradients, objective: Objective, opti
         reducer.clear()
     with group.step() as step:
         owned = _decompose(matrices, layers, options)
-        step.send((owned.failed, owned.truncated))
+        above = {name: _count_above_noise(name, t.sigma, gradients, objective) for name, t in owned.triplets.items()}
+        step.send((owned.failed, owned.truncated, above))
+    failed, truncated, counts = zip(*step.received, strict=True)
+    n_usable = {name: n for of_rank in counts for name, n in of_rank.items() if n}
     shared = group.broadcast_from_owners(
         {name: [t.u, t.sigma, t.v, owned.spectra[name]] for name, t in owned.triplets.items()}, owners
     )
     triplets = {name: SingularTriplets(u, sigma, v) for name, (u, sigma, v, _) in shared.items()}
-    with group.step():
-        usable = _above_noise(triplets, gradients, objective)
     missing = dict.fromkeys(layers.keys() - present - gradients.failed.keys(), NO_GRADIENT)
     return Directions(
         triplets=triplets,
         spectra={name: values for name, (*_, values) in shared.items()},
-        usable=usable,
-        failed=_in_order(layers, gradients.failed, missing, *(failed for failed, _ in step.received)),
-        truncated=_in_order(layers, *(truncated for _, truncated in step.received)),
-        smallest=smallest,
+        usable={name: t.first(n_usable[name]) for name, t in triplets.items() if name in n_usable},
+        failed=_in_order(layers, gradients.failed, missing, *failed),
+        truncated=_in_order(layers, *truncated),
     )
-
-
-def _smallest(gradients: Mapping[str, Tensor]) -> tuple[str, Tensor] | None:
-    """Return the layer with the smallest gradient tensor that is not zero, and that gradient."""
-    nonzero = {name: value for name, value in gradients.items() if value.any()}
-    return min(nonzero.items(), key=lambda item: item[1].numel(), default=None)
 
 
 def _zeros(layer: MatrixLayer, parameter: Tensor) -> Tensor:
@@ -138,14 +129,7 @@ def _spectrum(matrix: Tensor, layer: MatrixLayer, sigma: Tensor, options: Option
     return torch.cat([sigma, values[len(sigma) : k].to(sigma)])
 
 
-def _above_noise(
-    triplets: Mapping[str, SingularTriplets], gradients: ObjectiveGradients, objective: Objective
-) -> dict[str, SingularTriplets]:
-    """Return the triplets above the noise floor, of the layers that have any: no product is spent on rounding noise."""
-    usable = {}
-    for name, t in triplets.items():
-        layer, eps = objective.layers[name], objective.eps(name, gradients.narrow_dtypes)
-        n = int((t.sigma > noise_floor(t.sigma, layer.shape, layer.groups, eps)).sum())
-        if n:
-            usable[name] = t.first(n)
-    return usable
+def _count_above_noise(name: str, sigma: Tensor, gradients: ObjectiveGradients, objective: Objective) -> int:
+    """Count the singular values above the noise floor: no product is spent on rounding noise."""
+    layer, eps = objective.layers[name], objective.eps(name, gradients.narrow_dtypes)
+    return int((sigma > noise_floor(sigma, layer.shape, layer.groups, eps)).sum())

@@ -82,8 +82,7 @@ def kronecker_factors(evaluation: Evaluation, directions: Window, *, wanted: boo
         if smaller is None:
             break
         try:
-            with objective.group.step():
-                micro_batches = objective.micro_batches(smaller)
+            micro_batches = objective.cut(smaller)
         except MeasurementError:
             break
         first = objective.differentiable(micro_batches[0]) if micro_batches else None

@@ -39,6 +39,7 @@ class ObjectiveGradients:
         narrow_dtypes: half-precision types that the network casts to by itself, on any rank.
         first: loss of this rank's first micro-batch, with its graph; None on a rank without samples.
         has_graph: whether the gradients of ``first`` can be differentiated again.
+        smallest: layer with the smallest tensor among ``values`` that is not zero, and that tensor.
     """
 
     values: dict[str, Tensor]
@@ -49,6 +50,7 @@ class ObjectiveGradients:
     narrow_dtypes: frozenset[torch.dtype]
     first: DifferentiableLoss | None
     has_graph: bool
+    smallest: tuple[str, Tensor] | None
 
 
 class Objective:
@@ -209,6 +211,7 @@ class Objective:
                     )
             values = {name: value for name, value in sums.items() if value is not None}
             reduced = {name for name in values if self._is_reduced(name)}
+            nonzero = {name: value for name, value in values.items() if name not in reduced and value.any()}
             step.send((values.keys() - reduced, reduced, failed, narrow, total))
         unreduced, all_reduced, failures, dtypes, losses = zip(*step.received, strict=True)
         return ObjectiveGradients(
@@ -225,6 +228,7 @@ class Objective:
             narrow_dtypes=frozenset().union(*dtypes),
             first=first,
             has_graph=keep_graph,
+            smallest=min(nonzero.items(), key=lambda item: item[1].numel(), default=None),
         )
 
     def _is_reduced(self, name: str) -> bool:

@@ -89,7 +89,7 @@ def measure(objective: Objective, options: Options, max_size: int | None) -> Raw
         first=gradients.first,
         has_graph=gradients.has_graph,
         narrow_dtypes=gradients.narrow_dtypes,
-        reference=directions.smallest if max_size is None else None,
+        reference=gradients.smallest if max_size is None else None,
     )
     loss = gradients.loss
     # As large as the network.

@@ -121,11 +121,7 @@ def _first_buffers(module: nn.Module, group: SingleProcess) -> dict[str, Tensor]
         for name, buffer in module.named_buffers()
         if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided and buffer.device == device
     }
-    layouts = group.all_gather_object({name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()})
-    alike = [name for name in layouts[0] if all(layout.get(name) == layouts[0][name] for layout in layouts)]
-    own = {name: [buffers[name]] for name in alike} if group.rank == 0 else {}
-    shared = group.broadcast_from_owners(own, dict.fromkeys(alike, 0))
-    return {name: value for name, (value,) in shared.items()}
+    return group.broadcast_first(buffers)
 
 
 def select_layers(model: nn.Module, options: Options) -> LayerSet:

@@ -1,1 +1,1 @@
-"""What a measurement leaves: frozen results, their JSON, and the keys they are logged by."""
+"""Frozen results of a measurement, their JSON, and the keys they are logged by."""

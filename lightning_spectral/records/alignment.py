@@ -1,4 +1,4 @@
-"""Why alpha is what it is: curvature along gradient directions, split into Kronecker factors and what they leave.
+"""Split of alpha: curvature along gradient directions as a product of Kronecker factors and a remainder.
 
 With a the input of a layer and delta the gradient of one sample's loss at the layer's output, C_A = E[a a^T] and
 C_delta = E[delta delta^T]. E is the mean over all samples and, in convolutions and sequences, all positions of each:
@@ -25,7 +25,7 @@ from lightning_spectral.numerics.statistics import median
 
 @dataclass(frozen=True, eq=False)
 class KroneckerFactors:
-    """What is measured of C_delta and C_A of one layer, in float64 on the CPU.
+    """Measured quantities of C_delta and C_A of one layer, in float64 on the CPU.
 
     Attributes:
         energy_delta: (K,) u_k^T C_delta u_k = E[(u_k^T delta)^2].
@@ -33,12 +33,12 @@ class KroneckerFactors:
         joint: (K,) E[(u_k^T delta)^2 (v_k^T a)^2].
         lambda_delta: (K,) the k-th eigenvalue of C_delta. A grouped convolution has factors for each group: of the
             group of u_k, the eigenvalue of the rank that k has among the directions in it.
-        lambda_a: (K,) the same of C_A.
+        lambda_a: (K,) the k-th eigenvalue of C_A.
         effective_rank_delta: exp(entropy) of all eigenvalues of C_delta; of groups, the mean. NaN where only the
             leading ones were computed.
-        effective_rank_a: the same of C_A.
-        rows: how many a and delta there are, samples times positions.
-        note: what was not computed, and why.
+        effective_rank_a: exp(entropy) of all eigenvalues of C_A.
+        rows: number of vectors a and delta, samples times positions.
+        note: quantities that were not computed, and why.
     """
 
     energy_delta: Tensor
@@ -54,7 +54,7 @@ class KroneckerFactors:
 
 @dataclass(frozen=True, eq=False)
 class LayerAlignment:
-    """The Kronecker factors of one layer beside its gradient and curvature, and what they say of alpha.
+    """Kronecker factors of one layer along its gradient directions, and the split of alpha that follows.
 
     Vectors are (K,), NaN where h_k was not measured.
 
@@ -75,8 +75,8 @@ class LayerAlignment:
         chi_slope: chi_k ~ sigma_k^chi_slope; its standard error holds those of h.
         effective_rank_delta, effective_rank_a: exp(entropy) of all eigenvalues of each factor; of a grouped
             convolution, the mean over groups. NaN where only the leading eigenvalues were computed.
-        rows: over how many samples times positions E is the mean.
-        note: what is NaN or a bound, and why; empty where all is well.
+        rows: number of samples times positions that E is the mean over.
+        note: quantities that are NaN or a bound, and why; empty where all is well.
     """
 
     lambda_delta: Tensor
@@ -97,12 +97,12 @@ class LayerAlignment:
 
     @property
     def concentration_ratio(self) -> float:
-        """The median of ``concentration`` over k."""
+        """Median of ``concentration`` over k."""
         return median(_finite(self.concentration))
 
     @property
     def median_chi(self) -> float:
-        """The median of chi over k."""
+        """Median of chi over k."""
         return median(_finite(self.chi))
 
     @classmethod
@@ -119,12 +119,12 @@ class LayerAlignment:
         """Split alpha.
 
         Args:
-            factors: of the leading K' <= K directions.
+            factors: Kronecker factors along the leading K' <= K directions.
             sigma: (K,) singular values of the gradient.
             h: (K,) curvatures along them.
-            used: (K,) the points that alpha was fitted to.
-            h_stderr: (K,) standard errors of h; None: none.
-            per_sample: what h is multiplied by to be that of the mean of the samples' losses.
+            used: (K,) mask of the points that alpha was fitted to.
+            h_stderr: (K,) standard errors of h; None: zeros.
+            per_sample: factor that makes h that of the mean of the samples' losses.
 
         >>> one = torch.ones(4, dtype=torch.float64)
         >>> sigma = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
@@ -144,21 +144,21 @@ class LayerAlignment:
         rho_a = parts["energy_a"] / parts["lambda_a"]
         h_kron = parts["energy_delta"] * parts["energy_a"]
         chi, chi_stderr = per_sample * h / h_kron, per_sample * h_stderr / h_kron
-        shown = parts["lambda_delta"] * parts["lambda_a"], rho_delta * rho_a, chi
+        factors_of_h = parts["lambda_delta"] * parts["lambda_a"], rho_delta * rho_a, chi
         note = factors.note
-        whole = all(bool(((y > 0) & y.isfinite())[used].all()) for y in shown)
-        if not whole:
+        complete = all(bool(((y > 0) & y.isfinite())[used].all()) for y in factors_of_h)
+        if not complete:
             zero = "a factor has no variance, to rounding, along a direction that alpha was fitted to: no slopes"
             note = "; ".join(filter(None, (note, zero)))
         # A sum of slopes is a slope where all are of the same points.
-        unused = {"not in the fit of alpha": ~used} if whole else {"no variance in a factor": torch.ones_like(used)}
-        beta, phi, chi_slope = (fit_power_law(sigma, y, exclude=unused) for y in shown)
+        unused = {"not in the fit of alpha": ~used} if complete else {"no variance in a factor": torch.ones_like(used)}
+        beta, phi, chi_slope = (fit_power_law(sigma, y, exclude=unused) for y in factors_of_h)
         return cls(
             lambda_delta=parts["lambda_delta"],
             lambda_a=parts["lambda_a"],
             rho_delta=rho_delta,
             rho_a=rho_a,
-            phi_k=shown[1],
+            phi_k=factors_of_h[1],
             h_kron=h_kron,
             chi=chi,
             concentration=parts["joint"] / h_kron,

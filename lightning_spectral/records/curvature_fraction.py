@@ -1,4 +1,4 @@
-"""How much of a layer's curvature lies along its leading gradient directions, and how much would by chance."""
+"""Share of a layer's curvature that lies along its leading gradient directions, beside that of random ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CurvatureFraction:
-    """The curvature along gradient directions beside the trace of the layer's Hessian block H (m n, m n).
+    """Curvature along gradient directions beside the trace of the layer's Hessian block H (m n, m n).
 
     The u_k v_k^T are orthonormal, so sum_k h_k is a part of tr H; where curvatures are negative as well it may exceed
     it. A random direction u v^T, u and v uniform on their unit spheres, has the mean curvature tr H / (m n).
@@ -19,12 +19,12 @@ class CurvatureFraction:
     Attributes:
         trace: the mean of z^T H z over draws of random signs z; loss per squared unit of weight.
         trace_stderr: its standard error, from what the draws differ by.
-        n_draws: of them.
-        n_directions: how many h_k there are.
+        n_draws: number of draws.
+        n_directions: number of h_k.
         value: sum_k h_k / tr H.
         stderr: its standard error, to first order, from those of the trace and of h.
-        over_random: (mean_k h_k) / (tr H / (m n)), how many times a random direction's curvature the k-th's is.
-        note: why something is NaN; empty where all is well.
+        over_random: (mean_k h_k) / (tr H / (m n)), the mean curvature in units of a random direction's.
+        note: reason for a NaN; empty where all is well.
 
     A trace within two standard errors of zero tells nothing but its size; more draws do.
     """
@@ -42,7 +42,7 @@ class CurvatureFraction:
     def of(
         cls, draws: Tensor, h: Tensor, *, shape: tuple[int, int], h_stderr: Tensor | None = None, note: str = ""
     ) -> CurvatureFraction:
-        """From draws (N,) of z^T H z and curvatures h (K,), of which those that are NaN are left out.
+        """Estimate it from draws (N,) of z^T H z and curvatures h (K,); NaN curvatures are left out.
 
         >>> fraction = CurvatureFraction.of(torch.tensor([9.0, 11.0]), torch.tensor([4.0, 1.0]), shape=(4, 5))
         >>> fraction.trace, fraction.value, fraction.over_random
@@ -53,9 +53,9 @@ class CurvatureFraction:
         n, k = len(draws), int(measured.sum())
         trace = float(draws.mean()) if n else math.nan
         error = float(draws.std()) / math.sqrt(n) if n > 1 else math.nan
-        held = float(h[measured].sum()) if k else math.nan
-        held_error = 0.0 if h_stderr is None else float(h_stderr.double()[measured].square().sum().sqrt())
-        value = held / trace if trace else math.nan
+        total = float(h[measured].sum()) if k else math.nan
+        total_error = 0.0 if h_stderr is None else float(h_stderr.double()[measured].square().sum().sqrt())
+        value = total / trace if trace else math.nan
         if trace == 0 and not note:
             note = "its Hessian block has no trace: the loss is linear in it"
         return cls(
@@ -64,13 +64,13 @@ class CurvatureFraction:
             n_draws=n,
             n_directions=k,
             value=value,
-            stderr=math.hypot(held_error, value * error) / abs(trace) if trace else math.nan,
+            stderr=math.hypot(total_error, value * error) / abs(trace) if trace else math.nan,
             over_random=value * shape[0] * shape[1] / k if k else math.nan,
             note=note,
         )
 
     @classmethod
     def missing(cls, note: str) -> CurvatureFraction:
-        """What there is of a layer that could not be measured."""
+        """Return NaNs for a layer that could not be measured, with the reason."""
         empty = torch.zeros(0)
         return cls.of(empty, empty, shape=(0, 0), note=note)

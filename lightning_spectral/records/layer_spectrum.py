@@ -19,18 +19,18 @@ from lightning_spectral.records.weight_spectrum import WeightSpectrum
 
 @dataclass(frozen=True, eq=False)
 class LayerSpectrum:
-    """The gradient spectrum of one layer and the curvature along it, with every fit.
+    """Gradient spectrum of one layer and the curvature along it, with every fit.
 
     Attributes:
         name: qualified name of the parameter, with ``.q``, ``.k``, ``.v`` for a part of a fused projection.
         kind: conv, attention_qkv, attention_out, mlp_up, mlp_down, embedding, head or dense.
         shape: (m, n) of the matrix.
-        groups: how many blocks of rows are matrices of their own (grouped convolution).
+        groups: number of blocks of rows that are matrices of their own (grouped convolution).
         sigma: (K,) leading singular values of the gradient, decreasing; loss per unit of weight.
         h: (K,) curvatures u_k v_k^T H u_k v_k^T; loss per squared unit of weight. Rayleigh quotients, not
             eigenvalues, of the Hessian block H. NaN where sigma is rounding noise or nothing could be measured.
         h_stderr: (K,) standard errors of h; zero where the method does not sample.
-        method: what measured h.
+        method: name of the method that measured h.
         noise_floor: sigma_1 * max(m, n) * eps(dtype); a sigma_k at or below it is rounding noise.
         alpha: h ~ sigma^alpha over the k with h_k > 0; its standard error holds those of h.
         gamma: sigma_k ~ k^-gamma.
@@ -38,23 +38,24 @@ class LayerSpectrum:
         transfer_error: abs(s - alpha * gamma) / abs(s).
         pr_curvature: participation ratio of the positive h.
         pr_gradient: participation ratio of sigma^2.
-        entropy_rank_curvature, entropy_rank_gradient: exp(entropy) of the same.
-        directions_95_curvature, directions_99_curvature, directions_95_gradient, directions_99_gradient: how many
-            directions hold 95 % and 99 % of the positive h, or of sigma^2, within the window of K.
+        entropy_rank_curvature, entropy_rank_gradient: exp(entropy) of the positive h, and of sigma^2.
+        directions_95_curvature, directions_99_curvature, directions_95_gradient, directions_99_gradient: number of
+            directions that hold 95 % and 99 % of the positive h, or of sigma^2, within the window of K.
         zeta_bound: zeta(alpha gamma)^2 / zeta(2 alpha gamma), the bound on pr_curvature; infinite for alpha gamma <= 1.
-        zeta_bound_window: the same with sums over the positive h measured, which a window of K directions obeys.
-        n_usable: directions above the noise floor.
-        n_negative: of them, those with h < 0.
-        n_repeated: of them, those whose sigma equals a neighbour's to rounding: u_k, v_k, h_k are not unique.
+        zeta_bound_window: the bound with sums over the positive h measured, which a window of K directions obeys.
+        n_usable: number of directions above the noise floor.
+        n_negative: number of usable directions with h < 0.
+        n_repeated: number of usable directions whose sigma equals a neighbour's to rounding: u_k, v_k, h_k are not
+            unique.
         spectrum: (K',) leading singular values of the gradient, K' >= K of them; the first K are sigma.
         rank_models: power law, exponential and log-normal in rank of those of ``spectrum`` above the noise floor.
         alpha_quartiles: alpha within each quarter of the K directions, in the order of sigma.
-        note: why something is NaN; empty where all is well.
-        weights: the spectrum of the weight matrix, on request.
+        note: reason for a NaN; empty where all is well.
+        weights: spectrum of the weight matrix, on request.
         intervals: bootstrap intervals of alpha, gamma and s, on request.
-        fraction: how much of the trace of H the K directions hold, on request.
-        alignment: Kronecker factors and the split of alpha; None where not asked for, or not to be had.
-        alignment_note: why it was not to be had; empty where it was, or was not asked for.
+        fraction: share of the trace of H that the K directions hold, on request.
+        alignment: Kronecker factors and the split of alpha, on request; None also where it could not be measured.
+        alignment_note: reason for an alignment that could not be measured; else empty.
     """
 
     name: str

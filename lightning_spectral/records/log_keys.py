@@ -112,4 +112,4 @@ PROBE_KEYS: dict[str, str] = {
 """Quantities that the callback adds to those of a report."""
 
 ALPHA_KEY = "spectral_newton/<layer>/alpha"
-"""Logged: the exponent that SpectralNewton steps with, given alpha="probe"."""
+"""Exponent that SpectralNewton steps with, given alpha="probe", for each layer."""

@@ -1,4 +1,4 @@
-"""The spectrum of a layer's weight matrix, to hold beside that of its gradient and its curvature."""
+"""Spectrum of a layer's weight matrix, to compare with those of its gradient and its curvature."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class WeightSpectrum:
             arXiv 2606.02596 it stands beside the curvature's s, and is smaller. That paper's figures (``s_weight`` of
             its data) come without a definition. For the nearly random matrices of its GPT they agree with
             squared singular values over all ranks to 10 %; those of the leading 20 would be eight times smaller.
-        n_ranks: singular values in all.
-        note: why something is NaN; empty where all is well.
+        n_ranks: number of all singular values.
+        note: reason for a NaN; empty where all is well.
 
     Values at or below sigma_1 max(m, n) eps, rounding noise, are in neither fit.
     """
@@ -39,7 +39,7 @@ class WeightSpectrum:
     def of(
         cls, matrix: Tensor, *, top_k: int, groups: int = 1, eps: float = torch.finfo(torch.float32).eps
     ) -> WeightSpectrum:
-        """Of a matrix (m, n) whose rows fall into groups, each a matrix of its own: the values of all of them together.
+        """Decompose a matrix (m, n). Its rows may fall into groups, each a matrix of its own, whose values are pooled.
 
         Args:
             matrix: (m, n); where it has no singular values (entries that are not finite, a solver that fails, no
@@ -56,8 +56,8 @@ class WeightSpectrum:
         try:
             sigma = singular_values(matrix, groups=groups).cpu().double()
         except (RuntimeError, MemoryError) as error:
-            known = isinstance(error, MeasurementError)
-            note = str(error) if known else f"no singular values ({type(error).__name__}: {error})"
+            explained = isinstance(error, MeasurementError)
+            note = str(error) if explained else f"no singular values ({type(error).__name__}: {error})"
         shape = (matrix.shape[0], matrix.shape[1])
         noise = sigma <= noise_floor(sigma, shape, groups, eps)
         return cls(

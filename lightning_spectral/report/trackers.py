@@ -1,7 +1,7 @@
-"""What one probe gives to a logger, in the way of W&B, TensorBoard, MLflow, CSV files and any other.
+"""Write one probe to a logger: W&B, TensorBoard, MLflow, CSV files or any other.
 
-Loggers are told by the names of their classes, of either Lightning package, and what is of one tracker alone is
-imported where it is used.
+Loggers are recognised by the names of their classes, of either Lightning package. A tracker's own package is imported
+where it is used.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STEP = "trainer/global_step"
-"""W&B's axis of everything that Lightning's logger logs."""
+"""Axis in W&B of all that Lightning's logger logs."""
 
 DPI = 110
-"""Of figures as images: 6 inches fill a column of a dashboard."""
+"""Resolution of figures as images: 6 inches fill a column of a dashboard."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Row:
     """One probe, as loggers get it.
 
     Attributes:
-        prefix: of its keys.
+        prefix: first part of its keys.
         step: optimizer steps before it.
-        scalars: whole keys -> values.
-        charted: of these keys, the ones that get a chart of their own in W&B.
+        scalars: full keys -> values.
+        charted: keys that get a chart of their own in W&B.
         table: a row per layer: column -> value.
         lines: a chart of several lines, label -> (abscissas, ordinates); in W&B, with the table.
         figures: name -> figure.
@@ -51,11 +51,11 @@ class Row:
     figures: Mapping[str, Figure] = field(default_factory=dict)
 
     def cells(self) -> list[list[Any]]:
-        """The table without its heading; None for what is no finite number."""
+        """Return the table without its heading; None for a number that is not finite."""
         return [[_cell(value) for value in row.values()] for row in self.table]
 
     def columns(self) -> list[str]:
-        """The table's heading."""
+        """Return the table's heading."""
         return list(self.table[0]) if self.table else []
 
 
@@ -64,35 +64,35 @@ class Tracker:
 
     Args:
         logger: of a Trainer.
-        warn: tells once what a logger could not do; training goes on.
+        warn: function that warns once of what a logger could not do; training goes on.
     """
 
     figures = tables = False
-    """Whether it takes them."""
+    """True where the logger takes figures, or tables."""
 
     def __init__(self, logger: Any, warn: Callable[[str], None]) -> None:
         self.logger, self.warn = logger, warn
 
     def write(self, row: Row) -> None:
-        """Log a probe; figures and tables that fail take no scalars with them."""
-        with self.trying(""):
+        """Log a probe. Scalars are logged where figures or tables fail."""
+        with self.warn_on_error(""):
             self.logger.log_metrics(dict(row.scalars), step=row.step)
         for name, figure in row.figures.items():
-            with self.trying(" figures"):
+            with self.warn_on_error(" figures"):
                 self.write_figure(row, name, figure)
         if row.table:
-            with self.trying(" tables"):
+            with self.warn_on_error(" tables"):
                 self.write_table(row)
 
     def write_figure(self, row: Row, name: str, figure: Figure) -> None:
-        """Log a figure, where the logger takes any."""
+        """Log a figure; nothing where the logger takes none."""
 
     def write_table(self, row: Row) -> None:
-        """Log the table, where the logger takes any."""
+        """Log the table; nothing where the logger takes none."""
 
     @contextmanager
-    def trying(self, what: str) -> Iterator[None]:
-        """Warn of what goes wrong within, in place of raising it."""
+    def warn_on_error(self, what: str) -> Iterator[None]:
+        """Warn of an error within, in place of raising it."""
         try:
             yield
         except Exception as error:
@@ -112,23 +112,23 @@ class WandbTracker(Tracker):
         """Hide the keys beyond the charts, and log the row; without media where they fail."""
         self._hide(row)
         media: dict[str, Any] = {}
-        with self.trying(" figures"):
+        with self.warn_on_error(" figures"):
             media |= {f"{row.prefix}/figures/{name}": _wandb_image(figure) for name, figure in row.figures.items()}
-        with self.trying(" tables"):
+        with self.warn_on_error(" tables"):
             media |= _wandb_tables(row)
         if media:
-            with self.trying(" figures and tables"):
+            with self.warn_on_error(" figures and tables"):
                 self.logger.log_metrics(dict(row.scalars) | media, step=row.step)
                 return
         super().write(Row(row.prefix, row.step, row.scalars))
 
     def _hide(self, row: Row) -> None:
-        """W&B makes a chart of each key that it is not told to hide."""
+        """Hide all keys but the charted ones: W&B makes a chart of every other."""
         before = getattr(self.logger, "_prefix", "")
         for key in sorted(row.scalars.keys() - set(row.charted) - self._defined):
             name = f"{before}-{key}" if before else key
             # One that W&B does not take, with an asterisk in it, leaves the others.
-            with self.trying(" which keys have charts"):
+            with self.warn_on_error(" which keys have charts"):
                 self.logger.experiment.define_metric(name, step_metric=STEP, step_sync=True, hidden=True)
                 self._defined.add(key)
 
@@ -191,7 +191,7 @@ class MLFlowTracker(Tracker):
 
 
 class CSVTracker(Tracker):
-    """The table beside metrics.csv: a row per step and layer in one file, as long as its columns stay the same."""
+    """CSV logger: the table is a file beside metrics.csv, a row per step and layer, until its columns change."""
 
     tables = True
 
@@ -220,9 +220,9 @@ _TRACKERS: dict[str, type[Tracker]] = {
 
 
 def offline_wandb_run(project: str, name: str, folder: Path) -> Any:
-    """An offline run for a `WandbLogger`, which prints nothing in the terminal.
+    """Start an offline run for a `WandbLogger`, which prints nothing in the terminal.
 
-    A run that the logger starts by itself is warned of for an argument that Lightning gives it.
+    A run that the logger starts by itself warns of an argument that Lightning gives it.
     """
     import wandb
 
@@ -236,13 +236,13 @@ def offline_wandb_run(project: str, name: str, folder: Path) -> Any:
 
 
 def tracker_of(logger: Any, warn: Callable[[str], None]) -> Tracker:
-    """The way to log to a Trainer's logger."""
+    """Return the tracker of a Trainer's logger."""
     names = [base.__name__ for base in type(logger).__mro__]
     return next((_TRACKERS[name] for name in names if name in _TRACKERS), Tracker)(logger, warn)
 
 
 def image(figure: Figure) -> Any:
-    """A figure as a PIL image."""
+    """Return a figure as a PIL image."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -251,7 +251,7 @@ def image(figure: Figure) -> Any:
 
 
 def _csv_file(path: Path, heading: Sequence[str]) -> Path:
-    """The first of x.csv, x_1.csv, x_2.csv, ... that is not there yet, is empty or has this heading."""
+    """Return the first of x.csv, x_1.csv, x_2.csv, ... that does not exist, is empty or has this heading."""
     files = itertools.chain([path], (path.with_stem(f"{path.stem}_{i}") for i in itertools.count(1)))
     return next(file for file in files if _heading(file) in ([], heading))
 
@@ -264,7 +264,7 @@ def _heading(path: Path) -> list[str]:
 
 
 def _is_cut(path: Path) -> bool:
-    """Whether a full disk, or the end of the process, left the last line without its end."""
+    """Return True if the last line has no end, after a full disk or a killed process."""
     if not path.exists() or not path.stat().st_size:
         return False
     with path.open("rb") as file:
@@ -282,5 +282,5 @@ def _markdown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     # Names are no Markdown, whose cells end at a bar or a line's end, and no HTML, which it lets through.
-    plain = html.escape(" ".join(str(value).split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]|])", r"\\\1", plain)
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]|])", r"\\\1", text)

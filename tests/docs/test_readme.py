@@ -21,7 +21,7 @@ from reports import layer, report
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
-from lightning_spectral.callbacks.log_selection import LOGGED_LAYERS, Logged, charts
+from lightning_spectral.callbacks.log_selection import LOGGED_LAYERS, LogSelection, charts
 from lightning_spectral.callbacks.report_writer import FIGURES
 from lightning_spectral.cli.commands import main
 from lightning_spectral.options import Options
@@ -231,7 +231,7 @@ def test_options_of_logging_are_named():
 )
 def test_numbers_of_keys_and_charts(row, kinds):
     measured = report(*(layer(f"{i}.weight", kind=kind) for i, kind in enumerate(kinds)))
-    keys = list(Logged("auto", "auto", (), lambda text: None).scalars(measured) | dict.fromkeys(PROBE_KEYS, 0.0))
+    keys = list(LogSelection("auto", "auto", (), lambda text: None).scalars(measured) | dict.fromkeys(PROBE_KEYS, 0.0))
     assert re.search(rf"\| {row}[^|]*\| {len(keys)} \| {len(charts(keys, 40))}:", README)
 
 

@@ -283,7 +283,7 @@ def test_scaling_rates_needs_its_optimizer(monkeypatch):
     callback = ScaleRates(every_n_steps=1)
 
     def measured(self, *args):
-        self._last_report = SimpleNamespace(layers={})
+        self.last_report = SimpleNamespace(layers={})
 
     monkeypatch.setattr("lightning_spectral.SpectralProbe.on_train_batch_start", measured)
     with pytest.raises(ValueError, match="LayerRateAdamW, got SGD"):

@@ -31,6 +31,7 @@ from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from torch import nn
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
+from lightning_spectral.report.runs.spectra_file import read_reports
 
 STEPS, KILLED_AT = 14, 8
 SIGTERM_CODE = 3
@@ -158,6 +159,11 @@ def rows(folder, name):
 
 def table(folder, name):
     return (folder / "csv" / name / "spectral_layers.csv").read_text().splitlines()
+
+
+def reports(folder, name):
+    """What a run kept in spectra.jsonl, without the time it took."""
+    return [{**report.to_dict(), "seconds": 0} for report in read_reports(folder / "csv" / name / "spectra.jsonl")]
 
 
 def forked(call, *args):

@@ -18,11 +18,10 @@ from cases import Attention, TiedLM, grouped, mlp
 from modules import GPT, ConvNet, fit
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers.logger import DummyLogger
-from test_distributed import run_two
 from torch import nn
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
-from lightning_spectral.callbacks.alpha_transfer import takers, unmeasured, write_alphas
+from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, unmeasured_parameters, write_alphas
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.optim.measured_alpha import MeasuredAlpha
 
@@ -180,7 +179,7 @@ def test_optimizers_are_found_in_their_wrappers():
     own, plain = SpectralNewton(mlp().parameters(), alpha="probe"), SpectralNewton(mlp().parameters())
     wrapped = SimpleNamespace(optimizer=LightningOptimizer(own))
     others = [torch.optim.SGD(mlp().parameters(), lr=0.1), plain]
-    assert takers(SimpleNamespace(optimizers=[*others, wrapped])) == [own]
+    assert probe_alpha_optimizers(SimpleNamespace(optimizers=[*others, wrapped])) == [own]
 
 
 def test_matrices_that_the_probe_does_not_measure_are_named():
@@ -188,7 +187,7 @@ def test_matrices_that_the_probe_does_not_measure_are_named():
     optimizer = SpectralNewton(model.parameters(), alpha="probe")
     model.block.down.requires_grad_(False)
     layers = find_layers(model, layers=["block.*"]).layers
-    assert unmeasured([optimizer], model, layers) == ["tokens.weight"]
+    assert unmeasured_parameters([optimizer], model, layers) == ["tokens.weight"]
     with pytest.warns(SpectralWarning, match=r"alpha='probe': tokens.weight are not measured.*choose them with layers"):
         trained(GPT, Given(1.5), params=lambda m: m.parameters(), steps=1)
 
@@ -382,33 +381,9 @@ def test_bad_calls():
         optimizer.alpha_of(weight, (6, 8))
 
 
-TRAIN = """
-    class Net(GPT):
-        def configure_optimizers(self):
-            return SpectralNewton(SpectralNewton.groups(self), lr=0.05, alpha="probe", alpha_min_r2=0.0)
-
-    class Broken(torch.utils.data.Dataset):
-        def __len__(self):
-            return 32
-
-        def __getitem__(self, i):
-            if rank == {failing}:
-                raise RuntimeError("gone")
-            return GPT.data()[i]
-
-    batch = "train" if {failing} is None else DataLoader(Broken(), 16)
-    probe = SpectralProbe(every_n_steps=2, top_k=4, batch=batch)
-    module = Net()
-    trainer = pl.Trainer(max_steps=6, max_epochs=-1, callbacks=[probe], logger=pl.loggers.CSVLogger(folder), **options)
-    trainer.fit(module, DataLoader(GPT.data(), 16, shuffle=True))
-    result["alphas"] = [a for g in trainer.optimizers[0].param_groups for of in g.get("alphas", ()) for a in of]
-    result["measured"] = [x.alpha.exponent for report in probe.history for x in report.layers.values()]
-"""
-
-
 @pytest.mark.parametrize("failing", [None, 0, 1])
-def test_two_processes_step_with_the_same_exponents_or_with_none(tmp_path, failing):
-    first, second = run_two(tmp_path / "run", TRAIN.format(failing=failing))
+def test_two_processes_step_with_the_same_exponents_or_with_none(world_of_two, tmp_path, failing):
+    first, second = world_of_two.run("probe_trainers:train_with_measured_alpha", tmp_path, failing)
     assert first["weights"] == second["weights"]
     assert first["alphas"] == second["alphas"]
     assert any(a is not None for a in first["alphas"]) == (failing is None)

@@ -24,6 +24,7 @@ from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
 from lightning_spectral.records.weight_spectrum import WeightSpectrum
 from lightning_spectral.report import kind_table, layer_table, print_report
+from lightning_spectral.report.runs.spectra_file import read_reports
 from lightning_spectral.report.terminal.formatting import WHOLE_WIDTH, width_for
 from lightning_spectral.report.terminal.optional_tables import REQUESTED
 
@@ -66,12 +67,14 @@ def test_demo_trains_measures_logs_and_prints(tmp_path, capsys, monkeypatch):
         summary = wandb_summary(command.group(1))
         assert summary["spectral/alpha_median"] == pytest.approx(report.medians()["alpha_median"], rel=1e-6)
         assert summary["spectral/head.weight/r2_alpha"] == pytest.approx(report.layers["head.weight"].alpha.r2)
-    for name in reports:
+    for name, history in histories.items():
+        kept = read_reports(tmp_path / name / "csv" / "version_0" / "spectra.jsonl")
+        assert [report.to_dict() for report in kept] == [report.to_dict() for report in history]
         page = tmp_path / name / "report.html"
         assert str(page) in printed.replace("\n", "")
         made = page.read_text(encoding="utf-8")
         assert "blocks.0" in made
-        # The command makes the same of what lies there, and not a poorer page of the log.
+        # The command makes the same page of what lies there.
         assert cli.main(["report", str(tmp_path / name), "--output", str(tmp_path / "again.html")]) == 0
         again = (tmp_path / "again.html").read_text(encoding="utf-8")
         assert again.count('"spectra":') == made.count('"spectra":') > 0

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from identical import assert_identical
 from pytorch_lightning.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
@@ -23,7 +24,6 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from test_no_trace import assert_identical
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -251,9 +251,9 @@ def test_a_budget_that_is_put_back_in_mid_training_goes_on():
     now = [0.0]
     budget = TimeBudget(0.1, clock=lambda: now[0])
     budget.start(0)
-    assert budget.due(0)
+    assert budget.is_due(0)
     now[0] = 1.0
-    budget.probed(0, 1.0)
+    budget.record_probe(0, 1.0)
     saved = budget.state_dict()
     now[0] = 5.0
     budget.load_state_dict(saved)

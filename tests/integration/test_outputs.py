@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -20,16 +21,16 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 from reports import layer, report
 from rich.console import Console
-from test_probe import Repeated, Tiny, batch_of, fit_tiny
-from test_schedule import Clock
+from stand_ins import Clock
+from tiny import Repeated, Tiny, batch_of, fit_tiny
 from torch import nn
 
 from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import report_writer as outputs
-from lightning_spectral.callbacks.log_selection import Logged, charts
+from lightning_spectral.callbacks.log_selection import LogSelection, charts
 from lightning_spectral.callbacks.report_writer import alpha_by_depth
 from lightning_spectral.records.log_keys import PROBE_KEYS
-from lightning_spectral.report.runs.read import wandb_records
+from lightning_spectral.report import read_run
 from lightning_spectral.report.trackers import Row, tracker_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -39,6 +40,13 @@ FIGURES = ("alpha_by_depth", "power_law", "rank_models", "transfer_identity")
 
 def deep(n=29):
     return Tiny(nn.Sequential(*[part for _ in range(n) for part in (nn.Linear(6, 6), nn.Tanh())], nn.Linear(6, 5)))
+
+
+def wandb_records(path):
+    """Return what an offline run's file holds, in its order, as W&B's own command prints it."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def offline_run(folder, probe, module=None, steps=5):
@@ -127,6 +135,15 @@ def equal_tables(columns, cells, measured):
                 assert found in (None, "")
 
 
+def test_wandb_run_is_read_back_as_a_run(tmp_path):
+    probe = SpectralProbe(every_n_steps=2, prefix="my/probe")
+    _, files = offline_run(tmp_path, probe)
+    assert [file.name for file in files.glob("*.jsonl")] == ["spectra-my%2Fprobe.jsonl"]
+    for path in (files, files.parent):
+        run = read_run([path])
+        assert [read.report.to_dict() for read in run.steps] == [report.to_dict() for report in probe.history]
+
+
 def test_wandb_hides_nothing_where_all_charts_are_wanted(tmp_path):
     records, _ = offline_run(tmp_path, SpectralProbe(wandb_charts=None, top_k=3), deep(), steps=1)
     assert not [r for r in records if r.get("metric", {}).get("options", {}).get("hidden")]
@@ -143,7 +160,7 @@ def test_wandb_hides_nothing_where_all_charts_are_wanted(tmp_path):
 )
 def test_forty_charts_for_any_network(kinds, expected):
     measured = report(*(layer(f"l.{i}.weight", kind=kind) for i, kind in enumerate(kinds)))
-    logged = Logged("auto", "auto", (), lambda text: None).scalars(measured) | dict.fromkeys(PROBE_KEYS, 0.0)
+    logged = LogSelection("auto", "auto", (), lambda text: None).scalars(measured) | dict.fromkeys(PROBE_KEYS, 0.0)
     assert len(logged) <= 100
     shown = charts(logged, 40)
     assert len(set(shown)) == len(shown) == 40
@@ -158,7 +175,7 @@ def test_forty_charts_for_any_network(kinds, expected):
 
 def test_infinity_is_logged_as_nan_and_counted():
     flat = report(layer("a", alpha=0.5), layer("b", alpha=0.5), layer("c", alpha=3.0))
-    logged = Logged("all", "all", (), lambda text: None).scalars(flat)
+    logged = LogSelection("all", "all", (), lambda text: None).scalars(flat)
     assert math.isinf(flat.scalars()["a/zeta_bound"])
     assert math.isnan(logged["a/zeta_bound"])
     assert math.isnan(logged["zeta_bound_median"])
@@ -194,6 +211,7 @@ def test_quantities_asked_for_are_logged_of_each_layer():
         ({"print_every": 1.5}, "print_every must be None or a whole number of at least 1, got 1.5"),
         ({"wandb_charts": True}, "wandb_charts must be None or a whole number of at least 1, got True"),
         ({"log_tables": "yes"}, "log_tables must be True or False, got 'yes'"),
+        ({"keep_reports": 1}, "keep_reports must be True or False, got 1"),
         ({"print_end": "auto"}, "print_end must be None, True or False, got 'auto'"),
     ],
 )
@@ -453,8 +471,8 @@ def test_drawing_counts_as_probing(monkeypatch):
 
 
 def test_tables_and_lines_are_capped(monkeypatch):
-    monkeypatch.setattr(outputs, "MOST_ROWS", 5)
-    monkeypatch.setattr(outputs, "MOST_LINES", 3)
+    monkeypatch.setattr(outputs, "MAX_ROWS", 5)
+    monkeypatch.setattr(outputs, "MAX_LINES", 3)
     logger = MLFlowLogger()
     probe = SpectralProbe(log_tables=True, top_k=3)
     told = warned(lambda: fit_tiny(probe, deep(8), steps=1, logger=[logger]))

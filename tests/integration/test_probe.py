@@ -17,49 +17,15 @@ import torch.nn.functional as F
 from modules import GPT, ConvNet, ProbeRows, fit
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
+from tiny import Repeated, Tiny, batch_of, fit_tiny
 from torch import nn
-from torch.utils.data import Dataset
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
 from lightning_spectral.callbacks.log_selection import CURVES, LOGGED_LAYERS, PER_LAYER
-from lightning_spectral.callbacks.warn_once import MOST_CAUSES, WarnOnce
+from lightning_spectral.callbacks.warn_once import MAX_CAUSES, WarnOnce
 from lightning_spectral.records.log_keys import LAYER_KEYS, PROBE_KEYS, REPORT_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
-
-
-class Repeated(Dataset):
-    """One and the same batch, 12 times."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __len__(self):
-        return 12
-
-    def __getitem__(self, i):
-        return self.batch
-
-
-class Tiny(pl.LightningModule):
-    def __init__(self, net=None):
-        super().__init__()
-        self.net = net or nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-2)
-
-
-def batch_of(n=32):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, 6, generator=generator), torch.randint(0, 5, (n,), generator=generator)
-
-
-def fit_tiny(probe, module=None, batch=None, **options):
-    return fit(module or Tiny(), [probe], data=Repeated(batch or batch_of()), batch_size=None, **options)
 
 
 @pytest.mark.parametrize("package", [pl, lightning_pl])
@@ -222,6 +188,21 @@ def test_state_round_trip():
     fresh = SpectralProbe(every_n_steps=3)
     fresh.load_state_dict(SpectralProbe(every_n_steps=3).state_dict())
     assert fresh.last_report is None
+
+
+def test_a_state_of_an_earlier_release_loads():
+    budget = {
+        "probe_seconds": 1.5, "wall_seconds": 60.0, "last_seconds": 0.5, "last_step": 40, "since_seconds": 3.0,
+        "next_look": 44, "latest": 43,
+    }  # fmt: skip
+    state = {
+        "every_n_steps": None, "budget": budget, "swap": None, "probes": 3, "failed_probes": 1, "collecting": True,
+        "monitored": {"spectral/alpha_median": 2.0}, "last_report": None,
+    }  # fmt: skip
+    probe = SpectralProbe()
+    probe.load_state_dict(state)
+    assert (probe.probes, probe.failed_probes, probe.trigger.is_pending, probe.trigger.is_resumed) == (3, 1, True, True)
+    assert probe.state_dict() == state
 
 
 def test_another_schedule_than_the_checkpoint_s_is_told():
@@ -508,11 +489,11 @@ def test_addresses_and_shapes_make_no_new_cause_and_names_of_layers_do():
 
 
 def test_a_text_that_is_new_at_each_probe_is_told_so_often_and_kept_no_longer():
-    told, warn = told_once(f"sample_{i} is broken" for i in range(3 * MOST_CAUSES))
-    assert told[:MOST_CAUSES] == [f"sample_{i} is broken" for i in range(MOST_CAUSES)]
-    assert len(told) == MOST_CAUSES + 1
+    told, warn = told_once(f"sample_{i} is broken" for i in range(3 * MAX_CAUSES))
+    assert told[:MAX_CAUSES] == [f"sample_{i} is broken" for i in range(MAX_CAUSES)]
+    assert len(told) == MAX_CAUSES + 1
     assert "100 different warnings were given" in told[-1]
-    assert len(warn._told) == MOST_CAUSES + 1
+    assert len(warn._seen_causes) == MAX_CAUSES + 1
 
 
 @pytest.mark.parametrize("module_class", [ConvNet, GPT])

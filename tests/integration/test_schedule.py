@@ -12,24 +12,15 @@ import reports
 import torch
 import torch.nn.functional as F
 from modules import ConvNet, ProbeRows, fit
+from stand_ins import Clock
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_spectral import SpectralProbe, SpectralWarning, measure_spectra
-from lightning_spectral.callbacks.budget_advice import Advice
+from lightning_spectral.callbacks.budget_advice import BudgetAdvice
 from lightning_spectral.callbacks.time_budget import TimeBudget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
-
-
-class Clock:
-    """Seconds that pass when told."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
 
 
 def simulated(steps, step_seconds, probe_seconds, max_overhead=0.05, budget=None, clock=None, first=0):
@@ -40,11 +31,11 @@ def simulated(steps, step_seconds, probe_seconds, max_overhead=0.05, budget=None
         budget.start(0)
     probed, shares = [], []
     for step in range(first, steps):
-        budget.seen(step)
-        if budget.due(step):
+        budget.record_step(step)
+        if budget.is_due(step):
             seconds = probe_seconds(step) if callable(probe_seconds) else probe_seconds
             clock.now += seconds
-            budget.probed(step, seconds)
+            budget.record_probe(step, seconds)
             probed.append(step)
             shares.append(budget.overhead)
         clock.now += step_seconds(step) if callable(step_seconds) else step_seconds
@@ -116,7 +107,7 @@ def test_time_between_two_fits_does_not_count_and_a_new_training_begins_anew():
     budget.start(100)
     assert budget.wall_seconds == wall
     budget.start(0)
-    assert budget.due(0)
+    assert budget.is_due(0)
     assert (budget.probe_seconds, budget.wall_seconds) == (0.0, 0.0)
 
 
@@ -124,12 +115,12 @@ def test_every_process_waits_as_long_as_the_first():
     clock = Clock()
     budget = TimeBudget(0.05, clock)
     budget.start(0)
-    assert budget.due(0, lambda wait: wait)
-    budget.probed(0, 1.0)
+    assert budget.is_due(0, lambda wait: wait)
+    budget.record_probe(0, 1.0)
     clock.now += 1000.0
-    assert not budget.due(1, lambda wait: 5)
-    assert not budget.due(5)
-    assert budget.due(6)
+    assert not budget.is_due(1, lambda wait: 5)
+    assert not budget.is_due(5)
+    assert budget.is_due(6)
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 2, "5 %", None])
@@ -243,8 +234,8 @@ def test_the_schedule_survives_a_checkpoint(tmp_path):
 
 def costly(monkeypatch, seconds):
     """Make the clock of the probe say that each takes so long."""
-    real = TimeBudget.probed
-    monkeypatch.setattr(TimeBudget, "probed", lambda self, step, _: real(self, step, seconds))
+    real = TimeBudget.record_probe
+    monkeypatch.setattr(TimeBudget, "record_probe", lambda self, step, _: real(self, step, seconds))
 
 
 @pytest.mark.parametrize("steps", [3, 20])
@@ -277,11 +268,11 @@ def test_fewer_samples_are_advised_only_where_they_cost_less(chosen, samples, sa
     budget = TimeBudget(0.1, clock=clock)
     budget.start(0)
     clock.now = 2.0
-    budget.probed(0, 2.0)
+    budget.record_probe(0, 2.0)
     clock.now = 6.0
     found = replace(reports.report(reports.layer("a")), chosen=chosen, n_samples=samples)
     # Four steps of a second each, and four to come: 1 s of 10 is allowed, half of what a probe took.
-    Advice(budget, told.append).judge(4, found, lambda: 8)
+    BudgetAdvice(budget, told.append).judge(4, found, lambda: 8)
     assert f"set max_samples {says}, fewer layers" in told[0]
 
 

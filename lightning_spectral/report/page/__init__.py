@@ -1,4 +1,4 @@
-"""The report of a run as one HTML file."""
+"""Report of a run as one HTML file."""
 
 from lightning_spectral.report.page.build import is_page, plotly_js, write_page
 

@@ -1,4 +1,4 @@
-"""What a page's scripts show of a run, as JSON-able values."""
+"""Values that a page's scripts show of a run, JSON-able."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _notes(run: Run, shown: int, with_spectra: int) -> list[str]:
             f"sigma_k and h_k are shown at {with_spectra} of {n} probes, evenly, to keep this page small; a page of "
             "fewer probes shows them all."
         )
-    return [*notes, *(f"Left out: {what}." for what in run.left_out)]
+    return [*notes, *(f"Left out: {what}." for what in run.omissions)]
 
 
 def _probe(step: RunStep, names: Sequence[str], keys: Sequence[LoggedKey], first: RunStep) -> dict[str, Any]:

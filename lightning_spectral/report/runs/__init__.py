@@ -1,1 +1,1 @@
-"""The reports of a run, read back from its folder."""
+"""Reports of a run, written to its folder and read back from it."""

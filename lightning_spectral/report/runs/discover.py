@@ -38,8 +38,8 @@ def find_files(paths: Iterable[str | Path], prefix: str | None = None) -> list[R
     """Return the files of all paths, each once.
 
     Args:
-        paths: files, or folders that hold a run: in the order of preference ``spectra.jsonl`` in it (of a W&B run, in
-            its ``files``), JSON reports, the newest ``spectra.jsonl`` below it, checkpoints.
+        paths: files, or folders that hold a run: the newest ``spectra.jsonl`` in or below it (a W&B run's is in its
+            ``files``), else checkpoints. JSON reports in a folder itself come before files below it.
         prefix: of the probe's keys, where a run holds the files of several probes.
 
     Raises:
@@ -82,14 +82,15 @@ def _file(path: Path) -> RunFile:
 
 
 def _in_folder(folder: Path, prefix: str | None) -> list[RunFile]:
-    if own := [*folder.glob("spectra*.jsonl"), *(folder / "files").glob("spectra*.jsonl")]:
-        return [_newest(folder, own, prefix)]
+    spectra = list(folder.rglob("spectra*.jsonl"))
+    if any(file.parent == folder for file in spectra):
+        return [_newest(folder, spectra, prefix)]
     files = sorted(folder.iterdir(), key=natural_sort_key)
     checkpoints = [RunFile(CHECKPOINT, file) for file in files if file.suffix == ".ckpt"]
     if reports := [RunFile(REPORT, file) for file in files if file.suffix == ".json" and _is_report(file)]:
         return reports + checkpoints
-    if below := list(folder.rglob("spectra*.jsonl")):
-        return [_newest(folder, below, prefix)]
+    if spectra:
+        return [_newest(folder, spectra, prefix)]
     if checkpoints:
         return checkpoints
     below = sorted(folder.rglob("*.ckpt"), key=natural_sort_key)
@@ -100,8 +101,8 @@ def _in_folder(folder: Path, prefix: str | None) -> list[RunFile]:
         return [RunFile(CHECKPOINT, below[0])]
     if any(_is_log(file) for file in folder.rglob("*")):
         raise RunError(
-            f"{folder} holds a log, whose scalars are not read back, and no spectra.jsonl: train with "
-            "SpectralProbe(keep_reports=True), or give a checkpoint or a JSON report of the run"
+            f"{folder} holds a log, whose scalars are not read back, and no spectra.jsonl: give the folder of the "
+            "Trainer's first logger, train with SpectralProbe(keep_reports=True), or give a checkpoint or a JSON report"
         )
     raise RunError(f"{folder} holds no run; give {_READABLE}")
 

@@ -16,20 +16,20 @@ from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.discover import CHECKPOINT, REPORT, SPECTRA, RunFile, find_files, short_names
-from lightning_spectral.report.runs.run import Run, RunError, RunStep
+from lightning_spectral.report.runs.run import Run, RunError, RunStep, explain
 from lightning_spectral.report.runs.spectra_file import decode_reports, index_reports
 
-MAX_REPORTS = 200
-"""Reports of one file that a run holds. Each layer of each is fitted again, in 3 ms."""
+MAX_REPORTS, MAX_FITS = 200, 10_000
+"""Limits of what is read of one file: its reports, and their layers, each of which is fitted again in 3 ms."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunInput:
-    """Contents of one file: its name, its steps, and what of it was left out."""
+    """Contents of one file: its name, its steps, and what of it is not among them."""
 
     name: str
     steps: Sequence[RunStep]
-    left_out: tuple[str, ...] = ()
+    omissions: tuple[str, ...] = ()
 
 
 def run_of(reports: Iterable[SpectralReport], name: str) -> Run:
@@ -62,13 +62,13 @@ def read_run(paths: Sequence[str | Path], *, prefix: str | None = None) -> Run:
     if not steps:
         raise RunError(f"{_show(paths)}: the probe measured nothing in this run")
     used = set(map(id, steps))
-    left_out = [text for item in inputs for text in item.left_out]
-    left_out += [
+    omissions = [text for item in inputs for text in item.omissions]
+    omissions += [
         f"{item.name}: the other inputs hold all of it"
         for item in inputs
         if item.steps and used.isdisjoint(map(id, item.steps))
     ]
-    return Run(_name(paths), _sources(files), steps, tuple(left_out))
+    return Run(_name(paths), _sources(files), steps, tuple(omissions))
 
 
 def _read(file: RunFile, prefix: str | None) -> RunInput:
@@ -79,19 +79,20 @@ def _read(file: RunFile, prefix: str | None) -> RunInput:
 
 def _read_spectra(path: Path) -> RunInput:
     lines, torn = index_reports(path)
-    shown = [lines[i] for i in evenly(len(lines), MAX_REPORTS)]
-    left_out = [f"{path}: {torn}"] if torn else []
+    layers = max((len(report.layers) for report in decode_reports(path, lines[-1:])), default=0)
+    shown = [lines[i] for i in evenly(len(lines), max(2, min(MAX_REPORTS, MAX_FITS // max(1, layers))))]
+    omissions = [f"{path}: {torn}"] if torn else []
     if len(shown) < len(lines):
-        left_out.append(f"{path}: {len(lines) - len(shown)} of {len(lines)} probes, evenly; {len(shown)} are read")
+        omissions.append(f"{path}: {len(lines) - len(shown)} of {len(lines)} probes, evenly; {len(shown)} are read")
     reports = enumerate(decode_reports(path, shown), start=1)
-    return RunInput(str(path), [RunStep.of(report, f"probe {i}") for i, report in reports], tuple(left_out))
+    return RunInput(str(path), [RunStep.of(report, f"probe {i}") for i, report in reports], tuple(omissions))
 
 
 def _read_json(path: Path) -> RunInput:
     try:
         return RunInput(str(path), [RunStep.of(SpectralReport.from_json(path), path.stem)])
     except (*UNREADABLE, OSError) as error:
-        raise RunError(f"{path}: no report that can be read ({_explain(error)})") from error
+        raise RunError(f"{path}: no report that can be read ({explain(error)})") from error
 
 
 def _read_checkpoint(path: Path, prefix: str | None) -> RunInput:
@@ -99,7 +100,7 @@ def _read_checkpoint(path: Path, prefix: str | None) -> RunInput:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         # Whatever bytes may raise in torch.load.
-        why = unpickling_refusal(error) or _explain(error)
+        why = unpickling_refusal(error) or explain(error)
         raise RunError(
             f"{path}: no checkpoint that loads with weights_only=True ({why}); the run's spectra.jsonl, or JSON of "
             "probe.last_report, can be read instead"
@@ -117,7 +118,7 @@ def _read_checkpoint(path: Path, prefix: str | None) -> RunInput:
     try:
         return RunInput(str(path), [RunStep.of(SpectralReport.from_dict(saved), path.stem)])
     except UNREADABLE as error:
-        raise RunError(f"{path}: its report cannot be read ({_explain(error)})") from error
+        raise RunError(f"{path}: its report cannot be read ({explain(error)})") from error
 
 
 def _prefix_of(state_key: str) -> str:
@@ -211,13 +212,6 @@ def _sources(files: Sequence[RunFile]) -> tuple[str, ...]:
         f"{kind} {group[0].path}{group[0].remark}" if len(group) == 1 else f"{len(group)} {kind}s in {folder}"
         for (kind, folder), group in groups.items()
     )
-
-
-def _explain(error: BaseException) -> str:
-    """Return the first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else text[:200]
 
 
 def _show(paths: Sequence[str | Path]) -> str:

@@ -1,4 +1,4 @@
-"""A run as a page shows it: its reports in the order of training."""
+"""Run as a page shows it: its reports in the order of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from lightning_spectral.records.report import SpectralReport
 
 
 class RunError(ValueError):
-    """A run that cannot be read or shown; the message says what to do."""
+    """Run that cannot be read or shown; the message says what to do."""
+
+
+def explain(error: BaseException) -> str:
+    """Return the first line of an error that says something.
+
+    >>> explain(KeyError("sigma")), explain(ValueError("no report")), explain(RecursionError())
+    ("no 'sigma'", 'no report', 'RecursionError')
+    """
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]!r}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +59,10 @@ class Run:
         name: of the run.
         sources: files that it was read from.
         steps: the reports, those outside training first.
-        left_out: parts of the files that are not among the steps, and why.
+        omissions: parts of the files that are not among the steps, and why.
     """
 
     name: str
     sources: tuple[str, ...]
     steps: tuple[RunStep, ...]
-    left_out: tuple[str, ...] = ()
+    omissions: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from lightning_spectral import SpectralProbe
 from lightning_spectral.cli.commands import main
 from lightning_spectral.report import RunError, read_run, run_of
 from lightning_spectral.report.page.data import page_data
+from lightning_spectral.report.runs import read
 from lightning_spectral.report.runs.read import MAX_REPORTS
 from lightning_spectral.report.runs.spectra_file import append_report, spectra_file_name
 
@@ -77,7 +78,7 @@ def test_a_file_of_reports_by_every_path_that_leads_to_it(log):
     for path in (log, str(log), file, log.parent, log.parent.parent):
         run = read_run([path])
         assert [step.label for step in run.steps] == ["step 0", "step 4", "step 8"]
-        assert (run.sources, run.left_out) == ((f"spectra file {file}",), ())
+        assert (run.sources, run.omissions) == ((f"spectra file {file}",), ())
         same(run, steps())
     assert read_run([log]).name == "csv/version_0"
 
@@ -104,13 +105,21 @@ def test_of_several_runs_the_newest_is_taken_and_said(log, capsys):
     assert len(read_run([log.parent]).steps) == 1
 
 
+def test_a_stale_file_above_a_newer_run_is_not_taken(log, tmp_path):
+    stale = write(tmp_path, steps()[:1])
+    os.utime(stale, (0, 0))
+    assert len(read_run([tmp_path]).steps) == 3
+    os.utime(stale, (time.time() + 9,) * 2)
+    assert len(read_run([tmp_path]).steps) == 1
+
+
 def test_a_torn_line_is_left_out_and_said(log, capsys):
     file = log / "spectra.jsonl"
     with file.open("ab") as out:
         out.write(b'{"format":"light')
     run = read_run([log])
     same(run, steps())
-    (said,) = run.left_out
+    (said,) = run.omissions
     assert said.startswith(f"{file}: its last line, 4, is torn")
     assert page_data(run)["notes"] == [f"Left out: {said}."]
     assert main(["report", str(log)]) == 0
@@ -125,7 +134,10 @@ def test_long_runs_are_thinned_before_they_are_fitted(log, monkeypatch):
     shown = [step.step for step in run.steps]
     assert (len(shown), shown[0], shown[-1]) == (MAX_REPORTS, 0, 999)
     assert {b - a for a, b in itertools.pairwise(shown)} <= {5, 6}
-    assert run.left_out == (f"{file}: 800 of 1000 probes, evenly; 200 are read",)
+    assert run.omissions == (f"{file}: 800 of 1000 probes, evenly; 200 are read",)
+    for fits, n in ((100, 20), (7, 2)):
+        monkeypatch.setattr(read, "MAX_FITS", fits)
+        assert [step.step for step in read_run([log]).steps][:: n - 1] == [0, 999]
 
 
 def test_a_log_without_its_reports_says_what_to_do(tmp_path):
@@ -133,7 +145,7 @@ def test_a_log_without_its_reports_says_what_to_do(tmp_path):
     folder.mkdir()
     for name in ("metrics.csv", "run-x.wandb", "events.out.tfevents.1"):
         (folder / name).write_bytes(b"step\n0\n")
-        with pytest.raises(RunError, match=r"holds a log, .* no spectra.jsonl: train with SpectralProbe\(keep_rep"):
+        with pytest.raises(RunError, match=r"holds a log, .* no spectra.jsonl: give .* train with SpectralProbe\(keep"):
             read_run([folder])
         with pytest.raises(RunError, match=r"a log holds scalars only and is not read; give a run's folder"):
             read_run([folder / name])
@@ -153,7 +165,7 @@ def test_checkpoint_alone_and_beside_its_run(trained):
     copy = folder / "copy.ckpt"
     copy.write_bytes((folder / "last.ckpt").read_bytes())
     twice = read_run([folder / "last.ckpt", copy])
-    assert ([p.step for p in twice.steps], twice.left_out) == (
+    assert ([p.step for p in twice.steps], twice.omissions) == (
         [2], (f"{copy}: the other inputs hold all of it",),
     )  # fmt: skip
 
@@ -235,7 +247,7 @@ def test_reports_in_memory():
 def test_two_probes_need_a_prefix(tmp_path):
     for prefix, n in (("spectral", 3), ("other/one", 1)):
         write(tmp_path / "run", steps()[:n], spectra_file_name(prefix))
-    names = "run/spectra-other-one.jsonl, .*run/spectra.jsonl"
+    names = "run/spectra-other%2Fone.jsonl, .*run/spectra.jsonl"
     with pytest.raises(RunError, match=f"several probes, name the file of one: .*{names}"):
         read_run([tmp_path])
     with pytest.raises(RunError, match=f"no spectra-x.jsonl, of a probe with the prefix 'x', but .*{names}"):
@@ -252,7 +264,7 @@ def test_two_probes_need_a_prefix(tmp_path):
 def test_checkpoint_of_two_probes(tmp_path):
     probes = [SpectralProbe(1), SpectralProbe(1, prefix="it's")]
     for probe in probes:
-        probe._last_report = steps()[0]
+        probe.last_report = steps()[0]
     torch.save({"callbacks": {p.state_key: p.state_dict() for p in probes}}, tmp_path / "two.ckpt")
     with pytest.raises(RunError, match="choose one with --prefix: it's, spectral"):
         read_run([tmp_path / "two.ckpt"])

@@ -50,14 +50,14 @@ function points(data, state, c, x, y, error) {
 // Limits that hold the error bars of the points within them, too, but for bars longer than all of the axis.
 function withBars(data, range) {
   if (!range) return range;
-  const most = Math.max(1, range[1] - range[0]);
+  const longest = Math.max(1, range[1] - range[0]);
   let [low, high] = range;
   data.probes.forEach((_, probe) =>
     data.layers.forEach((_, layer) => {
       const [alpha, error] = ["alpha", "alpha_stderr"].map((key) => value(data, probe, layer, key));
       if (!known(alpha) || !known(error) || beyond(alpha, range)) return;
-      low = Math.min(low, alpha - 1.05 * Math.min(error, most));
-      high = Math.max(high, alpha + 1.05 * Math.min(error, most));
+      low = Math.min(low, alpha - 1.05 * Math.min(error, longest));
+      high = Math.max(high, alpha + 1.05 * Math.min(error, longest));
     }),
   );
   return [low, high];

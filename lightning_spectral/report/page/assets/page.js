@@ -147,7 +147,7 @@ function order(layers) {
   });
 }
 
-function found() {
+function layersShown() {
   const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
   const all = data.layers.map((_, i) => i);
   return order(
@@ -179,7 +179,7 @@ function showTable() {
     const sorted = cell.dataset.key === state.column;
     cell.setAttribute("aria-sort", sorted ? (state.down ? "descending" : "ascending") : "none");
   }
-  const layers = found();
+  const layers = layersShown();
   const rows = layers.map((layer) => {
     const row = make("tr");
     row.classList.toggle("doubtful", !trusted(data, state.probe, layer));
@@ -360,7 +360,7 @@ function listen() {
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
   const beside = (by) => {
-    const layers = found().length ? found() : [state.layer];
+    const layers = layersShown().length ? layersShown() : [state.layer];
     const at = layers.indexOf(state.layer) + by;
     choose(layers[(at + layers.length) % layers.length]);
     history.replaceState(null, "", address(state.layer));

@@ -1,0 +1,180 @@
+"""`ProbeTrigger`: when a probe is due, and with which batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from lightning_spectral._validation import positive_int
+from lightning_spectral.callbacks._lightning import optimizer_steps, repeats_batch, to_device
+from lightning_spectral.callbacks.batch_source import BatchSource
+from lightning_spectral.callbacks.time_budget import TimeBudget
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
+from lightning_spectral.isolation.sandbox import synchronize
+
+MAX_OVERHEAD = 0.05
+"""Share of wall time that probes take by default."""
+
+
+class ProbeTrigger:
+    """Give the batches of a probe when it is due and they are complete, on all ranks at the same step.
+
+    Args:
+        every_n_steps: probe at these steps; None: as the budget allows.
+        budget: time budget of the probes.
+        source: batches to measure.
+        warn: warns once per cause.
+
+    Attributes:
+        off: reason why there are no probes in this run; empty while there are.
+        group: ranks that measure together.
+        is_resumed: True in a run that goes on from a checkpoint with probes.
+        is_pending: True from when a probe is due until it is done; it may wait for its batches.
+    """
+
+    def __init__(
+        self, every_n_steps: int | None, budget: TimeBudget, source: BatchSource, warn: Callable[[str], None]
+    ) -> None:
+        self.every_n_steps = None if every_n_steps is None else positive_int("every_n_steps", every_n_steps)
+        self.budget, self.source, self.warn = budget, source, warn
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a run, before a checkpoint is loaded."""
+        self.off = self._batch_error = ""
+        self.group: SingleProcess = SINGLE_PROCESS
+        self.is_resumed = self.is_pending = False
+        self._step: int | None = None
+        self._seconds = self._started = 0.0
+
+    def turn_off(self, reason: str) -> None:
+        """Probe no more in this run, and warn."""
+        self.off = reason
+        self.warn(f"SpectralProbe is off: {reason}")
+
+    def prepare(self, trainer: Any) -> None:
+        """Drop the last run's batches, and warn of options that contradict each other.
+
+        Raises:
+            ValueError: for a DataLoader that is too short.
+        """
+        if self.is_resumed and self.source.choice == "fixed":
+            self.warn(
+                "batch='fixed' keeps the first batches after the resume, not those before it; "
+                "a DataLoader as batch gives the same ones"
+            )
+        self.source.reset()
+        self.source.check_loader()
+        every, n_batches = self.every_n_steps, self.source.takes_per_probe
+        if every is not None and self.budget.max_overhead != MAX_OVERHEAD:
+            self.warn(
+                f"max_overhead={self.budget.max_overhead:g} has no effect beside every_n_steps={every}, "
+                "which probes at fixed steps whatever it costs; give one of them"
+            )
+        if every is not None and every * trainer.accumulate_grad_batches < n_batches:
+            self.warn(
+                f"a probe takes n_batches={n_batches} batches of training, more than there are in "
+                f"every_n_steps={every} steps, so probes come less often"
+            )
+
+    def start(self, trainer: Any) -> None:
+        """Start the clock, and turn off on all ranks if one of them is."""
+        for rank, reason in enumerate(self.group.all_gather_object(self.off)):
+            if reason and not self.off:
+                self.turn_off(f"process {rank}: {reason}")
+        self.budget.start(optimizer_steps(trainer))
+
+    def warn_if_waiting(self) -> None:
+        """Warn at the end of training if the first probe is still waiting for its batches."""
+        if self.is_pending:
+            self.warn(
+                "training ended before there were the batches that a probe takes "
+                f"({self.source.describe_size()}): there was none"
+            )
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to probe before this step by the schedule; the same on all ranks."""
+        if self.every_n_steps is None:
+            return self.budget.is_due(step, lambda wait: self.group.all_gather_object(wait)[0])
+        return step % self.every_n_steps == 0
+
+    def enter_step(self, trainer: Any) -> bool:
+        """Return whether this micro-batch is the first of its optimizer step, and record the step."""
+        step = optimizer_steps(trainer)
+        if step == self._step:
+            return False
+        self._step = step
+        self.budget.record_step(step)
+        if 1 < self.source.takes_per_probe <= trainer.accumulate_grad_batches:
+            # An epoch's end cut the last step's micro-batches short; a probe takes those of one step.
+            self.source.reset()
+        return True
+
+    def batches(self, trainer: Any, module: Any, batch: Any) -> Sequence[Any] | None:
+        """Return the batches of the probe that is due; None while none is, or its batches are incomplete.
+
+        Args:
+            trainer: Trainer of the run.
+            module: module in training.
+            batch: batch about to be trained on.
+        """
+        if not (self.is_pending or self.source.collects):
+            return None
+        synchronize(module.parameters())
+        self._started = self.budget.clock()
+        batches = self._collect(trainer, module, batch)
+        if not (self.is_pending and self._all_have(batches)):
+            self._seconds += self.budget.clock() - self._started
+            return None
+        return [] if self.group.size > 1 and repeats_batch(trainer) else batches
+
+    def finish(self, module: Any, step: int) -> None:
+        """Record that the probe before this step is done."""
+        synchronize(module.parameters())
+        self.budget.record_probe(step, self._seconds + self.budget.clock() - self._started)
+        self.is_pending, self._seconds = False, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the schedule and its state."""
+        return {
+            "every_n_steps": self.every_n_steps,
+            "budget": self.budget.state_dict(),
+            "collecting": self.is_pending,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state of a probe, and warn where its schedule is not this one's."""
+        every = state_dict.get("every_n_steps", self.every_n_steps)
+        if every != self.every_n_steps:
+            self.warn(f"the checkpoint was written with every_n_steps={every}; going on with {self.every_n_steps}")
+        try:
+            self.budget.load_state_dict(state_dict["budget"])
+        except KeyError as error:
+            self.warn(f"the checkpoint says nothing of the time probes took ({error}); it is counted from here on")
+        self.is_resumed = bool(state_dict.get("probes"))
+        # The batches are not in the checkpoint: a probe that was collecting them begins anew.
+        self.is_pending = state_dict.get("collecting", False)
+
+    def _collect(self, trainer: Any, module: Any, batch: Any) -> Sequence[Any] | None:
+        if self._batch_error:
+            return None
+        try:
+            if self.source.collects:
+                self.source.collect(batch)
+            if not self.is_pending:
+                return None
+            return self.source.batches(batch, module, partial(to_device, trainer, module), self.group)
+        except Exception as error:
+            self._batch_error = str(error)
+            return None
+
+    def _all_have(self, batches: Sequence[Any] | None) -> bool:
+        """Return whether every rank has its batches; turn off where one cannot have them."""
+        answers = self.group.all_gather_object((batches is not None, self._batch_error))
+        for rank, (_, error) in enumerate(answers):
+            if error:
+                where = f"process {rank}: " if len(answers) > 1 else ""
+                self.turn_off(f"{where}its batches cannot be had: {error}")
+                return False
+        return all(ready for ready, _ in answers)

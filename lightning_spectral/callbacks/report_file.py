@@ -1,0 +1,62 @@
+"""`ReportFile`: a probe's reports in the run's folder, a line each in ``spectra.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.runs.spectra_file import append_report, spectra_file_name
+
+
+class ReportFile:
+    """File that grows by a line per report, and goes on in a resumed run whose logger has the same folder.
+
+    An error of writing is warned about once and costs that line; training goes on.
+
+    Args:
+        prefix: prefix of the probe's keys, which names the file: each probe of a Trainer has its own.
+        warn: warns once per cause.
+    """
+
+    def __init__(self, prefix: str, warn: Callable[[str], None]) -> None:
+        self.name, self.warn = spectra_file_name(prefix), warn
+
+    def append(self, trainer: Any, report: SpectralReport) -> None:
+        """Append a report; call it on rank 0 only. Runs that leave no logs (fast_dev_run, barebones) leave no file."""
+        if trainer.fast_dev_run or getattr(trainer, "barebones", False):
+            return
+        path = Path(self.name)
+        try:
+            path = run_folder(trainer) / self.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            append_report(path, report)
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or error
+            self.warn(
+                f"{path} could not be written: {reason}; free space, make the folder writable or set the Trainer's "
+                "default_root_dir, else it lacks this report; keep_reports=False writes no file"
+            )
+
+
+def run_folder(trainer: Any) -> Path:
+    """Return the folder of a run on this machine: the first logger's that has one, else default_root_dir.
+
+    `Trainer.log_dir` is a collective: on rank 0 alone it would hang.
+
+    Raises:
+        ValueError: if all of them are URLs.
+    """
+    for folder in (*map(_logger_folder, trainer.loggers), trainer.default_root_dir):
+        if folder and "://" not in str(folder):
+            return Path(folder)
+    raise ValueError(f"default_root_dir={trainer.default_root_dir} is not on this machine")
+
+
+def _logger_folder(logger: Any) -> Any:
+    """Return a logger's folder: `log_dir` of CSV, TensorBoard and others; W&B's, whose files are uploaded; or None."""
+    if any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
+        run = logger.experiment
+        return None if getattr(run, "disabled", False) else run.dir
+    return getattr(logger, "log_dir", None)
