@@ -1,4 +1,4 @@
-"""What a report says: kinds of layers beside the paper's ranges, the transfer identity, and layers that deviate."""
+"""Findings of a report: kinds of layers beside the paper's ranges, the transfer identity, and layers that deviate."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 
 GOOD_FIT, FEWEST_POINTS, LARGEST_ERROR = 0.9, 5, 0.25
-"""What a fit to trust has: r2 of at least 0.9, at least 5 points, and a standard error of at most a quarter of alpha.
+"""Limits of a fit to trust: r2 of at least 0.9, at least 5 points, a standard error of at most a quarter of alpha.
 
 Below that r2 log h is no straight line in log sigma. The standard error of n points without errors of their own is
 abs(alpha) sqrt((1 / r2 - 1) / (n - 2)), at most 0.19 abs(alpha) for 5 points with an r2 of 0.9, so that the third
-rule refuses no fit but for the noise of a sketched h. Of 178 fits of small networks with an r2 of at least 0.9 it was
+rule can only reject fits whose h carry sampling noise. Of 178 fits of small networks with an r2 of at least 0.9 it was
 0.06 abs(alpha) in the median and 0.19 abs(alpha) at most, but for four with 0.9 abs(alpha) and more, of 3 to 5 points.
 """
 
@@ -29,7 +29,7 @@ DEVIATES, DEVIATES_STDERR, SIBLINGS = 0.25, 3.0, 3
 """A layer deviates from the median of its kind, of at least so many layers, by more than 0.25 and 3 standard errors."""
 
 ALPHA_BAND = (1.85, 2.15)
-"""Around alpha = 2, where curvature is the square of the gradient: the grey band of figures and pages."""
+"""Band around alpha = 2, where curvature is the square of the gradient: the grey band of figures and pages."""
 
 Reported = tuple[float, float, str]
 
@@ -79,7 +79,7 @@ class KindSummary:
 
 
 def compare_kinds(report: SpectralReport) -> list[KindSummary]:
-    """The median layer of each kind beside the paper's range, kinds in the order of the network."""
+    """Return the median layer of each kind beside the paper's range, kinds in the order of the network."""
     return [
         KindSummary(
             kind=kind,
@@ -96,13 +96,13 @@ def compare_kinds(report: SpectralReport) -> list[KindSummary]:
 
 
 def trusted(layer: LayerSpectrum) -> bool:
-    """Whether the fit of alpha is to be trusted, as `trusted_fit` says."""
+    """Return whether the fit of alpha is to be trusted, as `trusted_fit` says."""
     fit = layer.alpha
     return trusted_fit(fit.exponent, stderr=fit.stderr, r2=fit.r2, points=fit.n_used)
 
 
 def trusted_fit(alpha: float, *, stderr: float, r2: float, points: float) -> bool:
-    """Whether an alpha is the slope of a line: `GOOD_FIT`, `FEWEST_POINTS` and `LARGEST_ERROR`.
+    """Return whether an alpha is the slope of a line: `GOOD_FIT`, `FEWEST_POINTS` and `LARGEST_ERROR`.
 
     A log may hold neither the standard error nor the points; those are NaN, and are not held against the fit.
 
@@ -115,7 +115,7 @@ def trusted_fit(alpha: float, *, stderr: float, r2: float, points: float) -> boo
 
 @dataclass(frozen=True)
 class Exponents:
-    """What the fits of one layer say, from its spectrum or from what was logged of it; NaN where unknown.
+    """Exponents of one layer, from its spectrum or from what was logged of it; NaN where unknown.
 
     Attributes:
         name: of the layer.
@@ -144,27 +144,27 @@ class Exponents:
 
     @property
     def alpha_gamma(self) -> float:
-        """alpha * gamma, which the transfer relation says is s."""
+        """Return alpha * gamma, which the transfer relation says is s."""
         return self.alpha * self.gamma
 
     @property
     def trusted(self) -> bool:
-        """Whether alpha is the slope of a line and not of a cloud, as `trusted_fit` says."""
+        """Return whether alpha is the slope of a line and not of a cloud, as `trusted_fit` says."""
         return trusted_fit(self.alpha, stderr=self.stderr, r2=self.r2, points=self.points)
 
     @property
     def short(self) -> str:
-        """The name as tables show it."""
+        """Name as tables show it."""
         return brief(self.name)
 
     @classmethod
     def of(cls, layer: LayerSpectrum) -> Exponents:
-        """Of a layer's spectrum."""
+        """Return the exponents of a layer's spectrum."""
         return cls.logged(layer.name, layer.scalars(), kind=layer.kind, note=layer.note)
 
     @classmethod
     def logged(cls, name: str, scalars: Mapping[str, float], *, kind: str = "", note: str = "") -> Exponents:
-        """Of a layer's logged quantities, of which any may be missing."""
+        """Return the exponents of a layer's logged quantities, of which any may be missing."""
 
         def value(key: str) -> float:
             return scalars.get(key, float("nan"))
@@ -187,7 +187,7 @@ class Exponents:
 
 @dataclass(frozen=True)
 class TransferIdentity:
-    """How well s = alpha gamma holds.
+    """Result of comparing s with alpha gamma.
 
     Attributes:
         layers: all that have s, alpha and gamma.
@@ -201,12 +201,12 @@ class TransferIdentity:
 
     @property
     def trusted(self) -> list[Exponents]:
-        """The layers with a fit to trust."""
+        """Return the layers with a fit to trust."""
         return [layer for layer in self.layers if layer.trusted]
 
 
 def transfer_identity(report: SpectralReport | Sequence[Exponents]) -> TransferIdentity:
-    """s against alpha gamma per layer, with the median error over the fits to trust."""
+    """Compare s with alpha gamma per layer; return the median error over the fits to trust."""
     layers = tuple(x for x in of_each_layer(report) if not math.isnan(x.transfer_error))
     trusted = [x for x in layers if x.trusted]
     worst = max(trusted, key=lambda x: x.transfer_error, default=None)
@@ -214,7 +214,7 @@ def transfer_identity(report: SpectralReport | Sequence[Exponents]) -> TransferI
 
 
 def deviating(report: SpectralReport | Sequence[Exponents]) -> list[tuple[Exponents, float]]:
-    """Layers whose alpha is far from its kind's, each with the median of its kind; among fits to trust."""
+    """Return layers whose alpha is far from its kind's, each with the median of its kind; among fits to trust."""
     kinds: dict[str, list[Exponents]] = {}
     for layer in of_each_layer(report):
         if layer.trusted:
@@ -228,7 +228,7 @@ def deviating(report: SpectralReport | Sequence[Exponents]) -> list[tuple[Expone
 
 
 def of_each_layer(report: SpectralReport | Sequence[Exponents]) -> list[Exponents]:
-    """Those of a report's layers in the order of the network; others as they are."""
+    """Return the exponents of a report's layers in the order of the network; a sequence of exponents as it is."""
     if isinstance(report, SpectralReport):
         return [Exponents.of(layer) for layer in report.layers.values()]
     return list(report)

@@ -15,7 +15,7 @@ OF_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": F.cross_entropy,
     "nll_loss": F.nll_loss,
 }
-"""Of scores per class and the numbers of classes."""
+"""Losses of scores per class and the numbers of classes."""
 
 OF_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "binary_cross_entropy": F.binary_cross_entropy,
@@ -27,19 +27,19 @@ OF_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "smooth_l1_loss": F.smooth_l1_loss,
     "soft_margin_loss": F.soft_margin_loss,
 }
-"""Of values and targets of the same shape."""
+"""Losses of values and targets of the same shape."""
 
 FUNCTIONAL_LOSSES = (*OF_CLASSES, *OF_VALUES)
 
 TARGETS = ("labels", "label", "targets", "target", "y")
-"""What a batch that is a mapping may call its targets."""
+"""Keys of the targets in a batch that is a mapping."""
 
 INPUTS = ("inputs", "input", "x")
-"""What it may call a single input, which the model then takes by position."""
+"""Keys of a single input in such a batch, which the model then takes by position."""
 
 
 def functional_loss(name: str) -> LossFunction:
-    """The mean loss of a model on a batch, by the name of the loss in `torch.nn.functional`.
+    """Return the mean loss of a model on a batch, by the name of the loss in `torch.nn.functional`.
 
     A batch is a pair (inputs, targets), of which the model is given the inputs; or a mapping with targets as one of
     `TARGETS`, of which the model is given one of `INPUTS` by position, or all the rest by keyword. What the model
@@ -119,7 +119,7 @@ def _of_mapping(name: str, model: nn.Module, batch: Mapping[Any, Any]) -> tuple[
 
 
 def _by_class(name: str, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and targets as torch takes them, with the classes in the second dimension."""
+    """Return scores and targets as torch takes them, with the classes in the second dimension."""
     # One number per class and sample: probabilities of classes, which torch knows.
     if output.shape == targets.shape and targets.is_floating_point():
         return output, targets
@@ -143,7 +143,7 @@ def _by_class(name: str, output: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def _by_value(name: str, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and targets of one shape: broadcasting (N, 1) against (N,) would compare all samples with all."""
+    """Return values and targets of one shape: broadcasting (N, 1) with (N,) would compare all samples with all."""
     if output.shape == (*targets.shape, 1):
         output = output.squeeze(-1)
     if output.shape != targets.shape:

@@ -1,4 +1,4 @@
-"""Torchmetrics over `fits`: exponents and participation ratios of several probes, layers and processes.
+"""Torchmetrics over `numerics`: exponents and participation ratios of several probes, layers and ranks.
 
 An update takes one spectrum, (K,) values in any floating type on any device. States are sums in float64 of fixed
 size, added over updates and over processes: memory does not grow, and how updates are spread over processes does not
@@ -28,7 +28,7 @@ QUANTITIES: tuple[Quantity, ...] = ("exponent", "stderr", "r2")
 
 
 def pooled_fit(sums: Tensor, n_points: int, n_fits: int) -> dict[Quantity, Tensor]:
-    """One slope, and an intercept for each fit, by least squares over the points of several fits.
+    """Fit one slope, and an intercept for each fit, by least squares over the points of several fits.
 
     With X, C, Y the sums over all fits of dx^2, dx dy and dy^2, the deviations from the fit's own means:
     exponent = C / X, RSS = Y - C^2 / X, stderr = sqrt(RSS / (n_points - n_fits - 1) / X), r2 = 1 - RSS / Y.
@@ -68,22 +68,22 @@ class _SpectralMetric(Metric):
 
     @property
     def points(self) -> int:
-        """Points that the value rests on; like the other counts, of this process."""
+        """Number of points that the value rests on; like the other counts, of this rank."""
         return self._count(0)
 
     @property
     def points_dropped(self) -> int:
-        """Points left out: not positive, not finite, or of an update that was left out."""
+        """Number of points left out: not positive, not finite, or of an update that was left out."""
         return self._count(1)
 
     @property
     def updates_used(self) -> int:
-        """Updates that the value rests on."""
+        """Number of updates that the value rests on."""
         return self._count(2)
 
     @property
     def updates_left_out(self) -> int:
-        """Updates with too few points, which do not change the value."""
+        """Number of updates with too few points, which do not change the value."""
         return self._count(3)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
@@ -144,7 +144,7 @@ class _PooledExponent(_SpectralMetric):
         self.quantity: Quantity = quantity
 
     def compute(self) -> Tensor:
-        """The exponent over all updates, its standard error or its r2, as a float64 scalar."""
+        """Return the exponent over all updates, its standard error or its r2, as a float64 scalar."""
         return pooled_fit(getattr(self, self._sums_name), self.points, self.updates_used)[self.quantity]
 
     def _add_points(self, points: LogPoints) -> None:
@@ -262,6 +262,6 @@ class ParticipationRatio(_SpectralMetric):
         self._add(None if math.isnan(ratio) else [ratio], rank_points(h))
 
     def compute(self) -> Tensor:
-        """The mean over the updates, as a float64 scalar."""
+        """Return the mean over the updates, as a float64 scalar."""
         total: Tensor = getattr(self, self._sums_name)[0]
         return total / self.updates_used

@@ -1,4 +1,4 @@
-"""What a measurement says, in words: pure functions of the layers' exponents, for the terminal and the page."""
+"""Sentences about a measurement: pure functions of the layers' exponents, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAYS_LITTLE = (
 
 
 def summary(report: SpectralReport | Sequence[Exponents]) -> list[str]:
-    """What a measurement says, a sentence or two per entry: the fits, the exponents, who deviates, the identity.
+    """Return a measurement in sentences, one or two per entry: fits, exponents, deviating layers, the identity.
 
     >>> flat = {"alpha": 2.0, "r2_alpha": 0.99, "gamma": 1.0, "s": 2.0, "transfer_error": 0.0}
     >>> for sentence in summary([Exponents.logged("a", flat), Exponents.logged("b", flat | {"r2_alpha": 0.5})])[:3]:
@@ -45,7 +45,7 @@ def summary(report: SpectralReport | Sequence[Exponents]) -> list[str]:
 
 
 def summary_over_training(probes: Sequence[tuple[int | None, Sequence[Exponents]]]) -> list[str]:
-    """How alpha moved between the first and the last of several measurements of one run.
+    """Say how alpha moved between the first and the last of several measurements of one run.
 
     Args:
         probes: step and layers of each, in order.
@@ -93,7 +93,7 @@ def _clouds(layers: Sequence[Exponents]) -> str:
 
 
 def _doubt(x: Exponents) -> str:
-    """The first rule that a fit breaks."""
+    """Return the first rule that a fit breaks."""
     if x.r2 >= GOOD_FIT and x.points < FEWEST_POINTS:
         return f"{x.points:.0f} points"
     return f"alpha {_with_error(x)}" if x.r2 >= GOOD_FIT else f"r2 {x.r2:.2f}"
@@ -118,7 +118,7 @@ def _exponent(layers: Sequence[Exponents]) -> str:
 
 
 def in_words(alpha: float) -> str:
-    """What an exponent says of curvature against gradient, as half a sentence.
+    """Say in half a sentence how curvature grows with the gradient, by the exponent.
 
     >>> in_words(2.07), in_words(1.0)
     ('curvature grows about as the square of the gradient', 'curvature grows about in proportion to the gradient')

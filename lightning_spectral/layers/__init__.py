@@ -1,4 +1,4 @@
-"""Which parameters of a model are matrices, of what kind, and which of them a pattern selects."""
+"""Parameters of a model that are matrices: their kinds, names, and selection by pattern."""
 
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, LayerSet, MatrixLayer, find_layers

@@ -6,7 +6,7 @@ import re
 
 
 def brief(name: str) -> str:
-    """A layer's name without ".weight", also before the part of a fused projection.
+    """Return a layer's name without ".weight", also before the part of a fused projection.
 
     >>> brief("blocks.0.conv1.weight"), brief("blocks.0.qkv.weight.q")
     ('blocks.0.conv1', 'blocks.0.qkv.q')
@@ -15,7 +15,7 @@ def brief(name: str) -> str:
 
 
 def shortened(name: str, length: int) -> str:
-    """A brief name of at most so many characters.
+    """Return a brief name of at most so many characters.
 
     Where it is long its parts from the left shrink to a letter, numbers stay; what is still too long has an ellipsis
     in its middle.

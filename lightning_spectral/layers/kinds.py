@@ -1,4 +1,4 @@
-"""The kind of each matrix of a network, from module types, places in the tree, shapes and usual names."""
+"""Kind of each matrix of a network, from module types, places in the tree, shapes and usual names."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ HEAD_NAME = re.compile(r"(\w+_)?head|classifier|score|(output|final)_(layer|proj
 POSITION_NAME = re.compile(r"(.*_)?pos(ition)?(s|al)?(_.*)?|.*emb(ed)?(ding)?s?|wpe|wte")
 
 BLOCK_DEPTH = 3
-"""How many levels above an attention layer its block may lie: BERT's `attention.self` lies three below its block."""
+"""Most levels by which an attention layer lies below its block: three in BERT's `attention.self`."""
 
 
 def infer_kinds(model: nn.Module) -> dict[str, Kind]:
-    """Qualified parameter name -> kind, for every parameter with two or more dimensions.
+    """Return qualified parameter name -> kind, for every parameter with two or more dimensions.
 
     Attention is known by `nn.MultiheadAttention` or by the names of its projections. In a block that contains
     attention, two linear layers d -> f and f -> d with f > d are the up and down layers of an MLP. A linear layer
@@ -39,19 +39,19 @@ def infer_kinds(model: nn.Module) -> dict[str, Kind]:
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
-    """Hugging Face's GPT-2 projection, a linear layer that stores (in_features, out_features)."""
+    """Return whether this is a Conv1D of transformers, a linear layer stored as (in_features, out_features)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def owner_of(model: nn.Module, parameter: str) -> tuple[str, nn.Module]:
-    """(qualified name, module) of the owner; for a parametrized weight, of the module whose weight it makes."""
+    """Return (qualified name, module) of the owner; for a parametrized weight, of the module whose weight it makes."""
     path = parameter.rpartition(".")[0].partition(".parametrizations.")[0]
     path = "" if path.startswith("parametrizations.") else path
     return path, model.get_submodule(path)
 
 
 def _place(parameter: str) -> tuple[str, str]:
-    """(parent path, layer name) of a parameter's module; positions in a container belong to the container's name."""
+    """Return (parent path, layer name) of a parameter's module; a position in a container goes by its name."""
     parts = parameter.partition(".parametrizations.")[0].split(".")
     parts = parts if ".parametrizations." in parameter else parts[:-1]
     for i, part in enumerate(parts):
@@ -139,7 +139,7 @@ class _KindInference:
                 self.kinds[name] = "mlp_down"
 
     def _partners(self, name: str, among: Mapping[str, tuple[int, int]]) -> list[str]:
-        """The layers f -> d to a layer d -> f, f other than d."""
+        """Return the layers f -> d to a layer d -> f, f other than d."""
         outs, ins = self.linear[name]
         return [other for other, shape in among.items() if outs != ins and shape == (ins, outs)]
 

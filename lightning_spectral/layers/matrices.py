@@ -1,4 +1,4 @@
-"""Which parameters of a network are matrices: their names, kinds, and their two-dimensional view and back."""
+"""Parameters of a network that are matrices: their names, kinds, and their two-dimensional view and back."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ class MatrixLayer:
 
     @property
     def decomposition_cost(self) -> float:
-        """What its singular values cost, up to a factor: m n min(m, n)."""
+        """Cost of its singular values, up to a factor: m n min(m, n)."""
         m, n = self.shape
         return float(m * n * min(m, n))
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
-        """The matrix (m, n) within a tensor of the parameter's shape."""
+        """Return the matrix (m, n) within a tensor of the parameter's shape."""
         matrix = self._output_first(tensor).flatten(1) if self.transposed else tensor.flatten(1)
         return matrix if self.rows is None else matrix[slice(*self.rows)]
 
     def to_tensor(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `to_matrix`: a tensor of ``like``'s shape, zero outside this layer's rows."""
+        """Invert `to_matrix`: return a tensor of ``like``'s shape, zero outside this layer's rows."""
         if self.rows is not None:
             whole = matrix.new_zeros(self._output_first(like).shape[0], matrix.shape[1])
             whole[slice(*self.rows)] = matrix
@@ -79,7 +79,7 @@ class MatrixLayer:
         return matrix.reshape(g, outs, ins, *kernel).transpose(1, 2).reshape(like.shape)
 
     def _output_first(self, tensor: Tensor) -> Tensor:
-        """A transposed convolution's (in, out / groups, ...) as (out, in / groups, ...)."""
+        """Return a transposed convolution's (in, out / groups, ...) as (out, in / groups, ...)."""
         if not self.transposed:
             return tensor
         g, kernel = self.groups, tensor.shape[2:]
@@ -109,7 +109,7 @@ def find_layers(
     kinds: Mapping[str, Kind] | None = None,
     fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
 ) -> LayerSet:
-    """The matrix parameters of a network.
+    """Return the matrix parameters of a network.
 
     Args:
         model: any module.
@@ -135,7 +135,7 @@ def find_layers(
 
 
 def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[str, str]]:
-    """Every trained parameter that is a matrix, fused projections whole; and those that are not, with the reason."""
+    """Return trained parameters that are matrices, fused projections whole; and those that are not, with the reason."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -165,7 +165,7 @@ def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[st
 def _as_matrix(
     model: nn.Module, name: str, parameter: Tensor, kind: Kind, aliases: tuple[str, ...]
 ) -> MatrixLayer | str:
-    """The parameter as a matrix, or the reason why it is none."""
+    """Return the parameter as a matrix, or the reason why it is none."""
     module, owner = owner_of(model, name)
     if name.rpartition(".")[2] != "weight" and parameter.numel() == max(parameter.shape):
         return f"a vector of {parameter.numel()} entries stored as {tuple(parameter.shape)}"
@@ -262,5 +262,5 @@ def _summary(model: nn.Module, skipped: Mapping[str, str]) -> str:
 
 
 def matrix_direction(layer: MatrixLayer, u: Tensor, v: Tensor, like: Tensor) -> Tensor:
-    """u v^T in the parameter's shape. u: (m,), v: (n,)."""
+    """Return u v^T in the parameter's shape. u: (m,), v: (n,)."""
     return layer.to_tensor(torch.outer(u, v).to(like.dtype), like)

@@ -13,7 +13,7 @@ from lightning_spectral.curvature import TRANSPOSED, LayerCall, Tap, accumulatio
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.conv_patches import Patches
 from lightning_spectral.numerics.participation import entropy_rank
-from lightning_spectral.numerics.second_moment import LARGE, Eigenvalues, SecondMoment
+from lightning_spectral.numerics.second_moment import MAX_DENSE, Eigenvalues, SecondMoment
 from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.records.alignment import KroneckerFactors
 
@@ -45,11 +45,8 @@ class InputMoment:
             tap.use.input, tap.shape[2:], call.options, groups=tap.layer.groups,
             transposed=call.function in TRANSPOSED,
         )  # fmt: skip
-        if patches.length <= LARGE and patches.rows > patches.length and patches.correlates():
-            self.moment.add_gram(patches.correlation(), patches.rows)
-        else:
-            for rows in patches.unfolded():
-                self.moment.add(rows)
+        for rows in patches.unfolded():
+            self.moment.add(rows)
 
     def eigenvalues(self) -> Eigenvalues:
         """Return the eigenvalues of C_A."""
@@ -121,8 +118,8 @@ class FactorSums:
             effective_rank_delta=_effective_rank(delta),
             effective_rank_a=_effective_rank(a),
             rows=n,
-            note=f"only leading eigenvalues of {' and '.join(incomplete)} (over {LARGE} dimensions), so no effective "
-            "rank; of several micro-batches they are lower bounds"
+            note=f"only leading eigenvalues of {' and '.join(incomplete)} (over {MAX_DENSE} dimensions), so no "
+            "effective rank; of several micro-batches they are lower bounds"
             if incomplete
             else "",
         )

@@ -19,23 +19,23 @@ from torch import Tensor
 EXTRA = 4
 """Vectors in a block beyond k. With b >= k a sigma that repeats cannot hide from the Krylov space."""
 TOLERANCE = 1e-6
-"""Of the residuals over sigma at which the iteration ends; three times that where it runs in float32."""
+"""Largest residual over sigma at which the iteration ends; three times that where it runs in float32."""
 SLACK = 10
-"""By what factor the residuals of what is returned may exceed it."""
+"""Factor by which the residuals of the triplets returned may exceed `TOLERANCE`."""
 FLAT = 0.25
 """Participation ratio of the eigenvalues of G over n, from which on the iteration is so long that G pays.
 
 Then sigma_1 is close to the others, and G in float32 accurate enough: a CPU computes it in a third of the time.
 """
 ROUNDING = 100
-"""Times eps and the norm of a product, of which a vector is no more than what rounding leaves."""
+"""Multiple of eps and the norm of a product below which a vector is rounding noise."""
 EPS = torch.finfo(torch.float32).eps
-CHUNK = 2**18
+CACHED_ENTRIES = 2**18
 """Entries converted to float64 at a time: 2 MiB stay in a CPU's cache, and no copy of the matrix is held."""
 
 
 def leading_triplets(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """U (m, k), sigma (k,), V (n, k) of a finite float32 matrix (m, n), or None where they cannot be vouched for.
+    """Return U (m, k), sigma (k,), V (n, k) of a finite float32 matrix (m, n), or None where they fail the check.
 
     Found where ||A v_k - sigma_k u_k|| and ||A^T u_k - sigma_k v_k|| are at most 1e-5 sigma_k, and 1e-6 sigma_1 for
     those sigma_k below the noise floor sigma_1 max(m, n) eps. Deterministic: the random start comes from a generator
@@ -59,7 +59,7 @@ def leading_triplets(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | 
 
 
 def _leading_right_vectors(matrix: Tensor, k: int) -> Tensor | None:
-    """Rows (k, n) close to the leading right singular vectors, None if they do not converge in time."""
+    """Return rows (k, n) close to the leading right singular vectors, None if they do not converge in time."""
     n, b = matrix.shape[1], k + EXTRA
     generator = torch.Generator().manual_seed(0)
     random_bn = _random(b, n, generator).to(matrix.device)
@@ -94,7 +94,7 @@ def _block_lanczos(
     first: int,
     last: int,
 ) -> Tensor | None:
-    """Rows (k, n) of the leading Ritz vectors once their residuals are small; None if not within `last` columns.
+    """Return the leading Ritz vectors (k, n) once their residuals are small; None if not within `last` columns.
 
     The basis is kept orthogonal in full; where the Krylov space is exhausted it grows by random vectors. The residuals
     are looked at from `first` columns on, and then when the rate of the last two looks lets them have arrived.
@@ -125,7 +125,7 @@ def _block_lanczos(
 
 
 def _ritz(small_cc: Tensor, basis_cn: Tensor, r_bb: Tensor, k: int, floor: float) -> tuple[float, Tensor]:
-    """The k leading Ritz vectors as rows, and by what factor their largest residual exceeds `TOLERANCE`."""
+    """Return the k leading Ritz vectors as rows, and by what factor their largest residual exceeds `TOLERANCE`."""
     ritz_c, y_cc = torch.linalg.eigh(small_cc)
     ritz_k, y_ck = ritz_c[-k:], y_cc[:, -k:]
     residual_k = (r_bb @ y_ck[-len(r_bb) :]).norm(dim=0)
@@ -137,14 +137,14 @@ def _ritz(small_cc: Tensor, basis_cn: Tensor, r_bb: Tensor, k: int, floor: float
 
 
 def _excess(residual_k: Tensor, sigma_k: Tensor, floor: float) -> float:
-    """The largest ratio of a residual to `TOLERANCE` times sigma, or to eps sigma_1 below the noise floor."""
+    """Return the largest ratio of a residual to `TOLERANCE` times sigma, or to eps sigma_1 below the noise floor."""
     largest = sigma_k.max()
     allowed_k = torch.where(sigma_k > floor * largest, TOLERANCE * sigma_k, EPS * largest)
     return float((residual_k / allowed_k).max())
 
 
 def _verified(matrix: Tensor, rows_v: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """U, sigma, V of the matrix within the span of the rows, None if they are no triplets of the matrix."""
+    """Return U, sigma, V of the matrix within the span of the rows, None if they are no triplets of the matrix."""
     v_kn = _orthonormal(rows_v.double())
     image_km = torch.cat([v_kn @ rows.T for rows in _chunks(matrix)], dim=1)
     u_mk, sigma_k, w_kk = torch.linalg.svd(image_km.T, full_matrices=False)
@@ -172,7 +172,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
 
 
 def _image(matrix: Tensor, block_bn: Tensor) -> Tensor:
-    """(A^T A x) for each row x, in float64."""
+    """Return (A^T A x) for each row x, in float64."""
     image_bn = torch.zeros_like(block_bn)
     for rows in _chunks(matrix):
         image_bn += (block_bn @ rows.T) @ rows
@@ -180,7 +180,7 @@ def _image(matrix: Tensor, block_bn: Tensor) -> Tensor:
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    """A^T A, its upper triangle of blocks copied from the lower one."""
+    """Return A^T A, its upper triangle of blocks copied from the lower one."""
     n = matrix.shape[1]
     gram = matrix.new_empty(n, n)
     width = -(-n // 4)
@@ -191,11 +191,11 @@ def _gram(matrix: Tensor) -> Tensor:
 
 
 def _height(matrix: Tensor) -> int:
-    return max(1, CHUNK // matrix.shape[1]) if matrix.is_cpu else matrix.shape[0]
+    return max(1, CACHED_ENTRIES // matrix.shape[1]) if matrix.is_cpu else matrix.shape[0]
 
 
 def _chunks(matrix: Tensor) -> Iterator[Tensor]:
-    """The rows in float64, some at a time, all in one buffer: a chunk is gone when the next one comes."""
+    """Yield the rows in float64, some at a time, all in one buffer: the next chunk overwrites the last."""
     height = _height(matrix)
     buffer = torch.empty(min(height, len(matrix)), matrix.shape[1], dtype=torch.float64, device=matrix.device)
     for rows in torch.split(matrix, height):

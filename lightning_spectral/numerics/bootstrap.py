@@ -24,7 +24,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a slope lies, by a bootstrap over the points of its fit.
+    """Confidence interval of a slope, by a bootstrap over the points of its fit.
 
     Attributes:
         low, high: the (1 - level) / 2 and (1 + level) / 2 quantiles of the draws' slopes; NaN where fewer than 3
@@ -53,7 +53,7 @@ class Intervals:
 def exponent_intervals(
     sigma: Tensor, h: Tensor, *, draws: int, used: Tensor | None = None, level: float = LEVEL, seed: int = 0
 ) -> Intervals:
-    """Bootstrap intervals of alpha, gamma and s of one layer.
+    """Return bootstrap intervals of alpha, gamma and s of one layer.
 
     Args:
         sigma: (K,) singular values above the noise floor, in decreasing order.
@@ -73,7 +73,7 @@ def exponent_intervals(
 
 
 def slope_interval(x: Tensor, y: Tensor, *, draws: int, level: float = LEVEL, seed: int = 0) -> Interval:
-    """Percentile interval of the slope of y on x, by a bootstrap over the pairs.
+    """Return percentile interval of the slope of y on x, by a bootstrap over the pairs.
 
     It is somewhat too short, and much too short for 3 points: one of 95 % held the true slope 66 times in 100 for
     n = 3, 90 for n = 5, 91 for n = 10 and n = 20.
@@ -110,7 +110,7 @@ def slope_interval(x: Tensor, y: Tensor, *, draws: int, level: float = LEVEL, se
 
 
 def _slopes(x_bn: Tensor, y_bn: Tensor) -> Tensor:
-    """The least-squares slope of each row; NaN where its abscissae differ by rounding alone."""
+    """Return the least-squares slope of each row; NaN where its abscissae differ by rounding alone."""
     dx = x_bn - x_bn.mean(1, keepdim=True)
     slopes = (dx * y_bn).sum(1) / dx.square().sum(1)
     rounding = x_bn.shape[1] * torch.finfo(torch.float64).eps * x_bn.abs().amax(1).clamp(min=1)

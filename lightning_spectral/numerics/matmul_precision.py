@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 inside float32 matrix products and convolutions."""
+    """Keep TF32 and bfloat16 out of float32 matrix products and convolutions."""
     backends: Any = torch.backends
     with ExitStack() as stack:
         if hasattr(backends, "fp32_precision"):
@@ -34,7 +34,7 @@ def _set(stack: ExitStack, holder: Any, name: str, value: Any) -> None:
 
 @contextmanager
 def exact_products(device_type: str) -> Iterator[None]:
-    """`full_float32`, and no autocast on this type of device."""
+    """Apply `full_float32`, and no autocast on this type of device."""
     with ExitStack() as stack:
         stack.enter_context(full_float32())
         if torch.amp.is_autocast_available(device_type):

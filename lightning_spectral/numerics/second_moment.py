@@ -1,4 +1,4 @@
-"""Second moments of vectors that come some at a time: their eigenvalues, without the matrix where that is too large.
+"""Second moments of vectors added in parts: their eigenvalues, without the matrix where that is too large.
 
 Shapes: g groups, each with rows (r, n) of its own and a second moment C = sum x x^T / r of (n, n).
 """
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from lightning_spectral.numerics.svd import gram_eigenvalues, top_singular_triplets
 
-LARGE = 8192
+MAX_DENSE = 8192
 """Dimension n above which the leading eigenvalues alone are computed."""
 
 FEW_ROWS = 1024
-"""Up to how many rows all eigenvalues are, whatever n."""
+"""Number of rows up to which all eigenvalues are computed, whatever n."""
 
-SMALL = 128
-"""Up to this n products are summed in float64, which costs little there."""
+FLOAT64_DIMENSION = 128
+"""Dimension n up to which products are taken in float64, which costs little there."""
 
-CHUNK = 2**20
+PRODUCT_ENTRIES = 2**20
 """Entries of rows that are multiplied at a time; the products of chunks are summed in float64."""
 
 
@@ -31,7 +31,7 @@ class Eigenvalues:
 
     Attributes:
         values: (g, r) in float64 on the CPU.
-        complete: whether those that are not there are zero.
+        complete: whether all eigenvalues beyond these are zero.
     """
 
     values: Tensor
@@ -39,10 +39,10 @@ class Eigenvalues:
 
 
 class SecondMoment:
-    """C of rows that are added in parts; up to n rows are kept as they are, and n x n numbers are held at most.
+    """Second moment C of rows added in parts; it holds up to n rows as they are, and n x n numbers at most.
 
-    Beyond `LARGE` dimensions and `FEW_ROWS` rows only the leading k eigenvalues are had, by Lanczos on the rows. What
-    is kept of earlier parts then are their 2 k leading directions, so with several parts these are lower bounds.
+    Beyond `MAX_DENSE` dimensions and `FEW_ROWS` rows only the leading k eigenvalues are computed, by Lanczos
+    on the rows. Earlier parts then count by their 2 k leading directions, so with several parts these are lower bounds.
 
     Args:
         k: how many leading eigenvalues are needed at least.
@@ -60,12 +60,12 @@ class SecondMoment:
 
     def add(self, rows_grn: Tensor) -> None:
         """Add rows (g, r, n)."""
-        n, kept = rows_grn.shape[2], sum(rows.shape[1] for rows in self._rows)
+        n, n_held = rows_grn.shape[2], sum(rows.shape[1] for rows in self._rows)
         self.count += rows_grn.shape[1]
-        if n > LARGE and kept > FEW_ROWS:
+        if n > MAX_DENSE and n_held > FEW_ROWS:
             self._compress()
         self._rows.append(rows_grn)
-        if self._gram is not None or (n <= LARGE and kept + rows_grn.shape[1] > n):
+        if self._gram is not None or (n <= MAX_DENSE and n_held + rows_grn.shape[1] > n):
             for rows in self._rows:
                 self._add_gram(gram(rows))
             self._rows.clear()
@@ -74,12 +74,12 @@ class SecondMoment:
         """Add so many rows by the sum of their x x^T."""
         self.count += rows
         self._add_gram(gram_gnn)
-        for kept in self._rows:
-            self._add_gram(gram(kept))
+        for rows_grn in self._rows:
+            self._add_gram(gram(rows_grn))
         self._rows.clear()
 
     def add_moment(self, other: SecondMoment) -> None:
-        """Add the rows that another one was given."""
+        """Add the rows of another second moment."""
         count, self.complete = self.count + other.count, self.complete and other.complete
         for rows in other._rows:
             self.add(rows)
@@ -89,7 +89,7 @@ class SecondMoment:
         self.count = count
 
     def to(self, device: torch.device | str) -> SecondMoment:
-        """The same on a device."""
+        """Return a copy on a device."""
         moved = SecondMoment(self.k)
         moved.count, moved.complete = self.count, self.complete
         moved._rows = [rows.to(device) for rows in self._rows]
@@ -97,13 +97,13 @@ class SecondMoment:
         return moved
 
     def eigenvalues(self) -> Eigenvalues:
-        """All that are not zero, or the k leading ones."""
+        """Return all eigenvalues that are not zero, or the k leading ones."""
         complete = self.complete
         if self._gram is not None:
             values = gram_eigenvalues(self._gram)
         else:
             rows_grn = torch.cat(self._rows, 1)
-            if rows_grn.shape[2] > LARGE and rows_grn.shape[1] > FEW_ROWS:
+            if rows_grn.shape[2] > MAX_DENSE and rows_grn.shape[1] > FEW_ROWS:
                 values = torch.stack([top_singular_triplets(rows, self.k).sigma for rows in rows_grn]).double().square()
                 complete = False
             else:
@@ -116,18 +116,18 @@ class SecondMoment:
         self._gram = gram_gnn if self._gram is None else self._gram.add_(gram_gnn)
 
     def _compress(self) -> None:
-        """Keep the leading directions of the rows so far, each as one row."""
+        """Replace the rows so far by their leading directions, a row for each."""
         rows_grn, self.complete = torch.cat(self._rows, 1), False
         leading = [top_singular_triplets(rows, 2 * self.k) for rows in rows_grn]
         self._rows = [torch.stack([triplets.sigma[:, None] * triplets.v.T for triplets in leading])]
 
 
 def gram(rows_grn: Tensor) -> Tensor:
-    """sum x x^T over the rows of each group, (g, n, n) in float64 where the device has it."""
+    """Return sum x x^T over the rows of each group, (g, n, n) in float64 where the device has it."""
     groups, _, n = rows_grn.shape
     wide = torch.float32 if rows_grn.device.type == "mps" else torch.float64
     total = rows_grn.new_zeros(groups, n, n, dtype=wide)
-    for rows in torch.split(rows_grn, max(1, CHUNK // max(1, groups * n)), 1):
-        rows = rows.to(wide) if n <= SMALL else rows
+    for rows in torch.split(rows_grn, max(1, PRODUCT_ENTRIES // max(1, groups * n)), 1):
+        rows = rows.to(wide) if n <= FLOAT64_DIMENSION else rows
         total += rows.mT @ rows
     return total

@@ -10,10 +10,10 @@ from torch import Tensor
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.block_lanczos import leading_triplets
 
-LARGE = 512
+LANCZOS_SIDE = 512
 """Shorter side of a matrix from which on block Lanczos beats the full SVD, measured for k = 20."""
 SIDE_PER_TRIPLET = 20
-"""The least ratio of the shorter side to k at which it does."""
+"""Least ratio of the shorter side to k at which block Lanczos does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +34,12 @@ class SingularTriplets:
         return self.sigma.numel()
 
     def first(self, k: int) -> SingularTriplets:
-        """The k leading triplets."""
+        """Return the k leading triplets."""
         return SingularTriplets(self.u[:, :k], self.sigma[:k], self.v[:, :k])
 
 
 def top_singular_triplets(matrix: Tensor, k: int, *, groups: int = 1) -> SingularTriplets:
-    """The min(k, m, n) leading singular triplets of a matrix (m, n).
+    """Return the min(k, m, n) leading singular triplets of a matrix (m, n).
 
     Large float32 matrices, with a shorter side of at least 512 and 20 k, take block Lanczos in place of the full SVD.
     Its triplets are checked: before u_k and v_k are rounded to float32, ||A v_k - sigma_k u_k|| and
@@ -81,12 +81,12 @@ def top_singular_triplets(matrix: Tensor, k: int, *, groups: int = 1) -> Singula
 
 
 def is_large(shape: tuple[int, int], k: int) -> bool:
-    """Whether the k leading triplets of a float32 matrix of this shape are had by block Lanczos."""
-    return min(shape) >= max(LARGE, SIDE_PER_TRIPLET * k)
+    """Return whether the k leading triplets of a float32 matrix of this shape take block Lanczos."""
+    return min(shape) >= max(LANCZOS_SIDE, SIDE_PER_TRIPLET * k)
 
 
 def singular_values(matrix: Tensor, *, groups: int = 1) -> Tensor:
-    """All singular values of a matrix (m, n), decreasing, without the vectors.
+    """Return all singular values of a matrix (m, n), decreasing, without the vectors.
 
     Those of a float32 matrix are the roots of its Gram matrix's eigenvalues in float64: right to about 1e-7 above the
     noise floor sigma_1 max(m, n) eps, at a third to a half of a full SVD's time.
@@ -115,7 +115,7 @@ def singular_values(matrix: Tensor, *, groups: int = 1) -> Tensor:
 
 
 def gram_eigenvalues(gram_gnn: Tensor) -> Tensor:
-    """Eigenvalues (g, n) of Gram matrices (g, n, n), decreasing; rounding leaves no negative ones.
+    """Return eigenvalues (g, n) of Gram matrices (g, n, n), decreasing; rounding leaves no negative ones.
 
     On the device of the matrices, or on the CPU where its solver is missing or fails.
 
@@ -131,7 +131,7 @@ def gram_eigenvalues(gram_gnn: Tensor) -> Tensor:
 
 
 def _blocks(matrix: Tensor, groups: int) -> Tensor:
-    """The groups' matrices (g, m / g, n), finite and of a type that has an SVD."""
+    """Return the groups' matrices (g, m / g, n), finite and of a type that has an SVD."""
     if matrix.ndim != 2 or groups < 1 or matrix.shape[0] % groups:
         raise ValueError(f"need a matrix (m, n) whose m rows {groups} groups divide, got shape {tuple(matrix.shape)}")
     matrix = matrix.detach()
@@ -148,7 +148,7 @@ def _blocks(matrix: Tensor, groups: int) -> Tensor:
 
 
 def _svd(blocks: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U, sigma, V^T of each block; of large ones the k leading triplets only."""
+    """Return U, sigma, V^T of each block; of large ones the k leading triplets only."""
     if (
         not is_large((blocks.shape[1], blocks.shape[2]), k)
         or blocks.dtype is not torch.float32

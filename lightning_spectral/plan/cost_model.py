@@ -16,7 +16,7 @@ from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS
 from lightning_spectral.curvature.sketch import DRAWS, RANKS, SAMPLES_PER_RANK
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.estimation import MEMORY
-from lightning_spectral.numerics.second_moment import LARGE
+from lightning_spectral.numerics.second_moment import MAX_DENSE
 from lightning_spectral.numerics.svd import is_large
 
 STEP_FLOPS = {"gradient": 1.0, "forward": 1 / 3, "column": 1 / 3, "product": 1 / 2, "joint product": 2 / 3}
@@ -258,5 +258,5 @@ def svd_bytes(layer: MatrixLayer, k: int, itemsize: int = 4) -> int:
 
 def factor_bytes(layer: MatrixLayer) -> int:
     """Return (m^2 + n^2) entries of float32, m and n up to the 8192 above which no matrix is held."""
-    m, n = (side if side <= LARGE else 0 for side in (layer.shape[0] // layer.groups, layer.shape[1]))
+    m, n = (side if side <= MAX_DENSE else 0 for side in (layer.shape[0] // layer.groups, layer.shape[1]))
     return 4 * layer.groups * (m * m + n * n)

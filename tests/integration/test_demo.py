@@ -179,6 +179,7 @@ def test_tables_fit_the_terminal_and_say_what_they_leave_out(monkeypatch):
     for width in (40, 60, 80, 100):
         text = printed(report, width=width)
         assert max(map(len, text.splitlines())) <= width
+        assert {"alpha", "r2", "points"} <= set(next(x for x in text.splitlines() if x.startswith(" layer")).split())
         # Figures and the ends of names are whole.
         assert f"{long.alpha.exponent:.2f} ± {long.alpha.stderr:.2f}" in text
         rows = [line.split()[0] for line in text.splitlines() if "20/20" in line]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
+from lightning_spectral.layers.display_names import shortened
 from lightning_spectral.numerics.participation import zeta_bound
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
@@ -28,7 +29,7 @@ from lightning_spectral.report.figures.style import (
     say,
     title,
 )
-from lightning_spectral.report.figures.ticks import log_ticks, name_ticks, short_name
+from lightning_spectral.report.figures.ticks import NAME_LENGTH, log_ticks, name_ticks
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -36,14 +37,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRANSFER_BAND = 0.1
-"""Of the transfer error."""
+"""Largest transfer error within the band."""
 
 EARLIER = 0.35
 """Opacity of the layers of all reports but the last."""
 
 
 def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: bool = False) -> Figure:
-    """The exponent alpha of each layer in the order of the network, with its standard error.
+    """Draw the exponent alpha of each layer in the order of the network, with its standard error.
 
     Colour and marker are the layer's kind, hollow where its fit is not to be trusted. The grey band is alpha from 1.85
     to 2.15. A layer without a fit is a cross on the bottom edge. Where there are too many names, some are left out.
@@ -59,7 +60,7 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
     """
     layers = list(one_report(report).layers.values())
     names = [layer.name for layer in layers]
-    with canvas(width, 2.4 + 0.055 * max(len(short_name(name)) for name in names), dark=dark) as figure:
+    with canvas(width, 2.4 + 0.055 * max(len(shortened(name, NAME_LENGTH)) for name in names), dark=dark) as figure:
         axes = figure.subplots()
         band = draw_alpha_band(axes)
         missing = [i for i, layer in enumerate(layers) if math.isnan(layer.alpha.exponent)]
@@ -83,7 +84,7 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
 
 
 def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool = False) -> Figure:
-    """The decay s of the curvature against alpha gamma, which the transfer relation says it is, a point per layer.
+    """Draw the decay s of the curvature against alpha gamma, its value by the transfer relation, a point per layer.
 
     On the line s = alpha gamma; the band holds transfer errors abs(s - alpha gamma) / abs(s) up to 10 %. Hollow
     where alpha's fit is not to be trusted. Of several reports, the layers of all but the last are pale.
@@ -97,10 +98,10 @@ def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool =
         ImportError: without matplotlib.
         ValueError: if there is no report, or one holds no layers.
     """
-    found = all_reports(reports)
+    history = all_reports(reports)
     with canvas(width, 0.9 * width, dark=dark) as figure:
         axes = figure.subplots()
-        points = _points(found, lambda layer: layer.s.exponent)
+        points = _points(history, lambda layer: layer.s.exponent)
         low, high = padded([v for x, y, _, _ in points for v in (x, y)])
         ends = torch.linspace(low, high, 200)
         _identity_band(axes, ends)
@@ -115,14 +116,14 @@ def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool =
         else:
             note = ""
             say(axes, "no layer has fits of α, γ and s")
-        title(figure, "Transfer relation s = α γ", found, note)
+        title(figure, "Transfer relation s = α γ", history, note)
         band = patch_handle("error up to 10 %", color=ink(), alpha=0.12)
-        legend(figure, [*_keys(found, points), line_handle("-", "s = α γ"), band])
+        legend(figure, [*_keys(history, points), line_handle("-", "s = α γ"), band])
     return figure
 
 
 def plot_participation_ratio(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
-    """Participation ratio of the curvature against alpha gamma, with the zeta bound and its finite-window form.
+    """Draw the participation ratio of the curvature against alpha gamma, with the zeta bound and that of a window.
 
     The solid line is zeta(alpha gamma)^2 / zeta(2 alpha gamma), infinite up to alpha gamma = 1; the dashed one is what
     a pure power law of n directions has, n the number of positive h that most layers have. Both are bounds for exact
@@ -137,10 +138,10 @@ def plot_participation_ratio(reports: Reports, *, width: float = WIDTH, dark: bo
         ImportError: without matplotlib.
         ValueError: if there is no report, or one holds no layers.
     """
-    found = all_reports(reports)
+    history = all_reports(reports)
     with canvas(width, 2.9, dark=dark) as figure:
         axes = figure.subplots()
-        points = _points(found, lambda layer: layer.pr_curvature)
+        points = _points(history, lambda layer: layer.pr_curvature)
         low, high = padded([0.9, 1.6, *(x for x, _, _, _ in points)])
         curves = _bounds(axes, [layer.alpha.n_used for _, _, layer, _ in points], low, high)
         for x, y, layer, opacity in points:
@@ -151,8 +152,8 @@ def plot_participation_ratio(reports: Reports, *, width: float = WIDTH, dark: bo
         log_ticks(axes.yaxis, 0.9, top, gap=0.1)
         if not points:
             say(axes, "no layer has a fit of α and γ")
-        title(figure, "Participation ratio of curvature, zeta bound", found)
-        legend(figure, [*_keys(found, points), *curves])
+        title(figure, "Participation ratio of curvature, zeta bound", history)
+        legend(figure, [*_keys(history, points), *curves])
     return figure
 
 
@@ -172,7 +173,7 @@ def _alpha_point(axes: Axes, i: int, layer: LayerSpectrum, size: float) -> None:
 
 
 def _alpha_limits(layers: Sequence[LayerSpectrum]) -> tuple[float, float]:
-    """Around the exponents and the band; of an error bar, what is longer than 1 may leave the axes."""
+    """Return limits around the exponents and the band; the part of an error bar beyond 1 may leave the axes."""
     ends = [*ALPHA_BAND]
     for layer in layers:
         if not math.isnan(layer.alpha.exponent):
@@ -182,7 +183,7 @@ def _alpha_limits(layers: Sequence[LayerSpectrum]) -> tuple[float, float]:
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:
-    """Limits around values, with some room."""
+    """Return limits around values, with some room."""
     low, high = (min(values), max(values)) if values else (0.0, 3.0)
     room = 0.07 * max(high - low, 0.2)
     return low - room, high + room
@@ -192,7 +193,7 @@ Point = tuple[float, float, LayerSpectrum, float]
 
 
 def _points(reports: Sequence[SpectralReport], ordinate: Callable[[LayerSpectrum], float]) -> list[Point]:
-    """(alpha gamma, ordinate, layer, opacity) of every layer that has both."""
+    """Return (alpha gamma, ordinate, layer, opacity) of every layer that has both."""
     return [
         (layer.alpha_gamma, ordinate(layer), layer, 1.0 if report is reports[-1] else EARLIER)
         for report in reports

@@ -11,14 +11,14 @@ from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 
 def fitted_points(layer: LayerSpectrum) -> Tensor:
-    """(K,) which directions the fit of alpha used; none where there is no fit."""
+    """Return (K,) which directions the fit of alpha used; none where there is no fit."""
     if math.isnan(layer.alpha.exponent):
         return torch.zeros_like(layer.sigma, dtype=torch.bool)
     return (layer.sigma > layer.noise_floor) & (layer.h > 0) & layer.h.isfinite()
 
 
 def line_and_band(layer: LayerSpectrum, sigma: Tensor, *, level: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
-    """The fitted exp(intercept) sigma^alpha and the limits of its pointwise confidence band.
+    """Return the fitted exp(intercept) sigma^alpha and the limits of its pointwise confidence band.
 
     With x = log sigma, the line at x_0 is sum c_k log h_k over the fitted points, c_k = 1 / n + (x_0 - mean) (x_k -
     mean) / S_xx. Its variance is sum c_k^2 (RSS / (n - 2) + (h_stderr_k / h_k)^2), so that the slope's is
@@ -46,7 +46,7 @@ def line_and_band(layer: LayerSpectrum, sigma: Tensor, *, level: float = 0.95) -
 
 
 def student_quantile(level: float, dof: int) -> float:
-    """The t with P(abs(T) < t) = level, for Student's distribution with a whole number of degrees of freedom.
+    """Return t with P(abs(T) < t) = level, by Student's distribution with a whole number of degrees of freedom.
 
     By bisection on theta = atan(t / sqrt(dof)), in which the probability is a finite sum.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NEGATIVE, MISSING = "#D55E00", "#BBBBBB"
-"""Of h < 0, and of what was not measured or is rounding noise: neither is a colour of the scale."""
+"""Colours of h < 0, and of what was not measured or is rounding noise: neither is a colour of the scale."""
 
 LABELS = {
     "sigma": ("Singular values of the gradient", "log₁₀ σ (loss per unit of weight)"),
@@ -27,7 +27,7 @@ LABELS = {
 def plot_spectrum_heatmap(
     report: SpectralReport, quantity: Literal["sigma", "h"] = "sigma", *, width: float = WIDTH, dark: bool = False
 ) -> Figure:
-    """log10 of sigma_k or h_k, a row per layer in the order of the network, a column per direction k.
+    """Draw log10 of sigma_k or h_k, a row per layer in the order of the network, a column per direction k.
 
     Negative h are vermilion. What was not measured, is zero, or lies at or below the noise floor is grey; where a
     layer has fewer directions than others its row ends.
@@ -69,7 +69,7 @@ def plot_spectrum_heatmap(
 
 
 def heat(report: SpectralReport, quantity: Literal["sigma", "h"]) -> tuple[Tensor, Tensor]:
-    """(log10 of the values, NaN where there is none; 1 where one is missing, 2 where it is negative), both (L, K)."""
+    """Return log10 of the values, NaN where there is none, and 1 where one is missing, 2 where it is negative."""
     layers = list(report.layers.values())
     columns = max(1, *(len(layer.sigma) for layer in layers))
     values_lk = torch.full((len(layers), columns), float("nan"), dtype=torch.float64)

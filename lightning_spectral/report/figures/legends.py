@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,16 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
-LEGEND_LETTER, LEGEND_MARK, LEGEND_LINE = 0.056, 0.43, 0.16
-"""Inches that a letter of the legend takes in the mean, a mark with the space around it, and a line."""
+LEGEND_COLUMN, LEGEND_LINE = 1.5, 0.16
+"""Inches that a column of the legend takes, and a line."""
 
 
 def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
-    """Keys to the kinds given, in the order of `KINDS`."""
+    """Return keys to the kinds given, in the order of `KINDS`."""
     from matplotlib.lines import Line2D
 
-    found = list(dict.fromkeys(kinds))
-    order = [kind for kind in KINDS if kind in found] + [kind for kind in found if kind not in KINDS]
+    unique = list(dict.fromkeys(kinds))
+    order = [kind for kind in KINDS if kind in unique] + [kind for kind in unique if kind not in KINDS]
     style: Dash = "-" if line else "none"
     return [
         Line2D([], [], color=colour, marker=marker, linestyle=style, label=literal(kind.replace("_", " ")))
@@ -34,7 +33,7 @@ def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
 
 
 def mark_handle(marker: str, label: str, *, hollow: bool = False, opacity: float = 1.0) -> Artist:
-    """A key to a marker that means the same in every colour."""
+    """Return a key to a marker that means the same in every colour."""
     from matplotlib.lines import Line2D
 
     look: dict[str, Any] = {"markerfacecolor": ground() if hollow else ink(), "alpha": opacity}
@@ -42,38 +41,27 @@ def mark_handle(marker: str, label: str, *, hollow: bool = False, opacity: float
 
 
 def line_handle(dash: Dash, label: str, colour: str | None = None) -> Artist:
-    """A key to a line, in the colour of text where none is given."""
+    """Return a key to a line, in the colour of text where none is given."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=colour or ink(), linestyle=dash, linewidth=1.0, label=label)
 
 
 def patch_handle(label: str, **look: Any) -> Artist:
-    """A key to an area."""
+    """Return a key to an area."""
     from matplotlib.patches import Patch
 
     return Patch(label=label, linewidth=0, **look)
 
 
 def legend(figure: Figure, handles: Sequence[Artist], *, abscissa: str = "") -> None:
-    """A legend below the axes, by which the figure grows, with an abscissa for all panels.
+    """Add a legend below the axes, by which the figure grows, with an abscissa for all panels.
 
     The abscissa is the legend's title, since matplotlib lays a legend out over a `supxlabel`.
     """
     if not handles:
         return
-    columns = _columns([str(handle.get_label()) for handle in handles], figure.get_figwidth())
+    columns = min(len(handles), int(figure.get_figwidth() / LEGEND_COLUMN))
     figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, title=abscissa or None)
     rows = math.ceil(len(handles) / columns) + bool(abscissa)
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * rows)
-
-
-def _columns(labels: Sequence[str], width: float) -> int:
-    """The most columns of a legend that fit into a width in inches; a legend is filled column by column."""
-    for count in range(len(labels), 1, -1):
-        rows, longer = divmod(len(labels), count)
-        starts = [i * rows + min(i, longer) for i in range(count + 1)]
-        longest = [max(map(len, labels[a:b])) for a, b in itertools.pairwise(starts)]
-        if sum(LEGEND_LETTER * length + LEGEND_MARK for length in longest) <= width - 0.1:
-            return count
-    return 1

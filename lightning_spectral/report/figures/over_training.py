@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NO_MODEL = "#BBBBBB"
-"""Of layers with too few values for any rank model."""
+"""Colour of layers with too few values for any rank model."""
 
 
 def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
-    """The exponent alpha over the steps: a thin line per layer, and the median of each kind of layer thick.
+    """Draw the exponent alpha over the steps: a thin line per layer, and the median of each kind of layer thick.
 
     The grey band is alpha from 1.85 to 2.15. A line breaks where a layer had no fit. The axis shows all medians and
     98 % of the layers' values; at initialisation single layers may leave it.
@@ -50,12 +50,12 @@ def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bo
         ImportError: without matplotlib.
         ValueError: if there is no report, or one holds no layers.
     """
-    found = all_reports(reports)
-    x, label = positions(found)
+    history = all_reports(reports)
+    x, label = positions(history)
     with canvas(width, 2.8, dark=dark) as figure:
         axes = figure.subplots()
         band = draw_alpha_band(axes)
-        by_layer, by_kind = alpha_series(found)
+        by_layer, by_kind = alpha_series(history)
         for (_, kind), values in by_layer.items():
             axes.plot(x, values, color=kind_style(kind)[0], linewidth=0.6, alpha=0.45, label=kind)
         for kind, values in by_kind.items():
@@ -66,14 +66,14 @@ def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bo
         whole_numbers(axes, x)
         if not any(math.isfinite(value) for values in by_layer.values() for value in values):
             say(axes, "no layer has a fit of α")
-        title(figure, "Curvature exponent α over training, medians by kind", found)
+        title(figure, "Curvature exponent α over training, medians by kind", history)
         shown = (kind for kind, values in by_kind.items() if not all(map(math.isnan, values)))
         legend(figure, [*kind_handles(shown, line=True), band])
     return figure
 
 
 def plot_rank_models_over_training(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
-    """Which rank model describes how many layers' gradient spectra, stacked over the steps.
+    """Draw which rank model describes how many layers' gradient spectra, stacked over the steps.
 
     The model of a layer is that with the lowest BIC (`fit_rank_models`); the fractions are of all layers of the
     report. arXiv 2606.02596 calls their change in training the spectral phase transition.
@@ -87,11 +87,11 @@ def plot_rank_models_over_training(reports: Reports, *, width: float = WIDTH, da
         ImportError: without matplotlib.
         ValueError: if there is no report, or one holds no layers.
     """
-    found = all_reports(reports)
-    x, label = positions(found)
+    history = all_reports(reports)
+    x, label = positions(history)
     with canvas(width, 2.3, dark=dark) as figure:
         axes = figure.subplots()
-        bands = model_bands(found)
+        bands = model_bands(history)
         edges, bottoms = _cells(x), [0.0] * len(x)
         for name, colour, hatch, shares in bands:
             axes.stairs(
@@ -101,7 +101,7 @@ def plot_rank_models_over_training(reports: Reports, *, width: float = WIDTH, da
             bottoms = [b + s for b, s in zip(bottoms, shares, strict=True)]
         axes.set(xlabel=label, ylabel="fraction of layers", xlim=(edges[0], edges[-1]), ylim=(0, 1))
         whole_numbers(axes, x)
-        title(figure, "Rank models of the gradient spectra, by BIC", found)
+        title(figure, "Rank models of the gradient spectra, by BIC", history)
         legend(figure, _band_handles(bands))
     return figure
 
@@ -110,7 +110,7 @@ Band = tuple[str, str, str, list[float]]
 
 
 def model_bands(reports: Sequence[SpectralReport]) -> list[Band]:
-    """(name, colour, hatch, fraction of layers at each report) per model; layers without one last, if there are any."""
+    """Return (name, colour, hatch, fraction of layers at each report) per model; layers without a model last."""
     winners = [[layer.rank_models.winner for layer in report.layers.values()] for report in reports]
     bands = [
         (style.name, style.colour, style.hatch, [of.count(model) / len(of) for of in winners])
@@ -124,7 +124,7 @@ Series = dict[tuple[str, str], list[float]]
 
 
 def alpha_series(reports: Sequence[SpectralReport]) -> tuple[Series, dict[str, list[float]]]:
-    """((name, kind) -> alpha at each report, NaN where there is none; kind -> its median at each report)."""
+    """Return ((name, kind) -> alpha at each report, NaN where there is none; kind -> its median at each report)."""
     keys = dict.fromkeys((layer.name, layer.kind) for report in reports for layer in report.layers.values())
     by_layer = {
         (name, kind): [r.layers[name].alpha.exponent if name in r.layers else math.nan for r in reports]
@@ -148,7 +148,7 @@ def _limits(axes: Axes, layers: Sequence[list[float]], medians: Sequence[list[fl
 
 
 def _cells(x: Sequence[int]) -> list[float]:
-    """Edges of cells, halfway between abscissae and a little beyond the ends; at a step taken twice one is empty."""
+    """Return edges of cells, halfway between abscissae and a little beyond the ends; empty at a step taken twice."""
     inner = [(a + b) / 2 for a, b in itertools.pairwise(x)]
     beyond = max(0.5, 0.02 * (x[-1] - x[0]))
     return [x[0] - beyond, *inner, x[-1] + beyond]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.layers.display_names import brief
+from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.layers.selection import check_matches, layer_names, select
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.numerics.statistics import evenly
@@ -28,7 +28,7 @@ from lightning_spectral.report.figures.style import (
     one_report,
     title,
 )
-from lightning_spectral.report.figures.ticks import literal, log_ticks, short_name
+from lightning_spectral.report.figures.ticks import literal, log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_PANELS = 12
-"""Of one figure, which with three in a row is a page."""
+"""Most panels of a figure; three in a row fill a page."""
 
-FEW = 3
-"""So many layers without a panel are named."""
+FEW_NAMED = 3
+"""Number of layers without a panel up to which they are named."""
 
 PANEL, PANEL_NAME = 1.75, 20
 """Least width of a panel in inches, and characters of a layer's name that fit above it."""
@@ -52,7 +52,7 @@ MARKS = {
 """Marker of points that are not in the fit, and what they are; hollow but for the first."""
 
 NOTE: dict[str, Any] = {"fontsize": 6.5, "zorder": 1.5}
-"""Of the text within a panel, which lies below its points."""
+"""Look of the text within a panel, which lies below its points."""
 
 PANEL_HEIGHT, HEADED_HEIGHT = 1.5, 1.75
 """Inches of a panel below its layer's name, and below a heading of some lines."""
@@ -66,7 +66,7 @@ Layers = str | Sequence[str] | None
 def plot_power_law(
     report: SpectralReport, layers: Layers = None, *, width: float = WIDTH, dark: bool = False
 ) -> Figure:
-    """Curvature h_k against singular value sigma_k, a panel per layer, with the fitted line h ~ sigma^alpha.
+    """Draw curvature h_k against singular value sigma_k, a panel per layer, with the fitted line h ~ sigma^alpha.
 
     The shaded band is the 95 % confidence band of the line (`line_and_band`), left out, as the heading says, where it
     would fill most of the panel; bars are standard errors of sampled h.
@@ -83,15 +83,15 @@ def plot_power_law(
         ImportError: without matplotlib.
         ValueError: if the report holds no layers, or a pattern matches none of them.
     """
-    chosen, note = choose_layers(report, layers)
-    rows, columns = _grid(len(chosen), width)
+    selected, note = choose_layers(report, layers)
+    rows, columns = _grid(len(selected), width)
     with canvas(width, _height(rows, HEADED_HEIGHT), dark=dark) as figure:
         marks: set[str] = set()
-        for axes, layer in zip(_panels(figure, rows, columns, len(chosen)), chosen, strict=True):
+        for axes, layer in zip(_panels(figure, rows, columns, len(selected)), selected, strict=True):
             marks |= _power_law(axes, layer)
         figure.supylabel("curvature h (loss per squared unit of weight)")
         title(figure, r"Power law $h\propto\sigma^\alpha$ of curvature", [report], note)
-        keys = [*kind_handles(layer.kind for layer in chosen), *_mark_handles(marks)]
+        keys = [*kind_handles(layer.kind for layer in selected), *_mark_handles(marks)]
         drawn = {artist.get_label() for axes in figure.axes for artist in (*axes.lines, *axes.collections)}
         keys += [line_handle("-", "fit")] if "fit" in drawn else []
         keys += [patch_handle("95 % band", color=ink(), alpha=0.15)] if "band" in drawn else []
@@ -102,7 +102,7 @@ def plot_power_law(
 def plot_rank_profiles(
     report: SpectralReport, layers: Layers = None, *, width: float = WIDTH, dark: bool = False
 ) -> Figure:
-    """Singular values sigma_k against their rank k, a panel per layer, with the three rank models.
+    """Draw singular values sigma_k against their rank k, a panel per layer, with the three rank models.
 
     The model with the lowest BIC is drawn thick and named, with the difference of the next one's BIC to its own.
     Values at or below the noise floor, which no model is fitted to, are hollow.
@@ -117,15 +117,15 @@ def plot_rank_profiles(
         ImportError: without matplotlib.
         ValueError: if the report holds no layers, or a pattern matches none of them.
     """
-    chosen, note = choose_layers(report, layers)
-    rows, columns = _grid(len(chosen), width)
+    selected, note = choose_layers(report, layers)
+    rows, columns = _grid(len(selected), width)
     with canvas(width, _height(rows, PANEL_HEIGHT), dark=dark) as figure:
-        for axes, layer in zip(_panels(figure, rows, columns, len(chosen)), chosen, strict=True):
+        for axes, layer in zip(_panels(figure, rows, columns, len(selected)), selected, strict=True):
             _rank_profile(axes, layer)
         figure.supylabel("singular value σ (loss per unit of weight)")
         title(figure, "Gradient spectra and rank models, by BIC", [report], note)
         models = [line_handle(style.dash, style.name, style.colour) for style in MODEL_STYLE.values()]
-        legend(figure, [*kind_handles(layer.kind for layer in chosen), *models], abscissa="rank k")
+        legend(figure, [*kind_handles(layer.kind for layer in selected), *models], abscissa="rank k")
     return figure
 
 
@@ -142,12 +142,12 @@ def choose_layers(report: SpectralReport, layers: Layers) -> tuple[list[LayerSpe
         return selected, ""
     shown = evenly(len(selected), MAX_PANELS)
     missing = [brief(layer.name) for i, layer in enumerate(selected) if i not in shown]
-    which = f"without {', '.join(missing)}" if len(missing) <= FEW else "evenly over depth"
+    which = f"without {', '.join(missing)}" if len(missing) <= FEW_NAMED else "evenly over depth"
     return [selected[i] for i in shown], f"{MAX_PANELS} of {len(selected)} layers, {which}"
 
 
 def rank_values(layer: LayerSpectrum) -> Tensor:
-    """(n,) the singular values that the rank models of a layer are fitted to."""
+    """Return (n,) the singular values that the rank models of a layer are fitted to."""
     return layer.spectrum[layer.spectrum > layer.noise_floor]
 
 
@@ -157,7 +157,7 @@ def _grid(panels: int, width: float) -> tuple[int, int]:
 
 
 def _height(rows: int, each: float) -> float:
-    """Inches of the panels; of one row enough for the label of its ordinate."""
+    """Return inches of the panels; of one row enough for the label of its ordinate."""
     return max(0.1 + each * rows, 2.8)
 
 
@@ -226,7 +226,7 @@ def _mark_handles(marks: Collection[str]) -> list[Artist]:
 
 
 def _frame(axes: Axes, x: Tensor, y: Tensor) -> None:
-    """Limits and ticks of logarithmic axes around points, with room at the bottom for marks on the edge."""
+    """Set limits and ticks of logarithmic axes around points, with room at the bottom for marks on the edge."""
     sides = ((x, axes.xaxis, axes.set_xlim, 0.06, 0.06, 0.3), (y, axes.yaxis, axes.set_ylim, 0.12, 0.08, 0.18))
     for values, axis, set_limits, below, above, gap in sides:
         if not len(values):
@@ -242,8 +242,8 @@ def _frame(axes: Axes, x: Tensor, y: Tensor) -> None:
 
 
 def _heading(layer: LayerSpectrum) -> list[str]:
-    """The layer, its fit and its negative curvatures, a line each. They stand above the panel, where no point is."""
-    fit, lines = layer.alpha, [literal(short_name(layer.name, PANEL_NAME))]
+    """Return the lines above a panel: the layer, its fit and its negative curvatures."""
+    fit, lines = layer.alpha, [literal(shortened(layer.name, PANEL_NAME))]
     lines.append(
         "no fit" if math.isnan(fit.exponent) else f"α = {fit.exponent:.2f} ± {fit.stderr:.2f}, r² = {fit.r2:.2f}"
     )
@@ -255,7 +255,7 @@ def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:
     values = rank_values(layer)
     noise = layer.spectrum[(layer.spectrum <= layer.noise_floor) & (layer.spectrum > 0)]
     axes.set(xscale="log", yscale="log")
-    axes.set_title(literal(short_name(layer.name, PANEL_NAME)), fontsize=7)
+    axes.set_title(literal(shortened(layer.name, PANEL_NAME)), fontsize=7)
     points: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 3.5}
     axes.plot(range(1, len(values) + 1), values.numpy(), label="sigma", **points)
     ranks = range(len(values) + 1, len(values) + len(noise) + 1)
@@ -273,7 +273,7 @@ def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:
 
 
 def model_curve(model: RankModel, coefficients: Sequence[float], k: Tensor) -> Tensor:
-    """sigma at the ranks k by a rank model: exp(a + b log k), exp(a + b k) or exp(a + b log k + c (log k)^2)."""
+    """Return sigma at ranks k by a rank model: exp(a + b log k), exp(a + b k) or exp(a + b log k + c (log k)^2)."""
     columns = {
         "power_law": [torch.ones_like(k), k.log()],
         "exponential": [torch.ones_like(k), k],

@@ -1,4 +1,4 @@
-"""What all figures share: canvas, colours, titles, names of layers, legends."""
+"""Style that all figures share: canvas, colours, titles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MIN_WIDTH = 3.25
 """Inches: a column of a two-column paper."""
 
 INK = "ink"
-"""Stands for the colour of the text, black or nearly white."""
+"""Placeholder for the colour of the text, black or nearly white."""
 
 KIND_STYLE: dict[str, tuple[str, str]] = {
     "conv": ("#0072B2", "o"),
@@ -43,11 +43,11 @@ KIND_STYLE: dict[str, tuple[str, str]] = {
 place of its yellow, which is too pale for a line on white."""
 
 OTHER_STYLE = ("#8C6D31", "h")
-"""Of a kind that is none of `KINDS`, in a record made by hand."""
+"""Style of a kind that is none of `KINDS`, in a record made by hand."""
 
 
 class ModelStyle(NamedTuple):
-    """How a rank model is drawn: its name, colours on white and on dark, line, and hatch of its areas."""
+    """Look of a rank model: its name, colours on white and on dark, line, and hatch of its areas."""
 
     name: str
     on_white: str
@@ -57,7 +57,7 @@ class ModelStyle(NamedTuple):
 
     @property
     def colour(self) -> str:
-        """The colour for the style in force."""
+        """Return the colour for the style in force."""
         return self.on_dark if ground() == DARK_GROUND else self.on_white
 
 
@@ -109,12 +109,12 @@ TITLE_LETTER, TITLE_LINE = 0.067, 0.16
 """Inches that a letter of the title takes in the mean, and a line of it."""
 
 EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}
-"""Of marks on the edge of the axes."""
+"""Look of marks on the edge of the axes."""
 
 
 @contextmanager
 def canvas(width: float, height: float, *, dark: bool) -> Iterator[Figure]:
-    """A figure to draw on, in this module's style and in no other.
+    """Yield a figure to draw on, in this module's style and in no other.
 
     It is laid out before the style is left, since matplotlib makes ticks only then and would take the user's style.
 
@@ -140,27 +140,27 @@ def canvas(width: float, height: float, *, dark: bool) -> Iterator[Figure]:
 
 
 def ink() -> str:
-    """The colour of text in the style in force."""
+    """Return the colour of text in the style in force."""
     from matplotlib import rcParams
 
     return str(rcParams["text.color"])
 
 
 def ground() -> str:
-    """The colour of the page in the style in force, what a hollow marker is filled with."""
+    """Return the colour of the page in the style in force, what a hollow marker is filled with."""
     from matplotlib import rcParams
 
     return str(rcParams["axes.facecolor"])
 
 
 def kind_style(kind: str) -> tuple[str, str]:
-    """(colour, marker) of a kind of layer, in the style in force."""
+    """Return (colour, marker) of a kind of layer, in the style in force."""
     colour, marker = KIND_STYLE.get(kind, OTHER_STYLE)
     return (ink() if colour == INK else colour), marker
 
 
 def one_report(report: SpectralReport) -> SpectralReport:
-    """The report, if it holds layers; else a ValueError that says why there are none."""
+    """Return the report, or raise ValueError saying why it holds no layers."""
     if not isinstance(report, SpectralReport):
         raise TypeError(f"need one SpectralReport, such as probe.last_report, got {type(report).__name__}")
     if not report.layers:
@@ -170,26 +170,26 @@ def one_report(report: SpectralReport) -> SpectralReport:
 
 
 def all_reports(reports: Reports) -> list[SpectralReport]:
-    """The reports in the order of their steps; a ValueError where there are none."""
-    found = [reports] if isinstance(reports, SpectralReport) else list(reports)
-    if not found:
+    """Return the reports in the order of their steps; raise ValueError where there are none."""
+    history = [reports] if isinstance(reports, SpectralReport) else list(reports)
+    if not history:
         raise ValueError(
             "no reports to draw: probe.history is empty until the first probe; "
             "every_n_steps, or a larger max_overhead, gives more of them"
         )
-    found = [one_report(report) for report in found]
-    steps = [report.step for report in found if report.step is not None]
-    return sorted(found, key=lambda report: report.step or 0) if len(steps) == len(found) else found
+    history = [one_report(report) for report in history]
+    steps = [report.step for report in history if report.step is not None]
+    return sorted(history, key=lambda report: report.step or 0) if len(steps) == len(history) else history
 
 
 def positions(reports: Sequence[SpectralReport]) -> tuple[list[int], str]:
-    """(abscissae, their label): the steps, or numbers where a report was not taken in training."""
+    """Return abscissae and their label: the steps, or numbers where a report was not taken in training."""
     steps = [report.step for report in reports if report.step is not None]
     return (steps, "optimizer step") if len(steps) == len(reports) else (list(range(len(reports))), "measurement")
 
 
 def title(figure: Figure, text: str, reports: Sequence[SpectralReport], note: str = "") -> None:
-    """What the figure shows, and below it when and how that was measured; the figure grows by it."""
+    """Write what the figure shows, and below it when and how that was measured; the figure grows by it."""
     steps = [report.step for report in reports if report.step is not None]
     span = f"step {steps[0]}" if len(set(steps)) == 1 else f"steps {min(steps)} to {max(steps)}" if steps else ""
     count = f"{len(reports)} reports" if len(reports) > 1 else ""
@@ -203,7 +203,7 @@ def title(figure: Figure, text: str, reports: Sequence[SpectralReport], note: st
 
 
 def backing() -> dict[str, Any]:
-    """A patch behind text, through which what it covers can still be seen."""
+    """Return a patch behind text, through which what it covers can still be seen."""
     return {"facecolor": ground(), "edgecolor": "none", "alpha": 0.7, "pad": 1.0}
 
 

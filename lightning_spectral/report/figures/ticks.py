@@ -13,19 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 NAME_LENGTH = 25
-"""Characters of a layer's name that a figure shows."""
+"""Most characters of a layer's name in a figure."""
 
 LINE = 0.125
-"""Inches that a line of tick labels takes."""
-
-
-def short_name(name: str, length: int = NAME_LENGTH) -> str:
-    """A layer's name as figures show it."""
-    return shortened(name, length)
+"""Height of a line of tick labels, in inches."""
 
 
 def literal(text: str) -> str:
-    r"""A text that matplotlib draws as it is, where between two dollars it would read mathematics.
+    r"""Escape a text for matplotlib, which would read mathematics between two dollars.
 
     >>> literal("mix_$a$")
     'mix_\\$a\\$'
@@ -34,7 +29,7 @@ def literal(text: str) -> str:
 
 
 def name_ticks(axis: Axis, names: Sequence[str], room: float) -> None:
-    """Ticks 0, 1, ... of an axis with the names of layers, every second, third, ... where all do not fit.
+    """Set ticks 0, 1, ... of an axis with the names of layers, every second, third, ... where all do not fit.
 
     Args:
         axis: x or y.
@@ -43,42 +38,31 @@ def name_ticks(axis: Axis, names: Sequence[str], room: float) -> None:
     """
     every = max(1, math.ceil(len(names) * LINE / room))
     shown = range(0, len(names), every)
-    axis.set_ticks(list(shown), [literal(short_name(names[i])) for i in shown])
+    axis.set_ticks(list(shown), [literal(shortened(names[i], NAME_LENGTH)) for i in shown])
     if every > 1:
         axis.set_ticks(range(len(names)), minor=True)
 
 
 def log_ticks(axis: Axis, low: float, high: float, *, gap: float) -> None:
-    """Ticks of a logarithmic axis from low to high that do not overlap, however short it is.
+    """Set ticks of a logarithmic axis from low to high, at least `gap`, a fraction of the axis, apart.
 
-    Powers of ten, every second, third, ... of them where there are many, or numbers between where there are few:
-    whatever gives the most ticks at least `gap`, a fraction of the axis, apart.
+    They are powers of ten over two decades and more, with threefold ones over one and more, else evenly spaced.
     """
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    sets = [[10.0**e for e in decades if e % every == 0] for every in range(1, len(decades) + 1)]
-    sets += [[d * 10.0**e for e in decades for d in digits] for digits in ((1, 3), (1, 2, 5), range(1, 10))]
-    inside = [[value for value in values if low <= value <= high] for values in sets]
-    room = gap * math.log10(high / low)
-    ticks = max((values for values in inside if _apart(values, room) == values), key=len, default=[])
-    # Where no such numbers are far enough apart, round ones that are, however uneven.
-    for digits in ((1, 2, 5), range(1, 10), [d / 10 for d in range(10, 100)]):
-        if len(ticks) < 2:
-            ticks = _apart([v for e in decades for d in digits if low <= (v := d * 10.0**e) <= high], room)
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    count, decades = int(1 / gap), math.log10(high / low)
+    powers = LogLocator(subs=(1.0,) if decades >= 2 else (1.0, 3.0), numticks=count)
+    locator = powers if decades >= 1 else MaxNLocator(count, steps=[1, 2, 5, 10])
+    ticks: list[float] = []
+    for value in locator.tick_values(low, high):
+        if low <= value <= high and (not ticks or math.log10(value / ticks[-1]) >= gap * decades):
+            ticks.append(float(value))
     axis.set_ticks(ticks, [_plain(value) for value in ticks])
     axis.set_ticks([], minor=True)
 
 
-def _apart(values: Sequence[float], room: float) -> list[float]:
-    """The first value and every next one that is this many decades above the last taken."""
-    taken: list[float] = []
-    for value in values:
-        if not taken or math.log10(value / taken[-1]) >= room:
-            taken.append(value)
-    return taken
-
-
 def whole_numbers(axes: Axes, x: Sequence[int]) -> None:
-    """Ticks of the abscissa at whole numbers alone, which a locator does not keep to within a range of one."""
+    """Set ticks of the abscissa at whole numbers alone, which a locator does not keep to within a range of one."""
     from matplotlib.ticker import MaxNLocator
 
     if min(x) == max(x):
@@ -88,7 +72,7 @@ def whole_numbers(axes: Axes, x: Sequence[int]) -> None:
 
 
 def _plain(value: float) -> str:
-    """A round number as a plain one or, very small or large, with a power of ten.
+    """Write a round number as it is or, very small or large, with a power of ten.
 
     >>> _plain(0.02), _plain(500.0), _plain(1e6)
     ('0.02', '500', '$10^{6}$')

@@ -1,4 +1,4 @@
-"""What Spectral Newton would do to each layer's singular values."""
+"""Figure of what Spectral Newton would do to each layer's singular values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def plot_transfer_functions(
     report: SpectralReport, *, damping: float = 0.1, width: float = WIDTH, dark: bool = False
 ) -> Figure:
-    """T(sigma_hat) = sigma_hat / (sigma_hat^alpha + d), a curve per layer with its own alpha, its sigma_hat as points.
+    """Draw T(sigma_hat) = sigma_hat / (sigma_hat^alpha + d), a curve per layer with its own alpha, and its sigma_hat.
 
     sigma_hat = sigma sqrt(r) / ||G||_F, as `SpectralNewton` scales it, r = groups min(m / groups, n). A report holds
     the K leading sigma alone, so ||G||_F here is the square root of the sum of their squares: every sigma_hat is
@@ -66,7 +66,7 @@ def plot_transfer_functions(
 
 
 def sigma_hat(layer: LayerSpectrum) -> Tensor:
-    """(K,) usable sigma in units of the root mean square of all r, from the K measured alone: an upper bound."""
+    """Return (K,) usable sigma in units of the root mean square of all r, from the K measured alone: an upper bound."""
     usable = layer.sigma[layer.sigma > layer.noise_floor]
     (m, n), groups = layer.shape, layer.groups
     rank = groups * min(m // groups, n)

@@ -1,4 +1,4 @@
-"""What is measured on request, as tables for the terminal: one for each option, a row per layer."""
+"""Tables of what is measured on request: one for each option, a row per layer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from lightning_spectral.analysis import trusted
-from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.terminal.formatting import (
-    fit_columns,
+    fit_table,
     fixed,
-    left_out,
-    literal,
-    new_table,
     percent,
     printable,
     short,
@@ -31,39 +27,34 @@ Cell = Callable[[LayerSpectrum], str]
 
 @dataclass(frozen=True)
 class Requested:
-    """A table of what one option measures.
+    """Table of what one option measures.
 
     Attributes:
         title, caption: above and below it.
-        given: whether a layer was measured with the option.
+        measured: tells whether a layer was measured with the option.
         columns: heading -> a layer's cell.
     """
 
     title: str
     caption: str
-    given: Callable[[LayerSpectrum], bool]
+    measured: Callable[[LayerSpectrum], bool]
     columns: Mapping[str, Cell]
 
     def table(self, layers: Iterable[LayerSpectrum], width: int) -> tuple[Table, str]:
-        """A row per layer, those with a fit not to be trusted dim, within so many characters; and the caption."""
+        """Return a row per layer within so many characters, dim where its fit is not to be trusted; and the caption."""
         shown = list(layers)
-        columns = {"layer": [brief(printable(layer.name)) for layer in shown]}
+        columns = {"layer": [printable(layer.name) for layer in shown]}
         columns |= {heading: [cell(layer) for layer in shown] for heading, cell in self.columns.items()}
-        last_first = list(self.columns)[:0:-1]
-        kept, length = fit_columns(columns, width, flexible="layer", least=NAME_LEAST, expendable=last_first)
-        table = new_table()
-        for heading in kept:
-            table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
-        for i, layer in enumerate(shown):
-            cells = (columns[heading][i] for heading in kept if heading != "layer")
-            name = literal(shortened(printable(layer.name), length))
-            table.add_row(name, *cells, style="" if trusted(layer) else "dim")
-        return table, self.caption + left_out(columns, kept)
+        table, omitted = fit_table(
+            columns, width, flexible="layer", least=NAME_LEAST, expendable=list(self.columns)[:0:-1],
+            left=("layer",), dim=[not trusted(layer) for layer in shown],
+        )  # fmt: skip
+        return table, self.caption + omitted
 
 
 def requested_of(report: SpectralReport) -> list[Requested]:
-    """The tables of the options that a report was measured with; none where nothing was asked for."""
-    return [requested for requested in REQUESTED if any(map(requested.given, report.layers.values()))]
+    """Return the tables of the options that a report was measured with."""
+    return [requested for requested in REQUESTED if any(map(requested.measured, report.layers.values()))]
 
 
 def _part(name: str) -> Callable[[LayerSpectrum], bool]:
@@ -71,7 +62,7 @@ def _part(name: str) -> Callable[[LayerSpectrum], bool]:
 
 
 def _of(key: str, show: Callable[[float], str] = fixed) -> Cell:
-    """A logged quantity, or "-" where the layer has none."""
+    """Return the cell of a logged quantity, "-" where the layer has none."""
     return lambda layer: show(_value(layer, key))
 
 
@@ -156,4 +147,4 @@ REQUESTED = (
         },
     ),
 )
-"""In the order in which they are printed."""
+"""Tables in the order in which they are printed."""

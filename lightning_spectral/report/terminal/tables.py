@@ -1,4 +1,4 @@
-"""A report as tables for the terminal."""
+"""Tables of a report for the terminal: layers, kinds of layers, and what was measured on request."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_spectral.analysis import DOUBTFUL, compare_kinds, trusted
-from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.terminal.formatting import (
     WHOLE_WIDTH,
-    fit_columns,
+    fit_table,
     fixed,
-    left_out,
     literal,
-    new_table,
     percent,
     printable,
     width_for,
@@ -29,15 +26,18 @@ CAPTION = (
     "h ~ sigma^alpha, sigma ~ k^-gamma, h ~ rank^-s; error: |s - α·γ| / |s|; PR_h: directions that carry h, zeta: its "
     f"bound; dim: {DOUBTFUL}"
 )
-"""What the columns of the table of layers are, in a line."""
+"""Meaning of the columns of the table of layers, in a line."""
+
+PAPER = "alpha in the paper"
 
 NAME_LEAST, PAPER_LEAST = 24, 20
 """Characters of a layer's name, and of a line of what the paper has, that are worth more than another column."""
 
 LEAST_NEEDED = ("zeta", "shape", "α·γ", "PR_h", "kind", "s", "gamma", "error")
-"""Columns that a narrow terminal may go without, the first ones first; `KIND_LEAST_NEEDED` likewise of the kinds."""
+"""Columns that a narrow terminal may go without, the first ones first; alpha and r2 are always shown."""
 
 KIND_LEAST_NEEDED = ("PR_h", "s", "gamma", "layers", "error")
+"""Columns of the table of kinds that a narrow terminal may go without, the first ones first."""
 
 
 def print_report(
@@ -88,17 +88,17 @@ def _print_table(console: Console, table: Table, caption: str) -> None:
 
 
 def _wide(console: Console) -> bool:
-    """Whether a long line is left whole, for a file or a wide terminal, or broken between words."""
+    """Return whether a long line is left whole, for a file or a wide terminal, or broken between words."""
     return console.width >= WHOLE_WIDTH
 
 
 def method_of(report: SpectralReport) -> str:
-    """The method of the curvature: what "auto" chose, or what was asked for."""
+    """Return the method of the curvature: what "auto" chose, or what was asked for."""
     return report.chosen.partition(":")[0] or report.curvature
 
 
 def layer_table(report: SpectralReport, title: str = "", *, width: int | None = None) -> Table:
-    """A row per layer: exponents, fits and participation ratio. Values of fits not to be trusted are dim.
+    """Return a row per layer: exponents, fits and participation ratio. Values of fits not to be trusted are dim.
 
     Args:
         report: what was measured.
@@ -109,23 +109,18 @@ def layer_table(report: SpectralReport, title: str = "", *, width: int | None = 
 
 
 def _layer_table(report: SpectralReport, title: str, width: int | None) -> tuple[Table, str]:
-    """The table and its caption."""
-    layers = list(report.layers.values())
-    columns = {heading: [printable(cells[heading]) for cells in map(_cells, layers)] for heading in HEADINGS}
-    room = 10**6 if width is None else width
-    kept, length = fit_columns(columns, room, flexible="layer", least=NAME_LEAST, expendable=LEAST_NEEDED)
-    table = new_table(title)
-    for heading in kept:
-        table.add_column(heading, justify="left" if heading in ("layer", "kind", "shape") else "right", no_wrap=True)
-    for i, layer in enumerate(layers):
-        names = {"layer": shortened(printable(layer.name), length)}
-        cells = (literal(names.get(heading, columns[heading][i])) for heading in kept)
-        table.add_row(*cells, style="" if trusted(layer) else "dim")
-    return table, CAPTION + left_out(columns, kept)
+    """Return the table and its caption."""
+    rows = [_cells(layer) for layer in report.layers.values()]
+    columns = {heading: [printable(row[heading]) for row in rows] for heading in HEADINGS}
+    table, omitted = fit_table(
+        columns, width, flexible="layer", least=NAME_LEAST, expendable=LEAST_NEEDED, title=title,
+        left=("layer", "kind", "shape"), dim=[not trusted(layer) for layer in report.layers.values()],
+    )  # fmt: skip
+    return table, CAPTION + omitted
 
 
 def kind_table(report: SpectralReport, title: str = "", *, width: int | None = None) -> Table:
-    """A row per kind of layer: medians of this report over all fits, trusted or not, beside the paper's alpha."""
+    """Return a row per kind of layer: medians over all fits, trusted or not, beside the paper's alpha."""
     rows = compare_kinds(report)
     columns = {
         "kind": [printable(row.kind) for row in rows],
@@ -135,16 +130,12 @@ def kind_table(report: SpectralReport, title: str = "", *, width: int | None = N
         "s": [fixed(row.s) for row in rows],
         "error": [percent(row.transfer_error) for row in rows],
         "PR_h": [fixed(row.pr_curvature) for row in rows],
-        "alpha in the paper": [row.paper_alpha for row in rows],
+        PAPER: [row.paper_alpha for row in rows],
     }
-    room, paper = 10**6 if width is None else width, "alpha in the paper"
-    kept, _ = fit_columns(columns, room, flexible=paper, least=PAPER_LEAST, expendable=KIND_LEAST_NEEDED)
-    table = new_table(title)
-    for heading in kept:
-        table.add_column(heading, justify="left" if heading in ("kind", paper) else "right", no_wrap=heading != paper)
-    for i in range(len(rows)):
-        table.add_row(*(literal(columns[heading][i]) for heading in kept))
-    return table
+    return fit_table(
+        columns, width, flexible=PAPER, least=PAPER_LEAST, expendable=KIND_LEAST_NEEDED, title=title,
+        left=("kind", PAPER), wrap=True,
+    )[0]  # fmt: skip
 
 
 HEADINGS = ("layer", "kind", "shape", "alpha ± se", "r2", "gamma", "s", "α·γ", "error", "PR_h", "zeta", "points")
@@ -154,7 +145,7 @@ def _cells(layer: LayerSpectrum) -> dict[str, str]:
     m, n = layer.shape
     used, all_points = layer.alpha.n_used, len(layer.sigma)
     cells = (
-        brief(layer.name),
+        layer.name,
         layer.kind,
         f"{m}x{n}" + (f" /{layer.groups}" if layer.groups > 1 else ""),
         f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)}",

@@ -464,8 +464,8 @@ def test_out_of_memory_of_both(monkeypatch):
 def test_of_large_factors_the_leading_eigenvalues(monkeypatch, case):
     model, batch = case.build()
     expected = aligned(model, batch, case.loss, top_k=3, **case.options)
-    monkeypatch.setattr(moments_module, "LARGE", 4)
-    monkeypatch.setattr(factor_sums, "LARGE", 4)
+    monkeypatch.setattr(moments_module, "MAX_DENSE", 4)
+    monkeypatch.setattr(factor_sums, "MAX_DENSE", 4)
     monkeypatch.setattr(moments_module, "FEW_ROWS", 5)
     found = aligned(model, batch, case.loss, top_k=3, **case.options)
     noted = 0
@@ -492,7 +492,7 @@ def test_of_large_factors_the_leading_eigenvalues(monkeypatch, case):
 def test_a_few_rows_of_a_large_factor_are_taken_whole(monkeypatch):
     model, batch = NAMED["mlp_cross_entropy"].build()
     expected = aligned(model, batch, cross_entropy)
-    monkeypatch.setattr(moments_module, "LARGE", 4)
+    monkeypatch.setattr(moments_module, "MAX_DENSE", 4)
     same(aligned(model, batch, cross_entropy), expected)
 
 

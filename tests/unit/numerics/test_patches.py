@@ -45,18 +45,14 @@ def input_of(module, samples=3):
 
 @pytest.mark.parametrize("chunk", [1, 2**21])
 @pytest.mark.parametrize("module", CONVOLUTIONS, ids=repr)
-def test_patches_and_their_correlation_are_those_of_loops(monkeypatch, module, chunk):
-    monkeypatch.setattr(patches_module, "CHUNK", chunk)
+def test_patches_are_those_of_loops(monkeypatch, module, chunk):
+    monkeypatch.setattr(patches_module, "UNFOLDED_ENTRIES", chunk)
     module, x = module.double(), input_of(module)
     expected = naive_patches(module, x)
     found = patches_of(module, x)
     rows = torch.cat(list(found.unfolded()), 1)
     assert torch.equal(rows, expected)
     assert (found.rows, found.length) == expected.shape[1:]
-    if set(found.stride) == {1}:
-        torch.testing.assert_close(found.correlation(), expected.mT @ expected, rtol=1e-11, atol=1e-11)
-    else:
-        assert not found.correlates()
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", 1, (1,), [1, 1]])
@@ -68,14 +64,6 @@ def test_paddings_as_functional_calls_give_them(padding, kernel):
     rows = torch.cat(list(found.unfolded()), 1)[0]
     z = torch.nn.functional.conv2d(x, weight, padding=padding)
     torch.testing.assert_close(rows @ weight.flatten(1).T, z.flatten(2).mT.flatten(0, 1))
-
-
-def test_correlation_is_chosen_where_it_takes_fewer_products():
-    x = torch.zeros(2, 3, 16, 16)
-    assert Patches.of(x, (3, 3), {"padding": 1}, groups=1, transposed=False).correlates()
-    assert not Patches.of(x, (1, 1), {}, groups=1, transposed=False).correlates()
-    assert not Patches.of(x, (3, 3), {"padding": 1, "stride": 2}, groups=1, transposed=False).correlates()
-    assert not Patches.of(x[..., :3, :3], (3, 3), {}, groups=1, transposed=False).correlates()
 
 
 def eigenvalues(rows):
@@ -115,7 +103,7 @@ def test_rows_and_sums_of_their_products_go_together():
 
 
 def test_of_large_dimensions_only_the_leading_eigenvalues(monkeypatch):
-    monkeypatch.setattr(moments, "LARGE", 8)
+    monkeypatch.setattr(moments, "MAX_DENSE", 8)
     monkeypatch.setattr(moments, "FEW_ROWS", 10)
     decay = torch.arange(1, 13, dtype=torch.float64) ** -1.5
     rows = torch.randn(2, 60, 12, dtype=torch.float64) * decay
@@ -138,7 +126,7 @@ def test_of_large_dimensions_only_the_leading_eigenvalues(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_kept_of_parts_is_enough_for_the_leading_eigenvalues(monkeypatch, seed):
-    monkeypatch.setattr(moments, "LARGE", 8)
+    monkeypatch.setattr(moments, "MAX_DENSE", 8)
     monkeypatch.setattr(moments, "FEW_ROWS", 10)
     torch.manual_seed(seed)
     decay = torch.arange(1, 31, dtype=torch.float64) ** -1.0
@@ -156,7 +144,7 @@ def test_what_is_kept_of_parts_is_enough_for_the_leading_eigenvalues(monkeypatch
 def test_large_float32_factors_take_lanczos(monkeypatch):
     called = []
     real = moments.top_singular_triplets
-    monkeypatch.setattr(moments, "LARGE", 600)
+    monkeypatch.setattr(moments, "MAX_DENSE", 600)
     monkeypatch.setattr(moments, "top_singular_triplets", lambda *args: called.append(args[1]) or real(*args))
     rows = torch.randn(1, 1200, 700) * torch.arange(1, 701) ** -1.0
     moment = SecondMoment(k=5)

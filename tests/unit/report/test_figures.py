@@ -15,13 +15,14 @@ import torch
 
 from lightning_spectral import fit_rank_models, spectral_transfer, zeta_bound
 from lightning_spectral.analysis import trusted
+from lightning_spectral.layers.display_names import shortened
 from lightning_spectral.layers.kinds import KINDS
 from lightning_spectral.report import figures
 from lightning_spectral.report.figures.confidence_band import line_and_band, student_quantile
 from lightning_spectral.report.figures.heatmap import MISSING, NEGATIVE, heat
 from lightning_spectral.report.figures.panels import MAX_PANELS, choose_layers, model_curve, rank_values
 from lightning_spectral.report.figures.style import KIND_STYLE, MODEL_STYLE, OTHER_STYLE
-from lightning_spectral.report.figures.ticks import log_ticks, short_name
+from lightning_spectral.report.figures.ticks import NAME_LENGTH, log_ticks
 from lightning_spectral.report.figures.transfer_functions import sigma_hat
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -222,11 +223,11 @@ def test_a_kind_looks_the_same_in_every_figure():
 
 
 def test_short_names():
-    assert short_name("a.weight") == "a"
-    long = short_name("model.decoder.layers.17.self_attention.query_key_value_projection.weight")
+    assert shortened("a.weight", NAME_LENGTH) == "a"
+    long = shortened("model.decoder.layers.17.self_attention.query_key_value_projection.weight", NAME_LENGTH)
     assert long.startswith("m.d.l.17.s.q")
     assert len(long) == 25
-    assert short_name("x" * 20 + "y" * 20) == "x" * 12 + "…" + "y" * 12
+    assert shortened("x" * 20 + "y" * 20, NAME_LENGTH) == "x" * 12 + "…" + "y" * 12
 
 
 @pytest.mark.parametrize("decades", [1e-3, 0.02, 0.1, 0.3, 0.6, 1.0, 1.75, 3.0, 8.0, 40.0])
