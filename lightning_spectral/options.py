@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from lightning_spectral.layers.kinds import Kind
-from lightning_spectral.layers.matrices import LayerSelection, check_kinds, check_selection
+from lightning_spectral.layers.matrices import LayerSelection, check_kinds
+from lightning_spectral.layers.selection import check_selection
 from lightning_spectral.numerics.power_law import MIN_POINTS
 
 METHODS = ("auto", "exact", "ggn", "sketch")

@@ -27,7 +27,8 @@ from lightning_spectral.measurement import kronecker_factors as factors_module
 from lightning_spectral.measurement.factor_sums import FactorSums
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.numerics import second_moment as moments_module
-from lightning_spectral.numerics.power_law import entropy_rank, fit_power_law
+from lightning_spectral.numerics.participation import entropy_rank
+from lightning_spectral.numerics.power_law import fit_power_law
 from lightning_spectral.numerics.second_moment import SecondMoment
 from lightning_spectral.options import Options
 from lightning_spectral.records.alignment import KroneckerFactors

@@ -156,7 +156,7 @@ def test_white_and_opaque_or_dark(name):
 
 def test_neither_pyplot_nor_a_backend_is_needed():
     code = (
-        "import sys; sys.path.insert(0, 'tests/helpers')\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2] / 'helpers')!r})\n"
         "import synthetic\n"
         "from lightning_spectral.report import figures\n"
         "assert 'matplotlib' not in sys.modules\n"
@@ -323,13 +323,11 @@ def test_layers_by_name_and_pattern():
         "block.conv.weight", "block.mlp_up.weight", "block.mlp_down.weight",
     ]  # fmt: skip
     assert len(figures.plot_rank_profiles(report, layers="*.mlp_*").axes) == 2
-    with pytest.raises(
-        ValueError, match=r"layers: 'nowhere' matches no layer of the report; its layers are block.conv"
-    ):
+    with pytest.raises(ValueError, match=r"layers: 'nowhere' matches no layer; the layers are block.conv"):
         figures.plot_power_law(report, layers=["*", "nowhere"])
-    with pytest.raises(ValueError, match="layers: an empty list matches no layer"):
+    with pytest.raises(ValueError, match=r"layers: \[\] selects no layer"):
         figures.plot_rank_profiles(report, layers=[])
-    with pytest.raises(ValueError, match=r", \.\.\.$"):
+    with pytest.raises(ValueError, match=r", \.\.\. \(160 in all\)$"):
         choose_layers(synthetic.deep(), "x")
 
 
