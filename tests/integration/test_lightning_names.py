@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
-from test_probe import Tiny
+from tiny import Tiny
 
 from lightning_spectral.callbacks._lightning import optimizer_steps, repeats_batch, to_device
 

@@ -12,7 +12,7 @@ import pytest
 from modules import ProbeRows, fit
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from reports import layer, report
-from test_probe import Repeated, Tiny, batch_of, fit_tiny
+from tiny import Repeated, Tiny, batch_of, fit_tiny
 
 from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import report_file
