@@ -5,7 +5,7 @@ import torch
 from reports import layer, report
 from torch import nn
 
-from lightning_spectral.callbacks.log_selection import Logged
+from lightning_spectral.callbacks.log_selection import LogSelection
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.layers.selection import check_matches, layer_names, match_pattern, select
 from lightning_spectral.report.figures.panels import choose_layers
@@ -40,7 +40,7 @@ def test_a_pattern_selects_the_same_to_measure_to_log_and_to_draw(patterns, expe
     names = list(find_layers(MODEL, fused_qkv=FUSED).layers)
     of_all = report(*map(layer, names))
     assert list(find_layers(MODEL, fused_qkv=FUSED, layers=patterns).layers) == expected
-    assert Logged(patterns, "auto", (), pytest.fail).layers(names) == expected
+    assert LogSelection(patterns, "auto", (), pytest.fail).layers(names) == expected
     assert [x.name for x in choose_layers(of_all, patterns)[0]] == expected
 
 
@@ -53,8 +53,8 @@ def test_a_pattern_without_a_match_raises_the_same_text_everywhere():
     with pytest.raises(ValueError, match=f"^layers{text}"):
         choose_layers(of_all, ["c", "x*"])
     with pytest.raises(ValueError, match=f"^log_layers{text}"):
-        Logged(["x*"], "auto", (), pytest.fail).check(names)
-    Logged(["c", "x*"], "auto", (), pytest.fail).check(names)
+        LogSelection(["x*"], "auto", (), pytest.fail).check(names)
+    LogSelection(["c", "x*"], "auto", (), pytest.fail).check(names)
 
 
 def test_the_first_pattern_counts_and_layers_keep_their_order():
