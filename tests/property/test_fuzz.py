@@ -21,11 +21,12 @@ from identical import assert_identical
 from modules import fit
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_spectral import MeasurementError, SpectralProbe, SpectralReport, measure, measure_spectra
+from lightning_spectral import MeasurementError, SpectralProbe, SpectralReport, measure_spectra
 from lightning_spectral.curvature import selection as select
 from lightning_spectral.curvature.gauss_newton import GGNCurvature
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.layers.matrices import find_layers
+from lightning_spectral.measurement import pipeline
 
 pytest.importorskip("hypothesis")
 
@@ -74,16 +75,16 @@ def runs(case, net, parts):
 
 
 def measured(net, given, options):
-    """The report, and the triplets it is of."""
-    kept, of_losses = [], measure.measure_within_memory
+    """Return the report, and the triplets it is of."""
+    measurements, measure = [], pipeline.measure
 
     def keep(*args, **kwargs):
-        kept.append(of_losses(*args, **kwargs))
-        return kept[-1]
+        measurements.append(measure(*args, **kwargs))
+        return measurements[-1]
 
-    with mock.patch.object(measure, "measure_within_memory", keep):
+    with mock.patch.object(pipeline, "measure", keep):
         report = measure_spectra(net, given, loss_of, **options)
-    return report, kept[-1].triplets
+    return report, measurements[-1].directions.triplets
 
 
 def check_fits(layer):
