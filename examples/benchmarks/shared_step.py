@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 
 from lightning_spectral import SpectralNewton
 from lightning_spectral.optim import ddp as sharing
-from lightning_spectral.optim.matrix_update import pieces_of
+from lightning_spectral.optim.matrix_update import matrix_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -52,7 +52,7 @@ def seconds(optimizer: SpectralNewton) -> float:
 def share(optimizer: SpectralNewton, n: int) -> float:
     """Of the flops, what the busiest of n processes has."""
     (group,) = optimizer.param_groups
-    pieces = [piece for i, p in enumerate(group["params"]) for piece in pieces_of(p.data, p.data, group, i)]
+    pieces = [piece for i, p in enumerate(group["params"]) for piece in matrix_blocks(p.data, p.data, group, i)]
     loads = [0] * n
     for piece, owner in zip(pieces, sharing.assign_owners(pieces, n), strict=True):
         loads[owner] += piece.cost

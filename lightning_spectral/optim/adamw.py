@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 
-def adamw_state(parameter: Tensor, *, capturable: bool) -> dict[str, Tensor]:
-    """What AdamW keeps, as `torch.optim.AdamW` starts it."""
+def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Return the state of AdamW as `torch.optim.AdamW` starts it."""
     return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device if capturable else "cpu"),
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
         "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
     }
@@ -22,7 +22,7 @@ def adamw_state(parameter: Tensor, *, capturable: bool) -> dict[str, Tensor]:
 def adamw_step(
     parameters: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any]
 ) -> None:
-    """One step of `torch.optim.AdamW` with the group's lr, betas, eps and weight_decay."""
+    """Step as `torch.optim.AdamW` does, with the group's lr, betas, eps and weight_decay."""
     beta1, beta2 = group["betas"]
     adamw(
         list(parameters),
@@ -31,8 +31,6 @@ def adamw_step(
         [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
-        # torch has no capturable AdamW for the CPU, where nothing is captured.
-        capturable=group["capturable"] and all(parameter.device.type != "cpu" for parameter in parameters),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

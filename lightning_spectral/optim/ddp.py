@@ -1,13 +1,13 @@
-"""Matrices shared out over processes: each computes its share of the updates, and all of them get every update."""
+"""Matrices shared out over ranks: each computes its share of the updates, and all of them get every update."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -20,10 +20,10 @@ from lightning_spectral.optim.matrix_layout import row_counts
 from lightning_spectral.optim.matrix_update import (
     MAX_BATCH_NUMEL,
     MatrixBlock,
-    computed_in,
+    compute_dtype,
+    compute_updates,
     descend,
     spectral_step,
-    updates_of,
 )
 
 if TYPE_CHECKING:
@@ -34,13 +34,6 @@ logger = logging.getLogger(__name__)
 SMALLEST = 64
 """Rows, or columns if there are fewer, from which on a matrix is shared. With fewer its update takes as long to receive
 as to compute, in about 4 r flops per entry (examples/benchmarks/shared_step.py)."""
-
-ALIKE = 1e-5
-"""Relative difference of gradient norms up to which processes hold the same gradient: that of float32 sums in another
-order. Gradients of different batches differ by far more."""
-
-NONE, BAD, GOOD = range(3)
-"""What a process has of a parameter's gradient: nothing, one with entries that are not finite, or a finite one."""
 
 
 class _Item(Protocol):
@@ -54,130 +47,114 @@ class _Item(Protocol):
 Item = TypeVar("Item", bound=_Item)
 
 
+class GradientState(IntEnum):
+    """State of a parameter's gradient on one rank."""
+
+    NONE = 0
+    NOT_FINITE = 1
+    FINITE = 2
+
+
 @dataclass(frozen=True)
 class Scope:
-    """The processes that take the steps of some parameters together.
+    """Ranks that take the steps of some parameters together.
 
     Attributes:
         groups: over each of them a step agrees on what it skips. Two for a mesh of two dimensions.
-        whole: the one that shares out matrices of which every process has the whole gradient, if any.
+        whole: group that shares out matrices of which every rank has the full gradient, if any.
     """
 
     groups: tuple[ProcessGroup, ...] = ()
     whole: ProcessGroup | None = None
 
 
-ALONE = Scope()
+SINGLE_RANK = Scope()
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """What the processes of a scope have of the gradients of its parameters.
-
-    Attributes:
-        lowest, highest: of `NONE`, `BAD` and `GOOD`, per parameter.
-        unlike: the parameters whose gradients are finite in all processes, with different norms.
-    """
-
-    lowest: list[int]
-    highest: list[int]
-    unlike: list[int]
-
-
-def agree(norms: Sequence[float | None], scope: Scope, device: torch.device) -> Agreement:
-    """One reduction per group, which every process of the scope takes part in whatever its gradients are.
+def agree(states: Sequence[GradientState], scope: Scope, device: torch.device) -> list[tuple[int, int]]:
+    """Return the lowest and the highest state of each gradient over the ranks of a scope; all of them take part.
 
     Args:
-        norms: of the gradients; NaN of one with entries that are not finite, None without one.
-        scope: the processes.
+        states: of this rank's gradients.
+        scope: ranks that agree.
         device: where they exchange numbers.
     """
-    statuses = [NONE if norm is None else BAD if math.isnan(norm) else GOOD for norm in norms]
-    if not scope.groups:
-        return Agreement(statuses, statuses, [])
-    known = [0.0 if norm is None or math.isnan(norm) else norm for norm in norms]
-    both = torch.tensor([statuses, known], dtype=torch.float64, device=device)
-    extremes = torch.stack([both, -both])
+    own = torch.tensor(states, dtype=torch.int32, device=device)
+    extremes = torch.stack([own, -own])
     for group in scope.groups:
         dist.all_reduce(extremes, dist.ReduceOp.MIN, group)
-    (lowest, least), (highest, most) = extremes[0].tolist(), (-extremes[1]).tolist()
-    unlike = [
-        i
-        for i, (status, low, high) in enumerate(zip(lowest, least, most, strict=True))
-        if status == GOOD and low != high and not high - low <= ALIKE * high
-    ]
-    return Agreement([int(x) for x in lowest], [int(x) for x in highest], unlike)
+    return list(zip(extremes[0].tolist(), (-extremes[1]).tolist(), strict=True))
 
 
-def owners_by_cost(items: Sequence[_Item], n: int) -> list[int]:
-    """Which of n processes gets which item."""
+def assign_by_cost(items: Sequence[_Item], n: int) -> list[int]:
+    """Return the rank of each item, for n ranks."""
     return list(assign_owners({i: item.cost for i, item in enumerate(items)}, n).values())
 
 
-def in_rounds(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
-    """Items of like cost, as many for each of n processes as a batch may hold: what is in memory at once."""
-    chosen: list[Item] = []
+def balanced_rounds(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
+    """Yield items of like cost, as many for each of n ranks as a batch may hold: what is in memory at once."""
+    part: list[Item] = []
     entries = 0
     for item in sorted(items, key=lambda item: -item.cost):
-        chosen.append(item)
+        part.append(item)
         entries += item.numel
-        if len(chosen) % n == 0 and entries >= n * MAX_BATCH_NUMEL:
-            yield chosen
-            chosen, entries = [], 0
-    if chosen:
-        yield chosen
+        if len(part) % n == 0 and entries >= n * MAX_BATCH_NUMEL:
+            yield part
+            part, entries = [], 0
+    if part:
+        yield part
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def shared_step(pieces: Sequence[MatrixBlock], group: ProcessGroup) -> None:
-    """`spectral_step` of matrices that every process of the group has, with the same momentum."""
+def shared_step(matrices: Sequence[MatrixBlock], group: ProcessGroup) -> None:
+    """Step matrices that every rank of the group has, with the same momentum, as `spectral_step` does."""
     kinds: dict[Any, list[MatrixBlock]] = {}
-    alone = []
-    for piece in pieces:
-        if is_shared(piece.target.shape[0], piece.numel):
-            kinds.setdefault((computed_in(piece.momentum.dtype), piece.target.device), []).append(piece)
+    small = []
+    for matrix in matrices:
+        if is_shared(matrix.target.shape[0], matrix.numel):
+            kinds.setdefault((compute_dtype(matrix.momentum.dtype), matrix.target.device), []).append(matrix)
         else:
-            alone.append(piece)
-    spectral_step(alone)
+            small.append(matrix)
+    spectral_step(small)
     for (dtype, device), of_kind in kinds.items():
-        for chosen in in_rounds(of_kind, dist.get_world_size(group)):
-            _step_round(chosen, group, dtype, device)
+        for part in balanced_rounds(of_kind, dist.get_world_size(group)):
+            _step_round(part, group, dtype, device)
 
 
 def is_shared(m: int, numel: int) -> bool:
-    """Whether a matrix with m rows is large enough to be computed by one process for all."""
+    """Return whether a matrix with m rows is large enough to be computed by one rank for all."""
     return min(m, numel // m) >= SMALLEST
 
 
-def _step_round(pieces: Sequence[MatrixBlock], group: ProcessGroup, dtype: torch.dtype, device: torch.device) -> None:
-    """Every process computes its own and gathers all, each share padded to the largest."""
+def _step_round(matrices: Sequence[MatrixBlock], group: ProcessGroup, dtype: torch.dtype, device: torch.device) -> None:
+    """Compute this rank's share and all-gather, each share padded to the largest."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     shares: list[list[MatrixBlock]] = [[] for _ in range(n)]
-    for piece, owner in zip(pieces, owners_by_cost(pieces, n), strict=True):
-        shares[owner].append(piece)
-    longest = max(sum(piece.numel for piece in share) for share in shares)
+    for matrix, owner in zip(matrices, assign_by_cost(matrices, n), strict=True):
+        shares[owner].append(matrix)
+    longest = max(sum(matrix.numel for matrix in share) for share in shares)
     own = torch.zeros(longest, dtype=dtype, device=device)
     places = dict(zip(map(id, shares[rank]), _parts(own, shares[rank]), strict=True))
-    for piece, update in updates_of(shares[rank]):
-        places[id(piece)].copy_(update)
+    for matrix, update in compute_updates(shares[rank]):
+        places[id(matrix)].copy_(update)
     gathered = own.new_empty(n * longest)
     # Its name from torch 2.13 on, and the one before, which warns there.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(gathered, own, group=group)
     for share, flat in zip(shares, gathered.view(n, longest).unbind(), strict=True):
-        for piece, update in zip(share, _parts(flat, share), strict=True):
-            descend(piece.target, update, piece.group["lr"])
+        for matrix, update in zip(share, _parts(flat, share), strict=True):
+            descend(matrix.target, update, matrix.group["lr"])
 
 
-def _parts(flat: Tensor, pieces: Sequence[MatrixBlock]) -> list[Tensor]:
-    """A view of each piece's shape, one after the other."""
-    used = flat[: sum(piece.numel for piece in pieces)]
-    parts = torch.split(used, [piece.numel for piece in pieces])
-    return [part.view(piece.target.shape) for part, piece in zip(parts, pieces, strict=True)]
+def _parts(flat: Tensor, matrices: Sequence[MatrixBlock]) -> list[Tensor]:
+    """Return a view of each matrix's shape, one after the other."""
+    used = flat[: sum(matrix.numel for matrix in matrices)]
+    parts = torch.split(used, [matrix.numel for matrix in matrices])
+    return [part.view(matrix.target.shape) for part, matrix in zip(parts, matrices, strict=True)]
 
 
 class Sharing:
-    """The processes that share an optimizer's matrices, found when they are first asked for.
+    """Ranks that share an optimizer's matrices, looked for when they are first asked for.
 
     Args:
         process_group: "auto", "world", a group, or None; see `SpectralNewton`.
@@ -185,55 +162,54 @@ class Sharing:
 
     def __init__(self, process_group: Any) -> None:
         self.process_group = process_group
-        self.warned = False
         self._group: ProcessGroup | None = None
         self._ddp: Callable[[], Any] = _nothing
-        self._found = False
+        self._is_resolved = False
 
     @property
     def processes(self) -> int:
-        """How many they are; 1 where nothing is shared."""
+        """Number of ranks; 1 where nothing is shared."""
         return 1 if self._group is None else dist.get_world_size(self._group)
 
     def forget(self) -> None:
         """Look again before the next step: the parameters, or what they are wrapped in, may be others."""
-        self._found = False
+        self._is_resolved = False
 
     def scope(self, groups: Sequence[Mapping[str, Any]]) -> Scope:
-        """Of the parameters that every process has as a whole."""
-        if not self._found:
-            self._found = True
+        """Return the scope of the parameters that every rank has in full."""
+        if not self._is_resolved:
+            self._is_resolved = True
             self._group = self._find(groups)
         ddp = self._ddp()
         if self._group is None or _may_step_alone(ddp) or (self.process_group == "auto" and ddp is None):
-            return ALONE
+            return SINGLE_RANK
         return Scope((self._group,), self._group)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def _find(self, groups: Sequence[Mapping[str, Any]]) -> ProcessGroup | None:
-        """A group of several processes, or None."""
+        """Return a group of several ranks, or None."""
         if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
             return None
         if dist.get_world_size() == 1 or count_shared(groups) < 2:
             return None
-        found = dist.group.WORLD if self.process_group == "world" else self.process_group
+        group = dist.group.WORLD if self.process_group == "world" else self.process_group
         if self.process_group == "auto":
             ddp = ddp_of([p for group in groups for p in group["params"] if not is_dtensor(p)])
             if ddp is None:
                 return None
-            found, self._ddp = ddp.process_group, weakref.ref(ddp)
-        if dist.get_world_size(found) == 1:
+            group, self._ddp = ddp.process_group, weakref.ref(ddp)
+        if dist.get_world_size(group) == 1:
             return None
-        logger.info("the matrices of SpectralNewton are shared by %d processes", dist.get_world_size(found))
-        return found
+        logger.info("the matrices of SpectralNewton are shared by %d processes", dist.get_world_size(group))
+        return group
 
 
 def count_shared(groups: Sequence[Mapping[str, Any]]) -> int:
-    """How many matrices are worth sharing; from their shapes, so that all processes find the same."""
+    """Count the matrices worth sharing; from their shapes, so that all ranks find the same."""
     return sum(
         is_shared(m, parameter.numel() * m // sum(rows))
         for group in groups
-        if group["update"] == "spectral" and not group["capturable"]
+        if group["update"] == "spectral"
         for parameter, layout in zip(group["params"], group["layouts"], strict=True)
         if not is_dtensor(parameter)
         for rows in [row_counts(parameter.shape, layout)]
@@ -246,25 +222,26 @@ def _nothing() -> None:
 
 
 def _may_step_alone(ddp: Any) -> bool:
-    """Within `DistributedDataParallel.join`, a process that has run out of batches takes no more steps."""
+    """Return whether a rank may stop before the others: in DDP's `join`, one that has run out of batches."""
     return bool(getattr(getattr(ddp, "_join_config", None), "enable", False))
 
 
 def ddp_of(parameters: Sequence[Tensor]) -> Any | None:
-    """The DistributedDataParallel module that holds all of these parameters, if there is one.
+    """Return the DistributedDataParallel module that holds all of these parameters, if there is one.
 
-    Nothing leads from a parameter to it, so all objects are looked through, once per optimizer.
+    A parameter has no reference to its DDP wrapper, so live objects are scanned once per optimizer: without it no
+    optimizer in a Trainer would share its steps unless told to.
     """
     from torch.nn.parallel import DistributedDataParallel
 
     wanted = {id(parameter) for parameter in parameters}
     gc.collect()  # one that is left over from an earlier training may be a cycle
-    for found in gc.get_objects():
+    for candidate in gc.get_objects():
         # Objects may lie about their __class__, or load something when asked for it.
-        if issubclass(type(found), DistributedDataParallel):
-            named = found.module.named_parameters()
-            if wanted <= {id(parameter) for name, parameter in named if name not in found.parameters_to_ignore}:
-                return found
+        if issubclass(type(candidate), DistributedDataParallel):
+            named = candidate.module.named_parameters()
+            if wanted <= {id(parameter) for name, parameter in named if name not in candidate.parameters_to_ignore}:
+                return candidate
     return None
 
 

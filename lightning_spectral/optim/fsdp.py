@@ -1,4 +1,4 @@
-"""The step of DTensors: each matrix is put together in one process, which sends the parts of its update back."""
+"""Step of DTensors: each matrix is put together on its owner, which sends the parts of its update back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.optim.ddp import in_rounds, owners_by_cost
+from lightning_spectral.optim.ddp import assign_by_cost, balanced_rounds
 from lightning_spectral.optim.matrix_layout import row_counts
-from lightning_spectral.optim.matrix_update import computed_in, descend, matrix_cost, pieces_of, updates_of
+from lightning_spectral.optim.matrix_update import compute_dtype, compute_updates, descend, matrix_blocks, matrix_cost
 from lightning_spectral.optim.placement import Sharding
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardedMatrix:
-    """What this process holds of the group's i-th parameter and of its momentum M."""
+    """Part of the group's i-th parameter and of its momentum M that this rank holds."""
 
     target: Tensor
     momentum: Tensor
@@ -31,73 +31,73 @@ class ShardedMatrix:
 
     @property
     def numel(self) -> int:
-        """Of the whole."""
+        """Number of entries of the full matrix."""
         return self.sharding.shape.numel()
 
     @property
     def cost(self) -> int:
-        """r^2 n, summed over its matrices."""
+        """Cost r^2 n, summed over its matrices."""
         rows = row_counts(self.sharding.shape, self.group["layouts"][self.i])
         return sum(matrix_cost(m, self.numel * m // sum(rows)) for m in rows)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def sharded_step(matrices: Sequence[ShardedMatrix]) -> None:
-    """`spectral_step` of matrices of which each process holds a part."""
+    """Step matrices of which each rank holds a part, as `spectral_step` does."""
     kinds: dict[Any, list[ShardedMatrix]] = {}
     for matrix in matrices:
         key = (matrix.sharding.group, matrix.momentum.dtype, matrix.momentum.device)
         kinds.setdefault(key, []).append(matrix)
     for (group, dtype, _), of_kind in kinds.items():
-        for chosen in in_rounds(of_kind, dist.get_world_size(group)):
+        for chosen in balanced_rounds(of_kind, dist.get_world_size(group)):
             _step_round(chosen, group, dtype)
 
 
 def _step_round(matrices: Sequence[ShardedMatrix], group: ProcessGroup, dtype: torch.dtype) -> None:
-    """The parts of each matrix go to its owner, and those of its update come back."""
+    """Send the parts of each matrix to its owner, and those of its update back."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     shares: list[list[ShardedMatrix]] = [[] for _ in range(n)]
-    for matrix, owner in zip(matrices, owners_by_cost(matrices, n), strict=True):
+    for matrix, owner in zip(matrices, assign_by_cost(matrices, n), strict=True):
         shares[owner].append(matrix)
-    mine, device = shares[rank], matrices[0].momentum.device
+    own, device = shares[rank], matrices[0].momentum.device
     sent = [[matrix.momentum for matrix in share] for share in shares]
-    shapes = [[matrix.sharding.part(k) for matrix in mine] for k in range(n)]
+    shapes = [[matrix.sharding.part(k) for matrix in own] for k in range(n)]
     received = _exchange(sent, shapes, torch.empty(0, dtype=dtype, device=device), group)
-    wholes = [torch.cat(parts, matrix.sharding.dim) for matrix, *parts in zip(mine, *received, strict=True)]
-    updates = _whole_updates(mine, wholes)
+    full_momenta = [torch.cat(parts, matrix.sharding.dim) for matrix, *parts in zip(own, *received, strict=True)]
+    updates = _full_updates(own, full_momenta)
     split = [
-        torch.split(u, matrix.sharding.counts, matrix.sharding.dim) for matrix, u in zip(mine, updates, strict=True)
+        torch.split(u, matrix.sharding.counts, matrix.sharding.dim) for matrix, u in zip(own, updates, strict=True)
     ]
     sent = [[parts[k] for parts in split] for k in range(n)]
     shapes = [[matrix.sharding.part(rank) for matrix in share] for share in shares]
-    returned = _exchange(sent, shapes, torch.empty(0, dtype=computed_in(dtype), device=device), group)
+    returned = _exchange(sent, shapes, torch.empty(0, dtype=compute_dtype(dtype), device=device), group)
     for share, parts in zip(shares, returned, strict=True):
         for matrix, part in zip(share, parts, strict=True):
             descend(matrix.target, part, matrix.group["lr"])
 
 
-def _whole_updates(matrices: Sequence[ShardedMatrix], momenta: Sequence[Tensor]) -> list[Tensor]:
-    updates = [torch.empty_like(whole, dtype=computed_in(whole.dtype)) for whole in momenta]
-    pieces = [
-        piece
-        for matrix, update, whole in zip(matrices, updates, momenta, strict=True)
-        for piece in pieces_of(update, whole, matrix.group, matrix.i)
+def _full_updates(matrices: Sequence[ShardedMatrix], momenta: Sequence[Tensor]) -> list[Tensor]:
+    updates = [torch.empty_like(momentum, dtype=compute_dtype(momentum.dtype)) for momentum in momenta]
+    blocks = [
+        block
+        for matrix, update, momentum in zip(matrices, updates, momenta, strict=True)
+        for block in matrix_blocks(update, momentum, matrix.group, matrix.i)
     ]
-    for piece, update in updates_of(pieces):
-        piece.target.copy_(update)
+    for block, update in compute_updates(blocks):
+        block.target.copy_(update)
     return updates
 
 
 def _exchange(
     sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]], like: Tensor, group: ProcessGroup
 ) -> list[list[Tensor]]:
-    """What each process has for this one.
+    """Exchange tensors with all ranks, and return what each has for this one.
 
     Args:
-        sent: for each process, what it gets.
-        shapes: for each process, those of what it sends here.
+        sent: for each rank, what it gets.
+        shapes: for each rank, those of what it sends here.
         like: of type and device of all of these.
-        group: the processes.
+        group: the ranks.
     """
     outgoing = torch.cat([like, *(tensor.reshape(-1) for of_one in sent for tensor in of_one)])
     counts = [[shape.numel() for shape in of_one] for of_one in shapes]

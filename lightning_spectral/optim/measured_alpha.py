@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_spectral.optim.matrix_layout import Layout, row_counts
 
-START = 2.0
+INITIAL_ALPHA = 2.0
 """The exponent of a matrix before its first measurement: the default of ``alpha``, and the cheapest."""
 
 PER_UNIT = 10
@@ -45,16 +45,16 @@ def unmeasured(parameters: Iterable[Tensor], layouts: Iterable[Layout]) -> list[
     return [[None] * len(row_counts(p.shape, layout)) for p, layout in zip(parameters, layouts, strict=True)]
 
 
-def in_use(average: float | None) -> float:
+def alpha_used(average: float | None) -> float:
     """The exponent of a step: the average on the grid.
 
-    >>> in_use(None), in_use(1.5), in_use(1.7312)
+    >>> alpha_used(None), alpha_used(1.5), alpha_used(1.7312)
     (2.0, 1.5, 1.7)
     """
-    return START if average is None else round(average * PER_UNIT) / PER_UNIT
+    return INITIAL_ALPHA if average is None else round(average * PER_UNIT) / PER_UNIT
 
 
-def take(measured: Mapping[Tensor, Sequence[MeasuredAlpha]], group: dict[str, Any]) -> None:
+def update_averages(measured: Mapping[Tensor, Sequence[MeasuredAlpha]], group: dict[str, Any]) -> None:
     """Put the averages after a measurement of these parameters into their group."""
     # Into lists of their own: a state_dict that was taken before holds the old ones.
     group["alphas"] = [
@@ -63,11 +63,11 @@ def take(measured: Mapping[Tensor, Sequence[MeasuredAlpha]], group: dict[str, An
     ]
 
 
-def mean_in_use(group: Mapping[str, Any], i: int, rows: tuple[int, int] | None) -> float:
+def mean_alpha_used(group: Mapping[str, Any], i: int, rows: tuple[int, int] | None) -> float:
     """The mean exponent of the matrices that these rows of a group's i-th parameter lie in."""
     counts = row_counts(group["params"][i].shape, group["layouts"][i])
-    hit = by_rows([MeasuredAlpha(START, rows=rows)], counts)
-    used = [in_use(average) for average, found in zip(group["alphas"][i], hit, strict=True) if found]
+    hit = by_rows([MeasuredAlpha(INITIAL_ALPHA, rows=rows)], counts)
+    used = [alpha_used(average) for average, found in zip(group["alphas"][i], hit, strict=True) if found]
     if not used:
         numbers = ", ".join(map(str, counts))
         raise ValueError(f"rows {rows} hold none of the parameter's matrices, of {numbers} rows")

@@ -80,8 +80,6 @@ def fill_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     update, params = group["update"], group["params"]
     for key, value in defaults.items():
         group.setdefault(key, value)
-    if group["capturable"] and any(map(is_dtensor, params)):
-        raise ValueError("capturable steps take whole tensors, and a parameter is a DTensor; leave capturable out")
     if update == "adamw":
         _fill_adamw(group)
     elif update == "spectral":
@@ -104,7 +102,7 @@ def drop_foreign_options(group: dict[str, Any]) -> None:
 
 def add_missing_options(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """Options that a state of an earlier version does not have."""
-    own = ("lr", "weight_decay", "capturable", *(SPECTRAL if group.get("update") == "spectral" else ()))
+    own = ("lr", "weight_decay", *(SPECTRAL if group.get("update") == "spectral" else ()))
     for key in own:
         if defaults.get(key, "auto") != "auto":
             group.setdefault(key, defaults[key])
@@ -156,7 +154,7 @@ def check_options(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a number{others}, got {group[name]!r}")
     if probe:
         alphas.check_probe_options(group)
-    check_transfer(alphas.START if probe else group["alpha"], group["damping"])
+    check_transfer(alphas.INITIAL_ALPHA if probe else group["alpha"], group["damping"])
     check_tolerance(group["tolerance"])
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']}")

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_spectral._messages import join_names
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.optim.ddp import Sharing, check_process_group
-from lightning_spectral.optim.measured_alpha import START, MeasuredAlpha, mean_in_use, take
+from lightning_spectral.optim.measured_alpha import INITIAL_ALPHA, MeasuredAlpha, mean_alpha_used, update_averages
 from lightning_spectral.optim.model_groups import ADAMW_NAMES, model_groups
 from lightning_spectral.optim.param_groups import add_missing_options, drop_foreign_options, fill_group, split_group
 from lightning_spectral.optim.state_checks import check_own_state, check_parts
-from lightning_spectral.optim.step import Entry, Ready, entry_of, mesh_scope, new_state, sort_out, update
+from lightning_spectral.optim.step import ParameterStep, agree_on_steps, mesh_scope, update
 
 
 class SpectralNewton(Optimizer):
@@ -65,8 +64,7 @@ class SpectralNewton(Optimizer):
       every update. The state is whole and the same in all processes, so that any of them can save it, and it loads in
       any number of processes. This is so by itself where one DistributedDataParallel module, in Lightning or not, holds
       all of the optimizer's parameters, but within its `join`; elsewhere it takes ``process_group``. Every process must
-      then take every step, with the same gradients. Those are compared by their norms: where they differ a process
-      computes all updates by itself, and warns the first time.
+      then take every step, with the same gradients, as DDP gives them.
     - FSDP2 (`fully_shard`, Lightning's ModelParallelStrategy), with replicas too, and tensor parallelism: state is
       split as the parameters are. Each matrix is put together in one process, a share in each, and its update sent
       back. Save and load the state with torch.distributed.checkpoint, as Lightning does.
@@ -101,9 +99,6 @@ class SpectralNewton(Optimizer):
             eigenvalues, at two to three times its cost.
         alpha_min_r2: r2 from which on a measured exponent counts.
         alpha_momentum: share of the old average in the new one, per measurement.
-        capturable: keep counts on the device and read nothing back from it, for CUDA graphs; takes alpha up to 2. No
-            update is then redone in float64, and one that has no factorisation is skipped and counted. Such steps are
-            shared by no processes.
         process_group: of processes that share the matrices, if they are whole in each: "auto", those of DDP; "world",
             all; a group; null: none. It is not part of the state.
 
@@ -143,7 +138,6 @@ class SpectralNewton(Optimizer):
         alpha_range: tuple[float, float] = (0.5, 2.0),
         alpha_min_r2: float = 0.9,
         alpha_momentum: float = 0.5,
-        capturable: bool = False,
         process_group: Any = "auto",
     ) -> None:
         defaults = {
@@ -164,7 +158,6 @@ class SpectralNewton(Optimizer):
             "alpha_range": tuple(alpha_range),
             "alpha_min_r2": alpha_min_r2,
             "alpha_momentum": alpha_momentum,
-            "capturable": capturable,
         }
         check_process_group(process_group)
         self._sharing = Sharing(process_group)
@@ -179,7 +172,7 @@ class SpectralNewton(Optimizer):
         kinds: Mapping[str, Kind] | None = None,
         fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] | None = None,
     ) -> list[dict[str, Any]]:
-        """Named groups by kind of layer, the matrices of each marked; what is frozen now is left out.
+        """Return named groups by kind of layer, the matrices of each marked; what is frozen now is left out.
 
         Args:
             model: any module.
@@ -196,21 +189,21 @@ class SpectralNewton(Optimizer):
 
     @property
     def skipped_updates(self) -> int:
-        """How many updates of single parameters were left out since the start, for a gradient that was not finite."""
+        """Number of updates of single parameters left out since the start, for a gradient that was not finite."""
         return sum(int(state["skipped"]) for state in self.state.values())
 
     @property
     def sharing_processes(self) -> int:
-        """How many processes shared the last step's matrices that each of them has as a whole; 1: none."""
+        """Number of ranks that shared the last step's matrices, which each of them has in full; 1: none."""
         return self._sharing.processes
 
     @property
     def takes_alpha(self) -> bool:
-        """Whether a group has alpha="probe"."""
+        """True if a group has alpha="probe"."""
         return any(group.get("alpha") == "probe" for group in self.param_groups)
 
     def expect_alpha(self) -> None:
-        """Say that `set_alpha` will be called, so that no step before it warns."""
+        """Expect a call of `set_alpha`, so that no step before it warns."""
         self._alpha_expected = True
 
     def set_alpha(self, measured: Mapping[Tensor, float | Sequence[MeasuredAlpha]]) -> None:
@@ -235,10 +228,10 @@ class SpectralNewton(Optimizer):
         fits = {p: [MeasuredAlpha(x)] if isinstance(x, (int, float)) else x for p, x in measured.items()}
         for group in self.param_groups:
             if group.get("alpha") == "probe":
-                take(fits, group)
+                update_averages(fits, group)
 
     def alpha_of(self, parameter: Tensor, rows: tuple[int, int] | None = None) -> float | None:
-        """The exponent that a parameter, or these rows of it, steps with; the mean where its matrices have several.
+        """Return the exponent that a parameter, or these rows of it, steps with: the mean of its matrices'.
 
         Args:
             parameter: of this optimizer, or None is returned; also for one with AdamW.
@@ -250,7 +243,7 @@ class SpectralNewton(Optimizer):
         for group in self.param_groups:
             for i, own in enumerate(group["params"]):
                 if own is parameter and group["update"] == "spectral":
-                    return mean_in_use(group, i, rows) if group["alpha"] == "probe" else float(group["alpha"])
+                    return mean_alpha_used(group, i, rows) if group["alpha"] == "probe" else float(group["alpha"])
         return None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -260,10 +253,6 @@ class SpectralNewton(Optimizer):
         names = param_group.get("adamw_names", self.defaults["adamw_names"])
         for part in split_group(param_group, names):
             group = fill_group(part, self.defaults)
-            if group["capturable"] and self._sharing.process_group not in (None, "auto"):
-                raise ValueError(
-                    "capturable steps are shared by no processes; give process_group=None, or leave it out"
-                )
             group["name"] = self._unused_name(group.get("name", group["update"]))
             super().add_param_group(group)
             drop_foreign_options(group)
@@ -281,68 +270,36 @@ class SpectralNewton(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; the closure, if any, is called first with gradients on, and its loss returned."""
+        """Take one step; the closure, if any, is called first with gradients on, and its loss returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if not self._alpha_expected and self.takes_alpha:
             self._warn_of_missing_alpha()
-        entries = self._entries()
-        if any(entry.group["capturable"] for entry in entries):
-            self._step_on_device(self._ready([entry for entry in entries if entry.grad is not None]))
-            return loss
-        sorted_out = sort_out(entries)
-        for ready in self._ready(sorted_out.skipped):
-            ready.state["skipped"] += 1
-        if sorted_out.unlike and not self._sharing.warned:
-            self._warn_of_unlike(sorted_out.unlike)
-        update(self._ready(sorted_out.stepped), share=not sorted_out.unlike)
+        whole = self._sharing.scope(self.param_groups)
+        taken, skipped = agree_on_steps(
+            [
+                ParameterStep.of(parameter, group, i, mesh_scope(parameter) if is_dtensor(parameter) else whole)
+                for group in self.param_groups
+                for i, parameter in enumerate(group["params"])
+            ]
+        )
+        for parameter_step in (*taken, *skipped):
+            if not self.state[parameter_step.parameter]:
+                self.state[parameter_step.parameter] = parameter_step.initial_state()
+        for parameter_step in skipped:
+            self.state[parameter_step.parameter]["skipped"] += 1
+        update(taken, self.state)
         return loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def _warn_of_missing_alpha(self) -> None:
         self.expect_alpha()
         warnings.warn(
-            f"alpha='probe', and nothing measures alpha: matrices step with alpha={START:g}, or what they had when "
-            "saved; add SpectralProbe() to the Trainer's callbacks, call optimizer.set_alpha, or give alpha a number",
-            SpectralWarning,
-            stacklevel=3,
-        )
-
-    def _entries(self) -> list[Entry]:
-        """Every parameter, with or without a gradient."""
-        whole = self._sharing.scope(self.param_groups)
-        return [
-            entry_of(parameter, group, i, mesh_scope(parameter) if is_dtensor(parameter) else whole)
-            for group in self.param_groups
-            for i, parameter in enumerate(group["params"])
-        ]
-
-    def _ready(self, entries: Iterable[Entry]) -> list[Ready]:
-        """With their states."""
-        for entry in entries:
-            if not self.state[entry.parameter]:
-                self.state[entry.parameter] = new_state(entry.parameter, entry.group)
-        return [Ready(entry, self.state[entry.parameter]) for entry in entries]
-
-    def _step_on_device(self, chosen: Sequence[Ready]) -> None:
-        """The step with no look at its values: what went wrong is put back afterwards."""
-        good = [ready.grad.isfinite().all() for ready in chosen]
-        before = [[tensor.clone() for tensor in ready.tensors] for ready in chosen]
-        update(chosen)
-        for ready, good_gradient, old in zip(chosen, good, before, strict=True):
-            done = good_gradient & ready.entry.parameter.isfinite().all()
-            for tensor, old_tensor in zip(ready.tensors, old, strict=True):
-                tensor.copy_(torch.where(done, tensor, old_tensor))
-            ready.state["skipped"] += ~done
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def _warn_of_unlike(self, names: Sequence[str]) -> None:
-        self._sharing.warned = True
-        warnings.warn(
-            f"the gradients of {join_names(names)} differ between processes, so each computes all of its updates by "
-            "itself, now and whenever that is so; process_group=None no longer compares them",
+            f"alpha='probe', and nothing measures alpha: matrices step with alpha={INITIAL_ALPHA:g}, or what they had "
+            "when saved; add SpectralProbe() to the Trainer's callbacks, call optimizer.set_alpha, or give alpha a "
+            "number",
             SpectralWarning,
             stacklevel=3,
         )
@@ -370,4 +327,6 @@ class SpectralNewton(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
+            # An option of states saved before it was dropped.
+            group.pop("capturable", None)
             add_missing_options(group, self.defaults)

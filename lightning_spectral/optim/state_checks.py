@@ -1,19 +1,16 @@
-"""Which optimizer's state it is that is being loaded: torch loads any whose groups have the same sizes."""
+"""Refuse the state of another optimizer, which torch loads wherever groups have the same sizes."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from lightning_spectral.distributed.dtensor import is_dtensor
 
 STRUCTURE = ("update", "layouts")
-"""What decides which state a parameter has."""
+"""Options that decide which state a parameter has."""
 
 
 def check_own_state(
@@ -26,8 +23,8 @@ def check_own_state(
     for i, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=False)):
         if "update" not in saved:
             raise ValueError(
-                f"{name}.load_state_dict got the state of {_likely_class(saved)} (group {i} has no 'update' but "
-                f"{', '.join(sorted(set(saved) - {'params'}))}). Neither can continue the other's state: resume "
+                f"{name}.load_state_dict got the state of another optimizer: group {i} has no 'update' but "
+                f"{', '.join(sorted(set(saved) - {'params'}))}. Neither can continue the other's state: resume "
                 f"with the optimizer of the checkpoint, or start {name} without its optimizer state"
             )
         if len(own["params"]) != len(saved["params"]):
@@ -51,28 +48,3 @@ def check_parts(states: Mapping[Tensor, Mapping[str, Any]], name: str) -> None:
                     f"{tuple(value.shape)}); save and load with get_optimizer_state_dict and set_optimizer_state_dict "
                     "of torch.distributed.checkpoint.state_dict, which split and join them"
                 )
-
-
-def _likely_class(group: Mapping[str, Any]) -> str:
-    """The optimizers of torch.optim whose groups have these keys."""
-    found = []
-    for optimizer in _torch_optimizers():
-        template = optimizer.param_groups[0]
-        # The flag that AdamW and RAdam with decoupled decay share with Adam, which else has the same keys.
-        same_decay = template.get("decoupled_weight_decay") == group.get("decoupled_weight_decay")
-        if set(template) == set(group) - {"initial_lr", "param_names", "name"} and same_decay:
-            found.append(f"torch.optim.{type(optimizer).__name__}")
-    return " or ".join(found) or "an optimizer of an unknown class"
-
-
-@functools.cache
-def _torch_optimizers() -> list[Optimizer]:
-    """One of each class that can be made for a single matrix, for its keys."""
-    made = []
-    for value in vars(torch.optim).values():
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer:
-            try:
-                made.append(value([nn.Parameter(torch.zeros(1, 1))], lr=1e-3))  # type: ignore[arg-type, call-arg, unused-ignore]
-            except (TypeError, ValueError):
-                continue
-    return made

@@ -129,12 +129,10 @@ def check_tolerance(tolerance: float) -> None:
         raise ValueError(f"tolerance must lie in [1e-7, 0.1], got {tolerance}")
 
 
-def transfer_batch(x_brn: Tensor, *, alpha: float, damping: float, tolerance: float, wait: bool = True) -> Tensor:
-    """`spectral_transfer` of a batch of finite matrices (b, r, n) with r <= n, in float32 or float64.
+def transfer_batch(x_brn: Tensor, *, alpha: float, damping: float, tolerance: float) -> Tensor:
+    """Return `spectral_transfer` of a batch of finite matrices (b, r, n) with r <= n, in float32 or float64.
 
     To be called in `exact_products`: with TF32 or bfloat16 in A, lambda_1 / 1000 would be taken for damping.
-    ``wait=False`` reads nothing back from the device: what float32 cannot do stays as it is, NaN where a
-    factorisation failed.
     """
     x_brn = scaled_by_power_of_two(x_brn)
     r, dtype = x_brn.shape[1], x_brn.dtype
@@ -146,12 +144,12 @@ def transfer_batch(x_brn: Tensor, *, alpha: float, damping: float, tolerance: fl
         poles = fit_poles(float(alpha), float(damping), 2.0 ** max(4, (r - 1).bit_length()), FIT_SHARE * tolerance)
     if poles is None:
         return transfer_by_eigenvalues(x_brn, alpha=alpha, damping=damping)
-    budget = rounding_budget(poles, tolerance) if wait else math.inf
+    budget = rounding_budget(poles, tolerance)
     # A flat spectrum has the smallest ||A||_F, sqrt(r): where not even that will do, float32 need not be tried.
     if rounding_error(dtype, poles.at_zero / poles(math.sqrt(r)), 0.0) > budget:
         x_brn = x_brn.double()
     u_brn, failed_b = _sum_of_inverses(x_brn, poles, budget)
-    if wait and bool(failed_b.any()):
+    if bool(failed_b.any()):
         u_brn[failed_b] = _in_float64(x_brn[failed_b], poles, alpha, damping).to(u_brn)
     return u_brn.to(dtype)
 

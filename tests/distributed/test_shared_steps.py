@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_spectral import SpectralNewton
-from lightning_spectral.optim.ddp import SMALLEST, in_rounds, is_shared, owners_by_cost
+from lightning_spectral.optim.ddp import SMALLEST, balanced_rounds, is_shared, assign_by_cost
 from lightning_spectral.optim.matrix_layout import Layout, blocks, row_counts
 
 BY_ANY = [*optimizer_ddp.BY_ANY, *optimizer_fsdp.BY_ANY]
@@ -41,13 +41,13 @@ def items(*costs):
     [((8, 7, 6, 5, 4), 2, [17, 13]), ((5, 5, 5, 5, 5), 3, [10, 10, 5]), ((9,), 3, [9, 0, 0]), ((), 2, [0, 0])],
 )
 def test_the_costliest_go_first_to_the_least_loaded(costs, n, loads):
-    owners = owners_by_cost(items(*costs), n)
+    owners = assign_by_cost(items(*costs), n)
     assert [sum(c for c, owner in zip(costs, owners, strict=True) if owner == k) for k in range(n)] == loads
 
 
 def test_a_round_holds_something_for_every_process(monkeypatch):
     monkeypatch.setattr("lightning_spectral.optim.ddp.MAX_BATCH_NUMEL", 5)
-    rounds = [[item.cost for item in chosen] for chosen in in_rounds(items(1, 2, 9, 4, 3, 8, 1), 2)]
+    rounds = [[item.cost for item in chosen] for chosen in balanced_rounds(items(1, 2, 9, 4, 3, 8, 1), 2)]
     assert rounds == [[9, 8], [4, 3, 2, 1], [1]]
 
 

@@ -270,9 +270,6 @@ def check_refusals(rank, n, folder):
         made(DTensor.from_local(torch.ones(6, 6), line, [Partial()]))
     with pytest.raises(ValueError, match=r"whose part here has the shape \(2, 6\), and an even split gives"):
         made(DTensor.from_local(torch.ones(2, 6), line, [Shard(0)], shape=(7, 6), stride=(6, 1)))
-    for shape in ((6, 6), (6,)):
-        with pytest.raises(ValueError, match="capturable steps take whole tensors, and a parameter is a DTensor"):
-            made(distribute_tensor(torch.ones(shape), line, [Shard(0)]), capturable=True)
     first = DeviceMesh("cpu", [0])
     of_one = DTensor.from_local(torch.ones(6, 6), first, [Replicate()], run_check=False)
     if rank:

@@ -178,7 +178,7 @@ def test_groups_hold_their_own_options_and_no_others():
     assert [group["lr"] for group in groups.values()] == [0.5, 0.25, 0.125, 1.0]
     assert [groups[name]["betas"] for name in ("first/adamw", "adamw")] == [(0.7, 0.8), (0.5, 0.5)]
     assert groups["spectral"]["alpha"] == 1.0
-    shared = {"params", "name", "update", "lr", "weight_decay", "capturable"}
+    shared = {"params", "name", "update", "lr", "weight_decay"}
     own = {"alpha", "damping", "momentum", "nesterov", "update_rms", "max_gain", "tolerance", "layouts"}
     assert set(groups["spectral"]) == shared | own
     assert set(groups["adamw"]) == shared | {"betas", "eps"}
