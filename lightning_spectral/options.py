@@ -97,8 +97,8 @@ class Options:
         default=None,
         metadata=_about(
             "samples whose graph is in memory at once; None: as many as keep the peak within about three times a "
-            "training step's, where the loss of a batch is a mean or sum of those of its parts. Out of memory, half as many are "
-            "tried, twice.",
+            "training step's, where the loss of a batch is a mean or sum of those of its parts. Out of memory, half "
+            "as many are tried, twice.",
             metavar="N",
             by_rank=True,
         ),

@@ -15,7 +15,8 @@ import yaml
 # The command line knows the short names of classes that are imported.
 from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import lightning_cli, package_of
-from lightning_spectral.cli.checkpoints import imported, loaded
+from lightning_spectral.cli.checkpoints import load_plain
+from lightning_spectral.cli.import_paths import import_object
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ class _PlainCheckpoints(_LightningCLI):
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if path and Path(path).is_file():
-            loaded(Path(path), "--ckpt_path", "Trainer.fit(ckpt_path=...) in a program of your own loads one you trust")
+            load_plain(
+                Path(path), "--ckpt_path", "Trainer.fit(ckpt_path=...) in a program of your own loads one you trust"
+            )
 
 
 def spectral_cli(package: str = "pytorch_lightning") -> type[_LightningCLI]:
@@ -106,7 +109,7 @@ def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
     path = named_model(arguments)
     # A short name is for LightningCLI to resolve, and so is a file of options.
     by_path = path is not None and "." in path and Path(path).suffix not in (".yaml", ".yml", ".json")
-    cli = spectral_cli(package_of(imported(path, "--model") if path and by_path else None))
+    cli = spectral_cli(package_of(import_object(path, "--model") if path and by_path else None))
     # Under `python -m` argparse would take the name of the file that is run.
     parser_kwargs = {"prog": "lightning-spectral", arguments[0]: {"usage": USAGE}}
     # LightningCLI warns of arguments given beside those of the command line.

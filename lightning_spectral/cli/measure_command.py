@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lightning_spectral._messages import first_line
-from lightning_spectral.cli.checkpoints import Checkpoint, SourceError, build_model, named_loss, read_batches
+from lightning_spectral.cli.checkpoints import Checkpoint, build_model
+from lightning_spectral.cli.import_paths import SourceError, named_loss, read_batches
 from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.options import Options
@@ -38,7 +39,7 @@ def measure_checkpoint(
 
     Args:
         model: import path, see `lightning_spectral.cli.checkpoints.build_model`.
-        data: import path, see `lightning_spectral.cli.checkpoints.read_batches`.
+        data: import path, see `lightning_spectral.cli.import_paths.read_batches`.
         loss: name of a loss, see `named_loss`; None: the module's ``spectral_loss`` or
             ``training_step``.
         checkpoint: file of a Lightning checkpoint or a state dict; None: the weights stay as they are.
