@@ -73,15 +73,13 @@ def measure_spectra(
             the exact products in its place take longer.
         n_batches: of a DataLoader, average gradient and curvature over its first so many batches, by samples.
         micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
-            times a training step's, where the loss of a batch is a mean or sum of those of its parts. Out of memory,
-            half as many are tried, twice.
+            times a training step's, if a batch's loss is a mean or sum of parts. Out of memory it is halved, twice.
         precision: "float32" or "float64", the lowest precision to compute in, whatever the weights' or the Trainer's.
         spectrum_top_k: singular values that the rank models are fitted to; None: top_k. They cost no curvature.
         weight_spectra: take the singular values of each weight matrix, too (`WeightSpectrum`).
         bootstrap: draws for 95 % intervals of alpha, gamma and s (`Intervals`); None or 0: none.
-        curvature_fraction: draws for the trace of each layer's Hessian block and the fraction of it along the
-            directions (`CurvatureFraction`), a Hessian-vector product each; None or 0: none. With curvature="ggn" the h
-            are Gauss-Newton's, the trace is the Hessian's.
+        curvature_fraction: draws for the trace of each layer's Hessian block, with curvature="ggn" too, and its
+            fraction along the directions (`CurvatureFraction`), a Hessian-vector product each; None or 0: none.
         alignment: also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`).
         process_group: processes of torch.distributed that each call this with their own batches, of any sizes, and
             with the same model and options. Gradient and curvature are those of the mean over all their batches,

@@ -97,8 +97,7 @@ class Options:
         default=None,
         metadata=_about(
             "samples whose graph is in memory at once; None: as many as keep the peak within about three times a "
-            "training step's, where the loss of a batch is a mean or sum of those of its parts. Out of memory, half "
-            "as many are tried, twice.",
+            "training step's, if a batch's loss is a mean or sum of parts. Out of memory it is halved, twice.",
             metavar="N",
             by_rank=True,
         ),
@@ -126,9 +125,8 @@ class Options:
     curvature_fraction: int | None = field(
         default=None,
         metadata=_about(
-            "draws for the trace of each layer's Hessian block and the fraction of it along the directions "
-            '(`CurvatureFraction`), a Hessian-vector product each; None or 0: none. With curvature="ggn" the h are '
-            "Gauss-Newton's, the trace is the Hessian's.",
+            'draws for the trace of each layer\'s Hessian block, with curvature="ggn" too, and its fraction along the '
+            "directions (`CurvatureFraction`), a Hessian-vector product each; None or 0: none.",
             metavar="N",
         ),
     )

@@ -18,14 +18,14 @@ from lightning_spectral._messages import first_line, join_names, unpickling_refu
 from lightning_spectral.cli.import_paths import SourceError, import_object
 
 STATES = ("state_dict", "model_state_dict", "model")
-"""Where a checkpoint keeps the weights, if it holds more than them."""
+"""Keys under which a checkpoint that holds more than weights keeps them."""
 
 
 def load_plain(path: Path, option: str, remedy: str) -> Any:
-    """What a checkpoint's file holds, if it is tensors and plain values, which nothing is executed for.
+    """Return the content of a checkpoint's file: tensors and plain values alone, so that nothing is executed.
 
     Raises:
-        SourceError: if it is not; the message ends in what would do.
+        SourceError: if it holds anything else; the message ends in the remedy.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -39,7 +39,7 @@ def load_plain(path: Path, option: str, remedy: str) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a checkpoint's file holds.
+    """Content of a checkpoint's file.
 
     Attributes:
         path: of the file.
@@ -53,19 +53,19 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Name -> weight."""
+        """Weights by name."""
         state: dict[str, Any] = self.content if self.key is None else self.content[self.key]
         return state
 
     @property
     def hyper_parameters(self) -> dict[str, Any]:
-        """What the module's `save_hyperparameters` kept."""
-        kept = self.content.get("hyper_parameters")
-        return {str(k): v for k, v in kept.items()} if isinstance(kept, Mapping) else {}
+        """Arguments that the module's `save_hyperparameters` kept."""
+        saved = self.content.get("hyper_parameters")
+        return {str(k): v for k, v in saved.items()} if isinstance(saved, Mapping) else {}
 
     @property
-    def place(self) -> dict[str, int]:
-        """The step and the epoch that it was saved at, where it tells both."""
+    def position(self) -> dict[str, int]:
+        """Step and epoch at which it was saved, if it holds both."""
         step, epoch = self.content.get("global_step"), self.content.get("epoch")
         return {"step": step, "epoch": epoch} if isinstance(step, int) and isinstance(epoch, int) else {}
 
@@ -100,7 +100,7 @@ class Checkpoint:
             strict: whether every name has to be in both.
 
         Returns:
-            What was left out; empty where nothing was.
+            Description of the names left out; empty if there are none.
 
         Raises:
             SourceError: if names or shapes do not match.
@@ -143,7 +143,7 @@ def _unmatched(missing: Sequence[str], unexpected: Sequence[str]) -> str:
 
 
 def _remedy(own: Mapping[str, Any], state: Mapping[str, Any], missing: Sequence[str]) -> str:
-    """What to do about names that do not match."""
+    """Return the remedy for names that do not match."""
     if prefix := _common_prefix(own, state):
         return f"with --prefix {prefix} all of the model's names are found"
     if prefix := _common_prefix(state, own):
@@ -154,7 +154,7 @@ def _remedy(own: Mapping[str, Any], state: Mapping[str, Any], missing: Sequence[
 
 
 def _common_prefix(names: Iterable[str], longer: Iterable[str]) -> str:
-    """The prefix with which all of the names are among the longer ones, or nothing."""
+    """Return the prefix with which all of the names are among the longer ones, or an empty text."""
     names = set(names)
     counts = Counter(
         long[:end] for long in longer for end in range(1, len(long)) if long[end - 1] == "." and long[end:] in names
@@ -164,7 +164,7 @@ def _common_prefix(names: Iterable[str], longer: Iterable[str]) -> str:
 
 
 def build_model(path: str, checkpoint: Checkpoint | None = None) -> nn.Module:
-    """The model that an import path names: a module, or a class or function that makes one.
+    """Return the model that an import path names: a module, or a class or function that makes one.
 
     A class is given the checkpoint's hyper-parameters that it takes, as Lightning's ``load_from_checkpoint`` does;
     anything else is called without arguments. A LightningModule's ``configure_model`` is called.
@@ -177,7 +177,7 @@ def build_model(path: str, checkpoint: Checkpoint | None = None) -> nn.Module:
     if not isinstance(made, nn.Module):
         if not callable(made):
             raise SourceError(f"--model {path} is a {type(made).__name__}, and no module nor anything that makes one")
-        arguments = _taken(made, checkpoint) if isinstance(made, type) else {}
+        arguments = _arguments(made, checkpoint) if isinstance(made, type) else {}
         try:
             made = made(**arguments)
         except Exception as error:
@@ -190,16 +190,16 @@ def build_model(path: str, checkpoint: Checkpoint | None = None) -> nn.Module:
     return made
 
 
-def _taken(model_class: type, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """The hyper-parameters that a class takes."""
+def _arguments(model_class: type, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Return the hyper-parameters that a class takes."""
     if checkpoint is None:
         return {}
     parameters = inspect.signature(model_class).parameters
     # Where the class takes all of them as one argument, Lightning keeps its name.
-    whole = str(checkpoint.content.get("hparams_name"))
-    if whole in parameters and parameters[whole].kind is not inspect.Parameter.VAR_KEYWORD:
-        return {whole: checkpoint.hyper_parameters}
+    mapping_name = str(checkpoint.content.get("hparams_name"))
+    if mapping_name in parameters and parameters[mapping_name].kind is not inspect.Parameter.VAR_KEYWORD:
+        return {mapping_name: checkpoint.hyper_parameters}
     every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     # LightningCLI keeps notes of its own beside them.
-    kept = {k: v for k, v in checkpoint.hyper_parameters.items() if not k.startswith("_")}
-    return {k: v for k, v in kept.items() if every or k in parameters}
+    saved = {k: v for k, v in checkpoint.hyper_parameters.items() if not k.startswith("_")}
+    return {k: v for k, v in saved.items() if every or k in parameters}

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_spectral._messages import first_line
+from lightning_spectral._validation import positive_int
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 from lightning_spectral.measurement.loader_batches import first_batches
 from lightning_spectral.measurement.loss import LossFunction
 
 
 class SourceError(ValueError):
-    """Something named cannot be found or loaded; the message names the option, what was found and what would do."""
+    """Error of a name that cannot be found or loaded: names the option, what was found and the remedy."""
 
 
 def import_object(path: str, option: str) -> Any:
-    """What ``pkg.module:name`` names.
+    """Return the object that ``pkg.module:name`` names.
 
     Raises:
         SourceError: if there is no such module or name, or importing it fails.
@@ -34,7 +35,7 @@ def import_object(path: str, option: str) -> Any:
     if not module or not name:
         raise SourceError(f"{option} must be an import path such as pkg.module:name, got {path!r}")
     try:
-        found = importlib.import_module(module)
+        value = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
             raise SourceError(
@@ -44,16 +45,16 @@ def import_object(path: str, option: str) -> Any:
     except Exception as error:
         raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
     for part in name.split("."):
-        if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), 3)
-            what = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise SourceError(f"{option} {path}: {module} has no {name!r}{what}")
-        found = getattr(found, part)
-    return found
+        if not hasattr(value, part):
+            close = difflib.get_close_matches(part, dir(value), 3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise SourceError(f"{option} {path}: {module} has no {name!r}{hint}")
+        value = getattr(value, part)
+    return value
 
 
 def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:
-    """The first batches of the data that an import path names.
+    """Return the first batches of the data that an import path names.
 
     Args:
         path: of a DataLoader, a LightningDataModule (its training data), another iterable of batches, or one batch: a
@@ -62,10 +63,10 @@ def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:
         model: whose random states are kept.
 
     Raises:
+        ValueError: unless n_batches is at least 1.
         SourceError: if there is no such data, or not enough of it.
     """
-    if n_batches < 1:
-        raise SourceError(f"--n-batches must be a whole number of at least 1, got {n_batches}")
+    positive_int("--n-batches", n_batches)
     value = import_object(path, "--data")
     try:
         value = value() if callable(value) else value
@@ -75,14 +76,14 @@ def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:
             value = value.train_dataloader()
         if isinstance(value, DataLoader):
             return list(first_batches(value, n_batches, model))
-        found = _first(path, value, n_batches)
+        batches = _first(path, value, n_batches)
     except SourceError:
         raise
     except Exception as error:
         raise SourceError(f"--data {path}: reading it failed ({first_line(error)})") from error
-    if len(found) < n_batches:
-        raise SourceError(f"--data {path}: {n_batches} batches were asked for, and there are {len(found)}")
-    return found
+    if len(batches) < n_batches:
+        raise SourceError(f"--data {path}: {n_batches} batches were asked for, and there are {len(batches)}")
+    return batches
 
 
 def _first(path: str, value: Any, n_batches: int) -> list[Any]:
@@ -96,7 +97,7 @@ def _first(path: str, value: Any, n_batches: int) -> list[Any]:
 
 
 def named_loss(name: str | None) -> LossFunction | None:
-    """The loss that a name means: of `torch.nn.functional`, or ``pkg.module:function`` of (model, batch).
+    """Return the loss of that name: of `torch.nn.functional`, or ``pkg.module:function`` of (model, batch).
 
     None stays None: the module's own loss.
 
@@ -107,7 +108,7 @@ def named_loss(name: str | None) -> LossFunction | None:
         return None if name is None else functional_loss(name)
     if ":" not in name and "." not in name:
         raise SourceError(f"--loss {name}: must be pkg.module:function or one of {', '.join(FUNCTIONAL_LOSSES)}")
-    found = import_object(name, "--loss")
-    if not callable(found):
-        raise SourceError(f"--loss {name} is a {type(found).__name__}, and should be a function of (model, batch)")
-    return found  # type: ignore[no-any-return]
+    loss = import_object(name, "--loss")
+    if not callable(loss):
+        raise SourceError(f"--loss {name} is a {type(loss).__name__}, and should be a function of (model, batch)")
+    return loss  # type: ignore[no-any-return]

@@ -50,7 +50,7 @@ def measure_checkpoint(
         options: what to measure and how.
 
     Returns:
-        The report, with the step and epoch of a Lightning checkpoint; and what was left out of the checkpoint.
+        The report, with the step and epoch of a Lightning checkpoint; and the names left out of the checkpoint.
 
     Raises:
         SourceError: if something named cannot be found or loaded.
@@ -64,7 +64,7 @@ def measure_checkpoint(
     chosen = _moved(network, device)
     batches = HeldBatches(read_batches(data, n_batches, network), chosen)
     report = run_measurement(network, batches, options or Options(), loss_fn)
-    return (report if saved is None or not saved.place else report.at(**saved.place)), left_out
+    return (report if saved is None or not saved.position else report.at(**saved.position)), left_out
 
 
 def plan_model(
@@ -79,7 +79,7 @@ def plan_model(
     world_size: int = 1,
     sharded: bool = False,
 ) -> Plan:
-    """What `measure_checkpoint` would do and cost; the model is made without its weights.
+    """Return what `measure_checkpoint` would do and cost; the model is made without its weights.
 
     Args:
         model, data, loss, checkpoint, n_batches, options: as there. Of a checkpoint the hyper-parameters count alone,
@@ -112,7 +112,7 @@ def plan_model(
 
 
 def shaped_batch(shapes: Sequence[str]) -> Any:
-    """A batch without numbers: a tensor for one shape, a tuple for several.
+    """Return a batch without values: a tensor for one shape, a tuple for several.
 
     Args:
         shapes: such as ``64x3x32x32``, with a type other than float32 after a colon.
@@ -150,7 +150,7 @@ def write_report(report: SpectralReport, folder: str | Path, *, name: str, page:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Make a folder to write to. What cannot be written is better said before measuring than after it.
+    """Make a folder to write to, before measuring, so that an error costs no measurement.
 
     Raises:
         SourceError: if it cannot be made.
@@ -165,7 +165,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def check_page() -> None:
-    """See that a page can be written.
+    """Raise if no page can be written.
 
     Raises:
         SourceError: if plotly is not installed.

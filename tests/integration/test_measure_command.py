@@ -245,7 +245,7 @@ def test_states_are_found_where_they_are_kept(nets, key):
     saved = Checkpoint.read("w.pt")
     assert saved.load_into(model) == ""
     assert model[0].weight.equal(state["0.weight"])
-    assert saved.place == {}
+    assert saved.position == {}
 
 
 def test_prefixes_and_what_is_in_both(nets, capsys):
@@ -435,7 +435,7 @@ def test_every_help_says_what_the_command_does(capsys, monkeypatch, command):
     printed = capsys.readouterr().out
     assert printed.startswith("usage: lightning-spectral")
     if command == "measure":
-        assert f"below {FEW_SAMPLES} there is no sketch" in " ".join(printed.split())
+        assert f"Below {FEW_SAMPLES} there is no sketch" in " ".join(printed.split())
     if command in ("", "demo", "measure", "report"):
         assert max(map(len, printed.splitlines())) <= 120
         # After the usage, what it does, in a sentence.
