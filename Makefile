@@ -10,16 +10,22 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 FUZZ_EXAMPLES ?= 500
+# A worker per core, each with one thread: the tests' tensors are small. Tests that share a world of ranks share a worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --durations=20
 
-.PHONY: demo test test-oldest fuzz lint docs ablation paper baselines clean
+.PHONY: demo test test-fast test-oldest fuzz lint docs ablation paper baselines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
 	$(BIN)/lightning-spectral demo
 
-# A process per core, each with one thread: the tests' tensors are small.
+# All tests: under 6 minutes on two cores.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST)
+
+# Units and documentation alone: under 90 seconds.
+test-fast: $(READY)
+	$(PYTEST) tests/unit tests/docs
 
 # Random networks, losses and options against dense Hessians, others each time: a few minutes. For each night.
 fuzz: $(READY)

@@ -32,7 +32,7 @@ def to_jsonable(value: Any, *, pack: bool = False) -> Any:
     if isinstance(value, Mapping):
         return {str(key): to_jsonable(item, pack=pack) for key, item in value.items()}
     if isinstance(value, Tensor):
-        return _packed(value) if pack else to_jsonable(value.tolist())
+        return _pack(value) if pack else to_jsonable(value.tolist())
     if isinstance(value, (list, tuple)):
         return [to_jsonable(item, pack=pack) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -64,7 +64,7 @@ def _decode(kind: Any, data: Any, name: str) -> Any:
         present = [(f.name, hint) for f, hint in _field_types(cast(type, kind)) if f.name in data or _is_required(f)]
         return cast(type, kind)(**{key: _decode(hint, data[key], key) for key, hint in present})
     if kind is Tensor and isinstance(data, str):
-        return _unpacked(data)
+        return _unpack(data)
     if kind is Tensor and isinstance(data, list):
         return torch.tensor([_decode(float, item, name) for item in data], dtype=torch.float64)
     if origin is tuple and isinstance(data, (list, tuple)):
@@ -91,12 +91,12 @@ def _decode_scalar(kind: Any, data: Any, name: str) -> Any:
     raise ValueError(f"{name} must be {kind if get_args(kind) else kind.__name__}, got {data!r:.50}")
 
 
-def _packed(values: Tensor) -> str:
+def _pack(values: Tensor) -> str:
     numbers = values.double().tolist()
     return b64encode(struct.pack(f"<{len(numbers)}d", *numbers)).decode()
 
 
-def _unpacked(text: str) -> Tensor:
+def _unpack(text: str) -> Tensor:
     data = b64decode(text, validate=True)
     if len(data) % 8:
         raise ValueError(f"a tensor's base64 must hold whole float64 numbers, got {len(data)} bytes")

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_spectral.layers.display_names import brief
+from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
-from lightning_spectral.records.report import SpectralReport, median
+from lightning_spectral.records.report import SpectralReport
 
 GOOD_FIT, FEWEST_POINTS, LARGEST_ERROR = 0.9, 5, 0.25
 """What a fit to trust has: r2 of at least 0.9, at least 5 points, and a standard error of at most a quarter of alpha.

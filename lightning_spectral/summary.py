@@ -16,7 +16,8 @@ from lightning_spectral.analysis import (
     of_each_layer,
     transfer_identity,
 )
-from lightning_spectral.records.report import SpectralReport, median
+from lightning_spectral.numerics.statistics import median
+from lightning_spectral.records.report import SpectralReport
 
 IDENTITY_HOLDS, IDENTITY_ROUGH = 0.05, 0.15
 """Median transfer errors up to which s = alpha gamma holds, and holds roughly. The paper's are 0.010 to 0.019."""

@@ -8,25 +8,29 @@ os.environ.pop("COLUMNS", None)
 import pytest
 import torch
 from torch.distributed import fsdp
+from world import World
 
 torch.set_num_threads(1)
 
 SHARDED = [
-    "helpers/gathered_steps.py", "helpers/jointly.py", "helpers/sharded_steps.py", "helpers/shared_in_lightning.py",
-    "distributed/test_gathering.py", "distributed/test_processes.py", "distributed/test_shared_steps.py",
+    "distributed/test_gathering.py",
+    "distributed/test_processes.py",
+    "distributed/test_shared_steps.py",
     "examples/test_shards_benchmark.py",
-]  # fmt: skip
-collect_ignore = [] if hasattr(fsdp, "fully_shard") else SHARDED
+]
+COSTLY = ["world_of_two", "world_of_three", "browser", "killed_runs", "trained"]
+LEFT_OUT = [] if hasattr(fsdp, "fully_shard") else SHARDED
+collect_ignore = ["helpers", *LEFT_OUT]
 
 
 def pytest_terminal_summary(terminalreporter):
-    if collect_ignore:
-        terminalreporter.line(f"left out, for FSDP2 is of torch 2.6 and later: {', '.join(collect_ignore)}")
+    if LEFT_OUT:
+        terminalreporter.line(f"left out, for FSDP2 is of torch 2.6 and later: {', '.join(LEFT_OUT)}")
 
 
 try:
     from hypothesis import settings
-except ImportError:  # tests/test_properties.py is skipped
+except ImportError:  # tests/property is skipped
     pass
 else:
     # The same examples in every run, and none kept on disk.
@@ -48,3 +52,27 @@ def current_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def world_of_two():
+    """Two ranks for the whole run."""
+    world = World(2)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="session")
+def world_of_three():
+    """Three ranks for the whole run."""
+    world = World(3)
+    yield world
+    world.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep the tests that share a costly fixture in one worker (`--dist loadgroup`)."""
+    for item in items:
+        for name in sorted({*COSTLY} & {*item.fixturenames}):
+            item.add_marker(pytest.mark.xdist_group(name))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from examples.paper.outcome import Outcome
 from lightning_spectral import LayerSpectrum, SpectralReport
 from lightning_spectral.analysis import trusted
-from lightning_spectral.records.report import median
+from lightning_spectral.numerics.statistics import median
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

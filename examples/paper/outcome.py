@@ -187,7 +187,7 @@ def _run(training: Training, seed: int) -> tuple[dict[str, float], list[Spectral
     if not training.steps:
         return {}, [_measured(module, batches, training).at(step=0, epoch=0)]
     during = tuple(step for step in training.measure_at if step < training.steps)
-    probe = MeasureAt(during, batch=batches, log_layers="none", **training.probe)
+    probe = MeasureAt(during, batch=batches, log_layers="none", keep_reports=False, **training.probe)
     trainer = pl.Trainer(
         max_steps=training.steps,
         max_epochs=-1,

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import lightning_spectral
 from examples.paper.transformers_design import BASE, FACTORS, Analysis, analyse, design_matrix
 from lightning_spectral import fit_power_law, participation_ratio
+from lightning_spectral.numerics.statistics import median
 
 Run = Mapping[str, Any]
 
@@ -27,12 +28,6 @@ PUBLISHED = (1.43, 1.17, 0.84, 1.15, 4.53)
 KEPT = ("alpha", "alpha_without_first", "r2", "pr", "negative", "sigma_1_2", "sigma_2_K", "signal")
 PARTS = {"alpha_upper": slice(0, 10), "alpha_lower": slice(10, 20)}
 """alpha over a half of the directions."""
-
-
-def median(values: Iterable[float]) -> float:
-    """Of those that are finite; NaN where none is."""
-    known = [value for value in values if math.isfinite(value)]
-    return statistics.median(known) if known else math.nan
 
 
 def condensed(run: Run) -> dict[str, Any]:

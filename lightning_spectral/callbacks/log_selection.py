@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
 
-from lightning_spectral.layers.matrices import check_selection
+from lightning_spectral.layers.selection import check_matches, check_selection, layer_names, select
+from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS
-from lightning_spectral.records.report import SpectralReport, evenly
+from lightning_spectral.records.report import SpectralReport
 
 LOGGED_LAYERS = 24
 """Number of layers that `log_layers="auto"` logs one by one."""
@@ -79,14 +79,12 @@ class LogSelection:
         if self.log_layers == "auto":
             self.warn(f"logging {LOGGED_LAYERS} of {len(names)} layers one by one; log_layers chooses which")
             return [names[i] for i in evenly(len(names), LOGGED_LAYERS)]
-        patterns = [self.log_layers] if isinstance(self.log_layers, str) else self.log_layers
-        return [n for n in names if any(fnmatchcase(n, p) or fnmatchcase(n.rpartition(".")[0], p) for p in patterns)]
+        return list(select({name: name for name in names}, self.log_layers, layer_names))
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError if patterns of layers to log match none of these."""
         if names and self.log_layers not in ("none", []) and not self.layers(names):
-            shown = ", ".join(names[:8])
-            raise ValueError(f"log_layers: {self.log_layers!r} matches no layer; the layers measured are {shown}")
+            check_matches("log_layers", self.log_layers, {name: name for name in names}, layer_names)
 
     def scalars(self, report: SpectralReport | None) -> dict[str, float]:
         """Return key without prefix -> value, in the order of the README; all NaN for a probe that failed.

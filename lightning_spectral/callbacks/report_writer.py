@@ -13,7 +13,8 @@ from lightning_spectral._validation import flag, optional_positive_int
 from lightning_spectral.callbacks.log_selection import charts
 from lightning_spectral.callbacks.progress_bar import print_above_bar
 from lightning_spectral.callbacks.report_file import ReportFile
-from lightning_spectral.records.report import SpectralReport, evenly
+from lightning_spectral.numerics.statistics import evenly
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import figures
 from lightning_spectral.report.trackers import Row, Tracker, tracker_of
 

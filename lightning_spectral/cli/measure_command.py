@@ -15,7 +15,7 @@ from lightning_spectral.cli.import_paths import SourceError, named_loss, read_ba
 from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.options import Options
-from lightning_spectral.plan.fake_run import weightless
+from lightning_spectral.plan.meta_init import weightless
 from lightning_spectral.plan.planner import Plan, plan_quietly
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import run_of, write_page

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from lightning_spectral.layers.kinds import (
     is_transposed_linear,
     owner_of,
 )
+from lightning_spectral.layers.selection import QKV, as_patterns, check_matches, match_pattern, parameter_names, select
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,12 @@ class MatrixLayer:
     rows: tuple[int, int] | None = None
     transposed: bool = False
     aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> set[str]:
+        """Names that select the layer: its own, its module's, its parameter's, and those of the parameter's ties."""
+        parameters = (self.parameter, *self.aliases)
+        return {self.name, self.module} | {name for parameter in parameters for name in parameter_names(parameter)}
 
     @property
     def decomposition_cost(self) -> float:
@@ -118,16 +123,15 @@ def find_layers(
         NoMatrixError: if the network has no matrix parameter that is trained.
         ValueError: if a pattern matches nothing, a kind is unknown, or rows of a fused projection do not add up.
     """
-    found, skipped = matrix_parameters(model)
-    if not found:
+    matrices, skipped = matrix_parameters(model)
+    if not matrices:
         raise NoMatrixError(
             f"{type(model).__name__} has no matrix to measure: needed is a Linear, convolution, attention or other "
             f"two-dimensional parameter that is trained; found {_summary(model, skipped)}"
         )
-    found = _split_fused(found, fused_qkv, skipped)
-    found = _with_kinds(found, kinds or {}, skipped)
-    chosen = _select(found, layers, skipped)
-    return LayerSet(chosen, skipped)
+    matrices = _split_fused(matrices, fused_qkv, skipped)
+    matrices = _with_kinds(matrices, kinds or {}, skipped)
+    return LayerSet(_select(matrices, layers, skipped), skipped)
 
 
 def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[str, str]]:
@@ -136,7 +140,7 @@ def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[st
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     kinds = infer_kinds(model)
-    found, skipped = {}, {}
+    matrices, skipped = {}, {}
     for parameter, aliases in names.items():
         # A tied weight goes by its use as a layer, not as a look-up table.
         name = min(aliases, key=lambda alias: kinds.get(alias) == "embedding")
@@ -145,8 +149,8 @@ def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[st
             continue
         if parameter.ndim < 2:
             continue
-        others = tuple(alias for alias in aliases if alias != name)
-        layer = _as_matrix(model, name, parameter, kinds.get(name, "dense"), others)
+        ties = tuple(alias for alias in aliases if alias != name)
+        layer = _as_matrix(model, name, parameter, kinds.get(name, "dense"), ties)
         if isinstance(layer, str):
             skipped[name] = layer
         elif not parameter.requires_grad:
@@ -154,8 +158,8 @@ def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[st
         elif not parameter.is_floating_point():
             skipped[name] = f"its entries are {parameter.dtype}, not real floating point"
         else:
-            found[name] = layer
-    return found, skipped
+            matrices[name] = layer
+    return matrices, skipped
 
 
 def _as_matrix(
@@ -181,18 +185,16 @@ def _as_matrix(
 
 
 def _split_fused(
-    found: Mapping[str, MatrixLayer], fused: Sequence[str] | Mapping[str, Sequence[int]], skipped: Mapping[str, str]
+    layers: Mapping[str, MatrixLayer], fused: Sequence[str] | Mapping[str, Sequence[int]], skipped: Mapping[str, str]
 ) -> dict[str, MatrixLayer]:
-    sizes = dict(fused) if isinstance(fused, Mapping) else dict.fromkeys(_patterns(fused), ())
-    unused = set(sizes)
+    sizes = dict(fused) if isinstance(fused, Mapping) else dict.fromkeys(as_patterns(fused), ())
     out: dict[str, MatrixLayer] = {}
-    for name, layer in found.items():
-        matches = [pattern for pattern in sizes if _matches(layer, pattern)]
-        unused -= set(matches)
-        if not matches and not (layer.kind == "attention_qkv" and name.endswith("in_proj_weight")):
+    for name, layer in layers.items():
+        pattern = match_pattern(layer.names, sizes)
+        if pattern is None and not (layer.kind == "attention_qkv" and name.endswith("in_proj_weight")):
             out[name] = layer
             continue
-        rows = tuple(sizes[matches[0]]) if matches else ()
+        rows = () if pattern is None else tuple(sizes[pattern])
         rows = rows or (layer.shape[0] // 3,) * 3
         if len(rows) != 3 or min(rows) < 1 or sum(rows) != layer.shape[0] or layer.groups != 1:
             raise ValueError(
@@ -200,7 +202,7 @@ def _split_fused(
                 f"{list(rows)} rows; give a mapping from its pattern to their three numbers"
             )
         first = 0
-        for part, size in zip("qkv", rows, strict=True):
+        for part, size in zip(QKV, rows, strict=True):
             out[f"{name}.{part}"] = replace(
                 layer,
                 name=f"{name}.{part}",
@@ -209,28 +211,20 @@ def _split_fused(
                 rows=(first, first + size),
             )
             first += size
-    _all_used("fused_qkv", unused, found, skipped)
+    check_matches("fused_qkv", sizes, layers, _names_of, skipped=skipped)
     return out
 
 
 def _with_kinds(
-    found: Mapping[str, MatrixLayer], kinds: Mapping[str, Kind], skipped: Mapping[str, str]
+    layers: Mapping[str, MatrixLayer], kinds: Mapping[str, Kind], skipped: Mapping[str, str]
 ) -> dict[str, MatrixLayer]:
     check_kinds(kinds)
-    unused, out = set(kinds), {}
-    for name, layer in found.items():
-        matches = [pattern for pattern in kinds if _matches(layer, pattern)]
-        unused -= set(matches)
-        out[name] = replace(layer, kind=kinds[matches[0]]) if matches else layer
-    _all_used("kinds", unused, found, skipped)
-    return out
-
-
-def check_selection(option: str, patterns: Any, *, only_patterns: bool = False) -> None:
-    """Raise ValueError unless this is a pattern or several of them, or, where they may be, None or a callable."""
-    several = isinstance(patterns, (Sequence, Mapping)) and all(isinstance(pattern, str) for pattern in patterns)
-    if not (several or (not only_patterns and (patterns is None or callable(patterns)))):
-        raise ValueError(f"{option} takes glob patterns, got {patterns!r}")
+    check_matches("kinds", kinds, layers, _names_of, skipped=skipped)
+    patterns = {name: match_pattern(layer.names, kinds) for name, layer in layers.items()}
+    return {
+        name: layer if (pattern := patterns[name]) is None else replace(layer, kind=kinds[pattern])
+        for name, layer in layers.items()
+    }
 
 
 def check_kinds(kinds: Mapping[str, Kind]) -> None:
@@ -241,45 +235,23 @@ def check_kinds(kinds: Mapping[str, Kind]) -> None:
 
 
 def _select(
-    found: Mapping[str, MatrixLayer], selection: LayerSelection, skipped: dict[str, str]
+    layers: Mapping[str, MatrixLayer], selection: LayerSelection, skipped: dict[str, str]
 ) -> dict[str, MatrixLayer]:
+    reason = "not selected by layers"
     if selection is None:
         reason = "an embedding, left out by default"
-        chosen = {name: layer for name, layer in found.items() if layer.kind != "embedding"}
+        selected = {name: layer for name, layer in layers.items() if layer.kind != "embedding"}
     elif callable(selection):
-        reason = "not selected by layers"
-        chosen = {name: layer for name, layer in found.items() if selection(layer)}
+        selected = {name: layer for name, layer in layers.items() if selection(layer)}
     else:
-        patterns, reason = _patterns(selection), "not selected by layers"
-        unused = {p for p in patterns if not any(_matches(layer, p) for layer in found.values())}
-        _all_used("layers", unused, found, skipped)
-        chosen = {name: layer for name, layer in found.items() if any(_matches(layer, p) for p in patterns)}
-    skipped.update({name: reason for name in found if name not in chosen})
-    return chosen
+        check_matches("layers", selection, layers, _names_of, skipped=skipped)
+        selected = select(layers, selection, _names_of)
+    skipped.update({name: reason for name in layers if name not in selected})
+    return selected
 
 
-def _patterns(selection: str | Iterable[str]) -> list[str]:
-    return [selection] if isinstance(selection, str) else list(selection)
-
-
-def _names(parameter: str) -> tuple[str, str]:
-    return parameter, parameter.rpartition(".")[0]
-
-
-def _matches(layer: MatrixLayer, pattern: str) -> bool:
-    names = {layer.name, layer.module}
-    for parameter in (layer.parameter, *layer.aliases):
-        names.update(_names(parameter))
-    return any(fnmatchcase(name, pattern) for name in names)
-
-
-def _all_used(option: str, unused: Iterable[str], found: Iterable[str], skipped: Iterable[str]) -> None:
-    """Raise for patterns that match no layer. One that matches a frozen layer is no mistake: it may thaw later."""
-    others = [alias for name in skipped for alias in _names(name)]
-    if missing := sorted(p for p in unused if not any(fnmatchcase(name, p) for name in others)):
-        names = list(found)
-        shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-        raise ValueError(f"{option}: {', '.join(map(repr, missing))} matches no layer; the layers are {shown}")
+def _names_of(layer: MatrixLayer) -> set[str]:
+    return layer.names
 
 
 def _summary(model: nn.Module, skipped: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_spectral.curvature import TRANSPOSED, LayerCall, Tap, accumulation_dtype, groups_of
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.conv_patches import Patches
-from lightning_spectral.numerics.power_law import entropy_rank
+from lightning_spectral.numerics.participation import entropy_rank
 from lightning_spectral.numerics.second_moment import LARGE, Eigenvalues, SecondMoment
 from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.records.alignment import KroneckerFactors

@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.numerics.bootstrap import exponent_intervals
+from lightning_spectral.numerics.participation import directions_holding, entropy_rank, participation_ratio, zeta_bound
 from lightning_spectral.numerics.power_law import (
     MIN_POINTS,
     PowerLawFit,
-    directions_holding,
-    entropy_rank,
     fit_power_law,
     fit_rank_decay,
     fit_rank_models,
-    participation_ratio,
     with_ordinate_errors,
-    zeta_bound,
 )
 from lightning_spectral.records.alignment import KroneckerFactors, LayerAlignment
 from lightning_spectral.records.curvature_fraction import CurvatureFraction

@@ -1,4 +1,4 @@
-"""Power laws and participation ratios of spectra, as pure functions in float64.
+"""Power laws and rank models of spectra, as pure functions in float64.
 
 Source: A. Calvo, Spectral Asymptotics of Neural Network Loss Landscapes, arXiv 2606.02596 (2026).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,13 +73,13 @@ class RankModels:
 
     @property
     def margin(self) -> float:
-        """BIC of the runner-up minus that of the winner; NaN where fewer than two models could be fitted."""
-        known = sorted(bic for bic in self.bic.values() if not math.isnan(bic))
-        return known[1] - known[0] if len(known) > 1 else float("nan")
+        """Return the BIC of the runner-up minus that of the winner; NaN where fewer than two models could be fitted."""
+        ranking = sorted(bic for bic in self.bic.values() if not math.isnan(bic))
+        return ranking[1] - ranking[0] if len(ranking) > 1 else float("nan")
 
 
 class LogPoints(NamedTuple):
-    """The points of a fit in logarithms, (n,) abscissae and ordinates, and how many were left out for which reason."""
+    """Points of a fit in logarithms, (n,) abscissae and ordinates, and how many were left out for which reason."""
 
     x: Tensor
     y: Tensor
@@ -87,8 +87,8 @@ class LogPoints(NamedTuple):
 
 
 def log_points(x: Values, y: Values, exclude: Mapping[str, Tensor] | None = None) -> LogPoints:
-    """What `fit_power_law` fits: log x and log y of the usable points."""
-    x_n, y_n = _vector(x, "x"), _vector(y, "y")
+    """Return what `fit_power_law` fits: log x and log y of the usable points."""
+    x_n, y_n = as_vector(x, "x"), as_vector(y, "y")
     if x_n.shape != y_n.shape:
         raise ValueError(f"x and y must have one length, got {len(x_n)} and {len(y_n)}")
     keep, dropped = _usable(x_n, y_n, exclude or {})
@@ -96,16 +96,16 @@ def log_points(x: Values, y: Values, exclude: Mapping[str, Tensor] | None = None
 
 
 def rank_points(values: Values, exclude: Mapping[str, Tensor] | None = None) -> LogPoints:
-    """What `fit_rank_decay` fits: -log rank, and the log of the usable values in decreasing order."""
-    values_n = _vector(values, "values")
+    """Return what `fit_rank_decay` fits: -log rank, and the log of the usable values in decreasing order."""
+    values_n = as_vector(values, "values")
     keep, dropped = _usable(values_n, values_n, exclude or {})
-    kept = values_n[keep].sort(descending=True).values
-    ranks = torch.arange(1, len(kept) + 1, dtype=torch.float64, device=kept.device)
-    return LogPoints(-ranks.log(), kept.log(), dropped)
+    usable = values_n[keep].sort(descending=True).values
+    ranks = torch.arange(1, len(usable) + 1, dtype=torch.float64, device=usable.device)
+    return LogPoints(-ranks.log(), usable.log(), dropped)
 
 
 def centred_sums(points: LogPoints) -> tuple[float, float, float]:
-    """Sums of dx^2, dx dy and dy^2, the deviations of the points from their means.
+    """Return the sums of dx^2, dx dy and dy^2, the deviations of the points from their means.
 
     The first is 0 where no line can be fitted: fewer than 3 points, or abscissae that differ by rounding alone. The
     last is 0 where the ordinates do.
@@ -143,7 +143,7 @@ def fit_power_law(x: Values, y: Values, *, exclude: Mapping[str, Tensor] | None 
 
 
 def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tensor, used: Tensor) -> PowerLawFit:
-    """The fit with the errors of its ordinates in the standard error of its exponent.
+    """Add the errors of a fit's ordinates to the standard error of its exponent.
 
     The slope is sum w_i log y_i with w_i = (log x_i - mean) / sum (log x - mean)^2, so independent errors of y add
     sum (w_i stderr_i / y_i)^2 to its variance.
@@ -194,7 +194,7 @@ def fit_rank_models(sigma: Values) -> RankModels:
     >>> fit_rank_models([2.0**-k for k in range(8)]).winner
     'exponential'
     """
-    values = _vector(sigma, "sigma")
+    values = as_vector(sigma, "sigma")
     keep, dropped = _usable(values, values, {})
     log_sigma = values[keep].sort(descending=True).values.log()
     n = len(log_sigma)
@@ -212,72 +212,8 @@ def fit_rank_models(sigma: Values) -> RankModels:
     return RankModels(winner, bic, fits, n, sum(dropped.values()))
 
 
-def participation_ratio(values: Values) -> float:
-    """(sum v)^2 / sum v^2 over the positive values: how many directions hold the total.
-
-    1 for one direction, n for n equal ones; NaN where no value is positive. For a gradient, pass sigma^2.
-
-    >>> participation_ratio([2.0, 2.0, 2.0, -1.0])
-    3.0
-    """
-    p = _shares(values)
-    return float("nan") if p is None else 1.0 / float(p.square().sum())
-
-
-def entropy_rank(values: Values) -> float:
-    """exp(-sum p log p), p the shares of the positive values in their sum; NaN where there is none.
-
-    >>> round(entropy_rank([1.0, 1.0, 0.0]), 6)
-    2.0
-    """
-    p = _shares(values)
-    return float("nan") if p is None else math.exp(-float(torch.special.xlogy(p, p).sum()))
-
-
-def directions_holding(values: Values, share: float) -> int:
-    """The smallest number of positive values that hold at least this share of their sum; 0 where there is none.
-
-    >>> directions_holding([90.0, 6.0, 4.0], 0.95)
-    2
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must lie in (0, 1], got {share}")
-    p = _shares(values)
-    if p is None:
-        return 0
-    held = p.sort(descending=True).values.cumsum(0)
-    # A sum of shares that is short of `share` by rounding alone counts as reaching it.
-    return min(int((held < share * (1 - 1e-12)).sum()) + 1, len(p))
-
-
-def zeta_bound(s: float, n: int | None = None) -> float:
-    """The participation ratio of a spectrum k^-s: zeta(s)^2 / zeta(2 s), an upper bound on that of the curvature.
-
-    Args:
-        s: decay exponent, alpha * gamma. At s <= 1 the infinite sum diverges and the bound is infinite.
-        n: sum over the first n ranks instead, what a window of n directions obeys; finite for every s.
-
-    Returns:
-        The bound; NaN for s = NaN and for n < 1.
-
-    Source: arXiv 2606.02596.
-
-    >>> round(zeta_bound(2.0), 12), zeta_bound(1.0), round(zeta_bound(0.0, n=7), 12)
-    (2.5, inf, 7.0)
-    """
-    if math.isnan(s) or (n is not None and n < 1):
-        return float("nan")
-    if n is not None:
-        return participation_ratio((-s * torch.arange(1, n + 1, dtype=torch.float64).log()).softmax(0))
-    if s <= 1:
-        return float("inf")
-    exponents = torch.tensor([s, 2 * s], dtype=torch.float64)
-    zeta_s, zeta_2s = torch.special.zeta(exponents, torch.ones_like(exponents)).tolist()
-    return cast(float, zeta_s**2 / zeta_2s)
-
-
 def noise_floor(sigma: Tensor, shape: tuple[int, int], groups: int, eps: float) -> float:
-    """sigma_1 * max(m, n) * eps: a singular value at or below it is rounding noise of the gradient.
+    """Return sigma_1 * max(m, n) * eps: a singular value at or below it is rounding noise of the gradient.
 
     Args:
         sigma: (K,) singular values, the largest first.
@@ -289,7 +225,8 @@ def noise_floor(sigma: Tensor, shape: tuple[int, int], groups: int, eps: float) 
     return largest * max(shape[0] // groups, shape[1]) * eps
 
 
-def _vector(values: Values, name: str) -> Tensor:
+def as_vector(values: Values, name: str) -> Tensor:
+    """Return values as a float64 vector on the CPU; raise ValueError unless they have one dimension."""
     # Lists are read in float64 at once: torch's default would round them to float32 first.
     vector = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
     vector = vector.detach().to("cpu", torch.float64)
@@ -299,7 +236,7 @@ def _vector(values: Values, name: str) -> Tensor:
 
 
 def _usable(x: Tensor, y: Tensor, exclude: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
-    """Which points can be fitted, and how many cannot for which reason."""
+    """Return which points can be fitted, and how many cannot for which reason."""
     reasons = dict(exclude)
     reasons["not finite"] = ~(x.isfinite() & y.isfinite())
     reasons["not positive"] = ~((x > 0) & (y > 0))
@@ -333,7 +270,7 @@ def _least_squares(points: LogPoints) -> PowerLawFit:
 
 
 def _differ(values: Tensor, deviations: Tensor) -> bool:
-    """Whether values differ from their mean by more than rounding."""
+    """Return whether values differ from their mean by more than rounding."""
     rounding = len(values) * torch.finfo(torch.float64).eps * float(values.abs().max().clamp(min=1))
     return float(deviations.abs().max()) > rounding
 
@@ -351,13 +288,3 @@ def _rank_model(columns: list[Tensor], log_sigma: Tensor) -> RankModelFit:
     rounding = n * (n * torch.finfo(torch.float64).eps * float(log_sigma.abs().max().clamp(min=1))) ** 2
     bic = n * math.log(max(rss, rounding) / n) + p * math.log(n)
     return RankModelFit(tuple(coefficients.tolist()), rss, bic)
-
-
-def _shares(values: Values) -> Tensor | None:
-    """The positive finite values over their sum; scaled first, so that 1e-200 and 1e200 neither vanish nor overflow."""
-    vector = _vector(values, "values")
-    positive = vector[vector.isfinite() & (vector > 0)]
-    if not len(positive):
-        return None
-    scaled = positive / positive.max()
-    return scaled / scaled.sum()

@@ -1,15 +1,15 @@
-"""What a measurement costs before it is run: passes in units of a training step, floating-point operations, bytes.
+"""Formulas of what a measurement costs: passes in units of a training step, floating-point operations, bytes.
 
-A training step is a forward and a backward pass in float32 on the samples measured, without the optimizer. Pieces of a
-batch are parts of it: 12 products on each of three thirds of the samples are 12 products.
+A training step is a forward and a backward pass in float32 on the samples measured, without the optimizer.
+Micro-batches are parts of a batch: 12 products on each of three thirds of the samples are 12 products.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from lightning_spectral.curvature import METHODS, HutchinsonTrace, Structure
 from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS
@@ -19,68 +19,21 @@ from lightning_spectral.measurement.estimation import MEMORY
 from lightning_spectral.numerics.second_moment import LARGE
 from lightning_spectral.numerics.svd import is_large
 
-WORK = {
-    "forward": (1 / 3, 1 / 3),
-    "step": (1.0, 1.0),
-    "exact": (0.5, 1.3),
-    "column": (1 / 3, 1.5),
-    "sketch": (2 / 3, 5.0),
-    "zeros": (2 / 3, 2.0),
-}
-"""What a pass takes of matrix products and of all the rest, each in that of a training step on the same samples.
+STEP_FLOPS = {"gradient": 1.0, "forward": 1 / 3, "column": 1 / 3, "product": 1 / 2, "joint product": 2 / 3}
+"""FLOPs of a pass in those of a training step, counted in products with a matrix.
 
-exact: a product with one layer's Hessian, of a layer in the middle; column: a backward pass of the output, read at
-every layer; sketch: a product with all layers' outputs, likewise; zeros: the two passes that such products start from.
-The first are counts of products with a matrix; the second, and BALANCE, were fitted to times on one CPU thread, and
-`examples/benchmarks/scaling.py` holds both against others.
+gradient: a forward and a backward pass; column: a backward pass of one column of the output's Hessian; product: with
+the Hessian of one layer, of a layer in the middle; joint product: with all layers' outputs.
 """
 
-BALANCE = 40.0
-"""FLOPs of matrix products in the time that a training step takes per byte that its graph keeps for all the rest."""
+OVERHEAD = 1.4
+"""Time per FLOP of all passes but a gradient's, in that of a training step: their other operations take longer."""
 
-USUAL = 0.005
-"""Bytes that a graph keeps per FLOP, where they are not known: those of a GPT of width 200."""
+FACTOR = 3.0
+"""Factor within which the time of a probe is planned; for networks of width 96 and more the benchmark found 2."""
 
-FACTOR = 2.0
-"""Within which the time of a probe is planned; of those that the benchmark measured, the farthest was off by 1.35."""
-
-Sort = Literal["pass", "forward", "column", "product"]
-
-
-def steps_at(intensity: float) -> dict[str, float]:
-    """Sort of pass -> training steps, for a network whose graph keeps so many bytes per FLOP of a training step.
-
-    (w + e b x) / (1 + b x), with w and e of `WORK`, b of `BALANCE` and x the intensity: wide networks spend their time
-    in matrix products, narrow ones in the rest, of which products with a Hessian have more.
-
-    >>> steps_at(0.0)["sketch"] < steps_at(0.02)["sketch"]
-    True
-    """
-    rest = BALANCE * intensity
-    return {sort: (matrices + other * rest) / (1 + rest) for sort, (matrices, other) in WORK.items()}
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One sort of pass over all samples measured.
-
-    Attributes:
-        what: it is.
-        sort: "product" with a Hessian, "column" of the output passed back, "forward" alone, or another "pass".
-        least, most: how many, of which the values of the loss decide.
-        steps: of one, in training steps.
-    """
-
-    what: str
-    sort: Sort
-    least: int
-    most: int
-    steps: float
-
-    @property
-    def reads(self) -> int:
-        """How often one of them reads each weight, at most."""
-        return 1 if self.sort in ("column", "forward") else 2
+Count = tuple[int, int]
+"""Number of passes, at least and at most; the values of the loss decide."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +42,8 @@ class Memory:
 
     Attributes:
         weights: the copy that is measured on; of shards, those that are whole at a time.
-        gradients: of the layers' parameters; two of each where they are summed over pieces; of shards, the sums that
-            fall to one process, and the largest.
+        gradients: of the layers' parameters; two of each where they are summed over micro-batches; of shards, the sums
+            that fall to one rank, and the largest.
         svd: workspace of the largest layer's.
         directions: U (m, K) and V (n, K) of every layer.
         gradient_graph, curvature_graph: of the samples whose gradient and curvature are taken at once.
@@ -107,15 +60,75 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Gradients and their triplets come first, the curvature after they are let go."""
+        """Peak, in bytes: gradients and their triplets come first, the curvature after they are let go."""
         first = self.gradients + self.svd + self.gradient_graph
         return self.weights + self.directions + max(first, self.curvature_graph, self.factors + self.gradient_graph)
 
 
-def directions_of(layer: MatrixLayer, k: int, rows: int | None = None) -> int:
-    """How many singular directions a gradient (m, n) has at most: K, its rank, and the rows it is a sum over.
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a measurement by one method.
 
-    >>> directions_of(MatrixLayer("w", "w", "", "dense", (64, 27)), 20, rows=16)
+    Attributes:
+        method: of the curvature.
+        parts: micro-batches per batch, whose graphs are in memory one at a time.
+        passes: kind of pass, of `STEP_FLOPS` -> how many over the samples measured.
+        share: samples measured, of all batches, by those of a training step.
+        extra: training steps for singular triplets and Kronecker factors, which do not grow with the samples; 0 where
+            the FLOPs of a training step are not known.
+        memory: in bytes, on each rank.
+        has_graph: whether the graphs are part of it, which takes a batch.
+    """
+
+    method: str
+    parts: int
+    passes: Mapping[str, Count]
+    share: float
+    extra: float
+    memory: Memory
+    has_graph: bool
+
+    @property
+    def steps(self) -> tuple[float, float]:
+        """Time in training steps, at least and at most: share * (gradients + OVERHEAD * FLOPs of the rest) + extra."""
+        least, most = (
+            sum(
+                STEP_FLOPS[kind] * (1.0 if kind == "gradient" else OVERHEAD) * count[end]
+                for kind, count in self.passes.items()
+            )
+            for end in (0, 1)
+        )
+        return self.share * least + self.extra, self.share * most + self.extra
+
+    @property
+    def products(self) -> Count:
+        """Hessian-vector products, at least and at most, each over all samples measured."""
+        return _add(self.passes.get("product", (0, 0)), self.passes.get("joint product", (0, 0)))
+
+    @property
+    def columns(self) -> Count:
+        """Backward passes of columns of the output's Hessian, at least and at most."""
+        return self.passes.get("column", (0, 0))
+
+    @property
+    def reads(self) -> int:
+        """Number of times that each weight is read, at most: once by a forward or backward pass alone, else twice."""
+        return sum(most * (1 if kind in ("forward", "column") else 2) for kind, (_, most) in self.passes.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, with what follows from the attributes."""
+        derived = {"steps": self.steps, "products": self.products, "columns": self.columns}
+        return asdict(self) | derived | {"peak_bytes": self.memory.peak}
+
+
+def _add(one: Count, other: Count) -> Count:
+    return one[0] + other[0], one[1] + other[1]
+
+
+def direction_count(layer: MatrixLayer, k: int, rows: int | None = None) -> int:
+    """Return how many singular directions a gradient (m, n) has at most: K, its rank, and the rows it is a sum over.
+
+    >>> direction_count(MatrixLayer("w", "w", "", "dense", (64, 27)), 20, rows=16)
     16
     """
     m, n = layer.shape
@@ -123,8 +136,8 @@ def directions_of(layer: MatrixLayer, k: int, rows: int | None = None) -> int:
     return min(k, layer.groups * rank)
 
 
-def parts_of(memory: float, samples: int | None, micro_batch_size: int | None, divisible: bool) -> int:
-    """Into how many pieces a batch is cut for a method that needs ``memory`` training steps' for it whole.
+def part_count(memory: float, samples: int | None, micro_batch_size: int | None, divisible: bool) -> int:
+    """Return into how many micro-batches a batch is cut that takes ``memory`` times a training step's memory whole.
 
     ceil(samples / micro_batch_size), or without that as many as keep the peak near three training steps'.
     """
@@ -138,8 +151,8 @@ def parts_of(memory: float, samples: int | None, micro_batch_size: int | None, d
     return math.ceil(samples / largest)
 
 
-def sketch_products(directions: Iterable[int], samples: int | None) -> tuple[int, int]:
-    """Products of a sketch, at least and at most: two or three draws of ceil(K / ranks) each.
+def sketch_products(directions: Iterable[int], samples: int | None) -> Count:
+    """Return the products of a sketch: two or three draws of ceil(K / ranks) each.
 
     ranks = samples / 16, from 1 to 5; 5 where the samples are not known.
 
@@ -151,84 +164,63 @@ def sketch_products(directions: Iterable[int], samples: int | None) -> tuple[int
     return 2 * draw, DRAWS * draw
 
 
-def gradient_passes(
-    method: str, parts: int, steps: Mapping[str, float], *, fixed: bool = False, reused: bool = False
-) -> list[Pass]:
-    """The gradient, the weights of the pieces, and once more gradients, piece by piece, to take the curvature of.
-
-    Args:
-        method: of the curvature.
-        parts: pieces per batch.
-        steps: of `steps_at`.
-        fixed: whether ``micro_batch_size`` says how large they are; then the loss of the whole batch is not yet known.
-        reused: whether the curvature is taken on the graph of the gradient.
-    """
-    found = [Pass("forward and backward pass for the gradient", "pass", 1, 1, steps["step"])]
-    if parts > 1:
-        n = 2 if fixed else 1
-        found.append(Pass("forward passes for the weights of the pieces", "forward", n, n, steps["forward"]))
-    if not reused:
-        found.append(Pass(f"forward and backward pass for {method}", "pass", 1, 1, steps["step"]))
-    return found
-
-
-def curvature_passes(
+def count_passes(
     method: str,
     directions: Mapping[str, int],
     structure: Structure | None,
     samples: int | None,
-    steps: Mapping[str, float],
+    parts: int,
     *,
+    micro_batches_given: bool = False,
+    reuses_graph: bool = False,
     checked: bool = False,
-) -> list[Pass]:
-    """The passes of a curvature method beyond those of `gradient_passes`.
+) -> dict[str, Count]:
+    """Count the passes of gradient and curvature by kind.
 
     Args:
         method: "exact", "ggn" or "sketch".
         directions: layer name -> K, for those that the loss depends on.
         structure: of the loss; None: not known, and taken as that of layers that are all seen through their outputs.
         samples: in all.
-        steps: of `steps_at`.
+        parts: micro-batches per batch, whose weights take a forward pass.
+        micro_batches_given: whether ``micro_batch_size`` is set; then the loss of the whole batch takes one, too.
+        reuses_graph: whether the curvature is taken on the graph of the gradient.
         checked: whether "auto" chose, which holds Gauss-Newton against an exact product.
     """
     apart = list(directions) if method == "exact" else [n for n in directions if structure and n in structure.apart]
     tapped = [directions[name] for name in directions if name not in apart]
-    found = []
+    gradients, products = 1 + (not reuses_graph), sum(directions[name] for name in apart)
+    columns, joint = (0, 0), (0, 0)
     if method == "ggn" and tapped:
-        # One more tells whether samples interact.
-        least, most = (1, EXACT_COLUMNS) if structure is None else (structure.passes, structure.passes)
-        found.append(Pass("backward passes of output columns", "column", 1 + least, 1 + most, steps["column"]))
-        if checked:
-            found.append(Pass("forward and backward pass for the check", "pass", 1, 1, steps["step"]))
-            found.append(Pass("Hessian-vector product for the check", "product", 1, 1, steps["exact"]))
+        # One more column tells whether samples interact.
+        columns = (2, 1 + EXACT_COLUMNS) if structure is None else (1 + structure.passes,) * 2
+        gradients += checked
+        products += checked
     elif tapped:
-        least, most = sketch_products(tapped, samples)
         # Without a known loss in it, a product takes the place of a column of the output.
         unknown = int(structure is not None and bool(structure.refusal))
-        found.append(Pass("forward and backward pass from the layers' outputs", "pass", 1, 1, steps["zeros"]))
-        found.append(Pass("backward pass of an output column", "column", 1 - unknown, 1 - unknown, steps["column"]))
-        what = "Hessian-vector products for all layers at once"
-        found.append(Pass(what, "product", least + unknown, most + unknown, steps["sketch"]))
-    if apart:
-        n = sum(directions[name] for name in apart)
-        if method != "exact":
-            found.append(Pass("forward and backward pass for layers apart", "pass", 1, 1, steps["step"]))
-        found.append(Pass("Hessian-vector products, one per layer and direction", "product", n, n, steps["exact"]))
-    return [one for one in found if one.most]
+        columns, joint = (1 - unknown,) * 2, _add(sketch_products(tapped, samples), (unknown, unknown))
+        gradients += 1
+    gradients += bool(apart) and method != "exact"
+    forwards = (1 + micro_batches_given) * (parts > 1)
+    passes = {
+        "gradient": (gradients, gradients),
+        "forward": (forwards, forwards),
+        "column": columns,
+        "product": (products, products),
+        "joint product": joint,
+    }
+    return {kind: count for kind, count in passes.items() if count[1]}
 
 
-def trace_passes(draws: int, parts: int, steps: Mapping[str, float]) -> list[Pass]:
-    """Those of ``curvature_fraction``: a product for each draw, and one that tells whether samples interact."""
-    first = gradient_passes("the trace", parts, steps)[1:]
-    return [
-        *first,
-        Pass("forward and backward pass from the layers' outputs", "pass", 1, 1, steps["zeros"]),
-        Pass("Hessian-vector products for the trace", "product", draws + 1, draws + 1, steps["sketch"]),
-    ]
+def add_trace(passes: Mapping[str, Count], draws: int, parts: int) -> dict[str, Count]:
+    """Add the passes of ``curvature_fraction``: a product per draw, and one that tells whether samples interact."""
+    extra = {"gradient": 2, "forward": int(parts > 1), "joint product": draws + 1}
+    return {kind: _add(passes.get(kind, (0, 0)), (extra.get(kind, 0),) * 2) for kind in {**passes, **extra}}
 
 
-def graph_of(method: str) -> float:
-    """Peak memory of a curvature method, in that of a training step on the same samples."""
+def graph_memory(method: str) -> float:
+    """Return the peak memory of a curvature method, in that of a training step on the same samples."""
     make = METHODS[method]
     assert make is not None
     return make().memory
@@ -237,21 +229,26 @@ def graph_of(method: str) -> float:
 TRACE_GRAPH = HutchinsonTrace.memory
 
 
-def svd_flops(layer: MatrixLayer, k: int) -> float:
-    """Of the leading triplets, as many as matrix products of float32 do in its time.
+def layer_flops(layer: MatrixLayer, k: int, *, all_values: bool = False, factor_rows: int | None = None) -> float:
+    """Return the FLOPs of what is done once per layer, as many as matrix products of float32 do in its time.
 
-    2 * 10 * 4 m n (K + 4) for ten blocks of Lanczos in float64, at half the speed; 4 (4 m n r + 13 r^3), r = min(m, n),
-    for a full SVD, at a quarter; each times the groups.
+    Leading triplets: 2 * 10 * 4 m n (K + 4) for ten blocks of Lanczos in float64, at half the speed, or
+    4 (4 m n r + 13 r^3), r = min(m, n), for a full SVD, at a quarter; each times the groups. All singular values, by
+    the Gram matrix in float64: 4 m n r + 16 r^3. Kronecker factors of so many rows: 2 rows (m^2 + n^2) +
+    3 (m^3 + n^3).
     """
     m, n = layer.shape[0] // layer.groups, layer.shape[1]
-    if is_large((m, n), k):
-        return layer.groups * 80.0 * m * n * (k + 4)
     r = min(m, n)
-    return 4 * layer.groups * (4.0 * m * n * r + 13.0 * r**3)
+    flops = 80.0 * m * n * (k + 4) if is_large((m, n), k) else 4 * (4.0 * m * n * r + 13.0 * r**3)
+    if all_values:
+        flops += 4.0 * m * n * r + 16.0 * r**3
+    if factor_rows is not None:
+        flops += 2.0 * factor_rows * (m**2 + n**2) + 3.0 * (m**3 + n**3)
+    return layer.groups * flops
 
 
 def svd_bytes(layer: MatrixLayer, k: int, itemsize: int = 4) -> int:
-    """Workspace of the same: 11 r^2 bytes of Lanczos basis, or copy, U, V and 4 r^2 entries of a full SVD."""
+    """Return the workspace of the triplets: 11 r^2 bytes of Lanczos basis, or what a full SVD takes."""
     m, n = layer.shape[0] // layer.groups, layer.shape[1]
     r = min(m, n)
     if is_large((m, n), k):
@@ -259,20 +256,7 @@ def svd_bytes(layer: MatrixLayer, k: int, itemsize: int = 4) -> int:
     return layer.groups * itemsize * (m * n + (m + n) * r + 4 * r * r)
 
 
-def values_flops(layer: MatrixLayer) -> float:
-    """Of all singular values, by the Gram matrix in float64: 2 (2 m n r) and 4 r^3 for its eigenvalues."""
-    m, n = layer.shape[0] // layer.groups, layer.shape[1]
-    r = min(m, n)
-    return layer.groups * (4.0 * m * n * r + 16.0 * r**3)
-
-
-def factor_flops(layer: MatrixLayer, rows: int) -> float:
-    """Of C_A (n, n) and C_delta (m, m) of so many rows, and their eigenvalues: 2 rows (m^2 + n^2) + 3 (m^3 + n^3)."""
-    m, n = layer.shape[0] // layer.groups, layer.shape[1]
-    return layer.groups * (2.0 * rows * (m**2 + n**2) + 3.0 * (m**3 + n**3))
-
-
 def factor_bytes(layer: MatrixLayer) -> int:
-    """(m^2 + n^2) entries of float32, m and n up to the 8192 above which no matrix is held."""
+    """Return (m^2 + n^2) entries of float32, m and n up to the 8192 above which no matrix is held."""
     m, n = (side if side <= LARGE else 0 for side in (layer.shape[0] // layer.groups, layer.shape[1]))
     return 4 * layer.groups * (m * m + n * n)

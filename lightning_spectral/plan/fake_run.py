@@ -1,18 +1,14 @@
-"""A network without numbers: made without its weights, and a loss of it traced on tensors that have shapes alone.
+"""The loss of a network traced on tensors that have shapes and no values.
 
-Two ways to do without memory serve two ends. A factory is run with real tensors whose parameters go to the meta device
-as modules take them in, so that what it computes of sizes and rates (`torch.linspace(...).tolist()`) has values. The
-loss is traced on fake tensors, which say that they lie on the CPU: a network that creates tensors there works, as it
-would not with meta ones.
+They are fake tensors, which say that they lie on the CPU: a network that creates tensors there works, as it would not
+with meta ones.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +18,6 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,9 +31,7 @@ from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.loss import LossFunction, mute, resolve_loss, stand_ins
 from lightning_spectral.numerics.matmul_precision import PRECISIONS
 from lightning_spectral.options import Mode, Precision
-
-LARGE_BUFFER = 2**16
-"""Entries from which on a buffer goes to the meta device, too: an attention mask, whose values no factory reads."""
+from lightning_spectral.plan.meta_init import IgnoreDeviceMoves
 
 REFUSALS = (
     fake_tensor.DynamicOutputShapeException,
@@ -46,76 +39,14 @@ REFUSALS = (
     fake_tensor.UnsupportedFakeTensorException,
 )
 
-MOVES = (Tensor.to, Tensor.cpu, Tensor.cuda)
-
 
 class NeedsValuesError(MeasurementError):
-    """A loss that cannot be traced on tensors that have shapes alone."""
-
-
-@contextmanager
-def weightless() -> Iterator[None]:
-    """While active, modules hold their parameters and large buffers on the meta device.
-
-    A parameter is made as ever and let go when a module takes it in, so that at most one has memory at a time. What
-    reads the values of weights fails.
-    """
-    taken: dict[int, tuple[weakref.ref[Tensor], nn.Parameter]] = {}
-    add_parameter, add_buffer = nn.Module.register_parameter, nn.Module.register_buffer
-
-    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        add_parameter(self, name, _on_meta(param, taken))
-
-    def register_buffer(self: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        large = tensor is not None and not isinstance(tensor, UNINITIALIZED) and tensor.numel() >= LARGE_BUFFER
-        add_buffer(self, name, tensor.to("meta") if large and tensor is not None else tensor, persistent)
-
-    nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
-    nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
-    try:
-        with _Unmoved(), warnings.catch_warnings():
-            # Weights that a factory loads are let go like those that it draws.
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
-            yield
-    finally:
-        nn.Module.register_parameter = add_parameter  # type: ignore[method-assign]
-        nn.Module.register_buffer = add_buffer  # type: ignore[method-assign]
-
-
-def _on_meta(
-    parameter: nn.Parameter | None, taken: dict[int, tuple[weakref.ref[Tensor], nn.Parameter]]
-) -> nn.Parameter | None:
-    """A parameter's stand-in; one that two modules share has one."""
-    if parameter is None or parameter.is_meta or isinstance(parameter, nn.UninitializedParameter):
-        return parameter
-    original, stand_in = taken.get(id(parameter), (lambda: None, None))
-    if stand_in is None or original() is not parameter:
-        empty = torch.empty_like(parameter, device="meta")
-        stand_in = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        stand_in.__dict__.update(vars(parameter))
-        taken[id(parameter)] = weakref.ref(parameter), stand_in
-    return stand_in
-
-
-class _Unmoved(TorchFunctionMode):
-    """Tensors without values stay where they are, whatever device they are moved to; a change of type is made."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function as it is, moves of such tensors without the device."""
-        kwargs = kwargs or {}
-        if func not in MOVES or not (args[0].is_meta or isinstance(args[0], fake_tensor.FakeTensor)):
-            return func(*args, **kwargs)
-        given = [*args[1:], *kwargs.values()]
-        dtypes = [value.dtype if isinstance(value, Tensor) else value for value in given]
-        dtype = next((value for value in dtypes if isinstance(value, torch.dtype)), None)
-        return args[0] if dtype is None else func(args[0], dtype=dtype)
+    """Raised for a loss that cannot be traced on tensors that have shapes alone."""
 
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """What a forward and a backward pass tell of a loss without its value.
+    """Result of a forward and a backward pass without values.
 
     Attributes:
         samples: in the batch; None where it does not tell.
@@ -123,7 +54,7 @@ class Traced:
         structure: what a curvature method can use.
         activations: bytes that the graph keeps for the backward pass, parameters aside.
         step_flops: of matrix products and convolutions, forward and backward to every parameter that is trained.
-        read: how many values the loss read, which were all taken as zero.
+        values_read: number of values that the loss read, all taken as zero.
     """
 
     samples: int | None
@@ -131,10 +62,10 @@ class Traced:
     structure: Structure
     activations: int
     step_flops: int
-    read: int
+    values_read: int
 
 
-def traced(
+def trace_loss(
     model: nn.Module,
     batch: Any,
     loss_fn: LossFunction | None,
@@ -159,29 +90,29 @@ def traced(
     copier.memo.update(replaced)
     shapes, given = copier.copy(model, type(model).__name__), map_leaves(batch, lambda x: copier.copy(x, "batch"))
     samples, loss = batch_size(given), resolve_loss(model, loss_fn)
-    _quieten(shapes)
+    _silence_metrics(shapes)
     values = _Zeros()
     kept = {id(stand_in): stand_in for stand_in in replaced.values()}
     with quiet(shapes, mode=mode, precision=precision, stand_ins=kept) as shadow:
         mute(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
-        problem = FakeLoss(lambda: loss(shadow.module, given), layers, leaves, samples)
+        fake_loss = FakeLoss(lambda: loss(shadow.module, given), layers, leaves, samples)
         try:
-            with fakes, values, _Unmoved(), _unlogged():
-                activations, forward = _forward(problem, parameters.values())
-                backward = _backward(problem.value, parameters.values())
+            with fakes, values, IgnoreDeviceMoves(), _unlogged():
+                activations, forward = _forward(fake_loss, parameters.values())
+                backward = _backward(fake_loss.value, parameters.values())
         except Exception as error:
             # The model and the loss are anyone's code; their own errors are those of a measurement, too.
-            if needed := _needed(error):
-                raise NeedsValuesError(f"the loss cannot be traced without values ({first_line(needed)})") from error
+            if cause := _data_dependence_in(error):
+                raise NeedsValuesError(f"the loss cannot be traced without values ({first_line(cause)})") from error
             raise
-        found = structure(problem)
-    return Traced(samples, divisible(given), found, activations, forward + backward, values.read)
+        graph = structure(fake_loss)
+    return Traced(samples, divisible(given), graph, activations, forward + backward, values.n_read)
 
 
 class _Shapes(Copier):
-    """Copies whose tensors have shapes and no values.
+    """Copier to tensors that have shapes and no values.
 
     Args:
         fakes: the mode that their tensors belong to.
@@ -205,7 +136,7 @@ class _Shapes(Copier):
 
 @contextmanager
 def _unlogged() -> Iterator[None]:
-    """Without the traceback that fake tensors log of an error, which is raised as well."""
+    """Silence the traceback that fake tensors log of an error, which is raised as well."""
     logger = logging.getLogger(fake_tensor.__name__)
     before, logger.disabled = logger.disabled, True
     try:
@@ -214,19 +145,19 @@ def _unlogged() -> Iterator[None]:
         logger.disabled = before
 
 
-def _needed(error: BaseException | None) -> BaseException | None:
-    """What fake tensors refused, if that is behind an error."""
+def _data_dependence_in(error: BaseException | None) -> BaseException | None:
+    """Return what fake tensors refused, if that is behind an error."""
     while error is not None and not isinstance(error, REFUSALS):
         error = error.__cause__
     return error
 
 
 class _Zeros(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Zero, or false, for each value that is read of a tensor that has none: a loss that is logged or compared."""
+    """Give zero, or false, for each value that is read of a tensor that has none: a loss that is logged or compared."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.read = 0
+        self.n_read = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -234,12 +165,12 @@ class _Zeros(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operation as it is, but for reading."""
         if func is not torch.ops.aten._local_scalar_dense.default:
             return func(*args, **(kwargs or {}))
-        self.read += 1
+        self.n_read += 1
         dtype = args[0].dtype
         return 0.0 if dtype.is_floating_point else False if dtype is torch.bool else 0
 
 
-def _quieten(model: nn.Module) -> None:
+def _silence_metrics(model: nn.Module) -> None:
     """Keep metrics, which no loss depends on, from looking at values, and LightningModules on the CPU."""
     for part in model.modules():
         if "_device" in part.__dict__:
@@ -262,8 +193,8 @@ def _no_values(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return {}
 
 
-def _forward(problem: DifferentiableLoss, weights: Iterable[Tensor]) -> tuple[int, int]:
-    """Bytes saved for the backward pass in storages that are not the parameters', and FLOPs."""
+def _forward(fake_loss: DifferentiableLoss, weights: Iterable[Tensor]) -> tuple[int, int]:
+    """Return bytes saved for the backward pass in storages that are not the parameters', and FLOPs."""
     kept: dict[int, Any] = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -272,14 +203,14 @@ def _forward(problem: DifferentiableLoss, weights: Iterable[Tensor]) -> tuple[in
         return tensor
 
     with FlopCounterMode(display=False) as flops, saved_tensors_hooks(save, lambda tensor: tensor):
-        problem.run()
+        fake_loss.run()
     for weight in weights:
         kept.pop(weight.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values()), int(flops.get_total_flops())
 
 
 def _backward(loss: Tensor, weights: Iterable[Tensor]) -> int:
-    """FLOPs to every parameter that is trained."""
+    """Return the FLOPs of a backward pass to every parameter that is trained."""
     leaves = {id(weight): weight for weight in weights if weight.requires_grad}
     with FlopCounterMode(display=False) as flops:
         torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)

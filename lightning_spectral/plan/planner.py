@@ -14,33 +14,29 @@ from torch import nn
 from lightning_spectral._validation import positive_int
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.layers.kinds import Kind
-from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers
+from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer
 from lightning_spectral.measurement.loss import LossFunction
-from lightning_spectral.measurement.setup import unwrapped
+from lightning_spectral.measurement.setup import select_layers, unwrapped
 from lightning_spectral.options import Mode, Options, Precision
-from lightning_spectral.plan.cost_estimate import Cost, Estimate
-from lightning_spectral.plan.cost_model import FACTOR
-from lightning_spectral.plan.fake_run import NeedsValuesError, traced
+from lightning_spectral.plan.cost_estimate import Estimate
+from lightning_spectral.plan.cost_model import FACTOR, Cost
+from lightning_spectral.plan.fake_run import NeedsValuesError, trace_loss
 
 FEWER_SAMPLES, FEWER_DIRECTIONS = 32, 10
 """What is suggested for ``max_samples``, of all processes, and ``top_k``: with fewer samples there is no sketch."""
 
-WORTH = 0.1
-"""Of time or memory that a change of options has to save to be suggested."""
-
 
 @dataclass(frozen=True)
 class Saving:
-    """A change of options, and what a measurement costs with it."""
+    """A change of options, and the cost of a measurement with it."""
 
     option: str
     cost: Cost
-    note: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a measurement would do and cost.
+    """A measurement that was not run: its layers, its method and its cost.
 
     Attributes:
         model: its class.
@@ -84,15 +80,15 @@ class Plan:
     savings: tuple[Saving, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain values."""
         return asdict(self) | {
             "costs": {name: cost.to_dict() for name, cost in self.costs.items()},
-            "savings": [{"option": x.option, "note": x.note, "cost": x.cost.to_dict()} for x in self.savings],
+            "savings": [{"option": x.option, "cost": x.cost.to_dict()} for x in self.savings],
             "factor": FACTOR,
         }
 
     def to_json(self, path: str | Path) -> Path:
-        """Write it to a file; returns its path."""
+        """Write the plan to a file and return its path."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
         return Path(path)
 
@@ -118,16 +114,16 @@ def plan_spectra(
     world_size: int = 1,
     sharded: bool = False,
 ) -> Plan:
-    """What `measure_spectra` with these options would do and cost, without memory for the network or a pass over it.
+    """Plan what `measure_spectra` with these options would do and cost, without memory for the network.
 
-    Time is in training steps: forward and backward passes in float32 on the batch, without the optimizer. With c_i
-    passes of sort i, which take s_i steps each (`steps_at`), a share r of the batch's samples
-    measured, and F the FLOPs of a step,
+    Time is in training steps: forward and backward passes in float32 on the batch, without the optimizer. With g
+    gradients, c_i other passes of kind i, which take f_i of a step's FLOPs (`STEP_FLOPS`), a share r of the batch's
+    samples measured, and F the FLOPs of a step,
 
-        steps = n_batches * r * sum_i c_i s_i + (FLOPs of singular triplets and Kronecker factors) / F.
+        steps = n_batches * r * (g + 1.4 sum_i c_i f_i) + (FLOPs of singular triplets and Kronecker factors) / F.
 
-    The s_i were fitted on one CPU thread. Time and memory hold within a factor of two. Memory is beside that of the
-    network:
+    Time holds within a factor of three, of networks of width 96 and more within two, and so does memory. Memory is
+    beside that of the network:
 
         peak = weights + directions + max(gradients + SVD + graph of the gradient, graph of the curvature),
 
@@ -143,7 +139,7 @@ def plan_spectra(
     the largest) stay, or if it is more, what training keeps whole in a forward pass, which is not known here; and two
     more of the largest while it is gathered. Of the gradients each process holds 1 / w, and two of the largest while
     they are summed, but all of them with curvature="exact". Each process sends (w - 1) / w of its shards whenever they
-    are read, up to twice per pass and piece.
+    are read, up to twice per pass and micro-batch.
 
     Args:
         model: on any device, the meta device included. Nothing of it is read but names, shapes and types.
@@ -191,73 +187,57 @@ def plan_quietly(
     world_size: int = 1,
     sharded: bool = False,
 ) -> Plan:
-    """`plan_spectra` of options in one piece."""
+    """Plan as `plan_spectra` does, with the options in one object."""
     positive_int("n_batches", n_batches)
     positive_int("world_size", world_size)
     if sharded and world_size == 1:
         raise ValueError("sharded: parameters are shards over several processes; set world_size")
     model = unwrapped(model)
-    found = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
-    if not found.layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
-        raise ValueError(f"layers: no layer is left to measure ({reasons})")
-    seen, hidden = None, list[str]()
+    layers = select_layers(model, options)
+    trace, hidden = None, list[str]()
     if batch is not None:
         try:
-            seen = traced(model, batch, loss_fn, found.layers, mode=options.mode, precision=options.precision)
+            trace = trace_loss(model, batch, loss_fn, layers.layers, mode=options.mode, precision=options.precision)
         except NeedsValuesError as error:
             hidden.append(f"what the graph of the loss tells: {error}")
-    estimate = Estimate(model, found.layers, seen, options, n_batches, world_size, sharded)
+    estimate = Estimate(model, layers.layers, trace, options, n_batches, world_size, sharded)
     method, why, unknown = estimate.choice()
     return Plan(
         model=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=found.layers,
+        layers=layers.layers,
         directions=estimate.directions,
-        skipped=found.skipped,
-        unreached=() if seen is None else seen.structure.unreached,
+        skipped=layers.skipped,
+        unreached=() if trace is None else trace.structure.unreached,
         method=method,
         why=why,
         unknown=(*hidden, *unknown),
         samples=estimate.samples,
-        batch_samples=None if seen is None else seen.samples,
+        batch_samples=None if trace is None else trace.samples,
         n_batches=n_batches,
         world_size=world_size,
         sharded=sharded,
-        costs={name: estimate.cost(name) for name in METHODS if estimate.possible(name)},
-        activations=None if seen is None else seen.activations,
-        step_flops=None if seen is None else seen.step_flops,
-        sent=estimate.sent,
-        savings=tuple(_savings(estimate, method)) if estimate.possible(method) else (),
+        costs={name: estimate.cost(name) for name in METHODS if estimate.is_possible(name)},
+        activations=None if trace is None else trace.activations,
+        step_flops=None if trace is None else trace.step_flops,
+        sent=estimate.bytes_sent,
+        savings=tuple(_savings(estimate, method)) if estimate.is_possible(method) else (),
     )
 
 
 def _savings(estimate: Estimate, method: str) -> Iterator[Saving]:
-    """Options that make a measurement cheaper or smaller by a tenth at least, each by itself."""
+    """Yield options that make a measurement cheaper or smaller by a tenth at least, each by itself."""
     cost = estimate.cost(method)
-    for saving in _changed(estimate, method, cost):
-        steps, peak = saving.cost.steps[1], saving.cost.memory.peak
-        if steps <= (1 - WORTH) * cost.steps[1] or peak <= (1 - WORTH) * cost.memory.peak:
-            yield saving
-
-
-def _changed(estimate: Estimate, method: str, cost: Cost) -> Iterator[Saving]:
     fewer_samples = math.ceil(FEWER_SAMPLES / estimate.world_size)
-    if (estimate.local or 0) > fewer_samples:
-        yield Saving(f"max_samples={fewer_samples}", _with(estimate, method, max_samples=fewer_samples))
-    if estimate.at_once(cost.parts) > 1:
-        size = math.ceil(estimate.at_once(cost.parts) / 4)
-        yield Saving(f"micro_batch_size={size}", _with(estimate, method, micro_batch_size=size))
+    at_once = estimate.samples_at_once(cost.parts)
+    changes: list[dict[str, Any]] = []
+    if (estimate.local_samples or 0) > fewer_samples:
+        changes.append({"max_samples": fewer_samples})
+    if at_once > 1:
+        changes.append({"micro_batch_size": math.ceil(at_once / 4)})
     if estimate.options.top_k > FEWER_DIRECTIONS:
-        fewer = _with(estimate, method, top_k=FEWER_DIRECTIONS, spectrum_top_k=None)
-        yield Saving(f"top_k={FEWER_DIRECTIONS}", fewer)
-    half = dict(list(estimate.layers.items())[::2])
-    yield Saving("layers=[...]", replace(estimate, layers=half).cost(method), "every other layer")
-    for other in ("ggn", "sketch"):
-        if other != method and estimate.possible(other):
-            note = "of another matrix than the Hessian" if other == "ggn" and estimate.obstacle else ""
-            yield Saving(f"curvature={other!r}", estimate.cost(other), note)
-
-
-def _with(estimate: Estimate, method: str, **changes: Any) -> Cost:
-    return replace(estimate, options=replace(estimate.options, **changes)).cost(method)
+        changes.append({"top_k": FEWER_DIRECTIONS, "spectrum_top_k": None})
+    for change in changes:
+        changed = replace(estimate, options=replace(estimate.options, **change)).cost(method)
+        if changed.steps[1] <= 0.9 * cost.steps[1] or changed.memory.peak <= 0.9 * cost.memory.peak:
+            yield Saving("{}={}".format(*next(iter(change.items()))), changed)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.numerics.power_law import PowerLawFit, fit_power_law, with_ordinate_errors
+from lightning_spectral.numerics.statistics import median
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +98,12 @@ class LayerAlignment:
     @property
     def concentration_ratio(self) -> float:
         """Median of ``concentration`` over k."""
-        return median(self.concentration)
+        return median(_finite(self.concentration))
 
     @property
     def median_chi(self) -> float:
         """Median of chi over k."""
-        return median(self.chi)
+        return median(_finite(self.chi))
 
     @classmethod
     def from_factors(
@@ -171,10 +172,8 @@ class LayerAlignment:
         )
 
 
-def median(values: Tensor) -> float:
-    """The median of those that are finite, the mean of the middle two; NaN where there is none."""
-    known = values[values.isfinite()]
-    return float(known.quantile(0.5)) if len(known) else float("nan")
+def _finite(values: Tensor) -> list[float]:
+    return values[values.isfinite()].tolist()
 
 
 def _padded(values: Tensor, n: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning_spectral._messages import group_by_reason, join_names
 from lightning_spectral._serialization import decode, to_jsonable
 from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.numerics.power_law import RankModel
+from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.log_keys import LAYER_KEYS, RANK_MODELS
 
@@ -210,23 +210,6 @@ def _row(layer: LayerSpectrum) -> dict[str, Any]:
         "rank_model": layer.rank_models.winner,
         "note": layer.note,
     }
-
-
-def median(values: list[float]) -> float:
-    """The median of those that are not NaN; NaN where there is none."""
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.median(known) if known else float("nan")
-
-
-def evenly(n: int, m: int) -> list[int]:
-    """At most m of n indices, evenly, with the last and, from two on, the first.
-
-    >>> evenly(7, 3), evenly(3, 5), evenly(3, 1), evenly(3, 0)
-    ([0, 3, 6], [0, 1, 2], [2], [])
-    """
-    if m <= 1:
-        return [n - 1] if m == 1 else []
-    return list(range(n)) if m >= n else [round(i * (n - 1) / (m - 1)) for i in range(m)]
 
 
 def _medians(layers: Iterable[LayerSpectrum], prefix: str) -> dict[str, float]:

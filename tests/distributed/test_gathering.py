@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import gathered_steps
 import pytest
-from processes import in_processes
+import sharded_measurements
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("n", [2, 3])
-def test_weights_in_shards_are_measured_as_whole_ones(n, tmp_path):
-    in_processes(gathered_steps.BY_TWO if n == 2 else gathered_steps.BY_THREE, n, tmp_path)
+def name_of(check):
+    return check.__name__.removeprefix("check_")
+
+
+@pytest.mark.parametrize("check", sharded_measurements.BY_THREE, ids=name_of)
+def test_three_ranks_measure_shards_as_whole_weights(world_of_three, check, tmp_path):
+    world_of_three.run(f"sharded_measurements:{check.__name__}", tmp_path)
+
+
+@pytest.mark.parametrize("check", sharded_measurements.BY_TWO, ids=name_of)
+def test_two_ranks_measure_shards_as_whole_weights(world_of_two, check, tmp_path):
+    world_of_two.run(f"sharded_measurements:{check.__name__}", tmp_path)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
-import jointly
+import joint_measurements as joint
 import pytest
 import torch
 
@@ -19,25 +15,11 @@ WORLD = 3
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each process found."""
-    folder = tmp_path_factory.mktemp("processes")
-    script = Path(jointly.__file__)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(WORLD), str(folder / "store"), str(folder)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=400)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * WORLD, "\n".join(errors)[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def results(world_of_three):
+    """Results of each rank by label."""
+    names = ("measure_joined", "fail_in_one", "measure_shards", "measure_odd_groups")
+    calls = [world_of_three.run(f"joint_measurements:{name}") for name in names]
+    return [{label: result for call in calls for label, result in call[rank].items()} for rank in range(WORLD)]
 
 
 def without_time(report):
@@ -48,23 +30,21 @@ def without_time(report):
 def alone():
     """The same by one process on the joined batch."""
     found = {}
-    for label, (name, options) in jointly.MEASURED.items():
-        model, batch = jointly.network(name)
+    for label, (name, options) in joint.MEASURED.items():
+        model, batch = joint.network(name)
         with warnings.catch_warnings():
             # Some layers have too few directions with h > 0 for a fit, in both measurements.
             warnings.simplefilter("ignore", SpectralWarning)
-            found[label] = measure_spectra(model, batch, jointly.loss, **jointly.OPTIONS | options)
+            found[label] = measure_spectra(model, batch, joint.loss, **joint.OPTIONS | options)
     return found
 
 
 # "auto" takes a sketch of the smooth network.
-@pytest.mark.parametrize(
-    "label", [label for label in jointly.MEASURED if label not in ("smooth sketch", "smooth auto")]
-)
+@pytest.mark.parametrize("label", [label for label in joint.MEASURED if label not in ("smooth sketch", "smooth auto")])
 def test_processes_together_measure_what_one_does_on_all_their_samples(results, alone, label):
     expected, found = alone[label], SpectralReport.from_dict(results[0][label])
     assert found.loss == pytest.approx(expected.loss, rel=1e-10)
-    assert found.n_samples == expected.n_samples == sum(jointly.SIZES)
+    assert found.n_samples == expected.n_samples == sum(joint.SIZES)
     assert list(found.layers) == list(expected.layers)
     for name, layer in found.layers.items():
         other = expected.layers[name]
@@ -74,7 +54,7 @@ def test_processes_together_measure_what_one_does_on_all_their_samples(results, 
         assert layer.alpha.exponent == pytest.approx(other.alpha.exponent, rel=1e-6, nan_ok=True)
 
 
-@pytest.mark.parametrize("label", jointly.MEASURED)
+@pytest.mark.parametrize("label", joint.MEASURED)
 def test_every_process_is_given_the_same_report(results, label):
     first, *others = (str(without_time(of_rank[label])) for of_rank in results)
     assert others == [first] * (WORLD - 1)
@@ -179,7 +159,7 @@ def test_wherever_a_process_fails_no_other_waits_for_it(results, method):
             assert [str(without_time(other)) for other in others] == [str(without_time(first))] * (WORLD - 1)
 
 
-@pytest.mark.parametrize("label", jointly.STEPS)
+@pytest.mark.parametrize("label", joint.STEPS)
 def test_no_process_waits_for_one_that_fails_beside_the_loss(results, label):
     first, *others = (of_rank[label] for of_rank in results)
     if isinstance(first, str):
@@ -203,7 +183,7 @@ def test_a_cache_that_grows_in_each_process_is_its_own(results, alone):
 def test_where_memory_runs_out_in_one_process_all_take_smaller_pieces(results, alone, label):
     found = [SpectralReport.from_dict(of_rank[label]) for of_rank in results]
     assert [report.micro_batch_size for report in found] == [found[0].micro_batch_size] * WORLD
-    assert found[0].micro_batch_size < max(jointly.SIZES)
+    assert found[0].micro_batch_size < max(joint.SIZES)
     for name, layer in found[0].layers.items():
         expected = alone["smooth exact"].layers[name].h
         torch.testing.assert_close(layer.h, expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))

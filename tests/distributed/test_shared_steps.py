@@ -3,25 +3,33 @@
 import copy
 from types import SimpleNamespace
 
+import optimizer_ddp
+import optimizer_fsdp
+import optimizer_trainers
 import pytest
-import sharded_steps
-import shared_in_lightning
-import shared_steps
 import torch
-from processes import in_processes
 from torch import nn
 
 from lightning_spectral import SpectralNewton
 from lightning_spectral.optim.ddp import SMALLEST, in_rounds, is_shared, owners_by_cost
 from lightning_spectral.optim.matrix_layout import Layout, blocks, row_counts
 
-BY_ANY = [shared_steps.small_ones_too, *shared_steps.BY_ANY, *sharded_steps.BY_ANY]
-BY_TWO = [*shared_steps.BY_TWO, *sharded_steps.BY_TWO, *shared_in_lightning.BY_TWO]
+BY_ANY = [*optimizer_ddp.BY_ANY, *optimizer_fsdp.BY_ANY]
+BY_TWO = [*BY_ANY, *optimizer_ddp.BY_TWO, *optimizer_fsdp.BY_TWO, *optimizer_trainers.BY_TWO]
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_processes_step_as_one(n, tmp_path):
-    in_processes([*BY_ANY, *(BY_TWO if n == 2 else ())], n, tmp_path)
+def name_of(check):
+    return f"{check.__module__}-{check.__name__.removeprefix('check_')}"
+
+
+@pytest.mark.parametrize("check", BY_TWO, ids=name_of)
+def test_two_ranks_step_as_one(world_of_two, check, tmp_path):
+    world_of_two.run("optimizer_ddp:check", check.__module__, check.__name__, tmp_path)
+
+
+@pytest.mark.parametrize("check", BY_ANY, ids=name_of)
+def test_three_ranks_step_as_one(world_of_three, check, tmp_path):
+    world_of_three.run("optimizer_ddp:check", check.__module__, check.__name__, tmp_path)
 
 
 def items(*costs):

@@ -35,11 +35,11 @@ def growth(folder, probes, history_size=20):
 
 
 def test_probes_leave_nothing_behind(tmp_path):
-    grown, probe = growth(tmp_path, 250)
-    assert [report.step for report in probe.history] == list(range(230, 250))
+    grown, probe = growth(tmp_path, 150)
+    assert [report.step for report in probe.history] == list(range(130, 150))
     assert grown["graphs"] == 0
     assert grown["files"] == 0
-    assert grown["blocks"] < 200 * BLOCKS_PER_PROBE
+    assert grown["blocks"] < 100 * BLOCKS_PER_PROBE
     assert grown["memory_mb"] < 5
 
 

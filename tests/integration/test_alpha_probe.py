@@ -18,7 +18,6 @@ from cases import Attention, TiedLM, grouped, mlp
 from modules import GPT, ConvNet, fit
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers.logger import DummyLogger
-from test_distributed import run_two
 from torch import nn
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
@@ -382,33 +381,9 @@ def test_bad_calls():
         optimizer.alpha_of(weight, (6, 8))
 
 
-TRAIN = """
-    class Net(GPT):
-        def configure_optimizers(self):
-            return SpectralNewton(SpectralNewton.groups(self), lr=0.05, alpha="probe", alpha_min_r2=0.0)
-
-    class Broken(torch.utils.data.Dataset):
-        def __len__(self):
-            return 32
-
-        def __getitem__(self, i):
-            if rank == {failing}:
-                raise RuntimeError("gone")
-            return GPT.data()[i]
-
-    batch = "train" if {failing} is None else DataLoader(Broken(), 16)
-    probe = SpectralProbe(every_n_steps=2, top_k=4, batch=batch)
-    module = Net()
-    trainer = pl.Trainer(max_steps=6, max_epochs=-1, callbacks=[probe], logger=pl.loggers.CSVLogger(folder), **options)
-    trainer.fit(module, DataLoader(GPT.data(), 16, shuffle=True))
-    result["alphas"] = [a for g in trainer.optimizers[0].param_groups for of in g.get("alphas", ()) for a in of]
-    result["measured"] = [x.alpha.exponent for report in probe.history for x in report.layers.values()]
-"""
-
-
 @pytest.mark.parametrize("failing", [None, 0, 1])
-def test_two_processes_step_with_the_same_exponents_or_with_none(tmp_path, failing):
-    first, second = run_two(tmp_path / "run", TRAIN.format(failing=failing))
+def test_two_processes_step_with_the_same_exponents_or_with_none(world_of_two, tmp_path, failing):
+    first, second = world_of_two.run("probe_trainers:train_with_measured_alpha", tmp_path, failing)
     assert first["weights"] == second["weights"]
     assert first["alphas"] == second["alphas"]
     assert any(a is not None for a in first["alphas"]) == (failing is None)

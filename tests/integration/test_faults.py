@@ -10,45 +10,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from modules import ProbeRows, fit
+from identical import assert_identical
+from modules import ProbeRows
 from pytorch_lightning.callbacks import BackboneFinetuning, BaseFinetuning
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.logger import DummyLogger
-from test_no_trace import assert_identical
+from tiny import Small, fit_small, small_data
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
-
-
-class Small(pl.LightningModule):
-    """Everything that a measurement could leave changed: statistics, dropout, flags, gradients."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.1), nn.Linear(8, 8))
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.head(self.backbone(x))
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-
-def data(n=24):
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(n, 6, generator=generator), torch.randint(0, 5, (n,), generator=generator))
-
-
-def train(module, *callbacks, **options):
-    pl.seed_everything(1, verbose=False)
-    return fit(module, callbacks, **{"data": data(), "batch_size": 6, **options})
 
 
 class Zeroed(Small):
@@ -74,7 +47,7 @@ def test_weights_that_turn_nan_are_told_and_change_nothing():
     for probes in ([], [probe := SpectralProbe(every_n_steps=1, weight_spectra=True)]):
         torch.manual_seed(0)
         module = Zeroed()
-        trainer = train(module, nan_at(2), *probes, steps=5, logger=[rows])
+        trainer = fit_small(module, nan_at(2), *probes, steps=5, logger=[rows])
         states.append([value.nan_to_num(7.0) for value in module.state_dict().values()])
     assert_identical(*states)
     assert int(module.backbone[0].weight.isnan().sum()) == 1
@@ -90,7 +63,7 @@ def test_a_loss_that_is_nan_at_a_probe_is_told_once_and_the_next_probe_measures(
 
     probe = SpectralProbe(every_n_steps=1)
     with pytest.warns(SpectralWarning) as caught:
-        trainer = train(Spiked(), probe, steps=5)
+        trainer = fit_small(Spiked(), probe, steps=5)
     told = [str(w.message) for w in caught if "nothing was measured" in str(w.message)]
     assert len(told) == 1
     assert "step 1" in told[0]
@@ -110,7 +83,7 @@ def test_a_backbone_that_is_unfrozen_in_training_is_measured_from_then_on(module
         return BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda epoch: 1.5)
 
     probe, module = SpectralProbe(every_n_steps=2), module_class()
-    trainer = train(module, callbacks(), probe, steps=8)
+    trainer = fit_small(module, callbacks(), probe, steps=8)
     assert [sorted(report.layers) for report in probe.history] == [
         *2 * [["head.weight"]], *2 * [["backbone.0.weight", "backbone.4.weight", "head.weight"]]
     ]  # fmt: skip
@@ -144,7 +117,7 @@ class Surgery(BaseFinetuning):
 def test_layers_that_come_freeze_and_go_in_training(tmp_path):
     probe = SpectralProbe(every_n_steps=2, log_tables=True, log_layers="all")
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
-    trainer = train(Small(), Surgery(), probe, steps=8, logger=logger)
+    trainer = fit_small(Small(), Surgery(), probe, steps=8, logger=logger)
     a, b, new, head = "backbone.0.weight", "backbone.4.weight", "backbone.5.weight", "head.weight"
     # The last one moves into the place of the one that went.
     assert [list(report.layers) for report in probe.history] == [
@@ -167,7 +140,7 @@ def test_layers_chosen_that_go_away_are_told_and_training_goes_on():
                 del module.backbone[4]
 
     with pytest.warns(SpectralWarning, match="nothing was measured at step 2: .*backbone.4"):
-        trainer = train(Small(), Remove(), probe, steps=4)
+        trainer = fit_small(Small(), Remove(), probe, steps=4)
     assert (trainer.global_step, probe.failed_probes) == (4, 1)
 
 
@@ -175,7 +148,7 @@ class Changing(Dataset):
     """Batches whose size, nesting and type change from one to the next, as the module can take them."""
 
     def __init__(self):
-        x, y = data().tensors
+        x, y = small_data().tensors
         self.batches = [
             (x, y), (x[:7], y[:7]), {"x": x[:9], "y": y[:9]}, [x.double(), y], (x, y.int()), (x[:5].clone(), y[:5]),
             (x[:6].to("meta"), y[:6]),
@@ -208,7 +181,7 @@ def test_batches_that_change_shape_type_and_device(options, probes):
     for callbacks in ([], [probe := SpectralProbe(every_n_steps=1, **options)]):
         torch.manual_seed(0)
         module = Tolerant()
-        trainer = train(module, *callbacks, steps=7, data=Changing(), batch_size=None)
+        trainer = fit_small(module, *callbacks, steps=7, data=Changing(), batch_size=None)
         states.append(dict(module.state_dict()))
     assert_identical(*states)
     assert (trainer.global_step, probe.probes, probe.failed_probes) == (7, probes, 0)
@@ -227,7 +200,7 @@ class Lines(DummyLogger):
 def test_a_full_disk_is_told_once_and_training_goes_on():
     healthy, probe = ProbeRows(), SpectralProbe(every_n_steps=1)
     with pytest.warns(SpectralWarning) as caught:
-        trainer = train(Small(), probe, logger=[Lines(), healthy])
+        trainer = fit_small(Small(), probe, logger=[Lines(), healthy])
     told = [str(w.message) for w in caught if "could not log" in str(w.message)]
     assert told == ["Lines could not log: [Errno 28] No space left on device"]
     assert trainer.global_step == len(healthy.rows) == 6
@@ -243,7 +216,7 @@ def test_a_table_cut_short_by_a_full_disk_goes_on_in_a_line_of_its_own(tmp_path)
             if trainer.global_step == 1:
                 path.write_bytes(path.read_bytes()[:-20])
 
-    train(Small(), probe, Cut(), steps=2, logger=logger)
+    fit_small(Small(), probe, Cut(), steps=2, logger=logger)
     lines = path.read_text().splitlines()
     assert len(lines) == 1 + 3 + 3
     assert [line.split(",")[0] for line in lines[1:]] == ["0", "0", "0", "1", "1", "1"]
@@ -261,7 +234,7 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_training_goes_on(tmp_p
     monkeypatch.setattr(Path, "open", refused)
     probe = SpectralProbe(every_n_steps=1, log_tables=True)
     with pytest.warns(SpectralWarning) as caught:
-        trainer = train(Small(), probe, steps=3, logger=CSVLogger(tmp_path))
+        trainer = fit_small(Small(), probe, steps=3, logger=CSVLogger(tmp_path))
     told = [str(w.message) for w in caught if "could not log" in str(w.message)]
     assert told == ["CSVLogger could not log tables: [Errno 30] Read-only file system"]
     assert trainer.global_step == 3

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from identical import assert_identical
 from killed import saved_on_exception
-from test_faults import Small, data, train
-from test_no_trace import assert_identical
+from tiny import Small, fit_small, small_data
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
@@ -106,7 +106,7 @@ def test_an_interrupt_in_a_probe_is_not_swallowed_and_leaves_everything_as_it_wa
     module, kept = Small(), Kept()
     saved = saved_on_exception(tmp_path)
     with pytest.raises(SystemExit) as raised:
-        train(module, kept, From1(curvature="exact", mode=mode), *saved, enable_checkpointing=True)
+        fit_small(module, kept, From1(curvature="exact", mode=mode), *saved, enable_checkpointing=True)
     assert raised.value.code == 1
     assert isinstance(kept.exception, KeyboardInterrupt)
     assert kept.before["grads"][0] is not None
@@ -116,7 +116,7 @@ def test_an_interrupt_in_a_probe_is_not_swallowed_and_leaves_everything_as_it_wa
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert_identical(dict(checkpoint["state_dict"]), kept.before["state"])
     probe = SpectralProbe(every_n_steps=1)
-    assert train(Small(), probe, ckpt_path=tmp_path / "last.ckpt").global_step == 6
+    assert fit_small(Small(), probe, ckpt_path=tmp_path / "last.ckpt").global_step == 6
     assert probe.failed_probes == 0
 
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_written_within_a_probe_holds_the_network_of_training(tmp_p
         def should_measure(self, step):
             return step == 2
 
-    train(module, kept, At2(loss_fn=saving), steps=3)
+    fit_small(module, kept, At2(loss_fn=saving), steps=3)
     checkpoint = torch.load(tmp_path / "hpc.ckpt", weights_only=True)
     assert_identical(dict(checkpoint["state_dict"]), kept.before["state"])
     assert checkpoint["global_step"] == 2
@@ -151,14 +151,14 @@ def test_an_interrupt_that_led_to_another_error_is_no_failed_probe(signals):
 
     kept = Kept()
     with pytest.raises(SystemExit):
-        train(Small(), kept, SpectralProbe(loss_fn=masked))
+        fit_small(Small(), kept, SpectralProbe(loss_fn=masked))
     assert isinstance(kept.exception, KeyboardInterrupt)
 
 
 @pytest.mark.parametrize("moment", ["lost", "put back later"])
 def test_a_mode_that_an_interrupt_took_from_pytorchs_stack_is_no_trace(moment):
     """PyTorch takes a mode off its stack while it handles a call; where an interrupt comes then, it stays off."""
-    model, batch = Small(), data().tensors
+    model, batch = Small(), small_data().tensors
 
     def loss(copy, batch):
         if moment == "lost":
@@ -191,7 +191,7 @@ def test_an_interrupt_is_held_while_state_is_set_and_put_back(signals):
     model.backbone[3] = Noisy(0.1)
     before = everything(model)
     with pytest.raises(KeyboardInterrupt):
-        measure_spectra(model, data().tensors, lambda *args: seen.append("measured"))
+        measure_spectra(model, small_data().tensors, lambda *args: seen.append("measured"))
     assert seen == ["copied"]
     assert_identical(before, everything(model))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -210,9 +210,9 @@ def test_an_interrupt_is_held_while_state_is_set_and_put_back(signals):
 @pytest.mark.parametrize("name", NAMES)
 def test_measurements_do_without_each_of_pytorchs_private_names(name, monkeypatch):
     model, loss = Small(), lambda m, b: m(b[0]).square().mean()
-    expected = measure_spectra(model, data().tensors, loss)
+    expected = measure_spectra(model, small_data().tensors, loss)
     stack = SimpleNamespace(**{other: getattr(torch.overrides, other) for other in NAMES if other != name})
     monkeypatch.setattr(interrupts, "STACK", stack)
     before = everything(model)
-    assert measure_spectra(model, data().tensors, loss).loss == expected.loss
+    assert measure_spectra(model, small_data().tensors, loss).loss == expected.loss
     assert_identical(before, everything(model))

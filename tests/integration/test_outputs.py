@@ -21,8 +21,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 from reports import layer, report
 from rich.console import Console
-from test_probe import Repeated, Tiny, batch_of, fit_tiny
-from test_schedule import Clock
+from stand_ins import Clock
+from tiny import Repeated, Tiny, batch_of, fit_tiny
 from torch import nn
 
 from lightning_spectral import SpectralProbe, SpectralWarning

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from modules import GPT, ConvNet, ProbeRows, fit
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
+from tiny import Repeated, Tiny, batch_of, fit_tiny
 from torch import nn
-from torch.utils.data import Dataset
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
 from lightning_spectral.callbacks.log_selection import CURVES, LOGGED_LAYERS, PER_LAYER
@@ -26,40 +26,6 @@ from lightning_spectral.callbacks.warn_once import MAX_CAUSES, WarnOnce
 from lightning_spectral.records.log_keys import LAYER_KEYS, PROBE_KEYS, REPORT_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
-
-
-class Repeated(Dataset):
-    """One and the same batch, 12 times."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __len__(self):
-        return 12
-
-    def __getitem__(self, i):
-        return self.batch
-
-
-class Tiny(pl.LightningModule):
-    def __init__(self, net=None):
-        super().__init__()
-        self.net = net or nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-2)
-
-
-def batch_of(n=32):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, 6, generator=generator), torch.randint(0, 5, (n,), generator=generator)
-
-
-def fit_tiny(probe, module=None, batch=None, **options):
-    return fit(module or Tiny(), [probe], data=Repeated(batch or batch_of()), batch_size=None, **options)
 
 
 @pytest.mark.parametrize("package", [pl, lightning_pl])

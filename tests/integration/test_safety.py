@@ -63,8 +63,6 @@ def _called(node):
 
 
 KNOWN = {
-    # Prints an offline W&B run by W&B's own command; arguments as a list, no shell.
-    "lightning_spectral/report/read.py": {"import subprocess"},
     # Downloads what it is asked for, checked, and reads CIFAR's pickles by an unpickler that calls nothing.
     "examples/paper/archives.py": {"import urllib", "import http", "import pickle"},
 }

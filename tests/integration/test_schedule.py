@@ -12,6 +12,7 @@ import reports
 import torch
 import torch.nn.functional as F
 from modules import ConvNet, ProbeRows, fit
+from stand_ins import Clock
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -20,16 +21,6 @@ from lightning_spectral.callbacks.budget_advice import BudgetAdvice
 from lightning_spectral.callbacks.time_budget import TimeBudget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
-
-
-class Clock:
-    """Seconds that pass when told."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
 
 
 def simulated(steps, step_seconds, probe_seconds, max_overhead=0.05, budget=None, clock=None, first=0):

@@ -16,9 +16,9 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from cases import Block, cnn
+from identical import assert_identical
 from modules import fit
 from pytorch_lightning.plugins import MixedPrecision
-from test_no_trace import assert_identical
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pack_padded_sequence

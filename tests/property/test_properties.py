@@ -19,7 +19,7 @@ from lightning_spectral import (
     top_singular_triplets,
     zeta_bound,
 )
-from lightning_spectral.numerics.power_law import directions_holding, entropy_rank
+from lightning_spectral.numerics.participation import directions_holding, entropy_rank
 
 pytest.importorskip("hypothesis")
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.Spect
 SEEDS = st.integers(0, 2**32 - 1)
 PIECEWISE, SMOOTH = ("exact", "ggn", "sketch"), ("exact", "sketch")
 
-few_networks = settings(max_examples=12)
+few_networks = settings(max_examples=8)
 
 
 def decades(largest):

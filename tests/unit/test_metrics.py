@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import matplotlib as mpl
 import pytest
 import torch
+from metric_updates import four, numbers, spectrum
 from modules import ConvNet, fit
+from paper import needs_paper, paper_layers
 from pytorch_lightning.loggers.logger import DummyLogger
-from test_distributed import run_two
-from test_fits import needs_paper, paper_layers
 from torchmetrics import Metric, MetricCollection
 
 from lightning_spectral import (
@@ -35,25 +29,6 @@ from lightning_spectral.metrics import QUANTITIES
 
 mpl.use("Agg")
 NAMES = ("CurvatureExponent", "RankDecay", "CurvatureDecay", "ParticipationRatio")
-
-
-def spectrum(seed, k=20):
-    """Singular values and curvatures (k,) with a scale and a slope of their own, some of them negative."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(2, k, generator=generator, dtype=torch.float64)
-    rank = torch.arange(1, k + 1, dtype=torch.float64)
-    sigma = 10.0 ** (seed % 5 - 2) * (0.2 * noise[0]).exp() * rank ** -(0.8 + 0.1 * seed)
-    h = 7.0**seed * sigma ** (1.5 + 0.2 * seed) * (0.3 * noise[1]).exp()
-    h[k // 2] *= -1
-    return sigma, h
-
-
-def numbers(results):
-    return {name: value.item() for name, value in results.items()}
-
-
-def four():
-    return MetricCollection([CurvatureExponent(), RankDecay(), CurvatureDecay(), ParticipationRatio()])
 
 
 def functional(sigma, h):
@@ -389,51 +364,9 @@ def test_a_module_logs_steps_and_epochs(precision):
     assert [row["pr"] for row in epochs] == pytest.approx([mean] * 2, rel=1e-6)
 
 
-ALONE = """
-    import json, sys, warnings
-    import torch
-    sys.path.insert(0, {tests!r})
-    from test_metrics import CurvatureExponent, four, numbers, spectrum
-
-    warnings.simplefilter("ignore")
-    rank, folder = int(sys.argv[1]), {folder!r}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{{folder}}/store", rank=rank, world_size=2)
-    result = []
-    for seeds in {seeds!r}:
-        metrics = four()
-        for seed in seeds[rank]:
-            sigma, h = spectrum(seed)
-            metrics.update(sigma=sigma, h=h)
-        values = numbers(metrics.compute())
-        own = [metric.updates_used for metric in metrics.values()]
-        metrics.update(sigma=spectrum(9)[0], h=spectrum(9)[1])
-        result.append((values, own, numbers(metrics.compute())))
-    metric = CurvatureExponent(compute_with_cache=False)
-    for seed in (0, 1):
-        if rank:
-            metric.update(*spectrum(seed))
-        result.append(metric.compute().item())
-    with open(f"{{folder}}/{{rank}}.json", "w") as file:
-        json.dump(result, file)
-    # Threads of gloo that outlive the interpreter abort the process.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_have_the_value_of_all_updates(tmp_path):
+def test_two_processes_have_the_value_of_all_updates(world_of_two):
     cases = [((0, 1, 2), (3,)), ((0, 1), ()), ((), (4,)), ((), ())]
-    script = tmp_path / "alone.py"
-    tests = str(Path(__file__).parent)
-    script.write_text(textwrap.dedent(ALONE.format(tests=tests, folder=str(tmp_path), seeds=cases)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen([sys.executable, str(script), str(rank)], env=environment) for rank in (0, 1)]
-    try:
-        assert [process.wait(timeout=120) for process in both] == [0, 0]
-    finally:
-        for process in both:
-            process.kill()
-    (*first, _, last), (*second, _, other) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    (*first, _, last), (*second, _, other) = world_of_two.run("metric_updates:compute_in_ranks", cases)
     for seeds, (values, own, after), (others, theirs, others_after) in zip(cases, first, second, strict=True):
         assert values == pytest.approx(others, nan_ok=True, rel=0, abs=0)
         assert after == others_after
@@ -454,32 +387,8 @@ def test_two_processes_have_the_value_of_all_updates(tmp_path):
     assert last == other == metric.compute().item()
 
 
-LOGGED = """
-    from test_metrics import CurvatureExponent, spectrum
-
-    class Net(ConvNet):
-        def __init__(self):
-            super().__init__()
-            self.alpha, self.never = CurvatureExponent(), CurvatureExponent()
-
-        def training_step(self, batch, batch_idx):
-            for seed in range(rank, 4, 3):
-                self.alpha.update(*spectrum(seed))
-                if not rank:
-                    self.never.update(*spectrum(seed))
-            self.log("alpha", self.alpha, on_step=False, on_epoch=True)
-            self.log("never", self.never, on_step=False, on_epoch=True)
-            return super().training_step(batch, batch_idx)
-
-    module = Net()
-    trainer = pl.Trainer(max_epochs=2, limit_train_batches=1, logger=pl.loggers.CSVLogger(folder), **options)
-    trainer.fit(module, DataLoader(ConvNet.data(), 16))
-    result["logged"] = {name: float(trainer.callback_metrics[name]) for name in ("alpha", "never")}
-"""
-
-
-def test_two_processes_of_a_trainer_log_the_value_of_all_updates(tmp_path):
-    first, second = run_two(tmp_path / "run", textwrap.indent(textwrap.dedent(LOGGED), "    "))
+def test_two_processes_of_a_trainer_log_the_value_of_all_updates(world_of_two, tmp_path):
+    first, second = world_of_two.run("probe_trainers:log_metrics", tmp_path)
     expected = {}
     for name, seeds in (("alpha", (0, 3, 1)), ("never", (0, 3))):
         metric = CurvatureExponent()

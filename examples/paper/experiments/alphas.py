@@ -20,7 +20,7 @@ from examples.paper.finding import (
 from examples.paper.plots import curves, strips
 from lightning_spectral.analysis import PAPER_ALPHA, PAPER_RANGES
 from lightning_spectral.analysis import transfer_identity as identity_of
-from lightning_spectral.records.report import median
+from lightning_spectral.numerics.statistics import median
 from lightning_spectral.report.figures import plot_transfer_identity
 
 ROUGH_ERROR = 0.06

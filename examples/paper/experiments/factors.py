@@ -13,7 +13,7 @@ from examples.paper.plots import clouds, parts
 from lightning_spectral import LayerAlignment, LayerSpectrum
 from lightning_spectral.analysis import trusted
 from lightning_spectral.numerics.power_law import RankModel
-from lightning_spectral.records.report import median
+from lightning_spectral.numerics.statistics import median
 
 LOW_RANK = 10.0
 MODELS: tuple[RankModel, ...] = ("exponential", "lognormal", "power_law")

@@ -11,7 +11,7 @@ from examples.paper.finding import Finding, Outcomes, joined, percent, spread
 from examples.paper.plots import curves
 from lightning_spectral import LayerSpectrum
 from lightning_spectral.numerics.power_law import RankModel
-from lightning_spectral.records.report import median
+from lightning_spectral.numerics.statistics import median
 from lightning_spectral.report.figures import plot_participation_ratio, plot_rank_models_over_training
 
 STRAIGHT, NEAR = 0.98, 0.1

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
-from lightning_spectral.numerics.power_law import zeta_bound
+from lightning_spectral.numerics.participation import zeta_bound
+from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
-from lightning_spectral.records.report import SpectralReport, median
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.legends import kind_handles, legend, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
     EDGE,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_spectral.analysis import ALPHA_BAND
-from lightning_spectral.records.report import SpectralReport, median
+from lightning_spectral.numerics.statistics import median
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.by_layer import draw_alpha_band, padded
 from lightning_spectral.report.figures.legends import kind_handles, legend, patch_handle
 from lightning_spectral.report.figures.style import (

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.layers.display_names import brief
+from lightning_spectral.layers.selection import check_matches, layer_names, select
 from lightning_spectral.numerics.power_law import RankModel
+from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
-from lightning_spectral.records.report import SpectralReport, evenly
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.confidence_band import fitted_points, line_and_band
 from lightning_spectral.report.figures.legends import kind_handles, legend, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
@@ -129,31 +130,25 @@ def plot_rank_profiles(
 
 
 def choose_layers(report: SpectralReport, layers: Layers) -> tuple[list[LayerSpectrum], str]:
-    """(the layers that a grid of panels shows, a note if those are not all that were asked for)."""
-    found = list(one_report(report).layers.values())
+    """Return the layers that a grid of panels shows, and a note if those are not all that were asked for."""
+    selected = list(one_report(report).layers.values())
     if layers is not None:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
-        unused = [p for p in patterns if not any(_matches(layer.name, p) for layer in found)]
-        if unused or not patterns:
-            names = ", ".join(list(report.layers)[:8]) + (", ..." if len(found) > 8 else "")
-            what = ", ".join(map(repr, unused)) or "an empty list"
-            raise ValueError(f"layers: {what} matches no layer of the report; its layers are {names}")
-        found = [layer for layer in found if any(_matches(layer.name, p) for p in patterns)]
-    if len(found) <= MAX_PANELS:
-        return found, ""
-    chosen = evenly(len(found), MAX_PANELS)
-    missing = [brief(layer.name) for i, layer in enumerate(found) if i not in chosen]
+        names = {name: name for name in report.layers}
+        if not layers:
+            raise ValueError(f"layers: {layers!r} selects no layer; give names or patterns, or None for all")
+        check_matches("layers", layers, names, layer_names)
+        selected = [report.layers[name] for name in select(names, layers, layer_names)]
+    if len(selected) <= MAX_PANELS:
+        return selected, ""
+    shown = evenly(len(selected), MAX_PANELS)
+    missing = [brief(layer.name) for i, layer in enumerate(selected) if i not in shown]
     which = f"without {', '.join(missing)}" if len(missing) <= FEW else "evenly over depth"
-    return [found[i] for i in chosen], f"{MAX_PANELS} of {len(found)} layers, {which}"
+    return [selected[i] for i in shown], f"{MAX_PANELS} of {len(selected)} layers, {which}"
 
 
 def rank_values(layer: LayerSpectrum) -> Tensor:
     """(n,) the singular values that the rank models of a layer are fitted to."""
     return layer.spectrum[layer.spectrum > layer.noise_floor]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
 
 
 def _grid(panels: int, width: float) -> tuple[int, int]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from lightning_spectral._messages import group_by_reason
 from lightning_spectral.analysis import ALPHA_BAND
+from lightning_spectral.numerics.statistics import evenly, median
 from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.log_keys import LAYER_KEYS, LoggedKey
-from lightning_spectral.records.report import SpectralReport, evenly, median
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.run import Run, RunStep
 from lightning_spectral.summary import summary, summary_over_training
 

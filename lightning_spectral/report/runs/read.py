@@ -13,9 +13,10 @@ import torch
 
 from lightning_spectral._messages import join_names, unpickling_refusal
 from lightning_spectral._serialization import UNREADABLE
-from lightning_spectral.records.report import SpectralReport, evenly
+from lightning_spectral.numerics.statistics import evenly
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.discover import CHECKPOINT, REPORT, SPECTRA, RunFile, find_files, short_names
-from lightning_spectral.report.runs.run import Run, RunError, RunStep
+from lightning_spectral.report.runs.run import Run, RunError, RunStep, explain
 from lightning_spectral.report.runs.spectra_file import decode_reports, index_reports
 
 MAX_REPORTS, MAX_FITS = 200, 10_000
@@ -91,7 +92,7 @@ def _read_json(path: Path) -> RunInput:
     try:
         return RunInput(str(path), [RunStep.of(SpectralReport.from_json(path), path.stem)])
     except (*UNREADABLE, OSError) as error:
-        raise RunError(f"{path}: no report that can be read ({_explain(error)})") from error
+        raise RunError(f"{path}: no report that can be read ({explain(error)})") from error
 
 
 def _read_checkpoint(path: Path, prefix: str | None) -> RunInput:
@@ -99,7 +100,7 @@ def _read_checkpoint(path: Path, prefix: str | None) -> RunInput:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         # Whatever bytes may raise in torch.load.
-        why = unpickling_refusal(error) or _explain(error)
+        why = unpickling_refusal(error) or explain(error)
         raise RunError(
             f"{path}: no checkpoint that loads with weights_only=True ({why}); the run's spectra.jsonl, or JSON of "
             "probe.last_report, can be read instead"
@@ -117,7 +118,7 @@ def _read_checkpoint(path: Path, prefix: str | None) -> RunInput:
     try:
         return RunInput(str(path), [RunStep.of(SpectralReport.from_dict(saved), path.stem)])
     except UNREADABLE as error:
-        raise RunError(f"{path}: its report cannot be read ({_explain(error)})") from error
+        raise RunError(f"{path}: its report cannot be read ({explain(error)})") from error
 
 
 def _prefix_of(state_key: str) -> str:
@@ -211,13 +212,6 @@ def _sources(files: Sequence[RunFile]) -> tuple[str, ...]:
         f"{kind} {group[0].path}{group[0].remark}" if len(group) == 1 else f"{len(group)} {kind}s in {folder}"
         for (kind, folder), group in groups.items()
     )
-
-
-def _explain(error: BaseException) -> str:
-    """Return the first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else text[:200]
 
 
 def _show(paths: Sequence[str | Path]) -> str:

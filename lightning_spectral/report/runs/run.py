@@ -12,6 +12,18 @@ class RunError(ValueError):
     """Run that cannot be read or shown; the message says what to do."""
 
 
+def explain(error: BaseException) -> str:
+    """Return the first line of an error that says something.
+
+    >>> explain(KeyError("sigma")), explain(ValueError("no report")), explain(RecursionError())
+    ("no 'sigma'", 'no report', 'RecursionError')
+    """
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]!r}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
 @dataclass(frozen=True, eq=False)
 class RunStep:
     """One report of a run.

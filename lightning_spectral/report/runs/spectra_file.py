@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from lightning_spectral.measurement.layer_fit import fit_layer
 from lightning_spectral.records.layer_measurement import LayerMeasurement
 from lightning_spectral.records.layer_spectrum import PARTS, LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.runs.run import RunError
+from lightning_spectral.report.runs.run import RunError, explain
 
 FORMAT, FORMAT_VERSION = "lightning-spectral-measurement", 1
 
@@ -57,7 +56,11 @@ def spectra_file_name(prefix: str = "spectral") -> str:
     >>> spectra_file_name(), spectra_file_name("spectral/late")
     ('spectra.jsonl', 'spectra-spectral%2Flate.jsonl')
     """
-    return "spectra.jsonl" if prefix == "spectral" else f"spectra-{quote(prefix, safe='')}.jsonl"
+    if prefix == "spectral":
+        return "spectra.jsonl"
+    # As in a URL: no two prefixes have one name.
+    escaped = re.sub(rb"[^A-Za-z0-9_.-]", lambda match: b"%%%02X" % match[0][0], prefix.encode())
+    return f"spectra-{escaped.decode()}.jsonl"
 
 
 def append_report(path: str | Path, report: SpectralReport) -> None:
@@ -126,8 +129,7 @@ def decode_reports(path: str | Path, lines: Iterable[Line]) -> Iterator[Spectral
             try:
                 yield _report_of(json.loads(file.readline()))
             except UNREADABLE as error:
-                why = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)[:200]
-                raise RunError(f"{path}: line {line.number} holds no report ({why})") from error
+                raise RunError(f"{path}: line {line.number} holds no report ({explain(error)})") from error
 
 
 def _line_of(report: SpectralReport) -> dict[str, Any]:

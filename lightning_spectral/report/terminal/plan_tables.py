@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_spectral._messages import group_by_reason, join_names
-from lightning_spectral.plan.cost_estimate import Cost
-from lightning_spectral.plan.cost_model import FACTOR
+from lightning_spectral.plan.cost_model import FACTOR, Cost
 from lightning_spectral.plan.planner import Plan
 from lightning_spectral.report.terminal.formatting import literal
 
@@ -32,7 +31,7 @@ def print_plan(plan: Plan, *, every_layer: bool = False, console: Console | None
     """Print what would be measured, how, and at what cost.
 
     Args:
-        plan: of `lightning_spectral.plan.planner.plan_spectra`.
+        plan: of `plan_spectra`.
         every_layer: a row per layer in place of one per kind and shape.
         console: where to print; None: the terminal.
     """
@@ -50,9 +49,6 @@ def print_plan(plan: Plan, *, every_layer: bool = False, console: Console | None
         console.print(literal(f"cannot be told: {text}"), soft_wrap=True)
     console.print(_costs(plan))
     shown = [plan.costs[plan.method]] if plan.method in plan.costs else list(plan.costs.values())
-    for cost in shown:
-        console.print(f"{cost.method}, pass by pass")
-        console.print(_passes(cost))
     for text in (*_time(plan), *(_memory(cost) for cost in shown), *_ranks(plan)):
         console.print(text, soft_wrap=True)
     if plan.savings:
@@ -61,7 +57,7 @@ def print_plan(plan: Plan, *, every_layer: bool = False, console: Console | None
 
 
 def size_of(count: float) -> str:
-    """Bytes for people.
+    """Return bytes as people write them.
 
     >>> size_of(3_500_000), size_of(12)
     ('3.5 MB', '12 B')
@@ -82,7 +78,7 @@ def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 
 def _groups(plan: Plan) -> Table:
-    """A row per kind and shape."""
+    """Return a row per kind and shape."""
     table = _table(("kind", "shape"), ("layers", "directions each"))
     groups: dict[tuple[str, str, int], int] = {}
     for name, layer in plan.layers.items():
@@ -106,22 +102,12 @@ def _shape(shape: tuple[int, int], groups: int) -> str:
 
 
 def _costs(plan: Plan) -> Table:
-    table = _table(("method",), ("products", "output columns", "pieces", "training steps", "memory"))
+    table = _table(("method",), ("products", "output columns", "micro-batches", "training steps", "memory"))
     for name, cost in plan.costs.items():
         chosen = name == plan.method
-        memory = size_of(cost.memory.peak) + ("" if cost.known else " and graphs")
+        memory = size_of(cost.memory.peak) + ("" if cost.has_graph else " and graphs")
         row = (_range(*cost.products), _range(*cost.columns), str(cost.parts), _range(*cost.steps), memory)
         table.add_row(f"{name} *" if chosen else name, *row, style="" if chosen or not plan.method else "dim")
-    return table
-
-
-def _passes(cost: Cost) -> Table:
-    table = _table(("pass",), ("count", "steps each", "steps"))
-    for one in cost.passes:
-        steps = _range(one.least * one.steps, one.most * one.steps)
-        table.add_row(one.what, _range(one.least, one.most), f"{one.steps:.2g}", steps)
-    if cost.extra:
-        table.add_row("singular triplets and factors, once", "1", f"{cost.extra:.2g}", f"{cost.extra:.2g}")
     return table
 
 
@@ -134,8 +120,8 @@ def _time(plan: Plan) -> Iterator[str]:
     share = next(iter(plan.costs.values())).share
     measured = "" if plan.samples is None else f" ({plan.samples} of {plan.batch_samples} samples, {plan.n_batches} x)"
     yield (
-        f"time = {share:.3g}{measured} x sum of count x steps each + what is done once, in training steps (forward and "
-        f"backward in float32; one in half precision is shorter), within a factor of {FACTOR:g}"
+        f"time = {share:.3g}{measured} x passes + singular triplets, in training steps (forward and backward in "
+        f"float32; one in half precision is shorter), within a factor of about {FACTOR:g}"
     )
     if plan.step_flops:
         yield f"a training step: {plan.step_flops:.3g} FLOPs in matrix products and convolutions"
@@ -143,8 +129,8 @@ def _time(plan: Plan) -> Iterator[str]:
 
 def _memory(cost: Cost) -> str:
     parts, peak = vars(cost.memory), size_of(cost.memory.peak)
-    told = ", ".join(f"{what} {size_of(parts[name])}" for name, what in PARTS_OF_MEMORY.items() if parts[name])
-    return f"memory beside the network's own, for {cost.method}: {told}; not all at once, at most {peak}"
+    parts_shown = ", ".join(f"{what} {size_of(parts[name])}" for name, what in PARTS_OF_MEMORY.items() if parts[name])
+    return f"memory beside the network's own, for {cost.method}: {parts_shown}; not all at once, at most {peak}"
 
 
 def _ranks(plan: Plan) -> Iterator[str]:
@@ -160,6 +146,5 @@ def _ranks(plan: Plan) -> Iterator[str]:
 def _savings(plan: Plan) -> Table:
     table = _table(("option",), ("training steps", "memory"))
     for saving in plan.savings:
-        option = saving.option + (f" ({saving.note})" if saving.note else "")
-        table.add_row(literal(option), _range(*saving.cost.steps), size_of(saving.cost.memory.peak))
+        table.add_row(literal(saving.option), _range(*saving.cost.steps), size_of(saving.cost.memory.peak))
     return table

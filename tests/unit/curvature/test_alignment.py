@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case, cross_entropy, images, mlp, sequences, token_loss, vectors
 from factors_twin import rows_of, second_moment
+from micro_batches import batch_of, gelu_mlp, ignoring, relu_mlp, summed
 from modules import GPT, ConvNet, ProbeRows, fit
-from test_pieces import OutOfMemory, batch_of, gelu_mlp, ignoring, relu_mlp, summed
+from paper import PAPER
+from stand_ins import OutOfMemory
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from twins import gradient, matrix_entries
@@ -27,7 +27,8 @@ from lightning_spectral.measurement import kronecker_factors as factors_module
 from lightning_spectral.measurement.factor_sums import FactorSums
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.numerics import second_moment as moments_module
-from lightning_spectral.numerics.power_law import entropy_rank, fit_power_law
+from lightning_spectral.numerics.participation import entropy_rank
+from lightning_spectral.numerics.power_law import fit_power_law
 from lightning_spectral.numerics.second_moment import SecondMoment
 from lightning_spectral.options import Options
 from lightning_spectral.records.alignment import KroneckerFactors
@@ -38,7 +39,6 @@ ALIGNMENT_KEYS = [key for key in LAYER_KEYS if key.part == "alignment"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
-PAPER = Path(os.environ.get("PAPER_RESULTS", Path(__file__).parents[4] / "shared" / "paper-results"))
 TIED = "it is used 2 times"
 
 

@@ -337,7 +337,7 @@ def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, settings):
         objective = set_up_objective(copy, case.loss, [batch], layers, Options(mode=mode), SINGLE_PROCESS)
         gradients = objective.gradients(objective.full_batches())
         directions = leading_directions(gradients, objective, Options(top_k=4)).triplets
-        for seed in range(200):
+        for seed in range(100):
             found = SketchCurvature(seed=seed, **settings)(gradients.first, directions)
             assert not found.methods
             estimates.append(torch.cat([found.h[name] for name in layers]))

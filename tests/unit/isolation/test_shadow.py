@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchmetrics
 from modules import fit
 from pytorch_lightning.loggers import CSVLogger
-from test_probe import Repeated, Tiny, batch_of
+from tiny import Repeated, Tiny, batch_of
 from torch import nn
 
 from lightning_spectral import MeasurementError, SpectralProbe, SpectralWarning, measure_spectra

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import cross_entropy, vectors
+from micro_batches import SAMPLES, batch_of, gelu_mlp, ignoring, relu_mlp, summed
+from stand_ins import OutOfMemory
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,33 +28,7 @@ from lightning_spectral.options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
-SAMPLES = 48
 METHODS = ("exact", "ggn", "sketch")
-
-
-def relu_mlp():
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
-
-
-def gelu_mlp():
-    sizes = (6, 8, 8, 8, 5)
-    layers = [part for i in range(4) for part in (nn.Linear(sizes[i], sizes[i + 1]), nn.GELU())]
-    return nn.Sequential(*layers[:-1])
-
-
-def batch_of(samples=SAMPLES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 6, generator=generator, dtype=torch.float64)
-    return x, torch.randint(0, 5, (samples,), generator=generator)
-
-
-def summed(model, batch):
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
-
-
-def ignoring(model, batch):
-    """A mean over the targets that count, of which pieces hold different numbers."""
-    return F.cross_entropy(model(batch[0]), batch[2])
 
 
 def by_hand(model, batch):
@@ -332,30 +307,6 @@ def test_bad_numbers_of_batches(batch, n_batches, message):
 def test_micro_batch_size_must_be_positive():
     with pytest.raises(ValueError, match="micro_batch_size must be None or a whole number of at least 1, got 0"):
         measure_spectra(relu_mlp(), vectors(), cross_entropy, micro_batch_size=0)
-
-
-class OutOfMemory:
-    """Raises in ``torch.autograd.grad`` while a graph of more than so many samples is differentiated."""
-
-    def __init__(self, monkeypatch, most, error=torch.OutOfMemoryError, second_order_only=False):
-        self.sizes, self.graphs, self.failed, grad = [], [], [], torch.autograd.grad
-        self.current = 0
-
-        def limited(*args, **kwargs):
-            if self.current > most and (kwargs.get("create_graph") or not second_order_only):
-                self.failed.append(self.current)
-                raise error("out of memory: tried to allocate 2.00 GiB")
-            return grad(*args, **kwargs)
-
-        monkeypatch.setattr(torch.autograd, "grad", limited)
-
-    def loss(self, model, batch):
-        self.current = len(batch[0])
-        value = cross_entropy(model, batch)
-        if torch.is_grad_enabled():
-            self.sizes.append(self.current)
-            self.graphs.append(weakref.ref(value))
-        return value
 
 
 @pytest.mark.parametrize("method", ["exact", "ggn", "sketch", "auto"])

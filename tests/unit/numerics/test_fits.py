@@ -1,33 +1,14 @@
 """Fits on spectra whose exponents are known, and on the paper's."""
 
-import json
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
 from fits import fit_numbers
+from paper import needs_paper, paper_layers
 
 from lightning_spectral import fit_power_law, fit_rank_decay, fit_rank_models, participation_ratio, zeta_bound
-from lightning_spectral.numerics.power_law import directions_holding, entropy_rank
-
-PAPER = Path(os.environ.get("PAPER_RESULTS", Path(__file__).parents[4] / "shared" / "paper-results"))
-needs_paper = pytest.mark.skipif(
-    not PAPER.is_dir(), reason=f"the paper's data files are not in {PAPER}; PAPER_RESULTS names their folder"
-)
-
-
-def paper_layers():
-    """(measured spectrum, fits the paper printed for it) of the 24 layers."""
-    triangle = json.loads((PAPER / "results_alpha_triangle.json").read_text())
-    models = json.loads((PAPER / "results_model_fit_comparison.json").read_text())["layers"]
-    by_name = {(layer["experiment"], layer["name"]): layer for layer in models}
-    return [
-        (experiment["experiment"], layer, by_name[experiment["experiment"], layer["name"]])
-        for experiment in triangle
-        for layer in experiment["results"]
-    ]
+from lightning_spectral.numerics.participation import directions_holding, entropy_rank
 
 
 @needs_paper

@@ -16,7 +16,7 @@ from reports import dead, layer, report
 from lightning_spectral.analysis import TRUSTED
 from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.log_keys import LAYER_KEYS
-from lightning_spectral.records.report import SpectralReport, evenly
+from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import RunError, run_of, write_page
 from lightning_spectral.report.page.build import PAGE_BYTES, SCRIPTS, is_page, page, plotly_js
 from lightning_spectral.report.page.data import page_data, script_json
@@ -189,15 +189,6 @@ def test_rank_models_and_the_split_of_alpha_are_the_reports():
 def test_empty_run(tmp_path):
     with pytest.raises(RunError, match="empty: no probe to show"):
         write_page(Run("empty", (), ()), tmp_path / "p.html")
-
-
-def test_evenly_keeps_the_ends():
-    for n in range(1, 30):
-        for m in range(n + 3):
-            kept = evenly(n, m)
-            assert len(kept) == len(set(kept)) == min(n, m)
-            assert kept == sorted(kept)
-            assert not kept or kept[-1] == n - 1
 
 
 def test_every_place_in_the_template_is_filled_and_every_element_is_there():

@@ -3,13 +3,13 @@
 import logging
 
 import pytorch_lightning as pl
-from processes import largest_difference, the_same_everywhere
+from optimizer_ddp import net
+from optimizer_fsdp import wholes
 from pytorch_lightning.strategies import ModelParallelStrategy
-from sharded_steps import wholes
-from shared_steps import net
 from torch import optim, randn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
+from world import largest_difference, same_everywhere
 
 from lightning_spectral import SpectralNewton, SwapOptimizer
 
@@ -61,7 +61,7 @@ def check_ddp(rank, n, folder):
         pl.seed_everything(0, verbose=False)
         _, module, optimizer = fit("ddp", folder, own=own, callbacks=callbacks)
         assert optimizer.sharing_processes == 2
-        assert the_same_everywhere(list(module.parameters()))
+        assert same_everywhere(list(module.parameters()))
 
 
 def check_model_parallel(rank, n, folder):

@@ -1,14 +1,15 @@
 """Processes that share the matrices of SpectralNewton step as one does on the same gradients; run in each of them."""
 
 import copy
+import importlib
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import largest_difference, the_same_everywhere
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from world import largest_difference, patches, same_everywhere
 
 from lightning_spectral import SpectralNewton
 from lightning_spectral.optim import ddp as sharing
@@ -101,7 +102,7 @@ def check_steps(rank, n, folder):
         take_steps(model, optimizer)
         take_steps(alone, other)
         assert (optimizer.sharing_processes, other.sharing_processes) == (n, 1)
-        assert the_same_everywhere([*weights(model), *states(optimizer)])
+        assert same_everywhere([*weights(model), *states(optimizer)])
         assert largest_difference(weights(model), weights(alone)) <= tolerance
         assert largest_difference(states(optimizer), states(other)) == 0
 
@@ -134,7 +135,7 @@ def check_odd_gradients(rank, n, folder):
     # A gradient that some have counts as one that was left out; one that none has does not.
     assert (optimizer.skipped_updates, other.skipped_updates) == (3, 2)
     assert model.conv.bias not in optimizer.state
-    assert the_same_everywhere([*weights(model), *states(optimizer)])
+    assert same_everywhere([*weights(model), *states(optimizer)])
 
 
 def check_unlike_gradients(rank, n, folder):
@@ -201,7 +202,7 @@ def check_ddp_is_found(rank, n, folder):
             assert optimizer.sharing_processes == (1 if process_group is None else n)
             trained.append(model)
         assert largest_difference(*map(weights, trained)) <= 1e-6
-        assert the_same_everywhere(weights(trained[0]))
+        assert same_everywhere(weights(trained[0]))
 
 
 def check_what_shares_nothing(rank, n, folder):
@@ -244,5 +245,7 @@ BY_ANY = [check_steps, check_each_matrix_is_computed_once, check_odd_gradients, 
 BY_TWO = [check_checkpoints, check_ddp_is_found, check_what_shares_nothing]
 
 
-def small_ones_too(rank, n, folder):
-    sharing.SMALLEST = 2
+def check(rank, n, module, name, folder):
+    """Run a check of this name, of a module of helpers, in which small matrices are shared too."""
+    patches.setattr(sharing, "SMALLEST", 2)
+    getattr(importlib.import_module(module), name)(rank, n, folder)

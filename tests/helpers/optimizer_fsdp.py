@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import largest_difference
-from shared_steps import STEPS, entries_transferred, gradients, net, optimizer_for, weights
+from optimizer_ddp import STEPS, entries_transferred, gradients, net, optimizer_for, weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from world import largest_difference
 
 from lightning_spectral import SpectralNewton
 from lightning_spectral.optim import ddp as sharing

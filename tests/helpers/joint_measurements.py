@@ -1,15 +1,6 @@
-"""What several processes measure together, and what becomes of it where one of them fails: run once for each rank.
-
-    python jointly.py RANK WORLD STORE OUT
-
-Results go to OUT/RANK.pt; the tests hold them against one process's on the joined batch.
-"""
+"""Measurements of three ranks together, and of ranks of which one fails; run in each of them."""
 
 from __future__ import annotations
-
-import sys
-import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +10,7 @@ from torch.distributed import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from world import patches
 
 from lightning_spectral import MeasurementError, ProcessError, measure_spectra
 from lightning_spectral.distributed import process_group as processes
@@ -239,11 +231,8 @@ def attempt(measure):
         return f"{type(error).__name__}: {error}"
 
 
-def main():
-    rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+def measure_joined(rank, n):
+    """Return the reports of what is measured of whole networks."""
     result = {}
     for label, (name, options) in MEASURED.items():
         model, batch = network(name)
@@ -252,6 +241,12 @@ def main():
             model[1].running_mean += rank
         report = measure_spectra(model, part(batch, rank), loss, process_group=dist.group.WORLD, **OPTIONS | options)
         result[label] = report.to_dict()
+    return result
+
+
+def fail_in_one(rank, n):
+    """Return what comes of failures in one rank: a report, or the text of an error."""
+    result = {}
     for label, (failing, options, name) in failures().items():
         model, batch = network(name)
         result[label] = attempt(
@@ -259,8 +254,16 @@ def main():
                 model, part(batch, rank), failing, process_group=dist.group.WORLD, **OPTIONS | options
             )
         )
-    # Nothing stays that is not read.
-    gathering.RESIDENT = gathering.SMALL = 0
+    for label, where in STEPS.items():
+        result[label] = broken(where)
+    return result
+
+
+def measure_shards(rank, n):
+    """Return the reports of networks in shards, of which nothing stays that is not read."""
+    patches.setattr(gathering, "RESIDENT", 0)
+    patches.setattr(gathering, "SMALL", 0)
+    result = {}
     for name, how, model, batch in sharded():
         for method in ("exact", "ggn", "sketch"):
             options = OPTIONS | {"curvature": method}
@@ -271,8 +274,12 @@ def main():
         result[f"{how} alone"] = attempt(lambda model=model, own=own: measure_spectra(model, own, loss))
         weight = next(model.parameters())
         result[f"{how} kept"] = [type(weight).__name__, list(weight.to_local().shape), type(model).__name__]
-    for label, where in STEPS.items():
-        result[label] = broken(where)
+    return result
+
+
+def measure_odd_groups(rank, n):
+    """Return what comes of a cache of another size in each rank, and of a group of two ranks."""
+    result = {}
     model, batch = network("smooth")
     grown = Grows(model, 4 + rank)
     result["grown"] = attempt(
@@ -285,10 +292,4 @@ def main():
     result["two of them"] = attempt(
         lambda: measure_spectra(model, part(batch, rank), loss, process_group=pair, curvature="exact", **OPTIONS)
     )
-    torch.save(result, out / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return result
