@@ -1,28 +1,68 @@
-"""Guards of options: each returns the value that it has checked."""
+"""Guards of options: each returns the value that it checked, or raises with the option, the rule and the value."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
 
-def positive_int(option: str, value: int) -> int:
-    """Return a whole number of at least 1.
+T = TypeVar("T")
+
+
+def positive_int(option: str, value: int, at_least: int = 1, *, reason: str = "") -> int:
+    """Return a whole number of at least `at_least`; the reason for the bound follows it in the message.
 
     Raises:
         ValueError: for any other value.
 
     >>> positive_int("n_batches", 2)
     2
+    >>> positive_int("top_k", 2, 3, reason="the points that a fit needs")
+    Traceback (most recent call last):
+    ValueError: top_k must be a whole number of at least 3, the points that a fit needs, got 2
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{option} must be a whole number of at least 1, got {value!r}")
+    # True is an int, too.
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{option} must be {_whole_number(at_least, reason)}, got {value!r}")
     return value
 
 
-def optional_positive_int(option: str, value: int | None) -> int | None:
-    """Return None, or a whole number of at least 1.
+def optional_positive_int(option: str, value: int | None, at_least: int = 1, *, reason: str = "") -> int | None:
+    """Return None, or a whole number of at least `at_least`.
 
     Raises:
         ValueError: for any other value.
     """
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{option} must be None or a whole number of at least 1, got {value!r}")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < at_least):
+        raise ValueError(f"{option} must be None or {_whole_number(at_least, reason)}, got {value!r}")
+    return value
+
+
+def _whole_number(at_least: int, reason: str) -> str:
+    return f"a whole number of at least {at_least}" + (f", {reason}" if reason else "")
+
+
+def one_of(option: str, value: T, choices: Iterable[T]) -> T:
+    """Return a value that is among the choices.
+
+    Raises:
+        ValueError: for any other value.
+
+    >>> one_of("mode", "test", ("eval", "train"))
+    Traceback (most recent call last):
+    ValueError: mode must be one of 'eval', 'train', got 'test'
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def flag(option: str, value: bool | None, *, none: bool = False) -> bool | None:
+    """Return True or False; or None where `none` allows it.
+
+    Raises:
+        ValueError: for any other value, 0 and 1 among them.
+    """
+    if not isinstance(value, bool) and not (none and value is None):
+        raise ValueError(f"{option} must be {'None, ' if none else ''}True or False, got {value!r}")
     return value

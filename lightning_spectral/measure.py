@@ -60,7 +60,7 @@ def measure_spectra(
             and not this one.
         batch: what the loss takes, on the model's device; or a DataLoader of such batches, on any device.
         loss_fn: (model, batch) -> scalar. None: ``model.spectral_loss(batch)``, else ``model.training_step(batch, 0)``.
-        top_k: directions per layer, K.
+        top_k: directions per layer, K, 3 or more.
         curvature: "exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at
             once; "sketch", products for all layers and several directions of each, with standard errors; "auto", the
             fastest of them that gives the Hessian's curvature.
@@ -68,18 +68,18 @@ def measure_spectra(
         kinds: glob pattern -> kind of layer, where the inferred one is wrong.
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
             apart; or pattern -> their three numbers of rows. `nn.MultiheadAttention` is split by itself.
-        mode: "eval" or "train": BatchNorm's statistics and dropout as there.
-        max_samples: measure on the first so many samples of each batch.
+        mode: "eval" or "train": BatchNorm's statistics and dropout in the measurement.
+        max_samples: measure on the first so many samples of each batch; None: on all. Below 32 there is no sketch, and
+            the exact products in its place take longer.
         n_batches: of a DataLoader, average gradient and curvature over its first so many batches, by samples.
         micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
-            times a training step's, where the loss of a batch is a mean or sum of those of its parts.
-        precision: "float32" or "float64", the lowest precision to compute in; half-precision weights are raised.
+            times a training step's, if a batch's loss is a mean or sum of parts. Out of memory it is halved, twice.
+        precision: "float32" or "float64", the lowest precision to compute in, whatever the weights' or the Trainer's.
         spectrum_top_k: singular values that the rank models are fitted to; None: top_k. They cost no curvature.
         weight_spectra: take the singular values of each weight matrix, too (`WeightSpectrum`).
         bootstrap: draws for 95 % intervals of alpha, gamma and s (`Intervals`); None or 0: none.
-        curvature_fraction: draws for the trace of each layer's Hessian block, to hold the curvature beside
-            (`CurvatureFraction`), a Hessian-vector product each; None or 0: none. With curvature="ggn" the h are
-            Gauss-Newton's, the trace is the Hessian's.
+        curvature_fraction: draws for the trace of each layer's Hessian block, with curvature="ggn" too, and its
+            fraction along the directions (`CurvatureFraction`), a Hessian-vector product each; None or 0: none.
         alignment: also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`).
         process_group: processes of torch.distributed that each call this with their own batches, of any sizes, and
             with the same model and options. Gradient and curvature are those of the mean over all their batches,

@@ -1,105 +1,177 @@
-"""What to measure and how: the options of a measurement in one place, checked."""
+"""Options of a measurement, each declared once: name, type, default, check and help text.
+
+Reading the declarations loads no torch, so that the command line can show its help at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
+from lightning_spectral._validation import flag, one_of, optional_positive_int, positive_int
 
-from lightning_spectral.layers.kinds import Kind
-from lightning_spectral.layers.matrices import LayerSelection, check_kinds
-from lightning_spectral.layers.selection import check_selection
-from lightning_spectral.numerics.power_law import MIN_POINTS
+if TYPE_CHECKING:
+    from lightning_spectral.layers.kinds import Kind
+    from lightning_spectral.layers.matrices import LayerSelection
 
 METHODS = ("auto", "exact", "ggn", "sketch")
 Mode = Literal["eval", "train"]
-MODES: tuple[Mode, ...] = ("eval", "train")
 Precision = Literal["float32", "float64"]
-PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
+
+MIN_TOP_K = 3
+"""Points that a fit needs, `numerics.power_law.MIN_POINTS`, whose import loads torch."""
+
+
+def _about(
+    text: str, *, metavar: str | None = None, choices: Sequence[str] | None = None, by_rank: bool = False
+) -> dict[str, Any]:
+    """Return the metadata of an option.
+
+    Args:
+        text: of the docstrings and of the command line's help.
+        metavar: of the value on the command line.
+        choices: all values that are allowed.
+        by_rank: ranks that measure together may differ in it.
+    """
+    return {"help": text, "metavar": metavar, "choices": choices, "by_rank": by_rank}
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `measure_spectra` and `SpectralProbe` that both have, as they are documented there.
+    """The options that `measure_spectra`, `SpectralProbe`, `plan_spectra` and the command line have in common.
 
     Raises:
         ValueError: for an option out of range, with its name and what it may be.
     """
 
-    top_k: int = 20
-    curvature: str = "auto"
-    layers: LayerSelection = None
-    kinds: Mapping[str, Kind] | None = None
-    fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = ()
-    mode: Mode = "eval"
-    max_samples: int | None = None
-    micro_batch_size: int | None = None
-    precision: Precision = "float32"
-    spectrum_top_k: int | None = None
-    weight_spectra: bool = False
-    bootstrap: int | None = None
-    curvature_fraction: int | None = None
-    alignment: bool = False
+    top_k: int = field(default=20, metadata=_about("directions per layer, K, 3 or more.", metavar="K"))
+    curvature: str = field(
+        default="auto",
+        metadata=_about(
+            '"exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at once; '
+            '"sketch", products for all layers and several directions of each, with standard errors; "auto", the '
+            "fastest of them that gives the Hessian's curvature.",
+            choices=METHODS,
+        ),
+    )
+    layers: LayerSelection = field(
+        default=None,
+        metadata=_about(
+            "glob patterns on names, or a callable (`MatrixLayer` -> bool); None: all matrices but embeddings.",
+            metavar="GLOB",
+            by_rank=True,
+        ),
+    )
+    kinds: Mapping[str, Kind] | None = field(
+        default=None,
+        metadata=_about(
+            "glob pattern -> kind of layer, where the inferred one is wrong.", metavar="GLOB=KIND", by_rank=True
+        ),
+    )
+    fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = field(
+        default=(),
+        metadata=_about(
+            "glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured "
+            "apart; or pattern -> their three numbers of rows. `nn.MultiheadAttention` is split by itself.",
+            metavar="GLOB[=ROWS,ROWS,ROWS]",
+            by_rank=True,
+        ),
+    )
+    mode: Mode = field(
+        default="eval",
+        metadata=_about(
+            '"eval" or "train": BatchNorm\'s statistics and dropout in the measurement.', choices=get_args(Mode)
+        ),
+    )
+    max_samples: int | None = field(
+        default=None,
+        metadata=_about(
+            "measure on the first so many samples of each batch; None: on all. Below 32 there is no sketch, and the "
+            "exact products in its place take longer.",
+            metavar="N",
+            by_rank=True,
+        ),
+    )
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata=_about(
+            "samples whose graph is in memory at once; None: as many as keep the peak within about three times a "
+            "training step's, if a batch's loss is a mean or sum of parts. Out of memory it is halved, twice.",
+            metavar="N",
+            by_rank=True,
+        ),
+    )
+    precision: Precision = field(
+        default="float32",
+        metadata=_about(
+            '"float32" or "float64", the lowest precision to compute in, whatever the weights\' or the Trainer\'s.',
+            choices=get_args(Precision),
+        ),
+    )
+    spectrum_top_k: int | None = field(
+        default=None,
+        metadata=_about(
+            "singular values that the rank models are fitted to; None: top_k. They cost no curvature.", metavar="K"
+        ),
+    )
+    weight_spectra: bool = field(
+        default=False, metadata=_about("take the singular values of each weight matrix, too (`WeightSpectrum`).")
+    )
+    bootstrap: int | None = field(
+        default=None,
+        metadata=_about("draws for 95 % intervals of alpha, gamma and s (`Intervals`); None or 0: none.", metavar="N"),
+    )
+    curvature_fraction: int | None = field(
+        default=None,
+        metadata=_about(
+            'draws for the trace of each layer\'s Hessian block, with curvature="ggn" too, and its fraction along the '
+            "directions (`CurvatureFraction`), a Hessian-vector product each; None or 0: none.",
+            metavar="N",
+        ),
+    )
+    alignment: bool = field(
+        default=False,
+        metadata=_about("also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`)."),
+    )
 
     def __post_init__(self) -> None:
-        """Check each of them."""
-        if self.curvature not in METHODS:
-            raise ValueError(f"curvature must be one of {', '.join(map(repr, METHODS))}, got {self.curvature!r}")
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {self.precision!r}")
-        if not _whole(self.top_k, MIN_POINTS):
-            raise ValueError(
-                f"top_k must be a whole number of at least {MIN_POINTS}, the points that a fit needs, got "
-                f"{self.top_k!r}"
-            )
+        """Check each option."""
+        positive_int("top_k", self.top_k, MIN_TOP_K, reason="the points that a fit needs")
+        one_of("curvature", self.curvature, METHODS)
+        one_of("mode", self.mode, get_args(Mode))
+        one_of("precision", self.precision, get_args(Precision))
         for option in ("max_samples", "micro_batch_size"):
-            value = getattr(self, option)
-            if value is not None and not _whole(value, 1):
-                raise ValueError(f"{option} must be None or a whole number of at least 1, got {value!r}")
+            optional_positive_int(option, getattr(self, option))
+        optional_positive_int("spectrum_top_k", self.spectrum_top_k, self.top_k, reason="which is top_k")
+        for option in ("weight_spectra", "alignment"):
+            flag(option, getattr(self, option))
+        # The spread of a single draw is unknown.
+        for option in ("bootstrap", "curvature_fraction"):
+            optional_positive_int(option, getattr(self, option) or None, 2, reason="random draws, or 0 for none")
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        # Loads torch.
+        from lightning_spectral.layers.matrices import check_kinds
+        from lightning_spectral.layers.selection import check_selection
+
         check_selection("layers", self.layers)
         check_selection("fused_qkv", self.fused_qkv, only_patterns=True)
         check_kinds(self.kinds or {})
-        self._check_extras()
-
-    def _check_extras(self) -> None:
-        if self.spectrum_top_k is not None and not _whole(self.spectrum_top_k, self.top_k):
-            raise ValueError(
-                f"spectrum_top_k must be None or a whole number of at least top_k={self.top_k}, "
-                f"got {self.spectrum_top_k!r}"
-            )
-        for option in ("weight_spectra", "alignment"):
-            if not isinstance(getattr(self, option), bool):
-                raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
-        # Of one draw nothing tells how far it is from the next.
-        for option, least in {"bootstrap": 2, "curvature_fraction": 2}.items():
-            value = getattr(self, option)
-            if value and not _whole(value, least):
-                raise ValueError(
-                    f"{option} is a number of random draws: None or 0 for none, else a whole number of at least "
-                    f"{least}, got {value!r}"
-                )
 
     @property
-    def settings(self) -> dict[str, int | str | bool | None]:
-        """What processes that measure together must have in common, beside the layers."""
-        apart = ("layers", "kinds", "fused_qkv", "max_samples", "micro_batch_size")
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}
+    def settings(self) -> dict[str, Any]:
+        """Options that ranks which measure together must have in common, beside the layers."""
+        return {option.name: getattr(self, option.name) for option in fields(self) if not option.metadata["by_rank"]}
 
     @property
     def parts(self) -> frozenset[str]:
-        """The parts of a `LayerSpectrum` that are measured on request, and were asked for."""
-        asked = {
+        """Parts of a `LayerSpectrum` that are measured on request, and were asked for."""
+        requested = {
             "weights": self.weight_spectra,
             "intervals": bool(self.bootstrap),
             "fraction": bool(self.curvature_fraction),
             "alignment": self.alignment,
         }
-        return frozenset(part for part, wanted in asked.items() if wanted)
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return frozenset(part for part, wanted in requested.items() if wanted)

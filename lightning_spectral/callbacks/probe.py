@@ -55,14 +55,14 @@ class SpectralProbe(AnyCallback):
         every_n_steps: probe before optimizer step 0, N, 2 N, ... whatever it costs; None: by max_overhead.
         max_overhead: share of wall time, validation and all, that probes may take from the second one on; of no effect
             beside every_n_steps.
-        top_k: directions per layer, 3 or more.
+        top_k: directions per layer, K, 3 or more.
         curvature: "exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at
             once; "sketch", products for all layers and several directions of each, with standard errors; "auto", the
             fastest of them that gives the Hessian's curvature.
-        layers: glob patterns on names of layers, or a callable; None: all matrices but embeddings.
+        layers: glob patterns on names, or a callable (`MatrixLayer` -> bool); None: all matrices but embeddings.
         kinds: glob pattern -> kind of layer, where the inferred one is wrong.
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
-            apart; or pattern -> their three numbers of rows.
+            apart; or pattern -> their three numbers of rows. `nn.MultiheadAttention` is split by itself.
         mode: "eval" or "train": BatchNorm's statistics and dropout in the measurement.
         max_samples: measure on the first so many samples of each batch; None: on all. Below 32 there is no sketch, and
             the exact products in its place take longer.
@@ -72,14 +72,14 @@ class SpectralProbe(AnyCallback):
             the last of them, or the first ones. Gradient accumulation over as many makes it the step's whole batch.
         fixed_samples: with batch="fixed", keep as many batches as hold so many samples instead.
         micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
-            times a training step's. Out of memory, a probe tries again with half as many, twice.
-        precision: "float32" or "float64", the lowest precision to compute in, whatever the Trainer's.
+            times a training step's, if a batch's loss is a mean or sum of parts. Out of memory it is halved, twice.
+        precision: "float32" or "float64", the lowest precision to compute in, whatever the weights' or the Trainer's.
         spectrum_top_k: singular values that the rank models are fitted to; None: top_k. They cost no curvature.
-        weight_spectra: take the singular values of each weight matrix, too.
-        bootstrap: draws for 95 % intervals of alpha, gamma and s; None or 0: none.
-        curvature_fraction: draws for the trace of each layer's Hessian block, of which the fraction along the
-            directions is logged; a Hessian-vector product each; None or 0: none.
-        alignment: also take the Kronecker factors of each layer, and log how they split alpha (`LayerAlignment`).
+        weight_spectra: take the singular values of each weight matrix, too (`WeightSpectrum`).
+        bootstrap: draws for 95 % intervals of alpha, gamma and s (`Intervals`); None or 0: none.
+        curvature_fraction: draws for the trace of each layer's Hessian block, with curvature="ggn" too, and its
+            fraction along the directions (`CurvatureFraction`), a Hessian-vector product each; None or 0: none.
+        alignment: also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`).
         loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
             automatic optimization.
         log_layers: "auto", up to 24 layers evenly over depth; "all"; "none"; or glob patterns.

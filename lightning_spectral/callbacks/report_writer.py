@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from lightning_spectral._validation import optional_positive_int
+from lightning_spectral._validation import flag, optional_positive_int
 from lightning_spectral.callbacks.log_selection import charts
 from lightning_spectral.callbacks.progress_bar import print_above_bar
 from lightning_spectral.callbacks.report_file import ReportFile
@@ -54,10 +54,8 @@ class OutputOptions:
         for option in ("log_figures_every", "print_every", "wandb_charts"):
             optional_positive_int(option, getattr(self, option))
         for option in ("log_tables", "keep_reports"):
-            if not isinstance(getattr(self, option), bool):
-                raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
-        if self.print_end not in (None, True, False):
-            raise ValueError(f"print_end must be None, True or False, got {self.print_end!r}")
+            flag(option, getattr(self, option))
+        flag("print_end", self.print_end, none=True)
         if self.log_figures_every is not None and find_spec("matplotlib") is None:
             raise ImportError('log_figures_every needs matplotlib: pip install "lightning-spectral[plot]"')
 

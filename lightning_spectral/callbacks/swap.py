@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_spectral._validation import optional_positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.optim.rebind_scheduler import rebind_scheduler
@@ -56,10 +57,8 @@ class SwapOptimizer(AnyCallback):
         self.init_args = dict(init_args or {})
         if at_step is not None and at_epoch is not None:
             raise ValueError(f"give at_step or at_epoch, not both; got at_step={at_step} and at_epoch={at_epoch}")
-        for option, value in {"at_step": at_step, "at_epoch": at_epoch}.items():
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise ValueError(f"{option} must be None or a whole number from 0 on, got {value!r}")
-        self.at_step, self.at_epoch = at_step, at_epoch
+        self.at_step = optional_positive_int("at_step", at_step, 0)
+        self.at_epoch = optional_positive_int("at_epoch", at_epoch, 0)
         self.swapped = False
         self._step: int | None = None
         self._restore: Callable[[], None] = _do_nothing

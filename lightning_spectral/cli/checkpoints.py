@@ -1,72 +1,31 @@
-"""What a command line names: models, checkpoints, data and losses, found with errors that fit on a line."""
+"""Checkpoints: weights and hyper-parameters read without executing anything, and models built with them."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_spectral._messages import first_line, join_names, unpickling_refusal
-from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
-from lightning_spectral.measurement.loader_batches import first_batches
-from lightning_spectral.measurement.loss import LossFunction
+from lightning_spectral.cli.import_paths import SourceError, import_object
 
 STATES = ("state_dict", "model_state_dict", "model")
-"""Where a checkpoint keeps the weights, if it holds more than them."""
+"""Keys under which a checkpoint that holds more than weights keeps them."""
 
 
-class SourceError(ValueError):
-    """Something named cannot be found or loaded; the message names the option, what was found and what would do."""
-
-
-def imported(path: str, option: str) -> Any:
-    """What ``pkg.module:name`` names.
+def load_plain(path: Path, option: str, remedy: str) -> Any:
+    """Return the content of a checkpoint's file: tensors and plain values alone, so that nothing is executed.
 
     Raises:
-        SourceError: if there is no such module or name, or importing it fails.
-    """
-    module, colon, name = path.partition(":")
-    if not colon:
-        module, _, name = path.rpartition(".")
-    if not module or not name:
-        raise SourceError(f"{option} must be an import path such as pkg.module:name, got {path!r}")
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):
-            raise SourceError(
-                f"{option} {path}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}"
-            ) from error
-        raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
-    except Exception as error:
-        raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), 3)
-            what = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise SourceError(f"{option} {path}: {module} has no {name!r}{what}")
-        found = getattr(found, part)
-    return found
-
-
-def loaded(path: Path, option: str, remedy: str) -> Any:
-    """What a checkpoint's file holds, if it is tensors and plain values, which nothing is executed for.
-
-    Raises:
-        SourceError: if it is not; the message ends in what would do.
+        SourceError: if it holds anything else; the message ends in the remedy.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -80,7 +39,7 @@ def loaded(path: Path, option: str, remedy: str) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a checkpoint's file holds.
+    """Content of a checkpoint's file.
 
     Attributes:
         path: of the file.
@@ -94,19 +53,19 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Name -> weight."""
+        """Weights by name."""
         state: dict[str, Any] = self.content if self.key is None else self.content[self.key]
         return state
 
     @property
     def hyper_parameters(self) -> dict[str, Any]:
-        """What the module's `save_hyperparameters` kept."""
-        kept = self.content.get("hyper_parameters")
-        return {str(k): v for k, v in kept.items()} if isinstance(kept, Mapping) else {}
+        """Arguments that the module's `save_hyperparameters` kept."""
+        saved = self.content.get("hyper_parameters")
+        return {str(k): v for k, v in saved.items()} if isinstance(saved, Mapping) else {}
 
     @property
-    def place(self) -> dict[str, int]:
-        """The step and the epoch that it was saved at, where it tells both."""
+    def position(self) -> dict[str, int]:
+        """Step and epoch at which it was saved, if it holds both."""
         step, epoch = self.content.get("global_step"), self.content.get("epoch")
         return {"step": step, "epoch": epoch} if isinstance(step, int) and isinstance(epoch, int) else {}
 
@@ -121,7 +80,7 @@ class Checkpoint:
         if not path.is_file():
             folder = "; of a sharded checkpoint, make one file first" if path.is_dir() else ""
             raise SourceError(f"--checkpoint {path}: no such file{folder}")
-        content = loaded(path, "--checkpoint", "a file of torch.save(model.state_dict()) does")
+        content = load_plain(path, "--checkpoint", "a file of torch.save(model.state_dict()) does")
         if not isinstance(content, Mapping):
             raise SourceError(f"--checkpoint {path}: a {type(content).__name__}, and no state dict or checkpoint")
         key = next((key for key in STATES if _is_state(content.get(key))), None)
@@ -141,7 +100,7 @@ class Checkpoint:
             strict: whether every name has to be in both.
 
         Returns:
-            What was left out; empty where nothing was.
+            Description of the names left out; empty if there are none.
 
         Raises:
             SourceError: if names or shapes do not match.
@@ -184,7 +143,7 @@ def _unmatched(missing: Sequence[str], unexpected: Sequence[str]) -> str:
 
 
 def _remedy(own: Mapping[str, Any], state: Mapping[str, Any], missing: Sequence[str]) -> str:
-    """What to do about names that do not match."""
+    """Return the remedy for names that do not match."""
     if prefix := _common_prefix(own, state):
         return f"with --prefix {prefix} all of the model's names are found"
     if prefix := _common_prefix(state, own):
@@ -195,7 +154,7 @@ def _remedy(own: Mapping[str, Any], state: Mapping[str, Any], missing: Sequence[
 
 
 def _common_prefix(names: Iterable[str], longer: Iterable[str]) -> str:
-    """The prefix with which all of the names are among the longer ones, or nothing."""
+    """Return the prefix with which all of the names are among the longer ones, or an empty text."""
     names = set(names)
     counts = Counter(
         long[:end] for long in longer for end in range(1, len(long)) if long[end - 1] == "." and long[end:] in names
@@ -205,7 +164,7 @@ def _common_prefix(names: Iterable[str], longer: Iterable[str]) -> str:
 
 
 def build_model(path: str, checkpoint: Checkpoint | None = None) -> nn.Module:
-    """The model that an import path names: a module, or a class or function that makes one.
+    """Return the model that an import path names: a module, or a class or function that makes one.
 
     A class is given the checkpoint's hyper-parameters that it takes, as Lightning's ``load_from_checkpoint`` does;
     anything else is called without arguments. A LightningModule's ``configure_model`` is called.
@@ -213,12 +172,12 @@ def build_model(path: str, checkpoint: Checkpoint | None = None) -> nn.Module:
     Raises:
         SourceError: if there is none, or making it fails.
     """
-    made = imported(path, "--model")
+    made = import_object(path, "--model")
     arguments: dict[str, Any] = {}
     if not isinstance(made, nn.Module):
         if not callable(made):
             raise SourceError(f"--model {path} is a {type(made).__name__}, and no module nor anything that makes one")
-        arguments = _taken(made, checkpoint) if isinstance(made, type) else {}
+        arguments = _arguments(made, checkpoint) if isinstance(made, type) else {}
         try:
             made = made(**arguments)
         except Exception as error:
@@ -231,77 +190,16 @@ def build_model(path: str, checkpoint: Checkpoint | None = None) -> nn.Module:
     return made
 
 
-def _taken(model_class: type, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """The hyper-parameters that a class takes."""
+def _arguments(model_class: type, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Return the hyper-parameters that a class takes."""
     if checkpoint is None:
         return {}
     parameters = inspect.signature(model_class).parameters
     # Where the class takes all of them as one argument, Lightning keeps its name.
-    whole = str(checkpoint.content.get("hparams_name"))
-    if whole in parameters and parameters[whole].kind is not inspect.Parameter.VAR_KEYWORD:
-        return {whole: checkpoint.hyper_parameters}
+    mapping_name = str(checkpoint.content.get("hparams_name"))
+    if mapping_name in parameters and parameters[mapping_name].kind is not inspect.Parameter.VAR_KEYWORD:
+        return {mapping_name: checkpoint.hyper_parameters}
     every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     # LightningCLI keeps notes of its own beside them.
-    kept = {k: v for k, v in checkpoint.hyper_parameters.items() if not k.startswith("_")}
-    return {k: v for k, v in kept.items() if every or k in parameters}
-
-
-def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:
-    """The first batches of the data that an import path names.
-
-    Args:
-        path: of a DataLoader, a LightningDataModule (its training data), another iterable of batches, or one batch: a
-            tensor, tuple, list or mapping; or of something that returns one of these when called without arguments.
-        n_batches: how many.
-        model: whose random states are kept.
-
-    Raises:
-        SourceError: if there is no such data, or not enough of it.
-    """
-    if n_batches < 1:
-        raise SourceError(f"--n-batches must be a whole number of at least 1, got {n_batches}")
-    value = imported(path, "--data")
-    try:
-        value = value() if callable(value) else value
-        if callable(getattr(value, "train_dataloader", None)):
-            value.prepare_data()
-            value.setup("fit")
-            value = value.train_dataloader()
-        if isinstance(value, DataLoader):
-            return list(first_batches(value, n_batches, model))
-        found = _first(path, value, n_batches)
-    except SourceError:
-        raise
-    except Exception as error:
-        raise SourceError(f"--data {path}: reading it failed ({first_line(error)})") from error
-    if len(found) < n_batches:
-        raise SourceError(f"--data {path}: {n_batches} batches were asked for, and there are {len(found)}")
-    return found
-
-
-def _first(path: str, value: Any, n_batches: int) -> list[Any]:
-    if isinstance(value, (Tensor, tuple, list, Mapping)):
-        return [value]
-    if isinstance(value, Dataset):
-        raise SourceError(f"--data {path} is a data set; wrap it in a DataLoader, whose batch size is what is measured")
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-        return list(islice(value, n_batches))
-    raise SourceError(f"--data {path} gave a {type(value).__name__}, and should give a DataLoader or a batch")
-
-
-def named_loss(name: str | None) -> LossFunction | None:
-    """The loss that a name means: of `torch.nn.functional`, or ``pkg.module:function`` of (model, batch).
-
-    None stays None: the module's own loss.
-
-    Raises:
-        SourceError: if there is no such loss.
-    """
-    if name is None or name in FUNCTIONAL_LOSSES:
-        return None if name is None else functional_loss(name)
-    if ":" not in name and "." not in name:
-        raise SourceError(f"--loss {name}: must be pkg.module:function or one of {', '.join(FUNCTIONAL_LOSSES)}")
-    found = imported(name, "--loss")
-    if not callable(found):
-        raise SourceError(f"--loss {name} is a {type(found).__name__}, and should be a function of (model, batch)")
-    return found  # type: ignore[no-any-return]
+    saved = {k: v for k, v in checkpoint.hyper_parameters.items() if not k.startswith("_")}
+    return {k: v for k, v in saved.items() if every or k in parameters}

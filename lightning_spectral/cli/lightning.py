@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-# The command line knows the short names of classes that are imported.
+# LightningCLI resolves short names of imported classes alone.
 from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import lightning_cli, package_of
-from lightning_spectral.cli.checkpoints import imported, loaded
+from lightning_spectral.cli.checkpoints import load_plain
+from lightning_spectral.cli.import_paths import import_object
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ __all__ = ["NamedGroups", "SpectralNewton", "SpectralProbe", "SwapOptimizer", "s
 logger = logging.getLogger(__name__)
 
 USAGE = "%(prog)s [-c CONFIG] --model CLASS [--optimizer CLASS] [--trainer.OPTION VALUE] ..."
-"""In place of all options, of which an error would be the last line of forty."""
+"""Usage without all options, after which an error would be the last line of forty."""
 
 
 class NamedGroups(_LightningCLI):
@@ -45,8 +46,8 @@ class NamedGroups(_LightningCLI):
     def instantiate_classes(self) -> None:
         """Instantiate all but an optimizer that has groups."""
         automatic = self.auto_configure_optimizers
-        chosen = self._of_command(self.config).get("optimizer")
-        grouped = automatic and callable(getattr(_imported(_class_path(chosen)), "groups", None))
+        optimizer = self._of_command(self.config).get("optimizer")
+        grouped = automatic and callable(getattr(_imported(_class_path(optimizer)), "groups", None))
         self.auto_configure_optimizers = automatic and not grouped
         try:
             super().instantiate_classes()
@@ -72,7 +73,7 @@ class NamedGroups(_LightningCLI):
         self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
 
     def _of_command(self, config: Any) -> Any:
-        """A configuration's part for the command, such as fit, if there are commands."""
+        """Return a configuration's part for the command, such as fit, if there are commands."""
         return config if self.subcommand is None else config[self.subcommand]
 
 
@@ -85,11 +86,13 @@ class _PlainCheckpoints(_LightningCLI):
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if path and Path(path).is_file():
-            loaded(Path(path), "--ckpt_path", "Trainer.fit(ckpt_path=...) in a program of your own loads one you trust")
+            load_plain(
+                Path(path), "--ckpt_path", "Trainer.fit(ckpt_path=...) in a program of your own loads one you trust"
+            )
 
 
 def spectral_cli(package: str = "pytorch_lightning") -> type[_LightningCLI]:
-    """The LightningCLI of a package with `NamedGroups`.
+    """Return the LightningCLI of a package with `NamedGroups`.
 
     Raises:
         ImportError: without jsonargparse.
@@ -106,7 +109,7 @@ def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
     path = named_model(arguments)
     # A short name is for LightningCLI to resolve, and so is a file of options.
     by_path = path is not None and "." in path and Path(path).suffix not in (".yaml", ".yml", ".json")
-    cli = spectral_cli(package_of(imported(path, "--model") if path and by_path else None))
+    cli = spectral_cli(package_of(import_object(path, "--model") if path and by_path else None))
     # Under `python -m` argparse would take the name of the file that is run.
     parser_kwargs = {"prog": "lightning-spectral", arguments[0]: {"usage": USAGE}}
     # LightningCLI warns of arguments given beside those of the command line.
@@ -114,17 +117,17 @@ def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
 
 
 def named_model(arguments: Sequence[str]) -> str | None:
-    """The class path that arguments give for the model, or the last of their configuration files, or None."""
+    """Return the class path of the model in the arguments, else in the last of their configuration files, or None."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", "--model.class_path")
     parser.add_argument("-c", "--config", action="append", default=[])
-    given, _ = parser.parse_known_args(list(arguments))
-    found = [given.model, *(_model_in(config) for config in reversed(given.config))]
-    return next((path for path in found if path), None)
+    options, _ = parser.parse_known_args(list(arguments))
+    paths = [options.model, *(_model_in(config) for config in reversed(options.config))]
+    return next((path for path in paths if path), None)
 
 
 def _model_in(config: str) -> str | None:
-    """A file that cannot be read is LightningCLI's to complain of."""
+    """Return the model's class path in a file, None if it cannot be read: LightningCLI complains of that."""
     try:
         content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -133,13 +136,13 @@ def _model_in(config: str) -> str | None:
 
 
 def _class_path(options: Any) -> str | None:
-    """Of ``class_path: ...`` with or without ``init_args``, or a bare path."""
+    """Return the path in ``class_path: ...`` with or without ``init_args``, or a bare path."""
     path = options if isinstance(options, str) or options is None else options.get("class_path")
     return path if isinstance(path, str) else None
 
 
 def _imported(path: str | None) -> Any:
-    """What an import path names, or None."""
+    """Return the object that an import path names, or None."""
     module, _, name = (path or "").rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None) if module else None

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lightning_spectral._messages import first_line
-from lightning_spectral.cli.checkpoints import Checkpoint, SourceError, build_model, named_loss, read_batches
+from lightning_spectral.cli.checkpoints import Checkpoint, build_model
+from lightning_spectral.cli.import_paths import SourceError, named_loss, read_batches
 from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.options import Options
@@ -38,7 +39,7 @@ def measure_checkpoint(
 
     Args:
         model: import path, see `lightning_spectral.cli.checkpoints.build_model`.
-        data: import path, see `lightning_spectral.cli.checkpoints.read_batches`.
+        data: import path, see `lightning_spectral.cli.import_paths.read_batches`.
         loss: name of a loss, see `named_loss`; None: the module's ``spectral_loss`` or
             ``training_step``.
         checkpoint: file of a Lightning checkpoint or a state dict; None: the weights stay as they are.
@@ -49,7 +50,7 @@ def measure_checkpoint(
         options: what to measure and how.
 
     Returns:
-        The report, with the step and epoch of a Lightning checkpoint; and what was left out of the checkpoint.
+        The report, with the step and epoch of a Lightning checkpoint; and the names left out of the checkpoint.
 
     Raises:
         SourceError: if something named cannot be found or loaded.
@@ -63,7 +64,7 @@ def measure_checkpoint(
     chosen = _moved(network, device)
     batches = HeldBatches(read_batches(data, n_batches, network), chosen)
     report = run_measurement(network, batches, options or Options(), loss_fn)
-    return (report if saved is None or not saved.place else report.at(**saved.place)), left_out
+    return (report if saved is None or not saved.position else report.at(**saved.position)), left_out
 
 
 def plan_model(
@@ -78,7 +79,7 @@ def plan_model(
     world_size: int = 1,
     sharded: bool = False,
 ) -> Plan:
-    """What `measure_checkpoint` would do and cost; the model is made without its weights.
+    """Return what `measure_checkpoint` would do and cost; the model is made without its weights.
 
     Args:
         model, data, loss, checkpoint, n_batches, options: as there. Of a checkpoint the hyper-parameters count alone,
@@ -111,7 +112,7 @@ def plan_model(
 
 
 def shaped_batch(shapes: Sequence[str]) -> Any:
-    """A batch without numbers: a tensor for one shape, a tuple for several.
+    """Return a batch without values: a tensor for one shape, a tuple for several.
 
     Args:
         shapes: such as ``64x3x32x32``, with a type other than float32 after a colon.
@@ -149,7 +150,7 @@ def write_report(report: SpectralReport, folder: str | Path, *, name: str, page:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Make a folder to write to. What cannot be written is better said before measuring than after it.
+    """Make a folder to write to, before measuring, so that an error costs no measurement.
 
     Raises:
         SourceError: if it cannot be made.
@@ -164,7 +165,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def check_page() -> None:
-    """See that a page can be written.
+    """Raise if no page can be written.
 
     Raises:
         SourceError: if plotly is not installed.

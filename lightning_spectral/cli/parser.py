@@ -1,4 +1,4 @@
-"""What a command line says of what is wrong with it: one line, in the words of its options."""
+"""One-line errors of the command line, in the words of its options."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ PYTHON_TO_OPTIONS = {
     r"loss_fn(=\.\.\.|\(model, batch\))( -> scalar)?( of your own)?": "--loss pkg.module:function of (model, batch)",
     r"give a mapping from its pattern to their three numbers": "give --fused-qkv 'GLOB=ROWS,ROWS,ROWS'",
 }
-"""What messages advise in Python, as patterns, and what the command line has in its place."""
+"""Advice in messages for Python, as patterns -> the same advice for the command line."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, where argparse puts the usage of all options before it."""
+    """Parser whose errors are one line, without the usage of all options that argparse puts before them."""
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As ever, and refuse what is not known: a command knows better than the parser around it what was meant."""
-        found, unknown = super().parse_known_args(args, namespace)
+        """Parse, and refuse an unknown option here, where the command's options are known, to suggest the closest."""
+        parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(_unknown(unknown[0], sorted(set(re.findall(r"(?<![\w-])--[\w-]+", self.format_usage())))))
-        return found, unknown
+        return parsed, unknown
 
 
-def _unknown(given: str, options: Sequence[str]) -> str:
-    if not given.startswith("-"):
-        return f"{given!r} is not an argument"
-    name = given.partition("=")[0]
+def _unknown(word: str, options: Sequence[str]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} is not an argument"
+    name = word.partition("=")[0]
     close = difflib.get_close_matches(name, options, 1)
     return f"there is no option {name}" + (f", did you mean {close[0]}?" if close else "")
 
 
 def in_options(text: str, names: Sequence[str]) -> str:
-    """A message for Python in the words of the command line.
+    """Return a message for Python in the words of the command line.
 
     >>> in_options("top_k must be at least 3, got 1; or measure with mode='train'", ["top_k", "mode"])
     '--top-k must be at least 3, got 1; or measure with --mode train'
@@ -52,5 +52,5 @@ def in_options(text: str, names: Sequence[str]) -> str:
         name, value = f"--{match[1].replace('_', '-')}", match[3]
         return f"{name} {value}" if value else name
 
-    known = "|".join(map(re.escape, names))
-    return re.sub(rf"(?<![\w.-])({known})(?:=(['\"]?)([\w.]+)\2|(?= must\b|:| is a number\b))", option, text)
+    alternatives = "|".join(map(re.escape, names))
+    return re.sub(rf"(?<![\w.-])({alternatives})(?:=(['\"]?)([\w.]+)\2|(?= must\b|:| is a number\b))", option, text)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from lightning_spectral._validation import one_of
 from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, GGNCurvature, not_piecewise_linear, output_hessians
 from lightning_spectral.curvature.layer_taps import tapped
@@ -36,9 +37,7 @@ METHODS: dict[str, Callable[[], Curvature] | None] = {
 
 def check_method(name: str) -> Curvature | None:
     """The method of that name, None for "auto"; ValueError if there is none."""
-    if name not in METHODS:
-        raise ValueError(f"curvature must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
-    make = METHODS[name]
+    make = METHODS[one_of("curvature", name, METHODS)]
     return make() if make is not None else None
 
 

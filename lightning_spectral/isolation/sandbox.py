@@ -26,8 +26,8 @@ from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import map_leaves
 from lightning_spectral.isolation.interrupts import HeldInterrupts, function_mode
 from lightning_spectral.isolation.module_copy import Copier, Shadow, shadow_of
-from lightning_spectral.numerics.matmul_precision import full_float32
-from lightning_spectral.options import PRECISIONS, Mode, Precision
+from lightning_spectral.numerics.matmul_precision import PRECISIONS, full_float32
+from lightning_spectral.options import Mode, Precision
 
 ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_spectral._validation import positive_int
 from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.isolation.sandbox import RandomStates
 
@@ -74,8 +75,7 @@ def batches_of(batch: Any, n_batches: int, model: nn.Module) -> Sequence[Any]:
     Raises:
         ValueError: if n_batches is none, or there are not as many.
     """
-    if not isinstance(n_batches, int) or n_batches < 1:
-        raise ValueError(f"n_batches must be a whole number of at least 1, got {n_batches!r}")
+    positive_int("n_batches", n_batches)
     if isinstance(batch, DataLoader):
         device = next((parameter.device for parameter in model.parameters()), None)
         return first_batches(batch, n_batches, model, device=device)

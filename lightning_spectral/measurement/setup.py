@@ -19,7 +19,8 @@ from lightning_spectral.isolation.sandbox import InitialState, copy_batch, quiet
 from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
 from lightning_spectral.measurement.loss import LossFunction, mute, stand_ins
 from lightning_spectral.measurement.objective import Objective, batch_sizes
-from lightning_spectral.options import PRECISIONS, Mode, Options, Precision
+from lightning_spectral.numerics.matmul_precision import PRECISIONS
+from lightning_spectral.options import Mode, Options, Precision
 
 if TYPE_CHECKING:
     from lightning_spectral.measurement.sharded.on_demand_weights import OnDemandWeights

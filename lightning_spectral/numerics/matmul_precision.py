@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+"""Values of the option `precision`, the lowest types that are computed in."""
+
 
 @contextmanager
 def full_float32() -> Iterator[None]:

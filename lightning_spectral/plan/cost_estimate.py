@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.options import PRECISIONS, Options
+from lightning_spectral.numerics.matmul_precision import PRECISIONS
+from lightning_spectral.options import Options
 from lightning_spectral.plan.cost_model import (
     TRACE_GRAPH,
     Cost,

@@ -29,7 +29,8 @@ from lightning_spectral.isolation.module_copy import Copier
 from lightning_spectral.isolation.sandbox import UNINITIALIZED, quiet
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.loss import LossFunction, mute, resolve_loss, stand_ins
-from lightning_spectral.options import PRECISIONS, Mode, Precision
+from lightning_spectral.numerics.matmul_precision import PRECISIONS
+from lightning_spectral.options import Mode, Precision
 from lightning_spectral.plan.meta_init import IgnoreDeviceMoves
 
 REFUSALS = (

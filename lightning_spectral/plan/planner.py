@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_spectral._validation import positive_int
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer
@@ -187,9 +188,8 @@ def plan_quietly(
     sharded: bool = False,
 ) -> Plan:
     """Plan as `plan_spectra` does, with the options in one object."""
-    for name, value in (("n_batches", n_batches), ("world_size", world_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    positive_int("n_batches", n_batches)
+    positive_int("world_size", world_size)
     if sharded and world_size == 1:
         raise ValueError("sharded: parameters are shards over several processes; set world_size")
     model = unwrapped(model)

@@ -305,8 +305,8 @@ def test_a_swap_that_never_came_is_told():
         ({"optimizer": "no_such_module.Thing"}, "optimizer must be the import path of a class"),
         ({"optimizer": "torch.nn.Linear"}, "optimizer must be a class of optimizers, got 'torch.nn.Linear'"),
         ({"at_step": 3, "at_epoch": 1}, "give at_step or at_epoch, not both"),
-        ({"at_step": -1}, "at_step must be None or a whole number from 0 on, got -1"),
-        ({"at_epoch": 0.5}, "at_epoch must be None or a whole number from 0 on, got 0.5"),
+        ({"at_step": -1}, "at_step must be None or a whole number of at least 0, got -1"),
+        ({"at_epoch": 0.5}, "at_epoch must be None or a whole number of at least 0, got 0.5"),
     ],
 )
 def test_bad_options(options, message):

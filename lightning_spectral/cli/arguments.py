@@ -1,0 +1,104 @@
+"""Arguments that `measure` and `plan` have in common: what is measured, and the fields of `Options`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import Field, fields
+from typing import Any
+
+from lightning_spectral.cli.parser import in_options
+from lightning_spectral.options import Options
+
+LOSS_EXAMPLES = "cross_entropy, nll_loss, mse_loss, binary_cross_entropy_with_logits"
+"""Some of `functional.FUNCTIONAL_LOSSES`, whose import loads torch."""
+
+PYTHON_ONLY = {
+    r", or a callable \(.*?\)": "",
+    r" \(`\w+`\)": "",
+    r"`": "",
+    r"\bNone( or 0)?: ": "without it, ",
+    r"\btop_k\b": "--top-k",
+    r"%": "%%",
+}
+"""Parts of an option's help, as patterns, that its command line has not, and what stands in their place."""
+
+OPTION_NAMES = (*(option.name for option in fields(Options)), "n_batches", "world_size", "sharded")
+"""Names by which messages call the options."""
+
+
+def add_sources(group: Any, *, batch: bool = True) -> None:
+    """Add the arguments that name a model, its weights, its data and its loss."""
+    group.add_argument("--model", required=True, metavar="NAME", help="a module, or a class or function that makes one")
+    group.add_argument("--data", required=batch, metavar="NAME", help="a DataLoader or a batch, or what returns one")
+    group.add_argument(
+        "--loss",
+        metavar="NAME",
+        help=f"of torch.nn.functional ({LOSS_EXAMPLES}, ...), or a function of (model, batch); without it, the "
+        "module's own spectral_loss(batch) or training_step",
+    )
+    group.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="of a Lightning Trainer, or a state dict; without it, the model is measured as it is made",
+    )
+    group.add_argument("--prefix", default="", help="what the checkpoint's names begin with and the model's do not")
+    group.add_argument("--no-strict", dest="strict", action="store_false", help="load the names that are in both")
+    group.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
+
+
+def add_options(group: Any) -> None:
+    """Add an argument for each field of `Options`, and those for batches and device."""
+    for option in fields(Options):
+        group.add_argument(f"--{option.name.replace('_', '-')}", help=_help(option), **_value(option))
+    group.add_argument("--n-batches", type=int, default=1, metavar="N", help="batches averaged over (%(default)s)")
+    group.add_argument("--device", default="auto", help="such as cpu or cuda:0 (cuda where there is one)")
+
+
+def _value(option: Field[Any]) -> dict[str, Any]:
+    """Return what argparse takes for the value of an option."""
+    if option.type == "bool":
+        return {"action": "store_true"}
+    if choices := option.metadata["choices"]:
+        return {"choices": choices, "default": option.default}
+    kind = {"type": int} if str(option.type).startswith("int") else {"nargs": "+"}
+    return {"metavar": option.metadata["metavar"], "default": option.default, **kind}
+
+
+def _help(option: Field[Any]) -> str:
+    text = option.metadata["help"].removesuffix(".")
+    for pattern, words in PYTHON_ONLY.items():
+        text = re.sub(pattern, words, text)
+    return in_options(text, OPTION_NAMES) + (" (%(default)s)" if option.default else "")
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Return the options that a command line gives.
+
+    Raises:
+        ValueError: for one out of range, or kinds or rows of another form.
+    """
+    values = {option.name: getattr(arguments, option.name) for option in fields(Options)}
+    kinds, fused_qkv = _kinds(values.pop("kinds") or ()), _fused_qkv(values.pop("fused_qkv"))
+    return Options(**values, kinds=kinds, fused_qkv=fused_qkv)
+
+
+def _kinds(texts: Sequence[str]) -> dict[str, Any]:
+    """Return pattern -> kind."""
+    pairs = [text.rpartition("=") for text in texts]
+    if wrong := [kind for pattern, _, kind in pairs if not pattern]:
+        raise ValueError(f"--kinds takes GLOB=KIND, such as '*.c_proj=attention_out', got {wrong[0]!r}")
+    return {pattern: kind for pattern, _, kind in pairs}
+
+
+def _fused_qkv(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Return pattern -> numbers of rows of query, key and value; none where they are equal."""
+    fused = {}
+    for text in texts:
+        pattern, _, rows = text.partition("=")
+        try:
+            fused[pattern] = [int(number) for number in rows.split(",")] if rows else []
+        except ValueError:
+            raise ValueError(f"--fused-qkv takes GLOB or GLOB=ROWS,ROWS,ROWS, got {text!r}") from None
+    return fused

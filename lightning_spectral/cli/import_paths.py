@@ -1,0 +1,114 @@
+"""Models, data and losses that a command line names by import path, pkg.module:name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_spectral._messages import first_line
+from lightning_spectral._validation import positive_int
+from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
+from lightning_spectral.measurement.loader_batches import first_batches
+from lightning_spectral.measurement.loss import LossFunction
+
+
+class SourceError(ValueError):
+    """Error of a name that cannot be found or loaded: names the option, what was found and the remedy."""
+
+
+def import_object(path: str, option: str) -> Any:
+    """Return the object that ``pkg.module:name`` names.
+
+    Raises:
+        SourceError: if there is no such module or name, or importing it fails.
+    """
+    module, colon, name = path.partition(":")
+    if not colon:
+        module, _, name = path.rpartition(".")
+    if not module or not name:
+        raise SourceError(f"{option} must be an import path such as pkg.module:name, got {path!r}")
+    try:
+        value = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            raise SourceError(
+                f"{option} {path}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}"
+            ) from error
+        raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
+    except Exception as error:
+        raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
+    for part in name.split("."):
+        if not hasattr(value, part):
+            close = difflib.get_close_matches(part, dir(value), 3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise SourceError(f"{option} {path}: {module} has no {name!r}{hint}")
+        value = getattr(value, part)
+    return value
+
+
+def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:
+    """Return the first batches of the data that an import path names.
+
+    Args:
+        path: of a DataLoader, a LightningDataModule (its training data), another iterable of batches, or one batch: a
+            tensor, tuple, list or mapping; or of something that returns one of these when called without arguments.
+        n_batches: how many.
+        model: whose random states are kept.
+
+    Raises:
+        ValueError: unless n_batches is at least 1.
+        SourceError: if there is no such data, or not enough of it.
+    """
+    positive_int("--n-batches", n_batches)
+    value = import_object(path, "--data")
+    try:
+        value = value() if callable(value) else value
+        if callable(getattr(value, "train_dataloader", None)):
+            value.prepare_data()
+            value.setup("fit")
+            value = value.train_dataloader()
+        if isinstance(value, DataLoader):
+            return list(first_batches(value, n_batches, model))
+        batches = _first(path, value, n_batches)
+    except SourceError:
+        raise
+    except Exception as error:
+        raise SourceError(f"--data {path}: reading it failed ({first_line(error)})") from error
+    if len(batches) < n_batches:
+        raise SourceError(f"--data {path}: {n_batches} batches were asked for, and there are {len(batches)}")
+    return batches
+
+
+def _first(path: str, value: Any, n_batches: int) -> list[Any]:
+    if isinstance(value, (Tensor, tuple, list, Mapping)):
+        return [value]
+    if isinstance(value, Dataset):
+        raise SourceError(f"--data {path} is a data set; wrap it in a DataLoader, whose batch size is what is measured")
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        return list(islice(value, n_batches))
+    raise SourceError(f"--data {path} gave a {type(value).__name__}, and should give a DataLoader or a batch")
+
+
+def named_loss(name: str | None) -> LossFunction | None:
+    """Return the loss of that name: of `torch.nn.functional`, or ``pkg.module:function`` of (model, batch).
+
+    None stays None: the module's own loss.
+
+    Raises:
+        SourceError: if there is no such loss.
+    """
+    if name is None or name in FUNCTIONAL_LOSSES:
+        return None if name is None else functional_loss(name)
+    if ":" not in name and "." not in name:
+        raise SourceError(f"--loss {name}: must be pkg.module:function or one of {', '.join(FUNCTIONAL_LOSSES)}")
+    loss = import_object(name, "--loss")
+    if not callable(loss):
+        raise SourceError(f"--loss {name} is a {type(loss).__name__}, and should be a function of (model, batch)")
+    return loss  # type: ignore[no-any-return]
