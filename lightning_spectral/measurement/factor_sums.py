@@ -45,8 +45,11 @@ class InputMoment:
             tap.use.input, tap.shape[2:], call.options, groups=tap.layer.groups,
             transposed=call.function in TRANSPOSED,
         )  # fmt: skip
-        for rows in patches.unfolded():
-            self.moment.add(rows)
+        if patches.length <= MAX_DENSE and patches.rows > patches.length and patches.correlates():
+            self.moment.add_gram(patches.correlation(), patches.rows)
+        else:
+            for rows in patches.unfolded():
+                self.moment.add(rows)
 
     def eigenvalues(self) -> Eigenvalues:
         """Return the eigenvalues of C_A."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_spectral import SpectralNewton
-from lightning_spectral.optim.ddp import SMALLEST, balanced_rounds, is_shared, assign_by_cost
+from lightning_spectral.optim.ddp import SMALLEST, assign_by_cost, balanced_rounds, is_shared
 from lightning_spectral.optim.matrix_layout import Layout, blocks, row_counts
 
 BY_ANY = [*optimizer_ddp.BY_ANY, *optimizer_fsdp.BY_ANY]

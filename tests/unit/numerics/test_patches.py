@@ -45,7 +45,7 @@ def input_of(module, samples=3):
 
 @pytest.mark.parametrize("chunk", [1, 2**21])
 @pytest.mark.parametrize("module", CONVOLUTIONS, ids=repr)
-def test_patches_are_those_of_loops(monkeypatch, module, chunk):
+def test_patches_and_their_correlation_are_those_of_loops(monkeypatch, module, chunk):
     monkeypatch.setattr(patches_module, "UNFOLDED_ENTRIES", chunk)
     module, x = module.double(), input_of(module)
     expected = naive_patches(module, x)
@@ -53,6 +53,10 @@ def test_patches_are_those_of_loops(monkeypatch, module, chunk):
     rows = torch.cat(list(found.unfolded()), 1)
     assert torch.equal(rows, expected)
     assert (found.rows, found.length) == expected.shape[1:]
+    if set(found.stride) == {1}:
+        torch.testing.assert_close(found.correlation(), expected.mT @ expected, rtol=1e-11, atol=1e-11)
+    else:
+        assert not found.correlates()
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", 1, (1,), [1, 1]])
@@ -64,6 +68,14 @@ def test_paddings_as_functional_calls_give_them(padding, kernel):
     rows = torch.cat(list(found.unfolded()), 1)[0]
     z = torch.nn.functional.conv2d(x, weight, padding=padding)
     torch.testing.assert_close(rows @ weight.flatten(1).T, z.flatten(2).mT.flatten(0, 1))
+
+
+def test_correlation_is_chosen_where_it_takes_fewer_products():
+    x = torch.zeros(2, 3, 16, 16)
+    assert Patches.of(x, (3, 3), {"padding": 1}, groups=1, transposed=False).correlates()
+    assert not Patches.of(x, (1, 1), {}, groups=1, transposed=False).correlates()
+    assert not Patches.of(x, (3, 3), {"padding": 1, "stride": 2}, groups=1, transposed=False).correlates()
+    assert not Patches.of(x[..., :3, :3], (3, 3), {}, groups=1, transposed=False).correlates()
 
 
 def eigenvalues(rows):
