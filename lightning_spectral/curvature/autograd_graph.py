@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch.autograd.graph import Node
 
+from lightning_spectral._torch_private import trained_on_batch_statistics
+
 # Linear in each input alone; piecewise so for the second group. Names as autograd gives them, without the version.
 LINEAR = frozenset(
     [
@@ -153,7 +155,7 @@ class Dependence:
         if name in allowed:
             return True
         if name in BATCH_NORM:
-            return not getattr(node, "_saved_training", True) and _disjoint(inputs)
+            return not trained_on_batch_statistics(node) and _disjoint(inputs)
         if name == "Div":
             return not any(inputs[1:])
         return name in PRODUCTS and _disjoint(inputs)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from lightning_spectral._torch_private import as_non_view, on_saved_tensors_hooks, patched_linear
 from lightning_spectral.curvature.activations import cheap_twin
 
 Function = Callable[..., Any]
@@ -107,14 +108,7 @@ class Recorder(TorchFunctionMode):
 
     def __enter__(self) -> Recorder:
         """Start to note."""
-        enter = saved_tensors_hooks.__enter__
-
-        def noted(hooks: saved_tensors_hooks) -> None:
-            self.trace.hooked = True
-            enter(hooks)
-
-        saved_tensors_hooks.__enter__ = noted  # type: ignore[method-assign]
-        self._undo.callback(setattr, saved_tensors_hooks, "__enter__", enter)
+        self._undo.enter_context(on_saved_tensors_hooks(self._note_hooks))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -122,6 +116,9 @@ class Recorder(TorchFunctionMode):
         """Stop."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._undo.close()
+
+    def _note_hooks(self) -> None:
+        self.trace.hooked = True
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -154,10 +151,8 @@ class Recorder(TorchFunctionMode):
             return output
         a = given.pop("input").detach()
         given.pop("bias", None)
-        if output.requires_grad and output._is_view():
-            # What writes on a view in place gives it another place in the graph, and its own is lost. Torch views the
-            # output of a linear layer on tokens; that nothing else can see what it views is what this tells it.
-            output = torch.ops.aten._unsafe_view(output, output.shape)
+        # Of a linear layer on tokens torch gives a view, of what nothing else can reach.
+        output = as_non_view(output)
         zero = torch.zeros_like(output, requires_grad=True) if self.add_zeros else None
         output = output if zero is None else output + zero
         # Taken now: after an operation in place, the tensor stands for what that made of it.
@@ -168,16 +163,13 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def _inside_attention(self, query: Tensor) -> Iterator[None]:
         """See the projections of nn.MultiheadAttention, whose function runs with this mode switched off."""
-        linear, samples = F.linear, query.shape[1] if query.ndim == 3 else 1
+        samples = query.shape[1] if query.ndim == 3 else 1
 
-        def noted(*args: Any, **kwargs: Any) -> Tensor:
-            return self._product(linear, args, kwargs, linear(*args, **kwargs), samples)
+        def recorded(linear: Function) -> Function:
+            return lambda *args, **kwargs: self._product(linear, args, kwargs, linear(*args, **kwargs), samples)
 
-        F.linear = noted
-        try:
+        with patched_linear(recorded):
             yield
-        finally:
-            F.linear = linear
 
 
 def _is_narrower(tensor: Tensor, than: Tensor) -> bool:

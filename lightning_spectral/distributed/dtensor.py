@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_spectral._torch_private import is_composable_state
 from lightning_spectral.distributed.process_group import SingleProcess
 
 COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
@@ -93,7 +94,7 @@ def without_communication(state: Mapping[str, Any]) -> dict[str, Any]:
         if name.endswith("_hooks") and isinstance(value, dict)
         else value
         for name, value in state.items()
-        if not name.startswith("__composable_api")
+        if not is_composable_state(name)
     }
 
 

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_spectral._torch_private import TorchDispatchMode
 from lightning_spectral.errors import MeasurementError, ProcessError, is_out_of_memory, text_of
 
 T = TypeVar("T")

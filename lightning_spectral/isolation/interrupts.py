@@ -9,23 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch.overrides import TorchFunctionMode
 
-# Where PyTorch keeps its stack of modes, by names that are not public.
-STACK: Any = torch.overrides
-NAMES = ("_get_current_function_mode_stack", "_pop_mode", "_push_mode")
+from lightning_spectral._torch_private import restored_function_modes
 
 
 def interruption(error: BaseException) -> BaseException | None:
-    """The KeyboardInterrupt, SystemExit or the like that an error is, or came up while handling; None without one.
+    """Return the KeyboardInterrupt, SystemExit or the like that an error is or arose from; None without one.
 
     >>> interruption(ValueError("on its own"))
     """
-    found: BaseException | None = error
-    while isinstance(found, Exception):
-        found = found.__context__
-    return found
+    link: BaseException | None = error
+    while isinstance(link, Exception):
+        link = link.__context__
+    return link
 
 
 class HeldInterrupts:
@@ -47,7 +44,7 @@ class HeldInterrupts:
         self._came = True
 
     def release(self) -> None:
-        """Deliver one that came, and hold no more."""
+        """Deliver an interrupt that came, and hold no more."""
         handler, self._handler = self._handler, None
         if handler is None:
             return
@@ -59,28 +56,15 @@ class HeldInterrupts:
 
 @contextmanager
 def function_mode(mode: TorchFunctionMode) -> Iterator[None]:
-    """Enter a mode, and leave PyTorch's stack of modes as it was.
-
-    PyTorch takes a mode off the stack for each call that the mode handles. An interrupt in that moment loses it, or has
-    it put back when the frames it came through are let go of.
-    """
-    if not all(hasattr(STACK, name) for name in NAMES):
-        with mode:
-            yield
-        return
-    before = list(STACK._get_current_function_mode_stack())
-    mode.__enter__()  # type: ignore[no-untyped-call]
-    try:
+    """Enter a mode, and leave torch's stack of modes as it was, also where an interrupt ends it."""
+    with restored_function_modes(mode, _release_frames):
         yield
-    except BaseException as error:
-        if interruption(error):
-            found: BaseException | None = error
-            while found is not None:
-                traceback.clear_frames(found.__traceback__)
-                found = found.__context__
-        raise
-    finally:
-        while STACK._get_current_function_mode_stack():
-            STACK._pop_mode()
-        for other in before:
-            STACK._push_mode(other)
+
+
+def _release_frames(error: BaseException) -> None:
+    if not interruption(error):
+        return
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__context__

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_spectral._torch_private import uncompiled
 from lightning_spectral.distributed.dtensor import is_communication, plain_class, without_communication
 from lightning_spectral.errors import MeasurementError
 
@@ -210,9 +211,9 @@ class Copier:
         if isinstance(value, functools.partial):
             keywords = {name: self.copy(item, path) for name, item in value.keywords.items()}
             return functools.partial(self.copy(value.func, path), *(self.copy(a, path) for a in value.args), **keywords)
-        if hasattr(value, "_torchdynamo_orig_callable"):
+        if (original := uncompiled(value)) is not None:
             # Compiled code has no second derivative.
-            return self.copy(value._torchdynamo_orig_callable, path)
+            return self.copy(original, path)
         cells = value.__closure__ or ()
         filled = [cell for cell in cells if _is_filled(cell)]
         if all(self.copy(cell.cell_contents, path) is cell.cell_contents for cell in filled):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from lightning_spectral._torch_private import no_autocast_inside
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import map_leaves
@@ -98,9 +99,9 @@ def _raise_precision(module: nn.Module, dtype: torch.dtype) -> None:
         if not isinstance(parameter, nn.UninitializedParameter):
             parameter.data = _at_least(parameter.data, dtype)
     for part in module.modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None and not isinstance(buffer, nn.UninitializedBuffer):
-                part._buffers[name] = _at_least(buffer, dtype)
+        for buffer in part.buffers(recurse=False):
+            if not isinstance(buffer, nn.UninitializedBuffer):
+                buffer.data = _at_least(buffer.data, dtype)
         # What a LightningModule calls its dtype is an attribute, not its weights'.
         if isinstance(part.__dict__.get("_dtype"), torch.dtype) and part.__dict__["_dtype"].is_floating_point:
             part.__dict__["_dtype"] = torch.promote_types(part.__dict__["_dtype"], dtype)
@@ -267,30 +268,17 @@ def _buffers_and_flags(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_autocast(device_types: set[str]) -> Iterator[None]:
-    """Neither the caller's autocast nor one that the network opens by itself."""
-    enter = torch.autocast.__enter__
-
-    def enter_disabled(self: Any) -> Any:
-        before, self._enabled = self._enabled, False
-        try:
-            return enter(self)  # type: ignore[no-untyped-call]
-        finally:
-            # The object may be the caller's own, to be entered again in training.
-            self._enabled = before
-
+    """Disable the caller's autocast and any that the network opens by itself."""
     with ExitStack() as stack:
         for device_type in device_types:
             if torch.amp.is_autocast_available(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
-        torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+        stack.enter_context(no_autocast_inside())
+        yield
 
 
 class _MathAttention(TorchFunctionMode):
-    """Attention by the kernel that has a second derivative, also where the network asks for another."""
+    """Run attention by the kernel that has a second derivative, also where the network asks for another."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_spectral._torch_private import without_worker_iterator
 from lightning_spectral._validation import positive_int
 from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.isolation.sandbox import RandomStates
@@ -43,9 +44,7 @@ def first_batches(
     """
     states = RandomStates(model)
     own = [(generator, generator.get_state()) for generator in _generators(loader)]
-    loader = copy.copy(loader)
-    # What a loader with persistent workers is in the middle of.
-    loader._iterator = None
+    loader = without_worker_iterator(copy.copy(loader))
     mine, held, found = range(n)[share], HeldBatches(device=device), 0
     try:
         for index, batch in enumerate(islice(loader, n)):

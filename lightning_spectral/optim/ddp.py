@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_spectral._torch_private import may_step_alone
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.distributed.process_group import assign_owners
 from lightning_spectral.optim.matrix_layout import row_counts
@@ -181,7 +182,7 @@ class Sharing:
             self._is_resolved = True
             self._group = self._find(groups)
         ddp = self._ddp()
-        if self._group is None or _may_step_alone(ddp) or (self.process_group == "auto" and ddp is None):
+        if self._group is None or may_step_alone(ddp) or (self.process_group == "auto" and ddp is None):
             return SINGLE_RANK
         return Scope((self._group,), self._group)
 
@@ -219,11 +220,6 @@ def count_shared(groups: Sequence[Mapping[str, Any]]) -> int:
 
 def _nothing() -> None:
     return None
-
-
-def _may_step_alone(ddp: Any) -> bool:
-    """Return whether a rank may stop before the others: in DDP's `join`, one that has run out of batches."""
-    return bool(getattr(getattr(ddp, "_join_config", None), "enable", False))
 
 
 def ddp_of(parameters: Sequence[Tensor]) -> Any | None:

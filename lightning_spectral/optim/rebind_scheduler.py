@@ -8,7 +8,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
+from lightning_spectral._torch_private import LAST_RATES, schedulers_in
+
+RATES = ("base_lrs", LAST_RATES, "max_lrs", "min_lrs")
 """Attributes of schedulers that hold a learning rate per group."""
 
 PER_GROUP = ("lr_lambdas", "base_momentums", "max_momentums")
@@ -19,7 +21,7 @@ FLOORS = ("eta_min",)
 
 GROUP_RATES = ("initial_lr", "max_lr", "min_lr")
 GROUP_KEYS = ("base_momentum", "max_momentum")
-"""What schedulers keep in the groups."""
+"""Keys that schedulers keep in the groups."""
 
 
 def rebind_scheduler(scheduler: Any, old: Optimizer, new: Optimizer) -> None:
@@ -51,7 +53,7 @@ def rebind_scheduler(scheduler: Any, old: Optimizer, new: Optimizer) -> None:
 
 
 def _rebind(scheduler: Any, old: Optimizer, new: Optimizer, sources: Sequence[int], factors: Sequence[float]) -> None:
-    for part in getattr(scheduler, "_schedulers", ()):
+    for part in schedulers_in(scheduler):
         _rebind(part, old, new, sources, factors)
     n = len(old.param_groups)
     for name, value in vars(scheduler).items():
@@ -66,7 +68,7 @@ def _rebind(scheduler: Any, old: Optimizer, new: Optimizer, sources: Sequence[in
 
 
 def _source(group: dict[str, Any], old: Optimizer) -> int:
-    """The group of the old optimizer that the first parameter was in."""
+    """Return the index of the old optimizer's group that the first parameter was in."""
     first = next(iter(group["params"]), None)
     for j, before in enumerate(old.param_groups):
         if any(parameter is first for parameter in before["params"]):
@@ -80,7 +82,7 @@ def _factor(lr: float, before: dict[str, Any]) -> float:
 
 
 def _check_momentum(scheduler: Any, new: Optimizer) -> None:
-    for part in getattr(scheduler, "_schedulers", ()):
+    for part in schedulers_in(scheduler):
         _check_momentum(part, new)
     if not getattr(scheduler, "cycle_momentum", False):
         return

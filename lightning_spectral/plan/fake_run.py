@@ -15,13 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_spectral._messages import first_line
+from lightning_spectral._torch_private import (
+    FAKE_TENSOR_LOGGER,
+    TorchDispatchMode,
+    fake_tensor_mode,
+    fake_tensor_refusals,
+    reads_a_value,
+    storage_key,
+)
 from lightning_spectral.curvature import DifferentiableLoss, FakeLoss, Structure, structure
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, map_leaves
@@ -32,12 +37,6 @@ from lightning_spectral.measurement.loss import LossFunction, mute, resolve_loss
 from lightning_spectral.numerics.matmul_precision import PRECISIONS
 from lightning_spectral.options import Mode, Precision
 from lightning_spectral.plan.meta_init import IgnoreDeviceMoves
-
-REFUSALS = (
-    fake_tensor.DynamicOutputShapeException,
-    fake_tensor.DataDependentOutputException,
-    fake_tensor.UnsupportedFakeTensorException,
-)
 
 
 class NeedsValuesError(MeasurementError):
@@ -85,7 +84,7 @@ def trace_loss(
         NeedsValuesError: if a shape in it depends on values.
         MeasurementError: if it is no scalar with a gradient.
     """
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = fake_tensor_mode()
     copier, replaced = _Shapes(fakes, PRECISIONS[precision]), stand_ins(model)
     copier.memo.update(replaced)
     shapes, given = copier.copy(model, type(model).__name__), map_leaves(batch, lambda x: copier.copy(x, "batch"))
@@ -119,7 +118,7 @@ class _Shapes(Copier):
         dtype: the lowest floating type.
     """
 
-    def __init__(self, fakes: FakeTensorMode, dtype: torch.dtype) -> None:
+    def __init__(self, fakes: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.fakes, self.dtype = fakes, dtype
 
@@ -137,7 +136,7 @@ class _Shapes(Copier):
 @contextmanager
 def _unlogged() -> Iterator[None]:
     """Silence the traceback that fake tensors log of an error, which is raised as well."""
-    logger = logging.getLogger(fake_tensor.__name__)
+    logger = logging.getLogger(FAKE_TENSOR_LOGGER)
     before, logger.disabled = logger.disabled, True
     try:
         yield
@@ -147,7 +146,7 @@ def _unlogged() -> Iterator[None]:
 
 def _data_dependence_in(error: BaseException | None) -> BaseException | None:
     """Return what fake tensors refused, if that is behind an error."""
-    while error is not None and not isinstance(error, REFUSALS):
+    while error is not None and not isinstance(error, fake_tensor_refusals()):
         error = error.__cause__
     return error
 
@@ -163,7 +162,7 @@ class _Zeros(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation as it is, but for reading."""
-        if func is not torch.ops.aten._local_scalar_dense.default:
+        if not reads_a_value(func):
             return func(*args, **(kwargs or {}))
         self.n_read += 1
         dtype = args[0].dtype
@@ -195,17 +194,17 @@ def _no_values(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
 
 def _forward(fake_loss: DifferentiableLoss, weights: Iterable[Tensor]) -> tuple[int, int]:
     """Return bytes saved for the backward pass in storages that are not the parameters', and FLOPs."""
-    kept: dict[int, Any] = {}
+    kept: dict[int | None, Any] = {}
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        kept[storage_key(tensor)] = storage
         return tensor
 
     with FlopCounterMode(display=False) as flops, saved_tensors_hooks(save, lambda tensor: tensor):
         fake_loss.run()
     for weight in weights:
-        kept.pop(weight.untyped_storage()._cdata, None)
+        kept.pop(storage_key(weight), None)
     return sum(storage.nbytes() for storage in kept.values()), int(flops.get_total_flops())
 
 

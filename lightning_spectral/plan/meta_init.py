@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
 from torch.overrides import TorchFunctionMode
 
+from lightning_spectral._torch_private import is_fake
 from lightning_spectral.isolation.sandbox import UNINITIALIZED
 
 LARGE_BUFFER = 2**16
@@ -73,7 +73,7 @@ class IgnoreDeviceMoves(TorchFunctionMode):
     ) -> Any:
         """Run a function as it is, moves of such tensors without the device."""
         kwargs = kwargs or {}
-        if func not in MOVES or not (args[0].is_meta or isinstance(args[0], FakeTensor)):
+        if func not in MOVES or not is_fake(args[0]):
             return func(*args, **kwargs)
         values = [*args[1:], *kwargs.values()]
         dtypes = [value.dtype if isinstance(value, Tensor) else value for value in values]

@@ -13,7 +13,7 @@ ROOT = Path(lightning_spectral.__file__).parent
 
 # From the ground up; a package or module imports from floors below its own, and from itself.
 FLOORS = [
-    {"_version", "_validation", "_messages", "_serialization", "errors"},
+    {"_version", "_validation", "_messages", "_serialization", "_torch_private", "errors"},
     {"numerics", "layers", "distributed"},
     {"options", "optim", "metrics"},
     {"isolation", "curvature", "records"},
@@ -86,3 +86,16 @@ def test_public_names_are_there_and_lazy():
         lightning_spectral.nothing  # noqa: B018
     done = run_python("import sys, lightning_spectral; print('torch' in sys.modules)")
     assert done.stdout.strip() == "False"
+
+
+def test_what_serves_shards_alone_is_not_loaded_without_them():
+    done = run_python(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "from lightning_spectral import measure_spectra\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6))\n"
+        "measure_spectra(model, torch.randn(64, 6), lambda m, x: m(x).square().mean(), alignment=True)\n"
+        "shards = ('lightning_spectral.measurement.sharded', 'torch.distributed.fsdp', 'torch.distributed.tensor')\n"
+        "print(sorted(name for name in set(sys.modules) - before if name.startswith(shards)))\n"
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_spectral._torch_private import TorchDispatchMode, storage_key
 from lightning_spectral.distributed.dtensor import gathered_together, is_within
 from lightning_spectral.distributed.process_group import SingleProcess, assign_owners
 from lightning_spectral.isolation.interrupts import function_mode
@@ -108,7 +108,7 @@ class OnDemandWeights(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._processes = processes
         self._weights = [_Weight.of(shard, dtype) for shard in shards]
-        self._of_storage = {_storage(weight.whole): i for i, weight in enumerate(self._weights)}
+        self._of_storage = {storage_key(weight.whole): i for i, weight in enumerate(self._weights)}
         # The least recently read first.
         self._resident: dict[int, None] = {}
         number = {id(weight.shard): i for i, weight in enumerate(self._weights)}
@@ -218,7 +218,7 @@ class OnDemandWeights(TorchDispatchMode):
         found = []
         for value in values:
             if isinstance(value, Tensor):
-                if (i := self._of_storage.get(_storage(value))) is not None:
+                if (i := self._of_storage.get(storage_key(value))) is not None:
                     found.append(i)
             elif isinstance(value, (list, tuple)):
                 found += self._used(value)
@@ -295,14 +295,6 @@ def whole_at_a_time(sizes: Sequence[int], in_forward: int = 0) -> int:
 
 def _stay(sizes: Sequence[int], in_forward: int) -> int:
     return min(sum(sizes), max(RESIDENT, 2 * max(sizes), in_forward))
-
-
-def _storage(tensor: Tensor) -> int | None:
-    """What all views of a tensor have in common; None for one without memory of its own."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 @cache

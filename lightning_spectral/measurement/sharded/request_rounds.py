@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_spectral._torch_private import outside_all_modes
 from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.errors import is_out_of_memory
 
@@ -50,13 +48,13 @@ class Rounds:
         """
         if not self._processes.in_step:
             raise RuntimeError("an exchange was asked for outside of the steps at whose end processes meet")
-        with _unseen():
+        with outside_all_modes():
             self._room()
             self._meet(number)
 
     def serve(self) -> None:
         """This process is done with a step: take part in what others ask for in theirs."""
-        with _unseen():
+        with outside_all_modes():
             while any(number >= 0 for number in self._meet(self._done())):
                 pass
 
@@ -87,15 +85,3 @@ class Rounds:
         if failure is not None:
             raise failure
         return told
-
-
-@contextmanager
-def _unseen() -> Iterator[None]:
-    """No part of the loss, for autograd, for torch.func and for what watches the loss."""
-    with (
-        temporarily_clear_interpreter_stack(),
-        torch.no_grad(),
-        _disable_current_modes(),
-        torch._C.DisableTorchFunction(),
-    ):
-        yield

@@ -1,0 +1,216 @@
+"""Every private name of torch that this package touches, each behind one function with a fallback or a clear error.
+
+A torch that renames one breaks this module alone. `tests/unit/test_torch_private.py` tests each name by what it does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+# Not exported by torch, and documented in its notes on extending it.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+
+def private(module: str, name: str) -> Any:
+    """Return a private name of torch.
+
+    Raises:
+        ImportError: if this torch does not have it.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"torch {torch.__version__} has no {module}.{name}, which this needs; install a torch between 2.4 and 2.13"
+        ) from error
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """Return a key that all views of a tensor share; None for a tensor without memory of its own.
+
+    The public data_ptr is 0 for every storage that is empty.
+    """
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def as_non_view(tensor: Tensor) -> Tensor:
+    """Return a tensor as one that is no view, if nothing else can reach what it views.
+
+    An operation in place on a view rebases its grad_fn, and an edge of the graph that was taken before is lost.
+    """
+    if tensor.requires_grad and tensor._is_view():
+        return torch.ops.aten._unsafe_view(tensor, tensor.shape)  # type: ignore[no-any-return]
+    return tensor
+
+
+def trained_on_batch_statistics(node: Any) -> bool:
+    """Return whether a batch-norm node of the graph used statistics of the batch; True where it does not tell."""
+    return bool(getattr(node, "_saved_training", True))
+
+
+def uncompiled(function: Any) -> Any:
+    """Return the function that torch.compile was given, None for one that was not compiled."""
+    return getattr(function, "_torchdynamo_orig_callable", None)
+
+
+def is_composable_state(name: str) -> bool:
+    """Return whether an attribute of a module is what `fully_shard` and its like keep there."""
+    return name.startswith("__composable_api")
+
+
+def may_step_alone(ddp: Any) -> bool:
+    """Return whether a rank may stop before the others: within DDP's `join`, one that has run out of batches."""
+    return bool(getattr(getattr(ddp, "_join_config", None), "enable", False))
+
+
+def schedulers_in(scheduler: Any) -> Sequence[Any]:
+    """Return the schedulers of a sequence or a chain of them; none for a plain one."""
+    return tuple(getattr(scheduler, "_schedulers", ()))
+
+
+LAST_RATES = "_last_lr"
+"""Attribute of a scheduler with the learning rate that it last set, per group."""
+
+
+def without_worker_iterator(loader: Any) -> Any:
+    """Take the iterator of persistent workers, which is the original's, off a copy of a DataLoader."""
+    loader._iterator = None
+    return loader
+
+
+@contextmanager
+def no_autocast_inside() -> Iterator[None]:
+    """Have every `torch.autocast` that is entered inside do nothing."""
+    enter = torch.autocast.__enter__
+
+    def enter_disabled(self: Any) -> Any:
+        before, self._enabled = self._enabled, False
+        try:
+            return enter(self)  # type: ignore[no-untyped-call]
+        finally:
+            # The object may be the caller's own, to be entered again in training.
+            self._enabled = before
+
+    torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def on_saved_tensors_hooks(callback: Callable[[], None]) -> Iterator[None]:
+    """Call back whenever hooks on saved tensors are entered inside."""
+    enter = saved_tensors_hooks.__enter__
+
+    def enter_and_call(hooks: saved_tensors_hooks) -> None:
+        callback()
+        enter(hooks)
+
+    saved_tensors_hooks.__enter__ = enter_and_call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def patched_linear(replace: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+    """Replace `torch.nn.functional.linear`, as `nn.MultiheadAttention` calls it, by ``replace(linear)``."""
+    linear = F.linear
+    F.linear = replace(linear)
+    try:
+        yield
+    finally:
+        F.linear = linear
+
+
+@contextmanager
+def restored_function_modes(mode: TorchFunctionMode, release: Callable[[BaseException], None]) -> Iterator[None]:
+    """Enter a mode, and leave torch's stack of modes as it was.
+
+    Torch takes a mode off the stack for each call that the mode handles. An interrupt in that moment loses it, or has
+    it put back when the frames it came through are let go of. Without the private stack the mode is entered as usual.
+
+    Args:
+        mode: to enter.
+        release: called with the error that ends the context, to let go of its frames.
+    """
+    overrides: Any = torch.overrides
+    names = ("_get_current_function_mode_stack", "_pop_mode", "_push_mode")
+    if not all(hasattr(overrides, name) for name in names):
+        with mode:
+            yield
+        return
+    before = list(overrides._get_current_function_mode_stack())
+    mode.__enter__()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    except BaseException as error:
+        release(error)
+        raise
+    finally:
+        while overrides._get_current_function_mode_stack():
+            overrides._pop_mode()
+        for other in before:
+            overrides._push_mode(other)
+
+
+@contextmanager
+def outside_all_modes() -> Iterator[None]:
+    """Run operations that are no part of a loss: unseen by autograd, torch.func and modes.
+
+    Raises:
+        ImportError: if this torch does not have the names it takes.
+    """
+    entered: list[Callable[[], AbstractContextManager[Any]]] = [
+        private("torch._functorch.pyfunctorch", "temporarily_clear_interpreter_stack"),
+        torch.no_grad,
+        private("torch.utils._python_dispatch", "_disable_current_modes"),
+        private("torch._C", "DisableTorchFunction"),
+    ]
+    with ExitStack() as stack:
+        for make in entered:
+            stack.enter_context(make())
+        yield
+
+
+def fake_tensor_mode() -> Any:
+    """Return a mode whose tensors have shapes and no values.
+
+    Raises:
+        ImportError: if this torch does not have it.
+    """
+    return private("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor has a shape and no values."""
+    return tensor.is_meta or isinstance(tensor, private("torch._subclasses.fake_tensor", "FakeTensor"))
+
+
+def fake_tensor_refusals() -> tuple[type[BaseException], ...]:
+    """Return the errors by which fake tensors refuse what depends on values."""
+    names = ("DynamicOutputShapeException", "DataDependentOutputException", "UnsupportedFakeTensorException")
+    return tuple(private("torch._subclasses.fake_tensor", name) for name in names)
+
+
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+"""Name of the logger that fake tensors log their errors to."""
+
+
+def reads_a_value(operation: Any) -> bool:
+    """Return whether an operation hands a tensor's value to Python, as `item` does."""
+    return operation is torch.ops.aten._local_scalar_dense.default
