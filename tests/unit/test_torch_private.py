@@ -91,6 +91,9 @@ def test_composable_state_is_recognised():
 class Joined(Joinable):
     join_hook = join_device = join_process_group = None
 
+    def __init__(self):
+        super().__init__()
+
 
 def test_only_a_joined_ddp_may_step_alone():
     assert not private.may_step_alone(None)
