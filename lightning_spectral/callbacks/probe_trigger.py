@@ -11,7 +11,7 @@ from lightning_spectral.callbacks._lightning import optimizer_steps, repeats_bat
 from lightning_spectral.callbacks.batch_source import BatchSource
 from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
-from lightning_spectral.isolation.sandbox import synchronize
+from lightning_spectral.isolation.devices import synchronize
 
 MAX_OVERHEAD = 0.05
 """Share of wall time that probes take by default."""

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_spectral._torch_private import uncompiled
 from lightning_spectral.distributed.dtensor import is_communication, plain_class, without_communication
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.isolation.muting import NullLogger
 
 # Held by reference: large or bound to the outside, and nothing that computing a loss should write to.
 SHARED_TYPES = (Dataset, DataLoader, Optimizer, LRScheduler, types.ModuleType, type)
@@ -39,7 +40,7 @@ COPY_METHODS = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__ge
 
 
 @dataclass(frozen=True, eq=False)
-class Shadow:
+class ModuleCopy:
     """A stand-in for a module.
 
     Attributes:
@@ -53,24 +54,8 @@ class Shadow:
     originals: Mapping[int, Tensor | None]
 
 
-class Silent:
-    """Stands in for a logger: every attribute of it can be read and called, and nothing happens."""
-
-    def __getattr__(self, name: str) -> Silent:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Silent:
-        """Swallow a call."""
-        return self
-
-    def __getitem__(self, key: Any) -> Silent:
-        return self
-
-
 @contextmanager
-def shadow_of(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> Iterator[Shadow]:
+def copied_module(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> Iterator[ModuleCopy]:
     """Yield a copy of a module; it is emptied at the end, so that no cycle keeps a graph alive.
 
     Copied are submodules, parameters, buffers, attributes of any depth, and functions that close over any of these.
@@ -94,7 +79,7 @@ def shadow_of(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> I
         pairs = [
             (copier.memo[id(p)], None if id(p) in given else p) for p in model.parameters() if id(p) in copier.memo
         ]
-        yield Shadow(module, copier.shared, {id(new): old for new, old in pairs if new is not old})
+        yield ModuleCopy(module, copier.shared, {id(new): old for new, old in pairs if new is not old})
     finally:
         for created in copier.modules:
             created.__dict__.clear()
@@ -155,7 +140,7 @@ class Copier:
         if isinstance(value, Generator):
             return value.clone_state()
         if _is_logger(kind):
-            return Silent()
+            return NullLogger()
         if _has_plain_state(kind):
             new = object.__new__(kind)
             self._note(value, new)

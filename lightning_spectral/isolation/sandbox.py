@@ -1,18 +1,14 @@
-"""The context in which a measurement runs and leaves no trace.
+"""Context in which a measurement runs and leaves no trace.
 
-A measurement runs on a shadow: a copy of the network down to the attributes and closures of its modules. What code
+A measurement runs on a copy of the network down to the attributes and closures of its modules. What code
 outside the network does (a file it writes, a global it changes) is not undone.
 """
 
 from __future__ import annotations
 
-import gc
-import math
-import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,26 +19,25 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_spectral._torch_private import no_autocast_inside
 from lightning_spectral.distributed.dtensor import is_dtensor
-from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import map_leaves
 from lightning_spectral.isolation.interrupts import HeldInterrupts, function_mode
-from lightning_spectral.isolation.module_copy import Copier, Shadow, shadow_of
+from lightning_spectral.isolation.module_copy import Copier, ModuleCopy, copied_module
+from lightning_spectral.isolation.rng import random_states_restored
 from lightning_spectral.numerics.matmul_precision import PRECISIONS, full_float32
 from lightning_spectral.options import Mode, Precision
 
 ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
 
 
 @contextmanager
-def quiet(
+def isolated(
     model: nn.Module,
     *,
     mode: Mode = "eval",
     precision: Precision = "float32",
     stand_ins: Mapping[int, Any] | None = None,
-) -> Iterator[Shadow]:
-    """Yield a shadow of the model to measure on, and put back all global state at the end.
+) -> Iterator[ModuleCopy]:
+    """Yield a copy of the model to measure on, and restore all global state at the end.
 
     Held fixed for the caller: random states of torch (CPU and the model's devices), numpy and Python; buffers and
     training flags of the model; autocast, gradient mode, default dtype, float32 precision of matrix products,
@@ -54,13 +49,13 @@ def quiet(
         mode: "eval", or "train": the flags as they are where the model is in training (frozen BatchNorm layers
             that a fine-tuning keeps in eval mode stay so), else all in training.
         precision: the lowest floating-point precision to compute in; parameters and buffers below it are raised.
-        stand_ins: id of an object that the model holds -> what takes its place in the shadow.
+        stand_ins: id of an object that the model holds -> what takes its place in the copy.
     """
     with ExitStack() as stack:
         interrupts = HeldInterrupts()
         stack.callback(interrupts.release)
         interrupts.take()
-        stack.enter_context(_random_states(model))
+        stack.enter_context(random_states_restored(model))
         stack.enter_context(_buffers_and_flags(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -72,20 +67,20 @@ def quiet(
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(full_float32())
         stack.enter_context(_eager())
-        shadow = stack.enter_context(shadow_of(model, stand_ins))
-        _raise_precision(shadow.module, PRECISIONS[precision])
-        stack.enter_context(_default_dtype(shadow.module))
+        copy = stack.enter_context(copied_module(model, stand_ins))
+        _raise_precision(copy.module, PRECISIONS[precision])
+        stack.enter_context(_default_dtype(copy.module))
         if mode == "eval" or not model.training:
-            shadow.module.train(mode == "train")
+            copy.module.train(mode == "train")
         interrupts.release()
         try:
-            yield shadow
+            yield copy
         finally:
             interrupts.take()
 
 
 def copy_batch(batch: Any, precision: Precision = "float32") -> Any:
-    """A copy of a batch, so that a loss that works in place leaves the original; floating tensors are raised."""
+    """Return a copy of a batch, so that a loss that works in place leaves the original; floating tensors are raised."""
     copier = Copier(lambda tensor: _at_least(tensor, PRECISIONS[precision]))
     return map_leaves(batch, lambda leaf: copier.copy(leaf, "batch"))
 
@@ -122,132 +117,9 @@ def _default_dtype(module: nn.Module) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def release_memory(tensors: Iterable[Tensor]) -> None:
-    """Give freed memory back to the devices of these tensors."""
-    gc.collect()
-    for kind in {tensor.device.type for tensor in tensors} - {"cpu", "meta"}:
-        torch.get_device_module(kind).empty_cache()
-
-
-def synchronize(tensors: Iterable[Tensor]) -> None:
-    """Wait until the devices of these tensors have done what they were given, so that a clock tells the truth."""
-    for kind in {tensor.device.type for tensor in tensors} - {"cpu", "meta"}:
-        torch.get_device_module(kind).synchronize()
-
-
-class RandomStates:
-    """The states of the random generators of torch (CPU and the model's devices), numpy and Python."""
-
-    def __init__(self, model: nn.Module) -> None:
-        devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
-        numpy = sys.modules.get("numpy")
-        self._restore: list[Callable[[], Any]] = [partial(random.setstate, random.getstate())]
-        self._restore.append(partial(torch.set_rng_state, torch.get_rng_state()))
-        if numpy:
-            self._restore.append(partial(numpy.random.set_state, numpy.random.get_state()))
-        for device in devices:
-            backend = torch.get_device_module(device)
-            if device.type == "mps":
-                self._restore.append(partial(backend.set_rng_state, backend.get_rng_state()))
-            else:
-                self._restore.append(partial(backend.set_rng_state, backend.get_rng_state(device), device))
-
-    def restore(self) -> None:
-        """Put them back, as often as needed."""
-        for restore in self._restore:
-            restore()
-
-
-@contextmanager
-def _random_states(model: nn.Module) -> Iterator[None]:
-    states = RandomStates(model)
-    try:
-        yield
-    finally:
-        states.restore()
-
-
-class InitialState:
-    """What a network and the random generators are like before the first call of a loss.
-
-    Args:
-        module: on whose weights and buffers a step may write.
-        originals: id of a weight -> the weight that it is a copy of, which nothing writes on meanwhile, and from which
-            it is put back; None where ``restore`` does. Of the rest, and of buffers, a copy is kept.
-        restore: puts back the weights that have no original here.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        originals: Mapping[int, Tensor | None] | None = None,
-        restore: Callable[[], None] | None = None,
-    ) -> None:
-        self._random = RandomStates(module)
-        known = originals or {}
-        found = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, UNINITIALIZED)]
-        self._tensors = [t for t in found if known.get(id(t), t) is not None]
-        self._values = [_value(t, known.get(id(t))) for t in self._tensors]
-        self._restore = restore
-        self._called = False
-        self.dtypes = {tensor.dtype for tensor in found if tensor.is_floating_point()}
-
-    def restore(self) -> None:
-        """Put everything back. Weights through .data, so that graphs of earlier calls stay valid."""
-        self._random.restore()
-        if self._called:
-            if self._restore is not None:
-                self._restore()
-            for tensor, value in zip(self._tensors, self._values, strict=True):
-                tensor.data.copy_(value)
-        self._called = True
-
-
-def _value(tensor: Tensor, original: Tensor | None) -> Tensor:
-    return tensor.detach().clone() if original is None else original.detach()
-
-
-class ReplayedLoss:
-    """Loss of one batch that starts from the same state at each call, and must have the same value.
-
-    Args:
-        loss: batch -> its loss.
-        batch: gives the batch, anew for each call.
-        initial_state: restored before each call.
-        values: of the loss, so far; each call adds one.
-    """
-
-    def __init__(
-        self,
-        loss: Callable[[Any], Any],
-        batch: Callable[[], Any],
-        initial_state: InitialState,
-        values: list[float],
-    ) -> None:
-        self._loss, self._batch, self._initial_state, self._values = loss, batch, initial_state, values
-
-    def __call__(self) -> Any:
-        """Compute the loss.
-
-        Raises:
-            MeasurementError: if the value is another one than at the first call.
-        """
-        self._initial_state.restore()
-        loss, values = self._loss(self._batch()), self._values
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            values.append(float(loss.detach()))
-            if not math.isclose(values[0], values[-1], rel_tol=1e-4, abs_tol=1e-12) and math.isfinite(values[0]):
-                raise MeasurementError(
-                    f"the loss is {values[-1]:.6g} at a second call on the same batch, after {values[0]:.6g}: it draws "
-                    "from a generator of its own, or counts its calls; use curvature='exact' with micro_batch_size of "
-                    "the whole batch, which calls it once"
-                )
-        return loss
-
-
 @contextmanager
 def _buffers_and_flags(model: nn.Module) -> Iterator[None]:
-    """Guard the original against a loss that reaches it past the shadow, through a global or a closure of its own."""
+    """Guard the original against a loss that reaches it past the copy, through a global or a closure of its own."""
     flags = [(module, module.training) for module in model.modules()]
     found: list[Any] = [b for b in model.buffers() if not isinstance(b, nn.UninitializedBuffer)]
     # To compare shards takes all processes, of which one may have failed.

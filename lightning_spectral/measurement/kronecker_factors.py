@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_spectral.curvature import DifferentiableLoss, LayerCall, Recorder, cause_of, single_uses
 from lightning_spectral.distributed.process_group import assign_owners
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
-from lightning_spectral.isolation.sandbox import release_memory
+from lightning_spectral.isolation.devices import release_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.estimation import Evaluation, Window
 from lightning_spectral.measurement.factor_sums import FactorSums, InputMoment

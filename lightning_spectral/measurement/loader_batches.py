@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_spectral._torch_private import without_worker_iterator
 from lightning_spectral._validation import positive_int
 from lightning_spectral.isolation.batch_tree import HeldBatches
-from lightning_spectral.isolation.sandbox import RandomStates
+from lightning_spectral.isolation.rng import RandomStates
 
 
 def first_batches(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_spectral.curvature.scalar_loss import LOSS_REMEDY
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.isolation.module_copy import Silent
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -59,37 +57,3 @@ def _training_step_loss(module: nn.Module, batch: Any, batch_idx: int) -> Tensor
             "if the mode is the cause, as with some detection models, measure with mode='train'"
         ) from error
     return cast(Tensor, output.get("loss") if isinstance(output, Mapping) else output)
-
-
-def stand_ins(model: nn.Module) -> dict[int, Any]:
-    """What takes the place of the Trainers that a module's parts hold: id -> a copy whose loggers are silent."""
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        trainer = module.__dict__.get("_trainer")
-        if trainer is not None and id(trainer) not in found:
-            quiet = copy.copy(trainer)
-            quiet.loggers = [Silent() for _ in trainer.loggers]
-            found[id(trainer)] = quiet
-    return found
-
-
-def mute(shadow: nn.Module, original: nn.Module, replaced: Mapping[int, Any]) -> None:
-    """Keep a shadow's training_step from logging, its metrics from asking other processes, and attach a Trainer."""
-    for module in shadow.modules():
-        for flag in ("sync_on_compute", "dist_sync_on_step"):
-            if flag in module.__dict__:
-                module.__dict__[flag] = False
-    originals = dict(original.named_modules(remove_duplicate=False))
-    for name, module in shadow.named_modules(remove_duplicate=False):
-        if not hasattr(module, "training_step"):
-            continue
-        for method in ("log", "log_dict", "print"):
-            if hasattr(module, method):
-                module.__dict__[method] = _nothing
-        trainer = originals[name].__dict__.get("_trainer") if name in originals else None
-        if trainer is not None:
-            module.__dict__["_trainer"] = replaced[id(trainer)]
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
-from lightning_spectral.isolation.sandbox import release_memory
+from lightning_spectral.isolation.devices import release_memory
 from lightning_spectral.measurement.objective import Objective, largest_size
 
 TRIES = 3

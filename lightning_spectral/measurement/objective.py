@@ -18,7 +18,7 @@ from lightning_spectral.curvature import DifferentiableLoss, LossValue, SampleRa
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, take_samples
-from lightning_spectral.isolation.sandbox import InitialState, ReplayedLoss
+from lightning_spectral.isolation.replay import InitialState, ReplayedLoss
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, infer_weights
 

@@ -15,9 +15,11 @@ from lightning_spectral.distributed.dtensor import shards_of
 from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import FirstSamples
-from lightning_spectral.isolation.sandbox import InitialState, copy_batch, quiet
+from lightning_spectral.isolation.muting import silence_logging, silent_trainers
+from lightning_spectral.isolation.replay import InitialState
+from lightning_spectral.isolation.sandbox import copy_batch, isolated
 from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
-from lightning_spectral.measurement.loss import LossFunction, mute, stand_ins
+from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.objective import Objective, batch_sizes
 from lightning_spectral.numerics.matmul_precision import PRECISIONS
 from lightning_spectral.options import Mode, Options, Precision
@@ -67,12 +69,12 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
     with ExitStack() as stack:
         sharded = stack.enter_context(_sharded_weights(original, PRECISIONS[precision], group))
         with group.step() as step:
-            trainers = stand_ins(original)
+            trainers = silent_trainers(original)
             substitutes = trainers if sharded is None else trainers | sharded.stand_ins
-            copy = stack.enter_context(quiet(original, mode=mode, precision=precision, stand_ins=substitutes))
+            copy = stack.enter_context(isolated(original, mode=mode, precision=precision, stand_ins=substitutes))
             if sharded is not None:
                 sharded.hold_together(copy.module)
-            mute(copy.module, original, trainers)
+            silence_logging(copy.module, original, trainers)
             step.send(
                 [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in copy.shared.items()]
             )

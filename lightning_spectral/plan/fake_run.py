@@ -31,9 +31,11 @@ from lightning_spectral.curvature import DifferentiableLoss, FakeLoss, Structure
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, map_leaves
 from lightning_spectral.isolation.module_copy import Copier
-from lightning_spectral.isolation.sandbox import UNINITIALIZED, quiet
+from lightning_spectral.isolation.muting import silence_logging, silent_trainers
+from lightning_spectral.isolation.replay import UNINITIALIZED
+from lightning_spectral.isolation.sandbox import isolated
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.loss import LossFunction, mute, resolve_loss, stand_ins
+from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.numerics.matmul_precision import PRECISIONS
 from lightning_spectral.options import Mode, Precision
 from lightning_spectral.plan.meta_init import IgnoreDeviceMoves
@@ -85,15 +87,15 @@ def trace_loss(
         MeasurementError: if it is no scalar with a gradient.
     """
     fakes = fake_tensor_mode()
-    copier, replaced = _Shapes(fakes, PRECISIONS[precision]), stand_ins(model)
+    copier, replaced = _Shapes(fakes, PRECISIONS[precision]), silent_trainers(model)
     copier.memo.update(replaced)
     shapes, given = copier.copy(model, type(model).__name__), map_leaves(batch, lambda x: copier.copy(x, "batch"))
     samples, loss = batch_size(given), resolve_loss(model, loss_fn)
     _silence_metrics(shapes)
     values = _Zeros()
     kept = {id(stand_in): stand_in for stand_in in replaced.values()}
-    with quiet(shapes, mode=mode, precision=precision, stand_ins=kept) as shadow:
-        mute(shadow.module, model, replaced)
+    with isolated(shapes, mode=mode, precision=precision, stand_ins=kept) as shadow:
+        silence_logging(shadow.module, model, replaced)
         parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
         fake_loss = FakeLoss(lambda: loss(shadow.module, given), layers, leaves, samples)

@@ -24,7 +24,6 @@ from lightning_spectral.measure import directional_curvature
 from lightning_spectral.measurement import pipeline, setup
 from lightning_spectral.measurement.sharded import on_demand_weights as gathering
 from lightning_spectral.numerics.svd import SingularTriplets
-from lightning_spectral.plan import cost_estimate as estimate
 from lightning_spectral.plan.planner import plan_spectra
 
 OPTIONS = {"top_k": 3, "precision": "float64"}
@@ -200,7 +199,7 @@ def at_most(measure):
 
 
 def nothing_stays():
-    for module, name in ((gathering, "RESIDENT"), (gathering, "SMALL"), (estimate, "SMALL")):
+    for module, name in ((gathering, "RESIDENT"), (gathering, "SMALL")):
         patches.setattr(module, name, 0)
 
 

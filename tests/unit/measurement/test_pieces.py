@@ -18,7 +18,7 @@ from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.curvature import Curvatures
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.isolation.batch_tree import HeldBatches
-from lightning_spectral.isolation.sandbox import InitialState
+from lightning_spectral.isolation.replay import InitialState
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measurement.directions import leading_directions
 from lightning_spectral.measurement.estimation import Evaluation, weighted_sum

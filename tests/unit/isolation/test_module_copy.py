@@ -18,8 +18,9 @@ from tiny import Repeated, Tiny, batch_of
 from torch import nn
 
 from lightning_spectral import MeasurementError, SpectralProbe, SpectralWarning, measure_spectra
-from lightning_spectral.isolation.module_copy import shadow_of
-from lightning_spectral.isolation.sandbox import InitialState, copy_batch, quiet
+from lightning_spectral.isolation.module_copy import copied_module
+from lightning_spectral.isolation.replay import InitialState
+from lightning_spectral.isolation.sandbox import copy_batch, isolated
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -106,23 +107,23 @@ def states(module):
 def test_weights_are_put_back_from_the_originals_without_a_second_copy():
     model = nn.Linear(3, 2).double()
     before = model.weight.detach().clone()
-    with quiet(model) as shadow:
-        beginning = InitialState(shadow.module, shadow.originals)
+    with isolated(model) as copied:
+        beginning = InitialState(copied.module, copied.originals)
         assert beginning._values[0].data_ptr() == model.weight.data_ptr()
         beginning.restore()
-        shadow.module.weight.data.mul_(2)
+        copied.module.weight.data.mul_(2)
         beginning.restore()
-        assert torch.equal(shadow.module.weight, before)
+        assert torch.equal(copied.module.weight, before)
     assert torch.equal(model.weight, before)
 
 
 def test_weights_that_stand_in_for_others_are_put_back_by_who_gave_them():
     model, whole = nn.Linear(3, 2), nn.Parameter(torch.ones(2, 3))
-    with quiet(model, stand_ins={id(model.weight): whole}) as shadow:
-        beginning = InitialState(shadow.module, shadow.originals, lambda: whole.data.fill_(1.0))
+    with isolated(model, stand_ins={id(model.weight): whole}) as copied:
+        beginning = InitialState(copied.module, copied.originals, lambda: whole.data.fill_(1.0))
         assert beginning._tensors[0] is not whole
         beginning.restore()
-        shadow.module.weight.data[0, 0] += 1e-6
+        copied.module.weight.data[0, 0] += 1e-6
         beginning.restore()
         assert torch.equal(whole, torch.ones(2, 3))
 
@@ -278,7 +279,7 @@ def test_mixed_precisions_are_raised_tensor_by_tensor():
             return self.net(x) * self.wide.float() * self.phase.abs()
 
     model = Mixed()
-    with shadow_of(model) as plain, quiet(model) as raised:
+    with copied_module(model) as plain, isolated(model) as raised:
         assert plain.module.net.weight.dtype is torch.bfloat16
         assert raised.module.net.weight.dtype is torch.float32
         assert raised.module.wide.dtype is torch.float64
@@ -347,7 +348,7 @@ def test_float32_products_are_exact_inside_and_as_they_were_after():
         for level in ("none", "tf32"):
             torch.backends.fp32_precision = level
             before = precisions()
-            with quiet(nn.Linear(2, 2)):
+            with isolated(nn.Linear(2, 2)):
                 assert set(precisions()) <= {"ieee", "none"}
             assert precisions() == before
         # What followed the common switch still follows it.

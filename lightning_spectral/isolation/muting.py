@@ -1,0 +1,59 @@
+"""Loggers, metrics and Trainers of a copy that say nothing to anyone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+class NullLogger:
+    """Logger that does nothing: every attribute of it can be read and called."""
+
+    def __getattr__(self, name: str) -> NullLogger:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NullLogger:
+        """Swallow a call."""
+        return self
+
+    def __getitem__(self, key: Any) -> NullLogger:
+        return self
+
+
+def silent_trainers(model: nn.Module) -> dict[int, Any]:
+    """Return id -> copy with silent loggers, of the Trainers that a module's parts hold."""
+    trainers: dict[int, Any] = {}
+    for module in model.modules():
+        trainer = module.__dict__.get("_trainer")
+        if trainer is not None and id(trainer) not in trainers:
+            silent = copy.copy(trainer)
+            silent.loggers = [NullLogger() for _ in trainer.loggers]
+            trainers[id(trainer)] = silent
+    return trainers
+
+
+def silence_logging(copied: nn.Module, original: nn.Module, replaced: Mapping[int, Any]) -> None:
+    """Keep a copy's training_step from logging, its metrics from asking other processes, and attach a Trainer."""
+    for module in copied.modules():
+        for flag in ("sync_on_compute", "dist_sync_on_step"):
+            if flag in module.__dict__:
+                module.__dict__[flag] = False
+    originals = dict(original.named_modules(remove_duplicate=False))
+    for name, module in copied.named_modules(remove_duplicate=False):
+        if not hasattr(module, "training_step"):
+            continue
+        for method in ("log", "log_dict", "print"):
+            if hasattr(module, method):
+                module.__dict__[method] = _nothing
+        trainer = originals[name].__dict__.get("_trainer") if name in originals else None
+        if trainer is not None:
+            module.__dict__["_trainer"] = replaced[id(trainer)]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
