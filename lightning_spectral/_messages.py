@@ -24,7 +24,7 @@ def unpickling_refusal(error: BaseException) -> str:
 
 
 def group_by_reason(failed: Mapping[str, str]) -> list[str]:
-    """A line per cause that names the layers it struck.
+    """Return a line per cause that names the layers it struck.
 
     >>> group_by_reason({"a": "frozen", "b": "dead", "c": "frozen"})
     ['a, c: frozen', 'b: dead']
@@ -36,7 +36,7 @@ def group_by_reason(failed: Mapping[str, str]) -> list[str]:
 
 
 def join_names(names: Sequence[str]) -> str:
-    """The first names, and how many more there are.
+    """Return the first names, and how many more there are.
 
     >>> join_names(list("abcdefgh"))
     'a, b, c, d, e, f and 2 more'
@@ -46,6 +46,6 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The class of an error and the first line of it that says something."""
+    """Return the class of an error and the first line of it that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -22,7 +22,7 @@ class SpectralWarning(UserWarning):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the CPU's allocator, had no memory left.
+    """Return whether a device, or the CPU's allocator, had no memory left.
 
     >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes differ"))
     (True, False)
@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def text_of(error: BaseException) -> str:
-    """The text of an error; nothing where a class of the user's fails to give it."""
+    """Return the text of an error; nothing where a class of the user's fails to give it."""
     try:
         return str(error)
     except Exception:

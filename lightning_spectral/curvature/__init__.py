@@ -2,7 +2,7 @@
 
 from lightning_spectral.curvature.forward_recorder import TRANSPOSED, LayerCall, Recorder
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
-from lightning_spectral.curvature.layer_taps import Tap, groups_of, single_uses
+from lightning_spectral.curvature.layer_taps import Tap, groups_of, single_calls
 from lightning_spectral.curvature.output_hessian import LossValue, loss_value
 from lightning_spectral.curvature.problem import (
     Curvature,
@@ -37,6 +37,6 @@ __all__ = [
     "check_method",
     "groups_of",
     "loss_value",
-    "single_uses",
+    "single_calls",
     "structure",
 ]

@@ -21,7 +21,7 @@ Derivatives = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def cheap_twin(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a call returns, with a cheap second derivative; None where there is no twin of that call."""
+    """Return what a call returns, with a cheap second derivative; None where that call has no twin."""
     option, choices = _TWINS.get(function, ("", {}))
     if len(args) != 1 or type(args[0]) is not Tensor or not args[0].requires_grad or kwargs.keys() - {option}:
         return None
@@ -79,7 +79,7 @@ class _Backward(Function):
 
 
 def _gelu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x Phi, Phi + x p and (2 - x^2) p, Phi and p the normal distribution and its density."""
+    """Return x Phi, Phi + x p and (2 - x^2) p, Phi and p the normal distribution and its density."""
     phi = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
     square = x.square()
     p = square.mul(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
@@ -87,7 +87,7 @@ def _gelu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x s with s = (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """Return x s with s = (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
     c, square = math.sqrt(8 / math.pi), x.square()
     s = torch.sigmoid(c * x * (1 + 0.044715 * square))
     slope, bend = c * (1 + 3 * 0.044715 * square), c * 6 * 0.044715 * x
@@ -96,7 +96,7 @@ def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x s, s the logistic function."""
+    """Return x s, s the logistic function."""
     s = torch.sigmoid(x)
     ds = s * (1 - s)
     return x * s, s + x * ds, ds * (2 + x * (1 - 2 * s))

@@ -115,12 +115,12 @@ BATCH_NORM = frozenset(["NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", 
 
 
 def operation(node: Node) -> str:
-    """The operation of a node: ReluBackward0 is Relu."""
+    """Return the operation of a node: ReluBackward0 is Relu."""
     return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
 class Dependence:
-    """Which of some leaves each node of a loss's graph depends on, as a bit mask.
+    """Dependence of each node of a loss's graph on some leaves, as bit masks.
 
     Args:
         root: where the graph starts.
@@ -132,15 +132,15 @@ class Dependence:
         self.bits = {leaf: 1 << i for i, leaf in enumerate(leaves)}
         self.stops = {node: 1 << (len(self.bits) + i) for i, node in enumerate(stops)}
         self.masks: dict[Node, int] = {}
-        self.uses: dict[int, int] = dict.fromkeys(self.bits, 0)
+        self.calls: dict[int, int] = dict.fromkeys(self.bits, 0)
         self._walk(root)
 
     def inputs(self, node: Node) -> list[int]:
-        """The masks of a node's inputs."""
+        """Return the masks of a node's inputs."""
         return [0 if following is None else self.masks[following] for following, _ in node.next_functions]
 
     def obstacles(self, allowed: frozenset[str]) -> dict[str, int]:
-        """Operations that are none of the allowed and not multilinear -> the leaves behind them.
+        """Return operations that are none of the allowed and not multilinear -> the leaves behind them.
 
         A product is multilinear where no leaf reaches two of its factors.
         """
@@ -176,12 +176,12 @@ class Dependence:
                 mask |= self.bits.get(id(node.variable), 0)
             for n in following:
                 mask |= self.masks[n]
-                if hasattr(n, "variable") and id(n.variable) in self.uses:
-                    self.uses[id(n.variable)] += 1
+                if hasattr(n, "variable") and id(n.variable) in self.calls:
+                    self.calls[id(n.variable)] += 1
             self.masks[node] = mask
 
     def leaves_in(self, mask: int) -> set[int]:
-        """The leaves of a mask."""
+        """Return the leaves of a mask."""
         return {leaf for leaf, bit in self.bits.items() if mask & bit}
 
 
@@ -195,5 +195,5 @@ def _disjoint(masks: Iterable[int]) -> bool:
 
 
 def named(obstacles: Mapping[str, int]) -> str:
-    """The operations in words."""
+    """Return the operations in words."""
     return ", ".join(sorted(obstacles))

@@ -46,13 +46,13 @@ def watch_custom_functions(loss: Tensor) -> Iterator[CustomFunctions]:
 
 
 def custom_functions(loss: Tensor) -> list[str]:
-    """The names of the custom autograd functions behind a loss."""
+    """Return the names of the custom autograd functions behind a loss."""
     nodes = (node for node in _reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction))
     return sorted({type(node).__name__.removesuffix("Backward") for node in nodes})
 
 
 def leaves_behind(node: Node) -> set[int]:
-    """Ids of the leaves whose gradient passes through a node."""
+    """Return ids of the leaves whose gradient passes through a node."""
     return {id(found.variable) for found in _reachable([node]) if hasattr(found, "variable")}
 
 
@@ -69,12 +69,12 @@ def _watcher(node: Node, found: CustomFunctions) -> Any:
 
 
 def _is_delayed(grad: Tensor) -> bool:
-    """Whether this is what once_differentiable hangs into the graph of the gradient."""
+    """Return whether this is what once_differentiable hangs into the graph of the gradient."""
     return grad.grad_fn is not None and grad.grad_fn.name().endswith("Error")
 
 
 def _scales(grad: Tensor, outputs: list[Tensor]) -> bool:
-    """Whether a gradient that depends on nothing is right: zero, or a constant times that of the output.
+    """Return whether a gradient that depends on nothing is right: zero, or a constant times that of the output.
 
     A fused loss brings its gradient along from the forward pass, and a kernel works outside autograd; but the gradient
     of a function that scales its input depends on nothing where that of its output does not.

@@ -62,7 +62,7 @@ def _layer(layer: MatrixLayer, leaf: Tensor, gradient: Tensor | None, triplets: 
 
 
 def _bilinear(u: Tensor, matrix: Tensor, v: Tensor) -> Tensor:
-    """u^T M v, the inner product with u v^T, the last sum in float64 where the device has it."""
+    """Return u^T M v, the inner product with u v^T, the last sum in float64 where the device has it."""
     wide = accumulation_dtype(matrix)
     return (u.to(matrix.dtype) @ matrix).to(wide) @ v.to(wide)
 

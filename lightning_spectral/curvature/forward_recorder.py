@@ -74,16 +74,16 @@ class LossCall:
 
 @dataclass(eq=False)
 class Trace:
-    """What one forward pass did.
+    """Record of one forward pass.
 
     Attributes:
-        uses: id of a parameter -> the products it took part in.
+        calls: id of a parameter -> the products it took part in.
         losses: the calls of known losses that can be differentiated, in order.
         hooked: whether activations were saved through hooks, as checkpointing does, which computes them again later.
         casts: floating types that the network goes down to by itself on the way to the loss.
     """
 
-    uses: dict[int, list[LayerCall]] = field(default_factory=dict)
+    calls: dict[int, list[LayerCall]] = field(default_factory=dict)
     losses: list[LossCall] = field(default_factory=list)
     hooked: bool = False
     casts: set[torch.dtype] = field(default_factory=set)
@@ -157,7 +157,7 @@ class Recorder(TorchFunctionMode):
         output = output if zero is None else output + zero
         # Taken now: after an operation in place, the tensor stands for what that made of it.
         edge = get_gradient_edge(output) if output.requires_grad else None
-        self.trace.uses.setdefault(id(weight), []).append(LayerCall(func, a, output, edge, given, time_first, zero))
+        self.trace.calls.setdefault(id(weight), []).append(LayerCall(func, a, output, edge, given, time_first, zero))
         return output
 
     @contextmanager

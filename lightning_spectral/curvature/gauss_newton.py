@@ -69,7 +69,7 @@ class GGNCurvature:
         taps, rest = tapped(problem, directions)
         if not taps:
             return measured_exactly(problem, directions, rest)
-        met = set().union(*(_met(output, taps) for output in outputs))
+        met = set().union(*(_layers_reached(output, taps) for output in outputs))
         # A layer with a gradient but no way from the output to it would have a curvature of zero.
         apart = [name for name in taps if name not in met]
         rest |= dict.fromkeys(apart, "the backward pass from the network's output does not meet its own")
@@ -144,7 +144,7 @@ class _Moments:
 
 
 def output_hessians(problem: DifferentiableLoss) -> list[OutputHessian]:
-    """The output Hessian of every known loss that the measured one is made of.
+    """Return the output Hessian of every known loss that the measured one is made of.
 
     Raises:
         MeasurementError: as in `known_losses` and `output_hessian`.
@@ -156,7 +156,7 @@ def output_hessians(problem: DifferentiableLoss) -> list[OutputHessian]:
 
 
 def known_losses(problem: DifferentiableLoss) -> list[LossCall]:
-    """The calls of known losses that the measured one is made of; read from its graph, and from no value.
+    """Return the calls of known losses that the measured one is made of; read from its graph, and from no value.
 
     Raises:
         MeasurementError: if there is none, or the measured loss holds more than a linear combination of them.
@@ -184,7 +184,7 @@ def known_losses(problem: DifferentiableLoss) -> list[LossCall]:
 
 
 def half_alone(output: OutputHessian, taps: Mapping[str, Tap]) -> dict[str, Tensor | None]:
-    """The backward pass of random weights on the output of half of the samples, per layer."""
+    """Return the backward pass of random weights on the output of half of the samples, per layer."""
     shape = output.output.shape
     rows = half_of(output.samples).repeat_interleave(shape[0] // output.samples)
     seed = 1 + torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(output.output)
@@ -195,15 +195,15 @@ def half_alone(output: OutputHessian, taps: Mapping[str, Tap]) -> dict[str, Tens
     )
 
 
-def _met(output: OutputHessian, taps: Mapping[str, Tap]) -> set[str]:
-    """The layers that a backward pass from this output meets, once it is checked that it keeps samples apart."""
+def _layers_reached(output: OutputHessian, taps: Mapping[str, Tap]) -> set[str]:
+    """Return the layers that a backward pass from this output reaches, after checking that it keeps samples apart."""
     moved = half_alone(output, taps)
     check_samples_apart(taps, moved)
     return {name for name, r in moved.items() if r is not None}
 
 
 def not_piecewise_linear(problem: DifferentiableLoss, outputs: Iterable[Tensor], names: Iterable[str]) -> str:
-    """Which operations between these layers and the output are not piecewise linear; empty if there is none."""
+    """Return which operations between these layers and the output are not piecewise linear; empty if there is none."""
     leaves = {id(problem.parameters[name]) for name in names}
     found: dict[str, int] = {}
     for output in outputs:

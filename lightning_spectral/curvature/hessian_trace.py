@@ -31,7 +31,7 @@ from lightning_spectral.curvature.problem import (
     cause_of,
     unverified,
 )
-from lightning_spectral.curvature.sketch import perturbed
+from lightning_spectral.curvature.sketch import add_output_perturbations
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -58,27 +58,27 @@ class HutchinsonTrace:
     memory: float = 6.2
 
     def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
-        """(N,) draws for each layer in ``directions``."""
+        """Return (N,) draws for each layer in ``directions``."""
         problem.run()
         taps, _ = tapped(problem, directions)
         found: dict[str, Tensor] = {}
         if not custom_functions(problem.value):
             try:
-                found = self._by_sample(problem, taps)
+                found = self._per_sample_draws(problem, taps)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
         rest = [name for name in directions if name not in found]
-        others, failed, notes = self._whole(problem, rest)
+        others, failed, notes = self._whole_batch_draws(problem, rest)
         nothing = torch.full((self.draws,), float("nan"), dtype=torch.float64)
         h = {name: (found | others).get(name, nothing) for name in directions}
         return Curvatures(h, self.name, failed, notes=notes)
 
-    def _by_sample(self, problem: DifferentiableLoss, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
-        """Signs for each sample, with products in the layers' outputs."""
+    def _per_sample_draws(self, problem: DifferentiableLoss, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
+        """Draw signs for each sample, with products in the layers' outputs."""
         if not taps:
             return {}
-        taps, zeros, gradients = perturbed(problem, taps)
+        taps, zeros, gradients = add_output_perturbations(problem, taps)
 
         def product(moves: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found = torch.autograd.grad(gradients, zeros, list(moves.values()), retain_graph=True, allow_unused=True)
@@ -100,14 +100,14 @@ class HutchinsonTrace:
         return {name: drawn[:, i] for i, name in enumerate(taps)}
 
     def _scale(self, name: str) -> float:
-        """About 1 / sqrt(sum_k h_k), a power of 2, by which signs are multiplied without rounding."""
+        """Return about 1 / sqrt(sum_k h_k), a power of 2, by which signs are multiplied without rounding."""
         held = float(self.h[name].nansum().abs()) if name in self.h else 1.0
         return 2.0 ** max(-60, min(60, round(-math.log2(held) / 2))) if held else 1.0
 
-    def _whole(
+    def _whole_batch_draws(
         self, problem: DifferentiableLoss, names: list[str]
     ) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
-        """One z for all samples, with products in the weights; where those fail together, for each layer by itself."""
+        """Draw one z for all samples, with products in the weights; where those fail together, layer by layer."""
         if not names:
             return {}, {}, ()
         layers = {name: problem.layers[name] for name in names}
@@ -117,14 +117,14 @@ class HutchinsonTrace:
         failed = {name: gradients.failed[name] for name in names if name in gradients.failed}
         names = [name for name in names if name not in failed]
         try:
-            found = self._drawn(alone, gradients, names)
+            found = self._draw(alone, gradients, names)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             found = {}
             for name in names:
                 try:
-                    found |= self._drawn(alone, gradients, [name])
+                    found |= self._draw(alone, gradients, [name])
                 except RuntimeError as failure:
                     if is_out_of_memory(failure):
                         raise
@@ -132,7 +132,7 @@ class HutchinsonTrace:
         trusted = {name: unverified(gradients.trusted[name]) for name in found if name in gradients.trusted}
         return found, failed, tuple(group_by_reason(trusted))
 
-    def _drawn(self, problem: DifferentiableLoss, gradients: Gradients, names: list[str]) -> dict[str, Tensor]:
+    def _draw(self, problem: DifferentiableLoss, gradients: Gradients, names: list[str]) -> dict[str, Tensor]:
         layers = {name: problem.layers[name] for name in names}
         leaves = {name: problem.parameters[name] for name in names}
         draws = []
@@ -156,7 +156,7 @@ def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _moves(taps: Mapping[str, Tap], generator: torch.Generator, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Moves of the layers' outputs along random signs u_b v_b^T, times a scale or one for each sample (B, 1)."""
+    """Return moves of the layers' outputs along random signs u_b v_b^T, times a scale or one for each sample (B, 1)."""
     moves = {}
     for name, tap in taps.items():
         u, v = (_random_signs((tap.samples, size), generator) for size in tap.layer.shape)
@@ -169,7 +169,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _product(gradients: Gradients, leaves: Mapping[str, Tensor], z: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
-    """H z, by the leaves' ids; None for zero."""
+    """Return H z, by the leaves' ids; None for zero."""
     outputs, inputs = {}, {id(leaf): leaf for leaf in leaves.values()}
     for name, leaf in leaves.items():
         gradient = gradients.values[name]
@@ -189,7 +189,7 @@ def _product(gradients: Gradients, leaves: Mapping[str, Tensor], z: Mapping[int,
 
 
 def _signs(layers: Mapping[str, MatrixLayer], draws: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Per draw, signs (m, n) for each layer."""
+    """Yield per draw, signs (m, n) for each layer."""
     for _ in range(draws):
         yield {name: _random_signs(layer.shape, generator) for name, layer in layers.items()}
 
@@ -197,7 +197,7 @@ def _signs(layers: Mapping[str, MatrixLayer], draws: int, generator: torch.Gener
 def _by_leaf(
     layers: Mapping[str, MatrixLayer], leaves: Mapping[str, Tensor], z: Mapping[str, Tensor]
 ) -> dict[int, Tensor]:
-    """The signs in the shape of the parameters; parts of a fused projection share one."""
+    """Return the signs in the shape of the parameters; parts of a fused projection share one."""
     whole: dict[int, Tensor] = {}
     for name, layer in layers.items():
         leaf = leaves[name]

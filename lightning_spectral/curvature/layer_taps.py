@@ -30,54 +30,54 @@ class Tap:
 
     Args:
         layer: the matrix.
-        use: the product it took part in.
+        call: of the layer.
         samples: B.
         shape: of the parameter.
     """
 
-    def __init__(self, layer: MatrixLayer, use: LayerCall, samples: int, shape: torch.Size) -> None:
-        self.layer, self.use, self.samples, self.shape = layer, use, samples, shape
-        self.channels_last = use.function is F.linear
+    def __init__(self, layer: MatrixLayer, call: LayerCall, samples: int, shape: torch.Size) -> None:
+        self.layer, self.call, self.samples, self.shape = layer, call, samples, shape
+        self.channels_last = call.function is F.linear
 
     @property
     def edge(self) -> GradientEdge:
-        """Where z stands in the graph."""
-        assert self.use.edge is not None
-        return self.use.edge
+        """Edge of z in the graph."""
+        assert self.call.edge is not None
+        return self.call.edge
 
     @staticmethod
-    def fits(use: LayerCall, samples: int) -> bool:
-        """Whether the rows of an activation can be told apart by sample."""
-        rows = use.output.shape[:-1].numel() if use.function is F.linear else use.output.shape[0]
-        by_sample = use.time_first == samples if use.time_first else use.output.shape[0] % samples == 0
-        return use.output.ndim > 1 and rows % samples == 0 and by_sample
+    def fits(call: LayerCall, samples: int) -> bool:
+        """Return whether the rows of an activation can be told apart by sample."""
+        rows = call.output.shape[:-1].numel() if call.function is F.linear else call.output.shape[0]
+        by_sample = call.time_first == samples if call.time_first else call.output.shape[0] % samples == 0
+        return call.output.ndim > 1 and rows % samples == 0 and by_sample
 
     def right(self, v: Tensor, groups: Tensor) -> Tensor:
-        """v_k^T a, (B, K, P). groups: (K,) the block of rows that each direction lies in."""
-        a = self.use.input
+        """Return v_k^T a, (B, K, P). groups: (K,) the block of rows that each direction lies in."""
+        a = self.call.input
         v = v.to(a.dtype)
         if self.channels_last:
             return v.T @ self.by_sample(a)
         kernel, k = self.shape[2:], v.shape[1]
-        options = {**self.use.options, "groups": 1}
+        options = {**self.call.options, "groups": 1}
         g = self.layer.groups
         v_ki = v.T.reshape(k, -1, *kernel)
         ins = v_ki.shape[1]
         filters = v.new_zeros(k, g, ins, *kernel)
         filters[torch.arange(k, device=v.device), groups] = v_ki
         filters = filters.reshape(k, g * ins, *kernel)
-        if self.use.function in TRANSPOSED:
+        if self.call.function in TRANSPOSED:
             filters = filters.transpose(0, 1)
-        return self.by_sample(self.use.function(a, filters, None, **options))
+        return self.by_sample(self.call.function(a, filters, None, **options))
 
     def left(self, r: Tensor, u: Tensor) -> Tensor:
-        """u_k^T r, (B, K, P), of a tensor in the layout of z."""
+        """Return u_k^T r, (B, K, P), of a tensor in the layout of z."""
         r_bmp, u = self.rows(r), u.to(r.dtype)
         return (r_bmp.mT @ u).mT if self.channels_last else u.T @ r_bmp
 
     def moved(self, u: Tensor, c_bkp: Tensor) -> Tensor:
-        """sum_k u_k c_bk^T for each sample as a tensor in the layout of z, zero outside this layer's rows."""
-        z, u = self.use.output, u.to(c_bkp.dtype)
+        """Return sum_k u_k c_bk^T for each sample as a tensor in the layout of z, zero outside this layer's rows."""
+        z, u = self.call.output, u.to(c_bkp.dtype)
         if self.layer.rows is not None:
             whole = u.new_zeros(z.shape[-1 if self.channels_last else 1], u.shape[1])
             whole[slice(*self.layer.rows)] = u
@@ -86,87 +86,87 @@ class Tap:
             move_bmp = u @ c_bkp
             images = z.shape[0] // self.samples
             return move_bmp.reshape(*move_bmp.shape[:2], images, -1).transpose(1, 2).reshape(z.shape)
-        rows_pb = c_bkp.permute(2, 0, 1) if self.use.time_first else c_bkp.mT
+        rows_pb = c_bkp.permute(2, 0, 1) if self.call.time_first else c_bkp.mT
         return (rows_pb @ u.T).reshape(z.shape)
 
     def moved_by_sample(self, u_bm: Tensor, v_bn: Tensor) -> Tensor:
-        """u_b (v_b^T a_b), each sample with a direction of its own, as a tensor in the layout of z."""
-        a, z = self.use.input, self.use.output
+        """Return u_b (v_b^T a_b), each sample with a direction of its own, as a tensor in the layout of z."""
+        a, z = self.call.input, self.call.output
         u, v = self._whole_rows(u_bm.to(a)), v_bn.to(a)
         if self.channels_last:
             c_bp = (v[:, None] @ self.by_sample(a)).squeeze(1)
             move_bmp = u[:, :, None] * c_bp[:, None]
-            return (move_bmp.permute(2, 0, 1) if self.use.time_first else move_bmp.mT).reshape(z.shape)
+            return (move_bmp.permute(2, 0, 1) if self.call.time_first else move_bmp.mT).reshape(z.shape)
         # A sample may be several images; of each image, every group of channels is convolved with the same v.
         images, g, kernel = a.shape[0], self.layer.groups, self.shape[2:]
         u, v = (x.repeat_interleave(images // self.samples, 0) for x in (u, v))
         filters = v.reshape(images, 1, -1, *kernel).repeat(1, g, *[1] * (1 + len(kernel))).flatten(0, 1)
-        if self.use.function in TRANSPOSED:
+        if self.call.function in TRANSPOSED:
             filters = filters.flatten(0, 1).unsqueeze(1)
-        options = {**self.use.options, "groups": images * g}
-        c_bgp = self.use.function(a.flatten(0, 1).unsqueeze(0), filters, None, **options).reshape(images, g, 1, -1)
+        options = {**self.call.options, "groups": images * g}
+        c_bgp = self.call.function(a.flatten(0, 1).unsqueeze(0), filters, None, **options).reshape(images, g, 1, -1)
         return (u.reshape(images, g, -1, 1) * c_bgp).reshape(z.shape)  # type: ignore[no-any-return]
 
     def _whole_rows(self, u_bm: Tensor) -> Tensor:
         if self.layer.rows is None:
             return u_bm
-        whole = u_bm.new_zeros(len(u_bm), self.use.output.shape[-1 if self.channels_last else 1])
+        whole = u_bm.new_zeros(len(u_bm), self.call.output.shape[-1 if self.channels_last else 1])
         whole[:, slice(*self.layer.rows)] = u_bm
         return whole
 
     def by_sample(self, x: Tensor) -> Tensor:
-        """(B, channels, P)."""
+        """Return (B, channels, P)."""
         if not self.channels_last:
             # A sample may be several images: their pixels are its positions.
             return x.reshape(self.samples, -1, x.shape[1], x.shape[2:].numel()).transpose(1, 2).flatten(2)
-        if self.use.time_first:
+        if self.call.time_first:
             return x.reshape(-1, self.samples, x.shape[-1]).permute(1, 2, 0)
         return x.reshape(self.samples, -1, x.shape[-1]).transpose(1, 2)
 
     def rows(self, r: Tensor) -> Tensor:
-        """(B, m, P), those channels of a tensor in the layout of z that are this layer's."""
+        """Return (B, m, P), those channels of a tensor in the layout of z that are this layer's."""
         r_bmp = self.by_sample(r)
         return r_bmp if self.layer.rows is None else r_bmp[:, slice(*self.layer.rows)]
 
 
 def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
-    """(K,) the block of rows in which each u_k lies."""
+    """Return (K,) the block of rows in which each u_k lies."""
     return triplets.u.abs().argmax(0) // (layer.shape[0] // layer.groups)
 
 
-def single_uses(problem: DifferentiableLoss, names: Iterable[str]) -> tuple[dict[str, LayerCall], dict[str, str]]:
-    """The one product that each of these layers took part in, and why others have none or several."""
+def single_calls(problem: DifferentiableLoss, names: Iterable[str]) -> tuple[dict[str, LayerCall], dict[str, str]]:
+    """Return the one product that each of these layers took part in, and why others have none or several."""
     root = problem.value.grad_fn
     assert root is not None
-    counts = Dependence(root, {id(leaf) for leaf in problem.parameters.values()}).uses
+    counts = Dependence(root, {id(leaf) for leaf in problem.parameters.values()}).calls
     found, rest = {}, {}
     for name in names:
         leaf = problem.parameters[name]
-        uses = [use for use in problem.trace.uses.get(id(leaf), []) if use.edge is not None]
-        if len(uses) == 1 and counts[id(leaf)] == 1:
-            found[name] = uses[0]
+        calls = [call for call in problem.trace.calls.get(id(leaf), []) if call.edge is not None]
+        if len(calls) == 1 and counts[id(leaf)] == 1:
+            found[name] = calls[0]
         else:
-            times = max(len(uses), counts[id(leaf)])
+            times = max(len(calls), counts[id(leaf)])
             rest[name] = f"it is used {times} times" if times > 1 else "it is not applied by linear or a convolution"
     return found, rest
 
 
 def tapped(problem: DifferentiableLoss, names: Iterable[str]) -> tuple[dict[str, Tap], dict[str, str]]:
-    """Layers that can be seen through their output, and why the others cannot."""
-    uses, rest = single_uses(problem, names)
+    """Return layers that can be seen through their output, and why the others cannot."""
+    calls, rest = single_calls(problem, names)
     taps = {}
-    for name, use in uses.items():
-        if problem.samples is None or not Tap.fits(use, problem.samples):
+    for name, call in calls.items():
+        if problem.samples is None or not Tap.fits(call, problem.samples):
             rest[name] = "the rows of its output cannot be told apart by sample"
         else:
-            taps[name] = Tap(problem.layers[name], use, problem.samples, problem.parameters[name].shape)
+            taps[name] = Tap(problem.layers[name], call, problem.samples, problem.parameters[name].shape)
     return taps, rest
 
 
 def measured_exactly(
     problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets], why: Mapping[str, str]
 ) -> Curvatures:
-    """Double backward for the layers in ``why``, on a forward pass whose gradients keep their graph."""
+    """Measure the layers in ``why`` by double backward, on a forward pass whose gradients keep their graph."""
     if not why:
         return Curvatures({}, "exact")
     layers = {name: problem.layers[name] for name in why}
@@ -182,7 +182,7 @@ def measured_exactly(
 
 
 def half_of(samples: int) -> Tensor:
-    """(B,) which samples are in a random half, the same one at each call.
+    """Return (B,) which samples are in a random half, the same one at each call.
 
     Not one sample alone, which may be the only one that is tied to no other (a node without neighbours).
     """

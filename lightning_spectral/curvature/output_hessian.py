@@ -37,12 +37,12 @@ class OutputHessian:
 
     @property
     def columns(self) -> int:
-        """How many columns hold the Hessian exactly."""
+        """Number of columns that hold the Hessian exactly."""
         per_sample = self.curvature.numel() // self.samples
         return per_sample * (1 if self.probabilities is None else self.probabilities.shape[1] - 1)
 
     def exact(self) -> Iterator[Tensor]:
-        """The columns, each in z's shape, with S S^T equal to the Hessian within every sample."""
+        """Yield the columns, each in z's shape, with S S^T equal to the Hessian within every sample."""
         per_sample = self.curvature.numel() // self.samples
         for position in range(per_sample):
             at = torch.zeros(per_sample, dtype=self.curvature.dtype, device=self.curvature.device)
@@ -55,7 +55,7 @@ class OutputHessian:
                     yield self._as_output(scale[:, None] * _softmax_column(self.probabilities, c))
 
     def random(self, generator: torch.Generator) -> Tensor:
-        """One random column r in z's shape, with E[r r^T] equal to the Hessian."""
+        """Return one random column r in z's shape, with E[r r^T] equal to the Hessian."""
         shape = self.curvature.shape if self.probabilities is None else self.probabilities.shape
         signs = torch.randint(0, 2, shape, generator=generator).to(self.curvature) * 2 - 1
         if self.probabilities is None:
@@ -65,7 +65,7 @@ class OutputHessian:
         return self._as_output(self.curvature.sqrt()[:, None] * column)
 
     def _as_output(self, rows_nc: Tensor) -> Tensor:
-        """(N, C) in z's shape, whose class dimension is the second, or the only one."""
+        """Return (N, C) in z's shape, whose class dimension is the second, or the only one."""
         z = self.output
         if z.ndim < 3:
             return rows_nc.reshape(z.shape)
@@ -73,7 +73,7 @@ class OutputHessian:
 
 
 def output_hessian(call: LossCall, weight: Tensor, samples: int) -> OutputHessian:
-    """The Hessian of ``weight * loss`` in the input of a loss call.
+    """Return the Hessian of ``weight * loss`` in the input of a loss call.
 
     Args:
         call: what was called.
@@ -97,7 +97,7 @@ def output_hessian(call: LossCall, weight: Tensor, samples: int) -> OutputHessia
 
 
 def columns_of(call: LossCall, samples: int) -> int:
-    """`OutputHessian.columns` of a loss call, from its shapes alone.
+    """Return `OutputHessian.columns` of a loss call, from its shapes alone.
 
     Raises:
         MeasurementError: if the target has a gradient of its own, or rows are no multiple of the samples.
@@ -138,7 +138,7 @@ class LossValue:
 
 
 def loss_value(evaluate: Callable[[], Tensor]) -> LossValue:
-    """The value of a loss, and what can be seen of how it came about."""
+    """Return the value of a loss, and what can be seen of how it came about."""
     with Recorder(set()) as recorder:
         loss = evaluate().detach()
     calls = recorder.trace.losses
@@ -151,7 +151,7 @@ def loss_value(evaluate: Callable[[], Tensor]) -> LossValue:
 
 
 def _softmax_column(p_nc: Tensor, c: int) -> Tensor:
-    """Column c of diag(q) Q, q = sqrt(p), Q an orthonormal basis of what is orthogonal to q.
+    """Return column c of diag(q) Q, q = sqrt(p), Q an orthonormal basis of what is orthogonal to q.
 
     diag(p) - p p^T = diag(q) (I - q q^T) diag(q). Q is the Householder reflection that takes q to the last axis.
     """
@@ -170,14 +170,14 @@ def _reduction(call: LossCall) -> str:
 
 
 def _cross_entropy(call: LossCall, z: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) factors a of the blocks a (diag(p) - p p^T), and (N, C) p."""
+    """Return (N,) factors a of the blocks a (diag(p) - p p^T), and (N, C) p."""
     a_n, total = _cross_entropy_targets(call, z)
     z_nc = z[None] if z.ndim == 1 else z.movedim(1, -1).reshape(-1, z.shape[1])
     return (a_n / total if _reduction(call) == "mean" else a_n), z_nc.softmax(1)
 
 
 def _cross_entropy_targets(call: LossCall, z: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) weights of the targets, and what a mean divides by."""
+    """Return (N,) weights of the targets, and what a mean divides by."""
     classes = z.shape[0] if z.ndim == 1 else z.shape[1]
     smoothing = float(call.options.get("label_smoothing", 0.0))
     weight = call.options.get("weight")
@@ -196,7 +196,7 @@ def _cross_entropy_targets(call: LossCall, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _elementwise(call: LossCall, z: Tensor) -> Tensor:
-    """Second derivatives in z's shape."""
+    """Return second derivatives in z's shape."""
     if call.target.shape != z.shape:
         raise MeasurementError(f"{call.function.__name__} broadcasts its target {tuple(call.target.shape)}; {REMEDY}")
     if call.function is F.mse_loss:
@@ -211,7 +211,7 @@ def _elementwise(call: LossCall, z: Tensor) -> Tensor:
 
 
 def _elementwise_total(call: LossCall, z: Tensor) -> Tensor:
-    """What a mean divides by: mse_loss by the sum of its weights, binary cross-entropy by the number of elements."""
+    """Return what a mean divides by: the sum of its weights, of binary cross-entropy the number of elements."""
     weight = call.options.get("weight")
     if weight is not None and call.function is F.mse_loss:
         return weight.expand_as(z).sum()  # type: ignore[no-any-return]

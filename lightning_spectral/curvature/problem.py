@@ -40,7 +40,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class SampleRange:
-    """Which of all samples measured a problem's are: the first of them, and how many there are in all."""
+    """Range of a loss's samples among all samples measured: the first, and the number of all."""
 
     first: int
     total: int
@@ -77,7 +77,7 @@ class DifferentiableLoss:
         self._outputs: dict[int, Tensor | None] = {}
 
     def gradients(self, *, keep_graph: bool, outputs: bool = False) -> Gradients:
-        """The gradient of the loss in every layer's parameter; with keep_graph it is kept, to be differentiated again.
+        """Return the gradient in every layer's parameter; with keep_graph it can be differentiated again.
 
         With ``outputs``, and without keep_graph, those in the layers' outputs are kept for `output_gradients`.
         """
@@ -105,15 +105,15 @@ class DifferentiableLoss:
         return self._gradients
 
     def gradient(self, name: str) -> Tensor | None:
-        """The gradient in one layer's parameter alone, without a graph."""
+        """Return the gradient in one layer's parameter alone, without a graph."""
         if self._gradients is not None:
             value = self._gradients.values[name]
             return None if value is None else value.detach()
         return torch.autograd.grad(self.value, self.parameters[name], retain_graph=True, allow_unused=True)[0]
 
-    def output_gradients(self, uses: Iterable[LayerCall]) -> dict[int, Tensor | None]:
-        """id of a use -> the gradient of the loss in its output; None where it does not depend on that. Given once."""
-        edges = {id(use): use.edge for use in uses if use.edge is not None}
+    def output_gradients(self, calls: Iterable[LayerCall]) -> dict[int, Tensor | None]:
+        """Return id of a call -> gradient of the loss in its output, None where it has none. Given once."""
+        edges = {id(call): call.edge for call in calls if call.edge is not None}
         missing = {key: edge for key, edge in edges.items() if key not in self._outputs}
         known, self._outputs = {key: self._outputs[key] for key in edges.keys() - missing.keys()}, {}
         if not missing:
@@ -131,8 +131,8 @@ class DifferentiableLoss:
     def _differentiate(
         self, leaves: Mapping[int, Tensor], keep_graph: bool, outputs: bool
     ) -> tuple[dict[int, Tensor | None], dict[int, str]]:
-        uses = [uses[0] for uses in self.trace.uses.values() if len(uses) == 1] if outputs else []
-        edges = {id(use): use.edge for use in uses if use.edge is not None}
+        calls = [calls[0] for calls in self.trace.calls.values() if len(calls) == 1] if outputs else []
+        edges = {id(call): call.edge for call in calls if call.edge is not None}
         options: dict[str, Any] = {"create_graph": keep_graph, "retain_graph": True, "allow_unused": True}
         try:
             places: Any = [*leaves.values(), *edges.values()]
@@ -161,7 +161,7 @@ class DifferentiableLoss:
 
     @property
     def trace(self) -> Trace:
-        """What the forward pass did."""
+        """Record of the forward pass."""
         return _known(self._trace)
 
     @property
@@ -177,7 +177,7 @@ class DifferentiableLoss:
 
 @dataclass(frozen=True, eq=False)
 class Curvatures:
-    """What a method measured.
+    """Result of a curvature method.
 
     Attributes:
         h: layer name -> (K,) curvatures in float64 on the CPU, NaN where ``failed``.
@@ -205,12 +205,12 @@ class Curvature(Protocol):
 
     @property
     def name(self) -> str:
-        """What users call it."""
+        """Name that users call it by."""
         ...
 
     @property
     def differentiates_gradients(self) -> bool:
-        """Whether `DifferentiableLoss.gradients` must keep its graph."""
+        """True if `DifferentiableLoss.gradients` must keep its graph."""
         ...
 
     @property
@@ -224,7 +224,7 @@ class Curvature(Protocol):
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """What to sum in: float64, which Apple's GPUs do not have."""
+    """Return what to sum in: float64, which Apple's GPUs do not have."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -235,7 +235,7 @@ def _known(value: T | None) -> T:
 
 
 def cause_of(error: RuntimeError) -> str:
-    """What stopped a backward pass, the operation's name first, and what to do about it."""
+    """Return what stopped a backward pass, the operation's name first, and what to do about it."""
     text = " ".join(str(error).split())
     if "checkpoint" in text.lower():
         return "reentrant checkpointing works with .backward() alone; use torch.utils.checkpoint(use_reentrant=False)"
@@ -246,7 +246,7 @@ def cause_of(error: RuntimeError) -> str:
 
 
 def unverified(function: str) -> str:
-    """What is not known of a second derivative that passes a custom function."""
+    """Return what is not known of a second derivative that passes a custom function."""
     return (
         f"its curvature passes the custom autograd function {function} and holds only if that function's backward can "
         "itself be differentiated, which was not checked"
@@ -254,5 +254,5 @@ def unverified(function: str) -> str:
 
 
 def cut_by(function: str) -> str:
-    """What an opaque custom function does to a second derivative, and what to do about it."""
+    """Return what an opaque custom function does to a second derivative, and what to do about it."""
     return f"the custom autograd function {function} has no second derivative; {REMEDY}"

@@ -13,7 +13,7 @@ LOSS_REMEDY = "pass loss_fn(model, batch) -> scalar, or give the module a method
 
 
 def checked_loss(value: Any) -> Tensor:
-    """The loss, if curvature can be measured of it.
+    """Return the loss, if curvature can be measured of it.
 
     Raises:
         MeasurementError: if it is no scalar tensor, is NaN or infinite, or does not depend on any parameter.
@@ -24,7 +24,7 @@ def checked_loss(value: Any) -> Tensor:
 
 
 def scalar_loss(value: Any) -> Tensor:
-    """The loss, if it is a scalar with a gradient, whatever its value.
+    """Return the loss, if it is a scalar with a gradient, whatever its value.
 
     Raises:
         MeasurementError: if not.

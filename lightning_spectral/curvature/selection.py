@@ -36,14 +36,14 @@ METHODS: dict[str, Callable[[], Curvature] | None] = {
 
 
 def check_method(name: str) -> Curvature | None:
-    """The method of that name, None for "auto"; ValueError if there is none."""
+    """Return the method of that name, None for "auto"; ValueError if there is none."""
     make = METHODS[one_of("curvature", name, METHODS)]
     return make() if make is not None else None
 
 
 @dataclass(frozen=True)
 class LossProperties:
-    """What "auto" goes by.
+    """Properties of a loss that "auto" decides by.
 
     Attributes:
         obstacle: why Gauss-Newton is not the Hessian, or cannot be had exactly; empty if it is.
@@ -57,15 +57,15 @@ class LossProperties:
 
     @classmethod
     def of(cls, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> LossProperties:
-        """Of a loss, of which this may be a piece."""
+        """Return the properties of a loss, of which this may be a micro-batch."""
         problem.run()
         taps, _ = tapped(problem, directions)
         samples = problem.samples if problem.place is None else problem.place.total
         return cls(_obstacle(problem, taps), len(taps), samples)
 
 
-def without_ggn(obstacle: str, n_taps: int, samples: int | None) -> tuple[str, str]:
-    """What "auto" takes in place of Gauss-Newton: the method's name, and the choice with its reasons.
+def fallback_method(obstacle: str, n_taps: int, samples: int | None) -> tuple[str, str]:
+    """Return what "auto" takes in place of Gauss-Newton: the method's name, and the choice with its reasons.
 
     Args:
         obstacle: to Gauss-Newton.
@@ -97,27 +97,29 @@ class CheckedGGN(GGNCurvature):
             raise MeasurementError(
                 f"Gauss-Newton failed its check against an exact product (relative error {error:.2g})"
             )
-        return replace(found, chosen=by_ggn(len(found.methods)), check_error=error)
+        return replace(found, chosen=explain_gauss_newton(len(found.methods)), check_error=error)
 
 
-def by_ggn(others: int) -> str:
-    """The choice of Gauss-Newton and its reasons, with how many layers it cannot see."""
+def explain_gauss_newton(n_exact: int) -> str:
+    """Return the choice of Gauss-Newton and its reasons, with how many layers it cannot see."""
     why = "ggn: every operation after the layers is piecewise linear, so that Gauss-Newton is the Hessian"
-    also = f"; double backward for {others} that are not applied once, as a linear layer or convolution"
-    return why + (also if others else "")
+    also = f"; double backward for {n_exact} that are not applied once, as a linear layer or convolution"
+    return why + (also if n_exact else "")
 
 
 def _obstacle(problem: DifferentiableLoss, names: Iterable[str]) -> str:
-    """Why Gauss-Newton is not the Hessian, or cannot be had exactly; empty if it is."""
+    """Return why Gauss-Newton is not the Hessian, or cannot be had exactly; empty if it is."""
     try:
         outputs = output_hessians(problem)
     except MeasurementError as error:
         return str(error)
-    return beyond_ggn(problem, [(output.output, output.columns) for output in outputs], names)
+    return obstacle_to_gauss_newton(problem, [(output.output, output.columns) for output in outputs], names)
 
 
-def beyond_ggn(problem: DifferentiableLoss, outputs: Sequence[tuple[Tensor, int]], names: Iterable[str]) -> str:
-    """Why Gauss-Newton of these outputs is not the Hessian, or cannot be had exactly; empty if it is.
+def obstacle_to_gauss_newton(
+    problem: DifferentiableLoss, outputs: Sequence[tuple[Tensor, int]], names: Iterable[str]
+) -> str:
+    """Return why Gauss-Newton of these outputs is not the Hessian, or cannot be had exactly; empty if it is.
 
     Args:
         problem: whose graph is read.
@@ -131,7 +133,7 @@ def beyond_ggn(problem: DifferentiableLoss, outputs: Sequence[tuple[Tensor, int]
 
 
 def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets], found: Curvatures) -> float:
-    """Relative difference to one exact product: the first direction of the layer in the middle of the network."""
+    """Return the relative difference to one exact product: the first direction of the layer in the middle."""
     names = [name for name in directions if name not in found.methods and name not in found.failed]
     if not names:
         return 0.0

@@ -137,10 +137,10 @@ class SketchCurvature:
             columns = _random_columns(outputs, taps, self.seed)
             check_samples_apart(taps, columns)
             products.set_amplitudes(columns)
-        return self._drawn(products)
+        return self._draw_until_precise(products)
 
-    def _drawn(self, products: _Products) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """As many draws as it takes."""
+    def _draw_until_precise(self, products: _Products) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Draw as often as it takes."""
         ranks = self.ranks or min(max(products.place.total // SAMPLES_PER_RANK, 1), RANKS)
         if products.directions <= DRAWS * products.of_draw(ranks):
             return products.one_by_one(), {}
@@ -177,7 +177,7 @@ class _Products:
         assert problem.samples is not None
         self.samples, self.generator = problem.samples, torch.Generator().manual_seed(seed)
         self.place = problem.place or SampleRange(0, problem.samples)
-        self.taps, self.zeros, self.gradients = perturbed(problem, taps)
+        self.taps, self.zeros, self.gradients = add_output_perturbations(problem, taps)
         self.triplets = {name: directions[name] for name in taps}
         self.right = {
             n: t.right(self.triplets[n].v, groups_of(t.layer, self.triplets[n])) for n, t in self.taps.items()
@@ -185,12 +185,12 @@ class _Products:
         self.amplitude = {name: torch.ones(len(t), dtype=torch.float64) for name, t in self.triplets.items()}
 
     def half_alone(self) -> dict[str, Tensor]:
-        """H D for a D that moves half of the samples."""
+        """Return H D for a D that moves half of the samples."""
         signs = half_of(self.samples).double().expand(len(self.taps), -1)
         return self._product({name: torch.zeros(1, dtype=torch.long) for name in self.taps}, signs)
 
     def set_amplitudes(self, columns: Mapping[str, Tensor | None]) -> None:
-        """sqrt(w / h), with h_k = sum_b (sum_p (u_k^T r_bp)(v_k^T a_bp))^2 for tensors r like the layers' outputs."""
+        """Return sqrt(w / h), h_k = sum_b (sum_p (u_k^T r_bp)(v_k^T a_bp))^2 for tensors r like the layers' outputs."""
         for name, triplets in self.triplets.items():
             r = columns[name]
             if r is None:
@@ -201,11 +201,11 @@ class _Products:
 
     @property
     def directions(self) -> int:
-        """Of all layers."""
+        """Directions of all layers."""
         return sum(len(t) for t in self.triplets.values())
 
     def of_draw(self, ranks: int) -> int:
-        """How many products a draw takes."""
+        """Return the number of products of a draw."""
         return math.ceil(max(len(t) for t in self.triplets.values()) / ranks)
 
     def one_by_one(self) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ class _Products:
         return _Draw(h, energy)
 
     def _readings(self, indices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Per layer, for its directions in ``indices``, the samples' parts (k, B) of the estimates of h."""
+        """Return per layer, for its directions in ``indices``, the samples' parts (k, B) of the estimates of h."""
         signs = self._signs(sum(len(k) for k in indices.values()))
         product = self._product(indices, signs)
         found = {}
@@ -243,13 +243,13 @@ class _Products:
         return found
 
     def _inner(self, name: str, k: Tensor, r: Tensor) -> Tensor:
-        """(k, B) of sum_p (u_k^T r_bp)(v_k^T a_bp)."""
+        """Return (k, B) of sum_p (u_k^T r_bp)(v_k^T a_bp)."""
         left_bkp = self.taps[name].left(r, self.triplets[name].u[:, k])
         inner = (left_bkp * self.right[name][:, k]).sum(2, dtype=accumulation_dtype(r))
         return inner.T.cpu().double()
 
     def _product(self, indices: Mapping[str, Tensor], signs: Tensor) -> dict[str, Tensor]:
-        """H D with D the sum over the channels of signs_b amplitude_k u_k (v_k^T a_b)."""
+        """Return H D with D the sum over the channels of signs_b amplitude_k u_k (v_k^T a_b)."""
         moves = []
         for (name, k), signs_kb in zip(indices.items(), self._by_layer(indices, signs), strict=True):
             right = self.right[name]
@@ -266,7 +266,7 @@ class _Products:
         return torch.split(signs, [len(k) for k in indices.values()])
 
     def _signs(self, channels: int) -> Tensor:
-        """(channels, B) signs, orthogonal between channels on every full block of samples.
+        """Return (channels, B) signs, orthogonal between channels on every full block of samples.
 
         They are drawn for all samples measured, of which these may be a piece: pieces then share blocks.
         """
@@ -281,7 +281,7 @@ class _Products:
 
 
 def _random_columns(outputs: list[OutputHessian], taps: Mapping[str, Tap], seed: int) -> dict[str, Tensor | None]:
-    """Per layer, the backward pass of a random column of the square root of half of the samples' output Hessian."""
+    """Return per layer the backward pass of a random column of the root of half of the samples' output Hessian."""
     generator = torch.Generator().manual_seed(seed)
     columns = [output.random(generator) for output in outputs]
     for output, column in zip(outputs, columns, strict=True):
@@ -293,7 +293,7 @@ def _random_columns(outputs: list[OutputHessian], taps: Mapping[str, Tap], seed:
 
 
 def _weight(sigma: Tensor) -> Tensor:
-    """(K,) how much an error of log h_k moves the slope of log h on log sigma, around 1."""
+    """Return (K,) how much an error of log h_k moves the slope of log h on log sigma, around 1."""
     log_sigma = sigma.detach().cpu().double().log()
     distance = (log_sigma - log_sigma.mean()).abs()
     # Directions may come without values: then all weigh the same.
@@ -301,7 +301,7 @@ def _weight(sigma: Tensor) -> Tensor:
 
 
 def _mean_and_error(draws: list[_Draw]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The draws' mean, and its standard error.
+    """Return the draws' mean, and its standard error.
 
     Few draws say little of a variance. One guess of it is an estimate's energy times a ratio that the directions of a
     layer share; it is worth as many degrees of freedom as PRIOR_COUNT, beside the draws' own.
@@ -327,7 +327,7 @@ def _mean_and_error(draws: list[_Draw]) -> tuple[dict[str, Tensor], dict[str, Te
 def _alpha_error(
     triplets: Mapping[str, SingularTriplets], h: Mapping[str, Tensor], stderr: Mapping[str, Tensor]
 ) -> float:
-    """The part of alpha's standard error that comes from those of h, in the median layer; NaN if none has an alpha."""
+    """Return the part of alpha's standard error that comes from h's, in the median layer; NaN without an alpha."""
     errors = [math.nan]
     for name, of_layer in triplets.items():
         sigma, h_k = of_layer.sigma.detach().cpu().double(), h[name]
@@ -338,10 +338,10 @@ def _alpha_error(
     return float(torch.tensor(errors).nanmedian())
 
 
-def perturbed(
+def add_output_perturbations(
     problem: DifferentiableLoss, taps: Mapping[str, Tap]
 ) -> tuple[dict[str, Tap], list[Tensor], list[Tensor]]:
-    """Another forward pass with zeros added to the layers' outputs: taps on it, the zeros, the gradients in them."""
+    """Run another forward pass with zeros added to the layers' outputs; return taps, zeros, gradients in them."""
     leaves = {id(problem.parameters[name]) for name in taps}
     # Only the zeros are differentiated in; without weights in its graph a product costs a quarter less. What is
     # checkpointed is computed again in each product, with weights that require a gradient, and must save the same.
@@ -354,11 +354,11 @@ def perturbed(
     finally:
         for leaf in weights:
             leaf.requires_grad_(True)
-    uses = recorder.trace.uses
-    if any(len(found) != 1 for found in uses.values()) or len(uses) != len(leaves):
+    calls = recorder.trace.calls
+    if any(len(found) != 1 for found in calls.values()) or len(calls) != len(leaves):
         raise MeasurementError("the loss does not compute the same at each call; use curvature='exact'")
-    new = {n: Tap(t.layer, uses[id(problem.parameters[n])][0], t.samples, t.shape) for n, t in taps.items()}
-    zeros = [tap.use.zero for tap in new.values() if tap.use.zero is not None]
+    new = {n: Tap(t.layer, calls[id(problem.parameters[n])][0], t.samples, t.shape) for n, t in taps.items()}
+    zeros = [tap.call.zero for tap in new.values() if tap.call.zero is not None]
     gradients = {}
     for zero, gradient in zip(zeros, torch.autograd.grad(loss, zeros, create_graph=True), strict=True):
         gradients[id(zero)] = gradient

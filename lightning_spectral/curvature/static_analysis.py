@@ -14,7 +14,7 @@ from lightning_spectral.curvature.layer_taps import tapped
 from lightning_spectral.curvature.output_hessian import columns_of
 from lightning_spectral.curvature.problem import DifferentiableLoss
 from lightning_spectral.curvature.scalar_loss import scalar_loss
-from lightning_spectral.curvature.selection import beyond_ggn, by_ggn, without_ggn
+from lightning_spectral.curvature.selection import explain_gauss_newton, fallback_method, obstacle_to_gauss_newton
 from lightning_spectral.errors import MeasurementError
 
 
@@ -31,7 +31,7 @@ class FakeLoss(DifferentiableLoss):
 
 @dataclass(frozen=True)
 class Structure:
-    """What a graph tells the curvature methods.
+    """Properties of a loss's graph that decide between curvature methods.
 
     Attributes:
         unreached: the layers that the loss does not depend on.
@@ -59,14 +59,14 @@ class Structure:
         return sum(columns if columns <= EXACT_COLUMNS else RANDOM_COLUMNS for columns in self.columns)
 
     def choice(self, samples: int | None) -> tuple[str, str]:
-        """What "auto" falls on, and why, as far as no value speaks against it.
+        """Return what "auto" falls on, and why, as far as no value speaks against it.
 
         Args:
             samples: in all.
         """
         if not self.obstacle:
-            return "ggn", by_ggn(len(self.apart))
-        method, why = without_ggn(self.obstacle, len(self.tapped), samples)
+            return "ggn", explain_gauss_newton(len(self.apart))
+        method, why = fallback_method(self.obstacle, len(self.tapped), samples)
         if method == "sketch" and self.custom:
             return "exact", f"exact: {self.obstacle}, and no sketch: custom functions ({', '.join(self.custom)})"
         return method, why
@@ -81,16 +81,18 @@ def structure(problem: DifferentiableLoss) -> Structure:
     names = [name for name, leaf in problem.parameters.items() if id(leaf) in reached]
     taps, apart = tapped(problem, names)
     rows = {
-        name: use.output.numel() // use.output.shape[-1 if tap.channels_last else 1]
+        name: call.output.numel() // call.output.shape[-1 if tap.channels_last else 1]
         for name, tap in taps.items()
-        for use in [tap.use]
+        for call in [tap.call]
     }
     columns: tuple[int, ...] = ()
     refusal = obstacle = ""
     try:
         calls, samples = known_losses(problem), problem.samples or 1
         columns = tuple(columns_of(call, samples) for call in calls)
-        obstacle = beyond_ggn(problem, list(zip([call.input for call in calls], columns, strict=True)), taps)
+        obstacle = obstacle_to_gauss_newton(
+            problem, list(zip([call.input for call in calls], columns, strict=True)), taps
+        )
     except MeasurementError as error:
         refusal = obstacle = str(error)
     unreached = tuple(name for name in problem.parameters if name not in names)

@@ -16,7 +16,7 @@ COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
 
 
 def shards_of(model: nn.Module, processes: SingleProcess) -> list[Any]:
-    """The parameters and buffers that are shards, in the model's order; FSDP2 holds none of them whole any more.
+    """Return the parameters and buffers that are shards, in the model's order, resharded.
 
     Raises:
         ValueError: for shards that processes beside these hold.
@@ -43,7 +43,7 @@ def shards_of(model: nn.Module, processes: SingleProcess) -> list[Any]:
 
 
 def gathered_together(model: nn.Module) -> dict[str, list[int]]:
-    """Name of a submodule -> ids of the sharded parameters that its forward pass is to find whole.
+    """Return name of a submodule -> ids of the sharded parameters that its forward pass is to find whole.
 
     Of FSDP2, those that it gathers for that submodule; of others, the submodule's own.
     """
@@ -57,7 +57,7 @@ def gathered_together(model: nn.Module) -> dict[str, list[int]]:
 
 
 def is_within(name: str, outer: str) -> bool:
-    """Whether a submodule is another, or in it.
+    """Return whether a submodule is another, or in it.
 
     >>> is_within("blocks.1.mlp", "blocks.1"), is_within("blocks.10", "blocks.1"), is_within("head", "")
     (True, False, True)
@@ -66,29 +66,29 @@ def is_within(name: str, outer: str) -> bool:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """By name: the class has moved between versions of torch, and its import takes long."""
+    """Return whether a tensor is a DTensor, by name: the class moves between versions, and its import takes long."""
     return type(tensor).__name__ == "DTensor"
 
 
 def is_fully_sharded(kind: type) -> bool:
-    """Whether `fully_shard` made this class of a module's."""
+    """Return whether `fully_shard` made this class of a module's."""
     return any(base.__name__ == "FSDPModule" and is_communication(base) for base in kind.__mro__)
 
 
 def is_communication(kind: type) -> bool:
-    """Whether objects of a class hold processes together: groups, meshes, and what shards parameters over them."""
+    """Return whether objects of a class communicate: groups, meshes, and what shards parameters over them."""
     return kind.__module__.startswith(COMMUNICATION)
 
 
 def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a module before `fully_shard`."""
+    """Return the class of a module before `fully_shard`."""
     if not is_fully_sharded(kind):
         return kind
     return next(base for base in kind.__bases__ if not is_communication(base))
 
 
 def without_communication(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a module without the hooks and records of its sharding, for a copy that holds whole parameters."""
+    """Return a module's state without the hooks and records of its sharding, for a copy with full parameters."""
     return {
         name: type(value)((key, hook) for key, hook in value.items() if not _communicates(hook))
         if name.endswith("_hooks") and isinstance(value, dict)

@@ -17,19 +17,19 @@ from lightning_spectral.isolation.module_copy import Copier
 
 
 def batch_size(batch: Any) -> int | None:
-    """The leading dimension that all tensors of a batch share; None where there is none."""
+    """Return the leading dimension that all tensors of a batch share; None where there is none."""
     sizes = set(_leading_sizes(batch, "batch").values())
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def divisible(batch: Any) -> bool:
-    """Whether `take_samples` can cut it."""
+    """Return whether `take_samples` can cut it."""
     size = batch_size(batch)
     return size is not None and not isinstance(batch, PackedSequence) and not _is_list_of_samples(batch, size)
 
 
 def take_samples(batch: Any, stop: int, start: int = 0, *, option: str = "max_samples") -> Any:
-    """Samples start to stop of a batch of tensors, sequences, mappings and dataclasses, nested in any way.
+    """Return samples start to stop of a batch of tensors, sequences, mappings and dataclasses, nested in any way.
 
     Tensors are cut along their leading dimension; so are lists and tuples with one entry per sample that hold no
     tensor, such as file names. Everything else is passed on. ``option`` is what an error names as its cause.
@@ -119,7 +119,7 @@ class HeldBatches(Sequence[Any]):
 
 
 def _is_list_of_samples(batch: Any, size: int) -> bool:
-    """Whether this is a sequence with a tensor per sample, as detection models take, and no tuple of whole batches."""
+    """Return whether this is a sequence with a tensor per sample, as detection models take, not of whole batches."""
     if not isinstance(batch, (list, tuple)) or not all(isinstance(item, Tensor) for item in batch):
         return False
     # Inputs and targets of a single sample differ from each other; samples do not.
@@ -127,7 +127,7 @@ def _is_list_of_samples(batch: Any, size: int) -> bool:
 
 
 def _children(value: Any) -> dict[Any, Any] | None:
-    """The parts of a container by key, or None for a leaf."""
+    """Return the parts of a container by key, or None for a leaf."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (list, tuple)):
@@ -169,7 +169,7 @@ def _cut(value: Any, size: int, part: slice) -> Any:
 
 
 def _rebuilt(value: Any, children: dict[Any, Any]) -> Any:
-    """A container of the same class with other parts."""
+    """Return a container of the same class with other parts."""
     if type(value) is dict:
         return children
     if isinstance(value, (dict, UserDict)):

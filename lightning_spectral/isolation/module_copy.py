@@ -101,7 +101,7 @@ class Copier:
         self._originals: list[Any] = []
 
     def copy(self, value: Any, path: str) -> Any:
-        """The copy of a value; ``path`` names it where it cannot be copied."""
+        """Return the copy of a value; ``path`` names it where it cannot be copied."""
         if id(value) in self.memo:
             return self.memo[id(value)]
         if isinstance(value, SHARED_TYPES) or (is_communication(type(value)) and not isinstance(value, nn.Module)):
@@ -190,7 +190,7 @@ class Copier:
         return new
 
     def _function(self, value: Any, path: str) -> Any:
-        """A function whose closure is copied, so that what it reaches is the copy."""
+        """Return a function whose closure is copied, so that what it reaches is the copy."""
         if isinstance(value, types.MethodType):
             return types.MethodType(self.copy(value.__func__, path), self.copy(value.__self__, path))
         if isinstance(value, functools.partial):
@@ -213,7 +213,7 @@ class Copier:
 
 
 def _is_logger(kind: type) -> bool:
-    """Whether objects of a class are loggers of Lightning, or runs and writers of a tracking package."""
+    """Return whether objects of a class are loggers of Lightning, or runs and writers of a tracking package."""
     lightning = hasattr(kind, "log_metrics") and hasattr(kind, "log_hyperparams")
     return lightning or kind.__module__.partition(".")[0] in TRACKERS or kind.__module__ in TRACKERS
 
@@ -231,7 +231,7 @@ def _defines(kind: type, names: tuple[str, ...]) -> bool:
 
 
 def _has_plain_state(kind: type) -> bool:
-    """Whether objects of a class are their ``__dict__`` and nothing else."""
+    """Return whether objects of a class are their ``__dict__`` and nothing else."""
     bases = [base for base in kind.__mro__ if base is not object]
     heap = all(base.__flags__ & (1 << 9) for base in bases)
     return heap and not _defines(kind, COPY_METHODS) and not any(vars(base).get("__slots__") for base in bases)

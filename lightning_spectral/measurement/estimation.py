@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_spectral.curvature import Curvature, Curvatures, DifferentiableLoss, HutchinsonTrace, LossProperties
 from lightning_spectral.curvature.exact import ExactCurvature
-from lightning_spectral.curvature.selection import CheckedGGN, check_method, without_ggn
+from lightning_spectral.curvature.selection import CheckedGGN, check_method, fallback_method
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.measurement.micro_batches import MicroBatch
@@ -123,7 +123,7 @@ def estimate_curvature(evaluation: Evaluation, directions: Window, method: str) 
             return evaluation.measure(CheckedGGN(), directions)
         except MeasurementError as error:
             obstacle = str(error)
-    fallback, why = without_ggn(obstacle, properties.taps, properties.samples)
+    fallback, why = fallback_method(obstacle, properties.taps, properties.samples)
     if fallback == SketchCurvature.name:
         try:
             return replace(evaluation.measure(SketchCurvature(), directions), chosen=why)

@@ -39,10 +39,10 @@ class InputMoment:
             return
         self._last = call
         if call.function is F.linear:
-            self.moment.add(tap.use.input.reshape(1, -1, tap.use.input.shape[-1]))
+            self.moment.add(tap.call.input.reshape(1, -1, tap.call.input.shape[-1]))
             return
         patches = Patches.of(
-            tap.use.input, tap.shape[2:], call.options, groups=tap.layer.groups,
+            tap.call.input, tap.shape[2:], call.options, groups=tap.layer.groups,
             transposed=call.function in TRANSPOSED,
         )  # fmt: skip
         if patches.length <= MAX_DENSE and patches.rows > patches.length and patches.correlates():

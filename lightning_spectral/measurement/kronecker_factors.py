@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import DifferentiableLoss, LayerCall, Recorder, cause_of, single_uses
+from lightning_spectral.curvature import DifferentiableLoss, LayerCall, Recorder, cause_of, single_calls
 from lightning_spectral.distributed.process_group import assign_owners
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.devices import release_memory
@@ -227,11 +227,11 @@ def _calls(
         with torch.no_grad(), Recorder({id(leaf) for leaf in loss.parameters.values()}) as recorder:
             loss.evaluate()
         for name in names:
-            for call in recorder.trace.uses.get(id(loss.parameters[name]), []):
+            for call in recorder.trace.calls.get(id(loss.parameters[name]), []):
                 yield name, call, torch.zeros_like(call.output)
         return
     loss.run()
-    calls, reasons = single_uses(loss, names)
+    calls, reasons = single_calls(loss, names)
     notes |= reasons
     deltas = _output_gradients(loss, calls, notes)
     last = {id(call): name for name, call in calls.items()}

@@ -26,7 +26,7 @@ def first_batches(
     share: slice = slice(None),
     device: torch.device | None = None,
 ) -> HeldBatches:
-    """The first n batches of a loader, or a share of them, in the CPU's memory.
+    """Return the first n batches of a loader, or a share of them, in the CPU's memory.
 
     The loader may be in use: a copy of it is iterated, and all generators that it or ``prepare`` draws from are put
     back.
@@ -61,7 +61,7 @@ def first_batches(
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators of a loader and of its samplers."""
+    """Return the generators of a loader and of its samplers."""
     samplers = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     samplers.append(getattr(samplers[1], "sampler", None))
     found = [getattr(part, "generator", None) for part in (loader, *samplers)]
@@ -69,7 +69,7 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 def batches_of(batch: Any, n_batches: int, model: nn.Module) -> Sequence[Any]:
-    """What to measure: the one batch, or the first n of a loader, held in the CPU's memory.
+    """Return the batches to measure: the one, or the first n of a loader, held in the CPU's memory.
 
     Raises:
         ValueError: if n_batches is none, or there are not as many.

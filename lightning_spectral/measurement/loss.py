@@ -17,7 +17,7 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int = 0) -> LossFunction:
-    """The loss to measure. In order: ``loss_fn``, ``model.spectral_loss(batch)``, ``model.training_step``.
+    """Return the loss to measure: ``loss_fn``, else ``model.spectral_loss(batch)``, else ``model.training_step``.
 
     training_step is given ``batch_idx``. It is taken for automatic optimization only: with manual optimization a call
     would step the optimizer.

@@ -42,7 +42,7 @@ class RawMeasurement:
 
     @property
     def precision_notes(self) -> list[str]:
-        """What limits the precision of the measurement."""
+        """Limits to the precision of the measurement."""
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.narrow_dtypes))
         return (
             [f"the network casts to {names} by itself, and nothing measured is more precise than that"] if names else []

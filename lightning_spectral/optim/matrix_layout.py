@@ -22,12 +22,12 @@ class Layout(TypedDict):
 
 
 def whole_layout() -> Layout:
-    """The parameter as one matrix, output first."""
+    """Return the parameter as one matrix, output first."""
     return Layout(input_first=0, rows=[])
 
 
 def blocks(tensor: Tensor, layout: Layout) -> list[Tensor]:
-    """Views (m_i, ...) of a parameter-shaped tensor; `flatten(1)` of each is one of its matrices.
+    """Return views (m_i, ...) of a parameter-shaped tensor; `flatten(1)` of each is one of its matrices.
 
     >>> [tuple(b.shape) for b in blocks(torch.zeros(6, 2, 3, 3), Layout(input_first=0, rows=[3, 3]))]
     [(3, 2, 3, 3), (3, 2, 3, 3)]
@@ -39,7 +39,7 @@ def blocks(tensor: Tensor, layout: Layout) -> list[Tensor]:
 
 
 def row_counts(shape: Sequence[int], layout: Layout) -> list[int]:
-    """m_i of `blocks`, without looking at the tensor, which may be spread over processes.
+    """Return m_i of `blocks`, without looking at the tensor, which may be spread over processes.
 
     >>> row_counts((6, 2, 3, 3), Layout(input_first=0, rows=[3, 3])), row_counts((6, 2), whole_layout())
     ([3, 3], [6])

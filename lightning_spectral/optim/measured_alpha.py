@@ -41,12 +41,12 @@ class MeasuredAlpha:
 
 
 def unmeasured(parameters: Iterable[Tensor], layouts: Iterable[Layout]) -> list[Averages]:
-    """No average for any matrix of any parameter."""
+    """Return no average for any matrix of any parameter."""
     return [[None] * len(row_counts(p.shape, layout)) for p, layout in zip(parameters, layouts, strict=True)]
 
 
 def alpha_used(average: float | None) -> float:
-    """The exponent of a step: the average on the grid.
+    """Return the exponent of a step: the average on the grid.
 
     >>> alpha_used(None), alpha_used(1.5), alpha_used(1.7312)
     (2.0, 1.5, 1.7)
@@ -64,7 +64,7 @@ def update_averages(measured: Mapping[Tensor, Sequence[MeasuredAlpha]], group: d
 
 
 def mean_alpha_used(group: Mapping[str, Any], i: int, rows: tuple[int, int] | None) -> float:
-    """The mean exponent of the matrices that these rows of a group's i-th parameter lie in."""
+    """Return the mean exponent of the matrices that these rows of a group's i-th parameter lie in."""
     counts = row_counts(group["params"][i].shape, group["layouts"][i])
     hit = by_rows([MeasuredAlpha(INITIAL_ALPHA, rows=rows)], counts)
     used = [alpha_used(average) for average, found in zip(group["alphas"][i], hit, strict=True) if found]
@@ -77,7 +77,7 @@ def mean_alpha_used(group: Mapping[str, Any], i: int, rows: tuple[int, int] | No
 def averaged(
     averages: Averages, measured: Sequence[MeasuredAlpha], counts: Sequence[int], group: Mapping[str, Any]
 ) -> Averages:
-    """The averages of a parameter's matrices after a measurement.
+    """Return the averages of a parameter's matrices after a measurement.
 
     a <- mu a + (1 - mu) x, a = x the first time, where x is the mean of the exponents that hold for rows of the matrix,
     those with an r2 of at least ``alpha_min_r2``, clamped to ``alpha_range``. A matrix without one keeps its average.
@@ -101,7 +101,7 @@ def averaged(
 
 
 def by_rows(measured: Sequence[MeasuredAlpha], counts: Sequence[int]) -> list[list[MeasuredAlpha]]:
-    """For each matrix of a parameter, which have these numbers of rows, what was measured on some of its rows."""
+    """Return for each matrix of a parameter, of these numbers of rows, what was measured on some of its rows."""
     if len(counts) == 1:
         return [list(measured)]
     ends = accumulate(counts, initial=0)

@@ -44,12 +44,12 @@ FUSED_IN_THIRDS = re.compile(r"(.*\.)?((w|to_?)?qkv(_proj|_lin)?|c_attn)\.weight
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Whether it has a row and a column dimension of more than one entry each."""
+    """Return whether it has a row and a column dimension of more than one entry each."""
     return parameter.ndim >= 2 and 1 < parameter.shape[0] < parameter.numel()
 
 
 def has_adamw_name(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern with a dot matches the name, or one without one of its last two parts.
+    """Return whether a pattern with a dot matches the name, or one without one of its last two parts.
 
     These are the module's own name and the parameter's: a container's name says nothing about its layers.
     """
@@ -66,7 +66,7 @@ def model_groups(
     kinds: Mapping[str, Kind] | None = None,
     fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Named groups by kind of layer; see `SpectralNewton.groups`."""
+    """Return named groups by kind of layer; see `SpectralNewton.groups`."""
     matrices: dict[str, list[MatrixLayer]] = {}
     for layer in _layers(model, kinds, fused_qkv):
         matrices.setdefault(layer.parameter, []).append(layer)
@@ -96,7 +96,7 @@ def _layers(
     kinds: Mapping[str, Kind] | None,
     fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] | None,
 ) -> list[MatrixLayer]:
-    """The matrices that are neither embeddings nor heads, under the first of the names of a tied parameter."""
+    """Return the matrices that are neither embeddings nor heads, under the first of the names of a tied parameter."""
     everything = find_layers(model, kinds=kinds).layers if kinds is not None else _found(model)
     if fused_qkv is None:
         fused_qkv = [layer.name for layer in everything.values() if _in_thirds(layer)]
@@ -122,7 +122,7 @@ def _in_thirds(layer: MatrixLayer) -> bool:
 
 
 def _layout(layers: Sequence[MatrixLayer], parameter: Tensor) -> Layout | None:
-    """Where the matrices of a parameter lie, or None if it has none of more than one row and column."""
+    """Return where the matrices of a parameter lie; None if none has more than one row and column."""
     if not layers:
         return None
     first = layers[0]

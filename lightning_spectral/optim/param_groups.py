@@ -20,7 +20,7 @@ ADAMW = {"lr": "adamw_lr", "betas": "adamw_betas", "eps": "adamw_eps", "weight_d
 
 
 def split_params(params: Any, names: Sequence[str] | None) -> tuple[list[Tensor], list[str] | None]:
-    """(parameters, names or None) of parameters or of (name, parameter) pairs."""
+    """Return (parameters, names or None) of parameters or of (name, parameter) pairs."""
     if isinstance(params, set):
         raise TypeError("params is a set, whose order changes between runs; pass a list")
     entries = [params] if isinstance(params, Tensor) else list(params)
@@ -49,7 +49,7 @@ def _check_parameter(parameter: Any, name: str) -> None:
 
 
 def split_group(group: Mapping[str, Any], adamw_names: Sequence[str]) -> list[dict[str, Any]]:
-    """The group, or its matrices and the rest in a group each where it does not say which update it gets."""
+    """Split a group that does not say which update it gets into its matrices and the rest."""
     params, names = split_params(group["params"], group.get("param_names"))
     base = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     if "update" in group:
@@ -76,7 +76,7 @@ def split_group(group: Mapping[str, Any], adamw_names: Sequence[str]) -> list[di
 
 
 def fill_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The group with every option of its update, resolved and checked."""
+    """Return the group with every option of its update, resolved and checked."""
     update, params = group["update"], group["params"]
     for key, value in defaults.items():
         group.setdefault(key, value)
@@ -101,7 +101,7 @@ def drop_foreign_options(group: dict[str, Any]) -> None:
 
 
 def add_missing_options(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Options that a state of an earlier version does not have."""
+    """Add options that a state of an earlier version does not have."""
     own = ("lr", "weight_decay", *(SPECTRAL if group.get("update") == "spectral" else ()))
     for key in own:
         if defaults.get(key, "auto") != "auto":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a tensor is split over processes.
+    """Split of a tensor over ranks.
 
     Attributes:
         group: of the processes.
@@ -32,17 +32,17 @@ class Sharding:
     counts: list[int]
 
     def part(self, rank: int) -> torch.Size:
-        """The shape of what a process holds."""
+        """Return the shape of what a process holds."""
         return torch.Size([*self.shape[: self.dim], self.counts[rank], *self.shape[self.dim + 1 :]])
 
 
 def local(tensor: Any) -> Any:
-    """What this process holds of a tensor; changes of it are changes of the tensor."""
+    """Return what this process holds of a tensor; changes of it are changes of the tensor."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local_gradient(parameter: Any) -> Tensor | None:
-    """The gradient of what this process holds; sums that are still to be taken are, by all processes."""
+    """Return the gradient of what this rank holds; sums still to be taken are, by all ranks."""
     grad = parameter.grad
     if grad is not None and is_dtensor(parameter) and tuple(grad.placements) != tuple(parameter.placements):
         grad = grad.redistribute(parameter.device_mesh, parameter.placements)
@@ -50,7 +50,7 @@ def local_gradient(parameter: Any) -> Tensor | None:
 
 
 def exchange_device(parameter: Any) -> torch.device:
-    """Where the processes that step a parameter exchange numbers; not on the CPU if it is offloaded."""
+    """Return the device on which the ranks that step a parameter exchange numbers; not the CPU if it is offloaded."""
     if is_dtensor(parameter) and parameter.device.type != parameter.device_mesh.device_type:
         return torch.device(parameter.device_mesh.device_type)
     device: torch.device = parameter.device
@@ -58,7 +58,7 @@ def exchange_device(parameter: Any) -> torch.device:
 
 
 def sharding_of(parameter: Any) -> Sharding | None:
-    """None for a tensor that every process holds as a whole."""
+    """Return how a tensor is split; None for one that every rank holds in full."""
     if is_dtensor(parameter):
         for mesh_dim, placement in enumerate(parameter.placements):
             if not placement.is_replicate():

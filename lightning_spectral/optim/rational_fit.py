@@ -44,7 +44,7 @@ class ShiftedInverses:
     error: float
 
     def __call__(self, x: Any) -> Any:
-        """The sum at a number or at each entry of a tensor."""
+        """Return the sum at a number or at each entry of a tensor."""
         return self.constant + sum(c / (x + p) for c, p in zip(self.weights, self.shifts, strict=True))
 
     @property
@@ -55,7 +55,7 @@ class ShiftedInverses:
 
 @functools.lru_cache(maxsize=256)
 def fit_poles(alpha: float, damping: float, largest: float, tolerance: float) -> ShiftedInverses | None:
-    """The fewest shifted inverses that give 1 / (x^(alpha/2) + d) on [0, largest] within a tolerance.
+    """Return the fewest shifted inverses that give 1 / (x^(alpha/2) + d) on [0, largest] within a tolerance.
 
     For 0 < alpha < 2 the function is a Stieltjes function, so its best rational approximations have this form with
     positive c_j and p_j (Stieltjes; used for matrix functions by Hale, Higham and Trefethen, SIAM J. Numer. Anal.
@@ -103,7 +103,7 @@ class _Problem:
         return cls(x, scale, scale * f, damping ** (2 / alpha))
 
     def fit(self, count: int, tolerance: float) -> tuple[Tensor, float]:
-        """Levenberg-Marquardt with Lawson's weights; the best parameters met and their largest error."""
+        """Fit by Levenberg-Marquardt with Lawson's weights; return the best parameters and their largest error."""
         parameters = self._start(count)
         residual, jacobian = self._residual(parameters, count)
         best, best_error = parameters, float(residual.abs().max())
@@ -131,7 +131,7 @@ class _Problem:
         return best, best_error
 
     def _start(self, count: int) -> Tensor:
-        """Shifts even in log x from below the knee of f on, weights by linear least squares."""
+        """Return shifts even in log x from below the knee of f on, and weights by linear least squares."""
         low = math.log(max(30 * float(self.x[0]), self.knee / 100))
         high = max(math.log(float(self.x[-1]) / 2), low + 1)
         shifts = low + (high - low) / count * torch.arange(count, dtype=torch.float64, device="cpu")

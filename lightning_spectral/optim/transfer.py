@@ -38,7 +38,7 @@ MAX_EXPONENT = 126
 
 
 def transfer(sigma: Tensor, *, alpha: float, damping: float) -> Tensor:
-    """T(sigma; alpha, d) = sigma / (sigma^alpha + d) (arXiv 2606.02596, its Spectral Newton).
+    """Return T(sigma; alpha, d) = sigma / (sigma^alpha + d) (arXiv 2606.02596, its Spectral Newton).
 
     >>> transfer(torch.tensor([0.0, 1.0, 3.0]), alpha=2.0, damping=1.0)
     tensor([0.0000, 0.5000, 0.3000])
@@ -55,7 +55,7 @@ def spectral_transfer(
     exact: bool = False,
     tolerance: float | None = None,
 ) -> Tensor:
-    """U diag(T(sigma_hat)) V^T of matrices U diag(sigma) V^T, with T(s) = s / (s^alpha + d).
+    """Return U diag(T(sigma_hat)) V^T of matrices U diag(sigma) V^T, with T(s) = s / (s^alpha + d).
 
     sigma_hat = sigma sqrt(r) / ||X||_F, r = min(m, n): singular values in units of their root mean square, so that d
     means the same whatever the gradient's scale. On the Gram matrix A of sigma_hat, with eigenvalues sigma_hat^2:
@@ -162,7 +162,7 @@ def _in_float64(x_brn: Tensor, poles: ShiftedInverses, alpha: float, damping: fl
 
 
 def rounding_error(dtype: torch.dtype, spill: Any, shift: Any) -> Any:
-    """Upper estimate of the update's relative error by rounding, eps (2.5 spill + 0.3 shift); numbers, or of a batch.
+    """Return an upper estimate of the update's relative rounding error, eps (2.5 spill + 0.3 shift).
 
     spill = f(0) sqrt(r) / ||U||_F: what the large directions leave in the small ones; f(0) / f(lambda_1) at rank one.
     shift = lambda_1 ||f'(A) X||_F / ||f(A) X||_F: how far the small ones move when A does, by eps lambda_1.
@@ -171,12 +171,12 @@ def rounding_error(dtype: torch.dtype, spill: Any, shift: Any) -> Any:
 
 
 def rounding_budget(poles: ShiftedInverses, tolerance: float) -> float:
-    """What the fit leaves of the tolerance. Their errors are independent; the fit's is sqrt(1.25) `error` at most."""
+    """Return what the fit leaves of the tolerance; the errors are independent, the fit's sqrt(1.25) `error` at most."""
     return math.sqrt(max(0.0, tolerance**2 - 1.25 * poles.error**2))
 
 
 def scaled_by_power_of_two(x_brn: Tensor) -> Tensor:
-    """Each matrix with a largest entry of about 1, without rounding: squares of 1e25 overflow, of 1e-25 underflow."""
+    """Scale each matrix to a largest entry of about 1, without rounding: squares of 1e25 overflow."""
     entries = x_brn.flatten(1)
     # Two reductions, since neither the maximum norm nor a norm in float64 is vectorised on the CPU.
     largest_b = torch.maximum(entries.amax(1), -entries.amin(1))
@@ -185,19 +185,19 @@ def scaled_by_power_of_two(x_brn: Tensor) -> Tensor:
 
 
 def _inverse_rms(trace_b: Tensor, r: int) -> Tensor:
-    """1 / (root mean square singular value), 0 for a matrix of zeros. trace_b = ||X||_F^2."""
+    """Return 1 / (root mean square singular value), 0 for a matrix of zeros. trace_b = ||X||_F^2."""
     return torch.where(trace_b > 0, math.sqrt(r) * trace_b.rsqrt(), 0.0)
 
 
 def _normalised_gram(x_brn: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, 1 / rms of sigma): the Gram matrix of X / rms, whose trace is r."""
+    """Return (A, 1 / rms of sigma): the Gram matrix of X / rms, whose trace is r."""
     a_brr = x_brn @ x_brn.mT
     inverse_b = _inverse_rms(a_brr.diagonal(dim1=1, dim2=2).double().sum(1), x_brn.shape[1])
     return a_brr.mul_(inverse_b.square().to(a_brr.dtype)[:, None, None]), inverse_b.to(a_brr.dtype)
 
 
 def _sum_of_inverses(x_brn: Tensor, poles: ShiftedInverses, budget: float) -> tuple[Tensor, Tensor]:
-    """(the update, which of the batch failed: no factorisation, or more rounding than the budget)."""
+    """Return the update and a mask of the batch that failed: no factorisation, or rounding over the budget."""
     a_brr, inverse_b = _normalised_gram(x_brn)
     largest_b = torch.linalg.matrix_norm(a_brr)  # above lambda_1, and tight where it matters, near rank one
     watched = _may_round_off(x_brn.dtype, poles, largest_b, budget)
@@ -226,7 +226,7 @@ def _sum_of_inverses(x_brn: Tensor, poles: ShiftedInverses, budget: float) -> tu
 
 
 def _may_round_off(dtype: torch.dtype, poles: ShiftedInverses, largest_b: Tensor, budget: float) -> bool:
-    """Whether the rounding is worth an estimate: always with several inverses, with one where its bounds exceed it."""
+    """Return whether the rounding needs an estimate: with several inverses, or one whose bounds exceed it."""
     if budget == math.inf or len(poles.shifts) > 1:
         return budget < math.inf
     bound_b = rounding_error(dtype, poles.at_zero / poles(largest_b), largest_b / poles.shifts[0])
@@ -247,7 +247,7 @@ class _RoundingEstimate:
         self.slope_brp.add_(inverse_brr @ (inverse_brr @ self.x_z_brp), alpha=weight)
 
     def of(self, f_brr: Tensor, largest_b: Tensor, inverse_b: Tensor, poles: ShiftedInverses) -> tuple[Tensor, Tensor]:
-        """(spill, shift) of each matrix; 0 for one of zeros."""
+        """Return (spill, shift) of each matrix; 0 for one of zeros."""
         value_b = torch.linalg.vector_norm(f_brr @ self.x_z_brp, dim=(1, 2))
         slope_b = torch.linalg.vector_norm(self.slope_brp, dim=(1, 2))
         size_b = value_b * inverse_b / math.sqrt(PROBES)
@@ -257,7 +257,7 @@ class _RoundingEstimate:
 
 @functools.lru_cache(maxsize=64)
 def _signs(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random signs (n, PROBES), the same in every call."""
+    """Return random signs (n, PROBES), the same in every call."""
     generator = torch.Generator().manual_seed(0)  # its own, so that no draw of the user's training changes
     signs = torch.randint(0, 2, (n, PROBES), generator=generator, device="cpu")
     return (2 * signs - 1).to(device, dtype)
@@ -270,7 +270,7 @@ def transfer_by_eigenvalues(
     damping: float,
     normalize: Normalize = "rms",
 ) -> Tensor:
-    """The reference: Q f(lambda) Q^T X_hat with the eigenvalues of the Gram matrix, in float64."""
+    """Return the reference Q f(lambda) Q^T X_hat with the eigenvalues of the Gram matrix, in float64."""
     x64_brn = x_brn.double()
     if normalize == "rms":
         x64_brn = scaled_by_power_of_two(x64_brn)

@@ -61,12 +61,12 @@ class _Weight:
 
     @property
     def stays(self) -> bool:
-        """Whether its memory is in use, or was given out as a numpy array, which holds on to it."""
+        """True if its memory is in use, or was given out as a numpy array, which holds on to it."""
         return bool(self.pins) or self.changed
 
     @property
     def changed(self) -> bool:
-        """Whether an operation wrote to it, or through a numpy array anything may have."""
+        """True if an operation wrote to it, or anything may have through a numpy array."""
         return self.written or not self.memory.untyped_storage().resizable()
 
     def gather(self, mine: bool) -> Callable[[], None] | None:
@@ -130,7 +130,7 @@ class OnDemandWeights(TorchDispatchMode):
         return [weight.nbytes for weight in self._weights]
 
     def _in_forward(self) -> int:
-        """The most bytes that are held together: by a submodule and those that it is in."""
+        """Return the most bytes that are held together: by a submodule and those that it is in."""
         sizes = {name: sum(self._sizes[i] for i in group) for name, group in self._together.items()}
         return max((sum(sizes[outer] for outer in sizes if is_within(name, outer)) for name in sizes), default=0)
 
@@ -140,7 +140,7 @@ class OnDemandWeights(TorchDispatchMode):
         torch.empty(room, dtype=torch.uint8, device=self._device)
 
     def _room(self) -> object:
-        """Memory to gather the largest, or an error."""
+        """Return memory to gather the largest weight, or raise."""
         largest = max(self._sizes)
         return [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(2)]
 
@@ -159,7 +159,7 @@ class OnDemandWeights(TorchDispatchMode):
             yield
 
     def hold_together(self, module: nn.Module) -> None:
-        """In the forward pass of each submodule of this module, which has the stand-ins, keep its weights."""
+        """Keep the weights of each submodule of this module, which has the stand-ins, in its forward pass."""
         for name, group in self._together.items():
             self._hold(module.get_submodule(name), group)
 
@@ -177,7 +177,7 @@ class OnDemandWeights(TorchDispatchMode):
         module.register_forward_hook(after, always_call=True)
 
     def sums(self, costs: Mapping[int, float]) -> GradientReducer:
-        """Where gradients go.
+        """Return the reducer of the gradients.
 
         Args:
             costs: id of a stand-in -> what its spectrum costs, for the parameters measured.
@@ -214,7 +214,7 @@ class OnDemandWeights(TorchDispatchMode):
         return tensor
 
     def _used(self, values: Iterable[Any]) -> list[int]:
-        """The weights among these values."""
+        """Return the weights among these values."""
         found = []
         for value in values:
             if isinstance(value, Tensor):
@@ -286,7 +286,7 @@ def on_demand_weights(
 
 
 def whole_at_a_time(sizes: Sequence[int], in_forward: int = 0) -> int:
-    """Bytes for weights of these sizes: those that stay, and two more of the largest while it is gathered.
+    """Return bytes for weights of these sizes: those that stay, and two of the largest while it is gathered.
 
     min(all, max(256 MiB, two of the largest, what a forward pass holds together)) stay.
     """
@@ -304,7 +304,7 @@ def _is_unread(func: Any) -> bool:
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to."""
+    """Return the arguments that an operation writes to."""
     schema = getattr(func, "_schema", None)
     known = [] if schema is None else list(schema.arguments)
     found = []

@@ -36,7 +36,7 @@ class Rounds:
         self._exchanges: list[Exchange] = []
 
     def add(self, exchange: Exchange) -> int:
-        """The number by which to ask for this exchange: all processes add the same, in one order."""
+        """Register an exchange and return its number: all ranks register the same, in one order."""
         self._exchanges.append(exchange)
         return len(self._exchanges) - 1
 
@@ -53,7 +53,7 @@ class Rounds:
             self._meet(number)
 
     def serve(self) -> None:
-        """This process is done with a step: take part in what others ask for in theirs."""
+        """Take part in what other ranks request in their step, when this rank is done with its own."""
         with outside_all_modes():
             while any(number >= 0 for number in self._meet(self._done())):
                 pass
@@ -68,7 +68,7 @@ class Rounds:
         return DONE
 
     def _meet(self, own: int) -> list[int]:
-        """One round: what each process asks for."""
+        """Run one round, and return what each rank requests."""
         told, failure = self._processes.all_gather_int(own, self._device), None
         if FULL in told:
             if own >= 0:

@@ -179,9 +179,11 @@ def test_pieces_of_the_same_samples_differ_in_their_signs(monkeypatch):
 @by_name
 def test_signs_of_their_own_are_left_to_samples_that_do_not_interact(case: Case, monkeypatch):
     model, batch = case.build()
-    names, whole = [], HutchinsonTrace._whole
+    names, whole = [], HutchinsonTrace._whole_batch_draws
     monkeypatch.setattr(
-        HutchinsonTrace, "_whole", lambda self, problem, rest: (names.extend(rest), whole(self, problem, rest))[1]
+        HutchinsonTrace,
+        "_whole_batch_draws",
+        lambda self, problem, rest: (names.extend(rest), whole(self, problem, rest))[1],
     )
     report = measured(case, model, batch, 2)
     if case.options.get("mode") == "train":
@@ -253,7 +255,7 @@ def test_layers_without_second_derivatives_are_noted_and_do_not_stop_the_others(
         assert fraction.note == ""
 
 
-@pytest.mark.parametrize("part", ["_by_sample", "_drawn"])
+@pytest.mark.parametrize("part", ["_per_sample_draws", "_draw"])
 def test_out_of_memory_is_not_taken_for_a_missing_derivative(part, monkeypatch):
     case = next(case for case in CASES if case.name == "gpt_block_tied")
     model, batch = case.build()

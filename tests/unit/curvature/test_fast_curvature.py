@@ -684,7 +684,7 @@ def test_the_recorder_changes_nothing_and_leaves_nothing_behind():
     with Recorder({id(attention.in_proj_weight)}) as recorder:
         assert torch.equal(attention(x, x, x)[0], expected)
     assert F.linear is linear
-    (use,) = recorder.trace.uses[id(attention.in_proj_weight)]
+    (use,) = recorder.trace.calls[id(attention.in_proj_weight)]
     assert use.time_first == 2
 
 

@@ -258,9 +258,9 @@ def test_pieces_take_the_signs_of_their_own_samples():
     seen = []
 
     class Watched(SketchCurvature):
-        def _drawn(self, products):
+        def _draw_until_precise(self, products):
             seen.append(products._signs(8))
-            return super()._drawn(products)
+            return super()._draw_until_precise(products)
 
     beginning = InitialState(model)
     layers = find_layers(model).layers
