@@ -43,7 +43,7 @@ class Rise:
     """The most that this process's resident memory rises by, seen every few milliseconds."""
 
     def __enter__(self) -> Rise:
-        self.before = self.most = resident()
+        self.before = self.peak_bytes = resident()
         self.on = True
         self.watch = threading.Thread(target=self._look, daemon=True)
         self.watch.start()
@@ -51,13 +51,13 @@ class Rise:
 
     def _look(self) -> None:
         while self.on:
-            self.most = max(self.most, resident())
+            self.peak_bytes = max(self.peak_bytes, resident())
             time.sleep(0.003)
 
     def __exit__(self, *_: object) -> None:
         self.on = False
         self.watch.join()
-        self.bytes = self.most - self.before
+        self.bytes = self.peak_bytes - self.before
 
 
 def resident() -> int:

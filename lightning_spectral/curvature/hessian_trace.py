@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_spectral._messages import group_by_reason
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.layer_taps import Tap, check_samples_apart, half_of, tapped
+from lightning_spectral.curvature.output_perturbations import add_output_perturbations
 from lightning_spectral.curvature.problem import (
     Curvatures,
     DifferentiableLoss,
@@ -31,7 +32,6 @@ from lightning_spectral.curvature.problem import (
     cause_of,
     unverified,
 )
-from lightning_spectral.curvature.sketch import add_output_perturbations
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.curvature.custom_functions import custom_functions
-from lightning_spectral.curvature.forward_recorder import Recorder
+from lightning_spectral.curvature.draws import Draw, alpha_error, mean_and_error
 from lightning_spectral.curvature.gauss_newton import output_hessians
 from lightning_spectral.curvature.layer_taps import (
     REMEDY,
@@ -38,6 +38,7 @@ from lightning_spectral.curvature.layer_taps import (
     tapped,
 )
 from lightning_spectral.curvature.output_hessian import OutputHessian
+from lightning_spectral.curvature.output_perturbations import add_output_perturbations
 from lightning_spectral.curvature.problem import (
     Curvatures,
     DifferentiableLoss,
@@ -46,7 +47,6 @@ from lightning_spectral.curvature.problem import (
     cause_of,
 )
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
-from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
 from lightning_spectral.numerics.svd import SingularTriplets
 
 DRAWS = 3
@@ -63,9 +63,6 @@ SAMPLES_PER_RANK = 16
 
 WEIGHT_FLOOR = 0.3
 """Of the mean weight, what a direction in the middle of the fit, where it has none, still gets."""
-
-PRIOR_COUNT = 4
-"""How many values a guess of the noise is worth: the mean over layers, beside a layer; that, beside a direction."""
 
 
 @dataclass(frozen=True)
@@ -146,22 +143,14 @@ class SketchCurvature:
             return products.one_by_one(), {}
         # What the other pieces of the batch add averages this one's error with theirs.
         target = self.target_error * math.sqrt(products.place.total / products.samples)
-        draws: list[_Draw] = []
+        draws: list[Draw] = []
         for _ in range(self.draws):
             draws.append(products.draw(ranks))
             if len(draws) > 1:
-                h, stderr = _mean_and_error(draws)
-                if _alpha_error(products.triplets, h, stderr) <= target:
+                h, stderr = mean_and_error(draws)
+                if alpha_error(products.triplets, h, stderr) <= target:
                     break
         return h, stderr
-
-
-@dataclass(frozen=True, eq=False)
-class _Draw:
-    """One estimate of all curvatures: layer name -> (K,) h, and (K,) sums of squares of the samples' parts of it."""
-
-    h: dict[str, Tensor]
-    energy: dict[str, Tensor]
 
 
 class _Products:
@@ -217,7 +206,7 @@ class _Products:
             h[name] = torch.cat(alone).sum(1)
         return h
 
-    def draw(self, ranks: int) -> _Draw:
+    def draw(self, ranks: int) -> Draw:
         """Measure every direction once, ``ranks`` of each layer in a product."""
         products = self.of_draw(ranks)
         parts = {
@@ -231,7 +220,7 @@ class _Products:
             for name, y_kb in self._readings(indices).items():
                 h[name][indices[name]] = y_kb.sum(1)
                 energy[name][indices[name]] = y_kb.square().sum(1)
-        return _Draw(h, energy)
+        return Draw(h, energy)
 
     def _readings(self, indices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return per layer, for its directions in ``indices``, the samples' parts (k, B) of the estimates of h."""
@@ -298,71 +287,6 @@ def _weight(sigma: Tensor) -> Tensor:
     distance = (log_sigma - log_sigma.mean()).abs()
     # Directions may come without values: then all weigh the same.
     return WEIGHT_FLOOR + (distance / distance.mean()).nan_to_num(1.0)
-
-
-def _mean_and_error(draws: list[_Draw]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the draws' mean, and its standard error.
-
-    Few draws say little of a variance. One guess of it is an estimate's energy times a ratio that the directions of a
-    layer share; it is worth as many degrees of freedom as PRIOR_COUNT, beside the draws' own.
-    """
-    n = len(draws)
-    h, energy, variance, ratio = {}, {}, {}, {}
-    for name in draws[0].h:
-        estimates = torch.stack([draw.h[name] for draw in draws])
-        h[name], variance[name] = estimates.mean(0), estimates.var(0)
-        energy[name] = torch.stack([draw.energy[name] for draw in draws]).mean(0)
-        ratio[name] = (variance[name] / energy[name]).nan_to_num(0.0)
-    ratios = torch.cat(list(ratio.values()))
-    # Draws of few directions may agree by chance. One more ratio, of 1, is that of signs independent over samples.
-    everywhere = (ratios.sum() + 1) / (len(ratios) + 1)
-    stderr = {}
-    for name, ratio_k in ratio.items():
-        shared = (ratio_k.sum() + PRIOR_COUNT * everywhere) / (len(ratio_k) + PRIOR_COUNT)
-        guess = energy[name] * shared
-        stderr[name] = ((PRIOR_COUNT * guess + (n - 1) * variance[name]) / (PRIOR_COUNT + n - 1) / n).sqrt()
-    return h, stderr
-
-
-def _alpha_error(
-    triplets: Mapping[str, SingularTriplets], h: Mapping[str, Tensor], stderr: Mapping[str, Tensor]
-) -> float:
-    """Return the part of alpha's standard error that comes from h's, in the median layer; NaN without an alpha."""
-    errors = [math.nan]
-    for name, of_layer in triplets.items():
-        sigma, h_k = of_layer.sigma.detach().cpu().double(), h[name]
-        fit = fit_power_law(sigma, h_k)
-        if not math.isnan(fit.exponent):
-            fit = with_ordinate_errors(replace(fit, stderr=0.0), sigma, h_k, stderr[name], h_k > 0)
-            errors.append(fit.stderr)
-    return float(torch.tensor(errors).nanmedian())
-
-
-def add_output_perturbations(
-    problem: DifferentiableLoss, taps: Mapping[str, Tap]
-) -> tuple[dict[str, Tap], list[Tensor], list[Tensor]]:
-    """Run another forward pass with zeros added to the layers' outputs; return taps, zeros, gradients in them."""
-    leaves = {id(problem.parameters[name]) for name in taps}
-    # Only the zeros are differentiated in; without weights in its graph a product costs a quarter less. What is
-    # checkpointed is computed again in each product, with weights that require a gradient, and must save the same.
-    weights = [leaf for leaf in problem.parameters.values() if leaf.requires_grad and not problem.trace.hooked]
-    for leaf in weights:
-        leaf.requires_grad_(False)
-    try:
-        with Recorder(leaves, add_zeros=True, cheap=not problem.trace.hooked) as recorder:
-            loss = problem.evaluate()
-    finally:
-        for leaf in weights:
-            leaf.requires_grad_(True)
-    calls = recorder.trace.calls
-    if any(len(found) != 1 for found in calls.values()) or len(calls) != len(leaves):
-        raise MeasurementError("the loss does not compute the same at each call; use curvature='exact'")
-    new = {n: Tap(t.layer, calls[id(problem.parameters[n])][0], t.samples, t.shape) for n, t in taps.items()}
-    zeros = [tap.call.zero for tap in new.values() if tap.call.zero is not None]
-    gradients = {}
-    for zero, gradient in zip(zeros, torch.autograd.grad(loss, zeros, create_graph=True), strict=True):
-        gradients[id(zero)] = gradient
-    return new, zeros, [gradients[id(zero)] for zero in zeros]
 
 
 def _hadamard(size: int) -> Tensor:

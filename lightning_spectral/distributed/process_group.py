@@ -7,7 +7,7 @@ another way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral._torch_private import TorchDispatchMode
+from lightning_spectral.distributed.packing import as_bytes, flat_by_dtype, local_device, split_bytes
 from lightning_spectral.errors import MeasurementError, ProcessError, is_out_of_memory, text_of
 
 T = TypeVar("T")
-Name = TypeVar("Name", bound=Hashable)
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -186,7 +186,7 @@ class DistributedGroup(SingleProcess):
                 continue
             # Memory may run out here as in any step.
             with self.step():
-                parts = _by_dtype({name: tensor(name) for name in names})
+                parts = flat_by_dtype({name: tensor(name) for name in names})
             for flat, shapes in parts:
                 self.reduce(flat, rank)
                 if rank == self.rank:
@@ -208,13 +208,13 @@ class DistributedGroup(SingleProcess):
             sizes = [shape.numel() * dtype.itemsize for shape, dtype, _ in tensors]
             with self.step():
                 flats[rank] = (
-                    torch.cat([_bytes(t) for of_name in values.values() for t in of_name])
+                    torch.cat([as_bytes(t) for of_name in values.values() for t in of_name])
                     if rank == self.rank
-                    else torch.empty(sum(sizes), dtype=torch.uint8, device=_local_device(tensors[0][2]))
+                    else torch.empty(sum(sizes), dtype=torch.uint8, device=local_device(tensors[0][2]))
                 )
             dist.broadcast(flats[rank], self._global(rank), group=self.group)
         with self.step():
-            parts = [_split_bytes(flat, layouts[rank]) for rank, flat in flats.items()]
+            parts = [split_bytes(flat, layouts[rank]) for rank, flat in flats.items()]
         merged = {name: tensors for part in parts for name, tensors in part.items()}
         return {name: merged[name] for name in owners if name in merged}
 
@@ -268,21 +268,6 @@ def _raise(error: Exception, cause: BaseException | None) -> None:
         error.__context__ = None
 
 
-def assign_owners(costs: Mapping[Name, float], size: int) -> dict[Name, int]:
-    """Return name -> rank, so that no rank has much more to do than another: the dearest first, to who has the least.
-
-    >>> assign_owners({"a": 3, "b": 1, "c": 2}, 2)
-    {'a': 0, 'b': 1, 'c': 1}
-    """
-    loads = [0.0] * size
-    owners: dict[Name, int] = {}
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        rank = loads.index(min(loads))
-        loads[rank] += costs[name]
-        owners[name] = rank
-    return {name: owners[name] for name in costs}
-
-
 @dataclass(frozen=True)
 class _Failure:
     """Error of one rank in the form that the others are told of it."""
@@ -321,37 +306,3 @@ class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "with SyncBatchNorm mode='eval'"
             )
         return func(*args, **(kwargs or {}))
-
-
-def _by_dtype(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, torch.Size]]]:
-    """Return a flat tensor for each dtype among these tensors, with the names and shapes in it."""
-    flats = []
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
-        of_dtype = {name: tensor for name, tensor in tensors.items() if tensor.dtype is dtype}
-        flat = torch.cat([tensor.flatten() for tensor in of_dtype.values()])
-        flats.append((flat, {name: tensor.shape for name, tensor in of_dtype.items()}))
-    return flats
-
-
-def _split_bytes(
-    flat: Tensor, layout: Mapping[str, Sequence[tuple[torch.Size, torch.dtype, torch.device]]]
-) -> dict[str, list[Tensor]]:
-    """Return tensors from their bytes in a row."""
-    sizes = [shape.numel() * dtype.itemsize for specs in layout.values() for shape, dtype, _ in specs]
-    parts = iter(torch.split(flat, sizes))
-    # Cloned, since a view as a wider type must start at a multiple of its size.
-    return {
-        name: [next(parts).clone().view(dtype).view(shape) for shape, dtype, _ in specs]
-        for name, specs in layout.items()
-    }
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
-
-
-def _local_device(device: torch.device) -> torch.device:
-    """Return this process's device of the same kind."""
-    return (
-        device if device.type == "cpu" else torch.device(device.type, torch.get_device_module(device).current_device())
-    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_spectral.distributed.process_group import assign_owners
+from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.objective import Objective, ObjectiveGradients

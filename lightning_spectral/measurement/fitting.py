@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral._messages import group_by_reason
-from lightning_spectral.distributed.process_group import assign_owners
+from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.measurement.layer_fit import (
     Part,
     alignment_part,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.curvature import DifferentiableLoss, LayerCall, Recorder, cause_of, single_calls
-from lightning_spectral.distributed.process_group import assign_owners
+from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.devices import release_memory
 from lightning_spectral.layers.matrices import MatrixLayer

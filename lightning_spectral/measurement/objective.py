@@ -199,7 +199,7 @@ class Objective:
                 self.reducer.clear()
             # The first comes last, since its graph is kept.
             for micro_batch, first in self.losses(micro_batches[::-1]):
-                with nullcontext() if self.reducer is None or keep_graph else self.reducer.taking(micro_batch.weight):
+                with nullcontext() if self.reducer is None or keep_graph else self.reducer.reducing(micro_batch.weight):
                     part = first.gradients(keep_graph=keep_graph, outputs=outputs and micro_batch is micro_batches[0])
                 narrow |= first.trace.casts
                 total += micro_batch.weight * first.loss
@@ -232,7 +232,7 @@ class Objective:
         )
 
     def _is_reduced(self, name: str) -> bool:
-        return self.reducer is not None and id(self.parameters[name]) in self.reducer.taken
+        return self.reducer is not None and id(self.parameters[name]) in self.reducer.reduced_ids
 
     def eps(self, name: str, narrow_dtypes: frozenset[torch.dtype]) -> float:
         """Return the machine epsilon of a layer's gradient.

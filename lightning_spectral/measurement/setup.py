@@ -171,7 +171,7 @@ def set_up_objective(
     if not any(size != 0 for of_rank in sizes for size in of_rank):
         raise MeasurementError(NO_SAMPLE)
     with group.step():
-        reducer = None if copy.sharded is None else copy.sharded.sums(_decomposition_costs(layers, leaves))
+        reducer = None if copy.sharded is None else copy.sharded.gradient_reducer(_decomposition_costs(layers, leaves))
         return Objective(
             partial(loss, copy.module),
             batches,

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral._torch_private import may_step_alone
+from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.distributed.dtensor import is_dtensor
-from lightning_spectral.distributed.process_group import assign_owners
 from lightning_spectral.optim.matrix_layout import row_counts
 from lightning_spectral.optim.matrix_update import (
     MAX_BATCH_NUMEL,

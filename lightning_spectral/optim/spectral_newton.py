@@ -60,15 +60,14 @@ class SpectralNewton(Optimizer):
 
     In distributed training:
 
-    - DDP: each process computes the updates of its share of the matrices of 64 rows and columns or more, and all get
-      every update. The state is whole and the same in all processes, so that any of them can save it, and it loads in
-      any number of processes. This is so by itself where one DistributedDataParallel module, in Lightning or not, holds
-      all of the optimizer's parameters, but within its `join`; elsewhere it takes ``process_group``. Every process must
-      then take every step, with the same gradients, as DDP gives them.
-    - FSDP2 (`fully_shard`, Lightning's ModelParallelStrategy), with replicas too, and tensor parallelism: state is
-      split as the parameters are. Each matrix is put together in one process, a share in each, and its update sent
-      back. Save and load the state with torch.distributed.checkpoint, as Lightning does.
-    - What one process cannot step, for a gradient that is not finite there or missing, no process steps.
+    - DDP: each rank computes the updates of its share of the matrices of 64 rows and columns or more, and all get every
+      update. The state is full and the same on all ranks, and loads on any number. By default this needs one
+      DistributedDataParallel module that holds all of the optimizer's parameters, outside its `join`; elsewhere give
+      ``process_group``. Every rank must then take every step, with the same gradients, as DDP gives them.
+    - FSDP2 (`fully_shard`, Lightning's ModelParallelStrategy), with replicas too, and tensor parallelism: the state is
+      split as the parameters are. Each matrix is put together on its owner, and its update sent back. Save and load
+      the state with torch.distributed.checkpoint, as Lightning does.
+    - A parameter whose gradient is missing or not finite on one rank is stepped on none.
 
     A gradient with NaN or infinite entries leaves its parameter and its state as they are; `skipped_updates` counts
     them. `p.grad` is never written.
@@ -321,8 +320,8 @@ class SpectralNewton(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Of copies and pickles; what they are shared over is found again, but for a group given, which stays here.
         process_group = self._sharing.process_group
-        chosen = process_group if process_group in (None, "world") else "auto"
-        return {**super().__getstate__(), "_sharing": Sharing(chosen)}
+        kept = process_group if process_group in (None, "world") else "auto"
+        return {**super().__getstate__(), "_sharing": Sharing(kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lightning_spectral import SpectralReport, SpectralWarning, measure_spectra
-from lightning_spectral.distributed.process_group import SingleProcess, assign_owners
+from lightning_spectral.distributed.assignment import assign_owners
+from lightning_spectral.distributed.process_group import SingleProcess
 
 WORLD = 3
 

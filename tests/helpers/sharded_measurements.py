@@ -195,7 +195,7 @@ def at_most(measure):
     matrices = [weight.nbytes for weight in made[0]._weights if weight.whole.ndim > 1]
     # But for the smallest, each is whole in one process.
     assert split == [sum(matrices) - min(matrices)]
-    return made[0].most, sum(sizes), max(sizes), held[0] - min(matrices)
+    return made[0].peak_bytes, sum(sizes), max(sizes), held[0] - min(matrices)
 
 
 def nothing_stays():
@@ -240,7 +240,7 @@ def check_what_is_planned(rank, n, folder):
         measured(sharded, own_batch(rank, sizes), **options)
         gathering._Weight.gather = real_gather
         plan = plan_spectra(whole, joined, loss, world_size=n, sharded=True, **options)
-        assert made[-1].most <= plan.costs[method].memory.weights < sum(made[-1]._sizes)
+        assert made[-1].peak_bytes <= plan.costs[method].memory.weights < sum(made[-1]._sizes)
         # Each process sends its own shards to all others.
         assert plan.sent / 4 < (n - 1) / n * gathered < plan.sent
     gathering.OnDemandWeights.reserve = real_reserve

@@ -1,4 +1,4 @@
-"""Weights in shards over processes, of which each is whole only where, and only while, something reads it."""
+"""Sharded weights, gathered when an operation reads them and freed again after use."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from lightning_spectral._torch_private import TorchDispatchMode, storage_key
+from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.distributed.dtensor import gathered_together, is_within
-from lightning_spectral.distributed.process_group import SingleProcess, assign_owners
+from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.isolation.interrupts import function_mode
 from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
-from lightning_spectral.measurement.sharded.request_rounds import Rounds
+from lightning_spectral.measurement.sharded.request_rounds import RequestRounds
 
 RESIDENT = 2**28
 """Bytes of whole weights that stay in memory; never less than two of the largest."""
@@ -39,7 +40,7 @@ POINTERS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr)
 
 @dataclass(eq=False)
 class _Weight:
-    """One weight: what this process holds of it, and the tensor whose memory is filled with all of it."""
+    """One weight: what this rank holds of it, and the tensor whose memory is filled with all of it."""
 
     shard: Any
     whole: Tensor
@@ -69,10 +70,10 @@ class _Weight:
         """True if an operation wrote to it, or anything may have through a numpy array."""
         return self.written or not self.memory.untyped_storage().resizable()
 
-    def gather(self, mine: bool) -> Callable[[], None] | None:
-        """Put all shards together, and then fill the memory here if this process asked for it."""
+    def gather(self, requested: bool) -> Callable[[], None] | None:
+        """Put all shards together, and then fill the memory here if this rank requested it."""
         values = self.shard.detach().full_tensor()
-        return partial(self.fill, values) if mine else None
+        return partial(self.fill, values) if requested else None
 
     def fill(self, values: Tensor) -> None:
         storage = self.memory.untyped_storage()
@@ -89,36 +90,36 @@ class _Weight:
 class OnDemandWeights(TorchDispatchMode):
     """Stand-ins for weights in shards: plain tensors, whose memory is filled when an operation reads them.
 
-    Second derivatives need the weights once more, at a time that no hook of a module tells. So every operation of
+    Double backward reads the weights again, when no hook of a module fires. So every operation of
     forward and backward passes is looked at before it runs, and so is every tensor that autograd hands to a function of
     the user's. In the forward pass the weights that FSDP2 gathers together are held together, as there.
 
-    To gather a weight takes all processes, which read at different times: see `Rounds`.
+    To gather a weight takes all ranks, which read at different times: see `RequestRounds`.
 
     Args:
-        shards: the parameters and buffers, DTensors, in the same order in all processes.
+        shards: the parameters and buffers, DTensors, in the same order on all ranks.
         together: name of a submodule -> ids of the shards that its forward pass is to find whole.
-        processes: that measure together, with all that hold shards among them.
+        group: ranks that measure together, with all that hold shards among them.
         dtype: the lowest floating type to hold them in.
     """
 
     def __init__(
-        self, shards: Iterable[Any], together: Mapping[str, Sequence[int]], processes: SingleProcess, dtype: torch.dtype
+        self, shards: Iterable[Any], together: Mapping[str, Sequence[int]], group: SingleProcess, dtype: torch.dtype
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._processes = processes
+        self._group = group
         self._weights = [_Weight.of(shard, dtype) for shard in shards]
         self._of_storage = {storage_key(weight.whole): i for i, weight in enumerate(self._weights)}
         # The least recently read first.
         self._resident: dict[int, None] = {}
         number = {id(weight.shard): i for i, weight in enumerate(self._weights)}
         self._together = {name: [number[key] for key in ids] for name, ids in together.items()}
-        self._limit = _stay(self._sizes, self._in_forward())
+        self._resident_limit = _stay(self._sizes, self._in_forward())
         self._device = self._weights[0].whole.device
-        self.rounds = Rounds(processes, self._device, self._room)
+        self.rounds = RequestRounds(group, self._device, self._room)
         for weight in self._weights:
-            self.rounds.add(weight.gather)
-        self.most = 0
+            self.rounds.register(weight.gather)
+        self.peak_bytes = 0
 
     @property
     def stand_ins(self) -> dict[int, Tensor]:
@@ -146,16 +147,16 @@ class OnDemandWeights(TorchDispatchMode):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Fill what is read, and gather what other processes read, from here on."""
+        """Fill what is read, and gather what other ranks read, from here on."""
         with (
             ExitStack() as stack,
-            self._processes.meeting(self.rounds.serve),
+            self._group.meeting(self.rounds.serve_until_done),
             # An output saved as it is would hold the graph that holds it, forever.
             saved_tensors_hooks(Tensor.detach, self._unpacked),
             function_mode(_ByPointer(self._unpacked)),
             self,
         ):
-            stack.callback(self._forget)
+            stack.callback(self._evict_all)
             yield
 
     def hold_together(self, module: nn.Module) -> None:
@@ -167,7 +168,7 @@ class OnDemandWeights(TorchDispatchMode):
         def before(*_: Any) -> None:
             for i in group:
                 self._weights[i].pins += 1
-                self._have([i])
+                self._ensure_resident([i])
 
         def after(*_: Any) -> None:
             for i in group:
@@ -176,17 +177,17 @@ class OnDemandWeights(TorchDispatchMode):
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after, always_call=True)
 
-    def sums(self, costs: Mapping[int, float]) -> GradientReducer:
+    def gradient_reducer(self, costs: Mapping[int, float]) -> GradientReducer:
         """Return the reducer of the gradients.
 
         Args:
             costs: id of a stand-in -> what its spectrum costs, for the parameters measured.
         """
         measured = [weight for weight in self._weights if id(weight.whole) in costs]
-        # Losses of pieces are held against the gradient of the smallest, here.
+        # Losses of micro-batches are checked against the gradient of the smallest, here.
         stays = min(measured, key=lambda weight: weight.nbytes, default=None)
         large = [weight.whole for weight in measured if weight.nbytes >= SMALL and weight is not stays]
-        return GradientReducer(large, assign_owners(costs, self._processes.size), self._processes, self.rounds)
+        return GradientReducer(large, assign_owners(costs, self._group.size), self._group, self.rounds)
 
     def restore(self) -> None:
         """Put back what was written to, and hold nothing together: another forward pass begins."""
@@ -195,7 +196,7 @@ class OnDemandWeights(TorchDispatchMode):
             # The loss may have set .data, too.
             weight.whole.data = weight.memory
         for i in [i for i in self._resident if self._weights[i].changed]:
-            self._let_go(i)
+            self._evict(i)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,13 +205,13 @@ class OnDemandWeights(TorchDispatchMode):
         kwargs = kwargs or {}
         used = self._used((*args, *kwargs.values()))
         if used and not _is_unread(func):
-            self._have(used)
+            self._ensure_resident(used)
             for i in self._used(_written(func, args, kwargs)):
                 self._weights[i].written = True
         return func(*args, **kwargs)
 
     def _unpacked(self, tensor: Tensor) -> Tensor:
-        self._have(self._used((tensor,)))
+        self._ensure_resident(self._used((tensor,)))
         return tensor
 
     def _used(self, values: Iterable[Any]) -> list[int]:
@@ -224,32 +225,32 @@ class OnDemandWeights(TorchDispatchMode):
                 found += self._used(value)
         return found
 
-    def _have(self, used: Sequence[int]) -> None:
+    def _ensure_resident(self, used: Sequence[int]) -> None:
         for i in used:
             if i in self._resident:
                 del self._resident[i]
                 self._resident[i] = None
                 continue
             self._make_room(i, keep=used)
-            self.rounds.ask(i)
+            self.rounds.request(i)
             self._resident[i] = None
 
     def _make_room(self, wanted: int, keep: Sequence[int]) -> None:
         size = self._weights[wanted].nbytes + sum(self._weights[i].nbytes for i in self._resident)
         for i in [i for i in self._resident if i not in keep]:
             weight = self._weights[i]
-            if size > self._limit and weight.nbytes >= SMALL and not weight.stays:
+            if size > self._resident_limit and weight.nbytes >= SMALL and not weight.stays:
                 size -= weight.nbytes
-                self._let_go(i)
-        self.most = max(self.most, size)
+                self._evict(i)
+        self.peak_bytes = max(self.peak_bytes, size)
 
-    def _let_go(self, i: int) -> None:
+    def _evict(self, i: int) -> None:
         del self._resident[i]
         self._weights[i].empty()
 
-    def _forget(self) -> None:
+    def _evict_all(self) -> None:
         for i in list(self._resident):
-            self._let_go(i)
+            self._evict(i)
 
 
 class _ByPointer(TorchFunctionMode):

@@ -30,10 +30,11 @@ from lightning_spectral import options as options_module
 from lightning_spectral.curvature import gauss_newton as ggn_module
 from lightning_spectral.curvature import selection as select
 from lightning_spectral.curvature.activations import cheap_twin
+from lightning_spectral.curvature.draws import Draw, mean_and_error
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.gauss_newton import GGNCurvature
 from lightning_spectral.curvature.output_hessian import output_hessian
-from lightning_spectral.curvature.sketch import SketchCurvature, _Draw, _hadamard, _mean_and_error
+from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import directional_curvature
@@ -371,8 +372,8 @@ def test_draws_that_agree_by_chance_state_an_error_all_the_same():
     model, batch = Case("", gelu_mlp, many(1), cross_entropy).build()
     h, stderr, expected = sketched(model, batch, 1, range(400))
     assert ((h - expected).abs() < 100 * stderr).all()
-    same = _Draw({"a": torch.ones(2).double()}, {"a": torch.full((2,), 0.5).double()})
-    assert (_mean_and_error([same, same])[1]["a"] > 0.1).all()
+    same = Draw({"a": torch.ones(2).double()}, {"a": torch.full((2,), 0.5).double()})
+    assert (mean_and_error([same, same])[1]["a"] > 0.1).all()
 
 
 def test_few_directions_are_measured_one_by_one():
