@@ -54,7 +54,7 @@ class DifferentiableLoss:
         layers: the matrices in question.
         parameters: layer name -> the leaf that holds its matrix; parts of a fused projection share one.
         samples: samples in the batch; None where the batch does not tell.
-        place: where they stand if the batch is a piece of what is measured; None if it is all.
+        place: where they stand if the batch is a part of what is measured; None if it is all.
     """
 
     def __init__(

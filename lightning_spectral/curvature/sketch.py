@@ -141,7 +141,7 @@ class SketchCurvature:
         ranks = self.ranks or min(max(products.place.total // SAMPLES_PER_RANK, 1), RANKS)
         if products.directions <= DRAWS * products.of_draw(ranks):
             return products.one_by_one(), {}
-        # What the other pieces of the batch add averages this one's error with theirs.
+        # Other micro-batches of the batch average this one's error with theirs.
         target = self.target_error * math.sqrt(products.place.total / products.samples)
         draws: list[Draw] = []
         for _ in range(self.draws):
@@ -257,7 +257,7 @@ class _Products:
     def _signs(self, channels: int) -> Tensor:
         """Return (channels, B) signs, orthogonal between channels on every full block of samples.
 
-        They are drawn for all samples measured, of which these may be a piece: pieces then share blocks.
+        They are drawn for all samples measured, of which these may be a micro-batch: all of them share blocks.
         """
         size, total = 1 << (channels - 1).bit_length(), self.place.total
         rows = torch.randperm(size, generator=self.generator)[:channels]

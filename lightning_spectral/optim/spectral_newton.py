@@ -47,8 +47,8 @@ class SpectralNewton(Optimizer):
     - with `model.parameters()`, all that LightningCLI gives: every parameter of two or more dimensions. **Embeddings
       and heads then get the matrix update too**, since nothing tells them apart.
 
-    Parameters without names or groups fall into two groups, "spectral" and "adamw". An AdamW group's learning rate is
-    its own ``lr``, so that one schedule scales both; schedulers that set absolute rates (OneCycleLR) take a list.
+    Parameters without groups fall into two, "spectral" and "adamw". An AdamW group's learning rate is its own ``lr``,
+    so that one schedule scales both; schedulers that set absolute rates (OneCycleLR) take a list.
 
     With alpha = "probe" every matrix has an exponent of its own, an average of what a `SpectralProbe` in the same
     Trainer, or a call of `set_alpha`, measures: the first one, and then a <- mu a + (1 - mu) x with x clamped to
@@ -233,7 +233,7 @@ class SpectralNewton(Optimizer):
         """Return the exponent that a parameter, or these rows of it, steps with: the mean of its matrices'.
 
         Args:
-            parameter: of this optimizer, or None is returned; also for one with AdamW.
+            parameter: of this optimizer; None is returned for any other, and for one with AdamW.
             rows: first and last-plus-one.
 
         Raises:
@@ -249,8 +249,7 @@ class SpectralNewton(Optimizer):
         """Add parameters, split into matrices and the rest unless the group has ``update``."""
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, got {type(param_group).__name__}")
-        names = param_group.get("adamw_names", self.defaults["adamw_names"])
-        for part in split_group(param_group, names):
+        for part in split_group(param_group, param_group.get("adamw_names", self.defaults["adamw_names"])):
             group = fill_group(part, self.defaults)
             group["name"] = self._unused_name(group.get("name", group["update"]))
             super().add_param_group(group)
