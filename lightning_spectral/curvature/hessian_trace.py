@@ -41,8 +41,8 @@ from lightning_spectral.numerics.svd import SingularTriplets
 class HutchinsonTrace:
     """Estimates z_l^T (H z)_l of each layer's trace, for each of some draws of z, in the place of curvatures.
 
-    Like them they are linear in the loss, so those of micro-batches add up. Layers that are not applied exactly once as a
-    linear layer or convolution, and all where samples interact, have one z for all samples.
+    They are linear in the loss, so those of micro-batches add up. Layers that are not applied exactly once as a linear
+    layer or convolution, and all where samples interact, have one z for all samples.
 
     Args:
         draws: N.
