@@ -137,6 +137,11 @@ def patched_linear(replace: Callable[[Callable[..., Tensor]], Callable[..., Tens
         F.linear = linear
 
 
+FUNCTION_MODES: Any = torch.overrides
+FUNCTION_MODE_NAMES = ("_get_current_function_mode_stack", "_pop_mode", "_push_mode")
+"""Names of torch's stack of function modes."""
+
+
 @contextmanager
 def restored_function_modes(mode: TorchFunctionMode, release: Callable[[BaseException], None]) -> Iterator[None]:
     """Enter a mode, and leave torch's stack of modes as it was.
@@ -148,13 +153,11 @@ def restored_function_modes(mode: TorchFunctionMode, release: Callable[[BaseExce
         mode: to enter.
         release: called with the error that ends the context, to let go of its frames.
     """
-    overrides: Any = torch.overrides
-    names = ("_get_current_function_mode_stack", "_pop_mode", "_push_mode")
-    if not all(hasattr(overrides, name) for name in names):
+    if not all(hasattr(FUNCTION_MODES, name) for name in FUNCTION_MODE_NAMES):
         with mode:
             yield
         return
-    before = list(overrides._get_current_function_mode_stack())
+    before = list(FUNCTION_MODES._get_current_function_mode_stack())
     mode.__enter__()  # type: ignore[no-untyped-call]
     try:
         yield
@@ -162,10 +165,10 @@ def restored_function_modes(mode: TorchFunctionMode, release: Callable[[BaseExce
         release(error)
         raise
     finally:
-        while overrides._get_current_function_mode_stack():
-            overrides._pop_mode()
+        while FUNCTION_MODES._get_current_function_mode_stack():
+            FUNCTION_MODES._pop_mode()
         for other in before:
-            overrides._push_mode(other)
+            FUNCTION_MODES._push_mode(other)
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from tiny import Small, fit_small, small_data
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from lightning_spectral import SpectralProbe, measure_spectra
-from lightning_spectral.isolation import interrupts
-from lightning_spectral.isolation.interrupts import NAMES, HeldInterrupts
+from lightning_spectral import SpectralProbe, _torch_private, measure_spectra
+from lightning_spectral._torch_private import FUNCTION_MODE_NAMES
+from lightning_spectral.isolation.interrupts import HeldInterrupts
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning_spectral.errors.SpectralWarning",
@@ -207,12 +207,14 @@ def test_an_interrupt_is_held_while_state_is_set_and_put_back(signals):
     assert seen == ["copied", "elsewhere"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FUNCTION_MODE_NAMES)
 def test_measurements_do_without_each_of_pytorchs_private_names(name, monkeypatch):
     model, loss = Small(), lambda m, b: m(b[0]).square().mean()
     expected = measure_spectra(model, small_data().tensors, loss)
-    stack = SimpleNamespace(**{other: getattr(torch.overrides, other) for other in NAMES if other != name})
-    monkeypatch.setattr(interrupts, "STACK", stack)
+    stack = SimpleNamespace(
+        **{other: getattr(torch.overrides, other) for other in FUNCTION_MODE_NAMES if other != name}
+    )
+    monkeypatch.setattr(_torch_private, "FUNCTION_MODES", stack)
     before = everything(model)
     assert measure_spectra(model, small_data().tensors, loss).loss == expected.loss
     assert_identical(before, everything(model))
