@@ -107,15 +107,15 @@ def _tensor(name: str, what: str, value: Any) -> Tensor:
 
 
 def _of_mapping(name: str, model: nn.Module, batch: Mapping[Any, Any]) -> tuple[Any, Any]:
-    found = [key for key in TARGETS if key in batch]
-    if len(found) != 1:
+    targets = [key for key in TARGETS if key in batch]
+    if len(targets) != 1:
         raise MeasurementError(
             f"{name} needs targets as one of {', '.join(TARGETS)} in a batch that is a mapping, which has "
             f"{', '.join(map(str, batch))}; give a loss_fn(model, batch) of your own"
         )
-    rest = {key: value for key, value in batch.items() if key != found[0]}
-    single = len(rest) == 1 and next(iter(rest)) in INPUTS
-    return model(*rest.values()) if single else model(**rest), batch[found[0]]
+    inputs = {key: value for key, value in batch.items() if key != targets[0]}
+    single = len(inputs) == 1 and next(iter(inputs)) in INPUTS
+    return model(*inputs.values()) if single else model(**inputs), batch[targets[0]]
 
 
 def _by_class(name: str, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,8 +181,10 @@ def build_model(path: str, checkpoint: Checkpoint | None = None) -> nn.Module:
         try:
             made = made(**arguments)
         except Exception as error:
-            given = f"hyper_parameters {', '.join(arguments)}" if arguments else "no arguments"
-            raise SourceError(f"--model {path}: calling it with {given} failed ({first_line(error)})") from error
+            arguments_shown = f"hyper_parameters {', '.join(arguments)}" if arguments else "no arguments"
+            raise SourceError(
+                f"--model {path}: calling it with {arguments_shown} failed ({first_line(error)})"
+            ) from error
     if not isinstance(made, nn.Module):
         raise SourceError(f"--model {path} gave a {type(made).__name__}, and should give a torch.nn.Module")
     if callable(configure := getattr(made, "configure_model", None)):

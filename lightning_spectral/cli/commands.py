@@ -101,7 +101,7 @@ def _measure(options: argparse.Namespace) -> int:
         if options.page:
             check_page()
         check_folder(options.output)
-        report, left_out = measure_checkpoint(
+        report, note = measure_checkpoint(
             options.model,
             options.data,
             loss=options.loss,
@@ -113,8 +113,8 @@ def _measure(options: argparse.Namespace) -> int:
             seed=options.seed,
             options=measured,
         )
-        if left_out:
-            print(f"lightning-spectral measure: of {options.checkpoint}, {left_out}", file=sys.stderr)
+        if note:
+            print(f"lightning-spectral measure: of {options.checkpoint}, {note}", file=sys.stderr)
         name = options.model if options.checkpoint is None else Path(options.checkpoint).name
         print_report(report, name)
         if report.chosen:

@@ -60,11 +60,11 @@ def measure_checkpoint(
     saved = None if checkpoint is None else Checkpoint.read(checkpoint)
     torch.manual_seed(seed)
     network = build_model(model, saved)
-    left_out = "" if saved is None else saved.load_into(network, prefix=prefix, strict=strict)
-    chosen = _moved(network, device)
-    batches = HeldBatches(read_batches(data, n_batches, network), chosen)
+    note = "" if saved is None else saved.load_into(network, prefix=prefix, strict=strict)
+    target = _moved(network, device)
+    batches = HeldBatches(read_batches(data, n_batches, network), target)
     report = run_measurement(network, batches, options or Options(), loss_fn)
-    return (report if saved is None or not saved.position else report.at(**saved.position)), left_out
+    return (report if saved is None or not saved.position else report.at(**saved.position)), note
 
 
 def plan_model(
@@ -179,12 +179,12 @@ def check_page() -> None:
 def _moved(model: nn.Module, device: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        chosen = torch.device(name)
+        target = torch.device(name)
     except RuntimeError as error:
         raise SourceError(f"--device {device}: no device that torch knows, such as cpu, cuda or cuda:0") from error
     try:
-        model.to(chosen)
+        model.to(target)
     except Exception as error:
         # A device that is not there raises what its backend likes.
         raise SourceError(f"--device {device}: {first_line(error)}") from error
-    return chosen
+    return target

@@ -23,8 +23,8 @@ def check_target(path: Path) -> None:
 
 def default_target(paths: Sequence[Path]) -> Path:
     """Return the file of a run's page: in its folder, beside its file, or in the folder that several have in common."""
-    first, *others = paths
-    if not others:
+    first, *further = paths
+    if not further:
         return first / "report.html" if first.is_dir() else first.with_suffix(".html")
     folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
     common, current = Path(os.path.commonpath(folders)), Path.cwd()

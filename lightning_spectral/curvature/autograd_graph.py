@@ -144,11 +144,11 @@ class Dependence:
 
         A product is multilinear where no leaf reaches two of its factors.
         """
-        found: dict[str, int] = {}
+        obstacles: dict[str, int] = {}
         for node, mask in self.masks.items():
             if mask and node not in self.stops and not self._linear(node, allowed):
-                found[operation(node)] = found.get(operation(node), 0) | mask
-        return found
+                obstacles[operation(node)] = obstacles.get(operation(node), 0) | mask
+        return obstacles
 
     def _linear(self, node: Node, allowed: frozenset[str]) -> bool:
         name, inputs = operation(node), self.inputs(node)
@@ -186,11 +186,11 @@ class Dependence:
 
 
 def _disjoint(masks: Iterable[int]) -> bool:
-    seen = 0
+    union = 0
     for mask in masks:
-        if seen & mask:
+        if union & mask:
             return False
-        seen |= mask
+        union |= mask
     return True
 
 

@@ -35,11 +35,11 @@ class CustomFunctions:
 @contextmanager
 def watch_custom_functions(loss: Tensor) -> Iterator[CustomFunctions]:
     """Yield a record that a backward pass with create_graph fills."""
-    found = CustomFunctions()
+    functions = CustomFunctions()
     custom = [node for node in _reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction)]
-    handles = [node.register_hook(_watcher(node, found)) for node in custom]
+    handles = [node.register_hook(_watcher(node, functions)) for node in custom]
     try:
-        yield found
+        yield functions
     finally:
         for handle in handles:
             handle.remove()
@@ -56,14 +56,14 @@ def leaves_behind(node: Node) -> set[int]:
     return {id(found.variable) for found in _reachable([node]) if hasattr(found, "variable")}
 
 
-def _watcher(node: Node, found: CustomFunctions) -> Any:
+def _watcher(node: Node, functions: CustomFunctions) -> Any:
     name = type(node).__name__.removesuffix("Backward")
 
     def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
         inputs = [grad for grad in grad_inputs if grad is not None]
         outputs = [grad for grad in grad_outputs if grad is not None]
         is_cut = any(_is_delayed(grad) or (not grad.requires_grad and not _scales(grad, outputs)) for grad in inputs)
-        (found.cut if is_cut else found.trusted)[node] = name
+        (functions.cut if is_cut else functions.trusted)[node] = name
 
     return hook
 
@@ -86,10 +86,10 @@ def _scales(grad: Tensor, outputs: list[Tensor]) -> bool:
 
 
 def _reachable(roots: Iterable[Node | None]) -> Iterator[Node]:
-    stack, seen = [root for root in roots if root is not None], set()
+    stack, visited = [root for root in roots if root is not None], set()
     while stack:
         node = stack.pop()
-        if node not in seen:
-            seen.add(node)
+        if node not in visited:
+            visited.add(node)
             yield node
             stack.extend(following for following, _ in node.next_functions if following is not None)

@@ -137,27 +137,27 @@ class Recorder(TorchFunctionMode):
         if func in CASTS and isinstance(output, Tensor) and output.requires_grad and _is_narrower(output, args[0]):
             self.trace.casts.add(output.dtype)
         if func in LOSSES and isinstance(output, Tensor) and output.requires_grad:
-            given = inspect.signature(func).bind(*args, **kwargs).arguments
-            tensors = given.pop("input"), given.pop("target")
-            self.trace.losses.append(LossCall(func, *tensors, given, output))
+            arguments = inspect.signature(func).bind(*args, **kwargs).arguments
+            tensors = arguments.pop("input"), arguments.pop("target")
+            self.trace.losses.append(LossCall(func, *tensors, arguments, output))
         return output
 
     def _product(
         self, func: Function, args: Any, kwargs: dict[str, Any], output: Tensor, time_first: int | None = None
     ) -> Tensor:
-        given = dict(zip(ARGUMENTS[func], args, strict=False)) | kwargs
-        weight = given.pop("weight", None)
+        options = dict(zip(ARGUMENTS[func], args, strict=False)) | kwargs
+        weight = options.pop("weight", None)
         if id(weight) not in self.parameters:
             return output
-        a = given.pop("input").detach()
-        given.pop("bias", None)
+        a = options.pop("input").detach()
+        options.pop("bias", None)
         # Of a linear layer on tokens torch gives a view, of what nothing else can reach.
         output = as_non_view(output)
         zero = torch.zeros_like(output, requires_grad=True) if self.add_zeros else None
         output = output if zero is None else output + zero
         # Taken now: after an operation in place, the tensor stands for what that made of it.
         edge = get_gradient_edge(output) if output.requires_grad else None
-        self.trace.calls.setdefault(id(weight), []).append(LayerCall(func, a, output, edge, given, time_first, zero))
+        self.trace.calls.setdefault(id(weight), []).append(LayerCall(func, a, output, edge, options, time_first, zero))
         return output
 
     @contextmanager

@@ -73,14 +73,14 @@ class GGNCurvature:
         # A layer with a gradient but no way from the output to it would have a curvature of zero.
         apart = [name for name in taps if name not in met]
         rest |= dict.fromkeys(apart, "the backward pass from the network's output does not meet its own")
-        others = measured_exactly(problem, directions, rest)
+        exact = measured_exactly(problem, directions, rest)
         taps = {name: tap for name, tap in taps.items() if name not in rest}
         if not taps:
-            return others
+            return exact
         # Pieces of a batch draw signs of their own, so that their errors average out.
         seed = self.seed + (problem.place.first if problem.place else 0)
         h, stderr = self._measure(outputs, taps, directions, seed)
-        return Curvatures(h | others.h, self.name, others.failed, stderr, others.methods, others.notes)
+        return Curvatures(h | exact.h, self.name, exact.failed, stderr, exact.methods, exact.notes)
 
     def _measure(
         self, outputs: list[OutputHessian], taps: dict[str, Tap], directions: Mapping[str, SingularTriplets], seed: int
@@ -205,8 +205,8 @@ def _layers_reached(output: OutputHessian, taps: Mapping[str, Tap]) -> set[str]:
 def not_piecewise_linear(problem: DifferentiableLoss, outputs: Iterable[Tensor], names: Iterable[str]) -> str:
     """Return which operations between these layers and the output are not piecewise linear; empty if there is none."""
     leaves = {id(problem.parameters[name]) for name in names}
-    found: dict[str, int] = {}
+    obstacles: dict[str, int] = {}
     for output in outputs:
         if output.grad_fn is not None:
-            found |= Dependence(output.grad_fn, leaves).obstacles(LINEAR | PIECEWISE)
-    return named(found)
+            obstacles |= Dependence(output.grad_fn, leaves).obstacles(LINEAR | PIECEWISE)
+    return named(obstacles)

@@ -61,17 +61,17 @@ class HutchinsonTrace:
         """Return (N,) draws for each layer in ``directions``."""
         problem.run()
         taps, _ = tapped(problem, directions)
-        found: dict[str, Tensor] = {}
+        draws: dict[str, Tensor] = {}
         if not custom_functions(problem.value):
             try:
-                found = self._per_sample_draws(problem, taps)
+                draws = self._per_sample_draws(problem, taps)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
-        rest = [name for name in directions if name not in found]
-        others, failed, notes = self._whole_batch_draws(problem, rest)
+        remaining = [name for name in directions if name not in draws]
+        of_batch, failed, notes = self._whole_batch_draws(problem, remaining)
         nothing = torch.full((self.draws,), float("nan"), dtype=torch.float64)
-        h = {name: (found | others).get(name, nothing) for name in directions}
+        h = {name: (draws | of_batch).get(name, nothing) for name in directions}
         return Curvatures(h, self.name, failed, notes=notes)
 
     def _per_sample_draws(self, problem: DifferentiableLoss, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
@@ -81,10 +81,10 @@ class HutchinsonTrace:
         taps, zeros, gradients = add_output_perturbations(problem, taps)
 
         def product(moves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            found = torch.autograd.grad(gradients, zeros, list(moves.values()), retain_graph=True, allow_unused=True)
+            products = torch.autograd.grad(gradients, zeros, list(moves.values()), retain_graph=True, allow_unused=True)
             return {
                 name: torch.zeros_like(zero) if part is None else part
-                for name, zero, part in zip(taps, zeros, found, strict=True)
+                for name, zero, part in zip(taps, zeros, products, strict=True)
             }
 
         generator = _generator(self.seed, problem)
@@ -178,14 +178,14 @@ def _product(gradients: Gradients, leaves: Mapping[str, Tensor], z: Mapping[int,
             outputs[id(leaf)] = gradient
     if not outputs:
         return dict.fromkeys(inputs)
-    found = torch.autograd.grad(
+    products = torch.autograd.grad(
         list(outputs.values()),
         list(inputs.values()),
         [z[key] for key in outputs],
         retain_graph=True,
         allow_unused=True,
     )
-    return dict(zip(inputs, found, strict=True))
+    return dict(zip(inputs, products, strict=True))
 
 
 def _signs(layers: Mapping[str, MatrixLayer], draws: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
@@ -198,12 +198,12 @@ def _by_leaf(
     layers: Mapping[str, MatrixLayer], leaves: Mapping[str, Tensor], z: Mapping[str, Tensor]
 ) -> dict[int, Tensor]:
     """Return the signs in the shape of the parameters; parts of a fused projection share one."""
-    whole: dict[int, Tensor] = {}
+    full: dict[int, Tensor] = {}
     for name, layer in layers.items():
         leaf = leaves[name]
         part = layer.to_tensor(z[name].to(leaf), leaf)
-        whole[id(leaf)] = part if id(leaf) not in whole else whole[id(leaf)] + part
-    return whole
+        full[id(leaf)] = part if id(leaf) not in full else full[id(leaf)] + part
+    return full
 
 
 def _inner(layer: MatrixLayer, z: Tensor, product: Tensor | None) -> float:

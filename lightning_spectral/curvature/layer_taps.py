@@ -79,9 +79,9 @@ class Tap:
         """Return sum_k u_k c_bk^T for each sample as a tensor in the layout of z, zero outside this layer's rows."""
         z, u = self.call.output, u.to(c_bkp.dtype)
         if self.layer.rows is not None:
-            whole = u.new_zeros(z.shape[-1 if self.channels_last else 1], u.shape[1])
-            whole[slice(*self.layer.rows)] = u
-            u = whole
+            full = u.new_zeros(z.shape[-1 if self.channels_last else 1], u.shape[1])
+            full[slice(*self.layer.rows)] = u
+            u = full
         if not self.channels_last:
             move_bmp = u @ c_bkp
             images = z.shape[0] // self.samples
@@ -110,9 +110,9 @@ class Tap:
     def _whole_rows(self, u_bm: Tensor) -> Tensor:
         if self.layer.rows is None:
             return u_bm
-        whole = u_bm.new_zeros(len(u_bm), self.call.output.shape[-1 if self.channels_last else 1])
-        whole[:, slice(*self.layer.rows)] = u_bm
-        return whole
+        full = u_bm.new_zeros(len(u_bm), self.call.output.shape[-1 if self.channels_last else 1])
+        full[:, slice(*self.layer.rows)] = u_bm
+        return full
 
     def by_sample(self, x: Tensor) -> Tensor:
         """Return (B, channels, P)."""

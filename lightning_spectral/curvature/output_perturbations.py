@@ -30,7 +30,7 @@ def add_output_perturbations(
         for leaf in weights:
             leaf.requires_grad_(True)
     calls = recorder.trace.calls
-    if any(len(found) != 1 for found in calls.values()) or len(calls) != len(leaves):
+    if any(len(of_leaf) != 1 for of_leaf in calls.values()) or len(calls) != len(leaves):
         raise MeasurementError("the loss does not compute the same at each call; use curvature='exact'")
     new = {n: Tap(t.layer, calls[id(problem.parameters[n])][0], t.samples, t.shape) for n, t in taps.items()}
     zeros = [tap.call.zero for tap in new.values() if tap.call.zero is not None]

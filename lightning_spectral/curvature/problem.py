@@ -94,14 +94,14 @@ class DifferentiableLoss:
                 for node, function in custom.trusted.items():
                     trusted |= dict.fromkeys(leaves_behind(node) & leaves.keys() - failed.keys(), function)
             names = {name: id(leaf) for name, leaf in self.parameters.items()}
-            found = Gradients(
+            gradients = Gradients(
                 {name: values.get(leaf) for name, leaf in names.items()},
                 {name: failed[leaf] for name, leaf in names.items() if leaf in failed},
                 {name: trusted[leaf] for name, leaf in names.items() if leaf in trusted},
             )
             if not keep_graph:
-                return found
-            self._gradients = found
+                return gradients
+            self._gradients = gradients
         return self._gradients
 
     def gradient(self, name: str) -> Tensor | None:
@@ -115,11 +115,11 @@ class DifferentiableLoss:
         """Return id of a call -> gradient of the loss in its output, None where it has none. Given once."""
         edges = {id(call): call.edge for call in calls if call.edge is not None}
         missing = {key: edge for key, edge in edges.items() if key not in self._outputs}
-        known, self._outputs = {key: self._outputs[key] for key in edges.keys() - missing.keys()}, {}
+        stored, self._outputs = {key: self._outputs[key] for key in edges.keys() - missing.keys()}, {}
         if not missing:
-            return known
-        found = torch.autograd.grad(self.value, list(missing.values()), retain_graph=True, allow_unused=True)
-        return known | dict(zip(missing, found, strict=True))
+            return stored
+        computed = torch.autograd.grad(self.value, list(missing.values()), retain_graph=True, allow_unused=True)
+        return stored | dict(zip(missing, computed, strict=True))
 
     def run(self) -> None:
         """Compute the loss, if it is not known with its graph."""
@@ -143,16 +143,16 @@ class DifferentiableLoss:
             if is_out_of_memory(error):
                 raise
             # One at a time, so that what stands in the way of some layers does not stop the others.
-            found: dict[int, Tensor | None] = {}
+            gradients: dict[int, Tensor | None] = {}
             failed = {}
             for key, leaf in leaves.items():
                 try:
-                    found[key] = torch.autograd.grad(self.value, leaf, **options)[0]
+                    gradients[key] = torch.autograd.grad(self.value, leaf, **options)[0]
                 except RuntimeError as failure:
                     if is_out_of_memory(failure):
                         raise
                     failed[key] = cause_of(failure)
-            return found, failed
+            return gradients, failed
 
     def release(self) -> None:
         """Let go of all graphs; the value of the loss stays known."""
@@ -239,10 +239,10 @@ def cause_of(error: RuntimeError) -> str:
     text = " ".join(str(error).split())
     if "checkpoint" in text.lower():
         return "reentrant checkpointing works with .backward() alone; use torch.utils.checkpoint(use_reentrant=False)"
-    found = re.search(r"derivative for '?(?:aten::)?(\w+)'?", text)
-    if not found:
+    match = re.search(r"derivative for '?(?:aten::)?(\w+)'?", text)
+    if not match:
         return f"its backward pass failed: {text[:200]}"
-    return f"{found.group(1).removesuffix('_backward').lstrip('_')} has no second derivative ({text[:120]}); {REMEDY}"
+    return f"{match.group(1).removesuffix('_backward').lstrip('_')} has no second derivative ({text[:120]}); {REMEDY}"
 
 
 def unverified(function: str) -> str:

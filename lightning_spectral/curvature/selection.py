@@ -91,13 +91,13 @@ class CheckedGGN(GGNCurvature):
 
     def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure, and check."""
-        found = super().__call__(problem, directions)
-        error = _check(problem, directions, found)
+        curvatures = super().__call__(problem, directions)
+        error = _check(problem, directions, curvatures)
         if not error <= CHECK_TOLERANCE:
             raise MeasurementError(
                 f"Gauss-Newton failed its check against an exact product (relative error {error:.2g})"
             )
-        return replace(found, chosen=explain_gauss_newton(len(found.methods)), check_error=error)
+        return replace(curvatures, chosen=explain_gauss_newton(len(curvatures.methods)), check_error=error)
 
 
 def explain_gauss_newton(n_exact: int) -> str:
@@ -128,13 +128,13 @@ def obstacle_to_gauss_newton(
     """
     if operations := not_piecewise_linear(problem, [output for output, _ in outputs], names):
         return f"{operations} is not piecewise linear"
-    most = max(columns for _, columns in outputs)
-    return f"the network has {most} outputs per sample, over {EXACT_COLUMNS}" if most > EXACT_COLUMNS else ""
+    n_columns = max(columns for _, columns in outputs)
+    return f"the network has {n_columns} outputs per sample, over {EXACT_COLUMNS}" if n_columns > EXACT_COLUMNS else ""
 
 
-def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets], found: Curvatures) -> float:
+def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets], curvatures: Curvatures) -> float:
     """Return the relative difference to one exact product: the first direction of the layer in the middle."""
-    names = [name for name in directions if name not in found.methods and name not in found.failed]
+    names = [name for name in directions if name not in curvatures.methods and name not in curvatures.failed]
     if not names:
         return 0.0
     name = names[len(names) // 2]
@@ -142,5 +142,5 @@ def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplet
     alone = DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples)
     alone.run()
     exact = ExactCurvature()(alone, {name: directions[name].first(1)}).h[name][0]
-    difference = float((found.h[name][0] - exact).abs())
+    difference = float((curvatures.h[name][0] - exact).abs())
     return difference / float(exact.abs()) if difference else 0.0

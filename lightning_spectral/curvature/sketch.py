@@ -104,10 +104,10 @@ class SketchCurvature:
     def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure all layers that can be tapped together, and the rest one by one."""
         problem.run()
-        taps, rest = tapped(problem, directions)
-        others = measured_exactly(problem, directions, rest)
+        taps, apart = tapped(problem, directions)
+        exact = measured_exactly(problem, directions, apart)
         if not taps:
-            return others
+            return exact
         if names := custom_functions(problem.value):
             raise MeasurementError(f"the network holds custom autograd functions ({', '.join(names)}); {REMEDY}")
         try:
@@ -118,7 +118,7 @@ class SketchCurvature:
             if is_out_of_memory(error):
                 raise
             raise SecondDerivativeError(cause_of(error)) from error
-        return Curvatures(h | others.h, self.name, others.failed, stderr, others.methods, others.notes)
+        return Curvatures(h | exact.h, self.name, exact.failed, stderr, exact.methods, exact.notes)
 
     def _measure(
         self, problem: DifferentiableLoss, taps: dict[str, Tap], directions: Mapping[str, SingularTriplets]
@@ -226,10 +226,10 @@ class _Products:
         """Return per layer, for its directions in ``indices``, the samples' parts (k, B) of the estimates of h."""
         signs = self._signs(sum(len(k) for k in indices.values()))
         product = self._product(indices, signs)
-        found = {}
+        readings = {}
         for (name, k), signs_kb in zip(indices.items(), self._by_layer(indices, signs), strict=True):
-            found[name] = self._inner(name, k, product[name]) * signs_kb / self.amplitude[name][k, None]
-        return found
+            readings[name] = self._inner(name, k, product[name]) * signs_kb / self.amplitude[name][k, None]
+        return readings
 
     def _inner(self, name: str, k: Tensor, r: Tensor) -> Tensor:
         """Return (k, B) of sum_p (u_k^T r_bp)(v_k^T a_bp)."""
@@ -277,8 +277,10 @@ def _random_columns(outputs: list[OutputHessian], taps: Mapping[str, Tap], seed:
         rows = half_of(output.samples).repeat_interleave(column.shape[0] // output.samples)
         column[~rows.to(column.device)] = 0
     z = [tap.edge for tap in taps.values()]
-    found = torch.autograd.grad([output.output for output in outputs], z, columns, retain_graph=True, allow_unused=True)
-    return dict(zip(taps, found, strict=True))
+    passed_back = torch.autograd.grad(
+        [output.output for output in outputs], z, columns, retain_graph=True, allow_unused=True
+    )
+    return dict(zip(taps, passed_back, strict=True))
 
 
 def _weight(sigma: Tensor) -> Tensor:

@@ -48,12 +48,12 @@ def gathered_together(model: nn.Module) -> dict[str, list[int]]:
     Of FSDP2, those that it gathers for that submodule; of others, the submodule's own.
     """
     wrapped = [name for name, module in model.named_modules() if is_fully_sharded(type(module))]
-    found: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for name, module in model.named_modules():
         holders = [outer for outer in wrapped if is_within(name, outer)]
         holder = max(holders, key=len, default=name)
-        found.setdefault(holder, []).extend(id(p) for p in module.parameters(recurse=False) if is_dtensor(p))
-    return {name: ids for name, ids in found.items() if ids}
+        groups.setdefault(holder, []).extend(id(p) for p in module.parameters(recurse=False) if is_dtensor(p))
+    return {name: ids for name, ids in groups.items() if ids}
 
 
 def is_within(name: str, outer: str) -> bool:

@@ -46,13 +46,13 @@ def take_samples(batch: Any, stop: int, start: int = 0, *, option: str = "max_sa
         )
     size = next(iter(sizes.values()))
     # With no more tensors than samples asked for, nothing is to be cut whichever of the two it is.
-    whole = start == 0 and size <= stop
-    if isinstance(batch, PackedSequence) or (_is_list_of_samples(batch, size) and not (whole and len(batch) <= stop)):
+    is_full = start == 0 and size <= stop
+    if isinstance(batch, PackedSequence) or (_is_list_of_samples(batch, size) and not (is_full and len(batch) <= stop)):
         raise MeasurementError(
             f"{option}: the batch, a {type(batch).__name__} of {len(batch)}, keeps its samples apart by other means "
             f"than a leading dimension; set {option}=None, or have the loss cut the batch"
         )
-    return batch if whole else _cut(batch, size, slice(start, stop))
+    return batch if is_full else _cut(batch, size, slice(start, stop))
 
 
 class FirstSamples(Sequence[Any]):

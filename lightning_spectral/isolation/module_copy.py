@@ -75,9 +75,11 @@ def copied_module(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) 
         for found in module.modules():
             for hooks in BACKWARD_HOOKS:
                 found.__dict__[hooks] = OrderedDict()
-        given = stand_ins or {}
+        substitutes = stand_ins or {}
         pairs = [
-            (copier.memo[id(p)], None if id(p) in given else p) for p in model.parameters() if id(p) in copier.memo
+            (copier.memo[id(p)], None if id(p) in substitutes else p)
+            for p in model.parameters()
+            if id(p) in copier.memo
         ]
         yield ModuleCopy(module, copier.shared, {id(new): old for new, old in pairs if new is not old})
     finally:

@@ -121,9 +121,9 @@ def _default_dtype(module: nn.Module) -> Iterator[None]:
 def _buffers_and_flags(model: nn.Module) -> Iterator[None]:
     """Guard the original against a loss that reaches it past the copy, through a global or a closure of its own."""
     flags = [(module, module.training) for module in model.modules()]
-    found: list[Any] = [b for b in model.buffers() if not isinstance(b, nn.UninitializedBuffer)]
+    initialized: list[Any] = [b for b in model.buffers() if not isinstance(b, nn.UninitializedBuffer)]
     # To compare shards takes all processes, of which one may have failed.
-    buffers = [b.to_local() if is_dtensor(b) else b for b in found]
+    buffers = [b.to_local() if is_dtensor(b) else b for b in initialized]
     before = [buffer.detach().clone() for buffer in buffers]
     try:
         yield

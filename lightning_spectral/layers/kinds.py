@@ -144,11 +144,11 @@ class _KindInference:
         return [other for other, shape in among.items() if outs != ins and shape == (ins, outs)]
 
     def _heads(self) -> None:
-        rest = [name for name in self.linear if name not in self.kinds]
-        for name in rest:
+        unnamed = [name for name in self.linear if name not in self.kinds]
+        for name in unnamed:
             # A name counts for the layer itself, not for a container of several (VGG's `classifier.0`, `.3`, `.6`).
             own = name.split(".")[-2].lower() if "." in name else ""
             self.kinds[name] = "head" if HEAD_NAME.fullmatch(own) else "dense"
-        trained = [name for name in rest if name not in self.frozen]
+        trained = [name for name in unnamed if name not in self.frozen]
         if trained and not any(self.kinds[name] == "head" for name in trained):
             self.kinds[trained[-1]] = "head"

@@ -69,9 +69,9 @@ class MatrixLayer:
     def to_tensor(self, matrix: Tensor, like: Tensor) -> Tensor:
         """Invert `to_matrix`: return a tensor of ``like``'s shape, zero outside this layer's rows."""
         if self.rows is not None:
-            whole = matrix.new_zeros(self._output_first(like).shape[0], matrix.shape[1])
-            whole[slice(*self.rows)] = matrix
-            matrix = whole
+            full = matrix.new_zeros(self._output_first(like).shape[0], matrix.shape[1])
+            full[slice(*self.rows)] = matrix
+            matrix = full
         if not self.transposed:
             return matrix.reshape(like.shape)
         g, kernel = self.groups, like.shape[2:]

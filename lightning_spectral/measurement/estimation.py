@@ -87,8 +87,8 @@ class Evaluation:
         """Return the first loss, if a method can go on from its graph; else let go of that."""
         if self.first is None:
             return None
-        whole = micro_batches is self.micro_batches and len(micro_batches) == 1
-        if whole and self.has_graph == method.differentiates_gradients:
+        is_first = micro_batches is self.micro_batches and len(micro_batches) == 1
+        if is_first and self.has_graph == method.differentiates_gradients:
             return self.first
         self.first.release()
         return None

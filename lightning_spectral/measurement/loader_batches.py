@@ -45,18 +45,18 @@ def first_batches(
     states = RandomStates(model)
     own = [(generator, generator.get_state()) for generator in _generators(loader)]
     loader = without_worker_iterator(copy.copy(loader))
-    mine, held, found = range(n)[share], HeldBatches(device=device), 0
+    mine, held, n_read = range(n)[share], HeldBatches(device=device), 0
     try:
         for index, batch in enumerate(islice(loader, n)):
             if index in mine:
                 held.append(prepare(batch))
-            found += 1
+            n_read += 1
     finally:
         states.restore()
         for generator, state in own:
             generator.set_state(state)
-    if found < n:
-        raise ValueError(f"n_batches: {n} batches were asked for, and the DataLoader has {found}")
+    if n_read < n:
+        raise ValueError(f"n_batches: {n} batches were asked for, and the DataLoader has {n_read}")
     return held
 
 
@@ -64,8 +64,8 @@ def _generators(loader: Any) -> list[torch.Generator]:
     """Return the generators of a loader and of its samplers."""
     samplers = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     samplers.append(getattr(samplers[1], "sampler", None))
-    found = [getattr(part, "generator", None) for part in (loader, *samplers)]
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
+    generators = [getattr(part, "generator", None) for part in (loader, *samplers)]
+    return [generator for generator in generators if isinstance(generator, torch.Generator)]
 
 
 def batches_of(batch: Any, n_batches: int, model: nn.Module) -> Sequence[Any]:

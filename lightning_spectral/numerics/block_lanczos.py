@@ -50,10 +50,10 @@ def leading_triplets(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | 
     tall = tall if scale == 1.0 else tall / scale
     with torch.autocast(matrix.device.type, enabled=False):
         rows_v = _leading_right_vectors(tall, k)
-        found = None if rows_v is None else _verified(tall, rows_v)
-    if found is None:
+        verified = None if rows_v is None else _verified(tall, rows_v)
+    if verified is None:
         return None
-    u, sigma, v = found
+    u, sigma, v = verified
     u, v = (v, u) if tall.shape != matrix.shape else (u, v)
     return u.to(matrix), (sigma * scale).to(matrix), v.to(matrix)
 

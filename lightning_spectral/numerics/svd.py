@@ -110,8 +110,8 @@ def singular_values(matrix: Tensor, *, groups: int = 1) -> Tensor:
         tall = blocks_gmn if blocks_gmn.shape[1] >= blocks_gmn.shape[2] else blocks_gmn.mT
         tall = tall.double()
         sigma_gr = gram_eigenvalues(tall.mT @ tall).sqrt().to(blocks_gmn)
-    found: Tensor = sigma_gr.flatten().sort(descending=True).values
-    return found
+    values: Tensor = sigma_gr.flatten().sort(descending=True).values
+    return values
 
 
 def gram_eigenvalues(gram_gnn: Tensor) -> Tensor:
@@ -161,13 +161,13 @@ def _svd(blocks: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _leading(block: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        found = leading_triplets(block, k)
+        triplets = leading_triplets(block, k)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        found = None
-    if found is None:
+        triplets = None
+    if triplets is None:
         u, sigma, vh = _full_svd(block)
         return u[:, :k], sigma[:k], vh[:k]
-    u, sigma, v = found
+    u, sigma, v = triplets
     return u, sigma, v.T
 
 

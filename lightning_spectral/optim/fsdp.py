@@ -49,8 +49,8 @@ def sharded_step(matrices: Sequence[ShardedMatrix]) -> None:
         key = (matrix.sharding.group, matrix.momentum.dtype, matrix.momentum.device)
         kinds.setdefault(key, []).append(matrix)
     for (group, dtype, _), of_kind in kinds.items():
-        for chosen in balanced_rounds(of_kind, dist.get_world_size(group)):
-            _step_round(chosen, group, dtype)
+        for part in balanced_rounds(of_kind, dist.get_world_size(group)):
+            _step_round(part, group, dtype)
 
 
 def _step_round(matrices: Sequence[ShardedMatrix], group: ProcessGroup, dtype: torch.dtype) -> None:

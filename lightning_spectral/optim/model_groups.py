@@ -71,20 +71,20 @@ def model_groups(
     for layer in _layers(model, kinds, fused_qkv):
         matrices.setdefault(layer.parameter, []).append(layer)
     groups: dict[str, dict[str, Any]] = {}
-    rest = _no_group("adamw", "adamw")
+    adamw = _no_group("adamw", "adamw")
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layers = matrices.get(name, [])
         layout = _layout(layers, parameter)
-        group = rest
+        group = adamw
         if layout is not None:
             kind = layers[0].kind
             group = groups.setdefault(kind, {**_no_group(kind, "spectral"), "layouts": [], "kind": kind})
             group["layouts"].append(layout)
         group["params"].append(parameter)
         group["param_names"].append(name)
-    return [group for group in (*groups.values(), rest) if group["params"]]
+    return [group for group in (*groups.values(), adamw) if group["params"]]
 
 
 def _no_group(name: str, update: str) -> dict[str, Any]:
@@ -100,11 +100,11 @@ def _layers(
     everything = find_layers(model, kinds=kinds).layers if kinds is not None else _found(model)
     if fused_qkv is None:
         fused_qkv = [layer.name for layer in everything.values() if _in_thirds(layer)]
-    found = find_layers(model, kinds=kinds, fused_qkv=fused_qkv).layers if everything else {}
+    layers = find_layers(model, kinds=kinds, fused_qkv=fused_qkv).layers if everything else {}
     by_name = infer_kinds(model)
     return [
         layer
-        for layer in found.values()
+        for layer in layers.values()
         if layer.kind not in ADAMW_KINDS and not any(by_name.get(alias) in ADAMW_KINDS for alias in layer.aliases)
     ]
 

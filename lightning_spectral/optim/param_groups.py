@@ -149,9 +149,9 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_at_least_zero("lr", group["lr"])
     check_at_least_zero("weight_decay", group["weight_decay"])
     probe = group["alpha"] == "probe"
-    for name, others in {"alpha": ", 'auto' or 'probe'", "damping": " or 'auto'"}.items():
+    for name, words in {"alpha": ", 'auto' or 'probe'", "damping": " or 'auto'"}.items():
         if not isinstance(group[name], (int, float)) and not (probe and name == "alpha"):
-            raise ValueError(f"{name} must be a number{others}, got {group[name]!r}")
+            raise ValueError(f"{name} must be a number{words}, got {group[name]!r}")
     if probe:
         alphas.check_probe_options(group)
     check_transfer(alphas.INITIAL_ALPHA if probe else group["alpha"], group["damping"])

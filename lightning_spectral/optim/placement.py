@@ -64,8 +64,8 @@ def sharding_of(parameter: Any) -> Sharding | None:
             if not placement.is_replicate():
                 group, m = parameter.device_mesh.get_group(mesh_dim), parameter.shape[placement.dim]
                 n = dist.get_world_size(group)
-                most = -(-m // n)  # as torch.chunk does it: the last ones get fewer, or nothing
-                counts = [min(most, max(0, m - k * most)) for k in range(n)]
+                chunk = -(-m // n)  # as torch.chunk does it: the last ones get fewer, or nothing
+                counts = [min(chunk, max(0, m - k * chunk)) for k in range(n)]
                 return Sharding(group, placement.dim, parameter.shape, counts)
     return None
 

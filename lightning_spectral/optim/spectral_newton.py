@@ -258,7 +258,9 @@ class SpectralNewton(Optimizer):
 
     def _unused_name(self, name: str) -> str:
         taken = {group["name"] for group in self.param_groups}
-        return next(found for found in chain([name], (f"{name}_{i}" for i in count(2))) if found not in taken)
+        return next(
+            candidate for candidate in chain([name], (f"{name}_{i}" for i in count(2))) if candidate not in taken
+        )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -275,10 +277,10 @@ class SpectralNewton(Optimizer):
                 loss = closure()
         if not self._alpha_expected and self.takes_alpha:
             self._warn_of_missing_alpha()
-        whole = self._sharing.scope(self.param_groups)
+        full_scope = self._sharing.scope(self.param_groups)
         taken, skipped = agree_on_steps(
             [
-                ParameterStep.of(parameter, group, i, mesh_scope(parameter) if is_dtensor(parameter) else whole)
+                ParameterStep.of(parameter, group, i, mesh_scope(parameter) if is_dtensor(parameter) else full_scope)
                 for group in self.param_groups
                 for i, parameter in enumerate(group["params"])
             ]

@@ -135,7 +135,7 @@ class Estimate:
 
     def cost(self, method: str) -> Cost:
         """Return the cost of the measurement by one method."""
-        given, parts = self.options.micro_batch_size is not None, self._parts(graph_memory(method))
+        size_given, parts = self.options.micro_batch_size is not None, self._parts(graph_memory(method))
         divisible = self.trace is None or self.trace.divisible
         passes = count_passes(
             method,
@@ -143,8 +143,8 @@ class Estimate:
             None if self.trace is None else self.trace.structure,
             self.all_samples,
             parts,
-            micro_batches_given=given,
-            reuses_graph=self.n_batches == parts == 1 and (method != "exact" or given or not divisible),
+            micro_batches_given=size_given,
+            reuses_graph=self.n_batches == parts == 1 and (method != "exact" or size_given or not divisible),
             checked=self.options.curvature == "auto" and self.choice()[0] == "ggn",
         )
         if self.options.curvature_fraction:
@@ -189,12 +189,12 @@ class Estimate:
         return sorted(p.numel() * self._itemsize(p.dtype) for p in measured.values())
 
     def _memory(self, method: str, parts: int) -> Memory:
-        options, given = self.options, self.options.micro_batch_size is not None
+        options, size_given = self.options, self.options.micro_batch_size is not None
         per_sample = 0.0 if self.trace is None else self.trace.activations / (self.trace.samples or 1)
         graph = graph_memory(method) * self.samples_at_once(parts)
         if options.curvature_fraction:
             graph = max(graph, TRACE_GRAPH * self.samples_at_once(self._parts(TRACE_GRAPH)))
-        summed = self.n_batches > 1 or (given and parts > 1)
+        summed = self.n_batches > 1 or (size_given and parts > 1)
         factors = [factor_bytes(layer) for layer in self.layers.values()] if options.alignment else [0]
         tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if t.is_floating_point()]
         weights = [t.numel() * self._itemsize(t.dtype) for t in tensors]
@@ -212,7 +212,7 @@ class Estimate:
             gradients=stay + math.ceil(sum(split) / self.world_size) + 2 * max(split),
             svd=max(svd_bytes(layer, options.top_k, itemsize) for layer in self.layers.values()),
             directions=itemsize * sum(k * sum(self.layers[name].shape) for name, k in self.directions.items()),
-            gradient_graph=round(per_sample * self.samples_at_once(parts if given else 1)),
+            gradient_graph=round(per_sample * self.samples_at_once(parts if size_given else 1)),
             # Double backward keeps the gradients that it differentiates.
             curvature_graph=round(per_sample * graph) + (sum(split) if method == "exact" else 0),
             factors=sum(factors) if summed else max(factors),

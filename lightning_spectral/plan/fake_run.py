@@ -89,16 +89,16 @@ def trace_loss(
     fakes = fake_tensor_mode()
     copier, replaced = _Shapes(fakes, PRECISIONS[precision]), silent_trainers(model)
     copier.memo.update(replaced)
-    shapes, given = copier.copy(model, type(model).__name__), map_leaves(batch, lambda x: copier.copy(x, "batch"))
-    samples, loss = batch_size(given), resolve_loss(model, loss_fn)
+    shapes, fake_batch = copier.copy(model, type(model).__name__), map_leaves(batch, lambda x: copier.copy(x, "batch"))
+    samples, loss = batch_size(fake_batch), resolve_loss(model, loss_fn)
     _silence_metrics(shapes)
     values = _Zeros()
-    kept = {id(stand_in): stand_in for stand_in in replaced.values()}
-    with isolated(shapes, mode=mode, precision=precision, stand_ins=kept) as shadow:
-        silence_logging(shadow.module, model, replaced)
-        parameters = dict(shadow.module.named_parameters(remove_duplicate=False))
+    substitutes = {id(stand_in): stand_in for stand_in in replaced.values()}
+    with isolated(shapes, mode=mode, precision=precision, stand_ins=substitutes) as copied:
+        silence_logging(copied.module, model, replaced)
+        parameters = dict(copied.module.named_parameters(remove_duplicate=False))
         leaves = {name: parameters[layer.parameter] for name, layer in layers.items()}
-        fake_loss = FakeLoss(lambda: loss(shadow.module, given), layers, leaves, samples)
+        fake_loss = FakeLoss(lambda: loss(copied.module, fake_batch), layers, leaves, samples)
         try:
             with fakes, values, IgnoreDeviceMoves(), _unlogged():
                 activations, forward = _forward(fake_loss, parameters.values())
@@ -109,7 +109,7 @@ def trace_loss(
                 raise NeedsValuesError(f"the loss cannot be traced without values ({first_line(cause)})") from error
             raise
         graph = structure(fake_loss)
-    return Traced(samples, divisible(given), graph, activations, forward + backward, values.n_read)
+    return Traced(samples, divisible(fake_batch), graph, activations, forward + backward, values.n_read)
 
 
 class _Shapes(Copier):
@@ -196,18 +196,18 @@ def _no_values(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
 
 def _forward(fake_loss: DifferentiableLoss, weights: Iterable[Tensor]) -> tuple[int, int]:
     """Return bytes saved for the backward pass in storages that are not the parameters', and FLOPs."""
-    kept: dict[int | None, Any] = {}
+    storages: dict[int | None, Any] = {}
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage_key(tensor)] = storage
+        storages[storage_key(tensor)] = storage
         return tensor
 
     with FlopCounterMode(display=False) as flops, saved_tensors_hooks(save, lambda tensor: tensor):
         fake_loss.run()
     for weight in weights:
-        kept.pop(storage_key(weight), None)
-    return sum(storage.nbytes() for storage in kept.values()), int(flops.get_total_flops())
+        storages.pop(storage_key(weight), None)
+    return sum(storage.nbytes() for storage in storages.values()), int(flops.get_total_flops())
 
 
 def _backward(loss: Tensor, weights: Iterable[Tensor]) -> int:

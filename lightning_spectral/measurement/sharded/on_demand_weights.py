@@ -56,9 +56,9 @@ class _Weight:
         memory = torch.empty(shard.shape, dtype=wide, device=shard.device)
         learned = isinstance(shard, nn.Parameter)
         whole = nn.Parameter(memory, requires_grad=shard.requires_grad) if learned else memory
-        found = cls(shard, whole, whole.data, memory.untyped_storage().nbytes())
-        found.empty()
-        return found
+        weight = cls(shard, whole, whole.data, memory.untyped_storage().nbytes())
+        weight.empty()
+        return weight
 
     @property
     def stays(self) -> bool:
@@ -216,14 +216,14 @@ class OnDemandWeights(TorchDispatchMode):
 
     def _used(self, values: Iterable[Any]) -> list[int]:
         """Return the weights among these values."""
-        found = []
+        used = []
         for value in values:
             if isinstance(value, Tensor):
                 if (i := self._of_storage.get(storage_key(value))) is not None:
-                    found.append(i)
+                    used.append(i)
             elif isinstance(value, (list, tuple)):
-                found += self._used(value)
-        return found
+                used += self._used(value)
+        return used
 
     def _ensure_resident(self, used: Sequence[int]) -> None:
         for i in used:
@@ -307,9 +307,9 @@ def _is_unread(func: Any) -> bool:
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return the arguments that an operation writes to."""
     schema = getattr(func, "_schema", None)
-    known = [] if schema is None else list(schema.arguments)
-    found = []
-    for position, argument in enumerate(known):
+    arguments = [] if schema is None else list(schema.arguments)
+    written = []
+    for position, argument in enumerate(arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found.append(args[position] if position < len(args) else kwargs.get(argument.name))
-    return found
+            written.append(args[position] if position < len(args) else kwargs.get(argument.name))
+    return written

@@ -183,12 +183,12 @@ def _power_law(axes: Axes, layer: LayerSpectrum) -> set[str]:
         axes.errorbar(sigma[positive].numpy(), h[positive].numpy(), bars, fmt="none", ecolor=colour, elinewidth=0.6)
     points: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 3.5}
     axes.plot(sigma[used].numpy(), h[used].numpy(), label="fitted", **points)
-    left_out = positive & ~used
-    if bool(left_out.any()):
-        axes.plot(sigma[left_out].numpy(), h[left_out].numpy(), label="left out", **points | {"mfc": ground()})
+    unused = positive & ~used
+    if bool(unused.any()):
+        axes.plot(sigma[unused].numpy(), h[unused].numpy(), label="left out", **points | {"mfc": ground()})
     marks = _edge_marks(axes, layer)
     axes.set_title("\n".join(heading), fontsize=6.5)
-    return marks | ({"left out"} if bool(left_out.any()) else set())
+    return marks | ({"left out"} if bool(unused.any()) else set())
 
 
 def _fit_line(axes: Axes, layer: LayerSpectrum, fitted: Tensor) -> bool:
@@ -286,6 +286,6 @@ def _winner_text(layer: LayerSpectrum) -> str:
     models = layer.rank_models
     if models.winner is None:
         return f"no model: {models.n_used} values"
-    others = [bic for name, bic in models.bic.items() if name != models.winner and not math.isnan(bic)]
-    margin = f"\nΔBIC {min(others) - models.bic[models.winner]:.1f}" if others else ""
+    losers = [bic for name, bic in models.bic.items() if name != models.winner and not math.isnan(bic)]
+    margin = f"\nΔBIC {min(losers) - models.bic[models.winner]:.1f}" if losers else ""
     return MODEL_STYLE[models.winner].name + margin

@@ -57,8 +57,8 @@ def plot_transfer_functions(
         axes.set(xscale="log", yscale="log", ylabel=r"$T=\hat\sigma\,/\,(\hat\sigma^\alpha+d)$")
         axes.set_xlabel(rf"$\hat\sigma = \sigma\,\sqrt{{r}}\,/\,{norm}$, with ${norm}$ of the K values measured")
         _transfer_curves(axes, layers, damping)
-        left_out = len(report.layers) - len(layers)
-        note = f"layers without a fit: {left_out}" if left_out else ""
+        n_missing = len(report.layers) - len(layers)
+        note = f"layers without a fit: {n_missing}" if n_missing else ""
         title(figure, f"Transfer functions, d = {damping:g}", [report], note)
         keys = kind_handles((layer.kind for layer in layers), line=True)
         legend(figure, [*keys, line_handle(":", "α = 1, d = 0")])

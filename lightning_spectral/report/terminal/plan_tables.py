@@ -104,10 +104,10 @@ def _shape(shape: tuple[int, int], groups: int) -> str:
 def _costs(plan: Plan) -> Table:
     table = _table(("method",), ("products", "output columns", "micro-batches", "training steps", "memory"))
     for name, cost in plan.costs.items():
-        chosen = name == plan.method
+        is_planned = name == plan.method
         memory = size_of(cost.memory.peak) + ("" if cost.has_graph else " and graphs")
         row = (_range(*cost.products), _range(*cost.columns), str(cost.parts), _range(*cost.steps), memory)
-        table.add_row(f"{name} *" if chosen else name, *row, style="" if chosen or not plan.method else "dim")
+        table.add_row(f"{name} *" if is_planned else name, *row, style="" if is_planned or not plan.method else "dim")
     return table
 
 
