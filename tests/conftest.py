@@ -70,9 +70,11 @@ def world_of_three():
     world.close()
 
 
-@pytest.hookimpl(tryfirst=True)
+# Around all others, since pytest-xdist's own reads the marks.
+@pytest.hookimpl(hookwrapper=True)
 def pytest_collection_modifyitems(items):
     """Keep the tests that share a costly fixture in one worker (`--dist loadgroup`)."""
     for item in items:
         for name in sorted({*COSTLY} & {*item.fixturenames}):
             item.add_marker(pytest.mark.xdist_group(name))
+    yield

@@ -54,7 +54,7 @@ def share(optimizer: SpectralNewton, n: int) -> float:
     (group,) = optimizer.param_groups
     pieces = [piece for i, p in enumerate(group["params"]) for piece in matrix_blocks(p.data, p.data, group, i)]
     loads = [0] * n
-    for piece, owner in zip(pieces, sharing.assign_owners(pieces, n), strict=True):
+    for piece, owner in zip(pieces, sharing.assign_by_cost(pieces, n), strict=True):
         loads[owner] += piece.cost
     return max(loads) / sum(loads)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -305,7 +306,8 @@ def test_weights_are_never_there():
 
 
 HUGE = """
-import resource, torch
+import re, torch
+from pathlib import Path
 import torch.nn.functional as F
 from torch import nn
 from lightning_spectral.plan.meta_init import weightless
@@ -344,11 +346,13 @@ with weightless():
     model = Llama()
 tokens = torch.zeros(64, 128, dtype=torch.long)
 plan = plan_spectra(model, tokens, lambda m, x: F.cross_entropy(m(x).flatten(0, 1), x.flatten()), world_size=8)
-most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# What getrusage tells is that of the process that started this one, if it is more.
+most = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]
 print(plan.parameters, len(plan.layers), plan.method, plan.step_flops, most)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc, which is Linux's")
 def test_seven_billion_parameters_take_less_than_a_gigabyte():
     done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
