@@ -19,11 +19,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --d
 demo: $(READY)
 	$(BIN)/lightning-spectral demo
 
-# All tests: under 6 minutes on two cores.
+# All tests; the 20 slowest are printed.
 test: $(READY)
 	$(PYTEST)
 
-# Units and documentation alone: under 90 seconds.
+# Units and documentation alone.
 test-fast: $(READY)
 	$(PYTEST) tests/unit tests/docs
 

@@ -260,14 +260,18 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    figures, machine = before.get("figures", {}), environment(threads=options.threads, repeats=options.repeats)
+    if before and options.only == ["predictions"]:
+        # Nothing is timed: the figures stay those of the machine before.
+        machine = before["environment"]
     for name in options.only:
         figures[name] = PARTS[name](options.repeats)
         for of in ARMS.keys() & figures.keys():
             for size, row in zip(ARMS[of][1], figures[of]["points"], strict=True):
                 row |= planned(size)
         ratios = list(off(figures))
-        told = {"environment": environment(threads=options.threads, repeats=options.repeats), "figures": figures}
+        told = {"environment": machine, "figures": figures}
         if ratios:
             times, sizes = zip(*ratios, strict=True)
             told["measured_over_planned"] = {"steps": [min(times), max(times)], "bytes": [min(sizes), max(sizes)]}
