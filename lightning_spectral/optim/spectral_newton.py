@@ -258,9 +258,7 @@ class SpectralNewton(Optimizer):
 
     def _unused_name(self, name: str) -> str:
         taken = {group["name"] for group in self.param_groups}
-        return next(
-            candidate for candidate in chain([name], (f"{name}_{i}" for i in count(2))) if candidate not in taken
-        )
+        return next(unused for unused in chain([name], (f"{name}_{i}" for i in count(2))) if unused not in taken)
 
     @overload
     def step(self, closure: None = None) -> None: ...
