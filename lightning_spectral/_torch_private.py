@@ -60,6 +60,21 @@ def trained_on_batch_statistics(node: Any) -> bool:
     return bool(getattr(node, "_saved_training", True))
 
 
+def output_shape(node: Any, number: int) -> torch.Size | None:
+    """Return the shape of an output of a node of the graph; None where it does not tell."""
+    outputs = getattr(node, "_input_metadata", ())
+    return torch.Size(outputs[number].shape) if number < len(outputs) else None
+
+
+def log_softmax_result(node: Any) -> tuple[Tensor, int] | None:
+    """Return what a log-softmax node of the graph gave, and over which dimension; None where it does not tell."""
+    result, dim = getattr(node, "_saved_result", None), getattr(node, "_saved_dim", None)
+    if not isinstance(result, Tensor) or dim is None:
+        return None
+    # A negative dimension comes back as an unsigned number.
+    return result, int(dim) if dim < result.ndim else int(dim) - 2**64
+
+
 def uncompiled(function: Any) -> Any:
     """Return the function that torch.compile was given, None for one that was not compiled."""
     return getattr(function, "_torchdynamo_orig_callable", None)

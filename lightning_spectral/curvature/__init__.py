@@ -1,6 +1,6 @@
 """Directional curvatures h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T), H the Hessian block of one layer."""
 
-from lightning_spectral.curvature.forward_recorder import TRANSPOSED, LayerCall, Recorder
+from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
 from lightning_spectral.curvature.layer_taps import Tap, groups_of, single_calls
 from lightning_spectral.curvature.output_hessian import LossValue, loss_value
@@ -13,6 +13,7 @@ from lightning_spectral.curvature.problem import (
     accumulation_dtype,
     cause_of,
 )
+from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
 from lightning_spectral.curvature.selection import METHODS, LossProperties, check_method
 from lightning_spectral.curvature.static_analysis import FakeLoss, Structure, structure
 

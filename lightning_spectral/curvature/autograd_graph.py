@@ -69,8 +69,50 @@ LINEAR = frozenset(
         "MaskedSelect",
         "Where",
         "AccumulateGrad",
+        "Embedding",
+        "IndexAdd",
+        "IndexPut",
+        "NativeDropout",
+        "NllLoss",
+        "NllLoss2D",
+        "Scatter",
+        "ScatterAdd",
+        "SelectScatter",
+        "SliceScatter",
+        "Tril",
+        "Triu",
+        "UnsafeSplit",
+        "_Move",
     ]
 )
+VIEWS = frozenset(
+    [
+        "Alias",
+        "AsStrided",
+        "Chunk",
+        "Clone",
+        "Contiguous",
+        "Expand",
+        "Narrow",
+        "Permute",
+        "Reshape",
+        "ReshapeAlias",
+        "Select",
+        "Slice",
+        "Split",
+        "SplitWithSizes",
+        "Squeeze",
+        "T",
+        "Transpose",
+        "Unbind",
+        "UnsafeSplit",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    ]
+)
+"""Operations that only show a tensor, or part of it, in another shape."""
+
 PIECEWISE = frozenset(
     [
         "Relu",
@@ -146,11 +188,12 @@ class Dependence:
         """
         obstacles: dict[str, int] = {}
         for node, mask in self.masks.items():
-            if mask and node not in self.stops and not self._linear(node, allowed):
+            if mask and node not in self.stops and not self.is_linear(node, allowed):
                 obstacles[operation(node)] = obstacles.get(operation(node), 0) | mask
         return obstacles
 
-    def _linear(self, node: Node, allowed: frozenset[str]) -> bool:
+    def is_linear(self, node: Node, allowed: frozenset[str]) -> bool:
+        """Return whether an operation is one of the allowed, or multilinear in the leaves."""
         name, inputs = operation(node), self.inputs(node)
         if name in allowed:
             return True

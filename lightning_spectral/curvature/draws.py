@@ -48,6 +48,29 @@ def mean_and_error(draws: Sequence[Draw]) -> tuple[dict[str, Tensor], dict[str, 
     return h, stderr
 
 
+NOISE_SHARE = 0.1
+"""Share of alpha's own standard error that the noise of h may add to it."""
+
+
+def is_precise(
+    triplets: Mapping[str, SingularTriplets], h: Mapping[str, Tensor], stderr: Mapping[str, Tensor], target: float
+) -> bool:
+    """Return whether more draws are not worth their time, in the median layer.
+
+    The standard error that h gives alpha is below the target, or adds less than `NOISE_SHARE` to the one that the
+    scatter of the points gives it, of which the noise itself is a part.
+    """
+    precise = []
+    for name, of_layer in triplets.items():
+        sigma, h_k = of_layer.sigma.detach().cpu().double(), h[name]
+        fit = fit_power_law(sigma, h_k)
+        if not math.isnan(fit.exponent):
+            noise = with_ordinate_errors(replace(fit, stderr=0.0), sigma, h_k, stderr[name], h_k > 0).stderr
+            own = math.sqrt(max(fit.stderr**2 - noise**2, 0.0))
+            precise.append(noise <= max(target, own * math.sqrt((1 + NOISE_SHARE) ** 2 - 1)))
+    return 2 * sum(precise) >= len(precise)
+
+
 def alpha_error(
     triplets: Mapping[str, SingularTriplets], h: Mapping[str, Tensor], stderr: Mapping[str, Tensor]
 ) -> float:

@@ -3,62 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_spectral._torch_private import as_non_view, on_saved_tensors_hooks, patched_linear
 from lightning_spectral.curvature.activations import cheap_twin
+from lightning_spectral.curvature.products import LINEAR, Function, LayerCall, Product, as_product
 
-Function = Callable[..., Any]
-
-CONVOLUTIONS: tuple[Function, ...] = (F.conv1d, F.conv2d, F.conv3d)
-TRANSPOSED: tuple[Function, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 LOSSES: tuple[Function, ...] = (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss)
 
 CASTS: tuple[Function, ...] = (
     torch.Tensor.bfloat16, torch.Tensor.float, torch.Tensor.half, torch.Tensor.to, torch.Tensor.type,
     torch.Tensor.type_as,
 )  # fmt: skip
-
-ARGUMENTS: dict[Function, tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
-    **dict.fromkeys(CONVOLUTIONS, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
-    **dict.fromkeys(
-        TRANSPOSED, ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    ),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class LayerCall:
-    """One product of a parameter with an activation: z = W a.
-
-    Attributes:
-        function: F.linear or a convolution.
-        input: a, detached.
-        output: z, for its shape: what comes after may have written over its entries.
-        edge: z in the graph, to differentiate in; None where it has none.
-        options: stride, padding and the like of a convolution.
-        time_first: how many samples there are where rows run over time first, as inside `nn.MultiheadAttention`;
-            None where they run over samples first.
-        zero: the leaf of zeros that was added to z; None where none was.
-    """
-
-    function: Function
-    input: Tensor
-    output: Tensor
-    edge: GradientEdge | None
-    options: Mapping[str, Any]
-    time_first: int | None = None
-    zero: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +33,7 @@ class LossCall:
     function: Function
     input: Tensor
     target: Tensor
-    options: Mapping[str, Any]
+    options: dict[str, Any]
     output: Tensor
 
 
@@ -89,19 +54,27 @@ class Trace:
     casts: set[torch.dtype] = field(default_factory=set)
 
 
+Move = Callable[[int, LayerCall, int], Tensor | None]
+"""Id of a parameter, its call, and the number of that among its calls -> what is added to the output."""
+
+
 class Recorder(TorchFunctionMode):
     """While active, note products with given parameters and calls of known losses.
 
     Args:
         parameters: ids of the parameters in question.
         add_zeros: add a leaf of zeros to the output of each product, to differentiate in.
+        move: adds to the outputs.
         cheap: give activations their twins with a cheap second derivative.
     """
 
-    def __init__(self, parameters: set[int], *, add_zeros: bool = False, cheap: bool = False) -> None:
+    def __init__(
+        self, parameters: set[int], *, add_zeros: bool = False, move: Move | None = None, cheap: bool = False
+    ) -> None:
         super().__init__()
         self.parameters = parameters
         self.add_zeros = add_zeros
+        self.move = move
         self.cheap = cheap
         self.trace = Trace()
         self._undo = ExitStack()
@@ -132,8 +105,9 @@ class Recorder(TorchFunctionMode):
         if twin is not None:
             return twin
         output = func(*args, **kwargs)
-        if func in ARGUMENTS:
-            return self._product(func, args, kwargs, output)
+        product = as_product(func, args, kwargs, self.parameters)
+        if product is not None:
+            return self._note_product(product, output)
         if func in CASTS and isinstance(output, Tensor) and output.requires_grad and _is_narrower(output, args[0]):
             self.trace.casts.add(output.dtype)
         if func in LOSSES and isinstance(output, Tensor) and output.requires_grad:
@@ -142,22 +116,20 @@ class Recorder(TorchFunctionMode):
             self.trace.losses.append(LossCall(func, *tensors, arguments, output))
         return output
 
-    def _product(
-        self, func: Function, args: Any, kwargs: dict[str, Any], output: Tensor, time_first: int | None = None
-    ) -> Tensor:
-        options = dict(zip(ARGUMENTS[func], args, strict=False)) | kwargs
-        weight = options.pop("weight", None)
-        if id(weight) not in self.parameters:
-            return output
-        a = options.pop("input").detach()
-        options.pop("bias", None)
+    def _note_product(self, product: Product, output: Tensor, time_first: int | None = None) -> Tensor:
         # Of a linear layer on tokens torch gives a view, of what nothing else can reach.
         output = as_non_view(output)
+        calls = self.trace.calls.setdefault(id(product.parameter), [])
+        call = LayerCall(
+            product.function, product.input.detach(), output, None, product.options, time_first, None, product.input,
+            product.input.grad_fn, product.block, product.to_rows, product.from_rows, product.scale,
+        )  # fmt: skip
         zero = torch.zeros_like(output, requires_grad=True) if self.add_zeros else None
-        output = output if zero is None else output + zero
+        moved = self.move(id(product.parameter), call, len(calls)) if self.move is not None else zero
+        output = output if moved is None else output + moved
         # Taken now: after an operation in place, the tensor stands for what that made of it.
         edge = get_gradient_edge(output) if output.requires_grad else None
-        self.trace.calls.setdefault(id(weight), []).append(LayerCall(func, a, output, edge, options, time_first, zero))
+        calls.append(replace(call, output=output, edge=edge, zero=zero, attached=None))
         return output
 
     @contextmanager
@@ -166,7 +138,12 @@ class Recorder(TorchFunctionMode):
         samples = query.shape[1] if query.ndim == 3 else 1
 
         def recorded(linear: Function) -> Function:
-            return lambda *args, **kwargs: self._product(linear, args, kwargs, linear(*args, **kwargs), samples)
+            def run(*args: Any, **kwargs: Any) -> Tensor:
+                output: Tensor = linear(*args, **kwargs)
+                product = as_product(LINEAR, args, kwargs, self.parameters)
+                return output if product is None else self._note_product(product, output, samples)
+
+            return run
 
         with patched_linear(recorded):
             yield

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lightning_spectral._messages import group_by_reason
 from lightning_spectral.curvature.custom_functions import custom_functions
-from lightning_spectral.curvature.layer_taps import Tap, check_samples_apart, half_of, tapped
+from lightning_spectral.curvature.head import half_of
+from lightning_spectral.curvature.layer_taps import Tap, check_samples_apart, tapped
 from lightning_spectral.curvature.output_perturbations import add_output_perturbations
 from lightning_spectral.curvature.problem import (
     Curvatures,

@@ -16,8 +16,9 @@ from torch.autograd.graph import GradientEdge
 from lightning_spectral._messages import group_by_reason
 from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.exact import ExactCurvature
-from lightning_spectral.curvature.forward_recorder import TRANSPOSED, LayerCall
+from lightning_spectral.curvature.head import half_of
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
+from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -143,7 +144,7 @@ def single_calls(problem: DifferentiableLoss, names: Iterable[str]) -> tuple[dic
     for name in names:
         leaf = problem.parameters[name]
         calls = [call for call in problem.trace.calls.get(id(leaf), []) if call.edge is not None]
-        if len(calls) == 1 and counts[id(leaf)] == 1:
+        if len(calls) == 1 and counts[id(leaf)] == 1 and calls[0].is_whole:
             found[name] = calls[0]
         else:
             times = max(len(calls), counts[id(leaf)])
@@ -179,16 +180,6 @@ def measured_exactly(
         group_by_reason({name: f"measured by double backward, since {reason}" for name, reason in why.items()})
     )
     return Curvatures(exact.h, "exact", exact.failed, {}, dict.fromkeys(why, "exact"), notes)
-
-
-def half_of(samples: int) -> Tensor:
-    """Return (B,) which samples are in a random half, the same one at each call.
-
-    Not one sample alone, which may be the only one that is tied to no other (a node without neighbours).
-    """
-    half = torch.zeros(samples, dtype=torch.bool)
-    half[torch.randperm(samples, generator=torch.Generator().manual_seed(0))[: max(samples // 2, 1)]] = True
-    return half
 
 
 def check_samples_apart(taps: Mapping[str, Tap], change: Mapping[str, Tensor | None]) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.curvature.custom_functions import leaves_behind, watch_custom_functions
-from lightning_spectral.curvature.forward_recorder import LayerCall, Recorder, Trace
+from lightning_spectral.curvature.forward_recorder import Recorder, Trace
+from lightning_spectral.curvature.products import LayerCall
 from lightning_spectral.curvature.scalar_loss import checked_loss
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer

@@ -1,29 +1,40 @@
-"""Curvature methods by name, and the choice among them."""
+"""Curvature methods by name, and the choice among them: the cheapest at an error of alpha that does not count."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
+from lightning_spectral._torch_private import output_shape
 from lightning_spectral._validation import one_of
 from lightning_spectral.curvature.exact import ExactCurvature
-from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, GGNCurvature, not_piecewise_linear, output_hessians
-from lightning_spectral.curvature.layer_taps import tapped
+from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, GGNCurvature, is_piecewise_linear
 from lightning_spectral.curvature.problem import Curvature, Curvatures, DifferentiableLoss
+from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 
-FEW_LAYERS = 3
-"""Up to how many layers the loop over them costs no more than a sketch."""
+PRODUCT, JOINT_PRODUCT, COLUMN = 0.6, 1.1, 0.45
+"""Time in training steps of a product with one layer's Hessian, one with all layers', and a column for all layers."""
 
-FEW_SAMPLES = 32
-"""Below it the sketch's cross terms, which fall as 1 / sqrt(samples), drown its curvatures."""
+USUAL_COLUMNS = 20
+"""Random columns that a target error usually takes."""
+
+NOISE_PER_CHANNEL = 0.1
+"""Relative noise of h in one joint product, times sqrt(channels / samples): measured on transformers."""
+
+ALPHA_PER_NOISE = 1.6
+"""Standard error of alpha of K curvatures, times sqrt(K) over their relative noise, where log sigma spreads by 0.6."""
+
+ALPHA_ERROR = 0.03
+"""Standard error of alpha, from the noise of h, that a choice is made for."""
+
+FEWEST_SAMPLES = 4
+"""Below it signs of samples cannot tell channels apart."""
 
 CHECK_TOLERANCE = 1e-2
-"""Relative difference of Gauss-Newton to an exact product from which on it is not believed."""
+"""Relative difference of the columns to an exact product from which on they are not believed."""
 
 
 METHODS: dict[str, Callable[[], Curvature] | None] = {
@@ -46,44 +57,127 @@ class LossProperties:
     """Properties of a loss that "auto" decides by.
 
     Attributes:
-        obstacle: why Gauss-Newton is not the Hessian, or cannot be had exactly; empty if it is.
-        taps: how many layers can be measured together.
+        obstacle: why the columns method does not give the Hessian; empty if it does.
+        is_linear: whether the loss is piecewise linear in each layer, so that its Hessian is zero.
+        outputs: per sample, at the cut; 0 where they are not known.
+        windows: directions of each layer that can be moved at its output.
+        unseen: directions of all other layers together.
         samples: in all; None where the batch does not tell.
     """
 
     obstacle: str
-    taps: int
+    is_linear: bool
+    outputs: int
+    windows: tuple[int, ...]
+    unseen: int
     samples: int | None
 
     @classmethod
     def of(cls, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> LossProperties:
         """Return the properties of a loss, of which this may be a micro-batch."""
         problem.run()
-        taps, _ = tapped(problem, directions)
+        windows = {name: len(triplets) for name, triplets in directions.items()}
+        return cls.seen(see_layers(problem, directions), windows, problem)
+
+    @classmethod
+    def seen(cls, seen: SeenLayers, windows: Mapping[str, int], problem: DifferentiableLoss) -> LossProperties:
+        """Return the properties of a loss by what its graph shows.
+
+        Args:
+            seen: the layers.
+            windows: layer name -> directions.
+            problem: that was run.
+        """
         samples = problem.samples if problem.place is None else problem.place.total
-        return cls(_obstacle(problem, taps), len(taps), samples)
+        shapes = [output_shape(edge.node, edge.output_nr) for edge in seen.cut.edges]
+        known = problem.samples and all(shape is not None for shape in shapes)
+        outputs = sum(shape.numel() for shape in shapes if shape is not None) // (problem.samples or 1) if known else 0
+        return cls(
+            obstacle=_obstacle(seen, problem.samples, outputs),
+            is_linear=is_piecewise_linear(seen),
+            outputs=outputs,
+            windows=tuple(windows[name] for name in seen.calls),
+            unseen=sum(windows[name] for name in seen.unseen),
+            samples=samples,
+        )
+
+    def among(self, samples: int | None) -> LossProperties:
+        """Return the same of so many samples in all."""
+        return replace(self, samples=samples)
+
+    @property
+    def n_directions(self) -> int:
+        """Directions of all layers."""
+        return sum(self.windows) + self.unseen
+
+    @property
+    def column_count(self) -> int:
+        """Backward passes that the columns method takes."""
+        return self.outputs if self.outputs <= EXACT_COLUMNS else USUAL_COLUMNS
+
+    @property
+    def sketch_products(self) -> int:
+        """Joint products that a sketch takes for alpha to `ALPHA_ERROR`; two draws at least.
+
+        Each of P products has a relative noise of `NOISE_PER_CHANNEL` * sqrt(layers * ranks / samples) and reads
+        ranks of K directions, so that h's is `NOISE_PER_CHANNEL` * sqrt(layers * K / (samples * P)).
+        """
+        k = max(self.windows, default=0)
+        ratio = NOISE_PER_CHANNEL * ALPHA_PER_NOISE / ALPHA_ERROR
+        return max(4, round(ratio**2 * len(self.windows) / (self.samples or 1))) if k else 0
 
 
-def fallback_method(obstacle: str, n_taps: int, samples: int | None) -> tuple[str, str]:
-    """Return what "auto" takes in place of Gauss-Newton: the method's name, and the choice with its reasons.
+def _obstacle(seen: SeenLayers, samples: int | None, outputs: int) -> str:
+    if samples is None:
+        return "the tensors of the batch share no leading dimension, so samples cannot be told apart"
+    if not seen.calls:
+        return "no layer is multiplied with activations in a way that is seen"
+    if len(seen.cut.inside) < len(seen.calls):
+        return f"{seen.cut.operations or seen.cut.name_head()} is not piecewise linear"
+    if len(seen.cut.head) > seen.n_nodes // 2 and outputs > EXACT_COLUMNS:
+        return "most of the network lies behind the layers"
+    return ""
 
-    Args:
-        obstacle: to Gauss-Newton.
-        n_taps: how many layers a sketch would serve.
-        samples: in all.
-    """
-    if (samples or 0) < FEW_SAMPLES:
-        few = f"{samples or 'an unknown number of'} samples are too few for a sketch"
-        faster = f", which with at least {FEW_SAMPLES} would be faster" if n_taps > FEW_LAYERS else ""
-        return "exact", f"exact: {obstacle}, and {few}{faster}"
-    if n_taps <= FEW_LAYERS:
-        return "exact", f"exact: {obstacle}, and a sketch does not pay for {n_taps} of the layers"
-    return "sketch", f"sketch: {obstacle}"
+
+def choose(properties: LossProperties) -> list[tuple[str, str]]:
+    """Return what "auto" tries in turn: the methods' names, each with the choice and its reasons."""
+    exact_steps = PRODUCT * properties.n_directions
+    exact_why = f"{properties.n_directions} products"
+    unseen = f", and {properties.unseen} products for layers that have to be measured one by one"
+    unseen = unseen if properties.unseen else ""
+    choices: list[tuple[float, str, str]] = [(exact_steps, "exact", f"exact: {exact_why}")]
+    rest = PRODUCT * properties.unseen
+    if not properties.obstacle:
+        n = properties.column_count
+        kind = "" if properties.outputs <= EXACT_COLUMNS else "about "
+        text = "no pass, the loss is piecewise linear and its Hessian zero" if properties.is_linear else (
+            f"{kind}{n} backward passes for all layers"
+        )
+        why = f"ggn: every operation after the layers is piecewise linear up to the head, {text}{unseen}"
+        choices.append((COLUMN * n + 1 + rest, "ggn", f"{why}; exact would take {exact_why}"))
+    elif properties.windows and (properties.samples or 0) >= FEWEST_SAMPLES:
+        n = properties.sketch_products
+        why = f"sketch: {properties.obstacle}; about {n} joint products{unseen}; exact would take {exact_why}"
+        choices.append((JOINT_PRODUCT * n + 2 + rest, "sketch", why))
+    choices.sort(key=lambda choice: choice[0])
+    if choices[0][1] == "exact":
+        reason = _why_exact(properties, [(steps, name) for steps, name, _ in choices[1:]])
+        return [("exact", f"exact: {exact_why}, {reason}")]
+    return [(name, why) for _, name, why in choices]
+
+
+def _why_exact(properties: LossProperties, dearer: list[tuple[float, str]]) -> str:
+    if dearer:
+        return f"since {dearer[0][1]} would take as long for so few layers or samples"
+    if properties.obstacle and properties.windows:
+        few = f"{properties.samples or 'an unknown number of'} samples are too few for a sketch"
+        return f"since {properties.obstacle}, and {few}"
+    return f"since {properties.obstacle}"
 
 
 @dataclass(frozen=True)
 class CheckedGGN(GGNCurvature):
-    """Gauss-Newton, checked against one exact product.
+    """The columns method, checked against one exact product.
 
     Raises:
         MeasurementError: when called, if it fails its check, or as in `GGNCurvature`.
@@ -94,46 +188,15 @@ class CheckedGGN(GGNCurvature):
         curvatures = super().__call__(problem, directions)
         error = _check(problem, directions, curvatures)
         if not error <= CHECK_TOLERANCE:
-            raise MeasurementError(
-                f"Gauss-Newton failed its check against an exact product (relative error {error:.2g})"
-            )
-        return replace(curvatures, chosen=explain_gauss_newton(len(curvatures.methods)), check_error=error)
-
-
-def explain_gauss_newton(n_exact: int) -> str:
-    """Return the choice of Gauss-Newton and its reasons, with how many layers it cannot see."""
-    why = "ggn: every operation after the layers is piecewise linear, so that Gauss-Newton is the Hessian"
-    also = f"; double backward for {n_exact} that are not applied once, as a linear layer or convolution"
-    return why + (also if n_exact else "")
-
-
-def _obstacle(problem: DifferentiableLoss, names: Iterable[str]) -> str:
-    """Return why Gauss-Newton is not the Hessian, or cannot be had exactly; empty if it is."""
-    try:
-        outputs = output_hessians(problem)
-    except MeasurementError as error:
-        return str(error)
-    return obstacle_to_gauss_newton(problem, [(output.output, output.columns) for output in outputs], names)
-
-
-def obstacle_to_gauss_newton(
-    problem: DifferentiableLoss, outputs: Sequence[tuple[Tensor, int]], names: Iterable[str]
-) -> str:
-    """Return why Gauss-Newton of these outputs is not the Hessian, or cannot be had exactly; empty if it is.
-
-    Args:
-        problem: whose graph is read.
-        outputs: each with the columns per sample of its Hessian.
-        names: of the layers.
-    """
-    if operations := not_piecewise_linear(problem, [output for output, _ in outputs], names):
-        return f"{operations} is not piecewise linear"
-    n_columns = max(columns for _, columns in outputs)
-    return f"the network has {n_columns} outputs per sample, over {EXACT_COLUMNS}" if n_columns > EXACT_COLUMNS else ""
+            raise MeasurementError(f"the columns failed their check against an exact product (error {error:.2g})")
+        return replace(curvatures, check_error=error)
 
 
 def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets], curvatures: Curvatures) -> float:
-    """Return the relative difference to one exact product: the first direction of the layer in the middle."""
+    """Return the relative difference to one exact product: the first direction of the layer in the middle.
+
+    Of a sampled h, what exceeds four standard errors.
+    """
     names = [name for name in directions if name not in curvatures.methods and name not in curvatures.failed]
     if not names:
         return 0.0
@@ -143,4 +206,6 @@ def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplet
     alone.run()
     exact = ExactCurvature()(alone, {name: directions[name].first(1)}).h[name][0]
     difference = float((curvatures.h[name][0] - exact).abs())
+    if name in curvatures.stderr:
+        difference = max(0.0, difference - 4 * float(curvatures.stderr[name][0]))
     return difference / float(exact.abs()) if difference else 0.0

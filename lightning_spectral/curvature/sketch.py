@@ -1,17 +1,18 @@
 """Exact Hessian curvature in expectation: one Hessian-vector product serves all layers and several directions of each.
 
 A channel is a layer l and one of its directions k. Each layer's output is moved along the sum of its channels' moves
-eps_lkb u_k (v_k^T a_b), with a random sign for each channel and sample b, and h_lk = sum_b eps_lkb <u_k (v_k^T a_b),
-(H D)_lb> is read back. Terms between channels carry the product of two signs, whose mean is zero; within one channel
-samples do not interact, so its own terms are complete. What keeps the rest small:
+e_lkb u_k (v_k^T a_b), with a random sign for each channel and sample b, and h_lk = sum_b sign_lkb (H e)_lkb is read
+back. Terms between channels carry the product of two signs, whose mean is zero; within one channel samples do not
+interact, so its own terms are complete. What keeps the rest small:
 
 - Which directions of the layers meet in a product is drawn anew for each draw: those of one rank k in all layers
   belong to the same feature of the data and have larger terms with each other than others.
 - Signs are rows of a Hadamard matrix over randomly ordered samples: the products of two channels' signs add up to zero
   exactly, so the part of the cross terms that all samples share cancels, and only its scatter over samples remains.
-- A channel's amplitude squared is w_k / h_k, with a first estimate of h and the weight w_k that an error of log h_k has
-  in the slope of log h on log sigma. Errors of h_i through h_j then have variance proportional to h_i^2 w_j / w_i, and
-  these amplitudes have the smallest sum of w_i^2 var(log h_i), the variance of alpha.
+- A channel's amplitude squared is w_k / h_k, with a first estimate of h (the squared gradients of the samples, then
+  the first draw) and the weight w_k that an error of log h_k has in the slope of log h on log sigma. Errors of h_i
+  through h_j then have variance proportional to h_i^2 w_j / w_i, and these amplitudes have the smallest sum of
+  w_i^2 var(log h_i), the variance of alpha.
 - Standard errors come from what the draws differ by. Where there are so few channels that a product for each of them
   costs no more, there is one: the few signs of few samples would often agree by chance, and the error not show.
 """
@@ -26,40 +27,23 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.curvature.custom_functions import custom_functions
-from lightning_spectral.curvature.draws import Draw, alpha_error, mean_and_error
-from lightning_spectral.curvature.gauss_newton import output_hessians
-from lightning_spectral.curvature.layer_taps import (
-    REMEDY,
-    Tap,
-    check_samples_apart,
-    groups_of,
-    half_of,
-    measured_exactly,
-    tapped,
-)
-from lightning_spectral.curvature.output_hessian import OutputHessian
-from lightning_spectral.curvature.output_perturbations import add_output_perturbations
-from lightning_spectral.curvature.problem import (
-    Curvatures,
-    DifferentiableLoss,
-    SampleRange,
-    accumulation_dtype,
-    cause_of,
-)
+from lightning_spectral.curvature.draws import Draw, is_precise, mean_and_error
+from lightning_spectral.curvature.head import half_of
+from lightning_spectral.curvature.layer_taps import measured_exactly
+from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange, cause_of
+from lightning_spectral.curvature.sample_search import INTERACT, REMEDY, MovedNetwork, move_network
+from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
 from lightning_spectral.numerics.svd import SingularTriplets
 
-DRAWS = 3
-"""Up to how often all directions are measured: 12 products for 20 directions, 5 in a product."""
+DRAWS = 6
+"""Up to how often all directions are measured."""
 
 TARGET_ERROR = 0.01
 """Standard error of alpha, from that of h, below which no further draw is worth its time."""
 
-RANKS = 5
-"""Up to how many directions of a layer share a product; with more of them, little of the time goes into products."""
-
-SAMPLES_PER_RANK = 16
-"""The noise of h falls with the samples and grows with the channels, so a smaller batch bears fewer of them."""
+RANKS = 10
+"""Up to how many directions of a layer share a product: with 20 of them a draw is two products at least."""
 
 WEIGHT_FLOOR = 0.3
 """Of the mean weight, what a direction in the middle of the fit, where it has none, still gets."""
@@ -69,13 +53,13 @@ WEIGHT_FLOOR = 0.3
 class SketchCurvature:
     """h_k of all layers and several k with one product, unbiased, with standard errors.
 
-    Layers that are not applied exactly once as a linear layer or convolution are measured by double backward.
+    Layers that cannot be moved at their outputs are measured by double backward.
 
     Args:
         draws: up to how often to measure each direction, at least 2; the noise falls with the square root.
-        target_error: stop before that, once the standard error that h gives alpha in the median layer is this small.
-        ranks: directions of a layer that share one product; None: one per 16 samples, at most 5. With twice as many
-            a draw costs half, and its noise is 1.4 times as large.
+        target_error: stop before that, once h's noise adds less than this, or less than a tenth, to alpha's error.
+        ranks: directions of a layer that share one product; None: as many as leave a sample for each channel of a
+            product, at most 10. With twice as many a draw costs half, and its noise is 1.4 times as large.
         seed: of the signs.
 
     Raises:
@@ -102,16 +86,17 @@ class SketchCurvature:
             raise ValueError(f"ranks must be None or at least 1, got {self.ranks}")
 
     def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
-        """Measure all layers that can be tapped together, and the rest one by one."""
+        """Measure all layers that can be moved together, and the others one by one."""
         problem.run()
-        taps, apart = tapped(problem, directions)
-        exact = measured_exactly(problem, directions, apart)
-        if not taps:
-            return exact
+        seen = see_layers(problem, directions)
+        if not seen.calls:
+            return measured_exactly(problem, directions, seen.unseen)
         if names := custom_functions(problem.value):
             raise MeasurementError(f"the network holds custom autograd functions ({', '.join(names)}); {REMEDY}")
+        moved = move_network(problem, seen, directions)
+        exact = measured_exactly(problem, directions, moved.unseen)
         try:
-            h, stderr = self._measure(problem, taps, directions)
+            h, stderr = self._measure(moved, problem)
         except MeasurementError:
             raise
         except RuntimeError as error:
@@ -121,72 +106,51 @@ class SketchCurvature:
         return Curvatures(h | exact.h, self.name, exact.failed, stderr, exact.methods, exact.notes)
 
     def _measure(
-        self, problem: DifferentiableLoss, taps: dict[str, Tap], directions: Mapping[str, SingularTriplets]
+        self, moved: MovedNetwork, problem: DifferentiableLoss
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        products = _Products(problem, taps, directions, self.seed)
-        try:
-            outputs = output_hessians(problem)
-        except MeasurementError:
-            check_samples_apart(products.taps, products.half_alone())
-            # Without the output's Hessian, the squared gradients of the samples have to do.
-            products.set_amplitudes(dict(zip(taps, products.gradients, strict=True)))
-        else:
-            columns = _random_columns(outputs, taps, self.seed)
-            check_samples_apart(taps, columns)
-            products.set_amplitudes(columns)
-        return self._draw_until_precise(products)
-
-    def _draw_until_precise(self, products: _Products) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Draw as often as it takes."""
-        ranks = self.ranks or min(max(products.place.total // SAMPLES_PER_RANK, 1), RANKS)
-        if products.directions <= DRAWS * products.of_draw(ranks):
+        if not moved.head.keeps_samples_apart():
+            raise MeasurementError(f"the loss couples samples; {INTERACT}")
+        products = _Products(moved, problem.place or SampleRange(0, moved.graph.samples), self.seed)
+        ranks = self.ranks or min(max(products.place.total // len(products.triplets), 1), RANKS)
+        if products.directions <= 3 * products.of_draw(ranks):
             return products.one_by_one(), {}
         # Other micro-batches of the batch average this one's error with theirs.
         target = self.target_error * math.sqrt(products.place.total / products.samples)
         draws: list[Draw] = []
         for _ in range(self.draws):
             draws.append(products.draw(ranks))
-            if len(draws) > 1:
-                h, stderr = mean_and_error(draws)
-                if alpha_error(products.triplets, h, stderr) <= target:
-                    break
+            if len(draws) == 1:
+                products.set_amplitudes(draws[0].h)
+                continue
+            h, stderr = mean_and_error(draws)
+            if is_precise(products.triplets, h, stderr, target):
+                break
         return h, stderr
 
 
 class _Products:
-    """Hessian-vector products with moves of the layers' outputs, on one retained graph."""
+    """Hessian-vector products with the amplitudes of all directions, on one retained graph."""
 
-    def __init__(
-        self,
-        problem: DifferentiableLoss,
-        taps: Mapping[str, Tap],
-        directions: Mapping[str, SingularTriplets],
-        seed: int,
-    ) -> None:
-        assert problem.samples is not None
-        self.samples, self.generator = problem.samples, torch.Generator().manual_seed(seed)
-        self.place = problem.place or SampleRange(0, problem.samples)
-        self.taps, self.zeros, self.gradients = add_output_perturbations(problem, taps)
-        self.triplets = {name: directions[name] for name in taps}
-        self.right = {
-            n: t.right(self.triplets[n].v, groups_of(t.layer, self.triplets[n])) for n, t in self.taps.items()
-        }
+    def __init__(self, moved: MovedNetwork, place: SampleRange, seed: int) -> None:
+        graph = moved.graph
+        self.samples, self.place, self.generator = graph.samples, place, torch.Generator().manual_seed(seed)
+        self.triplets, self.e = graph.triplets, list(graph.e.values())
+        gradients = torch.autograd.grad(graph.loss, self.e, create_graph=True, allow_unused=True)
+        self.bent = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
         self.amplitude = {name: torch.ones(len(t), dtype=torch.float64) for name, t in self.triplets.items()}
+        squares = {
+            name: torch.zeros(len(t)) if g is None else g.detach().square().sum(0).cpu()
+            for (name, t), g in zip(self.triplets.items(), gradients, strict=True)
+        }
+        self.set_amplitudes(squares)
 
-    def half_alone(self) -> dict[str, Tensor]:
-        """Return H D for a D that moves half of the samples."""
-        signs = half_of(self.samples).double().expand(len(self.taps), -1)
-        return self._product({name: torch.zeros(1, dtype=torch.long) for name in self.taps}, signs)
-
-    def set_amplitudes(self, columns: Mapping[str, Tensor | None]) -> None:
-        """Return sqrt(w / h), h_k = sum_b (sum_p (u_k^T r_bp)(v_k^T a_bp))^2 for tensors r like the layers' outputs."""
+    def set_amplitudes(self, h: Mapping[str, Tensor]) -> None:
+        """Set sqrt(w / |h|) of a first estimate of h."""
         for name, triplets in self.triplets.items():
-            r = columns[name]
-            if r is None:
-                continue
-            h = self._inner(name, torch.arange(len(triplets)), r.detach()).square().sum(1)
-            h = h.clamp(min=float(h.max()) * torch.finfo(torch.float32).eps)
-            self.amplitude[name] = (_weight(triplets.sigma) / h.where(h > 0, 1)).sqrt()
+            size = h[name].double().abs()
+            size = size.clamp(min=max(float(size.max()) * 1e-3, torch.finfo(torch.float64).tiny))
+            self.amplitude[name] = (_weight(triplets.sigma) / size).sqrt()
 
     @property
     def directions(self) -> int:
@@ -224,35 +188,28 @@ class _Products:
 
     def _readings(self, indices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return per layer, for its directions in ``indices``, the samples' parts (k, B) of the estimates of h."""
-        signs = self._signs(sum(len(k) for k in indices.values()))
-        product = self._product(indices, signs)
+        signs = torch.split(self._signs(sum(map(len, indices.values()))), [len(k) for k in indices.values()])
+        seeds = []
+        for (name, k), e, signs_kb in zip(indices.items(), self.e, signs, strict=True):
+            seed = torch.zeros(e.shape, dtype=torch.float64)
+            seed[:, k] = (signs_kb * self.amplitude[name][k, None]).T
+            seeds.append(seed.to(e))
+        product: list[Tensor | None] = [None] * len(self.e)
+        if self.bent:
+            product = list(
+                torch.autograd.grad(
+                    [g for _, g in self.bent],
+                    self.e,
+                    [seeds[i] for i, _ in self.bent],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            )
         readings = {}
-        for (name, k), signs_kb in zip(indices.items(), self._by_layer(indices, signs), strict=True):
-            readings[name] = self._inner(name, k, product[name]) * signs_kb / self.amplitude[name][k, None]
+        for (name, k), p_bk, signs_kb in zip(indices.items(), product, signs, strict=True):
+            p_kb = torch.zeros(len(k), self.samples) if p_bk is None else p_bk[:, k.to(p_bk.device)].T.cpu()
+            readings[name] = p_kb.double() * signs_kb / self.amplitude[name][k, None]
         return readings
-
-    def _inner(self, name: str, k: Tensor, r: Tensor) -> Tensor:
-        """Return (k, B) of sum_p (u_k^T r_bp)(v_k^T a_bp)."""
-        left_bkp = self.taps[name].left(r, self.triplets[name].u[:, k])
-        inner = (left_bkp * self.right[name][:, k]).sum(2, dtype=accumulation_dtype(r))
-        return inner.T.cpu().double()
-
-    def _product(self, indices: Mapping[str, Tensor], signs: Tensor) -> dict[str, Tensor]:
-        """Return H D with D the sum over the channels of signs_b amplitude_k u_k (v_k^T a_b)."""
-        moves = []
-        for (name, k), signs_kb in zip(indices.items(), self._by_layer(indices, signs), strict=True):
-            right = self.right[name]
-            factor = (signs_kb * self.amplitude[name][k, None]).T.to(right)
-            moves.append(self.taps[name].moved(self.triplets[name].u[:, k], right[:, k] * factor[:, :, None]))
-        products = torch.autograd.grad(self.gradients, self.zeros, moves, retain_graph=True, allow_unused=True)
-        return {
-            name: torch.zeros_like(zero) if product is None else product
-            for name, zero, product in zip(self.taps, self.zeros, products, strict=True)
-        }
-
-    @staticmethod
-    def _by_layer(indices: Mapping[str, Tensor], signs: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(signs, [len(k) for k in indices.values()])
 
     def _signs(self, channels: int) -> Tensor:
         """Return (channels, B) signs, orthogonal between channels on every full block of samples.
@@ -267,20 +224,6 @@ class _Products:
             signs[:, : blocks * size] = _hadamard(size)[rows].repeat(1, blocks)
         order = torch.randperm(total, generator=self.generator)
         return signs[:, order[self.place.first : self.place.first + self.samples]]
-
-
-def _random_columns(outputs: list[OutputHessian], taps: Mapping[str, Tap], seed: int) -> dict[str, Tensor | None]:
-    """Return per layer the backward pass of a random column of the root of half of the samples' output Hessian."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = [output.random(generator) for output in outputs]
-    for output, column in zip(outputs, columns, strict=True):
-        rows = half_of(output.samples).repeat_interleave(column.shape[0] // output.samples)
-        column[~rows.to(column.device)] = 0
-    z = [tap.edge for tap in taps.values()]
-    passed_back = torch.autograd.grad(
-        [output.output for output in outputs], z, columns, retain_graph=True, allow_unused=True
-    )
-    return dict(zip(taps, passed_back, strict=True))
 
 
 def _weight(sigma: Tensor) -> Tensor:

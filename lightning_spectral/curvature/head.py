@@ -1,0 +1,254 @@
+"""The head of a loss: the Hessian of all that is above the cut, in the outputs z at the cut.
+
+Shapes: B samples, C outputs per sample, of all tensors at the cut together. The Hessian is taken by double backward
+through the head alone, which is small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_spectral._torch_private import log_softmax_result
+from lightning_spectral.curvature.autograd_graph import LINEAR, Dependence, operation
+from lightning_spectral.curvature.graph_cut import GraphCut
+from lightning_spectral.curvature.ports import SampleLayout, sample_layouts
+from lightning_spectral.curvature.problem import accumulation_dtype
+
+SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Relative tolerance for two products with the head's Hessian to be the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """Term of the head's Hessian: y^T H y is the sum, or mean, over columns of sum_b sign_b (x_b^T y_b)(x'_b^T y_b).
+
+    Attributes:
+        x: in the shapes of z.
+        sign: (B,), or None for 1.
+        partner: x', where it is not x.
+    """
+
+    x: list[Tensor]
+    sign: Tensor | None = None
+    partner: list[Tensor] | None = None
+
+
+class Head:
+    """Head of a loss, differentiated once.
+
+    Args:
+        loss: with its graph.
+        cut: of it.
+        samples: B.
+    """
+
+    def __init__(self, loss: Tensor, cut: GraphCut, samples: int) -> None:
+        self.loss, self.cut, self.samples = loss, cut, samples
+        self.edges: Sequence[GradientEdge] = cut.edges
+        gradients = torch.autograd.grad(loss, list(self.edges), create_graph=True)
+        self.gradients = list(gradients)
+        self.shapes = [g.shape for g in gradients]
+        self._guesses = [list(sample_layouts(shape, samples)) for shape in self.shapes]
+        self.layouts = self.guessed_layouts(0)
+        self.outputs = sum(shape.numel() for shape in self.shapes) // samples
+
+    def guessed_layouts(self, number: int) -> list[SampleLayout] | None:
+        """Return a guess of where the samples are in each z; None if there is none, or no other than before."""
+        if any(not guesses for guesses in self._guesses) or number >= max(map(len, self._guesses)):
+            return None
+        return [guesses[min(number, len(guesses) - 1)] for guesses in self._guesses]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the outputs are."""
+        return self.gradients[0].device
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the head is piecewise linear as well, so that its Hessian is zero."""
+        return not any(g.requires_grad for g in self.gradients)
+
+    def zeros(self) -> list[Tensor]:
+        """Return zeros in the shapes of z."""
+        return [torch.zeros_like(g) for g in self.gradients]
+
+    def product(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Return H x."""
+        bent = [(g, x_i) for g, x_i in zip(self.gradients, x, strict=True) if g.requires_grad]
+        if not bent:
+            return self.zeros()
+        products = torch.autograd.grad(
+            [g for g, _ in bent],
+            list(self.edges),
+            [x_i.to(g.dtype) for g, x_i in bent],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return [zero if p is None else p.detach() for p, zero in zip(products, self.zeros(), strict=True)]
+
+    def products(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Return H x for several x at once, (N, ...) each in the shapes of z."""
+        stacked = [self.product([x_i[j] for x_i in x]) for j in range(len(x[0]))]
+        return [torch.stack(of_edge) for of_edge in zip(*stacked, strict=True)]
+
+    def by_sample(self, x: Sequence[Tensor]) -> Tensor:
+        """Return (B, C) of tensors in the shapes of z."""
+        assert self.layouts is not None
+        parts = [
+            x_i.reshape(layout.shape).permute(1, 0, 2).reshape(self.samples, -1)
+            for x_i, layout in zip(x, self.layouts, strict=True)
+        ]
+        return torch.cat(parts, 1)
+
+    def as_outputs(self, flat: Tensor) -> list[Tensor]:
+        """Return tensors in the shapes of z of (B, C)."""
+        assert self.layouts is not None
+        x, first = [], 0
+        for gradient, layout in zip(self.gradients, self.layouts, strict=True):
+            before, samples, after = layout.shape
+            part = flat[:, first : first + before * after]
+            first += before * after
+            x.append(
+                part.reshape(samples, before, after).permute(1, 0, 2).reshape(gradient.shape).to(gradient.dtype)
+            )
+        return x
+
+    def random_signs(self, generator: torch.Generator) -> list[Tensor]:
+        """Return random signs in the shapes of z."""
+        return [
+            (torch.randint(0, 2, g.shape, generator=generator) * 2 - 1).to(g.device, g.dtype) for g in self.gradients
+        ]
+
+    def keeps_samples_apart(self) -> bool:
+        """Return whether what is done to the outputs of half of the samples shows at no other, in H x."""
+        half = half_of(self.samples)
+        x = self.by_sample(self.random_signs(torch.Generator().manual_seed(0)))
+        moved = self.by_sample(self.product(self.as_outputs(x * half.to(x)[:, None])))
+        return not bool(moved[~half.to(moved.device)].any())
+
+    def exact_columns(self) -> list[Column]:
+        """Return columns whose sum is the Hessian within every sample: its eigenvectors times sqrt|lambda|.
+
+        As many as the largest rank of a sample's: of a softmax one less than it has classes.
+        """
+        rows = []
+        for c in range(self.outputs):
+            one = torch.zeros(self.samples, self.outputs, device=self.gradients[0].device)
+            one[:, c] = 1
+            rows.append(self.by_sample(self.product(self.as_outputs(one))))
+        h_bcc = torch.stack(rows, 1)
+        h_bcc = h_bcc.to(accumulation_dtype(h_bcc))
+        eps = torch.finfo(rows[0].dtype).eps
+        values, vectors = torch.linalg.eigh((h_bcc + h_bcc.mT) / 2)
+        order = values.abs().argsort(1, descending=True)
+        values, vectors = values.gather(1, order), vectors.gather(2, order[:, None].expand_as(vectors))
+        floor = values.abs().amax(1, keepdim=True) * self.outputs * eps
+        values = values.where(values.abs() > floor, 0)
+        rank = int((values != 0).sum(1).max())
+        signed = bool((values < 0).any())
+        return [
+            Column(
+                self.as_outputs(vectors[:, :, c] * values[:, c, None].abs().sqrt()),
+                values[:, c].sign() if signed else None,
+            )
+            for c in range(rank)
+        ]
+
+    def random_columns(self, generator: torch.Generator) -> Iterator[Column]:
+        """Yield random columns without end, whose mean is the Hessian.
+
+        With s random signs: of a softmax, its square root times s; of a head that acts on each output alone, the root
+        of the second derivatives times s; of any other, D^1/2 s and H D^-1/2 s with D what is known of its diagonal,
+        which costs two backward passes in place of one.
+        """
+        if (blocks := self._softmax_blocks()) is not None:
+            while True:
+                yield Column([block.random(generator) for block in blocks])
+        diagonal = self.product([torch.ones_like(g) for g in self.gradients])
+        signs = self.random_signs(torch.Generator().manual_seed(1))
+        moved = self.product(signs)
+        wide = accumulation_dtype(moved[0])
+        error = math.fsum(float((m - d * s).norm(dtype=wide)) for m, d, s in zip(moved, diagonal, signs, strict=True))
+        size = math.fsum(float(m.norm(dtype=wide)) for m in moved)
+        if error <= SAME.get(moved[0].dtype, 1e-2) * size:
+            roots = [d.abs().sqrt() for d in diagonal]
+            below = any(bool((d < 0).any()) for d in diagonal)
+            while True:
+                x = [root * s for root, s in zip(roots, self.random_signs(generator), strict=True)]
+                yield Column(x, None, [d.sign() * x_i for d, x_i in zip(diagonal, x, strict=True)] if below else None)
+        scale = self._diagonal_scale(generator)
+        while True:
+            signs = self.random_signs(generator)
+            inverse = self.product([s / root for s, root in zip(signs, scale, strict=True)])
+            yield Column([s * root for s, root in zip(signs, scale, strict=True)], None, inverse)
+
+    def _diagonal_scale(self, generator: torch.Generator) -> list[Tensor]:
+        """Return the root of about |diag H|, by Hutchinson's estimate, away from zero."""
+        total = self.zeros()
+        for _ in range(4):
+            signs = self.random_signs(generator)
+            total = [t + s * m for t, s, m in zip(total, signs, self.product(signs), strict=True)]
+        scales = []
+        for t in total:
+            d = t.abs()
+            scales.append((d + 0.1 * d.mean() + torch.finfo(d.dtype).tiny).sqrt())
+        return scales
+
+    def _softmax_blocks(self) -> list[_Softmax] | None:
+        """Return the blocks a (diag(p) - p p^T) of a head that is linear in log_softmax(z); None for any other."""
+        softmaxes = {node for node in self.cut.head if operation(node) == "LogSoftmax"}
+        inputs = {(n, nr): node for node in softmaxes for n, nr in node.next_functions}
+        cut = {(edge.node, edge.output_nr) for edge in self.edges}
+        beside = {(n, nr) for node in self.cut.head if node not in softmaxes for n, nr in node.next_functions}
+        if not softmaxes or not cut <= inputs.keys() or cut & beside:
+            return None
+        root = self.loss.grad_fn
+        assert root is not None
+        dependence = Dependence(root, [], softmaxes)
+        if dependence.obstacles(LINEAR):
+            return None
+        nodes = [inputs[edge.node, edge.output_nr] for edge in self.edges]
+        if len(set(nodes)) != len(softmaxes):
+            return None
+        results = [log_softmax_result(node) for node in nodes]
+        if any(result is None for result in results):
+            return None
+        weights = torch.autograd.grad(self.loss, [GradientEdge(node, 0) for node in nodes], retain_graph=True)
+        blocks = []
+        for result, weight in zip(results, weights, strict=True):
+            assert result is not None
+            log_p, dim = result
+            a = -weight.sum(dim, keepdim=True)
+            if bool((a < 0).any()):
+                return None
+            blocks.append(_Softmax(log_p.detach().exp(), a, dim))
+        return blocks
+
+
+@dataclass(frozen=True, eq=False)
+class _Softmax:
+    p: Tensor
+    a: Tensor
+    dim: int
+
+    def random(self, generator: torch.Generator) -> Tensor:
+        """Return sqrt(a) diag(q) (I - q q^T) s, q = sqrt(p), s random signs."""
+        s = (torch.randint(0, 2, self.p.shape, generator=generator) * 2 - 1).to(self.p)
+        q = self.p.sqrt()
+        return self.a.sqrt() * q * (s - q * (q * s).sum(self.dim, keepdim=True))
+
+
+def half_of(samples: int) -> Tensor:
+    """Return (B,) which samples are in a random half, the same one at each call.
+
+    Not one sample alone, which may be the only one that is tied to no other (a node without neighbours).
+    """
+    half = torch.zeros(samples, dtype=torch.bool)
+    half[torch.randperm(samples, generator=torch.Generator().manual_seed(0))[: max(samples // 2, 1)]] = True
+    return half

@@ -1,0 +1,236 @@
+"""A matrix at one of its calls: along its directions u_k v_k^T the output z moves by sum_k e_bk u_k (v_k^T a_b).
+
+Shapes: B samples, K directions, e (B, K) amplitudes; z-like tensors in the call's own layout. `move` is linear in e, and
+`read` its adjoint: (read(r))_bk = sum over the positions p of sample b of (u_k^T r_bp)(v_k^T a_bp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lightning_spectral.curvature.problem import accumulation_dtype
+from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
+from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.numerics.svd import SingularTriplets
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """Places of the samples among the rows of an activation.
+
+    Attributes:
+        shape: (before, samples, after): row (i, b, j) of that shape is of sample b.
+        index: where they have no such order, (rows,) the sample of each.
+    """
+
+    shape: tuple[int, int, int]
+    index: Tensor | None = None
+
+    def spread(self, e: Tensor) -> Tensor:
+        """Return (rows, K) of amplitudes (B, K)."""
+        if self.index is not None:
+            return e[self.index.to(e.device)]
+        before, samples, after = self.shape
+        return e[None, :, None].expand(before, samples, after, e.shape[1]).reshape(-1, e.shape[1])
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """Return (B, K) sums over the rows of each sample, in `accumulation_dtype`."""
+        wide = accumulation_dtype(rows)
+        if self.index is not None:
+            zeros = torch.zeros(self.shape[1], rows.shape[1], dtype=wide, device=rows.device)
+            return zeros.index_add(0, self.index.to(rows.device), rows.to(wide))
+        return rows.reshape(*self.shape, -1).sum((0, 2), dtype=wide)
+
+
+def sample_layouts(lead: torch.Size, samples: int, time_first: int | None = None) -> Iterator[SampleLayout]:
+    """Yield where the samples may be among rows of this shape, the likeliest first.
+
+    They may be the first dimension, alone or times others (tokens, views); any other; or run fastest in the first.
+    """
+    rows = lead.numel()
+    if not lead or rows % samples or not rows:
+        return
+    shapes = []
+    if time_first == samples:
+        shapes.append((rows // samples, samples, 1))
+    if lead[0] % samples == 0:
+        shapes.append((1, samples, rows // samples))
+    for i, size in enumerate(lead):
+        if size == samples:
+            shapes.append((lead[:i].numel(), samples, lead[i + 1 :].numel()))
+    if lead[0] % samples == 0:
+        shapes.append((lead[0] // samples, samples, rows // lead[0]))
+    for shape in dict.fromkeys(shapes):
+        yield SampleLayout(shape)
+
+
+class Port:
+    """One layer's directions at one of its calls.
+
+    Args:
+        layer: the matrix.
+        call: of its parameter.
+        shape: of the parameter.
+        triplets: the directions.
+        layout: of the samples in the call's rows.
+        attached: keep the graph of the input, which holds the same matrix already.
+    """
+
+    def __init__(
+        self,
+        layer: MatrixLayer,
+        call: LayerCall,
+        shape: torch.Size,
+        triplets: SingularTriplets,
+        layout: SampleLayout,
+        *,
+        attached: bool = False,
+    ) -> None:
+        self.layer, self.call, self.layout, self.attached = layer, call, layout, attached
+        a = call.attached if attached and call.attached is not None else call.input
+        self.z_shape, dtype = call.output.shape, call.output.dtype
+        self.rows: tuple[int, int] | None = None
+        if call.is_convolution:
+            self.rows = layer.rows
+            self.y = triplets.u.to(dtype)
+            self.c = _convolved(call, a, layer, shape, triplets)
+            return
+        x, y = _vectors(layer, call, shape, triplets)
+        self.y = y.to(dtype)
+        if y.ndim == 2 and layer.rows is not None and call.block is None:
+            self.rows, self.y = layer.rows, self.y[slice(*layer.rows)]
+        if call.function is torch.nn.functional.embedding:
+            self.c = x.to(dtype)[a]
+            if (padding := call.options.get("padding")) is not None:
+                self.c = self.c * (a != padding)[..., None]
+        else:
+            self.c = a @ x.to(a.dtype)
+        if call.scale != 1:
+            self.c = self.c * call.scale
+
+    def shift(self, e: Tensor) -> Tensor:
+        """Return what moves z, with a graph."""
+        if self.attached:
+            return self.move(e)
+        shift: Tensor = _Move.apply(e, self)  # type: ignore[no-untyped-call]
+        return shift
+
+    def move(self, e: Tensor) -> Tensor:
+        """Return sum_k e_bk u_k (v_k^T a_b) in the layout of z."""
+        spread = self.layout.spread(e.to(self.c.dtype))
+        if self.call.is_convolution:
+            images, k = self.c.shape[:2]
+            moved = self.y @ (self.c.flatten(2) * spread.reshape(images, -1, k).transpose(1, 2))
+            if self.rows is not None:
+                moved = _padded(moved, 1, self.rows, self.z_shape[1])
+            return moved.reshape(self.z_shape)
+        moved = (self.c * spread.reshape(self.c.shape)) @ self.y.mT
+        if self.rows is not None:
+            moved = _padded(moved, moved.ndim - 1, self.rows, self.call.to_rows(self.call.output).shape[-1])
+        return self.call.from_rows(moved)
+
+    def read(self, r: Tensor) -> Tensor:
+        """Return (B, K) sum_p (u_k^T r_bp)(v_k^T a_bp)."""
+        if self.call.is_convolution:
+            r = r.flatten(2)
+            r = r if self.rows is None else r[:, slice(*self.rows)]
+            products = (self.y.mT @ r) * self.c.flatten(2)
+            return self.layout.collect(products.transpose(1, 2).sum(1, dtype=accumulation_dtype(r)))
+        rows = self.call.to_rows(r)
+        rows = rows if self.rows is None else rows[..., slice(*self.rows)]
+        return self.layout.collect(((rows @ self.y) * self.c).reshape(-1, self.c.shape[-1]))
+
+
+class _Move(Function):
+    """`Port.move`, whose derivative is `Port.read`, and the other way round: neither saves anything of the graph.
+
+    Hooks on saved tensors, as of checkpointing, thus find what the program itself saves and nothing else.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(e: Tensor, port: Port) -> Tensor:
+        return port.move(e)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Port], output: Tensor) -> None:
+        ctx.port = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, r: Tensor) -> tuple[Tensor, None]:
+        return _Read.apply(r, ctx.port), None  # type: ignore[no-untyped-call]
+
+
+class _Read(Function):
+    """`Port.read`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(r: Tensor, port: Port) -> Tensor:
+        return port.read(r)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Port], output: Tensor) -> None:
+        ctx.port = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor, None]:
+        return _Move.apply(e, ctx.port), None  # type: ignore[no-untyped-call]
+
+
+def _vectors(
+    layer: MatrixLayer, call: LayerCall, shape: torch.Size, triplets: SingularTriplets
+) -> tuple[Tensor, Tensor]:
+    """Return x (n, K), with which the rows of a are contracted, and y (m, K); of a stack (E, ., K) where they differ.
+
+    With P the parameter's matrix, W = P or P^T as `MatrixLayer.to_matrix` takes it: the direction is p q^T in P's rows
+    and columns.
+    """
+    u, v, block = triplets.u, triplets.v, call.block
+    if layer.rows is not None:
+        whole = shape[-1] if layer.transposed else shape[0]
+        u = _padded(u, 0, layer.rows, whole)
+    if len(shape) == 3 and layer.groups == shape[0] and not call.is_convolution:
+        u = u.reshape(shape[0], -1, u.shape[1])
+        u = u if block is None or block.expert is None else u[block.expert]
+    p, q = (v, u) if layer.transposed else (u, v)
+    if block is None:
+        return q, p
+    p, q = p[..., slice(*block.rows), :], q[..., slice(*block.columns), :]
+    return (q, p) if block.transposed else (p, q)
+
+
+def _padded(tensor: Tensor, dim: int, rows: tuple[int, int], size: int) -> Tensor:
+    """Return the tensor with zeros around its rows, ``size`` of them in that dimension."""
+    shape = list(tensor.shape)
+    before, after = list(shape), list(shape)
+    before[dim], after[dim] = rows[0], size - rows[1]
+    return torch.cat([tensor.new_zeros(before), tensor, tensor.new_zeros(after)], dim)
+
+
+def _convolved(call: LayerCall, a: Tensor, layer: MatrixLayer, shape: torch.Size, triplets: SingularTriplets) -> Tensor:
+    """Return v_k^T a, (images, K, positions...), each with the group of channels in which its u_k lies."""
+    kernel, k, g = shape[2:], len(triplets), layer.groups
+    v = triplets.v.to(a.dtype)
+    v_ki = v.T.reshape(k, -1, *kernel)
+    ins = v_ki.shape[1]
+    filters = v.new_zeros(k, g, ins, *kernel)
+    filters[torch.arange(k, device=v.device), group_of(layer, triplets)] = v_ki
+    filters = filters.reshape(k, g * ins, *kernel)
+    if call.function in TRANSPOSED:
+        filters = filters.transpose(0, 1)
+    convolved: Tensor = call.function(a, filters, None, **{**call.options, "groups": 1})
+    return convolved
+
+
+def group_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
+    """Return (K,) the block of rows in which each u_k lies."""
+    return triplets.u.abs().argmax(0) // (layer.shape[0] // layer.groups)

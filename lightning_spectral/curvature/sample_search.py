@@ -1,0 +1,178 @@
+"""Find where the samples are among the rows of every layer's calls: guessed from shapes, told by values.
+
+What is done to some samples' outputs comes back, in a backward pass, at the rows of these samples and at no other, if
+samples do not interact in the network. A layout that shows anything else is wrong, or there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_spectral.curvature.direction_graph import DirectionGraph
+from lightning_spectral.curvature.head import Head, half_of
+from lightning_spectral.curvature.ports import SampleLayout, sample_layouts
+from lightning_spectral.curvature.problem import DifferentiableLoss
+from lightning_spectral.curvature.products import LayerCall
+from lightning_spectral.curvature.seen_layers import SeenLayers
+from lightning_spectral.errors import MeasurementError
+from lightning_spectral.numerics.svd import SingularTriplets
+
+TRIES = 3
+"""Guesses from the shape, after which each row is followed from the output."""
+
+REMEDY = "use curvature='exact'"
+
+INTERACT = (
+    "samples depend on each other in the network (BatchNorm in train mode, a graph), or the batch's samples do not "
+    f"come first; {REMEDY}"
+)
+
+ROWS_UNKNOWN = "the rows of its output cannot be told apart by sample"
+
+
+@dataclass(frozen=True, eq=False)
+class MovedNetwork:
+    """A network along whose directions everything is ready to be differentiated.
+
+    Attributes:
+        graph: of the layers whose samples are known.
+        head: above the cut.
+        is_exact: whether the network below the cut is piecewise linear in each layer, so that H = J^T (d2L / dz2) J.
+        unseen: the other layers -> why.
+    """
+
+    graph: DirectionGraph
+    head: Head
+    is_exact: bool
+    unseen: dict[str, str]
+
+
+def move_network(
+    problem: DifferentiableLoss, seen: SeenLayers, directions: Mapping[str, SingularTriplets]
+) -> MovedNetwork:
+    """Return the network with amplitudes at every layer of which the samples can be told apart.
+
+    Raises:
+        MeasurementError: if there is no such layer.
+    """
+    samples = problem.samples
+    if samples is None:
+        raise MeasurementError(
+            f"the tensors of the batch share no leading dimension, so samples cannot be told apart; {REMEDY}"
+        )
+    guesses = {name: [_guesses(call, samples) for call in calls] for name, calls in seen.calls.items()}
+    followed: dict[str, list[SampleLayout]] = {}
+    unseen = dict(seen.unseen)
+    number = dict.fromkeys(guesses, 0)
+    for attempt in range(TRIES + 1):
+        layouts: dict[str, Sequence[SampleLayout]] = {}
+        lost = [n for n, g in guesses.items() if n not in followed and n not in unseen and not _nth(g, number[n])]
+        if lost:
+            rows = _follow(problem, seen, lost, samples)
+            followed |= rows
+            unseen |= dict.fromkeys(lost - rows.keys(), ROWS_UNKNOWN)
+        for name, of_calls in guesses.items():
+            if name not in unseen:
+                layouts[name] = followed.get(name) or _nth(of_calls, number[name]) or []
+        if not layouts:
+            break
+        graph = DirectionGraph(problem, seen, directions, layouts)
+        cut = graph.cut()
+        is_exact = len(cut.inside) == len(layouts)
+        head = Head(graph.loss, cut if is_exact and cut.edges else graph.outer_cut(), samples)
+        wrong = _mixed(graph, head)
+        if not wrong:
+            return MovedNetwork(graph, head, is_exact, unseen)
+        if len(wrong) == len(layouts) and attempt:
+            break
+        for name in wrong:
+            if name in followed:
+                unseen[name] = ROWS_UNKNOWN
+            number[name] += 1
+            if attempt >= TRIES - 1:
+                number[name] = TRIES * 10
+    raise MeasurementError(INTERACT)
+
+
+def _guesses(call: LayerCall, samples: int) -> list[SampleLayout]:
+    return list(sample_layouts(call.lead, samples, call.time_first))
+
+
+def _nth(guesses: Sequence[Sequence[SampleLayout]], number: int) -> list[SampleLayout] | None:
+    """Return the guess of that number for each call; None if there is none for any, or no other than before."""
+    if any(not of_call for of_call in guesses) or number >= max(len(of_call) for of_call in guesses):
+        return None
+    return [of_call[min(number, len(of_call) - 1)] for of_call in guesses]
+
+
+def _mixed(graph: DirectionGraph, head: Head) -> list[str]:
+    """Return the layers at which the outputs of half of the samples show at another sample.
+
+    Of several guesses of where the samples are in the output, that with the fewest of them is kept.
+    """
+    half = half_of(graph.samples)
+    best, layouts, number = graph.names, head.layouts, 0
+    while best and (guess := head.guessed_layouts(number)) is not None:
+        head.layouts, number = guess, number + 1
+        x = torch.rand(graph.samples, head.outputs, generator=torch.Generator().manual_seed(0)) + 1
+        readings = graph.columns(head.edges, head.as_outputs(x.to(head.device) * half.to(head.device)[:, None]))
+        mixed = [name for name, t in readings.items() if bool(t[~half.to(t.device)].any())]
+        if len(mixed) < len(best):
+            best, layouts = mixed, guess
+    head.layouts = layouts
+    return best
+
+
+def _follow(
+    problem: DifferentiableLoss, seen: SeenLayers, names: Sequence[str], samples: int
+) -> dict[str, list[SampleLayout]]:
+    """Return the sample of each row of these layers' calls, from two backward passes of the output.
+
+    In the second, the output of sample b is b + 1 times that of the first; so is what comes back at its rows.
+    """
+    head = Head(problem.value, seen.outer_cut, samples)
+    if head.layouts is None:
+        return {}
+    x = torch.rand(samples, head.outputs, generator=torch.Generator().manual_seed(0)).to(head.device) + 1
+    scale = torch.arange(1, samples + 1, dtype=x.dtype, device=x.device)[:, None]
+    edges: list[GradientEdge] = [call.edge for name in names for call in seen.calls[name] if call.edge is not None]
+    passes = [
+        torch.autograd.grad(head.edges, edges, head.as_outputs(seed), retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        for seed in (x, x * scale)
+    ]
+    found = dict(zip(((e.node, e.output_nr) for e in edges), zip(*passes, strict=True), strict=True))
+    layouts = {}
+    for name in names:
+        of_calls = []
+        for call in seen.calls[name]:
+            assert call.edge is not None
+            once, scaled = found[call.edge.node, call.edge.output_nr]
+            index = None if once is None or scaled is None else _sample_of_rows(call, once, scaled, samples)
+            if index is None:
+                break
+            of_calls.append(SampleLayout((1, samples, 1), index))
+        else:
+            layouts[name] = of_calls
+    return layouts
+
+
+def _sample_of_rows(call: LayerCall, once: Tensor, scaled: Tensor, samples: int) -> Tensor | None:
+    """Return (rows,) the sample of each; None where one is of several samples."""
+    one, other = (
+        r.flatten(1) if call.is_convolution else call.to_rows(r).flatten(0, -2) for r in (once.double(), scaled.double())
+    )
+    energy = one.square().sum(1)
+    ratio = (one * other).sum(1) / energy.where(energy > 0, 1)
+    sample = ratio.round()
+    apart = (other - sample[:, None] * one).norm(dim=1) > 1e-3 * other.norm(dim=1)
+    if bool((apart & (energy > 0)).any()) or float(sample.max()) > samples:
+        return None
+    # A row that the output does not depend on may count as anyone's.
+    return (sample.long() - 1).clamp(min=0)
+
+
