@@ -69,8 +69,8 @@ def measure_spectra(
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
             apart; or pattern -> their three numbers of rows. `nn.MultiheadAttention` is split by itself.
         mode: "eval" or "train": BatchNorm's statistics and dropout in the measurement.
-        max_samples: measure on the first so many samples of each batch; None: on all. Below 32 there is no sketch, and
-            the exact products in its place take longer.
+        max_samples: measure on the first so many samples of each batch; None: on all. A sketch of fewer than 32
+            takes more passes the fewer there are.
         n_batches: of a DataLoader, average gradient and curvature over its first so many batches, by samples.
         micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
             times a training step's, if a batch's loss is a mean or sum of parts. Out of memory it is halved, twice.

@@ -87,8 +87,8 @@ class Options:
     max_samples: int | None = field(
         default=None,
         metadata=_about(
-            "measure on the first so many samples of each batch; None: on all. Below 32 there is no sketch, and the "
-            "exact products in its place take longer.",
+            "measure on the first so many samples of each batch; None: on all. A sketch of fewer than 32 takes more "
+            "passes the fewer there are.",
             metavar="N",
             by_rank=True,
         ),

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 
 from lightning_spectral.callbacks.time_budget import TimeBudget
-from lightning_spectral.curvature.selection import FEW_SAMPLES
 from lightning_spectral.records.report import SpectralReport
 
 FEWEST_SAMPLES = 16
 """Number of samples below which a suggested max_samples would measure noise."""
+
+FEW_SAMPLES = 32
+"""Number of samples below which a sketch takes the more passes the fewer there are."""
 
 STEPS_TO_JUDGE = 4
 """Number of steps after the first probe from which the length of the whole run is predicted."""
@@ -77,7 +79,7 @@ def _max_samples(report: SpectralReport | None, share: float) -> str:
     """Return the max_samples to advise where a probe may take this share of its time."""
     n = None if report is None else report.n_samples
     method = "" if report is None else report.chosen
-    # The cost of Gauss-Newton goes with the samples; below FEW_SAMPLES other networks get no sketch.
+    # The cost of the columns goes with the samples; that of a sketch does so down to FEW_SAMPLES.
     if n is not None and method.startswith("ggn") and int(n * share) >= FEWEST_SAMPLES:
         return f"about {int(n * share)} of {n}"
     if n is not None and method.startswith("exact") and n < FEW_SAMPLES:

@@ -64,8 +64,8 @@ class SpectralProbe(AnyCallback):
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
             apart; or pattern -> their three numbers of rows. `nn.MultiheadAttention` is split by itself.
         mode: "eval" or "train": BatchNorm's statistics and dropout in the measurement.
-        max_samples: measure on the first so many samples of each batch; None: on all. Below 32 there is no sketch, and
-            the exact products in its place take longer.
+        max_samples: measure on the first so many samples of each batch; None: on all. A sketch of fewer than 32
+            takes more passes the fewer there are.
         batch: "train", the batch about to be trained on; "fixed", the first of the run, kept in the CPU's memory, so
             that curves are steadier (after a resume, the first one then); or a DataLoader, whose first batch is kept.
         n_batches: average gradient and curvature over so many batches: those from the probe's step on, measured before

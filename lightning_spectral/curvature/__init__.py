@@ -3,7 +3,7 @@
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
 from lightning_spectral.curvature.layer_taps import Tap, groups_of, single_calls
-from lightning_spectral.curvature.output_hessian import LossValue, loss_value
+from lightning_spectral.curvature.loss_value import LossValue, loss_value
 from lightning_spectral.curvature.problem import (
     Curvature,
     Curvatures,

@@ -97,10 +97,9 @@ class DirectionGraph:
 
     def columns(self, edges: Sequence[GradientEdge], x: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return per layer (B, K) x_b^T J_b d_k, J the Jacobian of the tensors at these edges."""
-        r = torch.autograd.grad(edges, list(self.e.values()), x, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        r = torch.autograd.grad(edges, list(self.e.values()), x, retain_graph=True, allow_unused=True)
         return {
-            name: torch.zeros_like(e) if r_l is None else r_l
-            for (name, e), r_l in zip(self.e.items(), r, strict=True)
+            name: torch.zeros_like(e) if r_l is None else r_l for (name, e), r_l in zip(self.e.items(), r, strict=True)
         }
 
     def _amplitudes(self, name: str) -> Tensor:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
+from lightning_spectral.curvature.problem import Curvatures
+from lightning_spectral.numerics.power_law import PowerLawFit, fit_power_law, with_ordinate_errors
 from lightning_spectral.numerics.svd import SingularTriplets
 
 PRIOR_COUNT = 4
@@ -48,6 +49,9 @@ def mean_and_error(draws: Sequence[Draw]) -> tuple[dict[str, Tensor], dict[str, 
     return h, stderr
 
 
+NOISE_OF_ALPHA = 0.25
+"""Share of alpha from which on its standard error makes it noise."""
+
 NOISE_SHARE = 0.1
 """Share of alpha's own standard error that the noise of h may add to it."""
 
@@ -62,24 +66,25 @@ def is_precise(
     """
     precise = []
     for name, of_layer in triplets.items():
-        sigma, h_k = of_layer.sigma.detach().cpu().double(), h[name]
-        fit = fit_power_law(sigma, h_k)
+        fit, noise = _alpha_and_noise(of_layer, h[name], stderr[name])
         if not math.isnan(fit.exponent):
-            noise = with_ordinate_errors(replace(fit, stderr=0.0), sigma, h_k, stderr[name], h_k > 0).stderr
             own = math.sqrt(max(fit.stderr**2 - noise**2, 0.0))
             precise.append(noise <= max(target, own * math.sqrt((1 + NOISE_SHARE) ** 2 - 1)))
     return 2 * sum(precise) >= len(precise)
 
 
-def alpha_error(
-    triplets: Mapping[str, SingularTriplets], h: Mapping[str, Tensor], stderr: Mapping[str, Tensor]
-) -> float:
-    """Return the part of alpha's standard error that comes from h's, in the median layer; NaN without an alpha."""
-    errors = [math.nan]
-    for name, of_layer in triplets.items():
-        sigma, h_k = of_layer.sigma.detach().cpu().double(), h[name]
-        fit = fit_power_law(sigma, h_k)
-        if not math.isnan(fit.exponent):
-            fit = with_ordinate_errors(replace(fit, stderr=0.0), sigma, h_k, stderr[name], h_k > 0)
-            errors.append(fit.stderr)
-    return float(torch.tensor(errors).nanmedian())
+def noisy_layers(triplets: Mapping[str, SingularTriplets], curvatures: Curvatures) -> list[str]:
+    """Return the layers whose alpha has a standard error above a quarter of it, from the noise of h alone."""
+    noisy = []
+    for name, stderr in curvatures.stderr.items():
+        fit, noise = _alpha_and_noise(triplets[name], curvatures.h[name], stderr)
+        if not noise <= abs(fit.exponent) * NOISE_OF_ALPHA:
+            noisy.append(name)
+    return noisy
+
+
+def _alpha_and_noise(triplets: SingularTriplets, h: Tensor, stderr: Tensor) -> tuple[PowerLawFit, float]:
+    """Return the fit of alpha, and the part of its standard error that comes from h's."""
+    sigma = triplets.sigma.detach().cpu().double()
+    fit = fit_power_law(sigma, h)
+    return fit, with_ordinate_errors(replace(fit, stderr=0.0), sigma, h, stderr, h > 0).stderr

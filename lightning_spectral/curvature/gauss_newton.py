@@ -12,16 +12,16 @@ where one backward pass of x_c gives x_bc^T y_bk for all layers, samples and dir
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.curvature.draws import is_precise
-from lightning_spectral.curvature.head import Column, Head
+from lightning_spectral.curvature.head import Column
 from lightning_spectral.curvature.layer_taps import measured_exactly
-from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, accumulation_dtype
+from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
 from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.errors import MeasurementError
@@ -79,9 +79,7 @@ class GGNCurvature:
         h, stderr = self._measure(moved, problem)
         return Curvatures(h | exact.h, self.name, exact.failed, stderr, exact.methods, exact.notes)
 
-    def _measure(
-        self, moved: MovedNetwork, problem: DifferentiableLoss
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _measure(self, moved: MovedNetwork, problem: DifferentiableLoss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         graph, head = moved.graph, moved.head
         if head.is_flat:
             return {name: torch.zeros(len(t), dtype=torch.float64) for name, t in graph.triplets.items()}, {}

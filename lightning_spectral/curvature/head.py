@@ -114,9 +114,7 @@ class Head:
             before, samples, after = layout.shape
             part = flat[:, first : first + before * after]
             first += before * after
-            x.append(
-                part.reshape(samples, before, after).permute(1, 0, 2).reshape(gradient.shape).to(gradient.dtype)
-            )
+            x.append(part.reshape(samples, before, after).permute(1, 0, 2).reshape(gradient.shape).to(gradient.dtype))
         return x
 
     def random_signs(self, generator: torch.Generator) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """A matrix at one of its calls: along its directions u_k v_k^T the output z moves by sum_k e_bk u_k (v_k^T a_b).
 
-Shapes: B samples, K directions, e (B, K) amplitudes; z-like tensors in the call's own layout. `move` is linear in e, and
-`read` its adjoint: (read(r))_bk = sum over the positions p of sample b of (u_k^T r_bp)(v_k^T a_bp).
+Shapes: B samples, K directions, e (B, K) amplitudes; z-like tensors in the call's own layout. `move` is linear in e,
+and `read` its adjoint: (read(r))_bk = sum over the positions p of sample b of (u_k^T r_bp)(v_k^T a_bp).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ What a call has in common with others, whatever its function: rows of an input t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,7 @@ TRANSPOSED: tuple[Function, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.co
 MATMULS: frozenset[Function] = frozenset(
     [torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm]
 )
-ADDED_MATMULS: frozenset[Function] = frozenset(
-    [torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm]
-)
+ADDED_MATMULS: frozenset[Function] = frozenset([torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm])
 
 _STRIDE = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _OUTPUT_STRIDE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -56,6 +54,10 @@ class Block:
     columns: tuple[int, int]
     transposed: bool
     expert: int | None = None
+
+    def flipped(self) -> Block:
+        """Return the same block, transposed."""
+        return replace(self, transposed=not self.transposed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +132,9 @@ class Product:
     scale: float = 1.0
 
 
-def as_product(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], parameters: set[int]) -> Product | None:
+def as_product(
+    func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], parameters: set[int]
+) -> Product | None:
     """Return what a call multiplies, if one factor is one of the parameters, or a view of a block of it."""
     if func is torch.einsum:
         return _einsum(args, parameters)
@@ -166,7 +170,7 @@ def _of_factors(
     if found is not None:
         parameter, block = found
         if linear:
-            block = Block(block.rows, block.columns, not block.transposed, block.expert)
+            block = block.flipped()
             whole = right is parameter
             return Product(parameter, LINEAR, left, block=None if whole else block)
         if left.ndim < 2 or (_is_stack(parameter, block) and left.ndim != 3):
@@ -178,7 +182,7 @@ def _of_factors(
     parameter, block = found
     if _is_stack(parameter, block) and right.ndim != 3:
         return None
-    block = Block(block.rows, block.columns, not block.transposed, block.expert)
+    block = block.flipped()
     return Product(parameter, function, right.mT, {}, block, lambda z: z.mT, lambda rows: rows.mT, scale)
 
 
@@ -195,35 +199,37 @@ def _einsum(args: tuple[Any, ...], parameters: set[int]) -> Product | None:
     terms = inputs.split(",")
     for i in (1, 0):
         found = _parameter_of(operands[i], parameters)
-        if found is None:
-            continue
-        parameter, block = found
-        own, a, a_term = terms[i], operands[1 - i], terms[1 - i]
-        if len(own) != operands[i].ndim or any(len(set(term)) != len(term) for term in (own, a_term, out)):
-            return None
-        stack = own[:-2] if _is_stack(parameter, block) else ""
-        if len(own) != len(stack) + 2 or any(letter not in a_term or letter not in out for letter in stack):
-            return None
-        contracted = [letter for letter in own[-2:] if letter in a_term and letter not in out]
-        produced = [letter for letter in own[-2:] if letter not in a_term and letter in out]
-        rows = [letter for letter in a_term if letter in out and letter not in stack]
-        if len(contracted) != 1 or len(produced) != 1 or len(a_term) != len(rows) + len(stack) + 1:
-            return None
-        if own[-1] == contracted[0]:
-            block = Block(block.rows, block.columns, not block.transposed, block.expert)
-        a_order = [a_term.index(letter) for letter in (*stack, *rows, *contracted)]
-        z_order = [out.index(letter) for letter in (*stack, *rows, *produced)]
-        back = [z_order.index(i) for i in range(len(out))]
-        return Product(
-            parameter,
-            torch.matmul,
-            a.permute(a_order),
-            {},
-            block,
-            lambda z: z.permute(z_order),
-            lambda z: z.permute(back),
-        )
+        if found is not None:
+            return _contraction(found, operands[1 - i], terms[i], terms[1 - i], out)
     return None
+
+
+def _contraction(found: tuple[Tensor, Block], a: Tensor, own: str, of_a: str, out: str) -> Product | None:
+    """Return the einsum "own, of_a -> out" of a block and an activation."""
+    parameter, block = found
+    stack = own[:-2] if _is_stack(parameter, block) else ""
+    contracted = [letter for letter in own[-2:] if letter in of_a and letter not in out]
+    produced = [letter for letter in own[-2:] if letter not in of_a and letter in out]
+    rows = [letter for letter in of_a if letter in out and letter not in stack]
+    is_plain = all(len(set(term)) == len(term) for term in (own, of_a, out)) and set(stack) <= set(of_a) & set(out)
+    if not is_plain or len(own) != len(stack) + 2 or len(contracted) != 1 or len(produced) != 1:
+        return None
+    if len(of_a) != len(rows) + len(stack) + 1 or len(out) != len(rows) + len(stack) + 1:
+        return None
+    if own[-1] == contracted[0]:
+        block = block.flipped()
+    a_order = [of_a.index(letter) for letter in (*stack, *rows, *contracted)]
+    z_order = [out.index(letter) for letter in (*stack, *rows, *produced)]
+    back = [z_order.index(i) for i in range(len(out))]
+    return Product(
+        parameter,
+        torch.matmul,
+        a.permute(a_order),
+        {},
+        block,
+        lambda z: z.permute(z_order),
+        lambda z: z.permute(back),
+    )
 
 
 def _parameter_of(tensor: Any, parameters: set[int]) -> tuple[Tensor, Block] | None:
@@ -239,41 +245,32 @@ def _parameter_of(tensor: Any, parameters: set[int]) -> tuple[Tensor, Block] | N
 
 def _block(view: Tensor, parameter: Tensor) -> Block | None:
     """Return the block of a parameter that a view of it shows, from offset and strides; None if it is none."""
-    if view is parameter and parameter.ndim < 4:
-        return Block((0, parameter.shape[-2]), (0, parameter.shape[-1]), transposed=False)
-    if parameter.ndim != 3 and parameter.ndim != 2:
+    if parameter.ndim > 3:
         # A convolution's filters as a matrix.
         if not parameter.is_contiguous():
             return None
-        shape, strides = (len(parameter), parameter[0].numel()), (parameter[0].numel(), 1)
+        shape, strides = [len(parameter), parameter[0].numel()], [parameter[0].numel(), 1]
     else:
-        shape, strides = tuple(parameter.shape[-2:]), parameter.stride()[-2:]
-    sizes, steps = [], []
-    experts = parameter.shape[0] if parameter.ndim == 3 else 1
-    is_stack = parameter.ndim == 3 and view.ndim == 3 and view.shape[0] == experts
-    for size, step in zip(view.shape[is_stack:], view.stride()[is_stack:], strict=True):
-        # A dimension that was put in front, or expanded, repeats the matrix.
-        if size != 1 and step != 0:
-            sizes.append(size)
-            steps.append(step)
-    if len(sizes) != 2 or min(strides) < 1 or strides[0] == strides[1]:
-        return None
+        shape, strides = list(parameter.shape[-2:]), list(parameter.stride()[-2:])
+    if view is parameter and parameter.ndim < 4:
+        return Block((0, shape[0]), (0, shape[1]), transposed=False)
+    is_stack = parameter.ndim == view.ndim == 3 and view.shape[0] == parameter.shape[0]
     if is_stack and view.stride(0) != parameter.stride(0):
         return None
-    offset = view.storage_offset() - parameter.storage_offset()
-    expert = None
+    # A dimension that was put in front, or expanded, repeats the matrix.
+    sides = zip(view.shape[is_stack:], view.stride()[is_stack:], strict=True)
+    kept = [(int(n), int(step)) for n, step in sides if n != 1 and step]
+    sizes, steps = [n for n, _ in kept], [step for _, step in kept]
+    if len(sizes) != 2 or min(strides) < 1 or strides[0] == strides[1] or sorted(steps) != sorted(strides):
+        return None
+    offset, expert = int(view.storage_offset()) - int(parameter.storage_offset()), None
     if parameter.ndim == 3 and not is_stack:
-        expert, offset = divmod(offset, parameter.stride(0))
-    if tuple(steps) not in (tuple(strides), tuple(reversed(strides))):
-        return None
-    transposed = tuple(steps) != tuple(strides)
+        expert, offset = divmod(offset, int(parameter.stride(0)))
+    transposed = list(steps) != strides
     n_rows, n_columns = reversed(sizes) if transposed else sizes
-    if strides[0] > strides[1]:
-        row, rest = divmod(offset, strides[0])
-        column = rest // strides[1]
-    else:
-        column, rest = divmod(offset, strides[1])
-        row = rest // strides[0]
-    if row + n_rows > shape[0] or column + n_columns > shape[1]:
+    major = 0 if strides[0] > strides[1] else 1
+    first, remainder = divmod(offset, strides[major])
+    start = [first, remainder // strides[1 - major]] if major == 0 else [remainder // strides[0], first]
+    if start[0] + n_rows > shape[0] or start[1] + n_columns > shape[1]:
         return None
-    return Block((row, row + n_rows), (column, column + n_columns), transposed, expert)
+    return Block((start[0], start[0] + n_rows), (start[1], start[1] + n_columns), transposed, expert)

@@ -60,54 +60,58 @@ def move_network(
     Raises:
         MeasurementError: if there is no such layer.
     """
-    samples = problem.samples
-    if samples is None:
+    if problem.samples is None:
         raise MeasurementError(
             f"the tensors of the batch share no leading dimension, so samples cannot be told apart; {REMEDY}"
         )
-    guesses = {name: [_guesses(call, samples) for call in calls] for name, calls in seen.calls.items()}
-    followed: dict[str, list[SampleLayout]] = {}
-    unseen = dict(seen.unseen)
-    number = dict.fromkeys(guesses, 0)
-    for attempt in range(TRIES + 1):
-        layouts: dict[str, Sequence[SampleLayout]] = {}
-        lost = [n for n, g in guesses.items() if n not in followed and n not in unseen and not _nth(g, number[n])]
-        if lost:
-            rows = _follow(problem, seen, lost, samples)
-            followed |= rows
-            unseen |= dict.fromkeys(lost - rows.keys(), ROWS_UNKNOWN)
-        for name, of_calls in guesses.items():
-            if name not in unseen:
-                layouts[name] = followed.get(name) or _nth(of_calls, number[name]) or []
+    search = _Search(problem, seen, problem.samples)
+    for _ in range(TRIES + 1):
+        layouts = search.layouts()
         if not layouts:
             break
         graph = DirectionGraph(problem, seen, directions, layouts)
         cut = graph.cut()
         is_exact = len(cut.inside) == len(layouts)
-        head = Head(graph.loss, cut if is_exact and cut.edges else graph.outer_cut(), samples)
-        wrong = _mixed(graph, head)
-        if not wrong:
-            return MovedNetwork(graph, head, is_exact, unseen)
-        if len(wrong) == len(layouts) and attempt:
-            break
-        for name in wrong:
-            if name in followed:
-                unseen[name] = ROWS_UNKNOWN
-            number[name] += 1
-            if attempt >= TRIES - 1:
-                number[name] = TRIES * 10
+        head = Head(graph.loss, cut if is_exact and cut.edges else graph.outer_cut(), problem.samples)
+        mixed = _mixed(graph, head)
+        if not mixed:
+            return MovedNetwork(graph, head, is_exact, seen.unseen | search.lost)
+        search.reject(mixed)
     raise MeasurementError(INTERACT)
 
 
-def _guesses(call: LayerCall, samples: int) -> list[SampleLayout]:
-    return list(sample_layouts(call.lead, samples, call.time_first))
+class _Search:
+    """Guesses of where the samples are, by layer, and which of them is next."""
 
+    def __init__(self, problem: DifferentiableLoss, seen: SeenLayers, samples: int) -> None:
+        self.problem, self.seen, self.samples = problem, seen, samples
+        self.lost: dict[str, str] = {}
+        self.followed: dict[str, list[SampleLayout]] = {}
+        self.guesses: dict[str, list[list[SampleLayout]]] = {}
+        for name, calls in seen.calls.items():
+            of_calls = [list(sample_layouts(call.lead, samples, call.time_first)) for call in calls]
+            n = max(map(len, of_calls)) if all(of_calls) else 0
+            self.guesses[name] = [[of_call[min(i, len(of_call) - 1)] for of_call in of_calls] for i in range(n)]
 
-def _nth(guesses: Sequence[Sequence[SampleLayout]], number: int) -> list[SampleLayout] | None:
-    """Return the guess of that number for each call; None if there is none for any, or no other than before."""
-    if any(not of_call for of_call in guesses) or number >= max(len(of_call) for of_call in guesses):
-        return None
-    return [of_call[min(number, len(of_call) - 1)] for of_call in guesses]
+    def layouts(self) -> dict[str, Sequence[SampleLayout]]:
+        """Return the next guess of each layer; where there is none, its rows are followed, or it is lost."""
+        left = [name for name, guesses in self.guesses.items() if not guesses and name not in self.followed]
+        left = [name for name in left if name not in self.lost]
+        if left:
+            self.followed |= _follow(self.problem, self.seen, left, self.samples)
+            self.lost |= {name: ROWS_UNKNOWN for name in left if name not in self.followed}
+        return {
+            name: self.followed[name] if name in self.followed else guesses[0]
+            for name, guesses in self.guesses.items()
+            if name not in self.lost
+        }
+
+    def reject(self, names: Sequence[str]) -> None:
+        """Strike the last guess of these layers."""
+        for name in names:
+            if name in self.followed:
+                self.lost[name] = ROWS_UNKNOWN
+            del self.guesses[name][:1]
 
 
 def _mixed(graph: DirectionGraph, head: Head) -> list[str]:
@@ -142,7 +146,7 @@ def _follow(
     scale = torch.arange(1, samples + 1, dtype=x.dtype, device=x.device)[:, None]
     edges: list[GradientEdge] = [call.edge for name in names for call in seen.calls[name] if call.edge is not None]
     passes = [
-        torch.autograd.grad(head.edges, edges, head.as_outputs(seed), retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        torch.autograd.grad(head.edges, edges, head.as_outputs(seed), retain_graph=True, allow_unused=True)
         for seed in (x, x * scale)
     ]
     found = dict(zip(((e.node, e.output_nr) for e in edges), zip(*passes, strict=True), strict=True))
@@ -164,7 +168,8 @@ def _follow(
 def _sample_of_rows(call: LayerCall, once: Tensor, scaled: Tensor, samples: int) -> Tensor | None:
     """Return (rows,) the sample of each; None where one is of several samples."""
     one, other = (
-        r.flatten(1) if call.is_convolution else call.to_rows(r).flatten(0, -2) for r in (once.double(), scaled.double())
+        r.flatten(1) if call.is_convolution else call.to_rows(r).flatten(0, -2)
+        for r in (once.double(), scaled.double())
     )
     energy = one.square().sum(1)
     ratio = (one * other).sum(1) / energy.where(energy > 0, 1)
@@ -174,5 +179,3 @@ def _sample_of_rows(call: LayerCall, once: Tensor, scaled: Tensor, samples: int)
         return None
     # A row that the output does not depend on may count as anyone's.
     return (sample.long() - 1).clamp(min=0)
-
-

@@ -72,9 +72,11 @@ def see_layers(problem: DifferentiableLoss, names: Iterable[str]) -> SeenLayers:
             if is_nested:
                 nested.add(name)
     nodes = {name: [call.edge.node for call in own if call.edge is not None] for name, own in calls.items()}
-    outer = outer_cut(dependence, {n for of_layer in nodes.values() for n in of_layer} | products_with_parameters(dependence))
+    products = {n for of_layer in nodes.values() for n in of_layer} | products_with_parameters(dependence)
     n_nodes = sum(mask != 0 for mask in dependence.masks.values())
-    return SeenLayers(calls, unseen, frozenset(nested), find_cut(dependence, nodes), outer, n_nodes)
+    return SeenLayers(
+        calls, unseen, frozenset(nested), find_cut(dependence, nodes), outer_cut(dependence, products), n_nodes
+    )
 
 
 def _uses(dependence: Dependence) -> dict[int, set[Node]]:

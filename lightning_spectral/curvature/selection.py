@@ -101,10 +101,6 @@ class LossProperties:
             samples=samples,
         )
 
-    def among(self, samples: int | None) -> LossProperties:
-        """Return the same of so many samples in all."""
-        return replace(self, samples=samples)
-
     @property
     def n_directions(self) -> int:
         """Directions of all layers."""
@@ -150,8 +146,10 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
     if not properties.obstacle:
         n = properties.column_count
         kind = "" if properties.outputs <= EXACT_COLUMNS else "about "
-        text = "no pass, the loss is piecewise linear and its Hessian zero" if properties.is_linear else (
-            f"{kind}{n} backward passes for all layers"
+        text = (
+            "no pass, the loss is piecewise linear and its Hessian zero"
+            if properties.is_linear
+            else (f"{kind}{n} backward passes for all layers")
         )
         why = f"ggn: every operation after the layers is piecewise linear up to the head, {text}{unseen}"
         choices.append((COLUMN * n + 1 + rest, "ggn", f"{why}; exact would take {exact_why}"))

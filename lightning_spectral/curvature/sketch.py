@@ -20,7 +20,7 @@ interact, so its own terms are complete. What keeps the rest small:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,6 @@ from torch import Tensor
 
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.draws import Draw, is_precise, mean_and_error
-from lightning_spectral.curvature.head import half_of
 from lightning_spectral.curvature.layer_taps import measured_exactly
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange, cause_of
 from lightning_spectral.curvature.sample_search import INTERACT, REMEDY, MovedNetwork, move_network
@@ -47,6 +46,28 @@ RANKS = 10
 
 WEIGHT_FLOOR = 0.3
 """Of the mean weight, what a direction in the middle of the fit, where it has none, still gets."""
+
+
+def ranks_for(n_layers: int, samples: int) -> int:
+    """Return how many directions of each layer share a product: with a sample for each channel, from 1 to `RANKS`."""
+    return min(max(samples // max(n_layers, 1), 1), RANKS)
+
+
+def draws_for(windows: Sequence[int], ranks: int, draws: int) -> int:
+    """Return how many draws at most: as many as cost half of what exact does, and no fewer than 2."""
+    of_draw = math.ceil(max(windows, default=0) / ranks)
+    return min(draws, max(2, sum(windows) // (4 * max(of_draw, 1))))
+
+
+def sketch_products(windows: Sequence[int], samples: int | None) -> tuple[int, int]:
+    """Return the joint products of a sketch, at least and at most; of unknown samples those of many.
+
+    >>> sketch_products([20, 10], 256)
+    (4, 6)
+    """
+    ranks = RANKS if samples is None else ranks_for(len(windows), samples)
+    of_draw = math.ceil(max(windows, default=0) / ranks)
+    return 2 * of_draw, draws_for(windows, ranks, DRAWS) * of_draw
 
 
 @dataclass(frozen=True)
@@ -105,20 +126,19 @@ class SketchCurvature:
             raise SecondDerivativeError(cause_of(error)) from error
         return Curvatures(h | exact.h, self.name, exact.failed, stderr, exact.methods, exact.notes)
 
-    def _measure(
-        self, moved: MovedNetwork, problem: DifferentiableLoss
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _measure(self, moved: MovedNetwork, problem: DifferentiableLoss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Draw as often as it takes."""
         if not moved.head.keeps_samples_apart():
             raise MeasurementError(f"the loss couples samples; {INTERACT}")
         products = _Products(moved, problem.place or SampleRange(0, moved.graph.samples), self.seed)
-        ranks = self.ranks or min(max(products.place.total // len(products.triplets), 1), RANKS)
+        windows = [len(t) for t in products.triplets.values()]
+        ranks = self.ranks or ranks_for(len(windows), products.place.total)
         if products.directions <= 3 * products.of_draw(ranks):
             return products.one_by_one(), {}
         # Other micro-batches of the batch average this one's error with theirs.
         target = self.target_error * math.sqrt(products.place.total / products.samples)
         draws: list[Draw] = []
-        for _ in range(self.draws):
+        for _ in range(draws_for(windows, ranks, self.draws)):
             draws.append(products.draw(ranks))
             if len(draws) == 1:
                 products.set_amplitudes(draws[0].h)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.ports import sample_layouts
 from lightning_spectral.curvature.problem import DifferentiableLoss
+from lightning_spectral.curvature.sample_search import ROWS_UNKNOWN
 from lightning_spectral.curvature.scalar_loss import scalar_loss
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.curvature.selection import LossProperties, choose
@@ -35,47 +36,48 @@ class Structure:
         unreached: the layers that the loss does not depend on.
         apart: layers that cannot be moved at their outputs -> why; `ggn` and `sketch` measure them by double backward.
         rows: layer name -> rows of its output, samples times positions.
-        properties: of the loss, with a full window for each layer.
+        loss: its properties, of one direction per layer.
         custom: custom autograd functions, which stand in the way of a sketch.
     """
 
     unreached: tuple[str, ...]
     apart: Mapping[str, str]
     rows: Mapping[str, int]
-    properties: LossProperties
+    loss: LossProperties
     custom: tuple[str, ...]
 
-    def choice(self, samples: int | None) -> tuple[str, str]:
-        """Return what "auto" falls on, and why, as far as no value speaks against it.
+    def properties(self, directions: Mapping[str, int], samples: int | None) -> LossProperties:
+        """Return the loss's properties for so many directions of each layer, and samples in all."""
+        windows = tuple(k for name, k in directions.items() if name not in self.apart)
+        unseen = sum(k for name, k in directions.items() if name in self.apart)
+        return replace(self.loss, windows=windows, unseen=unseen, samples=samples)
 
-        Args:
-            samples: in all.
-        """
-        choices = choose(self.properties.among(samples))
+    def choice(self, directions: Mapping[str, int], samples: int | None) -> tuple[str, str]:
+        """Return what "auto" falls on, and why, as far as no value speaks against it."""
+        choices = choose(self.properties(directions, samples))
         if choices[0][0] == "sketch" and self.custom:
             return "exact", f"{choices[-1][1]}; no sketch: custom functions ({', '.join(self.custom)})"
         return choices[0]
 
 
-def structure(problem: DifferentiableLoss, k: int) -> Structure:
-    """Read the graph of a problem that has been run, for windows of at most ``k`` directions."""
+def structure(problem: DifferentiableLoss) -> Structure:
+    """Read the graph of a problem that has been run."""
     root = problem.value.grad_fn
     assert root is not None
     dependence = Dependence(root, {id(leaf) for leaf in problem.parameters.values()})
     reached = dependence.leaves_in(dependence.masks[root])
     names = [name for name, leaf in problem.parameters.items() if id(leaf) in reached]
     seen = see_layers(problem, names)
-    rows = {}
     apart = dict(seen.unseen)
+    rows = {}
     for name, calls in seen.calls.items():
         if problem.samples and not all(any(sample_layouts(call.lead, problem.samples)) for call in calls):
-            apart[name] = "the rows of its output may not be told apart by sample"
+            apart[name] = ROWS_UNKNOWN
         rows[name] = sum(call.output.numel() // max(call.width, 1) for call in calls)
-    windows = {name: min(k, *problem.layers[name].shape) for name in names}
     return Structure(
         tuple(name for name in problem.parameters if name not in names),
         apart,
         rows,
-        LossProperties.seen(seen, windows, problem),
+        LossProperties.seen(seen, dict.fromkeys(names, 1), problem),
         tuple(custom_functions(problem.value)),
     )

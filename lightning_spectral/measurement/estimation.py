@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.curvature import Curvature, Curvatures, DifferentiableLoss, HutchinsonTrace, LossProperties
+from lightning_spectral.curvature.draws import noisy_layers
 from lightning_spectral.curvature.exact import ExactCurvature
-from lightning_spectral.curvature.selection import CheckedGGN, check_method, fallback_method
+from lightning_spectral.curvature.selection import JOINT_PRODUCT, PRODUCT, CheckedGGN, check_method, choose
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.measurement.micro_batches import MicroBatch
@@ -23,6 +24,13 @@ MEMORY = 3.0
 
 SAME_GRADIENT = {torch.float32: 1e-3, torch.float64: 1e-7}
 """Relative tolerance for the gradients of micro-batches to add up to that of their batch, by compute dtype."""
+
+CHOICES: dict[str, Callable[[], Curvature]] = {
+    "ggn": CheckedGGN,
+    "sketch": SketchCurvature,
+    "exact": ExactCurvature,
+}
+"""What "auto" chooses among."""
 
 Window = Mapping[str, SingularTriplets]
 
@@ -73,7 +81,7 @@ class Evaluation:
             if self.first is not None:
                 step.send(LossProperties.of(self.first, directions))
         of_ranks: list[LossProperties] = [properties for properties in step.received if properties is not None]
-        return max(of_ranks, key=lambda properties: bool(properties.obstacle))
+        return max(of_ranks, key=lambda properties: (bool(properties.obstacle), properties.outputs))
 
     def _cuts(self, method: Curvature) -> Iterator[Sequence[MicroBatch]]:
         """Yield the micro-batches to measure by: smaller ones where memory asks for them, then those there are."""
@@ -111,25 +119,45 @@ def wants_graph(method: str) -> bool:
 def estimate_curvature(evaluation: Evaluation, directions: Window, method: str) -> Curvatures:
     """Return the curvatures along directions by the method of that name.
 
-    "auto" is Gauss-Newton where it equals the Hessian, else a sketch where samples do not interact, else double
-    backward; where one of them refuses, the next takes over.
+    "auto" is the cheapest by what the graph shows; where a method refuses, the next takes over. Layers whose alpha a
+    sketch leaves in its noise are measured again by double backward, as long as that costs no more than the sketch.
     """
     if (named := check_method(method)) is not None:
         return evaluation.measure(named, directions)
     properties = evaluation.properties(directions)
-    obstacle = properties.obstacle
-    if not obstacle:
+    refused = ""
+    for name, why in choose(properties):
         try:
-            return evaluation.measure(CheckedGGN(), directions)
+            curvatures = evaluation.measure(CHOICES[name](), directions)
         except MeasurementError as error:
-            obstacle = str(error)
-    fallback, why = fallback_method(obstacle, properties.taps, properties.samples)
-    if fallback == SketchCurvature.name:
-        try:
-            return replace(evaluation.measure(SketchCurvature(), directions), chosen=why)
-        except MeasurementError as error:
-            why = f"exact: {obstacle}, and no sketch: {error}"
-    return replace(evaluation.measure(ExactCurvature(), directions), chosen=why)
+            if name == ExactCurvature.name:
+                raise
+            refused += f"; no {name}: {error}"
+            continue
+        curvatures = replace(curvatures, chosen=why + refused)
+        return _without_noise(evaluation, directions, curvatures, properties) if name == "sketch" else curvatures
+    exact = evaluation.measure(ExactCurvature(), directions)
+    return replace(exact, chosen=f"exact: {properties.n_directions} products{refused}")
+
+
+def _without_noise(
+    evaluation: Evaluation, directions: Window, curvatures: Curvatures, properties: LossProperties
+) -> Curvatures:
+    """Measure layers again whose alpha would be noise, where they are few."""
+    noisy = [name for name in noisy_layers(directions, curvatures) if name not in curvatures.methods]
+    affordable = JOINT_PRODUCT * properties.sketch_products / PRODUCT
+    if not noisy or sum(len(directions[name]) for name in noisy) > affordable:
+        return curvatures
+    again = evaluation.measure(ExactCurvature(), {name: directions[name] for name in noisy})
+    return replace(
+        curvatures,
+        h=curvatures.h | again.h,
+        stderr={name: stderr for name, stderr in curvatures.stderr.items() if name not in again.h},
+        failed=curvatures.failed | again.failed,
+        methods=curvatures.methods | dict.fromkeys(again.h, ExactCurvature.name),
+        notes=(*curvatures.notes, *again.notes),
+        chosen=f"{curvatures.chosen}; {len(noisy)} layers again by exact, whose alpha was noise",
+    )
 
 
 def estimate_trace(evaluation: Evaluation, directions: Window, curvatures: Curvatures, draws: int | None) -> Curvatures:

@@ -113,7 +113,7 @@ class Estimate:
         n = self.trace.values_read
         unknown = (IN_VALUES, f"what the loss does with {n} values that it reads, here as zero")[: 2 if n else 1]
         if asked == "auto":
-            return (*self.trace.structure.choice(self.all_samples), unknown)
+            return (*self.trace.structure.choice(self.directions, self.all_samples), unknown)
         refusal = "" if self.is_possible(asked) else f", but would fail: {self._refusal(asked)}"
         return asked, f"{asked}: as asked for{refusal}", unknown
 
@@ -127,7 +127,7 @@ class Estimate:
         structure = self.trace.structure
         if method == "sketch" and structure.custom:
             return f"the network holds custom autograd functions ({', '.join(structure.custom)})"
-        return structure.refusal if method == "ggn" else ""
+        return structure.loss.obstacle if structure.loss.samples is None else ""
 
     def samples_at_once(self, parts: int) -> int:
         """Return the samples of one micro-batch; 0 where the batch does not tell."""

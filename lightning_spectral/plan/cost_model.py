@@ -7,13 +7,13 @@ Micro-batches are parts of a batch: 12 products on each of three thirds of the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_spectral.curvature import METHODS, HutchinsonTrace, Structure
-from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS
-from lightning_spectral.curvature.sketch import DRAWS, RANKS, SAMPLES_PER_RANK
+from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, LEAST_COLUMNS, RANDOM_COLUMNS
+from lightning_spectral.curvature.sketch import sketch_products
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.estimation import MEMORY
 from lightning_spectral.numerics.second_moment import MAX_DENSE
@@ -151,19 +151,6 @@ def part_count(memory: float, samples: int | None, micro_batch_size: int | None,
     return math.ceil(samples / largest)
 
 
-def sketch_products(directions: Iterable[int], samples: int | None) -> Count:
-    """Return the products of a sketch: two or three draws of ceil(K / ranks) each.
-
-    ranks = samples / 16, from 1 to 5; 5 where the samples are not known.
-
-    >>> sketch_products([20, 10], 256)
-    (8, 12)
-    """
-    ranks = RANKS if samples is None else min(max(samples // SAMPLES_PER_RANK, 1), RANKS)
-    draw = math.ceil(max(directions, default=0) / ranks)
-    return 2 * draw, DRAWS * draw
-
-
 def count_passes(
     method: str,
     directions: Mapping[str, int],
@@ -190,19 +177,19 @@ def count_passes(
     apart = list(directions) if method == "exact" else [n for n in directions if structure and n in structure.apart]
     tapped = [directions[name] for name in directions if name not in apart]
     gradients, products = 1 + (not reuses_graph), sum(directions[name] for name in apart)
-    columns, joint = (0, 0), (0, 0)
+    columns, joint, moved = (0, 0), (0, 0), bool(tapped) and method != "exact"
     if method == "ggn" and tapped:
         # One more column tells whether samples interact.
-        columns = (2, 1 + EXACT_COLUMNS) if structure is None else (1 + structure.passes,) * 2
+        n = EXACT_COLUMNS if structure is None else structure.loss.outputs
+        exact = (2 if structure is None else 1 + n, 1 + n)
+        columns = exact if n <= EXACT_COLUMNS else (1 + LEAST_COLUMNS, 1 + RANDOM_COLUMNS)
         gradients += checked
         products += checked
-    elif tapped:
-        # Without a known loss in it, a product takes the place of a column of the output.
-        unknown = int(structure is not None and bool(structure.refusal))
-        columns, joint = (1 - unknown,) * 2, _add(sketch_products(tapped, samples), (unknown, unknown))
+    elif moved:
+        columns, joint = (1, 1), sketch_products(tapped, samples)
         gradients += 1
     gradients += bool(apart) and method != "exact"
-    forwards = (1 + micro_batches_given) * (parts > 1)
+    forwards = moved + (1 + micro_batches_given) * (parts > 1)
     passes = {
         "gradient": (gradients, gradients),
         "forward": (forwards, forwards),

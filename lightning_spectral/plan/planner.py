@@ -23,7 +23,7 @@ from lightning_spectral.plan.cost_model import FACTOR, Cost
 from lightning_spectral.plan.fake_run import NeedsValuesError, trace_loss
 
 FEWER_SAMPLES, FEWER_DIRECTIONS = 32, 10
-"""What is suggested for ``max_samples``, of all processes, and ``top_k``: with fewer samples there is no sketch."""
+"""What is suggested for ``max_samples``, of all ranks, and ``top_k``: a sketch of fewer samples takes more passes."""
 
 
 @dataclass(frozen=True)
