@@ -57,19 +57,24 @@ NOISE_SHARE = 0.1
 
 
 def is_precise(
-    triplets: Mapping[str, SingularTriplets], h: Mapping[str, Tensor], stderr: Mapping[str, Tensor], target: float
+    triplets: Mapping[str, SingularTriplets],
+    h: Mapping[str, Tensor],
+    stderr: Mapping[str, Tensor],
+    target: float,
+    share: float = 1.0,
 ) -> bool:
     """Return whether more draws are not worth their time, in the median layer.
 
     The standard error that h gives alpha is below the target, or adds less than `NOISE_SHARE` to the one that the
-    scatter of the points gives it, of which the noise itself is a part.
+    scatter of the points gives it, of which the noise itself is a part. Other micro-batches of the batch, of which
+    these are a ``share`` of the samples, average this one's noise with theirs.
     """
     precise = []
     for name, of_layer in triplets.items():
         fit, noise = _alpha_and_noise(of_layer, h[name], stderr[name])
         if not math.isnan(fit.exponent):
             own = math.sqrt(max(fit.stderr**2 - noise**2, 0.0))
-            precise.append(noise <= max(target, own * math.sqrt((1 + NOISE_SHARE) ** 2 - 1)))
+            precise.append(noise * math.sqrt(share) <= max(target, own * math.sqrt((1 + NOISE_SHARE) ** 2 - 1)))
     return 2 * sum(precise) >= len(precise)
 
 

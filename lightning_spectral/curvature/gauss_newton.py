@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.draws import is_precise
+from lightning_spectral.curvature.draws import PRIOR_COUNT, is_precise
 from lightning_spectral.curvature.head import Column
 from lightning_spectral.curvature.layer_taps import measured_exactly
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
@@ -27,8 +27,11 @@ from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 
-EXACT_COLUMNS = 64
-"""Up to how many outputs per sample the head's Hessian is taken exactly: a backward pass per eigenvector."""
+EXACT_COLUMNS = 20
+"""Up to how many outputs per sample all eigenvectors of the head's Hessian are taken: a backward pass of each."""
+
+COUPLED_OUTPUTS = 64
+"""Up to how many outputs per sample a head that couples samples is measured: a backward pass of each."""
 
 LEAST_COLUMNS = 8
 """Random columns beyond that, at least; each h_k has a relative standard error of sqrt(2 / (columns * samples))."""
@@ -92,7 +95,6 @@ class GGNCurvature:
             return {name: of_layer.total().cpu() for name, of_layer in moments.items()}, {}
         # Micro-batches of a batch draw signs of their own, so that their errors average out.
         first, total = (problem.place.first, problem.place.total) if problem.place else (0, graph.samples)
-        target = self.target_error * (total / graph.samples) ** 0.5
         columns = head.random_columns(torch.Generator().manual_seed(self.seed + first))
         for n, column in enumerate(columns, 1):
             _add(moments, moved, column)
@@ -100,14 +102,16 @@ class GGNCurvature:
                 continue
             h = {name: of_layer.mean().cpu() for name, of_layer in moments.items()}
             stderr = {name: of_layer.variance_of_mean().sqrt().cpu() for name, of_layer in moments.items()}
-            if n >= self.random_columns or is_precise(graph.triplets, h, stderr, target):
+            if n >= self.random_columns or is_precise(
+                graph.triplets, h, stderr, self.target_error, graph.samples / total
+            ):
                 break
         return h, stderr
 
     def _coupled(self, moved: MovedNetwork) -> dict[str, Tensor]:
         """Return h of a head that couples samples: y is read off exactly, and y^T H y taken through the head."""
         graph, head = moved.graph, moved.head
-        if head.outputs > 2 * self.exact_columns:
+        if head.outputs > COUPLED_OUTPUTS:
             raise MeasurementError(f"the loss couples samples, over {head.outputs} outputs of each; {INTERACT}")
         y: dict[str, list[Tensor]] = {name: [] for name in graph.names}
         for c in range(head.outputs):
@@ -162,4 +166,7 @@ class _Moments:
         return self.average.sum(0)
 
     def variance_of_mean(self) -> Tensor:
-        return (self.deviations / (self.count - 1)).sum(0) / self.count
+        """Return the variance of the mean; a guess of it, that of squares of normal values, is worth `PRIOR_COUNT`."""
+        n = self.count
+        guess, own = 2 * self.average.square().sum(0), self.deviations.sum(0)
+        return (PRIOR_COUNT * guess + own) / (PRIOR_COUNT + n - 1) / n

@@ -20,6 +20,9 @@ from lightning_spectral.curvature.graph_cut import GraphCut
 from lightning_spectral.curvature.ports import SampleLayout, sample_layouts
 from lightning_spectral.curvature.problem import accumulation_dtype
 
+DENSE = 128
+"""Up to how many outputs per sample the head's Hessian is held, (B, C, C)."""
+
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative tolerance for two products with the head's Hessian to be the same."""
 
@@ -130,41 +133,49 @@ class Head:
         moved = self.by_sample(self.product(self.as_outputs(x * half.to(x)[:, None])))
         return not bool(moved[~half.to(moved.device)].any())
 
-    def exact_columns(self) -> list[Column]:
-        """Return columns whose sum is the Hessian within every sample: its eigenvectors times sqrt|lambda|.
+    def eigenvectors(self) -> tuple[Tensor, Tensor]:
+        """Return (B, r) eigenvalues of every sample's Hessian, the largest first, and (B, C, r) eigenvectors.
 
-        As many as the largest rank of a sample's: of a softmax one less than it has classes.
+        r is the largest rank of a sample's: of a softmax one less than it has classes.
         """
         rows = []
         for c in range(self.outputs):
-            one = torch.zeros(self.samples, self.outputs, device=self.gradients[0].device)
+            one = torch.zeros(self.samples, self.outputs, device=self.device)
             one[:, c] = 1
             rows.append(self.by_sample(self.product(self.as_outputs(one))))
         h_bcc = torch.stack(rows, 1)
+        eps = torch.finfo(h_bcc.dtype).eps
         h_bcc = h_bcc.to(accumulation_dtype(h_bcc))
-        eps = torch.finfo(rows[0].dtype).eps
         values, vectors = torch.linalg.eigh((h_bcc + h_bcc.mT) / 2)
         order = values.abs().argsort(1, descending=True)
         values, vectors = values.gather(1, order), vectors.gather(2, order[:, None].expand_as(vectors))
         floor = values.abs().amax(1, keepdim=True) * self.outputs * eps
         values = values.where(values.abs() > floor, 0)
         rank = int((values != 0).sum(1).max())
+        return values[:, :rank], vectors[:, :, :rank]
+
+    def exact_columns(self) -> list[Column]:
+        """Return columns whose sum is the Hessian within every sample: its eigenvectors times sqrt|lambda|."""
+        values, vectors = self.eigenvectors()
         signed = bool((values < 0).any())
         return [
             Column(
                 self.as_outputs(vectors[:, :, c] * values[:, c, None].abs().sqrt()),
                 values[:, c].sign() if signed else None,
             )
-            for c in range(rank)
+            for c in range(values.shape[1])
         ]
 
     def random_columns(self, generator: torch.Generator) -> Iterator[Column]:
         """Yield random columns without end, whose mean is the Hessian.
 
-        With s random signs: of a softmax, its square root times s; of a head that acts on each output alone, the root
-        of the second derivatives times s; of any other, D^1/2 s and H D^-1/2 s with D what is known of its diagonal,
-        which costs two backward passes in place of one.
+        With s random signs: of few outputs, or of a softmax, the square root of the Hessian times s; of a head that
+        acts on each output alone, the root of the second derivatives times s; of any other, D^1/2 s and H D^-1/2 s
+        with D what is known of its diagonal. The last, and all of a Hessian with negative eigenvalues, take two backward
+        passes in place of one.
         """
+        if self.outputs <= DENSE:
+            yield from self._roots(generator)
         if (blocks := self._softmax_blocks()) is not None:
             while True:
                 yield Column([block.random(generator) for block in blocks])
@@ -185,6 +196,15 @@ class Head:
             signs = self.random_signs(generator)
             inverse = self.product([s / root for s, root in zip(signs, scale, strict=True)])
             yield Column([s * root for s, root in zip(signs, scale, strict=True)], None, inverse)
+
+    def _roots(self, generator: torch.Generator) -> Iterator[Column]:
+        values, vectors = self.eigenvectors()
+        roots, below = values.abs().sqrt(), bool((values < 0).any())
+        while True:
+            s = (torch.randint(0, 2, values.shape, generator=generator) * 2 - 1).to(values)
+            x = (vectors @ (roots * s)[:, :, None]).squeeze(2)
+            partner = (vectors @ (values.sign() * roots * s)[:, :, None]).squeeze(2) if below else None
+            yield Column(self.as_outputs(x), None, None if partner is None else self.as_outputs(partner))
 
     def _diagonal_scale(self, generator: torch.Generator) -> list[Tensor]:
         """Return the root of about |diag H|, by Hutchinson's estimate, away from zero."""

@@ -9,10 +9,10 @@ interact, so its own terms are complete. What keeps the rest small:
   belong to the same feature of the data and have larger terms with each other than others.
 - Signs are rows of a Hadamard matrix over randomly ordered samples: the products of two channels' signs add up to zero
   exactly, so the part of the cross terms that all samples share cancels, and only its scatter over samples remains.
-- A channel's amplitude squared is w_k / h_k, with a first estimate of h (the squared gradients of the samples, then
-  the first draw) and the weight w_k that an error of log h_k has in the slope of log h on log sigma. Errors of h_i
-  through h_j then have variance proportional to h_i^2 w_j / w_i, and these amplitudes have the smallest sum of
-  w_i^2 var(log h_i), the variance of alpha.
+- A channel's amplitude squared is w_k / h_k, with a first estimate of h, the sum of the samples' squared gradients, and
+  the weight w_k that an error of log h_k has in the slope of log h on log sigma. Errors of h_i through h_j then have
+  variance proportional to h_i^2 w_j / w_i, and these amplitudes have the smallest sum of w_i^2 var(log h_i), the
+  variance of alpha.
 - Standard errors come from what the draws differ by. Where there are so few channels that a product for each of them
   costs no more, there is one: the few signs of few samples would often agree by chance, and the error not show.
 """
@@ -136,16 +136,14 @@ class SketchCurvature:
         if products.directions <= 3 * products.of_draw(ranks):
             return products.one_by_one(), {}
         # Other micro-batches of the batch average this one's error with theirs.
-        target = self.target_error * math.sqrt(products.place.total / products.samples)
+        share = products.samples / products.place.total
         draws: list[Draw] = []
         for _ in range(draws_for(windows, ranks, self.draws)):
             draws.append(products.draw(ranks))
-            if len(draws) == 1:
-                products.set_amplitudes(draws[0].h)
-                continue
-            h, stderr = mean_and_error(draws)
-            if is_precise(products.triplets, h, stderr, target):
-                break
+            if len(draws) > 1:
+                h, stderr = mean_and_error(draws)
+                if is_precise(products.triplets, h, stderr, self.target_error, share):
+                    break
         return h, stderr
 
 
@@ -159,17 +157,11 @@ class _Products:
         gradients = torch.autograd.grad(graph.loss, self.e, create_graph=True, allow_unused=True)
         self.bent = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
         self.amplitude = {name: torch.ones(len(t), dtype=torch.float64) for name, t in self.triplets.items()}
-        squares = {
-            name: torch.zeros(len(t)) if g is None else g.detach().square().sum(0).cpu()
-            for (name, t), g in zip(self.triplets.items(), gradients, strict=True)
-        }
-        self.set_amplitudes(squares)
-
-    def set_amplitudes(self, h: Mapping[str, Tensor]) -> None:
-        """Set sqrt(w / |h|) of a first estimate of h."""
-        for name, triplets in self.triplets.items():
-            size = h[name].double().abs()
-            size = size.clamp(min=max(float(size.max()) * 1e-3, torch.finfo(torch.float64).tiny))
+        for (name, triplets), g in zip(self.triplets.items(), gradients, strict=True):
+            if g is None or not bool(g.any()):
+                continue
+            size = g.detach().square().sum(0).cpu().double()
+            size = size.clamp(min=float(size.max()) * torch.finfo(torch.float32).eps)
             self.amplitude[name] = (_weight(triplets.sigma) / size).sqrt()
 
     @property
