@@ -12,7 +12,7 @@ from torch import nn
 from lightning_spectral._messages import first_line
 from lightning_spectral.cli.checkpoints import Checkpoint, build_model
 from lightning_spectral.cli.import_paths import SourceError, named_loss, read_batches
-from lightning_spectral.isolation.batch_tree import HeldBatches
+from lightning_spectral.measurement.cpu_batches import CpuBatches
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.options import Options
 from lightning_spectral.plan.meta_init import weightless
@@ -62,7 +62,7 @@ def measure_checkpoint(
     network = build_model(model, saved)
     note = "" if saved is None else saved.load_into(network, prefix=prefix, strict=strict)
     target = _moved(network, device)
-    batches = HeldBatches(read_batches(data, n_batches, network), target)
+    batches = CpuBatches(read_batches(data, n_batches, network), target)
     report = run_measurement(network, batches, options or Options(), loss_fn)
     return (report if saved is None or not saved.position else report.at(**saved.position)), note
 
