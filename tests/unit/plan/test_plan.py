@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.layers.matrices import MatrixLayer, find_layers
 from lightning_spectral.plan.cost_model import OVERHEAD, STEP_FLOPS, direction_count, part_count, sketch_products
 from lightning_spectral.plan.fake_run import trace_loss
-from lightning_spectral.plan.meta_init import weightless
+from lightning_spectral.plan.meta_init import LARGE_BUFFER, weightless
 from lightning_spectral.plan.planner import plan_spectra
 from lightning_spectral.report.terminal.plan_tables import print_plan
 
@@ -310,7 +311,7 @@ import re, torch
 from pathlib import Path
 import torch.nn.functional as F
 from torch import nn
-from lightning_spectral.plan.meta_init import weightless
+from lightning_spectral.plan.meta_init import LARGE_BUFFER, weightless
 from lightning_spectral.plan.planner import plan_spectra
 
 class Block(nn.Module):
@@ -455,3 +456,29 @@ def test_a_model_that_reads_its_weights_is_told(nets):
 def test_a_batch_of_one_shape_is_a_tensor():
     assert shaped_batch(["8x64:int64"]).shape == (8, 64)
     assert shaped_batch(["8x64:int64"]).is_meta
+
+
+def test_an_exception_leaves_no_hook_and_no_mode_behind(nets):
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.register_buffer("mask", torch.ones(LARGE_BUFFER))
+
+    def fail_without_weights():
+        with weightless():
+            assert Large().weight.is_meta
+            assert Large().mask.is_meta
+            assert torch.ones(2, device="meta").to("cpu").is_meta
+            raise KeyError("lost")
+
+    filters = list(warnings.filters)
+    with pytest.raises(KeyError, match="lost"):
+        fail_without_weights()
+    with pytest.raises(SourceError, match="whose values it seems to read"):
+        plan_model("planned_nets:reading")
+    assert warnings.filters == filters
+    assert torch.equal(Large().weight, torch.ones(2))
+    assert torch.equal(Large().mask, torch.ones(LARGE_BUFFER))
+    with pytest.raises(NotImplementedError):
+        torch.ones(2, device="meta").to("cpu")
