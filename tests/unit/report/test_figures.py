@@ -57,6 +57,12 @@ FIGURES = [
 ]  # fmt: skip
 
 
+@cache
+def of_network(name):
+    """A figure for tests that look at it alone."""
+    return ALL[name](network())
+
+
 def lines(axes, label):
     return [line for line in axes.lines if line.get_label() == label]
 
@@ -146,7 +152,7 @@ def test_settings_are_neither_changed_nor_taken(name, tmp_path):
 
 @pytest.mark.parametrize("name", ALL)
 def test_white_and_opaque_or_dark(name):
-    white, dark = (ALL[name](network(), dark=dark) for dark in (False, True))
+    white, dark = of_network(name), ALL[name](network(), dark=True)
     assert white.get_facecolor() == (1, 1, 1, 1)
     assert sum(dark.get_facecolor()[:3]) < 0.5
     assert dark.get_facecolor()[3] == 1
@@ -212,9 +218,8 @@ def test_every_kind_and_model_has_a_look_of_its_own():
 
 
 def test_a_kind_looks_the_same_in_every_figure():
-    report = network()
     for name in ("power_law", "alpha_by_depth", "transfer_identity", "participation_ratio", "rank_profiles"):
-        keys = {handle.get_label(): handle for handle in ALL[name](report).legends[0].legend_handles}
+        keys = {handle.get_label(): handle for handle in of_network(name).legends[0].legend_handles}
         for kind, (colour, marker) in KIND_STYLE.items():
             key = keys[kind.replace("_", " ")]
             assert key.get_color() == ("black" if colour == "ink" else colour)
@@ -248,7 +253,7 @@ def test_logarithmic_ticks(low, decades):
 
 def test_power_law_panels():
     report = network()
-    figure = figures.plot_power_law(report)
+    figure = of_network("power_law")
     assert len(figure.axes) == len(report.layers)
     for axes, layer in zip(figure.axes, report.layers.values(), strict=True):
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
@@ -409,7 +414,7 @@ def test_far_out_the_band_is_that_of_the_exponent_sampled_or_not():
 
 def test_alpha_by_depth():
     report = network()
-    figure = figures.plot_alpha_by_depth(report)
+    figure = of_network("alpha_by_depth")
     (axes,) = figure.axes
     bars = {container.get_label(): container for container in axes.containers}
     for i, (name, layer) in enumerate(report.layers.items()):
@@ -469,7 +474,7 @@ def test_transfer_identity():
 
 def test_participation_ratio():
     report = network()
-    (axes,) = figures.plot_participation_ratio(report).axes
+    (axes,) = of_network("participation_ratio").axes
     assert axes.get_yscale() == "log"
     for name, layer in report.layers.items():
         (point,) = lines(axes, name)
