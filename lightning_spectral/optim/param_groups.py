@@ -60,8 +60,8 @@ def split_group(group: Mapping[str, Any], adamw_names: Sequence[str]) -> list[di
         matrices = [
             i for i, p in enumerate(params) if is_matrix(p) and not (names and has_adamw_name(names[i], adamw_names))
         ]
-        vectors = sorted(set(range(len(params))) - set(matrices))
-        indices = {update: of for update, of in (("spectral", matrices), ("adamw", vectors)) if of}
+        non_matrices = sorted(set(range(len(params))) - set(matrices))
+        indices = {update: of for update, of in (("spectral", matrices), ("adamw", non_matrices)) if of}
     if len(indices) > 1 and "layouts" in group:
         raise ValueError("a group with layouts needs update='spectral', as SpectralNewton.groups(model) gives it")
     parts = []
