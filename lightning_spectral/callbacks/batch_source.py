@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_spectral._validation import optional_positive_int, positive_int
 from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.isolation.batch_tree import HeldBatches, batch_size, take_samples
+from lightning_spectral.isolation.batch_tree import batch_size, take_samples
+from lightning_spectral.measurement.cpu_batches import CpuBatches
 from lightning_spectral.measurement.loader_batches import first_batches
 
 BatchChoice = Literal["train", "fixed"] | DataLoader[Any]
@@ -46,7 +47,7 @@ class BatchSource:
 
     def reset(self) -> None:
         """Drop the collected batches, for the next probe or run."""
-        self._batches = HeldBatches()
+        self._batches = CpuBatches()
         self._samples = 0
         self._is_loaded = False
 

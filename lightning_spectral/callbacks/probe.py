@@ -182,7 +182,7 @@ class SpectralProbe(AnyCallback):
 
     @property
     def history(self) -> list[SpectralReport]:
-        """Last reports of this process, the oldest first."""
+        """Last reports of this rank, the oldest first."""
         return list(self._history)
 
     def should_measure(self, step: int) -> bool:

@@ -82,7 +82,7 @@ class ProbeTrigger:
         """Start the clock, and turn off on all ranks if one of them is."""
         for rank, reason in enumerate(self.group.all_gather_object(self.off)):
             if reason and not self.off:
-                self.turn_off(f"process {rank}: {reason}")
+                self.turn_off(f"rank {rank}: {reason}")
         self.budget.start(optimizer_steps(trainer))
 
     def warn_if_waiting(self) -> None:
@@ -174,7 +174,7 @@ class ProbeTrigger:
         answers = self.group.all_gather_object((batches is not None, self._batch_error))
         for rank, (_, error) in enumerate(answers):
             if error:
-                where = f"process {rank}: " if len(answers) > 1 else ""
+                where = f"rank {rank}: " if len(answers) > 1 else ""
                 self.turn_off(f"{where}its batches cannot be had: {error}")
                 return False
         return all(ready for ready, _ in answers)

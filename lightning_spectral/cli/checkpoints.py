@@ -131,9 +131,9 @@ def _wrong_shapes(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]
     both = {k: (own[k], state[k]) for k in own if k in state}
     tensors = {k: (a, b) for k, (a, b) in both.items() if isinstance(a, Tensor) and isinstance(b, Tensor)}
     return [
-        f"{name} is {tuple(there.shape)} in the checkpoint and {tuple(here.shape)} in the model"
-        for name, (here, there) in tensors.items()
-        if not is_lazy(here) and here.shape != there.shape
+        f"{name} is {tuple(saved.shape)} in the checkpoint and {tuple(parameter.shape)} in the model"
+        for name, (parameter, saved) in tensors.items()
+        if not is_lazy(parameter) and parameter.shape != saved.shape
     ]
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_spectral._version import __version__
-from lightning_spectral.cli.arguments import OPTION_NAMES, add_options, add_sources, options_of
-from lightning_spectral.cli.parser import Parser, in_options
+from lightning_spectral.cli.arguments import OPTION_NAMES, add_options, add_sources
+from lightning_spectral.cli.parser import Parser, in_options, print_note
 
 LIGHTNING_COMMANDS = {
     "fit": "train a LightningModule from a configuration (a LightningCLI with this package's parts)",
@@ -70,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] in LIGHTNING_COMMANDS:
         return _lightning(words, from_command_line=arguments is None)
     options = parser.parse_args(words)
-    run = {"demo": _demo, "measure": _measure, "plan": _plan, "report": _report}[options.command]
-    return run(options)
+    return {"demo": _demo, "report": _report}.get(options.command, _measure_or_plan)(options)
 
 
 def _add_measure(commands: Any) -> None:
@@ -91,54 +90,6 @@ def _add_measure(commands: Any) -> None:
     where.add_argument("--traceback", action="store_true", help="of an error, show all instead of one line")
 
 
-def _measure(options: argparse.Namespace) -> int:
-    _import_from_here()
-    from lightning_spectral.cli.measure_command import check_folder, check_page, measure_checkpoint, write_report
-    from lightning_spectral.report import print_report
-
-    try:
-        measured = options_of(options)
-        if options.page:
-            check_page()
-        check_folder(options.output)
-        report, note = measure_checkpoint(
-            options.model,
-            options.data,
-            loss=options.loss,
-            checkpoint=options.checkpoint,
-            prefix=options.prefix,
-            strict=options.strict,
-            n_batches=options.n_batches,
-            device=options.device,
-            seed=options.seed,
-            options=measured,
-        )
-        if note:
-            print(f"lightning-spectral measure: of {options.checkpoint}, {note}", file=sys.stderr)
-        name = options.model if options.checkpoint is None else Path(options.checkpoint).name
-        print_report(report, name)
-        if report.chosen:
-            print(f"curvature by {report.chosen}")
-        print(*write_report(report, options.output, name=name, page=options.page), sep="\n")
-    except Exception as error:
-        return _failed(options, error)
-    return 0
-
-
-def _failed(options: argparse.Namespace, error: Exception) -> int:
-    """Print the error in one line: the model, the data and the loss are the user's code, which may raise anything."""
-    from lightning_spectral._messages import first_line
-
-    if options.traceback:
-        raise error
-    if isinstance(error, ValueError) or type(error).__module__.startswith("lightning_spectral"):
-        message = in_options(" ".join(str(error).split()), OPTION_NAMES)
-    else:
-        message = f"{first_line(error)} (--traceback shows where)"
-    print(f"lightning-spectral {options.command}: {message}", file=sys.stderr)
-    return 2
-
-
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
@@ -154,39 +105,12 @@ def _add_plan(commands: Any) -> None:
     what.add_argument("--batch-shape", nargs="+", default=(), metavar="SHAPE", help=shape)
     how = plan.add_argument_group("how it would be measured")
     add_options(how)
-    how.add_argument(
-        "--world-size", type=int, default=1, metavar="N", help="processes that share a batch (%(default)s)"
-    )
+    how.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks that share a batch (%(default)s)")
     how.add_argument("--sharded", action="store_true", help="parameters are shards over them, as in FSDP2")
     where = plan.add_argument_group("where it goes")
     where.add_argument("--all", action="store_true", help="a row per layer, not per kind and shape")
     where.add_argument("--json", metavar="FILE", help="write the plan there, too")
     where.add_argument("--traceback", action="store_true", help="of an error, show all instead of one line")
-
-
-def _plan(options: argparse.Namespace) -> int:
-    _import_from_here()
-    from lightning_spectral.cli.measure_command import plan_model
-    from lightning_spectral.report.terminal.plan_tables import print_plan
-
-    try:
-        plan = plan_model(
-            options.model,
-            options.data,
-            shapes=options.batch_shape,
-            loss=options.loss,
-            checkpoint=options.checkpoint,
-            options=options_of(options),
-            n_batches=options.n_batches,
-            world_size=options.world_size,
-            sharded=options.sharded,
-        )
-        print_plan(plan, every_layer=options.all)
-        if options.json:
-            print(plan.to_json(options.json))
-    except Exception as error:
-        return _failed(options, error)
-    return 0
 
 
 def _add_report(commands: Any) -> None:
@@ -216,31 +140,32 @@ def _add_report(commands: Any) -> None:
     report.add_argument("--prefix", help="of the probe's keys, where a run or checkpoint holds several probes'")
 
 
+def _measure_or_plan(options: argparse.Namespace) -> int:
+    """Run a command on the user's model, data and loss, which may raise anything; an error is one line."""
+    _import_from_here()
+    from lightning_spectral._messages import first_line
+    from lightning_spectral.cli import measure_command, plan_command
+
+    command = measure_command if options.command == "measure" else plan_command
+    try:
+        command.run(options)
+    except Exception as error:
+        if options.traceback:
+            raise
+        if isinstance(error, ValueError) or type(error).__module__.startswith("lightning_spectral"):
+            return _fail(options.command, in_options(" ".join(str(error).split()), OPTION_NAMES))
+        return _fail(options.command, f"{first_line(error)} (--traceback shows where)")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
-    from lightning_spectral.cli.page_path import check_target, default_target
-    from lightning_spectral.report.page.build import is_page, write_page
-    from lightning_spectral.report.runs.read import read_run
+    from lightning_spectral.cli.report_command import run
     from lightning_spectral.report.runs.run import RunError
 
-    inputs = [Path(path) for path in options.run]
-    target = default_target(inputs) if options.output is None else Path(options.output)
-    there = target.is_file()
     try:
-        if options.output is not None:
-            check_target(target)
-        if there and not options.force and not is_page(target):
-            raise RunError(f"{target} is there and no page of this command; give another --output, or --force")
-        run = read_run(inputs, prefix=options.prefix)
-        print(write_page(run, target, title=options.title))
-        # What lay in a folder is for the reader to know: others may have put more there.
-        said = [f"read {source}" for source in run.sources if any(path.is_dir() for path in inputs)]
-        for line in [*said, *(f"left out: {what}" for what in run.omissions)]:
-            print(f"lightning-spectral report: {line}", file=sys.stderr)
-        if there:
-            print(f"lightning-spectral report: {target} was there and is replaced", file=sys.stderr)
+        run(options)
     except (RunError, ImportError) as error:
-        print(f"lightning-spectral report: {error}", file=sys.stderr)
-        return 2
+        return _fail("report", error)
     return 0
 
 
@@ -252,8 +177,7 @@ def _demo(options: argparse.Namespace) -> int:
 
         run(options.output)
     except (ImportError, OSError) as error:
-        print(f"lightning-spectral demo: {error}", file=sys.stderr)
-        return 2
+        return _fail("demo", error)
     return 0
 
 
@@ -268,14 +192,17 @@ def _lightning(arguments: Sequence[str], *, from_command_line: bool) -> int:
     from lightning_spectral.callbacks._lightning import jsonargparse_missing
 
     if missing := jsonargparse_missing():
-        print(f"lightning-spectral {arguments[0]}: {missing}", file=sys.stderr)
-        return 2
+        return _fail(arguments[0], missing)
     from lightning_spectral.cli.import_paths import SourceError
     from lightning_spectral.cli.lightning import run
 
     try:
         run(arguments, from_command_line=from_command_line)
     except SourceError as error:
-        print(f"lightning-spectral {arguments[0]}: {error}", file=sys.stderr)
-        return 2
+        return _fail(arguments[0], error)
     return 0
+
+
+def _fail(command: str, error: object) -> int:
+    print_note(command, error)
+    return 2

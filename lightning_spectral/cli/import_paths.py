@@ -7,7 +7,7 @@ import importlib
 import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -36,13 +36,11 @@ def import_object(path: str, option: str) -> Any:
         raise SourceError(f"{option} must be an import path such as pkg.module:name, got {path!r}")
     try:
         value = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):
+    except Exception as error:
+        if is_missing(error, module):
             raise SourceError(
                 f"{option} {path}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}"
             ) from error
-        raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
-    except Exception as error:
         raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
     for part in name.split("."):
         if not hasattr(value, part):
@@ -51,6 +49,11 @@ def import_object(path: str, option: str) -> Any:
             raise SourceError(f"{option} {path}: {module} has no {name!r}{hint}")
         value = getattr(value, part)
     return value
+
+
+def is_missing(error: Exception, module: str) -> TypeGuard[ModuleNotFoundError]:
+    """Return whether importing a module failed because it, or a package that it is in, is not there."""
+    return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
 
 
 def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:

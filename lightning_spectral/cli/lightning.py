@@ -16,7 +16,7 @@ import yaml
 from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import lightning_cli, package_of
 from lightning_spectral.cli.checkpoints import load_plain
-from lightning_spectral.cli.import_paths import import_object
+from lightning_spectral.cli.import_paths import import_object, is_missing
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _imported(path: str | None) -> Any:
     try:
         return getattr(importlib.import_module(module), name, None) if module else None
     except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):
+        if is_missing(error, module):
             return None
         raise
 

@@ -1,10 +1,11 @@
-"""One-line errors of the command line, in the words of its options."""
+"""One-line errors and notes of the command line, in the words of its options."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -29,6 +30,11 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(_unknown(unknown[0], sorted(set(re.findall(r"(?<![\w-])--[\w-]+", self.format_usage())))))
         return parsed, unknown
+
+
+def print_note(command: str, text: object) -> None:
+    """Print a line of a command to standard error."""
+    print(f"lightning-spectral {command}: {text}", file=sys.stderr)
 
 
 def _unknown(word: str, options: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Networks whose parameters are shards over processes (DTensor): FSDP2 and tensor parallelism."""
+"""Networks whose parameters are shards over ranks (DTensor): FSDP2 and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_spectral._torch_private import is_composable_state
 from lightning_spectral.distributed.process_group import SingleProcess
 
 COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
-"""Where the classes live that hold a network's processes together."""
+"""Where the classes live that hold a network's ranks together."""
 
 
-def shards_of(model: nn.Module, processes: SingleProcess) -> list[Any]:
+def shards_of(model: nn.Module, group: SingleProcess) -> list[Any]:
     """Return the parameters and buffers that are shards, in the model's order, resharded.
 
     Raises:
-        ValueError: for shards that processes beside these hold.
+        ValueError: for shards that ranks beside these hold.
     """
     for module in model.modules():
         if is_fully_sharded(type(module)):
@@ -29,14 +29,14 @@ def shards_of(model: nn.Module, processes: SingleProcess) -> list[Any]:
     shards: dict[str, Any] = {name: tensor for name, tensor in tensors if is_dtensor(tensor)}
     for name, shard in shards.items():
         holders = set(shard.device_mesh.mesh.flatten().tolist())
-        if len(holders) > 1 and processes.size == 1:
+        if len(holders) > 1 and group.size == 1:
             raise ValueError(
-                f"process_group: {name} and {len(shards) - 1} more parameters are shards over several processes "
+                f"process_group: {name} and {len(shards) - 1} more parameters are shards over several ranks "
                 "(DTensor), which must measure together; give their group"
             )
-        if len(holders) > 1 and (missing := sorted(holders - set(processes.members))):
+        if len(holders) > 1 and (missing := sorted(holders - set(group.members))):
             raise ValueError(
-                f"process_group: it lacks the processes {', '.join(map(str, missing))}, which hold shards of {name}; "
+                f"process_group: it lacks the ranks {', '.join(map(str, missing))}, which hold shards of {name}; "
                 "give one of all that do"
             )
     return list(shards.values())

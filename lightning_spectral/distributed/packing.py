@@ -37,7 +37,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return this process's device of the same kind."""
+    """Return this rank's device of the same kind."""
     return (
         device if device.type == "cpu" else torch.device(device.type, torch.get_device_module(device).current_device())
     )

@@ -289,7 +289,7 @@ class _Failure:
         return cls(ProcessError, f"{type(error).__name__}: {text}")
 
     def error(self, rank: int) -> Exception:
-        return self.kind(f"process {rank}: {self.text}")
+        return self.kind(f"rank {rank}: {self.text}")
 
 
 class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -301,8 +301,8 @@ class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operation, unless it communicates."""
         if func.namespace in COMMUNICATION:
             raise MeasurementError(
-                f"the loss talks to other processes ({func.namespace}.{func.__name__}), so that it depends on their "
-                "samples; measure a loss of this process's samples alone (loss_fn, or a method spectral_loss), and "
+                f"the loss communicates with other ranks ({func.namespace}.{func.__name__}), so that it depends on "
+                "their samples; measure a loss of this rank's samples alone (loss_fn, or a method spectral_loss), and "
                 "with SyncBatchNorm mode='eval'"
             )
         return func(*args, **(kwargs or {}))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.isolation.module_copy import Copier
 
 
 def batch_size(batch: Any) -> int | None:
@@ -39,10 +37,10 @@ def take_samples(batch: Any, stop: int, start: int = 0, *, option: str = "max_sa
     """
     sizes = _leading_sizes(batch, "batch")
     if len(set(sizes.values())) != 1:
-        found = ", ".join(f"{path}: {size}" for path, size in list(sizes.items())[:6]) or "no tensor"
+        shapes = ", ".join(f"{path}: {size}" for path, size in list(sizes.items())[:6]) or "no tensor"
         raise MeasurementError(
             f"{option}: the batch cannot be cut by samples, since its tensors do not share a leading "
-            f"dimension (found {found}); set {option}=None, or have the loss cut the batch"
+            f"dimension (found {shapes}); set {option}=None, or have the loss cut the batch"
         )
     size = next(iter(sizes.values()))
     # With no more tensors than samples asked for, nothing is to be cut whichever of the two it is.
@@ -66,56 +64,6 @@ class FirstSamples(Sequence[Any]):
 
     def __len__(self) -> int:
         return len(self.batches)
-
-
-class HeldBatches(Sequence[Any]):
-    """Copies of batches in the CPU's memory, each given back on the devices it came from.
-
-    Objects of classes that are no containers are copied where they are.
-
-    Args:
-        batches: of any nesting of tensors.
-        device: where to give them back; None: where each tensor was.
-    """
-
-    def __init__(self, batches: Iterable[Any] = (), device: torch.device | None = None) -> None:
-        self._held: list[tuple[Any, list[torch.device]]] = []
-        self.device = device
-        for batch in batches:
-            self.append(batch)
-
-    def append(self, batch: Any) -> None:
-        """Keep a copy of one more batch."""
-        devices: list[torch.device] = []
-        copier = Copier(lambda tensor: tensor)
-
-        def hold(leaf: Any) -> Any:
-            if isinstance(leaf, PackedSequence):
-                # Its batch_sizes stay on the CPU, which only its own `to` knows.
-                devices.append(leaf.data.device)
-                packed = leaf.to("cpu")  # type: ignore[arg-type]
-                return PackedSequence(packed.data.clone(), *packed[1:])
-            if not isinstance(leaf, Tensor):
-                return copier.copy(leaf, "batch")
-            devices.append(leaf.device)
-            return leaf.detach().to("cpu", copy=True)
-
-        self._held.append((map_leaves(batch, hold, whole=PackedSequence), devices))
-
-    def __getitem__(self, index: Any) -> Any:
-        batch, devices = self._held[index]
-        left = iter(devices)
-
-        def give(leaf: Any) -> Any:
-            if not isinstance(leaf, (Tensor, PackedSequence)):
-                return leaf
-            device: Any = self.device or next(left)
-            return leaf.to(device)
-
-        return map_leaves(batch, give, whole=PackedSequence)
-
-    def __len__(self) -> int:
-        return len(self._held)
 
 
 def _is_list_of_samples(batch: Any, size: int) -> bool:

@@ -72,9 +72,9 @@ def copied_module(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) 
     copier.memo.update(stand_ins or {})
     try:
         module = copier.copy(model, type(model).__name__)
-        for found in module.modules():
+        for part in module.modules():
             for hooks in BACKWARD_HOOKS:
-                found.__dict__[hooks] = OrderedDict()
+                part.__dict__[hooks] = OrderedDict()
         substitutes = stand_ins or {}
         pairs = [
             (copier.memo[id(p)], None if id(p) in substitutes else p)

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_spectral._torch_private import without_worker_iterator
 from lightning_spectral._validation import positive_int
-from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.isolation.rng import RandomStates
+from lightning_spectral.measurement.cpu_batches import CpuBatches
 
 
 def first_batches(
@@ -25,7 +25,7 @@ def first_batches(
     prepare: Callable[[Any], Any] = lambda batch: batch,
     share: slice = slice(None),
     device: torch.device | None = None,
-) -> HeldBatches:
+) -> CpuBatches:
     """Return the first n batches of a loader, or a share of them, in the CPU's memory.
 
     The loader may be in use: a copy of it is iterated, and all generators that it or ``prepare`` draws from are put
@@ -45,11 +45,11 @@ def first_batches(
     states = RandomStates(model)
     own = [(generator, generator.get_state()) for generator in _generators(loader)]
     loader = without_worker_iterator(copy.copy(loader))
-    mine, held, n_read = range(n)[share], HeldBatches(device=device), 0
+    shared_indices, batches, n_read = range(n)[share], CpuBatches(device=device), 0
     try:
         for index, batch in enumerate(islice(loader, n)):
-            if index in mine:
-                held.append(prepare(batch))
+            if index in shared_indices:
+                batches.append(prepare(batch))
             n_read += 1
     finally:
         states.restore()
@@ -57,7 +57,7 @@ def first_batches(
             generator.set_state(state)
     if n_read < n:
         raise ValueError(f"n_batches: {n} batches were asked for, and the DataLoader has {n_read}")
-    return held
+    return batches
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

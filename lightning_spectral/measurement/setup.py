@@ -98,8 +98,8 @@ def _sharded_weights(model: nn.Module, dtype: torch.dtype, group: SingleProcess)
     for rank, of_rank in enumerate(step.received):
         if of_rank != step.received[0]:
             raise ValueError(
-                f"process_group: process {rank} holds {len(of_rank)} parameters and buffers as shards (DTensor), and "
-                f"process 0 holds {len(step.received[0])}, or others; all must hold the same network, sharded alike"
+                f"process_group: rank {rank} holds {len(of_rank)} parameters and buffers as shards (DTensor), and "
+                f"rank 0 holds {len(step.received[0])}, or others; all must hold the same network, sharded alike"
             )
     if not shards:
         yield None
@@ -191,13 +191,12 @@ def _require_equal(names: Sequence[Sequence[str]], settings: Sequence[Mapping[st
         if own_names != names[0]:
             apart = ", ".join(sorted(set(names[0]) ^ set(own_names))[:4]) or "in another order"
             raise MeasurementError(
-                f"process {rank} measures other layers than process 0 ({apart}); all must hold the same network and "
-                "options"
+                f"rank {rank} measures other layers than rank 0 ({apart}); all must hold the same network and options"
             )
         for option, value in settings[0].items():
             if own_settings[option] != value:
                 raise MeasurementError(
-                    f"{option}: process {rank} has {own_settings[option]!r}, and process 0 has {value!r}; all must "
+                    f"{option}: rank {rank} has {own_settings[option]!r}, and rank 0 has {value!r}; all must "
                     "have the same"
                 )
 

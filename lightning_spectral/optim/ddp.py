@@ -201,7 +201,7 @@ class Sharing:
             group, self._ddp = ddp.process_group, weakref.ref(ddp)
         if dist.get_world_size(group) == 1:
             return None
-        logger.info("the matrices of SpectralNewton are shared by %d processes", dist.get_world_size(group))
+        logger.info("the matrices of SpectralNewton are shared by %d ranks", dist.get_world_size(group))
         return group
 
 

@@ -39,7 +39,7 @@ def blocks(tensor: Tensor, layout: Layout) -> list[Tensor]:
 
 
 def row_counts(shape: Sequence[int], layout: Layout) -> list[int]:
-    """Return m_i of `blocks`, without looking at the tensor, which may be spread over processes.
+    """Return m_i of `blocks`, without looking at the tensor, which may be spread over ranks.
 
     >>> row_counts((6, 2, 3, 3), Layout(input_first=0, rows=[3, 3])), row_counts((6, 2), whole_layout())
     ([3, 3], [6])

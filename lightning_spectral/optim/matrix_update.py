@@ -78,7 +78,7 @@ def momentum_step(
 ) -> Sequence[Tensor]:
     """Set B <- mu B + (1 - mu) G and W <- (1 - lr weight_decay) W; return M = mu B + (1 - mu) G (or B).
 
-    Entry by entry, so that each may be the part of a parameter that this process holds.
+    Entry by entry, so that each may be the part of a parameter that this rank holds.
     """
     mu = group["momentum"]
     torch._foreach_lerp_(list(buffers), list(grads), 1 - mu)

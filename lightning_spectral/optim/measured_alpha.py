@@ -66,8 +66,8 @@ def update_averages(measured: Mapping[Tensor, Sequence[MeasuredAlpha]], group: d
 def mean_alpha_used(group: Mapping[str, Any], i: int, rows: tuple[int, int] | None) -> float:
     """Return the mean exponent of the matrices that these rows of a group's i-th parameter lie in."""
     counts = row_counts(group["params"][i].shape, group["layouts"][i])
-    hit = by_rows([MeasuredAlpha(INITIAL_ALPHA, rows=rows)], counts)
-    used = [alpha_used(average) for average, found in zip(group["alphas"][i], hit, strict=True) if found]
+    fits_by_matrix = by_rows([MeasuredAlpha(INITIAL_ALPHA, rows=rows)], counts)
+    used = [alpha_used(average) for average, fits in zip(group["alphas"][i], fits_by_matrix, strict=True) if fits]
     if not used:
         numbers = ", ".join(map(str, counts))
         raise ValueError(f"rows {rows} hold none of the parameter's matrices, of {numbers} rows")
@@ -91,8 +91,8 @@ def averaged(
     (low, high), mu = group["alpha_range"], group["alpha_momentum"]
     good = [fit for fit in measured if fit.r2 >= group["alpha_min_r2"] and math.isfinite(fit.alpha)]
     out = []
-    for average, chosen in zip(averages, by_rows(good, counts), strict=True):
-        values = [min(max(fit.alpha, low), high) for fit in chosen]
+    for average, fits in zip(averages, by_rows(good, counts), strict=True):
+        values = [min(max(fit.alpha, low), high) for fit in fits]
         if values:
             value = sum(values) / len(values)
             average = value if average is None else average + (1 - mu) * (value - average)

@@ -97,7 +97,7 @@ def _layers(
     fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] | None,
 ) -> list[MatrixLayer]:
     """Return the matrices that are neither embeddings nor heads, under the first of the names of a tied parameter."""
-    everything = find_layers(model, kinds=kinds).layers if kinds is not None else _found(model)
+    everything = find_layers(model, kinds=kinds).layers if kinds is not None else _layers_or_none(model)
     if fused_qkv is None:
         fused_qkv = [layer.name for layer in everything.values() if _in_thirds(layer)]
     layers = find_layers(model, kinds=kinds, fused_qkv=fused_qkv).layers if everything else {}
@@ -109,7 +109,7 @@ def _layers(
     ]
 
 
-def _found(model: nn.Module) -> dict[str, MatrixLayer]:
+def _layers_or_none(model: nn.Module) -> dict[str, MatrixLayer]:
     try:
         return find_layers(model).layers
     except NoMatrixError:

@@ -53,23 +53,23 @@ def split_group(group: Mapping[str, Any], adamw_names: Sequence[str]) -> list[di
     params, names = split_params(group["params"], group.get("param_names"))
     base = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     if "update" in group:
-        chosen: dict[str, Sequence[int]] = {group["update"]: range(len(params))}
+        indices: dict[str, Sequence[int]] = {group["update"]: range(len(params))}
         if group["update"] == "adamw":
             base |= {argument: base.pop(key) for key, argument in ADAMW.items() if key in base}
     else:
         matrices = [
             i for i, p in enumerate(params) if is_matrix(p) and not (names and has_adamw_name(names[i], adamw_names))
         ]
-        rest = sorted(set(range(len(params))) - set(matrices))
-        chosen = {update: of for update, of in (("spectral", matrices), ("adamw", rest)) if of}
-    if len(chosen) > 1 and "layouts" in group:
+        non_matrices = sorted(set(range(len(params))) - set(matrices))
+        indices = {update: of for update, of in (("spectral", matrices), ("adamw", non_matrices)) if of}
+    if len(indices) > 1 and "layouts" in group:
         raise ValueError("a group with layouts needs update='spectral', as SpectralNewton.groups(model) gives it")
     parts = []
-    for update, of in chosen.items():
+    for update, of in indices.items():
         part = {**base, "update": update, "params": [params[i] for i in of]}
         if names:
             part["param_names"] = [names[i] for i in of]
-        if "name" in base and len(chosen) > 1:
+        if "name" in base and len(indices) > 1:
             part["name"] = f"{base['name']}/{update}"
         parts.append(part)
     return parts

@@ -1,4 +1,4 @@
-"""Which part of a DTensor (FSDP2, tensor parallelism) a process holds."""
+"""Which part of a DTensor (FSDP2, tensor parallelism) a rank holds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Sharding:
     """Split of a tensor over ranks.
 
     Attributes:
-        group: of the processes.
+        group: of the ranks.
         dim: of the tensor.
         shape: of the whole.
-        counts: rows, or whatever the dimension holds, of each process.
+        counts: rows, or whatever the dimension holds, of each rank.
     """
 
     group: ProcessGroup
@@ -32,12 +32,12 @@ class Sharding:
     counts: list[int]
 
     def part(self, rank: int) -> torch.Size:
-        """Return the shape of what a process holds."""
+        """Return the shape of what a rank holds."""
         return torch.Size([*self.shape[: self.dim], self.counts[rank], *self.shape[self.dim + 1 :]])
 
 
 def local(tensor: Any) -> Any:
-    """Return what this process holds of a tensor; changes of it are changes of the tensor."""
+    """Return what this rank holds of a tensor; changes of it are changes of the tensor."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
@@ -80,12 +80,12 @@ def check_dtensor(parameter: Any, name: str) -> None:
             "alone make them"
         )
     if parameter.device_mesh.get_coordinate() is None:
-        raise ValueError(f"parameter {name} is a DTensor on {parameter.device_mesh}, which this process is not in")
+        raise ValueError(f"parameter {name} is a DTensor on {parameter.device_mesh}, which this rank is not in")
     with torch.no_grad():
         part = parameter.to_local()
     if part.device.type == "cpu" != parameter.device_mesh.device_type:
         raise ValueError(
-            f"parameter {name} is offloaded: its parts are on the CPU, and its processes exchange what is on "
+            f"parameter {name} is offloaded: its parts are on the CPU, and its ranks exchange what is on "
             f"{parameter.device_mesh.device_type}; train without offloading, or give its group update='adamw'"
         )
     sharding = sharding_of(parameter)

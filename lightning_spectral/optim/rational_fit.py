@@ -49,7 +49,7 @@ class ShiftedInverses:
 
     @property
     def at_zero(self) -> float:
-        """f(0), close to 1 / d."""
+        """Value at x = 0, close to 1 / d."""
         return self.constant + sum(c / p for c, p in zip(self.weights, self.shifts, strict=True))
 
 

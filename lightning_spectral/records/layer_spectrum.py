@@ -107,7 +107,8 @@ class LayerSpectrum:
 
     def scalars(self) -> dict[str, float]:
         """Return the logged quantities of `LAYER_KEYS` by name, without those of parts that were not asked for."""
-        return {key.name: float(key.value(self)) for key in LAYER_KEYS if key.applies_to(self)}
+        parts = {"", *self.parts}
+        return {key.name: float(key.value(self)) for key in LAYER_KEYS if key.part in parts}
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values: NaN as None, infinity as "inf"."""

@@ -25,7 +25,7 @@ def test_two_processes_measure_the_joined_batch_and_skip_a_probe_together(world_
     # Before step 4 the loss fails in the second process.
     assert first["steps"] == second["steps"] == [0, 2, 6]
     assert first["failed"] == second["failed"] == 1
-    assert [text for text in first["warnings"] if "process 1: KeyError: 'lost'" in text]
+    assert [text for text in first["warnings"] if "rank 1: KeyError: 'lost'" in text]
     assert not second["warnings"]
     assert first["weights"] == second["weights"]
     # Three batches of 8, two for one process and one for the other.
@@ -52,6 +52,6 @@ def test_processes_wait_for_the_batches_of_all_or_are_all_off(world_of_two, tmp_
     first, second = world_of_two.run("probe_trainers:probe_unlike_loaders", tmp_path, name)
     assert first["steps"] == second["steps"]
     assert bool(first["steps"]) == (name == "smaller")
-    off = [text for text in first["warnings"] if "SpectralProbe is off: process 1: its batches cannot be had" in text]
+    off = [text for text in first["warnings"] if "SpectralProbe is off: rank 1: its batches cannot be had" in text]
     assert bool(off) == (name == "uncountable")
     assert first["weights"] == second["weights"]

@@ -122,21 +122,21 @@ def test_a_sketch_of_a_network_in_shards(results, alone, label):
     ],
 )
 def test_a_network_in_shards_needs_its_processes_and_stays_in_shards(results, how, kept):
-    assert "are shards over several processes (DTensor)" in results[0][f"{how} alone"]
+    assert "are shards over several ranks (DTensor)" in results[0][f"{how} alone"]
     assert results[0][f"{how} kept"] == kept
 
 
 FAILED = {
-    "exact, call 1": "ProcessError: process 1: KeyError: 'lost'",
-    "the first, no sample": "ValueError: process 0: bad value",
+    "exact, call 1": "ProcessError: rank 1: KeyError: 'lost'",
+    "the first, no sample": "ValueError: rank 0: bad value",
     "memory always": "MeasurementError: out of memory with 30 samples at once, with 15 samples at once, with 8",
-    "gathers": "MeasurementError: process 0: the loss talks to other processes (c10d.allreduce_",
-    "gathers by name": "MeasurementError: process 0: the loss talks to other processes (c10d.allreduce_",
-    "sends": "MeasurementError: process 0: the loss talks to other processes (c10d.send",
-    "no text": "ProcessError: process 1: OddError: ",
-    "another option": "MeasurementError: top_k: process 1 has 4, and process 0 has 3; all must have the same",
-    "not a number": "MeasurementError: process 1: the loss is nan",
-    "another selection": "MeasurementError: process 1 measures other layers than process 0",
+    "gathers": "MeasurementError: rank 0: the loss communicates with other ranks (c10d.allreduce_",
+    "gathers by name": "MeasurementError: rank 0: the loss communicates with other ranks (c10d.allreduce_",
+    "sends": "MeasurementError: rank 0: the loss communicates with other ranks (c10d.send",
+    "no text": "ProcessError: rank 1: OddError: ",
+    "another option": "MeasurementError: top_k: rank 1 has 4, and rank 0 has 3; all must have the same",
+    "not a number": "MeasurementError: rank 1: the loss is nan",
+    "another selection": "MeasurementError: rank 1 measures other layers than rank 0",
 }
 
 
@@ -152,7 +152,7 @@ def test_wherever_a_process_fails_no_other_waits_for_it(results, method):
     for call in (1, 2, 3, 4):
         first, *others = (of_rank[f"{method}, call {call}"] for of_rank in results)
         if isinstance(first, str):
-            assert "process 1" in first
+            assert "rank 1" in first
             assert others == [first] * (WORLD - 1)
         else:
             # There is no such call.
@@ -199,7 +199,7 @@ def test_where_memory_runs_out_for_factors_all_try_smaller_pieces(results):
 def test_a_method_that_one_process_refuses_is_used_by_none(results):
     report = SpectralReport.from_dict(results[0]["refused in one"])
     assert {layer.method for layer in report.layers.values()} == {"exact"}
-    assert "process 1" in report.chosen
+    assert "rank 1" in report.chosen
 
 
 def test_a_group_of_some_processes(results, alone):

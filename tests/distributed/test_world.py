@@ -4,13 +4,14 @@ import pytest
 import world
 
 
-@pytest.fixture
-def small_world(monkeypatch):
-    monkeypatch.setattr(world, "GRACE_SECONDS", 0.5)
-    ranks = world.World(2)
-    yield ranks
-    ranks.close()
-    assert ranks.ranks == []
+@pytest.fixture(scope="module")
+def small_world():
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(world, "GRACE_SECONDS", 0.5)
+        ranks = world.World(2)
+        yield ranks
+        ranks.close()
+        assert ranks.ranks == []
 
 
 @pytest.mark.parametrize(

@@ -273,14 +273,14 @@ def check_refusals(rank, n, folder):
     first = DeviceMesh("cpu", [0])
     of_one = DTensor.from_local(torch.ones(6, 6), first, [Replicate()], run_check=False)
     if rank:
-        with pytest.raises(ValueError, match=r"parameter w is a DTensor on .*, which this process is not in"):
+        with pytest.raises(ValueError, match=r"parameter w is a DTensor on .*, which this rank is not in"):
             made(of_one)
     offloaded = distribute_tensor(torch.ones(6, 6), line, [Shard(0)])
     mesh_type = type(line)
     real = mesh_type.device_type
     mesh_type.device_type = property(lambda mesh: "cuda")
     try:
-        with pytest.raises(ValueError, match="parameter w is offloaded: its parts are on the CPU, and its processes"):
+        with pytest.raises(ValueError, match="parameter w is offloaded: its parts are on the CPU, and its ranks"):
             made(offloaded)
     finally:
         mesh_type.device_type = real

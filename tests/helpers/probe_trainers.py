@@ -39,7 +39,7 @@ def train(rank, n, folder, with_probe):
         def on_train_batch_end(self, *args):
             time.sleep(0.002 + 0.004 * rank)
 
-    probe = SpectralProbe(max_overhead=0.8, top_k=3)
+    probe = SpectralProbe(max_overhead=0.6, top_k=3)
     callbacks = [probe] if with_probe else []
     module = Net()
     logger = pl.loggers.CSVLogger(folder)

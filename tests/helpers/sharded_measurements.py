@@ -305,7 +305,7 @@ def check_a_failure_in_one(rank, n, folder):
             raise KeyError("lost")
         return F.cross_entropy(model.head(model.layers[1:](h)), batch[1])
 
-    with pytest.raises(ProcessError, match=f"process {n - 2}: KeyError: 'lost'"):
+    with pytest.raises(ProcessError, match=f"rank {n - 2}: KeyError: 'lost'"):
         measured(pair[1], own_batch(rank), fails)
     check_same(pair, own_batch(rank), curvature="ggn")
 
@@ -351,7 +351,7 @@ def check_no_room_in_one(rank, n, folder):
         real(weights)
 
     gathering.OnDemandWeights.reserve = reserve
-    with pytest.raises(MemoryError, match="process 1: out of memory: no room"):
+    with pytest.raises(MemoryError, match="rank 1: out of memory: no room"):
         measured(pair[1], own_batch(rank))
     gathering.OnDemandWeights.reserve = real
 
@@ -464,9 +464,7 @@ def check_shards_in_some(rank, n, folder):
         fully_shard(model, mesh=DeviceMesh("cpu", [0]))
     else:
         DeviceMesh("cpu", [0])
-    with pytest.raises(
-        ValueError, match=r"process 1 holds 0 parameters and buffers as shards .*, and process 0 holds 12"
-    ):
+    with pytest.raises(ValueError, match=r"rank 1 holds 0 parameters and buffers as shards .*, and rank 0 holds 12"):
         measured(model, own_batch(rank))
 
 
@@ -483,7 +481,7 @@ def check_a_failure_beside_buffers_in_shards(rank, n, folder):
         return real(*args)
 
     setup.InitialState = fails
-    with pytest.raises(MemoryError, match="process 1: out of memory: no room"):
+    with pytest.raises(MemoryError, match="rank 1: out of memory: no room"):
         measured(sharded, own_batch(rank))
     setup.InitialState = real
 
@@ -518,7 +516,7 @@ def check_shards_of_one_process(rank, n, folder):
 
 
 def check_alone_is_refused(rank, n, folder):
-    with pytest.raises((ValueError, MeasurementError), match="are shards over several processes"):
+    with pytest.raises((ValueError, MeasurementError), match="are shards over several ranks"):
         measure_spectra(models(Deep)[1], own_batch(rank), loss)
 
 

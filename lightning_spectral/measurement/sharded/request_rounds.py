@@ -27,7 +27,7 @@ class RequestRounds:
     Args:
         group: ranks that measure together.
         device: from which they talk.
-        room: raises if this process has no memory to take part in an exchange. One that failed in the middle of it
+        room: raises if this rank has no memory to take part in an exchange. One that failed in the middle of it
             would leave the others waiting.
     """
 
@@ -47,7 +47,7 @@ class RequestRounds:
             MemoryError: in all that asked, if there is no room for it in one that is done.
         """
         if not self._group.in_step:
-            raise RuntimeError("an exchange was asked for outside of the steps at whose end processes meet")
+            raise RuntimeError("an exchange was asked for outside of the steps at whose end ranks meet")
         with outside_all_modes():
             self._room()
             self._exchange(number)
@@ -72,7 +72,7 @@ class RequestRounds:
         requests, failure = self._group.all_gather_int(own, self._device), None
         if FULL in requests:
             if own >= 0:
-                raise MemoryError(f"process {requests.index(FULL)} has no room for weights and gradients of others")
+                raise MemoryError(f"rank {requests.index(FULL)} has no room for weights and gradients of others")
             return requests
         for number in sorted(set(requests) - {DONE}):
             finish = self._exchanges[number](number == own)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning_spectral._messages import group_by_reason
-from lightning_spectral.analysis import ALPHA_BAND
+from lightning_spectral.analysis import ALPHA_BAND, Exponents
 from lightning_spectral.numerics.statistics import evenly, median
 from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
@@ -40,7 +40,8 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
     layers = _last_layers(reports)
     parts = {part for report in reports for layer in report.layers.values() for part in layer.parts}
     keys = [key for key in LAYER_KEYS if not key.part or key.part in parts]
-    rows = [_probe(step, list(layers), keys, run.steps[0]) for step in run.steps]
+    first = run.steps[0].step, run.steps[0].exponents()
+    rows = [_probe(step, list(layers), keys, first) for step in run.steps]
     spectra = [[_spectrum(report.layers.get(name)) for name in layers] for report in reports]
     shown, with_spectra = _thin(rows, spectra, limit)
     return {
@@ -89,12 +90,12 @@ def _notes(run: Run, shown: int, with_spectra: int) -> list[str]:
     return [*notes, *(f"Left out: {what}." for what in run.omissions)]
 
 
-def _probe(step: RunStep, names: Sequence[str], keys: Sequence[LoggedKey], first: RunStep) -> dict[str, Any]:
+def _probe(
+    step: RunStep, names: Sequence[str], keys: Sequence[LoggedKey], first: tuple[int | None, list[Exponents]]
+) -> dict[str, Any]:
+    """Return what is shown of a probe; ``first`` is the step and the exponents of the run's first one."""
     report, exponents = step.report, step.exponents()
-    sentences = [
-        *summary(exponents),
-        *summary_over_training([(x.step, x.exponents()) for x in (first, step)]),
-    ]
+    sentences = [*summary(exponents), *summary_over_training([first, (step.step, exponents)])]
     layers = [report.layers.get(name) for name in names]
     trusted = {x.name for x in exponents if x.trusted}
     return {

@@ -111,8 +111,8 @@ def _costs(plan: Plan) -> Table:
     return table
 
 
-def _range(least: float, most: float) -> str:
-    shown = [f"{x:,}" if isinstance(x, int) else f"{x:.2g}" if x < 10 else f"{x:,.0f}" for x in (least, most)]
+def _range(low: float, high: float) -> str:
+    shown = [f"{x:,}" if isinstance(x, int) else f"{x:.2g}" if x < 10 else f"{x:,.0f}" for x in (low, high)]
     return shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"
 
 

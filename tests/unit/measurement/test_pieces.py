@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.curvature import Curvatures
 from lightning_spectral.curvature.sketch import SketchCurvature
-from lightning_spectral.isolation.batch_tree import HeldBatches
 from lightning_spectral.isolation.replay import InitialState
 from lightning_spectral.layers.matrices import find_layers
+from lightning_spectral.measurement.cpu_batches import CpuBatches
 from lightning_spectral.measurement.directions import leading_directions
 from lightning_spectral.measurement.estimation import Evaluation, weighted_sum
 from lightning_spectral.measurement.memory import TRIES
@@ -376,12 +376,12 @@ def test_joined_curvatures():
 
 def test_held_batches_are_copies_that_come_back_as_they_were():
     x = torch.ones(3)
-    held = HeldBatches([{"x": x, "name": "n"}])
+    held = CpuBatches([{"x": x, "name": "n"}])
     x.zero_()
     assert (len(held), held[0]["name"]) == (1, "n")
     assert torch.equal(held[0]["x"], torch.ones(3))
     held[0]["x"].zero_()
-    moved = HeldBatches([(torch.ones(2),)], torch.device("meta"))
+    moved = CpuBatches([(torch.ones(2),)], torch.device("meta"))
     assert moved[0][0].device.type == "meta"
 
 
@@ -394,10 +394,10 @@ class Graphs:
 
 def test_held_objects_and_packed_sequences_are_copies():
     graphs, packed = Graphs(torch.ones(3)), pack_padded_sequence(torch.ones(3, 2, 1), torch.tensor([3, 2]))
-    held = HeldBatches([(graphs, packed)])
+    held = CpuBatches([(graphs, packed)])
     graphs.x.zero_()
     packed.data.zero_()
     assert torch.equal(held[0][0].x, torch.ones(3))
     assert torch.equal(held[0][1].data, torch.ones(5, 1))
-    moved = HeldBatches([packed], torch.device("meta"))[0]
+    moved = CpuBatches([packed], torch.device("meta"))[0]
     assert (moved.data.device.type, moved.batch_sizes.device.type) == ("meta", "cpu")

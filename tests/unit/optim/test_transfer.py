@@ -10,6 +10,9 @@ from lightning_spectral.optim import transfer as module
 from lightning_spectral.optim.rational_fit import MAX_POLES, fit_poles
 from lightning_spectral.optim.transfer import transfer, transfer_batch
 
+# One worker fits each sum of inverses once, for all tests.
+pytestmark = pytest.mark.xdist_group("transfer")
+
 SPECTRA = {
     "flat": lambda k: torch.ones_like(k),
     "power_law": lambda k: k**-1.0,

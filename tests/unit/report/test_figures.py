@@ -4,7 +4,6 @@ import itertools
 import math
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -27,9 +26,6 @@ from lightning_spectral.report.figures.transfer_functions import sigma_hat
 
 matplotlib = pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT))
-
 ONE = {
     "power_law": figures.plot_power_law,
     "alpha_by_depth": figures.plot_alpha_by_depth,
@@ -44,10 +40,13 @@ SEVERAL = {
     "participation_ratio": figures.plot_participation_ratio,
 }
 ALL = ONE | SEVERAL
+network, deep, broken = (cache(make) for make in (synthetic.network, synthetic.deep, synthetic.broken))
+"""The same reports for all tests: a figure changes none."""
+
 REPORTS = {
-    "network": synthetic.network,
-    "deep": synthetic.deep,
-    "broken": synthetic.broken,
+    "network": network,
+    "deep": deep,
+    "broken": broken,
     "one layer": lambda: synthetic.report([synthetic.spectrum("head.weight", "head")]),
     "only dead": lambda: synthetic.report([synthetic.dead("a"), synthetic.dead("b")], step=1),
     "only negative": lambda: synthetic.report([synthetic.spectrum("a", negative=range(20))]),
@@ -56,6 +55,12 @@ FIGURES = [
     ("network", 3.5), ("network", 6.0), ("deep", 3.5), ("deep", 6.0), ("broken", 3.5), ("one layer", 6.0),
     ("one layer", 3.5), ("only dead", 6.0), ("only negative", 3.5),
 ]  # fmt: skip
+
+
+@cache
+def of_network(name):
+    """A figure for tests that look at it alone."""
+    return ALL[name](network())
 
 
 def lines(axes, label):
@@ -130,7 +135,7 @@ def test_titles_say_step_and_method(name):
 @pytest.mark.parametrize("name", ALL)
 def test_settings_are_neither_changed_nor_taken(name, tmp_path):
     def pixels():
-        figure = ALL[name](synthetic.network())
+        figure = ALL[name](network())
         before = dict(matplotlib.rcParams)
         figure.savefig(tmp_path / "figure.png", dpi=50)
         assert dict(matplotlib.rcParams) == before
@@ -147,7 +152,7 @@ def test_settings_are_neither_changed_nor_taken(name, tmp_path):
 
 @pytest.mark.parametrize("name", ALL)
 def test_white_and_opaque_or_dark(name):
-    white, dark = (ALL[name](synthetic.network(), dark=dark) for dark in (False, True))
+    white, dark = of_network(name), ALL[name](network(), dark=True)
     assert white.get_facecolor() == (1, 1, 1, 1)
     assert sum(dark.get_facecolor()[:3]) < 0.5
     assert dark.get_facecolor()[3] == 1
@@ -172,7 +177,7 @@ def test_neither_pyplot_nor_a_backend_is_needed():
 def test_without_matplotlib_the_extra_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "lightning-spectral\[plot\]"'):
-        ALL[name](synthetic.network())
+        ALL[name](network())
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -199,7 +204,7 @@ def test_a_list_where_one_report_is_drawn(name):
 @pytest.mark.parametrize("width", [1.0, 3.0, math.nan, math.inf])
 def test_too_narrow(width):
     with pytest.raises(ValueError, match=r"width must be at least 3\.25 inches"):
-        figures.plot_alpha_by_depth(synthetic.network(), width=width)
+        figures.plot_alpha_by_depth(network(), width=width)
 
 
 def test_every_kind_and_model_has_a_look_of_its_own():
@@ -213,9 +218,8 @@ def test_every_kind_and_model_has_a_look_of_its_own():
 
 
 def test_a_kind_looks_the_same_in_every_figure():
-    report = synthetic.network()
     for name in ("power_law", "alpha_by_depth", "transfer_identity", "participation_ratio", "rank_profiles"):
-        keys = {handle.get_label(): handle for handle in ALL[name](report).legends[0].legend_handles}
+        keys = {handle.get_label(): handle for handle in of_network(name).legends[0].legend_handles}
         for kind, (colour, marker) in KIND_STYLE.items():
             key = keys[kind.replace("_", " ")]
             assert key.get_color() == ("black" if colour == "ink" else colour)
@@ -248,8 +252,8 @@ def test_logarithmic_ticks(low, decades):
 
 
 def test_power_law_panels():
-    report = synthetic.network()
-    figure = figures.plot_power_law(report)
+    report = network()
+    figure = of_network("power_law")
     assert len(figure.axes) == len(report.layers)
     for axes, layer in zip(figure.axes, report.layers.values(), strict=True):
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
@@ -277,7 +281,7 @@ def test_power_law_panels():
 
 
 def test_points_that_are_left_out_are_hollow():
-    report = synthetic.broken()
+    report = broken()
     axes = dict(zip(report.layers, figures.plot_power_law(report).axes, strict=True))
     (marks,) = lines(axes["rounding"], "off")
     assert hollow(marks)
@@ -295,7 +299,7 @@ def test_points_that_are_left_out_are_hollow():
 
 
 def test_grids_hold_twelve_layers_evenly_over_depth_and_say_so():
-    report = synthetic.deep()
+    report = deep()
     for plot in (figures.plot_power_law, figures.plot_rank_profiles):
         figure = plot(report)
         assert len(figure.axes) == MAX_PANELS
@@ -318,7 +322,7 @@ def test_a_panel_that_a_band_would_fill_says_so_and_few_layers_without_a_panel_a
 
 
 def test_layers_by_name_and_pattern():
-    report = synthetic.network()
+    report = network()
     assert [x.name for x in choose_layers(report, "block.conv.weight")[0]] == ["block.conv.weight"]
     assert [x.name for x in choose_layers(report, ["*.mlp_*", "block.conv"])[0]] == [
         "block.conv.weight", "block.mlp_up.weight", "block.mlp_down.weight",
@@ -329,11 +333,11 @@ def test_layers_by_name_and_pattern():
     with pytest.raises(ValueError, match=r"layers: \[\] selects no layer"):
         figures.plot_rank_profiles(report, layers=[])
     with pytest.raises(ValueError, match=r", \.\.\. \(160 in all\)$"):
-        choose_layers(synthetic.deep(), "x")
+        choose_layers(deep(), "x")
 
 
 def test_rank_profiles_draw_the_models_and_name_the_winner():
-    report = synthetic.network(0)
+    report = network(0)
     figure = figures.plot_rank_profiles(report)
     winners = set()
     for axes, layer in zip(figure.axes, report.layers.values(), strict=True):
@@ -351,7 +355,7 @@ def test_rank_profiles_draw_the_models_and_name_the_winner():
 
 
 def test_model_curves_have_the_residuals_of_the_fits():
-    for layer in synthetic.network(0).layers.values():
+    for layer in network(0).layers.values():
         sigma = rank_values(layer)
         k = torch.arange(1, len(sigma) + 1, dtype=torch.float64)
         for model, fit in layer.rank_models.fits.items():
@@ -360,11 +364,11 @@ def test_model_curves_have_the_residuals_of_the_fits():
 
 
 def test_values_below_the_noise_floor_are_hollow_in_rank_profiles():
-    axes = figures.plot_rank_profiles(synthetic.broken(), layers="rounding").axes[0]
+    axes = figures.plot_rank_profiles(broken(), layers="rounding").axes[0]
     (noise,) = lines(axes, "noise")
     assert hollow(noise)
     close(torch.stack(xy(noise))[:, 0], [5.0, 1e-11])
-    text = figures.plot_rank_profiles(synthetic.broken(), layers="empty").axes[0].texts[0].get_text()
+    text = figures.plot_rank_profiles(broken(), layers="empty").axes[0].texts[0].get_text()
     assert text == "no model: 0 values"
 
 
@@ -409,8 +413,8 @@ def test_far_out_the_band_is_that_of_the_exponent_sampled_or_not():
 
 
 def test_alpha_by_depth():
-    report = synthetic.network()
-    figure = figures.plot_alpha_by_depth(report)
+    report = network()
+    figure = of_network("alpha_by_depth")
     (axes,) = figure.axes
     bars = {container.get_label(): container for container in axes.containers}
     for i, (name, layer) in enumerate(report.layers.items()):
@@ -428,7 +432,7 @@ def test_alpha_by_depth():
 
 
 def test_layers_without_a_fit_are_crosses():
-    (axes,) = figures.plot_alpha_by_depth(synthetic.broken()).axes
+    (axes,) = figures.plot_alpha_by_depth(broken()).axes
     (crosses,) = lines(axes, "no fit")
     assert list(crosses.get_xdata()) == [1, 2, 3, 6, 7, 8]
     assert "no layer has a fit of α\n(no second derivative)" in words(
@@ -438,10 +442,10 @@ def test_layers_without_a_fit_are_crosses():
 
 def test_names_of_many_layers_are_thinned():
     for width in (3.5, 6.0, 12.0):
-        (axes,) = figures.plot_alpha_by_depth(synthetic.deep(), width=width).axes
+        (axes,) = figures.plot_alpha_by_depth(deep(), width=width).axes
         assert 160 / 12 < len(axes.get_xticklabels()) * 12 / width < 160
         assert len(axes.get_xticks(minor=True)) + len(axes.get_xticks()) == 160
-    heat_axes = figures.plot_spectrum_heatmap(synthetic.deep()).axes[0]
+    heat_axes = figures.plot_spectrum_heatmap(deep()).axes[0]
     assert 30 < len(heat_axes.get_yticklabels()) < 60
 
 
@@ -469,8 +473,8 @@ def test_transfer_identity():
 
 
 def test_participation_ratio():
-    report = synthetic.network()
-    (axes,) = figures.plot_participation_ratio(report).axes
+    report = network()
+    (axes,) = of_network("participation_ratio").axes
     assert axes.get_yscale() == "log"
     for name, layer in report.layers.items():
         (point,) = lines(axes, name)
@@ -484,7 +488,7 @@ def test_participation_ratio():
 
 
 def test_transfer_functions():
-    report = synthetic.network()
+    report = network()
     (axes,) = figures.plot_transfer_functions(report, damping=0.03).axes
     for name, layer in report.layers.items():
         curve, marks = lines(axes, name)
@@ -494,7 +498,7 @@ def test_transfer_functions():
         close(xy(marks)[0], sigma_hat(layer))
     with pytest.raises(ValueError, match="damping must be a finite number above 0"):
         figures.plot_transfer_functions(report, damping=0.0)
-    flawed = figures.plot_transfer_functions(synthetic.broken())
+    flawed = figures.plot_transfer_functions(broken())
     assert "layers without a fit: 6" in flawed._suptitle.get_text()
     assert "no layer has a fit of α" in words(figures.plot_transfer_functions(REPORTS["only dead"]()))
 
@@ -514,7 +518,7 @@ def test_sigma_hat_is_the_optimizers_where_all_values_are_measured():
 
 
 def test_heatmap():
-    report = synthetic.broken()
+    report = broken()
     names = list(report.layers)
     sigma_lk, _ = heat(report, "sigma")
     h_lk, classes_lk = heat(report, "h")
@@ -576,29 +580,11 @@ def test_rank_models_over_training():
         assert all(a < step < b for step, (a, b) in zip((0, 20, 40, 80, 160), itertools.pairwise(edges), strict=True))
     close(bottoms, [1.0] * len(reports))
     assert len({tuple(patch.get_data()[0]) for patch in axes.patches}) == 3
-    (flawed,) = figures.plot_rank_models_over_training(synthetic.broken()).axes
+    (flawed,) = figures.plot_rank_models_over_training(broken()).axes
     assert flawed.patches[-1].get_label() == "too few values"
     assert flawed.patches[-1].get_data()[0] - flawed.patches[-1].get_data()[2] == pytest.approx(0.3)
 
 
 def test_two_reports_of_one_step():
-    figure = figures.plot_rank_models_over_training([synthetic.network(5), synthetic.network(5)])
+    figure = figures.plot_rank_models_over_training([network(5), network(5)])
     assert "step 5, 2 reports" in figure._suptitle.get_text()
-
-
-# --- the example
-
-
-def test_the_example_draws_the_readmes_figures_and_all(monkeypatch, tmp_path):
-    pytest.importorskip("sklearn")
-    from examples.figures import make
-
-    # One demo for both.
-    monkeypatch.setattr(make, "TemporaryDirectory", lambda: nullcontext(str(tmp_path)))
-    monkeypatch.setattr(make, "run", cache(make.run))
-
-    make.main(["--output", str(tmp_path / "readme")], steps_factor=0.02)
-    committed = {path.name for path in (ROOT / "examples" / "figures").glob("*.png")}
-    assert {path.name for path in (tmp_path / "readme").iterdir()} == committed
-    make.main(["--all", str(tmp_path / "all")], steps_factor=0.02)
-    assert len(list((tmp_path / "all").glob("*.pdf"))) == 2 * len(ALL)

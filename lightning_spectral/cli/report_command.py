@@ -1,0 +1,61 @@
+"""`lightning-spectral report`: the page of a run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_spectral.cli.parser import print_note
+from lightning_spectral.report.page.build import is_page, write_page
+from lightning_spectral.report.runs.read import read_run
+from lightning_spectral.report.runs.run import RunError
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the page of a run, and print what it was made of.
+
+    Raises:
+        RunError: if there is no such run, or no page can be written there.
+        ImportError: without plotly.
+    """
+    inputs = [Path(path) for path in arguments.run]
+    target = default_target(inputs) if arguments.output is None else Path(arguments.output)
+    is_there = target.is_file()
+    if arguments.output is not None:
+        check_target(target)
+    if is_there and not arguments.force and not is_page(target):
+        raise RunError(f"{target} is there and no page of this command; give another --output, or --force")
+    shown = read_run(inputs, prefix=arguments.prefix)
+    print(write_page(shown, target, title=arguments.title))
+    # What lay in a folder is for the reader to know: others may have put more there.
+    if any(path.is_dir() for path in inputs):
+        for source in shown.sources:
+            print_note("report", f"read {source}")
+    for omission in shown.omissions:
+        print_note("report", f"left out: {omission}")
+    if is_there:
+        print_note("report", f"{target} was there and is replaced")
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that is to hold a page and has no such name, or no folder to be in.
+
+    Raises:
+        RunError: naming what is wrong.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise RunError(f"--output {path}: the name of a page ends in .html or .htm")
+    if not path.parent.is_dir():
+        raise RunError(f"--output {path}: there is no folder {path.parent}; make it first, or give another")
+
+
+def default_target(paths: Sequence[Path]) -> Path:
+    """Return the file of a run's page: in its folder, beside its file, or in the folder that several have in common."""
+    first, *further = paths
+    if not further:
+        return first / "report.html" if first.is_dir() else first.with_suffix(".html")
+    folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
+    common, current = Path(os.path.commonpath(folders)), Path.cwd()
+    return (common.relative_to(current) if common.is_relative_to(current) else common) / "report.html"
