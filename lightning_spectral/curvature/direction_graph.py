@@ -6,7 +6,8 @@ samples do not interact h_lk = sum_b d2L / de_lbk^2. One graph serves all layers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -57,6 +58,7 @@ class DirectionGraph:
         self.names = list(layouts)
         self.triplets = {name: directions[name] for name in self.names}
         self.e = {name: self._amplitudes(name) for name in self.names}
+        self._ports: dict[str, list[Port]] = {name: [] for name in self.names}
         self.by_leaf: dict[int, list[str]] = {}
         for name in self.names:
             self.by_leaf.setdefault(id(problem.parameters[name]), []).append(name)
@@ -102,6 +104,19 @@ class DirectionGraph:
             name: torch.zeros_like(e) if r_l is None else r_l for (name, e), r_l in zip(self.e.items(), r, strict=True)
         }
 
+    @contextmanager
+    def only(self, indices: Mapping[str, Tensor]) -> Iterator[None]:
+        """Have products within move along these directions of each layer alone, and read no other."""
+        for name, k in indices.items():
+            for port in self._ports[name]:
+                port.active = None if port.attached else k.to(self.e[name].device)
+        try:
+            yield
+        finally:
+            for ports in self._ports.values():
+                for port in ports:
+                    port.active = None
+
     def _amplitudes(self, name: str) -> Tensor:
         leaf = self.problem.parameters[name]
         shape = self.samples, len(self.triplets[name])
@@ -123,6 +138,7 @@ class DirectionGraph:
                 layouts[number],
                 attached=attached,
             )
+            self._ports[name].append(port)
             shift = port.shift(self.e[name])
             total = shift if total is None else total + shift
         return total

@@ -20,8 +20,8 @@ from lightning_spectral.curvature.graph_cut import GraphCut
 from lightning_spectral.curvature.ports import SampleLayout, sample_layouts
 from lightning_spectral.curvature.problem import accumulation_dtype
 
-DENSE = 128
-"""Up to how many outputs per sample the head's Hessian is held, (B, C, C)."""
+DENSE = 2**26
+"""Up to how many B C^3 the eigenvectors of the head's Hessian are taken for random columns."""
 
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative tolerance for two products with the head's Hessian to be the same."""
@@ -171,10 +171,10 @@ class Head:
 
         With s random signs: of few outputs, or of a softmax, the square root of the Hessian times s; of a head that
         acts on each output alone, the root of the second derivatives times s; of any other, D^1/2 s and H D^-1/2 s
-        with D what is known of its diagonal. The last, and all of a Hessian with negative eigenvalues, take two backward
-        passes in place of one.
+        with D what is known of its diagonal. The last, and all with negative eigenvalues, take two backward passes in
+        place of one.
         """
-        if self.outputs <= DENSE:
+        if self.samples * self.outputs**3 <= DENSE:
             yield from self._roots(generator)
         if (blocks := self._softmax_blocks()) is not None:
             while True:

@@ -80,6 +80,9 @@ class Port:
         triplets: the directions.
         layout: of the samples in the call's rows.
         attached: keep the graph of the input, which holds the same matrix already.
+
+    Attributes:
+        active: directions to move along and to read; None: all. A product of few of them is cheaper.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Port:
         attached: bool = False,
     ) -> None:
         self.layer, self.call, self.layout, self.attached = layer, call, layout, attached
+        self.active: Tensor | None = None
         a = call.attached if attached and call.attached is not None else call.input
         self.z_shape, dtype = call.output.shape, call.output.dtype
         self.rows: tuple[int, int] | None = None
@@ -122,29 +126,43 @@ class Port:
         return shift
 
     def move(self, e: Tensor) -> Tensor:
-        """Return sum_k e_bk u_k (v_k^T a_b) in the layout of z."""
-        spread = self.layout.spread(e.to(self.c.dtype))
+        """Return sum_k e_bk u_k (v_k^T a_b) in the layout of z, over the active directions."""
+        y, c = self._active()
+        spread = self.layout.spread((e if self.active is None else e[:, self.active]).to(c.dtype))
         if self.call.is_convolution:
-            images, k = self.c.shape[:2]
-            moved = self.y @ (self.c.flatten(2) * spread.reshape(images, -1, k).transpose(1, 2))
+            images, k = c.shape[:2]
+            moved = y @ (c.flatten(2) * spread.reshape(images, -1, k).transpose(1, 2))
             if self.rows is not None:
                 moved = _padded(moved, 1, self.rows, self.z_shape[1])
             return moved.reshape(self.z_shape)
-        moved = (self.c * spread.reshape(self.c.shape)) @ self.y.mT
+        moved = (c * spread.reshape(c.shape)) @ y.mT
         if self.rows is not None:
-            moved = _padded(moved, moved.ndim - 1, self.rows, self.call.to_rows(self.call.output).shape[-1])
+            moved = _padded(moved, moved.ndim - 1, self.rows, self.call.width)
         return self.call.from_rows(moved)
 
     def read(self, r: Tensor) -> Tensor:
-        """Return (B, K) sum_p (u_k^T r_bp)(v_k^T a_bp)."""
+        """Return (B, K) sum_p (u_k^T r_bp)(v_k^T a_bp), zero for directions that are not active."""
+        y, c = self._active()
         if self.call.is_convolution:
             r = r.flatten(2)
             r = r if self.rows is None else r[:, slice(*self.rows)]
-            products = (self.y.mT @ r) * self.c.flatten(2)
-            return self.layout.collect(products.transpose(1, 2).sum(1, dtype=accumulation_dtype(r)))
-        rows = self.call.to_rows(r)
-        rows = rows if self.rows is None else rows[..., slice(*self.rows)]
-        return self.layout.collect(((rows @ self.y) * self.c).reshape(-1, self.c.shape[-1]))
+            images = ((y.mT @ r) * c.flatten(2)).sum(2, dtype=accumulation_dtype(r))
+            read = self.layout.collect(images)
+        else:
+            rows = self.call.to_rows(r)
+            rows = rows if self.rows is None else rows[..., slice(*self.rows)]
+            read = self.layout.collect(((rows @ y) * c).reshape(-1, c.shape[-1]))
+        if self.active is None:
+            return read
+        return read.new_zeros(len(read), self.y.shape[-1]).index_copy(1, self.active, read)
+
+    def _active(self) -> tuple[Tensor, Tensor]:
+        """Return y and c of the active directions."""
+        if self.active is None:
+            return self.y, self.c
+        if self.call.is_convolution:
+            return self.y[:, self.active], self.c[:, self.active]
+        return self.y[..., self.active], self.c[..., self.active]
 
 
 class _Move(Function):

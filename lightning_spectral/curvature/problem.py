@@ -166,6 +166,12 @@ class DifferentiableLoss:
         return _known(self._trace)
 
     @property
+    def traced_bytes(self) -> int:
+        """Bytes of the layers' outputs; twice as much and more is in memory. 0 where the record is gone."""
+        calls = [] if self._trace is None else [call for of_leaf in self._trace.calls.values() for call in of_leaf]
+        return sum(call.output.numel() * call.output.element_size() for call in calls)
+
+    @property
     def value(self) -> Tensor:
         """The loss with its graph."""
         return _known(self._value)

@@ -44,13 +44,16 @@ TARGET_ERROR = 0.01
 RANKS = 10
 """Up to how many directions of a layer share a product: with 20 of them a draw is two products at least."""
 
+CHANNELS_PER_SAMPLE = 2
+"""The noise of a product grows with its channels, and falls with the samples."""
+
 WEIGHT_FLOOR = 0.3
 """Of the mean weight, what a direction in the middle of the fit, where it has none, still gets."""
 
 
 def ranks_for(n_layers: int, samples: int) -> int:
-    """Return how many directions of each layer share a product: with a sample for each channel, from 1 to `RANKS`."""
-    return min(max(samples // max(n_layers, 1), 1), RANKS)
+    """Return how many directions of each layer share a product: two channels for each sample, from 1 to `RANKS`."""
+    return min(max(CHANNELS_PER_SAMPLE * samples // max(n_layers, 1), 1), RANKS)
 
 
 def draws_for(windows: Sequence[int], ranks: int, draws: int) -> int:
@@ -79,8 +82,8 @@ class SketchCurvature:
     Args:
         draws: up to how often to measure each direction, at least 2; the noise falls with the square root.
         target_error: stop before that, once h's noise adds less than this, or less than a tenth, to alpha's error.
-        ranks: directions of a layer that share one product; None: as many as leave a sample for each channel of a
-            product, at most 10. With twice as many a draw costs half, and its noise is 1.4 times as large.
+        ranks: directions of a layer that share one product; None: so many that a product has two channels for each
+            sample, at most 10. With twice as many a draw costs half, and its noise is 1.4 times as large.
         seed: of the signs.
 
     Raises:
@@ -151,7 +154,7 @@ class _Products:
     """Hessian-vector products with the amplitudes of all directions, on one retained graph."""
 
     def __init__(self, moved: MovedNetwork, place: SampleRange, seed: int) -> None:
-        graph = moved.graph
+        graph = self.graph = moved.graph
         self.samples, self.place, self.generator = graph.samples, place, torch.Generator().manual_seed(seed)
         self.triplets, self.e = graph.triplets, list(graph.e.values())
         gradients = torch.autograd.grad(graph.loss, self.e, create_graph=True, allow_unused=True)
@@ -208,15 +211,16 @@ class _Products:
             seeds.append(seed.to(e))
         product: list[Tensor | None] = [None] * len(self.e)
         if self.bent:
-            product = list(
-                torch.autograd.grad(
-                    [g for _, g in self.bent],
-                    self.e,
-                    [seeds[i] for i, _ in self.bent],
-                    retain_graph=True,
-                    allow_unused=True,
+            with self.graph.only(indices):
+                product = list(
+                    torch.autograd.grad(
+                        [g for _, g in self.bent],
+                        self.e,
+                        [seeds[i] for i, _ in self.bent],
+                        retain_graph=True,
+                        allow_unused=True,
+                    )
                 )
-            )
         readings = {}
         for (name, k), p_bk, signs_kb in zip(indices.items(), product, signs, strict=True):
             p_kb = torch.zeros(len(k), self.samples) if p_bk is None else p_bk[:, k.to(p_bk.device)].T.cpu()

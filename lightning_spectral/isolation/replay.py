@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.isolation.attention import MathAttention
+from lightning_spectral.isolation.interrupts import function_mode
 from lightning_spectral.isolation.rng import RandomStates
 
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
@@ -80,7 +82,9 @@ class ReplayedLoss:
             MeasurementError: if the value is another one than at the first call.
         """
         self._initial_state.restore()
-        loss, values = self._loss(self._batch()), self._values
+        # Around the user's code alone: every operation would pass the mode.
+        with function_mode(MathAttention()):
+            loss, values = self._loss(self._batch()), self._values
         if isinstance(loss, Tensor) and loss.numel() == 1:
             values.append(float(loss.detach()))
             if not math.isclose(values[0], values[-1], rel_tol=1e-4, abs_tol=1e-12) and math.isfinite(values[0]):

@@ -7,26 +7,22 @@ outside the network does (a file it writes, a global it changes) is not undone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from lightning_spectral._torch_private import no_autocast_inside
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.isolation.batch_tree import map_leaves
-from lightning_spectral.isolation.interrupts import HeldInterrupts, function_mode
+from lightning_spectral.isolation.interrupts import HeldInterrupts
 from lightning_spectral.isolation.module_copy import Copier, ModuleCopy, copied_module
 from lightning_spectral.isolation.rng import random_states_restored
 from lightning_spectral.numerics.matmul_precision import PRECISIONS, full_float32
 from lightning_spectral.options import Mode, Precision
-
-ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 
 @contextmanager
@@ -62,7 +58,6 @@ def isolated(
         stack.enter_context(_no_autocast({p.device.type for p in model.parameters()} | {"cpu"}))
         # No other attention kernel, and no cuDNN recurrence, has a second derivative.
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
-        stack.enter_context(function_mode(_MathAttention()))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(full_float32())
@@ -147,17 +142,6 @@ def _no_autocast(device_types: set[str]) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(no_autocast_inside())
         yield
-
-
-class _MathAttention(TorchFunctionMode):
-    """Run attention by the kernel that has a second derivative, also where the network asks for another."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function as it is, attention with the mathematical kernel alone."""
-        with sdpa_kernel([SDPBackend.MATH]) if func in ATTENTION else nullcontext():
-            return func(*args, **(kwargs or {}))
 
 
 @contextmanager

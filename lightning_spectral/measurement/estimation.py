@@ -22,6 +22,9 @@ from lightning_spectral.numerics.svd import SingularTriplets
 MEMORY = 3.0
 """Peak memory of a measurement that is aimed at, in that of a training step on the same samples."""
 
+SMALL_BYTES = 2**28
+"""Memory that is used without cutting a batch for it: a smaller batch would take as long."""
+
 SAME_GRADIENT = {torch.float32: 1e-3, torch.float64: 1e-7}
 """Relative tolerance for the gradients of micro-batches to add up to that of their batch, by compute dtype."""
 
@@ -87,7 +90,9 @@ class Evaluation:
         """Yield the micro-batches to measure by: smaller ones where memory asks for them, then those there are."""
         if self.first is None:
             return
-        if self.reference is not None and (smaller := self.objective.split(math.ceil(method.memory / MEMORY))):
+        is_small = self.first.traced_bytes * method.memory < SMALL_BYTES
+        parts = 1 if is_small or self.reference is None else math.ceil(method.memory / MEMORY)
+        if smaller := self.objective.split(parts):
             yield smaller
         yield self.micro_batches
 
@@ -120,7 +125,7 @@ def estimate_curvature(evaluation: Evaluation, directions: Window, method: str) 
     """Return the curvatures along directions by the method of that name.
 
     "auto" is the cheapest by what the graph shows; where a method refuses, the next takes over. Layers whose alpha a
-    sketch leaves in its noise are measured again by double backward, as long as that costs no more than the sketch.
+    sketch leaves in its noise are measured again by double backward, as long as that costs half of the sketch at most.
     """
     if (named := check_method(method)) is not None:
         return evaluation.measure(named, directions)
@@ -145,7 +150,7 @@ def _without_noise(
 ) -> Curvatures:
     """Measure layers again whose alpha would be noise, where they are few."""
     noisy = [name for name in noisy_layers(directions, curvatures) if name not in curvatures.methods]
-    affordable = JOINT_PRODUCT * properties.sketch_products / PRODUCT
+    affordable = JOINT_PRODUCT * properties.sketch_products / PRODUCT / 2
     if not noisy or sum(len(directions[name]) for name in noisy) > affordable:
         return curvatures
     again = evaluation.measure(ExactCurvature(), {name: directions[name] for name in noisy})
