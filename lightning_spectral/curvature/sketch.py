@@ -38,13 +38,16 @@ from lightning_spectral.numerics.svd import SingularTriplets
 DRAWS = 6
 """Up to how often all directions are measured."""
 
-TARGET_ERROR = 0.01
+PRODUCTS = 12
+"""Products after which no other draw is made; of B < 32 samples, sqrt(32 / B) times as many."""
+
+TARGET_ERROR = 0.02
 """Standard error of alpha, from that of h, below which no further draw is worth its time."""
 
-RANKS = 10
-"""Up to how many directions of a layer share a product: with 20 of them a draw is two products at least."""
+LEAST_RANKS, RANKS = 2, 10
+"""How many directions of a layer share a product: with 10 of 20 a draw is two products."""
 
-CHANNELS_PER_SAMPLE = 2
+CHANNELS_PER_SAMPLE = 3
 """The noise of a product grows with its channels, and falls with the samples."""
 
 WEIGHT_FLOOR = 0.3
@@ -52,25 +55,27 @@ WEIGHT_FLOOR = 0.3
 
 
 def ranks_for(n_layers: int, samples: int) -> int:
-    """Return how many directions of each layer share a product: two channels for each sample, from 1 to `RANKS`."""
-    return min(max(CHANNELS_PER_SAMPLE * samples // max(n_layers, 1), 1), RANKS)
+    """Return how many directions of each layer share a product: three channels for each sample, from 2 to 10."""
+    return min(max(CHANNELS_PER_SAMPLE * samples // max(n_layers, 1), LEAST_RANKS), RANKS)
 
 
-def draws_for(windows: Sequence[int], ranks: int, draws: int) -> int:
-    """Return how many draws at most: as many as cost half of what exact does, and no fewer than 2."""
-    of_draw = math.ceil(max(windows, default=0) / ranks)
-    return min(draws, max(2, sum(windows) // (4 * max(of_draw, 1))))
+def draws_for(windows: Sequence[int], samples: int, ranks: int, draws: int) -> int:
+    """Return how many draws at most: as many as `PRODUCTS` allows, and no fewer than 2."""
+    of_draw = max(math.ceil(max(windows, default=0) / ranks), 1)
+    products = PRODUCTS * math.sqrt(max(1.0, 32 / max(samples, 1)))
+    return min(draws, max(2, int(products / of_draw)))
 
 
 def sketch_products(windows: Sequence[int], samples: int | None) -> tuple[int, int]:
     """Return the joint products of a sketch, at least and at most; of unknown samples those of many.
 
     >>> sketch_products([20, 10], 256)
-    (4, 6)
+    (4, 12)
     """
-    ranks = RANKS if samples is None else ranks_for(len(windows), samples)
+    samples = samples or 256
+    ranks = ranks_for(len(windows), samples)
     of_draw = math.ceil(max(windows, default=0) / ranks)
-    return 2 * of_draw, draws_for(windows, ranks, DRAWS) * of_draw
+    return 2 * of_draw, draws_for(windows, samples, ranks, DRAWS) * of_draw
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,8 @@ class SketchCurvature:
     Args:
         draws: up to how often to measure each direction, at least 2; the noise falls with the square root.
         target_error: stop before that, once h's noise adds less than this, or less than a tenth, to alpha's error.
-        ranks: directions of a layer that share one product; None: so many that a product has two channels for each
-            sample, at most 10. With twice as many a draw costs half, and its noise is 1.4 times as large.
+        ranks: directions of a layer that share one product; None: so many that a product has three channels for
+            each sample, from 2 to 10. With twice as many a draw costs half, and its noise is 1.4 times as large.
         seed: of the signs.
 
     Raises:
@@ -141,7 +146,7 @@ class SketchCurvature:
         # Other micro-batches of the batch average this one's error with theirs.
         share = products.samples / products.place.total
         draws: list[Draw] = []
-        for _ in range(draws_for(windows, ranks, self.draws)):
+        for _ in range(draws_for(windows, products.place.total, ranks, self.draws)):
             draws.append(products.draw(ranks))
             if len(draws) > 1:
                 h, stderr = mean_and_error(draws)
