@@ -65,16 +65,17 @@ def is_precise(
 ) -> bool:
     """Return whether more draws are not worth their time, in the median layer.
 
-    The standard error that h gives alpha is below the target, or adds less than `NOISE_SHARE` to the one that the
-    scatter of the points gives it, of which the noise itself is a part. Other micro-batches of the batch, of which
-    these are a ``share`` of the samples, average this one's noise with theirs.
+    The standard error that h gives alpha is below the target, or below twice that and adds less than `NOISE_SHARE` to
+    the one that the scatter of the points gives it, of which the noise itself is a part. Other micro-batches of the
+    batch, of which these are a ``share`` of the samples, average this one's noise with theirs.
     """
     precise = []
     for name, of_layer in triplets.items():
         fit, noise = _alpha_and_noise(of_layer, h[name], stderr[name])
         if not math.isnan(fit.exponent):
             own = math.sqrt(max(fit.stderr**2 - noise**2, 0.0))
-            precise.append(noise * math.sqrt(share) <= max(target, own * math.sqrt((1 + NOISE_SHARE) ** 2 - 1)))
+            noise *= math.sqrt(share)
+            precise.append(noise <= max(target, min(own * math.sqrt((1 + NOISE_SHARE) ** 2 - 1), 2 * target)))
     return 2 * sum(precise) >= len(precise)
 
 

@@ -22,7 +22,7 @@ from lightning_spectral.curvature.draws import PRIOR_COUNT, is_precise
 from lightning_spectral.curvature.head import Column
 from lightning_spectral.curvature.layer_taps import measured_exactly
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
-from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
+from lightning_spectral.curvature.sample_search import INTERACT, REMEDY, MovedNetwork, move_network
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -30,7 +30,10 @@ from lightning_spectral.numerics.svd import SingularTriplets
 EXACT_COLUMNS = 20
 """Up to how many outputs per sample all eigenvectors of the head's Hessian are taken: a backward pass of each."""
 
-COUPLED_OUTPUTS = 64
+SIGNED_COLUMNS = 64
+"""The same where some eigenvalues are negative: random columns take two passes each, and are noisier."""
+
+COUPLED_OUTPUTS = 128
 """Up to how many outputs per sample a head that couples samples is measured: a backward pass of each."""
 
 LEAST_COLUMNS = 8
@@ -84,12 +87,14 @@ class GGNCurvature:
 
     def _measure(self, moved: MovedNetwork, problem: DifferentiableLoss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         graph, head = moved.graph, moved.head
+        if head.cut.is_nested:
+            raise MeasurementError(f"the loss depends on what is inside the network, beside its output; {REMEDY}")
         if head.is_flat:
             return {name: torch.zeros(len(t), dtype=torch.float64) for name, t in graph.triplets.items()}, {}
         if not head.keeps_samples_apart():
             return self._coupled(moved), {}
         moments = {name: _Moments() for name in graph.names}
-        if head.outputs <= self.exact_columns:
+        if head.outputs <= self.exact_columns or (head.outputs <= SIGNED_COLUMNS and head.is_indefinite()):
             for column in head.exact_columns():
                 _add(moments, moved, column)
             return {name: of_layer.total().cpu() for name, of_layer in moments.items()}, {}

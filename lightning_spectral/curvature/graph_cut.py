@@ -22,6 +22,8 @@ from lightning_spectral.curvature.autograd_graph import (
     operation,
 )
 
+ALLOWED = LINEAR | PIECEWISE
+
 
 @dataclass(frozen=True, eq=False)
 class GraphCut:
@@ -32,16 +34,18 @@ class GraphCut:
         head: the nodes above it that depend on a layer.
         inside: layers whose every call lies below it.
         operations: what else is behind a layer and is not piecewise linear, in words.
+        is_nested: whether one of z is computed from another, so that their derivatives mix.
     """
 
     edges: Sequence[GradientEdge]
     head: Sequence[Node]
     inside: frozenset[str]
     operations: str
+    is_nested: bool = False
 
     def name_head(self) -> str:
         """Return the operations of the head that are not piecewise linear, in words."""
-        return named({operation(node): 1 for node in self.head if operation(node) not in LINEAR | PIECEWISE})
+        return named({operation(node): 1 for node in self.head if operation(node) not in ALLOWED})
 
 
 def find_cut(dependence: Dependence, calls: Mapping[str, Iterable[Node]]) -> GraphCut:
@@ -51,29 +55,49 @@ def find_cut(dependence: Dependence, calls: Mapping[str, Iterable[Node]]) -> Gra
         dependence: of the nodes of the graph on the layers' leaves.
         calls: layer name -> the nodes of its outputs.
     """
-    allowed = LINEAR | PIECEWISE
     below: dict[Node, bool] = {}
-    edges: dict[tuple[Node, int], GradientEdge] = {}
-    head, bent = [], []
+    bent = []
     # Every node comes after those that it depends on.
     for node, mask in dependence.masks.items():
-        inputs = [(n, nr) for n, nr in node.next_functions if n is not None and dependence.masks[n]]
-        is_linear = not mask or dependence.is_linear(node, allowed)
-        below[node] = is_linear and all(below[n] for n, _ in inputs)
-        if not below[node]:
-            head.append(node)
-            edges |= {(n, nr): GradientEdge(n, nr) for n, nr in inputs if below[n]}
+        is_linear = not mask or dependence.is_linear(node, ALLOWED)
+        below[node] = is_linear and all(below[n] for n, _ in _inputs(node, dependence))
         if not is_linear:
             bent.append(node)
+    edges = _edges(dependence, below)
+    # What is above one tensor at the cut must not be below another: derivatives in z take each of z by itself.
+    while above := _above_another(dependence, below, edges):
+        below |= dict.fromkeys(above, False)
+        edges = _edges(dependence, below)
     reached = {name: [node for node in nodes if node in below] for name, nodes in calls.items()}
-    inside = frozenset(name for name, nodes in reached.items() if all(below[node] for node in nodes))
     behind = _behind(node for nodes in reached.values() for node in nodes)
     return GraphCut(
         list(edges.values()),
-        head,
-        inside,
+        [node for node, is_below in below.items() if not is_below],
+        frozenset(name for name, nodes in reached.items() if all(below[node] for node in nodes)),
         named({operation(node): 1 for node in bent if node in behind}),
     )
+
+
+def _inputs(node: Node, dependence: Dependence) -> list[tuple[Node, int]]:
+    """Return those inputs of a node that depend on a layer."""
+    return [(n, nr) for n, nr in node.next_functions if n is not None and dependence.masks[n]]
+
+
+def _edges(dependence: Dependence, below: Mapping[Node, bool]) -> dict[tuple[Node, int], GradientEdge]:
+    """Return the tensors that a node above the cut takes from below it."""
+    head = (node for node, is_below in below.items() if not is_below)
+    return {edge: GradientEdge(*edge) for node in head for edge in _inputs(node, dependence) if below[edge[0]]}
+
+
+def _above_another(
+    dependence: Dependence, below: Mapping[Node, bool], edges: Mapping[tuple[Node, int], GradientEdge]
+) -> list[Node]:
+    """Return the nodes below the cut that are computed from a tensor at the cut."""
+    at_cut = {node for node, _ in edges}
+    above: dict[Node, bool] = {}
+    for node, is_below in below.items():
+        above[node] = is_below and any(n in at_cut or above[n] for n, _ in _inputs(node, dependence))
+    return [node for node, is_above in above.items() if is_above]
 
 
 def _behind(nodes: Iterable[Node]) -> set[Node]:
@@ -96,15 +120,16 @@ def outer_cut(dependence: Dependence, products: Iterable[Node]) -> GraphCut:
         products: nodes of the outputs of all products with a parameter.
     """
     products = {node for node in products if node in dependence.masks}
-    below = products | _behind(products)
-    head = [node for node, mask in dependence.masks.items() if mask and node not in below]
-    edges = {
-        (n, nr): GradientEdge(n, nr)
-        for node in head
-        for n, nr in node.next_functions
-        if n is not None and dependence.masks[n] and n in below
-    }
-    return GraphCut(list(edges.values()), head, frozenset(), "")
+    inside = products | _behind(products)
+    below: dict[Node, bool] = {}
+    for node, mask in dependence.masks.items():
+        # Sums and shapes after the last products are below the cut.
+        inputs = _inputs(node, dependence)
+        is_linear = bool(inputs) and dependence.is_linear(node, ALLOWED) and all(below[n] for n, _ in inputs)
+        below[node] = not mask or node in inside or is_linear
+    head = [node for node, is_below in below.items() if not is_below]
+    edges = _edges(dependence, below)
+    return GraphCut(list(edges.values()), head, frozenset(), "", bool(_above_another(dependence, below, edges)))
 
 
 def products_with_parameters(dependence: Dependence) -> set[Node]:

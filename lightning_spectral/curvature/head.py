@@ -23,6 +23,9 @@ from lightning_spectral.curvature.problem import accumulation_dtype
 DENSE = 2**26
 """Up to how many B C^3 the eigenvectors of the head's Hessian are taken for random columns."""
 
+INDEFINITE = 1e-3
+"""Share of the largest curvature along signs below which a negative one is taken for rounding."""
+
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative tolerance for two products with the head's Hessian to be the same."""
 
@@ -153,6 +156,12 @@ class Head:
         values = values.where(values.abs() > floor, 0)
         rank = int((values != 0).sum(1).max())
         return values[:, :rank], vectors[:, :, :rank]
+
+    def is_indefinite(self) -> bool:
+        """Return whether some curvature of the head is clearly negative, for some sample, along random signs."""
+        x = self.random_signs(torch.Generator().manual_seed(2))
+        along = (self.by_sample(self.product(x)) * self.by_sample(x)).sum(1)
+        return bool((along < -INDEFINITE * along.abs().max()).any())
 
     def exact_columns(self) -> list[Column]:
         """Return columns whose sum is the Hessian within every sample: its eigenvectors times sqrt|lambda|."""
