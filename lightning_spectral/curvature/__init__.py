@@ -14,6 +14,7 @@ from lightning_spectral.curvature.problem import (
     cause_of,
 )
 from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
+from lightning_spectral.curvature.seen_layers import not_matrices
 from lightning_spectral.curvature.selection import METHODS, LossProperties, check_method
 from lightning_spectral.curvature.static_analysis import FakeLoss, Structure, structure
 
@@ -38,6 +39,7 @@ __all__ = [
     "check_method",
     "groups_of",
     "loss_value",
+    "not_matrices",
     "single_calls",
     "structure",
 ]

@@ -74,9 +74,11 @@ class DirectionGraph:
         finally:
             for leaf in weights:
                 leaf.requires_grad_(True)
-        self.calls = {name: recorder.trace.calls.get(id(problem.parameters[name]), []) for name in self.names}
-        if any(len(self.calls[name]) != len(layouts[name]) for name in self.names):
+        recorded = {name: recorder.trace.calls.get(id(problem.parameters[name]), []) for name in self.names}
+        before = {name: problem.trace.calls[id(problem.parameters[name])] for name in self.names}
+        if any(len(recorded[name]) != len(before[name]) for name in self.names):
             raise MeasurementError(NOT_THE_SAME)
+        self.calls = {name: [recorded[name][number] for number in seen.numbers[name]] for name in self.names}
 
     def cut(self) -> GraphCut:
         """Return the cut of this graph that is nearest to the loss."""
@@ -126,16 +128,17 @@ class DirectionGraph:
         """Return what moves the output of one call along the directions of all layers of its parameter."""
         total = None
         for name in self.by_leaf[leaf]:
-            layouts, parameter = self.layouts[name], self.problem.parameters[name]
-            if number >= len(layouts):
-                raise MeasurementError(NOT_THE_SAME)
-            attached = name in self.seen.nested and number > 0
+            numbers, parameter = self.seen.numbers[name], self.problem.parameters[name]
+            if number not in numbers:
+                continue
+            layout = self.layouts[name][numbers.index(number)]
+            attached = name in self.seen.nested and number != numbers[0]
             port = Port(
                 self.problem.layers[name],
                 call,
                 parameter.shape,
                 self.triplets[name],
-                layouts[number],
+                layout,
                 attached=attached,
             )
             self._ports[name].append(port)

@@ -57,6 +57,7 @@ class GGNCurvature:
         random_columns: how many random ones otherwise, at most.
         target_error: stop before that, once h's noise adds less than this, or less than a tenth, to alpha's error.
         seed: of the random signs.
+        as_hessian: refuse a network of which Gauss-Newton is not the Hessian.
 
     Raises:
         MeasurementError: when called, if samples interact within the network, or the batch does not tell their number.
@@ -66,6 +67,7 @@ class GGNCurvature:
     random_columns: int = RANDOM_COLUMNS
     target_error: float = TARGET_ERROR
     seed: int = 0
+    as_hessian: bool = False
     name: str = "ggn"
     differentiates_gradients: bool = False
     memory: float = 2.7
@@ -87,6 +89,8 @@ class GGNCurvature:
 
     def _measure(self, moved: MovedNetwork, problem: DifferentiableLoss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         graph, head = moved.graph, moved.head
+        if self.as_hessian and not moved.is_exact:
+            raise MeasurementError("the samples cannot be told apart where the network stops being piecewise linear")
         if head.cut.is_nested:
             raise MeasurementError(f"the loss depends on what is inside the network, beside its output; {REMEDY}")
         if head.is_flat:

@@ -121,12 +121,13 @@ def outer_cut(dependence: Dependence, products: Iterable[Node]) -> GraphCut:
     """
     products = {node for node in products if node in dependence.masks}
     inside = products | _behind(products)
-    below: dict[Node, bool] = {}
-    for node, mask in dependence.masks.items():
-        # Sums and shapes after the last products are below the cut.
+    below = {node: not mask or node in inside for node, mask in dependence.masks.items()}
+    grown = dict(below)
+    for node in below:
+        # Sums and shapes after the last products are below the cut, as long as not all of the loss is.
         inputs = _inputs(node, dependence)
-        is_linear = bool(inputs) and dependence.is_linear(node, ALLOWED) and all(below[n] for n, _ in inputs)
-        below[node] = not mask or node in inside or is_linear
+        grown[node] |= bool(inputs) and dependence.is_linear(node, ALLOWED) and all(grown[n] for n, _ in inputs)
+    below = below if all(grown.values()) else grown
     head = [node for node, is_below in below.items() if not is_below]
     edges = _edges(dependence, below)
     return GraphCut(list(edges.values()), head, frozenset(), "", bool(_above_another(dependence, below, edges)))

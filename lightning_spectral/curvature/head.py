@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_spectral._torch_private import log_softmax_result
 from lightning_spectral.curvature.autograd_graph import LINEAR, Dependence, operation
@@ -56,7 +56,8 @@ class Head:
 
     def __init__(self, loss: Tensor, cut: GraphCut, samples: int) -> None:
         self.loss, self.cut, self.samples = loss, cut, samples
-        self.edges: Sequence[GradientEdge] = cut.edges
+        # A loss that is itself a product with a parameter is its own output.
+        self.edges: Sequence[GradientEdge] = cut.edges or [get_gradient_edge(loss)]
         gradients = torch.autograd.grad(loss, list(self.edges), create_graph=True)
         self.gradients = list(gradients)
         self.shapes = [g.shape for g in gradients]

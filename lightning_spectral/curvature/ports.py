@@ -51,21 +51,15 @@ class SampleLayout:
 def sample_layouts(lead: torch.Size, samples: int, time_first: int | None = None) -> Iterator[SampleLayout]:
     """Yield where the samples may be among rows of this shape, the likeliest first.
 
-    They may be the first dimension, alone or times others (tokens, views); any other; or run fastest in the first.
+    They may be any dimension, alone or times others (tokens, views), and within it run slowest or fastest.
     """
-    rows = lead.numel()
-    if not lead or rows % samples or not rows:
+    if not lead.numel() or lead.numel() % samples:
         return
-    shapes = []
-    if time_first == samples:
-        shapes.append((rows // samples, samples, 1))
-    if lead[0] % samples == 0:
-        shapes.append((1, samples, rows // samples))
-    for i, size in enumerate(lead):
-        if size == samples:
-            shapes.append((lead[:i].numel(), samples, lead[i + 1 :].numel()))
-    if lead[0] % samples == 0:
-        shapes.append((lead[0] // samples, samples, rows // lead[0]))
+    shapes = [(lead.numel() // samples, samples, 1)] if time_first == samples else []
+    fits = [i for i, size in enumerate(lead) if size % samples == 0]
+    order = sorted(fits, key=lambda i: (i > 0, lead[i] != samples, i))
+    shapes += [(lead[:i].numel(), samples, lead[i:].numel() // samples) for i in order]
+    shapes += [(lead[:i].numel() * lead[i] // samples, samples, lead[i + 1 :].numel()) for i in fits]
     for shape in dict.fromkeys(shapes):
         yield SampleLayout(shape)
 
@@ -114,7 +108,7 @@ class Port:
             if (padding := call.options.get("padding")) is not None:
                 self.c = self.c * (a != padding)[..., None]
         else:
-            self.c = a @ x.to(a.dtype)
+            self.c = self._by_matrix(a) @ x.to(a.dtype)
         if call.scale != 1:
             self.c = self.c * call.scale
 
@@ -136,6 +130,7 @@ class Port:
                 moved = _padded(moved, 1, self.rows, self.z_shape[1])
             return moved.reshape(self.z_shape)
         moved = (c * spread.reshape(c.shape)) @ y.mT
+        moved = moved.reshape(*self.call.lead, moved.shape[-1])
         if self.rows is not None:
             moved = _padded(moved, moved.ndim - 1, self.rows, self.call.width)
         return self.call.from_rows(moved)
@@ -149,12 +144,17 @@ class Port:
             images = ((y.mT @ r) * c.flatten(2)).sum(2, dtype=accumulation_dtype(r))
             read = self.layout.collect(images)
         else:
-            rows = self.call.to_rows(r)
+            rows = self._by_matrix(self.call.to_rows(r))
             rows = rows if self.rows is None else rows[..., slice(*self.rows)]
             read = self.layout.collect(((rows @ y) * c).reshape(-1, c.shape[-1]))
         if self.active is None:
             return read
         return read.new_zeros(len(read), self.y.shape[-1]).index_copy(1, self.active, read)
+
+    def _by_matrix(self, rows: Tensor) -> Tensor:
+        """Return rows (..., n); (E, rows, n) where each of a stack has vectors of its own."""
+        is_stack = self.layer.stack and (self.call.block is None or self.call.block.expert is None)
+        return rows.flatten(1, -2) if is_stack and rows.ndim > 3 else rows
 
     def _active(self) -> tuple[Tensor, Tensor]:
         """Return y and c of the active directions."""
@@ -216,7 +216,7 @@ def _vectors(
     if layer.rows is not None:
         whole = shape[-1] if layer.transposed else shape[0]
         u = _padded(u, 0, layer.rows, whole)
-    if len(shape) == 3 and layer.groups == shape[0] and not call.is_convolution:
+    if layer.stack:
         u = u.reshape(shape[0], -1, u.shape[1])
         u = u if block is None or block.expert is None else u[block.expert]
     p, q = (v, u) if layer.transposed else (u, v)

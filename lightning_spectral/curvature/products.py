@@ -211,7 +211,10 @@ def _contraction(found: tuple[Tensor, Block], a: Tensor, own: str, of_a: str, ou
     contracted = [letter for letter in own[-2:] if letter in of_a and letter not in out]
     produced = [letter for letter in own[-2:] if letter not in of_a and letter in out]
     rows = [letter for letter in of_a if letter in out and letter not in stack]
-    is_plain = all(len(set(term)) == len(term) for term in (own, of_a, out)) and set(stack) <= set(of_a) & set(out)
+    is_plain = all(len(set(term)) == len(term) for term in (own, of_a, out)) and set(stack) <= set(out)
+    if stack and stack not in of_a:
+        # Every matrix of the stack is applied to the same rows.
+        of_a, a = stack + of_a, a.expand(parameter.shape[0], *a.shape)
     if not is_plain or len(own) != len(stack) + 2 or len(contracted) != 1 or len(produced) != 1:
         return None
     if len(of_a) != len(rows) + len(stack) + 1 or len(out) != len(rows) + len(stack) + 1:

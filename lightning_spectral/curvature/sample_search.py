@@ -72,7 +72,10 @@ def move_network(
         graph = DirectionGraph(problem, seen, directions, layouts)
         cut = graph.cut()
         is_exact = len(cut.inside) == len(layouts)
-        head = Head(graph.loss, cut if is_exact and cut.edges else graph.outer_cut(), problem.samples)
+        head = Head(graph.loss, cut, problem.samples) if is_exact and cut.edges else None
+        if head is None or head.layouts is None:
+            is_exact = is_exact and not cut.edges
+            head = Head(graph.loss, graph.outer_cut(), problem.samples)
         mixed = _mixed(graph, head)
         if not mixed:
             return MovedNetwork(graph, head, is_exact, seen.unseen | search.lost)
@@ -171,6 +174,8 @@ def _sample_of_rows(call: LayerCall, once: Tensor, scaled: Tensor, samples: int)
         r.flatten(1) if call.is_convolution else call.to_rows(r).flatten(0, -2)
         for r in (once.double(), scaled.double())
     )
+    if not len(one):
+        return torch.zeros(0, dtype=torch.long)
     energy = one.square().sum(1)
     ratio = (one * other).sum(1) / energy.where(energy > 0, 1)
     sample = ratio.round()

@@ -22,12 +22,34 @@ OTHER_USE = "it is also used in another way than multiplied with activations"
 IN_CHECKPOINT = "it is applied to what it gave before, within a checkpoint"
 
 
+NO_MATRIX = "it is never multiplied with activations as a matrix"
+ELEMENTWISE = frozenset(
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Neg",
+        "Exp",
+        "Softplus",
+        "Sigmoid",
+        "Tanh",
+        "Index",
+        "IndexSelect",
+        "Gather",
+        "Repeat",
+    ]
+)
+"""What is done with a parameter that is no matrix."""
+
+
 @dataclass(frozen=True, eq=False)
 class SeenLayers:
     """What the graph of a loss shows of its layers.
 
     Attributes:
         calls: layer name -> its calls, all that the loss depends on.
+        numbers: layer name -> which of all calls that were recorded these are; the others do not reach the loss.
         unseen: the other layers -> why they cannot be moved at their outputs.
         nested: layers with a call that depends on an earlier one.
         cut: of the graph, at the layers in ``calls``.
@@ -36,6 +58,7 @@ class SeenLayers:
     """
 
     calls: dict[str, list[LayerCall]]
+    numbers: dict[str, list[int]]
     unseen: dict[str, str]
     nested: frozenset[str]
     cut: GraphCut
@@ -52,12 +75,14 @@ def see_layers(problem: DifferentiableLoss, names: Iterable[str]) -> SeenLayers:
     dependence = Dependence(root, leaves)
     uses = _uses(dependence)
     calls: dict[str, list[LayerCall]] = {}
+    numbers: dict[str, list[int]] = {}
     unseen: dict[str, str] = {}
     nested = set()
     for name in names:
         leaf = id(problem.parameters[name])
         recorded = problem.trace.calls.get(leaf, [])
-        own = [call for call in recorded if call.edge is not None and call.edge.node in dependence.masks]
+        numbered = {i: c for i, c in enumerate(recorded) if c.edge is not None and c.edge.node in dependence.masks}
+        own = list(numbered.values())
         covered = set().union(*(_products_at(call, uses[leaf]) for call in own)) if own else set()
         bit = dependence.bits[leaf]
         is_nested = any(call.source is not None and dependence.masks.get(call.source, 0) & bit for call in own)
@@ -68,15 +93,31 @@ def see_layers(problem: DifferentiableLoss, names: Iterable[str]) -> SeenLayers:
         elif is_nested and problem.trace.hooked:
             unseen[name] = IN_CHECKPOINT
         else:
-            calls[name] = own
+            calls[name], numbers[name] = own, list(numbered)
             if is_nested:
                 nested.add(name)
     nodes = {name: [call.edge.node for call in own if call.edge is not None] for name, own in calls.items()}
     products = {n for of_layer in nodes.values() for n in of_layer} | products_with_parameters(dependence)
     n_nodes = sum(mask != 0 for mask in dependence.masks.values())
     return SeenLayers(
-        calls, unseen, frozenset(nested), find_cut(dependence, nodes), outer_cut(dependence, products), n_nodes
+        calls, numbers, unseen, frozenset(nested), find_cut(dependence, nodes), outer_cut(dependence, products), n_nodes
     )
+
+
+def not_matrices(problem: DifferentiableLoss) -> dict[str, str]:
+    """Return layers of a loss that was run which are never multiplied as a matrix, with what is done with them.
+
+    Tables of positions, decay rates and the like: they are added, scaled with or looked up, entry by entry.
+    """
+    root = problem.value.grad_fn
+    assert root is not None
+    uses = _uses(Dependence(root, {id(leaf) for leaf in problem.parameters.values()}))
+    reasons = {}
+    for name, leaf in problem.parameters.items():
+        operations = {operation(node) for node in uses[id(leaf)]}
+        if operations and operations <= ELEMENTWISE:
+            reasons[name] = f"{NO_MATRIX} ({', '.join(sorted(operations))})"
+    return reasons
 
 
 def _uses(dependence: Dependence) -> dict[int, set[Node]]:

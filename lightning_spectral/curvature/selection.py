@@ -181,6 +181,8 @@ class CheckedGGN(GGNCurvature):
         MeasurementError: when called, if it fails its check, or as in `GGNCurvature`.
     """
 
+    as_hessian: bool = True
+
     def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure, and check."""
         curvatures = super().__call__(problem, directions)

@@ -141,12 +141,13 @@ class SketchCurvature:
         products = _Products(moved, problem.place or SampleRange(0, moved.graph.samples), self.seed)
         windows = [len(t) for t in products.triplets.values()]
         ranks = self.ranks or ranks_for(len(windows), products.place.total)
-        if products.directions <= 3 * products.of_draw(ranks):
+        n_draws = draws_for(windows, products.place.total, ranks, self.draws)
+        if products.directions <= n_draws * products.of_draw(ranks):
             return products.one_by_one(), {}
         # Other micro-batches of the batch average this one's error with theirs.
         share = products.samples / products.place.total
         draws: list[Draw] = []
-        for _ in range(draws_for(windows, products.place.total, ranks, self.draws)):
+        for _ in range(n_draws):
             draws.append(products.draw(ranks))
             if len(draws) > 1:
                 h, stderr = mean_and_error(draws)

@@ -36,6 +36,7 @@ class Structure:
         unreached: the layers that the loss does not depend on.
         apart: layers that cannot be moved at their outputs -> why; `ggn` and `sketch` measure them by double backward.
         rows: layer name -> rows of its output, samples times positions.
+        traced_bytes: bytes of the layers' outputs, in the dtype of the copy.
         loss: its properties, of one direction per layer.
         custom: custom autograd functions, which stand in the way of a sketch.
     """
@@ -43,6 +44,7 @@ class Structure:
     unreached: tuple[str, ...]
     apart: Mapping[str, str]
     rows: Mapping[str, int]
+    traced_bytes: int
     loss: LossProperties
     custom: tuple[str, ...]
 
@@ -78,6 +80,7 @@ def structure(problem: DifferentiableLoss) -> Structure:
         tuple(name for name in problem.parameters if name not in names),
         apart,
         rows,
+        problem.traced_bytes,
         LossProperties.seen(seen, dict.fromkeys(names, 1), problem),
         tuple(custom_functions(problem.value)),
     )

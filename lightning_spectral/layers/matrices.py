@@ -25,7 +25,7 @@ class MatrixLayer:
     """One matrix of a network: a parameter, or rows of it, seen as W (m, n).
 
     A linear layer is (out_features, in_features); a convolution, transposed or not, is
-    (out_channels, in_channels / groups * kernel).
+    (out_channels, in_channels / groups * kernel); a stack of E matrices is (E m, n), in groups.
 
     Attributes:
         name: the parameter's qualified name; with ``.q``, ``.k``, ``.v`` appended for a part of a fused projection.
@@ -36,6 +36,7 @@ class MatrixLayer:
         groups: into how many equal blocks of rows the matrix falls, each a matrix of its own.
         rows: first and last-plus-one row in the parameter's whole matrix.
         transposed: the parameter holds input channels first.
+        stack: the parameter is a stack (groups, m / groups, n) of matrices, as of the experts of a mixture.
         aliases: other qualified names of the same tied parameter.
     """
 
@@ -47,6 +48,7 @@ class MatrixLayer:
     groups: int = 1
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    stack: bool = False
     aliases: tuple[str, ...] = ()
 
     @property
@@ -56,6 +58,12 @@ class MatrixLayer:
         return {self.name, self.module} | {name for parameter in parameters for name in parameter_names(parameter)}
 
     @property
+    def rank(self) -> int:
+        """Number of singular values that it can have."""
+        m, n = self.shape
+        return self.groups * min(m // self.groups, n)
+
+    @property
     def decomposition_cost(self) -> float:
         """Cost of its singular values, up to a factor: m n min(m, n)."""
         m, n = self.shape
@@ -63,6 +71,8 @@ class MatrixLayer:
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """Return the matrix (m, n) within a tensor of the parameter's shape."""
+        if self.stack:
+            return tensor.flatten(0, 1)
         matrix = self._output_first(tensor).flatten(1) if self.transposed else tensor.flatten(1)
         return matrix if self.rows is None else matrix[slice(*self.rows)]
 
@@ -85,6 +95,10 @@ class MatrixLayer:
         g, kernel = self.groups, tensor.shape[2:]
         ins, outs = tensor.shape[0] // g, tensor.shape[1]
         return tensor.reshape(g, ins, outs, *kernel).transpose(1, 2).reshape(g * outs, ins, *kernel)
+
+
+LEAST_RANK = 3
+"""Rank below which a matrix can have no exponent, and is not measured unless it is named."""
 
 
 class NoMatrixError(ValueError):
@@ -113,8 +127,9 @@ def find_layers(
 
     Args:
         model: any module.
-        layers: which to take. None: all but embeddings. Glob patterns: those whose name, or whose parameter's,
-            or module's name one of them matches, embeddings too. A callable: those `MatrixLayer` it accepts.
+        layers: which to take. None: all of rank 3 and more but embeddings. Glob patterns: those whose name, or whose
+            parameter's, or module's name one of them matches, embeddings too. A callable: those `MatrixLayer` it
+            accepts.
         kinds: glob pattern -> kind, over the kind inferred from the module structure. The first match counts.
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be
             measured apart; or pattern -> the three numbers of rows. `nn.MultiheadAttention` is split by itself.
@@ -169,7 +184,9 @@ def _as_matrix(
     module, owner = owner_of(model, name)
     if name.rpartition(".")[2] != "weight" and parameter.numel() == max(parameter.shape):
         return f"a vector of {parameter.numel()} entries stored as {tuple(parameter.shape)}"
-    shape, groups, transposed = parameter.shape, 1, False
+    if "bias" in name.rpartition(".")[2]:
+        return "a bias stored in several dimensions"
+    shape, groups, transposed, stack = parameter.shape, 1, False, False
     if isinstance(owner, TRANSPOSED) and parameter.ndim > 2:
         groups, transposed = owner.groups, True
         matrix = (shape[1] * groups, shape[0] // groups * shape[2:].numel())
@@ -179,9 +196,11 @@ def _as_matrix(
         transposed, matrix = True, (shape[1], shape[0])
     elif parameter.ndim == 2:
         matrix = (shape[0], shape[1])
+    elif parameter.ndim == 3 and min(shape) > 1:
+        stack, groups, matrix = True, shape[0], (shape[0] * shape[1], shape[2])
     else:
         return f"{parameter.ndim}-dimensional parameter of a {type(owner).__name__}, which has no agreed matrix view"
-    return MatrixLayer(name, name, module, kind, matrix, groups, None, transposed, aliases)
+    return MatrixLayer(name, name, module, kind, matrix, groups, None, transposed, stack, aliases)
 
 
 def _split_fused(
@@ -240,6 +259,9 @@ def _select(
     reason = "not selected by layers"
     if selection is None:
         reason = "an embedding, left out by default"
+        low = {name for name, layer in layers.items() if layer.rank < LEAST_RANK}
+        skipped |= dict.fromkeys(low, f"its rank is below {LEAST_RANK}: no exponent can be fitted to so few values")
+        layers = {name: layer for name, layer in layers.items() if name not in low}
         selected = {name: layer for name, layer in layers.items() if layer.kind != "embedding"}
     elif callable(selection):
         selected = {name: layer for name, layer in layers.items() if selection(layer)}

@@ -32,6 +32,7 @@ class Directions:
         spectra: layer name -> leading singular values of its gradient, ``spectrum_top_k`` of them.
         usable: layer name -> its triplets above the noise floor, of the layers that have any.
         failed: layer name -> why it has no triplets.
+        skipped: layer name -> why it is no matrix.
         truncated: layer name -> why its ``spectra`` are those of the window alone, though more were asked for.
     """
 
@@ -40,6 +41,7 @@ class Directions:
     usable: dict[str, SingularTriplets] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     truncated: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def leading_directions(gradients: ObjectiveGradients, objective: Objective, options: Options) -> Directions:
@@ -51,7 +53,9 @@ def leading_directions(gradients: ObjectiveGradients, objective: Objective, opti
         options: numbers of singular values.
     """
     layers, leaves, group, reducer = objective.layers, objective.parameters, objective.group, objective.reducer
-    present = (gradients.unreduced | gradients.reduced) - gradients.failed.keys()
+    # What a user names is measured, whatever it is.
+    skipped = gradients.not_matrices if options.layers is None else {}
+    present = (gradients.unreduced | gradients.reduced) - gradients.failed.keys() - skipped.keys()
     costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in present}
     owners = assign_owners(costs, group.size) if reducer is None else {n: reducer.owners[id(leaves[n])] for n in costs}
 
@@ -76,13 +80,14 @@ def leading_directions(gradients: ObjectiveGradients, objective: Objective, opti
         {name: [t.u, t.sigma, t.v, owned.spectra[name]] for name, t in owned.triplets.items()}, owners
     )
     triplets = {name: SingularTriplets(u, sigma, v) for name, (u, sigma, v, _) in shared.items()}
-    missing = dict.fromkeys(layers.keys() - present - gradients.failed.keys(), NO_GRADIENT)
+    missing = dict.fromkeys(layers.keys() - present - gradients.failed.keys() - skipped.keys(), NO_GRADIENT)
     return Directions(
         triplets=triplets,
         spectra={name: values for name, (*_, values) in shared.items()},
         usable={name: t.first(n_usable[name]) for name, t in triplets.items() if name in n_usable},
         failed=_in_order(layers, gradients.failed, missing, *failed),
         truncated=_in_order(layers, *truncated),
+        skipped=_in_order(layers, skipped),
     )
 
 

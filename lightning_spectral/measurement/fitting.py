@@ -30,7 +30,8 @@ def fit_layers(
 ) -> tuple[dict[str, LayerSpectrum], int | None]:
     """Return the fitted spectra of all layers, each rank fitting its share, and the largest micro-batch of any rank."""
     group = objective.group
-    owners = assign_owners({name: layer.decomposition_cost for name, layer in objective.layers.items()}, group.size)
+    layers = {name: layer for name, layer in objective.layers.items() if name not in raw.directions.skipped}
+    owners = assign_owners({name: layer.decomposition_cost for name, layer in layers.items()}, group.size)
     own = [name for name, owner in owners.items() if owner == group.rank]
     with group.step() as step:
         weights = objective.weight_matrices(own) if options.weight_spectra else {}
@@ -38,7 +39,7 @@ def fit_layers(
         step.send((fitted, raw.micro_batch_sizes))
     merged = {name: spectrum for of_rank, _ in step.received for name, spectrum in of_rank.items()}
     sizes = [size for _, sizes in step.received for size in sizes if size is not None]
-    return {name: merged[name] for name in objective.layers}, max(sizes, default=None)
+    return {name: merged[name] for name in layers}, max(sizes, default=None)
 
 
 def omission_notes(raw: RawMeasurement, spectra: Mapping[str, LayerSpectrum]) -> list[str]:

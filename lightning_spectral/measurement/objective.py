@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import DifferentiableLoss, LossValue, SampleRange, loss_value
+from lightning_spectral.curvature import DifferentiableLoss, LossValue, SampleRange, loss_value, not_matrices
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, take_samples
@@ -39,6 +39,7 @@ class ObjectiveGradients:
         narrow_dtypes: half-precision types that the network casts to by itself, on any rank.
         first: loss of this rank's first micro-batch, with its graph; None on a rank without samples.
         has_graph: whether the gradients of ``first`` can be differentiated again.
+        not_matrices: layer name -> how it is used on some rank, of those that are never multiplied as a matrix.
         smallest: layer with the smallest tensor among ``values`` that is not zero, and that tensor.
     """
 
@@ -51,6 +52,7 @@ class ObjectiveGradients:
     first: DifferentiableLoss | None
     has_graph: bool
     smallest: tuple[str, Tensor] | None
+    not_matrices: dict[str, str]
 
 
 class Objective:
@@ -212,8 +214,9 @@ class Objective:
             values = {name: value for name, value in sums.items() if value is not None}
             reduced = {name for name in values if self._is_reduced(name)}
             nonzero = {name: value for name, value in values.items() if name not in reduced and value.any()}
-            step.send((values.keys() - reduced, reduced, failed, narrow, total))
-        unreduced, all_reduced, failures, dtypes, losses = zip(*step.received, strict=True)
+            unfit = {} if first is None else not_matrices(first)
+            step.send((values.keys() - reduced, reduced, failed, narrow, total, unfit))
+        unreduced, all_reduced, failures, dtypes, losses, unfit_of_ranks = zip(*step.received, strict=True)
         return ObjectiveGradients(
             values={name: value for name, value in values.items() if name not in reduced},
             unreduced=frozenset().union(*unreduced),
@@ -229,6 +232,7 @@ class Objective:
             first=first,
             has_graph=keep_graph,
             smallest=min(nonzero.items(), key=lambda item: item[1].numel(), default=None),
+            not_matrices={name: why for of_rank in unfit_of_ranks for name, why in of_rank.items()},
         )
 
     def _is_reduced(self, name: str) -> bool:

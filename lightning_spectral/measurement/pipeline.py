@@ -52,12 +52,12 @@ def run_measurement(
         for attempt in attempts(objective, options.micro_batch_size):
             with attempt:
                 raw = measure(objective, options, attempt.max_size)
-        raw.raise_if_nothing_measured(len(layers.layers))
+        raw.raise_if_nothing_measured(len(layers.layers) - len(raw.directions.skipped))
         spectra, micro_batch_size = fit_layers(objective, raw, options)
     curvatures = raw.curvatures
     return SpectralReport(
         layers=spectra,
-        skipped=layers.skipped,
+        skipped=layers.skipped | raw.directions.skipped,
         loss=raw.loss,
         n_samples=objective.samples,
         n_batches=len(objective.all_sizes),

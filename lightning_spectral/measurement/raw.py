@@ -50,6 +50,6 @@ class RawMeasurement:
 
     def raise_if_nothing_measured(self, n_layers: int) -> None:
         """Raise the reasons if all of so many layers failed."""
-        if len(self.failed) == n_layers:
+        if len(self.failed) == n_layers > 0:
             error = SecondDerivativeError if self.curvatures.failed else MeasurementError
             raise error("; ".join(group_by_reason(self.failed)))

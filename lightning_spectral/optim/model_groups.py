@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.layers.kinds import Kind, infer_kinds
 from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
-from lightning_spectral.optim.matrix_layout import Layout, whole_layout
+from lightning_spectral.optim.matrix_layout import STACK, Layout, whole_layout
 
 ALPHA_BY_KIND: dict[str, float] = {
     "conv": 2.0,
@@ -97,10 +97,12 @@ def _layers(
     fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] | None,
 ) -> list[MatrixLayer]:
     """Return the matrices that are neither embeddings nor heads, under the first of the names of a tied parameter."""
-    everything = find_layers(model, kinds=kinds).layers if kinds is not None else _layers_or_none(model)
+    everything = (
+        find_layers(model, layers=_no_embedding, kinds=kinds).layers if kinds is not None else _layers_or_none(model)
+    )
     if fused_qkv is None:
         fused_qkv = [layer.name for layer in everything.values() if _in_thirds(layer)]
-    layers = find_layers(model, kinds=kinds, fused_qkv=fused_qkv).layers if everything else {}
+    layers = find_layers(model, layers=_no_embedding, kinds=kinds, fused_qkv=fused_qkv).layers if everything else {}
     by_name = infer_kinds(model)
     return [
         layer
@@ -109,9 +111,13 @@ def _layers(
     ]
 
 
+def _no_embedding(layer: MatrixLayer) -> bool:
+    return layer.kind != "embedding"
+
+
 def _layers_or_none(model: nn.Module) -> dict[str, MatrixLayer]:
     try:
-        return find_layers(model).layers
+        return find_layers(model, layers=_no_embedding).layers
     except NoMatrixError:
         return {}
 
@@ -127,6 +133,8 @@ def _layout(layers: Sequence[MatrixLayer], parameter: Tensor) -> Layout | None:
         return None
     first = layers[0]
     rows = [layer.shape[0] for layer in layers]
+    if first.stack:
+        return Layout(input_first=STACK, rows=[])
     if first.groups > 1:
         rows = [first.shape[0] // first.groups] * first.groups
         fan_in = parameter.shape[0] // first.groups if first.transposed else parameter.shape[1]
