@@ -20,7 +20,6 @@ from lightning_spectral.curvature.graph_cut import (
     GraphCut,
     find_cut,
     outer_cut,
-    products_with_parameters,
 )
 from lightning_spectral.curvature.ports import Port, SampleLayout
 from lightning_spectral.curvature.problem import DifferentiableLoss, accumulation_dtype
@@ -74,6 +73,7 @@ class DirectionGraph:
         finally:
             for leaf in weights:
                 leaf.requires_grad_(True)
+        self._products = recorder.trace.products
         recorded = {name: recorder.trace.calls.get(id(problem.parameters[name]), []) for name in self.names}
         before = {name: problem.trace.calls[id(problem.parameters[name])] for name in self.names}
         if any(len(recorded[name]) != len(before[name]) for name in self.names):
@@ -86,8 +86,7 @@ class DirectionGraph:
 
     def outer_cut(self) -> GraphCut:
         """Return the cut behind the last products with parameters."""
-        nodes = {node for of_layer in self._nodes.values() for node in of_layer}
-        return outer_cut(self._dependence, nodes | products_with_parameters(self._dependence))
+        return outer_cut(self._dependence, self._products)
 
     @cached_property
     def _dependence(self) -> Dependence:

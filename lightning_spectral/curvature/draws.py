@@ -76,7 +76,7 @@ def is_precise(
             own = math.sqrt(max(fit.stderr**2 - noise**2, 0.0))
             noise *= math.sqrt(share)
             precise.append(noise <= max(target, min(own * math.sqrt((1 + NOISE_SHARE) ** 2 - 1), 2 * target)))
-    return 2 * sum(precise) >= len(precise)
+    return bool(precise) and 2 * sum(precise) >= len(precise)
 
 
 def noisy_layers(triplets: Mapping[str, SingularTriplets], curvatures: Curvatures) -> list[str]:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_spectral._torch_private import as_non_view, on_saved_tensors_hooks, patched_linear
 from lightning_spectral.curvature.activations import cheap_twin
-from lightning_spectral.curvature.products import LINEAR, Function, LayerCall, Product, as_product
+from lightning_spectral.curvature.products import LINEAR, Function, LayerCall, Product, as_product, multiplies_parameter
 
 LOSSES: tuple[Function, ...] = (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss)
 
@@ -43,12 +43,14 @@ class Trace:
 
     Attributes:
         calls: id of a parameter -> the products it took part in.
+        products: nodes of the graph that gave the outputs of products with any parameter of the network.
         losses: the calls of known losses that can be differentiated, in order.
         hooked: whether activations were saved through hooks, as checkpointing does, which computes them again later.
         casts: floating types that the network goes down to by itself on the way to the loss.
     """
 
     calls: dict[int, list[LayerCall]] = field(default_factory=dict)
+    products: list[Node] = field(default_factory=list)
     losses: list[LossCall] = field(default_factory=list)
     hooked: bool = False
     casts: set[torch.dtype] = field(default_factory=set)
@@ -108,6 +110,7 @@ class Recorder(TorchFunctionMode):
         product = as_product(func, args, kwargs, self.parameters)
         if product is not None:
             return self._note_product(product, output)
+        self._note_other_product(func, args, kwargs, output)
         if func in CASTS and isinstance(output, Tensor) and output.requires_grad and _is_narrower(output, args[0]):
             self.trace.casts.add(output.dtype)
         if func in LOSSES and isinstance(output, Tensor) and output.requires_grad:
@@ -129,8 +132,15 @@ class Recorder(TorchFunctionMode):
         output = output if moved is None else output + moved
         # Taken now: after an operation in place, the tensor stands for what that made of it.
         edge = get_gradient_edge(output) if output.requires_grad else None
+        if output.grad_fn is not None:
+            self.trace.products.append(output.grad_fn)
         calls.append(replace(call, output=output, edge=edge, zero=zero, attached=None))
         return output
+
+    def _note_other_product(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        node = output.grad_fn if isinstance(output, Tensor) else None
+        if node is not None and multiplies_parameter(func, args, kwargs):
+            self.trace.products.append(node)
 
     @contextmanager
     def _inside_attention(self, query: Tensor) -> Iterator[None]:
@@ -141,7 +151,10 @@ class Recorder(TorchFunctionMode):
             def run(*args: Any, **kwargs: Any) -> Tensor:
                 output: Tensor = linear(*args, **kwargs)
                 product = as_product(LINEAR, args, kwargs, self.parameters)
-                return output if product is None else self._note_product(product, output, samples)
+                if product is not None:
+                    return self._note_product(product, output, samples)
+                self._note_other_product(LINEAR, args, kwargs, output)
+                return output
 
             return run
 

@@ -101,7 +101,9 @@ class GGNCurvature:
         if head.outputs <= self.exact_columns or (head.outputs <= SIGNED_COLUMNS and head.is_indefinite()):
             for column in head.exact_columns():
                 _add(moments, moved, column)
-            return {name: of_layer.total().cpu() for name, of_layer in moments.items()}, {}
+            # Of a head without curvature there is no column.
+            zeros = {name: torch.zeros(len(t), dtype=torch.float64) for name, t in graph.triplets.items()}
+            return {n: of_layer.total().cpu() if of_layer.count else zeros[n] for n, of_layer in moments.items()}, {}
         # Micro-batches of a batch draw signs of their own, so that their errors average out.
         first, total = (problem.place.first, problem.place.total) if problem.place else (0, graph.samples)
         columns = head.random_columns(torch.Generator().manual_seed(self.seed + first))

@@ -15,8 +15,6 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_spectral.curvature.autograd_graph import (
     LINEAR,
     PIECEWISE,
-    PRODUCTS,
-    VIEWS,
     Dependence,
     named,
     operation,
@@ -131,17 +129,3 @@ def outer_cut(dependence: Dependence, products: Iterable[Node]) -> GraphCut:
     head = [node for node, is_below in below.items() if not is_below]
     edges = _edges(dependence, below)
     return GraphCut(list(edges.values()), head, frozenset(), "", bool(_above_another(dependence, below, edges)))
-
-
-def products_with_parameters(dependence: Dependence) -> set[Node]:
-    """Return the nodes that multiply with a matrix, or a view of one, that is a leaf of the graph."""
-    views = set()
-    products = set()
-    for node in dependence.masks:
-        inputs = [n for n, _ in node.next_functions if n is not None]
-        is_matrix = hasattr(node, "variable") and node.variable.ndim > 1
-        if is_matrix or (operation(node) in VIEWS and len(inputs) == 1 and inputs[0] in views):
-            views.add(node)
-        elif operation(node) in PRODUCTS and any(n in views for n in inputs):
-            products.add(node)
-    return products

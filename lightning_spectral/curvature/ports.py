@@ -37,7 +37,8 @@ class SampleLayout:
         if self.index is not None:
             return e[self.index.to(e.device)]
         before, samples, after = self.shape
-        return e[None, :, None].expand(before, samples, after, e.shape[1]).reshape(-1, e.shape[1])
+        rows = e[None, :, None].expand(before, samples, after, e.shape[1])
+        return rows.reshape(before * samples * after, e.shape[1])
 
     def collect(self, rows: Tensor) -> Tensor:
         """Return (B, K) sums over the rows of each sample, in `accumulation_dtype`."""
@@ -45,7 +46,7 @@ class SampleLayout:
         if self.index is not None:
             zeros = torch.zeros(self.shape[1], rows.shape[1], dtype=wide, device=rows.device)
             return zeros.index_add(0, self.index.to(rows.device), rows.to(wide))
-        return rows.reshape(*self.shape, -1).sum((0, 2), dtype=wide)
+        return rows.reshape(*self.shape, rows.shape[1]).sum((0, 2), dtype=wide)
 
 
 def sample_layouts(lead: torch.Size, samples: int, time_first: int | None = None) -> Iterator[SampleLayout]:
@@ -125,7 +126,7 @@ class Port:
         spread = self.layout.spread((e if self.active is None else e[:, self.active]).to(c.dtype))
         if self.call.is_convolution:
             images, k = c.shape[:2]
-            moved = y @ (c.flatten(2) * spread.reshape(images, -1, k).transpose(1, 2))
+            moved = y @ (c.flatten(2) * spread.reshape(images, 1, k).transpose(1, 2))
             if self.rows is not None:
                 moved = _padded(moved, 1, self.rows, self.z_shape[1])
             return moved.reshape(self.z_shape)
@@ -146,7 +147,8 @@ class Port:
         else:
             rows = self._by_matrix(self.call.to_rows(r))
             rows = rows if self.rows is None else rows[..., slice(*self.rows)]
-            read = self.layout.collect(((rows @ y) * c).reshape(-1, c.shape[-1]))
+            products = (rows @ y) * c
+            read = self.layout.collect(products.reshape(products.shape[:-1].numel(), c.shape[-1]))
         if self.active is None:
             return read
         return read.new_zeros(len(read), self.y.shape[-1]).index_copy(1, self.active, read)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 Function = Callable[..., Any]
@@ -160,6 +160,15 @@ def as_product(
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return None
     return _of_factors(torch.matmul, left, right, parameters, scale=float(options.get("alpha", 1)))
+
+
+def multiplies_parameter(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a call multiplies with a matrix, or more, that is a parameter or a view of one."""
+    if func is not torch.einsum and func not in ARGUMENTS:
+        return False
+    operands = [x for arg in (*args, *kwargs.values()) for x in (arg if isinstance(arg, (list, tuple)) else [arg])]
+    tensors = [x for x in operands if isinstance(x, Tensor) and x.ndim > 1]
+    return any(isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter) for x in tensors)
 
 
 def _of_factors(

@@ -12,7 +12,6 @@ from lightning_spectral.curvature.graph_cut import (
     GraphCut,
     find_cut,
     outer_cut,
-    products_with_parameters,
 )
 from lightning_spectral.curvature.problem import DifferentiableLoss
 from lightning_spectral.curvature.products import LayerCall
@@ -97,7 +96,10 @@ def see_layers(problem: DifferentiableLoss, names: Iterable[str]) -> SeenLayers:
             if is_nested:
                 nested.add(name)
     nodes = {name: [call.edge.node for call in own if call.edge is not None] for name, own in calls.items()}
-    products = {n for of_layer in nodes.values() for n in of_layer} | products_with_parameters(dependence)
+    if unseen:
+        # Layers that are measured one by one do not stand in the way of the others.
+        dependence = Dependence(root, {id(problem.parameters[name]) for name in calls})
+    products = problem.trace.products
     n_nodes = sum(mask != 0 for mask in dependence.masks.values())
     return SeenLayers(
         calls, numbers, unseen, frozenset(nested), find_cut(dependence, nodes), outer_cut(dependence, products), n_nodes
