@@ -28,12 +28,15 @@ from torch import nn
 from lightning_spectral import MeasurementError, SecondDerivativeError, SpectralProbe, SpectralWarning, measure_spectra
 from lightning_spectral import options as options_module
 from lightning_spectral.curvature import gauss_newton as ggn_module
+from lightning_spectral.curvature import head as head_module
 from lightning_spectral.curvature import selection as select
 from lightning_spectral.curvature.activations import cheap_twin
+from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.draws import Draw, mean_and_error
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.gauss_newton import GGNCurvature
-from lightning_spectral.curvature.output_hessian import output_hessian
+from lightning_spectral.curvature.graph_cut import find_cut
+from lightning_spectral.curvature.head import Head
 from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS
 from lightning_spectral.layers.matrices import find_layers
@@ -53,85 +56,161 @@ SOFT = torch.rand(6, 5, generator=torch.Generator().manual_seed(3), dtype=torch.
 PIXELS = torch.randn(3, 5, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 LABELS = torch.randint(0, 5, (3, 2, 2), generator=torch.Generator().manual_seed(5))
 
-# name: function, input, target, options
-LOSS_CALLS = {
-    "hard": (F.cross_entropy, Z, Y, {}),
-    "sum": (F.cross_entropy, Z, Y, {"reduction": "sum"}),
-    "none": (F.cross_entropy, Z, Y, {"reduction": "none"}),
-    "weighted": (F.cross_entropy, Z, Y, {"weight": CLASSES}),
-    "ignored": (F.cross_entropy, Z, Y, {"ignore_index": 4, "weight": CLASSES}),
-    "smoothed": (F.cross_entropy, Z, Y, {"label_smoothing": 0.2, "weight": CLASSES, "ignore_index": 0}),
-    "soft": (F.cross_entropy, Z, SOFT, {}),
-    "soft_weighted_smoothed": (F.cross_entropy, Z, SOFT, {"weight": CLASSES, "label_smoothing": 0.1}),
-    "pixels": (F.cross_entropy, PIXELS, LABELS, {"ignore_index": 1}),
-    "pixels_none": (F.cross_entropy, PIXELS, LABELS, {"reduction": "none", "weight": CLASSES}),
-    "bce": (F.binary_cross_entropy_with_logits, Z, SOFT, {}),
+IMAGE = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+MASK = (torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(8)) > 0.5).double()
+MANY = torch.randn(4, 30, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+def loss_call(function, target, **options):
+    """A weighted sum of the values of a loss, each with a weight of its own."""
+
+    def loss(z):
+        value = function(z, target, **options)
+        weights = torch.rand(value.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype) + 0.1
+        return (weights * value).sum()
+
+    return loss
+
+
+def focal(z):
+    log_p = z.log_softmax(1).gather(1, Y[:, None])[:, 0]
+    return (-((1 - log_p.exp()) ** 2) * log_p).mean()
+
+
+def dice(z):
+    p = z.sigmoid()
+    return (1 - 2 * (p * MASK).sum((1, 2, 3)) / (p + MASK).sum((1, 2, 3))).mean()
+
+
+def gaussian_nll(z):
+    return F.gaussian_nll_loss(z[:, :2], SOFT[:, :2], z[:, 2:4].exp())
+
+
+# name: input, loss of it
+LOSSES = {
+    "hard": (Z, loss_call(F.cross_entropy, Y)),
+    "sum": (Z, loss_call(F.cross_entropy, Y, reduction="sum")),
+    "none": (Z, loss_call(F.cross_entropy, Y, reduction="none")),
+    "weighted": (Z, loss_call(F.cross_entropy, Y, weight=CLASSES)),
+    "ignored": (Z, loss_call(F.cross_entropy, Y, ignore_index=4, weight=CLASSES)),
+    "smoothed": (Z, loss_call(F.cross_entropy, Y, label_smoothing=0.2, weight=CLASSES, ignore_index=0)),
+    "soft": (Z, loss_call(F.cross_entropy, SOFT)),
+    "soft_weighted_smoothed": (Z, loss_call(F.cross_entropy, SOFT, weight=CLASSES, label_smoothing=0.1)),
+    "pixels": (PIXELS, loss_call(F.cross_entropy, LABELS, ignore_index=1)),
+    "pixels_none": (PIXELS, loss_call(F.cross_entropy, LABELS, reduction="none", weight=CLASSES)),
+    "many_classes": (MANY, loss_call(F.cross_entropy, Y[:4])),
+    "bce": (Z, loss_call(F.binary_cross_entropy_with_logits, SOFT)),
     "bce_weighted": (
-        F.binary_cross_entropy_with_logits, Z, SOFT, {"weight": SOFT + 1, "pos_weight": CLASSES, "reduction": "sum"},
+        Z,
+        loss_call(
+            F.binary_cross_entropy_with_logits, SOFT, weight=SOFT + 1, pos_weight=CLASSES, reduction="sum"
+        ),
     ),
-    "bce_none": (F.binary_cross_entropy_with_logits, Z, SOFT, {"reduction": "none"}),
-    "mse": (F.mse_loss, Z, SOFT, {}),
-    "mse_sum": (F.mse_loss, PIXELS, PIXELS.flip(0), {"reduction": "sum"}),
-    "mse_none": (F.mse_loss, Z, SOFT, {"reduction": "none"}),
+    "bce_none": (Z, loss_call(F.binary_cross_entropy_with_logits, SOFT, reduction="none")),
+    "mse": (Z, loss_call(F.mse_loss, SOFT)),
+    "mse_sum": (PIXELS, loss_call(F.mse_loss, PIXELS.flip(0), reduction="sum")),
+    "mse_none": (Z, loss_call(F.mse_loss, SOFT, reduction="none")),
+    "mse_old": (Z, loss_call(F.mse_loss, SOFT, reduce=True)),
+    "mse_broadcast": (Z, loss_call(F.mse_loss, SOFT[:1])),
+    "mse_of_itself": (Z, lambda z: F.mse_loss(z, z.flip(1) ** 2)),
+    "negative": (Z, lambda z: -F.mse_loss(z, SOFT, reduction="none").sum(1) @ torch.linspace(-1, 1, 6).double()),
+    "nll": (Z, lambda z: F.nll_loss(z.log_softmax(1), Y, weight=CLASSES)),
+    "bce_of_sigmoid": (Z, lambda z: F.binary_cross_entropy(z.sigmoid(), SOFT)),
+    "huber": (Z, lambda z: F.huber_loss(z, SOFT, delta=0.5)),
+    "smooth_l1": (Z, lambda z: F.smooth_l1_loss(z, SOFT)),
+    "kl": (Z, lambda z: F.kl_div(z.log_softmax(1), SOFT, reduction="batchmean")),
+    "gaussian_nll": (Z, gaussian_nll),
+    "poisson_nll": (Z, lambda z: F.poisson_nll_loss(z, SOFT)),
+    "focal": (Z, focal),
+    "dice": (IMAGE, dice),
+    "squares": (Z, lambda z: ((z - SOFT) ** 2).mean()),
+    "two": (Z, lambda z: F.cross_entropy(z, Y) + 0.5 * F.mse_loss(z, SOFT) / 3),
+    "nested": (Z, lambda z: ((z - SOFT) ** 2).mean() + z.pow(4).mean()),
+    "squared": (Z[:1], lambda z: F.cross_entropy(z, Y[:1]) ** 2),
 }  # fmt: skip
 
 
-def hessian_of_call(name):
-    """(the record of the call, weights on its output, the dense Hessian of the weighted loss)."""
-    function, z, target, options = LOSS_CALLS[name]
-    weights = torch.rand(function(z, target, **options).shape, dtype=z.dtype)
-    dense = torch.autograd.functional.hessian(lambda z: (weights * function(z, target, **options)).sum(), z)
+def head_of(name):
+    """(the head of the loss, a column in the loss's input by one in its tensors at the cut, the dense Hessian)."""
+    z, loss = LOSSES[name]
+    dense = torch.autograd.functional.hessian(loss, z).reshape(z.numel(), z.numel())
     leaf = z.clone().requires_grad_()
-    with Recorder(set()) as recorder:
-        function(leaf, target, **options)
-    (call,) = recorder.trace.losses
-    return call, weights, dense.reshape(z.numel(), z.numel())
+    output = 1.0 * leaf
+    value = loss(output)
+    head = Head(value, find_cut(Dependence(value.grad_fn, {id(leaf)}), {"": [output.grad_fn]}), len(z))
+    assert head.cut.inside == {""}
+
+    def at_input(x):
+        return torch.autograd.grad(head.edges, leaf, x, retain_graph=True)[0].flatten()
+
+    return head, at_input, dense
 
 
-@pytest.mark.parametrize("name", LOSS_CALLS)
-def test_columns_are_a_square_root_of_the_output_hessian(name):
-    call, weights, dense = hessian_of_call(name)
-    samples = call.input.shape[0]
-    root = output_hessian(call, weights, samples)
-    columns = torch.stack([column.reshape(samples, -1) for column in root.exact()], -1)
-    assert columns.shape[-1] == root.columns
-    blocks = torch.block_diag(*(c @ c.T for c in columns))
-    torch.testing.assert_close(blocks, dense, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("name", LOSSES)
+def test_columns_add_up_to_the_hessian_of_the_head(name):
+    head, at_input, dense = head_of(name)
+    assert head.keeps_samples_apart()
+    total, samples = torch.zeros_like(dense), head.samples
+    columns = head.exact_columns()
+    assert len(columns) <= head.outputs
+    for column in columns:
+        x = at_input(column.x).reshape(samples, -1)
+        partner = x if column.partner is None else at_input(column.partner).reshape(samples, -1)
+        sign = torch.ones(samples) if column.sign is None else column.sign
+        total += torch.block_diag(*(s * torch.outer(a, b) for s, a, b in zip(sign, x, partner, strict=True)))
+    torch.testing.assert_close(total, dense, rtol=1e-9, atol=1e-11 * float(dense.abs().max()))
+    assert head.is_indefinite() <= bool((torch.linalg.eigvalsh(dense) < 0).any())
 
 
-@pytest.mark.parametrize("name", ["weighted", "pixels", "bce_weighted"])
-def test_random_columns_have_the_output_hessian_as_covariance(name):
-    call, weights, dense = hessian_of_call(name)
-    root, generator = output_hessian(call, weights, call.input.shape[0]), torch.Generator().manual_seed(0)
-    draws = torch.stack([root.random(generator).flatten() for _ in range(4000)])
-    covariance = draws.T @ draws / len(draws)
-    error = (draws[:, :, None] * draws[:, None, :]).std(0) / math.sqrt(len(draws))
-    assert ((covariance - dense).abs() <= 4.5 * error + 1e-12).all()
+def test_a_softmax_takes_one_column_less_than_it_has_classes():
+    assert [len(head_of(name)[0].exact_columns()) for name in ("hard", "nll", "many_classes")] == [4, 4, 29]
+    assert len(head_of("negative")[0].exact_columns()) == 5
+    assert head_of("negative")[0].is_indefinite()
+    assert not head_of("hard")[0].is_indefinite()
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda z: F.mse_loss(z, z.detach().requires_grad_()),
-            "target of mse_loss depends on the parameters; use curvature='exact'",
-        ),
-        (lambda z: F.mse_loss(z, SOFT, reduction="none") * -1, "negative weight.*; use curvature='exact'"),
-        (lambda z: F.mse_loss(z, SOFT, reduce=True), "size_average or reduce"),
-        (lambda z: F.mse_loss(z, SOFT[:1]), r"mse_loss broadcasts its target \(1, 5\); use curvature='exact'"),
-        (lambda z: F.mse_loss(z[:4], SOFT[:4]), "4 rows, no multiple of the 6 samples; use curvature='exact'"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_loss_calls_without_a_square_root(call, message):
-    with Recorder(set()) as recorder:
-        value = call(Z.clone().requires_grad_())
-    (noted,) = recorder.trace.losses
-    (weight,) = (
-        torch.autograd.grad(value.sum(), noted.output) if value is not noted.output else (torch.ones(()).double(),)
-    )
-    with pytest.raises(MeasurementError, match=message):
-        output_hessian(noted, weight, 6)
+SOFTMAXES = ("weighted", "pixels", "many_classes", "nll", "kl", "soft")
+RANDOM = (*SOFTMAXES, "bce_weighted", "huber", "negative", "poisson_nll", "gaussian_nll", "focal", "dice", "two")
+
+
+@pytest.mark.parametrize("is_dense", [True, False])
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_columns_have_the_hessian_of_the_head_as_mean(name, is_dense, monkeypatch):
+    """By the roots of small Hessians, and as those of large ones: of a softmax, elementwise, and of any other."""
+    if not is_dense:
+        monkeypatch.setattr(head_module, "DENSE", 0)
+    head, at_input, dense = head_of(name)
+    assert (head._softmax_blocks() is not None) == (name in SOFTMAXES)
+    columns = head.random_columns(torch.Generator().manual_seed(0))
+    draws = [next(columns) for _ in range(1500)]
+    assert all(column.sign is None for column in draws)
+    x = torch.stack([at_input(column.x) for column in draws])
+    partner = torch.stack([at_input(column.x if column.partner is None else column.partner) for column in draws])
+    products = x[:, :, None] * partner[:, None, :]
+    error = products.std(0) / math.sqrt(len(draws))
+    assert ((products.mean(0) - dense).abs() <= 4.8 * error + 1e-9 * dense.abs().max()).all()
+    assert any(column.partner is not None for column in draws) or bool((torch.linalg.eigvalsh(dense) > -1e-9).all())
+
+
+def test_a_head_that_couples_samples_shows_it():
+    head, _, _ = head_of("hard")
+    assert head.keeps_samples_apart()
+    leaf = Z.clone().requires_grad_()
+    output = 1.0 * leaf
+    value = (output - output.mean(0)).square().sum()
+    head = Head(value, find_cut(Dependence(value.grad_fn, {id(leaf)}), {"": [output.grad_fn]}), 6)
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (edge,) = head.edges
+    (at_edge,) = head.product([x])
+    torch.testing.assert_close(at_edge, 2 * x)
+    assert len(head.edges) == 1
+    # The mean is below the cut: it is for the network's layers to show that.
+    moved = torch.autograd.grad(head.edges, leaf, [at_edge * torch.tensor([1, 0, 0, 0, 0, 0])[:, None]])[0]
+    assert moved[1:].all()
+    (z_hat,) = [F.normalize(output, dim=1)]
+    value = (z_hat @ z_hat.T).square().mean()
+    head = Head(value, find_cut(Dependence(value.grad_fn, {id(leaf)}), {"": [output.grad_fn]}), 6)
+    assert not head.keeps_samples_apart()
 
 
 def relu_cnn():
