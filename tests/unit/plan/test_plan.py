@@ -17,10 +17,10 @@ from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.cli.commands import main
 from lightning_spectral.cli.import_paths import SourceError
 from lightning_spectral.cli.plan_command import plan_model, shaped_batch
-from lightning_spectral.curvature import exact, sketch
-from lightning_spectral.curvature import gauss_newton as ggn
+from lightning_spectral.curvature import direction_graph, exact, sketch
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.layers.matrices import MatrixLayer, find_layers
+from lightning_spectral.measurement import estimation
 from lightning_spectral.plan.cost_model import OVERHEAD, STEP_FLOPS, direction_count, part_count, sketch_products
 from lightning_spectral.plan.fake_run import trace_loss
 from lightning_spectral.plan.meta_init import LARGE_BUFFER, weightless
@@ -60,17 +60,10 @@ def counted(monkeypatch):
         monkeypatch.setattr(owner, name, noted)
 
     spy(exact, "_layer", "directions", lambda *args: len(args[3]))
-    spy(sketch._Products, "_product", "products")
-    spy(ggn.OutputHessian, "random", "columns")
-    spy(ggn, "half_alone", "columns")
-    columns = ggn.OutputHessian.exact
-
-    def noted(self):
-        for column in columns(self):
-            counts["columns"] += 1
-            yield column
-
-    monkeypatch.setattr(ggn.OutputHessian, "exact", noted)
+    spy(sketch._Products, "_readings", "products")
+    spy(direction_graph.DirectionGraph, "columns", "columns")
+    # The batches are too small to be cut by themselves.
+    monkeypatch.setattr(estimation, "SMALL_BYTES", 0)
     return counts
 
 
