@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from lightning_spectral import SpectralReport, measure_spectra
+from lightning_spectral.callbacks.budget_advice import FEW_SAMPLES
 from lightning_spectral.cli.arguments import LOSS_EXAMPLES
 from lightning_spectral.cli.checkpoints import Checkpoint, build_model
 from lightning_spectral.cli.commands import main
 from lightning_spectral.cli.import_paths import SourceError, import_object, named_loss, read_batches
-from lightning_spectral.callbacks.budget_advice import FEW_SAMPLES
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 
 NETS = """
