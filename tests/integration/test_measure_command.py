@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from lightning_spectral import SpectralReport, measure_spectra
+from lightning_spectral.callbacks.budget_advice import FEW_SAMPLES
 from lightning_spectral.cli.arguments import LOSS_EXAMPLES
 from lightning_spectral.cli.checkpoints import Checkpoint, build_model
 from lightning_spectral.cli.commands import main
 from lightning_spectral.cli.import_paths import SourceError, import_object, named_loss, read_batches
-from lightning_spectral.curvature.selection import FEW_SAMPLES
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 
 NETS = """
@@ -435,7 +435,7 @@ def test_every_help_says_what_the_command_does(capsys, monkeypatch, command):
     printed = capsys.readouterr().out
     assert printed.startswith("usage: lightning-spectral")
     if command == "measure":
-        assert f"Below {FEW_SAMPLES} there is no sketch" in " ".join(printed.split())
+        assert f"A sketch of fewer than {FEW_SAMPLES} takes more" in " ".join(printed.split())
     if command in ("", "demo", "measure", "report"):
         assert max(map(len, printed.splitlines())) <= 120
         # After the usage, what it does, in a sentence.

@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.curvature import Curvatures
+from lightning_spectral.curvature import sketch as sketch_module
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.isolation.replay import InitialState
 from lightning_spectral.layers.matrices import find_layers
+from lightning_spectral.measurement import estimation
 from lightning_spectral.measurement.cpu_batches import CpuBatches
 from lightning_spectral.measurement.directions import leading_directions
 from lightning_spectral.measurement.estimation import Evaluation, weighted_sum
@@ -213,8 +215,17 @@ def test_a_batch_that_cannot_be_cut():
         measure_spectra(model, uneven, cross_entropy, micro_batch_size=4)
 
 
-def test_default_pieces_keep_to_the_memory_aimed_at():
+def cut_small_batches(monkeypatch):
+    """As the large ones that take more memory than is used without asking."""
+    monkeypatch.setattr(estimation, "SMALL_BYTES", 0)
+
+
+def test_default_pieces_keep_to_the_memory_aimed_at(monkeypatch):
     model, batch = gelu_mlp().double(), batch_of()
+    for method in METHODS:
+        small = measure_spectra(model, batch, cross_entropy, curvature=method, top_k=3)
+        assert small.micro_batch_size == SAMPLES
+    cut_small_batches(monkeypatch)
     sizes = {m: measure_spectra(model, batch, cross_entropy, curvature=m, top_k=3).micro_batch_size for m in METHODS}
     assert sizes["ggn"] == SAMPLES
     assert sizes["sketch"] < sizes["exact"] < SAMPLES
@@ -252,16 +263,16 @@ def test_random_methods_on_pieces_are_unbiased_and_their_errors_calibrated(metho
     assert z.mean().abs() < 4 / len(z) ** 0.5
 
 
-def test_pieces_take_the_signs_of_their_own_samples():
+def test_pieces_take_the_signs_of_their_own_samples(monkeypatch):
     """Orthogonal over the whole batch, which they would not be if every piece had those of the first samples."""
     model, batch = gelu_mlp().double(), batch_of(64)
-    seen = []
+    seen, make = [], sketch_module._Products.__init__
 
-    class Watched(SketchCurvature):
-        def _draw_until_precise(self, products):
-            seen.append(products._signs(8))
-            return super()._draw_until_precise(products)
+    def noted(self, *args):
+        make(self, *args)
+        seen.append(self._signs(8))
 
+    monkeypatch.setattr(sketch_module._Products, "__init__", noted)
     beginning = InitialState(model)
     layers = find_layers(model).layers
     parameters = {name: dict(model.named_parameters())[name] for name in layers}
@@ -269,7 +280,7 @@ def test_pieces_take_the_signs_of_their_own_samples():
     micro_batches = objective.micro_batches(16)
     gradients = objective.gradients(micro_batches)
     directions = leading_directions(gradients, objective, Options(top_k=3)).triplets
-    Evaluation(objective, micro_batches, gradients.first).measure(Watched(), directions)
+    Evaluation(objective, micro_batches, gradients.first).measure(SketchCurvature(), directions)
     signs = torch.cat(seen, 1).double()
     torch.testing.assert_close(signs @ signs.T, 64 * torch.eye(8, dtype=torch.float64))
     assert not torch.equal(seen[0], seen[1])
@@ -326,6 +337,7 @@ def test_out_of_memory_is_met_with_smaller_pieces(monkeypatch, method, error):
 @pytest.mark.parametrize(("method", "sizes"), [("exact", [48, 24, 12]), ("sketch", [32, 16])])
 def test_each_try_halves_what_failed(monkeypatch, method, sizes):
     model, batch = gelu_mlp().double(), batch_of(96)
+    cut_small_batches(monkeypatch)
     short = OutOfMemory(monkeypatch, 20, second_order_only=True)
     assert measure_spectra(model, batch, short.loss, curvature=method, top_k=3).micro_batch_size == sizes[-1]
     assert short.failed == sizes[:-1]
