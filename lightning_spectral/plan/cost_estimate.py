@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.estimation import SMALL_BYTES
+from lightning_spectral.measurement import estimation
 from lightning_spectral.numerics.matmul_precision import PRECISIONS
 from lightning_spectral.options import Options
 from lightning_spectral.plan.cost_model import (
@@ -158,7 +158,7 @@ class Estimate:
         divisible = self.trace is None or self.trace.divisible
         if self.trace is not None and self.options.micro_batch_size is None and self.trace.samples:
             share = (self.local_samples or 0) / self.trace.samples
-            divisible &= self.trace.structure.traced_bytes * share * memory >= SMALL_BYTES
+            divisible &= self.trace.structure.traced_bytes * share * memory >= estimation.SMALL_BYTES
         return part_count(memory, self.local_samples, self.options.micro_batch_size, divisible)
 
     def _rows(self, name: str) -> int:
