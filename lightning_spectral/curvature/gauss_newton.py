@@ -82,7 +82,7 @@ class GGNCurvature:
             exact = measured_exactly(problem, directions, seen.unseen)
             zero = {name: torch.zeros(len(directions[name]), dtype=torch.float64) for name in seen.calls}
             return Curvatures(zero | exact.h, self.name, exact.failed, {}, exact.methods, exact.notes)
-        moved = move_network(problem, seen, directions)
+        moved = move_network(problem, seen, directions, nearest=self.as_hessian)
         exact = measured_exactly(problem, directions, moved.unseen)
         h, stderr = self._measure(moved, problem)
         return Curvatures(h | exact.h, self.name, exact.failed, stderr, exact.methods, exact.notes)

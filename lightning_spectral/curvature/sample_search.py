@@ -53,9 +53,20 @@ class MovedNetwork:
 
 
 def move_network(
-    problem: DifferentiableLoss, seen: SeenLayers, directions: Mapping[str, SingularTriplets]
+    problem: DifferentiableLoss,
+    seen: SeenLayers,
+    directions: Mapping[str, SingularTriplets],
+    *,
+    nearest: bool = True,
 ) -> MovedNetwork:
     """Return the network with amplitudes at every layer of which the samples can be told apart.
+
+    Args:
+        problem: that was run.
+        seen: its layers.
+        directions: of each.
+        nearest: take the cut nearest to the loss, if the network is piecewise linear below it; else its output, behind
+            the last product with a parameter.
 
     Raises:
         MeasurementError: if there is no such layer.
@@ -70,12 +81,12 @@ def move_network(
         if not layouts:
             break
         graph = DirectionGraph(problem, seen, directions, layouts)
-        cut = graph.cut()
+        cut, outer = graph.cut(), graph.outer_cut()
         is_exact = len(cut.inside) == len(layouts)
         head = Head(graph.loss, cut, problem.samples) if is_exact and cut.edges else None
-        if head is None or head.layouts is None:
-            is_exact = is_exact and not cut.edges
-            head = Head(graph.loss, graph.outer_cut(), problem.samples)
+        if head is None or head.layouts is None or (not nearest and not outer.is_nested):
+            is_exact = is_exact and (not cut.edges or not nearest)
+            head = Head(graph.loss, outer, problem.samples)
         mixed = _mixed(graph, head)
         if not mixed:
             return MovedNetwork(graph, head, is_exact, seen.unseen | search.lost)

@@ -89,7 +89,8 @@ class LossProperties:
             problem: that was run.
         """
         samples = problem.samples if problem.place is None else problem.place.total
-        shapes = [output_shape(edge.node, edge.output_nr) for edge in seen.cut.edges]
+        cut = seen.cut if len(seen.cut.inside) == len(seen.calls) else seen.outer_cut
+        shapes = [output_shape(edge.node, edge.output_nr) for edge in cut.edges]
         known = problem.samples and all(shape is not None for shape in shapes)
         outputs = sum(shape.numel() for shape in shapes if shape is not None) // (problem.samples or 1) if known else 0
         return cls(

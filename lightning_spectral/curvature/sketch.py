@@ -167,7 +167,7 @@ class _Products:
         self.bent = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
         self.amplitude = {name: torch.ones(len(t), dtype=torch.float64) for name, t in self.triplets.items()}
         for (name, triplets), g in zip(self.triplets.items(), gradients, strict=True):
-            if g is None or not bool(g.any()):
+            if g is None or not len(triplets) or not bool(g.any()):
                 continue
             size = g.detach().square().sum(0).cpu().double()
             size = size.clamp(min=float(size.max()) * torch.finfo(torch.float32).eps)
