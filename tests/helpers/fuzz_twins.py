@@ -102,7 +102,7 @@ class Twin:
         return self._sum(lambda part: self._hessian(parameter, part))
 
     def gauss_newton(self, parameter: str) -> torch.Tensor:
-        """J^T (d2L / dz2) J of the output z."""
+        """J^T (d2L / dz2) J of the output z: the Hessian where the network is piecewise linear in the parameter."""
         return self._sum(lambda part: self._gauss_newton(parameter, part))
 
     def _sum(self, of_part: Any) -> torch.Tensor:

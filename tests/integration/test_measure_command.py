@@ -383,8 +383,8 @@ def test_arguments_that_are_wrong_are_told_in_one_line_with_what_was_meant(capsy
 
 
 def test_the_choice_of_exact_for_want_of_samples_is_printed(nets, capsys):
-    assert main([*BASE, "--model=nets_here:deep", "--loss=cross_entropy", "--max-samples=20"]) == 0
-    why = "and 20 samples are too few for a sketch, which with at least 32 would be faster\n"
+    assert main([*BASE, "--model=nets_here:deep", "--loss=cross_entropy", "--max-samples=3"]) == 0
+    why = "and 3 samples are too few for a sketch\n"
     assert why in capsys.readouterr().out
     assert main([*BASE, "--model=nets_here:deep", "--loss=cross_entropy"]) == 0
     assert "\ncurvature by sketch: " in capsys.readouterr().out

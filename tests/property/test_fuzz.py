@@ -26,7 +26,7 @@ from lightning_spectral.curvature import selection as select
 from lightning_spectral.curvature.gauss_newton import GGNCurvature
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.layers.matrices import find_layers
-from lightning_spectral.measurement import pipeline
+from lightning_spectral.measurement import estimation, pipeline
 
 pytest.importorskip("hypothesis")
 
@@ -163,10 +163,10 @@ def by_seed(name, net, given, options, seeds=40):
     found = []
     for seed in range(1, seeds + 1):
         sketch, ggn = partial(SketchCurvature, seed=seed), partial(GGNCurvature, seed=seed)
+        checked = partial(select.CheckedGGN, seed=seed)
         with (
             mock.patch.dict(select.METHODS, sketch=sketch, ggn=ggn),
-            mock.patch.object(select, "SketchCurvature", sketch),
-            mock.patch.object(select, "CheckedGGN", partial(select.CheckedGGN, seed=seed)),
+            mock.patch.dict(estimation.CHOICES, sketch=sketch, ggn=checked),
         ):
             layer = measured(net, given, options)[0].layers[name]
         found.append(torch.stack([layer.h, layer.h_stderr])[:, layer.h.isfinite()])

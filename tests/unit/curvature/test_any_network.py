@@ -361,6 +361,43 @@ def test_products_as_people_write_them(name, act):
         twin.check_columns()
 
 
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2 in transformers, with its weight as (in, out)."""
+
+    def __init__(self, n_out, n_in):
+        super().__init__()
+        self.nf, self.nx = n_out, n_in
+        self.weight = nn.Parameter(0.3 * torch.randn(n_in, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class FusedConv1D(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.enter, self.qkv, self.head, self.act = Conv1D(8, 8), Conv1D(24, 8), nn.Linear(8, 3), act
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.act(self.enter(x))).split(8, 2)
+        if self.act is F.relu:
+            return self.head((q + k - v).relu().mean(1))
+        return self.head(F.scaled_dot_product_attention(q, k, v).mean(1))
+
+
+@pytest.mark.parametrize("fused", [(), ("qkv",)])
+@pytest.mark.parametrize("act", [F.relu, F.gelu])
+def test_layers_of_gpt_2(act, fused):
+    case = Case("", lambda: FusedConv1D(act), signals(16, 3, 8), cross_entropy, {"fused_qkv": fused})
+    twin = Twin(case)
+    assert twin.layers["enter.weight"].transposed
+    assert len(twin.layers) == 3 + 2 * len(fused)
+    twin.check_products()
+    if act is F.relu:
+        twin.check_columns()
+
+
 class CrossAttention(nn.Module):
     def __init__(self, batch_first, width=8, **options):
         super().__init__()
