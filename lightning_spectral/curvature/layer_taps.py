@@ -176,9 +176,10 @@ def measured_exactly(
         DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples),
         {name: directions[name] for name in why},
     )
-    notes = tuple(
-        group_by_reason({name: f"measured by double backward, since {reason}" for name, reason in why.items()})
-    )
+    singly = {
+        name: f"measured by double backward, since {reason}" for name, reason in why.items() if name not in exact.failed
+    }
+    notes = tuple(group_by_reason(singly))
     return Curvatures(exact.h, "exact", exact.failed, {}, dict.fromkeys(why, "exact"), notes)
 
 

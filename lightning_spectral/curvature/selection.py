@@ -11,7 +11,7 @@ from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, GGNCurvature, is_piecewise_linear
 from lightning_spectral.curvature.problem import Curvature, Curvatures, DifferentiableLoss
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
-from lightning_spectral.curvature.sketch import SketchCurvature
+from lightning_spectral.curvature.sketch import FEWEST_SAMPLES, SketchCurvature
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 
@@ -30,8 +30,8 @@ ALPHA_PER_NOISE = 1.6
 ALPHA_ERROR = 0.03
 """Standard error of alpha, from the noise of h, that a choice is made for."""
 
-FEWEST_SAMPLES = 4
-"""Below it signs of samples cannot tell channels apart."""
+FEW_LAYERS = 3
+"""Up to how many layers exact products are taken at twice a sketch's time."""
 
 CHECK_TOLERANCE = 1e-2
 """Relative difference of the columns to an exact product from which on they are not believed."""
@@ -157,7 +157,9 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
     elif properties.windows and (properties.samples or 0) >= FEWEST_SAMPLES:
         n = properties.sketch_products
         why = f"sketch: {properties.obstacle}; about {n} joint products{unseen}; exact would take {exact_why}"
-        choices.append((JOINT_PRODUCT * n + 2 + rest, "sketch", why))
+        # Of few layers, what has no noise is worth twice the time.
+        worth = 2 if len(properties.windows) <= FEW_LAYERS else 1
+        choices.append((worth * (JOINT_PRODUCT * n + 2 + rest), "sketch", why))
     choices.sort(key=lambda choice: choice[0])
     if choices[0][1] == "exact":
         reason = _why_exact(properties, [(steps, name) for steps, name, _ in choices[1:]])

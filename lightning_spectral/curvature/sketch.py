@@ -14,7 +14,7 @@ interact, so its own terms are complete. What keeps the rest small:
   variance proportional to h_i^2 w_j / w_i, and these amplitudes have the smallest sum of w_i^2 var(log h_i), the
   variance of alpha.
 - Standard errors come from what the draws differ by. Where there are so few channels that a product for each of them
-  costs no more, there is one: the few signs of few samples would often agree by chance, and the error not show.
+  costs no more, or fewer than 4 samples, there is one: the few signs of few samples would often agree by chance, and the error not show.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ TARGET_ERROR = 0.02
 
 LEAST_RANKS, RANKS = 2, 10
 """How many directions of a layer share a product: with 10 of 20 a draw is two products."""
+
+FEWEST_SAMPLES = 4
+"""Below it the signs of samples agree too often to tell channels apart."""
 
 CHANNELS_PER_SAMPLE = 3
 """The noise of a product grows with its channels, and falls with the samples."""
@@ -142,7 +145,8 @@ class SketchCurvature:
         windows = [len(t) for t in products.triplets.values()]
         ranks = self.ranks or ranks_for(len(windows), products.place.total)
         n_draws = draws_for(windows, products.place.total, ranks, self.draws)
-        if products.directions <= n_draws * products.of_draw(ranks):
+        few = products.place.total < FEWEST_SAMPLES or products.directions <= 3 * products.of_draw(ranks)
+        if few:
             return products.one_by_one(), {}
         # Other micro-batches of the batch average this one's error with theirs.
         share = products.samples / products.place.total

@@ -180,9 +180,9 @@ def count_passes(
     columns, joint, moved = (0, 0), (0, 0), bool(tapped) and method != "exact"
     if method == "ggn" and tapped:
         # One more column tells whether samples interact.
-        n = EXACT_COLUMNS if structure is None else structure.loss.outputs
-        exact = (2 if structure is None else 1 + n, 1 + n)
-        columns = exact if n <= EXACT_COLUMNS else (1 + LEAST_COLUMNS, 1 + RANDOM_COLUMNS)
+        n = structure.loss.outputs if structure is not None else RANDOM_COLUMNS
+        exact = (1 + n if structure is not None else 2, 1 + n)
+        columns = (1 + LEAST_COLUMNS, 1 + RANDOM_COLUMNS) if structure and n > EXACT_COLUMNS else exact
         gradients += checked
         products += checked
     elif moved:

@@ -199,7 +199,7 @@ def test_every_option_reaches_the_measurement(nets):
     [(["--fused-qkv", "0"], [2, 2, 2]), (["--fused-qkv", "2=2,1,1", "0.*=1,2,3"], [1, 2, 3])],
 )
 def test_fused_projections_are_split_into_equal_rows_or_those_given(nets, option, rows):
-    assert main([*BASE, "--loss=cross_entropy", *option]) == 0
+    assert main([*BASE, "--loss=cross_entropy", "--layers", "*", *option]) == 0
     layers = SpectralReport.from_json("spectra/spectra.json").layers
     assert [layers[f"0.weight.{part}"].shape for part in "qkv"] == [(n, 5) for n in rows]
     assert {layers[f"0.weight.{part}"].kind for part in "qkv"} == {"attention_qkv"}

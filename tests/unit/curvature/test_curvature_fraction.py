@@ -14,6 +14,7 @@ from twins import dense_hessian, matrix_entries, second_derivative
 from lightning_spectral import SpectralProbe, measure_spectra
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
 from lightning_spectral.layers.matrices import find_layers
+from lightning_spectral.measurement import estimation
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -268,6 +269,8 @@ def test_out_of_memory_is_not_taken_for_a_missing_derivative(part, monkeypatch):
         return measure(self, problem, *args)
 
     monkeypatch.setattr(HutchinsonTrace, part, short)
+    # Batches as small as this one are not cut by themselves.
+    monkeypatch.setattr(estimation, "SMALL_BYTES", 0)
     assert measured(case, model, batch, 2).micro_batch_size == 1
     assert sizes[0] > 1
 

@@ -43,6 +43,7 @@ from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import directional_curvature
+from lightning_spectral.measurement import estimation
 from lightning_spectral.measurement.directions import leading_directions
 from lightning_spectral.measurement.setup import isolated_copy, set_up_objective
 from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
@@ -465,8 +466,12 @@ def sketched(model, batch, top_k, seeds):
 
 
 def test_draws_that_agree_by_chance_state_an_error_all_the_same():
-    """With a sample and four channels three draws have the same signs once in 64, and differ by nothing."""
+    """With a sample and four channels draws often have the same signs: then each channel has a product of its own."""
     model, batch = Case("", gelu_mlp, many(1), cross_entropy).build()
+    h, stderr, expected = sketched(model, batch, 1, range(20))
+    torch.testing.assert_close(h, expected.expand_as(h), rtol=1e-9, atol=1e-14)
+    assert not stderr.any()
+    model, batch = Case("", gelu_mlp, many(4), cross_entropy).build()
     h, stderr, expected = sketched(model, batch, 1, range(400))
     assert ((h - expected).abs() < 100 * stderr).all()
     same = Draw({"a": torch.ones(2).double()}, {"a": torch.full((2,), 0.5).double()})
@@ -823,7 +828,8 @@ GGN = "ggn: every operation after the layers is piecewise linear up to the head,
          f"{GGN}no pass, the loss is piecewise linear and its Hessian zero; exact would take 6 products"),
         (gelu_mlp, unknown_loss, 48, {},
          "exact: 10 products, since sketch would take as long for so few layers or samples"),
-        (relu_mlp, regularised, 48, {}, "exact: 9 products, since sketch would take as long"),
+        (relu_mlp, regularised, 48, {},
+         f"{GGN}5 backward passes for all layers, and 3 products for layers that have to be measured one by one"),
         (gelu_mlp, regularised, 48, {}, "exact: 12 products, since sketch would take as long"),
         (relu_mlp, squared, 48, {}, f"{GGN}5 backward passes for all layers; exact would take 9 products"),
         (bn_train, cross_entropy, 48, {"mode": "train"},
@@ -870,6 +876,7 @@ def test_auto_does_not_believe_columns_that_fail_their_check(monkeypatch):
     model, batch = PIECEWISE_LINEAR[0].build()
     expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=3)
     monkeypatch.setattr(select, "_obstacle", lambda seen, samples, outputs: "")
+    monkeypatch.setitem(estimation.CHOICES, "ggn", lambda: select.CheckedGGN(as_hessian=False))
     gelu, gelu_batch = Case("", gelu_mlp, many(), cross_entropy).build()
     found = measure_spectra(gelu, gelu_batch, cross_entropy, top_k=3)
     assert found.chosen.startswith("exact: 12 products; no ggn: the columns failed their check against an exact ")

@@ -117,7 +117,8 @@ def test_the_time_of_a_measurement_is_the_sum_of_its_passes():
     assert cost.memory.factors > 0
 
 
-def test_memory_is_the_formulas():
+def test_memory_is_the_formulas(monkeypatch):
+    monkeypatch.setattr(estimation, "SMALL_BYTES", 0)
     model, batch, loss = gpt()
     plan = plan_spectra(model, batch, loss, top_k=K, curvature="sketch")
     memory, parameters = plan.costs["sketch"].memory, sum(p.numel() for p in model.parameters())
@@ -151,7 +152,8 @@ def test_activations_are_what_the_graph_saves():
     assert trace.activations == pytest.approx(sum(s.nbytes() for k, s in saved.items() if k not in own), rel=0.02)
 
 
-def test_processes_share_the_samples_and_sum_the_gradients():
+def test_processes_share_the_samples_and_sum_the_gradients(monkeypatch):
+    monkeypatch.setattr(estimation, "SMALL_BYTES", 0)
     model, batch, loss = gpt()
     one, four = (plan_spectra(model, batch, loss, world_size=n) for n in (1, 4))
     assert (one.sent, four.samples) == (0, 48)
