@@ -14,7 +14,8 @@ interact, so its own terms are complete. What keeps the rest small:
   variance proportional to h_i^2 w_j / w_i, and these amplitudes have the smallest sum of w_i^2 var(log h_i), the
   variance of alpha.
 - Standard errors come from what the draws differ by. Where there are so few channels that a product for each of them
-  costs no more, or fewer than 4 samples, there is one: the few signs of few samples would often agree by chance, and the error not show.
+  costs no more, or fewer than 4 samples, there is one: the few signs would often agree by chance, and the error not
+  show.
 """
 
 from __future__ import annotations

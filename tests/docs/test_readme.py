@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
 
@@ -119,6 +120,16 @@ def test_the_table_of_costs_is_the_benchmarks():
         methods = found[name]["methods"]
         shown = ["-" if x not in methods else str(round(methods[x]["steps"])) for x in COSTS]
         assert row.split(" | ")[1:] == shown
+
+
+def test_what_other_networks_cost_is_the_benchmarks():
+    figures = json.loads((ROOT / "examples/benchmarks/results/others_cpu.json").read_text())["figures"].values()
+    steps = [row["steps"] for row in figures]
+    text = " ".join(README.split())
+    assert f"On {len(steps)} networks and losses as other people write them" in text
+    assert f"{statistics.median(steps):.0f} training steps in the median and {max(steps):.0f} at most, " in text
+    assert f"{sum(x <= 25 for x in steps)} of them within 25;" in text
+    assert f"at most 0.03 as well on {sum(row['target'] for row in figures)}." in text
 
 
 COSTS = ("exact", "curvlinops", "ggn", "sketch", "auto")
