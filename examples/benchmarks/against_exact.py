@@ -1,0 +1,218 @@
+"""What a measurement by "auto" costs in training steps, and how far its alphas are from those of double backward."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_spectral import SpectralReport, measure_spectra
+
+K = 20
+TRUSTED_R2 = 0.9
+"""Of the exact fit; the errors of such layers are told apart."""
+
+TARGET_STEPS, TARGET_ERROR, TARGET_ERROR_OF_FEW, FEW = 25, 0.03, 0.05, 32
+"""The larger error is that of fewer samples than FEW."""
+
+LONG_SECONDS = 5
+"""A measurement that takes longer is timed once."""
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def step_of(model: nn.Module, batch: Any, loss: Loss) -> Callable[[], None]:
+    """Return a training step on a copy of the network: forward, backward, AdamW."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Time one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def step_seconds(step: Callable[[], None]) -> float:
+    """Take the median of several steps: for half a second, 5 at least, 50 at most."""
+    times = [seconds(step)]
+    times = [seconds(step) for _ in range(max(5, min(50, int(0.5 / times[0]))))]
+    return statistics.median(times)
+
+
+def fits(report: SpectralReport) -> dict[str, dict[str, Any]]:
+    """Return what the comparison needs of each layer."""
+    return {
+        name: {
+            "shape": list(layer.shape),
+            "kind": layer.kind,
+            "method": layer.method,
+            "alpha": layer.alpha.exponent,
+            "stderr": layer.alpha.stderr,
+            "r2": layer.alpha.r2,
+            "note": layer.note,
+        }
+        for name, layer in report.layers.items()
+    }
+
+
+def summary(errors: list[float]) -> dict[str, float]:
+    """Return the number, the median and the 90 % quantile; NaN of none."""
+    values = torch.tensor(errors or [math.nan], dtype=torch.float64)
+    return {"layers": len(errors), "median": float(values.median()), "p90": float(values.quantile(0.9))}
+
+
+def comparison(found: dict[str, dict[str, Any]], exact: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Compare the alphas of layers: of all, of those with a trusted exact fit, and those that only one has."""
+
+    def has(layers: dict[str, dict[str, Any]], name: str) -> bool:
+        return name in layers and math.isfinite(layers[name]["alpha"])
+
+    both = [name for name in exact if has(exact, name) and has(found, name)]
+    error = {name: abs(found[name]["alpha"] - exact[name]["alpha"]) for name in both}
+    only = {"exact": [n for n in exact if has(exact, n) and not has(found, n)]}
+    only["auto"] = [n for n in found if has(found, n) and not has(exact, n)]
+    trusted = [name for name in exact if has(exact, name) and exact[name]["r2"] >= TRUSTED_R2]
+    return {
+        "all": summary(list(error.values())),
+        "trusted": summary([error[name] for name in trusted if name in error]),
+        "only_exact": only["exact"],
+        "only_exact_trusted": [name for name in only["exact"] if name in trusted],
+        "only_auto": only["auto"],
+    }
+
+
+def measured(model: nn.Module, batch: Any, loss: Loss, exact: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Measure by "auto" and "exact" with steps timed before and after each; `exact` holds known alphas instead."""
+    step = step_of(model, batch, loss)
+    step()
+    before = step_seconds(step)
+    reports: list[SpectralReport] = []
+
+    def auto() -> None:
+        reports.append(measure_spectra(model, batch, loss, top_k=K))
+
+    took = [seconds(auto)]
+    if took[0] < LONG_SECONDS:
+        # The first call also pays for what is done once.
+        took = [seconds(auto) for _ in range(3)]
+    report, after = reports[-1], step_seconds(step)
+    step_time = (before + after) / 2
+    row = {
+        "n_samples": report.n_samples,
+        "step_seconds": step_time,
+        "step_seconds_before_after": [before, after],
+        "seconds": statistics.median(took),
+        "steps": statistics.median(took) / step_time,
+        "chosen": report.chosen,
+        "check_error": report.check_error,
+        "micro_batch_size": report.micro_batch_size,
+        "methods": dict(Counter(layer.method for layer in report.layers.values())),
+        "layers": fits(report),
+        "skipped": report.skipped,
+        "failed": report.failed,
+        "warnings": list(report.warnings),
+    }
+    if exact is None:
+        # In one piece, as the others take the gradient: its directions are then theirs to the last bit.
+        whole = report.n_samples
+        started = time.perf_counter()
+        reference = measure_spectra(model, batch, loss, top_k=K, curvature="exact", micro_batch_size=whole)
+        row["exact_steps"] = (time.perf_counter() - started) / step_time
+        exact = fits(reference)
+    row |= {"exact_layers": exact, "error": comparison(row["layers"], exact)}
+    return row | {"target": within_target(row)}
+
+
+def within_target(row: dict[str, Any]) -> bool:
+    """Tell whether cost and median error are in the targets, and no trusted layer is missing."""
+    few = row["n_samples"] is not None and row["n_samples"] < FEW
+    error = row["error"]
+    worst = max((error[of]["median"] for of in ("trusted", "all") if error[of]["layers"]), default=0.0)
+    if error["trusted"]["layers"]:
+        worst = error["trusted"]["median"]
+    close = worst <= (TARGET_ERROR_OF_FEW if few else TARGET_ERROR)
+    return bool(row["steps"] <= TARGET_STEPS and close and not error["only_exact_trusted"])
+
+
+def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures, or the error that was raised instead."""
+    started = time.perf_counter()
+    try:
+        row = function()
+    except Exception as error:
+        row = {"failure": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    return row | {"total_seconds": time.perf_counter() - started}
+
+
+HEADER = (
+    f"{'network':24s} {'layers':>6s} {'no a':>4s} {'N':>5s} {'ms/step':>8s} {'steps':>6s} {'exact':>6s}  "
+    f"{'methods':22s} {'trusted: n  median    p90':>26s}  {'all: n  median    p90':>22s} {'lost':>4s}  ok  chosen"
+)
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """Return a line of the table: `no a` layers without an alpha, `lost` those with an exact alpha alone."""
+    if "failure" in row:
+        return f"{name:24s} {row['failure'].splitlines()[0]}"
+    trusted, every = row["error"]["trusted"], row["error"]["all"]
+    methods = ", ".join(f"{count} {method}" for method, count in row["methods"].items())
+    exact_steps = f"{row['exact_steps']:6.0f}" if "exact_steps" in row else f"{'-':>6s}"
+    return (
+        f"{name:24s} {len(row['layers']):6d} {len(row['failed']):4d} {row['n_samples'] or 0:5d} "
+        f"{1e3 * row['step_seconds']:8.1f} {row['steps']:6.1f} {exact_steps}  {methods:22s} "
+        f"{trusted['layers']:12d} {trusted['median']:6.4f} {trusted['p90']:6.4f}  "
+        f"{every['layers']:8d} {every['median']:6.4f} {every['p90']:6.4f} {len(row['error']['only_exact']):4d}  "
+        f"{'yes' if row['target'] else ' no'} {row['chosen']}"
+    )
+
+
+def known(path: str | None) -> dict[str, Any]:
+    """Return the exact fits of each network in an earlier file."""
+    if path is None:
+        return {}
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))["figures"]
+    return {name: nan_for_none(row["exact_layers"]) for name, row in rows.items() if "exact_layers" in row}
+
+
+def nan_for_none(layers: dict[str, Any]) -> dict[str, Any]:
+    """Return fits read from JSON with their NaN."""
+    return {
+        name: {key: math.nan if value is None else value for key, value in layer.items()}
+        for name, layer in layers.items()
+    }
+
+
+def jsonable(value: Any) -> Any:
+    """Return the value with None for what is not finite."""
+    if isinstance(value, dict):
+        return {key: jsonable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [jsonable(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def written(path: str, told: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Write the figures so far."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(
+        json.dumps({"environment": told, "figures": jsonable(figures)}, indent=1, allow_nan=False), encoding="utf-8"
+    )
