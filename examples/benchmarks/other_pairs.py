@@ -80,35 +80,37 @@ def barlow_twins() -> Network:
     return fitted(nn.Sequential(cnn(1, 64), nn.ReLU(), nn.Linear(64, 48)), two_views(), loss, 128)
 
 
+def partners(labels: Tensor, same: bool) -> Tensor:
+    """Draw for each label the index of another sample of the same label, or of a different one."""
+    equal = labels[:, None] == labels
+    return torch.multinomial((equal if same else ~equal).float(), 1).squeeze(1)
+
+
 def contrastive() -> Network:
     """Train an MLP to bring digits of one label together and hold others a margin apart."""
     x, labels = digit_images()
     x = x.flatten(1)
-    other = torch.randperm(len(x))
-    # Half of the pairs are of one label.
-    partner = torch.stack([torch.nonzero(labels == label)[0, 0] for label in labels])
-    other[::2] = partner[::2]
+    same = torch.rand(len(x)) < 0.5
+    other = torch.where(same, partners(labels, same=True), partners(labels, same=False))
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         distance = F.pairwise_distance(model(batch[0]), model(batch[1]))
         same = batch[2]
         return (same * distance.pow(2) + (1 - same) * F.relu(2.0 - distance).pow(2)).mean()
 
-    return fitted(mlp(64, 16), (x, x[other], (labels == labels[other]).float()), loss, ROWS)
+    return fitted(mlp(64, 16), (x, x[other], same.float()), loss, ROWS)
 
 
 def triplet() -> Network:
     """Train a CNN on triplets: a digit, one of the same label, one of another."""
     x, labels = digit_images()
-    order = torch.randperm(len(x))
-    same = torch.stack([order[labels[order] == label][0] for label in labels])
-    different = torch.stack([order[labels[order] != label][int(label)] for label in labels])
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         anchor, positive, negative = (model(part) for part in batch)
         return F.triplet_margin_loss(anchor, positive, negative, margin=1.0)
 
-    return fitted(cnn(1, 32), (x, x[same], x[different]), loss, 64)
+    data = x, x[partners(labels, same=True)], x[partners(labels, same=False)]
+    return fitted(cnn(1, 32), data, loss, 64)
 
 
 class VAE(nn.Module):
