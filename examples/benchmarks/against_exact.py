@@ -5,7 +5,6 @@ With one thread times are of the processor, so that other work on the machine do
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import statistics
@@ -34,19 +33,6 @@ LONG_SECONDS = 5
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def step_of(model: nn.Module, batch: Any, loss: Loss) -> Callable[[], None]:
-    """Return a training step on a copy of the network: forward, backward, AdamW."""
-    model = copy.deepcopy(model).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss(model, batch).backward()
-        optimizer.step()
-
-    return step
-
-
 def seconds(function: Callable[[], Any]) -> float:
     """Time one call."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -55,10 +41,29 @@ def seconds(function: Callable[[], Any]) -> float:
     return clock() - started
 
 
-def step_seconds(step: Callable[[], None]) -> float:
-    """Take the median of several steps: for half a second, 5 at least, 50 at most."""
+def step_seconds(model: nn.Module, batch: Any, loss: Loss) -> float:
+    """Take the median of training steps, forward, backward and AdamW: for half a second, 5 at least, 50 at most.
+
+    At a learning rate of 0, with buffers and modes put back: the network is as it was.
+    """
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+
+    model.train()
+    step()
     times = [seconds(step)]
     times = [seconds(step) for _ in range(max(5, min(50, int(0.5 / times[0]))))]
+    optimizer.zero_grad()
+    for module, training in modes.items():
+        module.training = training
+    for buffer, value in buffers:
+        buffer.copy_(value)
     return statistics.median(times)
 
 
@@ -106,9 +111,7 @@ def comparison(found: dict[str, dict[str, Any]], exact: dict[str, dict[str, Any]
 
 def measured(model: nn.Module, batch: Any, loss: Loss, exact: dict[str, Any] | None = None) -> dict[str, Any]:
     """Measure by "auto" and "exact" with steps timed before and after each; `exact` holds known alphas instead."""
-    step = step_of(model, batch, loss)
-    step()
-    before = step_seconds(step)
+    before = step_seconds(model, batch, loss)
     reports: list[SpectralReport] = []
 
     def auto() -> None:
@@ -118,7 +121,7 @@ def measured(model: nn.Module, batch: Any, loss: Loss, exact: dict[str, Any] | N
     if took[0] < LONG_SECONDS:
         # The first call also pays for what is done once.
         took = [seconds(auto) for _ in range(3)]
-    report, after = reports[-1], step_seconds(step)
+    report, after = reports[-1], step_seconds(model, batch, loss)
     step_time = (before + after) / 2
     row = {
         "n_samples": report.n_samples,
