@@ -110,7 +110,7 @@ def triplet() -> Network:
         return F.triplet_margin_loss(anchor, positive, negative, margin=1.0)
 
     data = x, x[partners(labels, same=True)], x[partners(labels, same=False)]
-    return fitted(cnn(1, 32), data, loss, 64)
+    return fitted(cnn(1, 32, norm=False), data, loss, 128, lr=5e-4)
 
 
 class VAE(nn.Module):
