@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 
+# Before the path changes: PYTHONPATH says which package is measured, of this tree or another.
+import lightning_spectral
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.benchmarks import other_networks, other_pairs, other_sequences
@@ -51,6 +54,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     told, references = environment(threads=options.threads), known(options.reference)
     figures: dict[str, Any] = {}
+    print(f"measuring {Path(lightning_spectral.__file__).parent}")
     print(HEADER)
     for name in options.only:
         figures[name] = attempt(lambda name=name: run(name, references.get(name)))
