@@ -114,7 +114,9 @@ def measured(model: nn.Module, batch: Any, loss: Loss, exact: dict[str, Any] | N
     before = step_seconds(model, batch, loss)
     reports: list[SpectralReport] = []
 
+    # A loss that draws numbers is to draw the same each time.
     def auto() -> None:
+        torch.manual_seed(0)
         reports.append(measure_spectra(model, batch, loss, top_k=K))
 
     took = [seconds(auto)]
@@ -143,6 +145,7 @@ def measured(model: nn.Module, batch: Any, loss: Loss, exact: dict[str, Any] | N
         whole = report.n_samples
 
         def by_exact() -> None:
+            torch.manual_seed(0)
             reports.append(measure_spectra(model, batch, loss, top_k=K, curvature="exact", micro_batch_size=whole))
 
         row["exact_steps"] = seconds(by_exact) / step_time
