@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples.benchmarks.other_networks import cnn
 from examples.benchmarks.other_pairs import two_views
-from examples.benchmarks.program_training import Trained, plain, through
+from examples.benchmarks.program_training import Trained, answering, plain, through
 
 CELLS, GENES = 1024, 100
 
@@ -38,7 +38,7 @@ def _scvi(model: Callable[..., Any], data: Any, **own: Any) -> Trained:
     def train(options: dict[str, Any]) -> None:
         model(data, **own).train(batch_size=128, **options)
 
-    return through(train, max_steps=None, max_epochs=7)
+    return answering(through(train, max_steps=None, max_epochs=7), use_sync_dist=False)
 
 
 def scvi() -> Trained:

@@ -47,6 +47,13 @@ def through(train: Callable[[dict[str, Any]], Any], **trainer: Any) -> Trained:
     return module, batch
 
 
+def answering(trained: Trained, **answers: Any) -> Trained:
+    """Give a module the answers to what it would ask its Trainer."""
+    module, batch = trained
+    module.__class__ = type(type(module).__name__, (type(module),), answers)
+    return module, batch
+
+
 class Plain(lightning.pytorch.LightningModule):
     """A network with a loss of its own, trained by AdamW.
 
