@@ -36,7 +36,7 @@ def _counts() -> Any:
 
 def _scvi(model: Callable[..., Any], data: Any, **own: Any) -> Trained:
     def train(options: dict[str, Any]) -> None:
-        model(data, **own).train(batch_size=128, **options)
+        model(data, **own).train(batch_size=128, train_size=1.0, **options)
 
     return answering(through(train, max_steps=None, max_epochs=7), use_sync_dist=False)
 
