@@ -155,13 +155,11 @@ def measured(model: nn.Module, batch: Any, loss: Loss, exact: dict[str, Any] | N
 
 
 def within_target(row: dict[str, Any]) -> bool:
-    """Tell whether cost and median error are in the targets, and no trusted layer is missing."""
+    """Tell whether cost and median error, of trusted layers if there are any, are in the targets, and none is lost."""
     few = row["n_samples"] is not None and row["n_samples"] < FEW
     error = row["error"]
-    worst = max((error[of]["median"] for of in ("trusted", "all") if error[of]["layers"]), default=0.0)
-    if error["trusted"]["layers"]:
-        worst = error["trusted"]["median"]
-    close = worst <= (TARGET_ERROR_OF_FEW if few else TARGET_ERROR)
+    counted = error["trusted"] if error["trusted"]["layers"] else error["all"]
+    close = not counted["layers"] or counted["median"] <= (TARGET_ERROR_OF_FEW if few else TARGET_ERROR)
     return bool(row["steps"] <= TARGET_STEPS and close and not error["only_exact_trusted"])
 
 
