@@ -216,3 +216,20 @@ def test_reading_a_value_is_recognised():
     with Watch():
         torch.ones(1).item()
     assert read.count(True) == 1
+
+
+def test_a_log_softmax_node_tells_its_result():
+    x = torch.randn(3, 5, requires_grad=True)
+    result = x.log_softmax(-1)
+    told = private.log_softmax_result(result.grad_fn)
+    assert told is not None and told[1] in (-1, 1)
+    torch.testing.assert_close(told[0], result)
+    assert private.log_softmax_result((x * 2).grad_fn) is None
+
+
+def test_a_node_tells_the_shape_of_its_outputs():
+    x = torch.randn(6, 5, requires_grad=True)
+    assert private.output_shape((x * 2).grad_fn, 0) == (6, 5)
+    part = x.split([2, 4])[1]
+    assert private.output_shape(part.grad_fn, 1) == (4, 5)
+    assert private.output_shape(object(), 0) is None
