@@ -15,7 +15,7 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.qkv, self.fc, self.attn = nn.Linear(4, 12), nn.Linear(4, 4), nn.MultiheadAttention(4, 1)
-        self.fused = nn.Parameter(torch.ones(6, 4))
+        self.fused = nn.Parameter(torch.ones(9, 4))
 
 
 MODEL, FUSED = nn.ModuleDict({"b": Block(), "c": nn.Linear(4, 4)}), ["b.qkv", "b.fused"]

@@ -12,7 +12,9 @@ from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_
 
 
 def kinds_of(model, **options):
-    return {name: layer.kind for name, layer in find_layers(model, **options).layers.items()}
+    """Kinds of all but embeddings, of whatever rank."""
+    layers = find_layers(model, layers=lambda layer: layer.kind != "embedding", **options).layers
+    return {name: layer.kind for name, layer in layers.items()}
 
 
 class Conv1D(nn.Module):
@@ -130,14 +132,26 @@ def test_raw_parameters():
             self.mixing = nn.Parameter(torch.randn(6, 8))
             self.scale = nn.Parameter(torch.randn(8, 1))
             self.experts = nn.Parameter(torch.randn(4, 6, 8))
+            self.grid = nn.Parameter(torch.randn(2, 4, 6, 8))
+            self.gate_bias = nn.Parameter(torch.randn(4, 8))
             self.phase = nn.Parameter(torch.randn(6, 8, dtype=torch.complex64))
 
     assert infer_kinds(Model())["pos_embed"] == "embedding"
     found = find_layers(Model())
-    assert list(found.layers) == ["mixing"]
-    assert found.skipped.keys() == {"pos_embed", "scale", "experts", "phase"}
-    assert "3-dimensional" in found.skipped["experts"]
+    assert list(found.layers) == ["mixing", "experts"]
+    assert (found.layers["experts"].shape, found.layers["experts"].groups) == ((24, 8), 4)
+    assert found.skipped.keys() == {"pos_embed", "scale", "grid", "gate_bias", "phase"}
+    assert "4-dimensional" in found.skipped["grid"]
+    assert "a bias" in found.skipped["gate_bias"]
     assert "complex64" in found.skipped["phase"]
+
+
+def test_a_matrix_of_low_rank_is_left_out_unless_it_is_named():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    found = find_layers(model)
+    assert list(found.layers) == ["0.weight"]
+    assert found.skipped == {"2.weight": "its rank is below 3: no exponent can be fitted to so few values"}
+    assert list(find_layers(model, layers="2").layers) == ["2.weight"]
 
 
 def test_what_is_left_out_is_named_with_its_reason():
