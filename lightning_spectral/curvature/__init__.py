@@ -2,8 +2,9 @@
 
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
-from lightning_spectral.curvature.layer_taps import Tap, groups_of, single_calls
+from lightning_spectral.curvature.layer_taps import Tap, single_calls
 from lightning_spectral.curvature.loss_value import LossValue, loss_value
+from lightning_spectral.curvature.ports import groups_of
 from lightning_spectral.curvature.problem import (
     Curvature,
     Curvatures,

@@ -21,8 +21,9 @@ from torch import Tensor
 from lightning_spectral.curvature.draws import PRIOR_COUNT, is_precise
 from lightning_spectral.curvature.head import Column
 from lightning_spectral.curvature.layer_taps import measured_exactly
+from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
-from lightning_spectral.curvature.sample_search import INTERACT, REMEDY, MovedNetwork, move_network
+from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets

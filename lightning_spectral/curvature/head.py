@@ -99,11 +99,6 @@ class Head:
         )
         return [zero if p is None else p.detach() for p, zero in zip(products, self.zeros(), strict=True)]
 
-    def products(self, x: Sequence[Tensor]) -> list[Tensor]:
-        """Return H x for several x at once, (N, ...) each in the shapes of z."""
-        stacked = [self.product([x_i[j] for x_i in x]) for j in range(len(x[0]))]
-        return [torch.stack(of_edge) for of_edge in zip(*stacked, strict=True)]
-
     def by_sample(self, x: Sequence[Tensor]) -> Tensor:
         """Return (B, C) of tensors in the shapes of z."""
         assert self.layouts is not None

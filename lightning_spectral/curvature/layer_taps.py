@@ -17,13 +17,12 @@ from lightning_spectral._messages import group_by_reason
 from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.head import half_of
+from lightning_spectral.curvature.ports import REMEDY, convolved
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
 from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
-
-REMEDY = "use curvature='exact'"
 
 
 class Tap:
@@ -56,20 +55,9 @@ class Tap:
     def right(self, v: Tensor, groups: Tensor) -> Tensor:
         """Return v_k^T a, (B, K, P). groups: (K,) the block of rows that each direction lies in."""
         a = self.call.input
-        v = v.to(a.dtype)
         if self.channels_last:
-            return v.T @ self.by_sample(a)
-        kernel, k = self.shape[2:], v.shape[1]
-        options = {**self.call.options, "groups": 1}
-        g = self.layer.groups
-        v_ki = v.T.reshape(k, -1, *kernel)
-        ins = v_ki.shape[1]
-        filters = v.new_zeros(k, g, ins, *kernel)
-        filters[torch.arange(k, device=v.device), groups] = v_ki
-        filters = filters.reshape(k, g * ins, *kernel)
-        if self.call.function in TRANSPOSED:
-            filters = filters.transpose(0, 1)
-        return self.by_sample(self.call.function(a, filters, None, **options))
+            return v.to(a.dtype).T @ self.by_sample(a)
+        return self.by_sample(convolved(self.call, a, self.layer, self.shape, v, groups))
 
     def left(self, r: Tensor, u: Tensor) -> Tensor:
         """Return u_k^T r, (B, K, P), of a tensor in the layout of z."""
@@ -128,11 +116,6 @@ class Tap:
         """Return (B, m, P), those channels of a tensor in the layout of z that are this layer's."""
         r_bmp = self.by_sample(r)
         return r_bmp if self.layer.rows is None else r_bmp[:, slice(*self.layer.rows)]
-
-
-def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
-    """Return (K,) the block of rows in which each u_k lies."""
-    return triplets.u.abs().argmax(0) // (layer.shape[0] // layer.groups)
 
 
 def single_calls(problem: DifferentiableLoss, names: Iterable[str]) -> tuple[dict[str, LayerCall], dict[str, str]]:

@@ -19,6 +19,9 @@ from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
 
+REMEDY = "use curvature='exact'"
+"""What measures every network in which samples cannot be told apart."""
+
 
 @dataclass(frozen=True)
 class SampleLayout:
@@ -98,7 +101,7 @@ class Port:
         if call.is_convolution:
             self.rows = layer.rows
             self.y = triplets.u.to(dtype)
-            self.c = _convolved(call, a, layer, shape, triplets)
+            self.c = convolved(call, a, layer, shape, triplets.v, groups_of(layer, triplets))
             return
         x, y = _vectors(layer, call, shape, triplets)
         self.y = y.to(dtype)
@@ -117,7 +120,7 @@ class Port:
         """Return what moves z, with a graph."""
         if self.attached:
             return self.move(e)
-        shift: Tensor = _Move.apply(e, self)  # type: ignore[no-untyped-call]
+        shift: Tensor = _Move.apply(e, self, False)  # type: ignore[no-untyped-call]
         return shift
 
     def move(self, e: Tensor) -> Tensor:
@@ -173,37 +176,17 @@ class _Move(Function):
     Hooks on saved tensors, as of checkpointing, thus find what the program itself saves and nothing else.
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(x: Tensor, port: Port, reads: bool) -> Tensor:
+        return port.read(x) if reads else port.move(x)
 
     @staticmethod
-    def forward(e: Tensor, port: Port) -> Tensor:
-        return port.move(e)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Port, bool], output: Tensor) -> None:
+        _, ctx.port, ctx.reads = inputs
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Port], output: Tensor) -> None:
-        ctx.port = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, r: Tensor) -> tuple[Tensor, None]:
-        return _Read.apply(r, ctx.port), None  # type: ignore[no-untyped-call]
-
-
-class _Read(Function):
-    """`Port.read`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(r: Tensor, port: Port) -> Tensor:
-        return port.read(r)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Port], output: Tensor) -> None:
-        ctx.port = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, e: Tensor) -> tuple[Tensor, None]:
-        return _Move.apply(e, ctx.port), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor, None, None]:
+        return _Move.apply(x, ctx.port, not ctx.reads), None, None  # type: ignore[no-untyped-call]
 
 
 def _vectors(
@@ -236,21 +219,29 @@ def _padded(tensor: Tensor, dim: int, rows: tuple[int, int], size: int) -> Tenso
     return torch.cat([tensor.new_zeros(before), tensor, tensor.new_zeros(after)], dim)
 
 
-def _convolved(call: LayerCall, a: Tensor, layer: MatrixLayer, shape: torch.Size, triplets: SingularTriplets) -> Tensor:
-    """Return v_k^T a, (images, K, positions...), each with the group of channels in which its u_k lies."""
-    kernel, k, g = shape[2:], len(triplets), layer.groups
-    v = triplets.v.to(a.dtype)
-    v_ki = v.T.reshape(k, -1, *kernel)
+def convolved(call: LayerCall, a: Tensor, layer: MatrixLayer, shape: torch.Size, v: Tensor, groups: Tensor) -> Tensor:
+    """Return v_k^T a, (images, K, positions...), each with the group of channels in which its u_k lies.
+
+    Args:
+        call: of a convolution.
+        a: its input.
+        layer: the matrix.
+        shape: of the parameter.
+        v: (n, K).
+        groups: (K,) as `groups_of`.
+    """
+    kernel, k, g = shape[2:], v.shape[1], layer.groups
+    v_ki = v.to(a.dtype).T.reshape(k, -1, *kernel)
     ins = v_ki.shape[1]
-    filters = v.new_zeros(k, g, ins, *kernel)
-    filters[torch.arange(k, device=v.device), group_of(layer, triplets)] = v_ki
+    filters = v_ki.new_zeros(k, g, ins, *kernel)
+    filters[torch.arange(k, device=v.device), groups] = v_ki
     filters = filters.reshape(k, g * ins, *kernel)
     if call.function in TRANSPOSED:
         filters = filters.transpose(0, 1)
-    convolved: Tensor = call.function(a, filters, None, **{**call.options, "groups": 1})
-    return convolved
+    result: Tensor = call.function(a, filters, None, **{**call.options, "groups": 1})
+    return result
 
 
-def group_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
+def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
     """Return (K,) the block of rows in which each u_k lies."""
     return triplets.u.abs().argmax(0) // (layer.shape[0] // layer.groups)

@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_spectral.curvature.direction_graph import DirectionGraph
 from lightning_spectral.curvature.head import Head, half_of
-from lightning_spectral.curvature.ports import SampleLayout, sample_layouts
+from lightning_spectral.curvature.ports import REMEDY, SampleLayout, sample_layouts
 from lightning_spectral.curvature.problem import DifferentiableLoss
 from lightning_spectral.curvature.products import LayerCall
 from lightning_spectral.curvature.seen_layers import SeenLayers
@@ -24,8 +24,6 @@ from lightning_spectral.numerics.svd import SingularTriplets
 
 TRIES = 3
 """Guesses from the shape, after which each row is followed from the output."""
-
-REMEDY = "use curvature='exact'"
 
 INTERACT = (
     "samples depend on each other in the network (BatchNorm in train mode, a graph), or the batch's samples do not "

@@ -150,7 +150,7 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
         text = (
             "no pass, the loss is piecewise linear and its Hessian zero"
             if properties.is_linear
-            else (f"{kind}{n} backward passes for all layers")
+            else f"{kind}{n} backward passes for all layers"
         )
         why = f"ggn: every operation after the layers is piecewise linear up to the head, {text}{unseen}"
         choices.append((COLUMN * n + 1 + rest, "ggn", f"{why}; exact would take {exact_why}"))

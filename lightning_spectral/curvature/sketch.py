@@ -30,8 +30,9 @@ from torch import Tensor
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.draws import Draw, is_precise, mean_and_error
 from lightning_spectral.curvature.layer_taps import measured_exactly
+from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange, cause_of
-from lightning_spectral.curvature.sample_search import INTERACT, REMEDY, MovedNetwork, move_network
+from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
 from lightning_spectral.numerics.svd import SingularTriplets
