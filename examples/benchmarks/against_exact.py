@@ -5,19 +5,23 @@ With one thread times are of the processor, so that other work on the machine do
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
 import time
 import traceback
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import lightning_spectral
+from examples.benchmarks.machine import environment
 from lightning_spectral import SpectralReport, measure_spectra
 
 K = 20
@@ -226,3 +230,32 @@ def written(path: str, told: dict[str, Any], figures: dict[str, Any]) -> None:
     Path(path).write_text(
         json.dumps({"environment": told, "figures": jsonable(figures)}, indent=1, allow_nan=False), encoding="utf-8"
     )
+
+
+def run_all(description: str | None, output: str, runs: Mapping[str, Callable[[dict[str, Any] | None], Any]]) -> None:
+    """Run what is asked for, print a line for each, and write the figures.
+
+    Args:
+        description: text of the help.
+        output: file to write, unless another is named.
+        runs: name -> measures, given the exact layers of an earlier file or None.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default=output)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=list(runs), choices=list(runs), metavar="NAME")
+    parser.add_argument("--reference", help="an earlier file to take the exact alphas from")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    told, references = environment(threads=options.threads), known(options.reference)
+    figures: dict[str, Any] = {}
+    print(f"measuring {Path(lightning_spectral.__file__).parent}")
+    print(HEADER)
+    for name in options.only:
+        torch.manual_seed(0)
+        figures[name] = attempt(lambda name=name: runs[name](references.get(name)))
+        print(line(name, figures[name]), flush=True)
+        written(options.output, told, figures)
+    met = sum(row.get("target", False) for row in figures.values())
+    print(f"{met} of {len(figures)} in the targets")
