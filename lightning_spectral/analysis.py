@@ -8,22 +8,11 @@ from dataclasses import dataclass
 
 from lightning_spectral.layers.display_names import brief
 from lightning_spectral.numerics.statistics import median
+from lightning_spectral.records.fit_quality import DOUBTFUL, TRUSTED, FitQuality
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 
-GOOD_FIT, FEWEST_POINTS, LARGEST_ERROR = 0.9, 5, 0.25
-"""Limits of a fit to trust: r2 of at least 0.9, at least 5 points, a standard error of at most a quarter of alpha.
-
-Below that r2 log h is no straight line in log sigma. The standard error of n points without errors of their own is
-abs(alpha) sqrt((1 / r2 - 1) / (n - 2)), at most 0.19 abs(alpha) for 5 points with an r2 of 0.9, so that the third
-rule can only reject fits whose h carry sampling noise. Of 178 fits of small networks with an r2 of at least 0.9 it was
-0.06 abs(alpha) in the median and 0.19 abs(alpha) at most, but for four with 0.9 abs(alpha) and more, of 3 to 5 points.
-"""
-
-_SHARE = f"alpha / {1 / LARGEST_ERROR:g}"
-TRUSTED = f"r2 of at least {GOOD_FIT}, at least {FEWEST_POINTS} points, standard error up to {_SHARE}"
-DOUBTFUL = f"r2 below {GOOD_FIT}, fewer than {FEWEST_POINTS} points, or a standard error above {_SHARE}"
-"""The rule in words, and its opposite."""
+__all__ = ["DOUBTFUL", "TRUSTED"]
 
 DEVIATES, DEVIATES_STDERR, SIBLINGS = 0.25, 3.0, 3
 """A layer deviates from the median of its kind, of at least so many layers, by more than 0.25 and 3 standard errors."""
@@ -96,21 +85,8 @@ def compare_kinds(report: SpectralReport) -> list[KindSummary]:
 
 
 def trusted(layer: LayerSpectrum) -> bool:
-    """Return whether the fit of alpha is to be trusted, as `trusted_fit` says."""
-    fit = layer.alpha
-    return trusted_fit(fit.exponent, stderr=fit.stderr, r2=fit.r2, points=fit.n_used)
-
-
-def trusted_fit(alpha: float, *, stderr: float, r2: float, points: float) -> bool:
-    """Return whether an alpha is the slope of a line: `GOOD_FIT`, `FEWEST_POINTS` and `LARGEST_ERROR`.
-
-    A log may hold neither the standard error nor the points; those are NaN, and are not held against the fit.
-
-    >>> trusted_fit(3.0, stderr=2.81, r2=0.95, points=3), trusted_fit(3.0, stderr=math.nan, r2=0.95, points=math.nan)
-    (False, True)
-    """
-    few, noisy = points < FEWEST_POINTS, stderr > LARGEST_ERROR * abs(alpha)
-    return r2 >= GOOD_FIT and not few and not noisy
+    """Return whether alpha of a layer is to be trusted, as `FitQuality` says."""
+    return layer.fit_quality.trusted
 
 
 @dataclass(frozen=True)
@@ -126,6 +102,8 @@ class Exponents:
         pr_curvature: participation ratio of the positive curvatures.
         negative: directions of negative curvature.
         points: in the fit of alpha.
+        theil_sen: slope of alpha that no single point carries.
+        signal: share of the squared gradient that is no sampling noise.
         note: why there is no alpha.
     """
 
@@ -140,6 +118,8 @@ class Exponents:
     pr_curvature: float
     negative: float
     points: float
+    theil_sen: float
+    signal: float
     note: str = ""
 
     @property
@@ -148,9 +128,14 @@ class Exponents:
         return self.alpha * self.gamma
 
     @property
+    def quality(self) -> FitQuality:
+        """What tells whether alpha is to be trusted."""
+        return FitQuality(self.alpha, self.stderr, self.r2, self.points, self.theil_sen, self.signal)
+
+    @property
     def trusted(self) -> bool:
-        """Return whether alpha is the slope of a line and not of a cloud, as `trusted_fit` says."""
-        return trusted_fit(self.alpha, stderr=self.stderr, r2=self.r2, points=self.points)
+        """Return whether alpha is to be trusted."""
+        return self.quality.trusted
 
     @property
     def short(self) -> str:
@@ -181,6 +166,8 @@ class Exponents:
             pr_curvature=value("pr_curvature"),
             negative=value("negative_curvature"),
             points=value("points"),
+            theil_sen=value("alpha_theil_sen"),
+            signal=value("signal"),
             note=note,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -39,6 +39,8 @@ def measure_spectra(
     fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
     mode: Mode = "eval",
     max_samples: int | None = None,
+    gradient_samples: int | Literal["auto"] | None = None,
+    gradient_samples_max: int = 4096,
     n_batches: int = 1,
     micro_batch_size: int | None = None,
     precision: Precision = "float32",
@@ -69,8 +71,12 @@ def measure_spectra(
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
             apart; or pattern -> their three numbers of rows. `nn.MultiheadAttention` is split by itself.
         mode: "eval" or "train": BatchNorm's statistics and dropout in the measurement.
-        max_samples: measure on the first so many samples of each batch; None: on all. A sketch of fewer than 32
-            takes more passes the fewer there are.
+        max_samples: measure on the first so many samples of each batch; None: on all, or with gradient_samples on 64
+            where the loss is a mean or sum of parts. A sketch of fewer than 32 takes more passes the fewer there are.
+        gradient_samples: samples whose mean gradient gives sigma, u and v, of which curvature is measured on the first
+            max_samples; "auto": as many as leave 5 % of sampling noise in the squared gradient of the median layer;
+            None: the same for both.
+        gradient_samples_max: most samples that gradient_samples="auto" takes.
         n_batches: of a DataLoader, average gradient and curvature over its first so many batches, by samples.
         micro_batch_size: samples whose graph is in memory at once; None: as many as keep the peak within about three
             times a training step's, if a batch's loss is a mean or sum of parts. Out of memory it is halved, twice.
@@ -111,6 +117,8 @@ def measure_spectra(
         fused_qkv=fused_qkv,
         mode=mode,
         max_samples=max_samples,
+        gradient_samples=gradient_samples,
+        gradient_samples_max=gradient_samples_max,
         micro_batch_size=micro_batch_size,
         precision=precision,
         spectrum_top_k=spectrum_top_k,

@@ -87,11 +87,23 @@ class Options:
     max_samples: int | None = field(
         default=None,
         metadata=_about(
-            "measure on the first so many samples of each batch; None: on all. A sketch of fewer than 32 takes more "
-            "passes the fewer there are.",
+            "measure on the first so many samples of each batch; None: on all, or with gradient_samples on 64 where the "
+            "loss is a mean or sum of parts. A sketch of fewer than 32 takes more passes the fewer there are.",
             metavar="N",
             by_rank=True,
         ),
+    )
+    gradient_samples: int | Literal["auto"] | None = field(
+        default=None,
+        metadata=_about(
+            "samples whose mean gradient gives sigma, u and v, of which curvature is measured on the first max_samples; "
+            '"auto": as many as leave 5 % of sampling noise in the squared gradient of the median layer; None: the '
+            "same for both.",
+            metavar="N",
+        ),
+    )
+    gradient_samples_max: int = field(
+        default=4096, metadata=_about('most samples that gradient_samples="auto" takes.', metavar="N")
     )
     micro_batch_size: int | None = field(
         default=None,
@@ -143,6 +155,9 @@ class Options:
         one_of("precision", self.precision, get_args(Precision))
         for option in ("max_samples", "micro_batch_size"):
             optional_positive_int(option, getattr(self, option))
+        if self.gradient_samples != "auto":
+            optional_positive_int("gradient_samples", self.gradient_samples, reason="or 'auto'")
+        positive_int("gradient_samples_max", self.gradient_samples_max)
         optional_positive_int("spectrum_top_k", self.spectrum_top_k, self.top_k, reason="which is top_k")
         for option in ("weight_spectra", "alignment"):
             flag(option, getattr(self, option))

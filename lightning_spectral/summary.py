@@ -7,16 +7,14 @@ from collections.abc import Sequence
 
 from lightning_spectral._messages import join_names
 from lightning_spectral.analysis import (
-    FEWEST_POINTS,
-    GOOD_FIT,
     PAPER_ALPHA,
-    TRUSTED,
     Exponents,
     deviating,
     of_each_layer,
     transfer_identity,
 )
 from lightning_spectral.numerics.statistics import median
+from lightning_spectral.records.fit_quality import GOOD_FIT, LEAST_SIGNAL, TRUSTED
 from lightning_spectral.records.report import SpectralReport
 
 IDENTITY_HOLDS, IDENTITY_ROUGH = 0.05, 0.15
@@ -40,7 +38,7 @@ def summary(report: SpectralReport | Sequence[Exponents]) -> list[str]:
     The median alpha of the fits to trust is 2.00: curvature grows about as the square of the gradient.
     """
     layers = of_each_layer(report)
-    parts = (_trust, _clouds, _unmeasured, _exponent, _by_kind, _deviation, _identity, _participation, _negative)
+    parts = (_trust, _clouds, _noise, _unmeasured, _exponent, _by_kind, _deviation, _identity, _participation, _negative)
     return [sentence for part in parts if (sentence := part(layers))]
 
 
@@ -83,7 +81,7 @@ def _trust(layers: Sequence[Exponents]) -> str:
 
 def _clouds(layers: Sequence[Exponents]) -> str:
     clouds = [x for x in layers if not x.trusted and not math.isnan(x.alpha)]
-    bad = [f"{x.short} ({_doubt(x)})" for x in sorted(clouds, key=lambda x: x.r2)]
+    bad = [f"{x.short} ({x.quality.doubt})" for x in sorted(clouds, key=lambda x: x.r2)]
     if not bad:
         return ""
     why = "no straight line in log sigma, and alpha is the slope of a cloud"
@@ -92,11 +90,15 @@ def _clouds(layers: Sequence[Exponents]) -> str:
     return f"Not to be trusted: {join_names(bad)}. There log h is {why}."
 
 
-def _doubt(x: Exponents) -> str:
-    """Return the first rule that a fit breaks."""
-    if x.r2 >= GOOD_FIT and x.points < FEWEST_POINTS:
-        return f"{x.points:.0f} points"
-    return f"alpha {_with_error(x)}" if x.r2 >= GOOD_FIT else f"r2 {x.r2:.2f}"
+def _noise(layers: Sequence[Exponents]) -> str:
+    noisy = [x for x in layers if x.signal < LEAST_SIGNAL]
+    if not noisy:
+        return ""
+    lowest = min(noisy, key=lambda x: x.signal)
+    return (
+        f"Sampling noise is more than {1 - LEAST_SIGNAL:.0%} of the squared gradient in {len(noisy)} of {len(layers)} "
+        f"layers (signal {lowest.signal:.2f} in {lowest.short}); it pulls alpha towards 2: more gradient_samples."
+    )
 
 
 def _unmeasured(layers: Sequence[Exponents]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral._validation import positive_int
@@ -64,8 +64,12 @@ class SpectralProbe(AnyCallback):
         fused_qkv: glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured
             apart; or pattern -> their three numbers of rows. `nn.MultiheadAttention` is split by itself.
         mode: "eval" or "train": BatchNorm's statistics and dropout in the measurement.
-        max_samples: measure on the first so many samples of each batch; None: on all. A sketch of fewer than 32
-            takes more passes the fewer there are.
+        max_samples: measure on the first so many samples of each batch; None: on all, or with gradient_samples on 64
+            where the loss is a mean or sum of parts. A sketch of fewer than 32 takes more passes the fewer there are.
+        gradient_samples: samples whose mean gradient gives sigma, u and v, of which curvature is measured on the first
+            max_samples; "auto": as many as leave 5 % of sampling noise in the squared gradient of the median layer;
+            None: the same for both.
+        gradient_samples_max: most samples that gradient_samples="auto" takes.
         batch: "train", the batch about to be trained on; "fixed", the first of the run, kept in the CPU's memory, so
             that curves are steadier (after a resume, the first one then); or a DataLoader, whose first batch is kept.
         n_batches: average gradient and curvature over so many batches: those from the probe's step on, measured before
@@ -115,6 +119,8 @@ class SpectralProbe(AnyCallback):
         fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
         mode: Mode = "eval",
         max_samples: int | None = None,
+        gradient_samples: int | Literal["auto"] | None = "auto",
+        gradient_samples_max: int = 4096,
         batch: BatchChoice = "train",
         n_batches: int = 1,
         fixed_samples: int | None = None,
@@ -147,6 +153,8 @@ class SpectralProbe(AnyCallback):
             fused_qkv=fused_qkv,
             mode=mode,
             max_samples=max_samples,
+            gradient_samples=gradient_samples,
+            gradient_samples_max=gradient_samples_max,
             micro_batch_size=micro_batch_size,
             precision=precision,
             spectrum_top_k=spectrum_top_k,

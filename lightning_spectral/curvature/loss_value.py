@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_spectral.curvature.forward_recorder import LossCall, Recorder
+from lightning_spectral.curvature.forward_recorder import LossCall, Recorder, Trace
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,22 @@ class LossValue:
     normalizer: float | None
 
 
+    @classmethod
+    def of(cls, loss: Tensor, trace: Trace) -> LossValue:
+        """Return the value of a loss that was computed, and what its record shows of how it came about."""
+        calls = trace.losses
+        normalizer = None
+        if len(calls) == 1 and _is_mean(calls[0]):
+            softmax = calls[0].function is F.cross_entropy
+            normalizer = float(_target_weight(calls[0]) if softmax else _element_weight(calls[0]))
+        return cls(float(loss.detach()), loss.dtype, trace.casts, normalizer)
+
+
 def loss_value(evaluate: Callable[[], Tensor]) -> LossValue:
     """Return the value of a loss, and what can be seen of how it came about."""
     with Recorder(set()) as recorder:
-        loss = evaluate().detach()
-    calls = recorder.trace.losses
-    normalizer = None
-    if len(calls) == 1 and _is_mean(calls[0]):
-        softmax = calls[0].function is F.cross_entropy
-        normalizer = float(_target_weight(calls[0]) if softmax else _element_weight(calls[0]))
-    return LossValue(float(loss), loss.dtype, recorder.trace.casts, normalizer)
+        loss = evaluate()
+    return LossValue.of(loss, recorder.trace)
 
 
 def _is_mean(call: LossCall) -> bool:

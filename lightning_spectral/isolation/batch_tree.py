@@ -54,16 +54,26 @@ def take_samples(batch: Any, stop: int, start: int = 0, *, option: str = "max_sa
 
 
 class FirstSamples(Sequence[Any]):
-    """Batches cut to their first samples, each when it is fetched."""
+    """First batches of a sequence, cut to their first samples, each when it is fetched.
 
-    def __init__(self, batches: Sequence[Any], n: int) -> None:
+    Args:
+        batches: to cut.
+        n: samples of each; None: all.
+        n_batches: how many; None: all.
+    """
+
+    def __init__(self, batches: Sequence[Any], n: int | None, n_batches: int | None = None) -> None:
         self.batches, self.n = batches, n
+        self._length = len(batches) if n_batches is None else min(n_batches, len(batches))
 
     def __getitem__(self, index: Any) -> Any:
-        return take_samples(self.batches[index], self.n)
+        if not -self._length <= index < self._length:
+            raise IndexError(index)
+        batch = self.batches[index % self._length]
+        return batch if self.n is None else take_samples(batch, self.n)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return self._length
 
 
 def _is_list_of_samples(batch: Any, size: int) -> bool:

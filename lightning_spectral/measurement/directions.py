@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lightning_spectral.curvature import accumulation_dtype
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.objective import Objective, ObjectiveGradients
+from lightning_spectral.measurement.part_norms import SquaredNorms
+from lightning_spectral.numerics.gradient_noise import GradientNoise, GradientPart, gradient_noise
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.numerics.svd import SingularTriplets, singular_values, top_singular_triplets
 from lightning_spectral.options import Options
@@ -21,6 +24,10 @@ NO_GRADIENT = (
     "use_reentrant=False; layers of another loss are left out by layers=..."
 )
 """Reason why a layer without a gradient on any rank is not measured."""
+
+
+COMMON = 0.5
+"""Signal from which on a gradient is more than rounding, however small it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +41,7 @@ class Directions:
         failed: layer name -> why it has no triplets.
         skipped: layer name -> why it is no matrix.
         truncated: layer name -> why its ``spectra`` are those of the window alone, though more were asked for.
+        noise: layer name -> signal and sampling noise of its gradient.
     """
 
     triplets: dict[str, SingularTriplets] = field(default_factory=dict)
@@ -42,13 +50,17 @@ class Directions:
     failed: dict[str, str] = field(default_factory=dict)
     truncated: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    noise: dict[str, GradientNoise] = field(default_factory=dict)
 
 
-def leading_directions(gradients: ObjectiveGradients, objective: Objective, options: Options) -> Directions:
+def leading_directions(
+    gradients: ObjectiveGradients, parts: Sequence[SquaredNorms], objective: Objective, options: Options
+) -> Directions:
     """Return the leading singular triplets of the gradients summed over all ranks, each layer's taken by its owner.
 
     Args:
         gradients: of all layers, as each rank has them.
+        parts: of the gradients, which tell their sampling noise; none where they cannot.
         objective: whose gradients they are.
         options: numbers of singular values.
     """
@@ -73,22 +85,56 @@ def leading_directions(gradients: ObjectiveGradients, objective: Objective, opti
     with group.step() as step:
         owned = _decompose(matrices, layers, options)
         above = {name: _count_above_noise(name, t.sigma, gradients, objective) for name, t in owned.triplets.items()}
-        step.send((owned.failed, owned.truncated, above))
-    failed, truncated, counts = zip(*step.received, strict=True)
+        noise = {name: _noise(name, matrix, parts, objective) for name, matrix in matrices.items()}
+        step.send((owned.failed, owned.truncated, above, noise))
+    failed, truncated, counts, noises = zip(*step.received, strict=True)
+    noise = {name: of_layer for of_rank in noises for name, of_layer in of_rank.items()}
     n_usable = {name: n for of_rank in counts for name, n in of_rank.items() if n}
     shared = group.broadcast_from_owners(
         {name: [t.u, t.sigma, t.v, owned.spectra[name]] for name, t in owned.triplets.items()}, owners
     )
     triplets = {name: SingularTriplets(u, sigma, v) for name, (u, sigma, v, _) in shared.items()}
+    rounding = _of_rounding(triplets, noise, gradients, objective)
     missing = dict.fromkeys(layers.keys() - present - gradients.failed.keys() - skipped.keys(), NO_GRADIENT)
     return Directions(
         triplets=triplets,
         spectra={name: values for name, (*_, values) in shared.items()},
-        usable={name: t.first(n_usable[name]) for name, t in triplets.items() if name in n_usable},
-        failed=_in_order(layers, gradients.failed, missing, *failed),
+        usable={name: t.first(n_usable[name]) for name, t in triplets.items() if name in n_usable.keys() - rounding},
+        failed=_in_order(layers, gradients.failed, missing, *failed, rounding),
         truncated=_in_order(layers, *truncated),
         skipped=_in_order(layers, skipped),
+        noise=noise,
     )
+
+
+def _noise(name: str, matrix: Tensor, parts: Sequence[SquaredNorms], objective: Objective) -> GradientNoise:
+    norm = float(torch.linalg.vector_norm(matrix, dtype=accumulation_dtype(matrix)))
+    of_parts = [GradientPart(part.share, part.of_layers.get(name, 0.0)) for part in parts]
+    return gradient_noise(norm**2, of_parts, objective.samples)
+
+
+def _of_rounding(
+    triplets: Mapping[str, SingularTriplets],
+    noise: Mapping[str, GradientNoise],
+    gradients: ObjectiveGradients,
+    objective: Objective,
+) -> dict[str, str]:
+    """Return the layers whose gradient is what rounding left of zero, and why.
+
+    Where terms cancel, what is left is up to eps times the largest of them. A gradient as small as that which all parts
+    of the samples have in common is no such remainder.
+    """
+    largest = max((float(t.sigma[0]) for t in triplets.values() if len(t)), default=0.0)
+    reasons: dict[str, str] = {}
+    for name, t in triplets.items():
+        share = float(t.sigma[0]) / largest if len(t) and largest else 1.0
+        eps = objective.eps(name, gradients.narrow_dtypes)
+        if 0 < share <= eps and not noise[name].signal >= COMMON:
+            reasons[name] = (
+                f"its gradient is rounding: its largest singular value is {share:.0e} of the largest layer's, below "
+                f"the {eps:.0e} of the dtype it was computed in; precision='float64' tells"
+            )
+    return reasons
 
 
 def _zeros(layer: MatrixLayer, parameter: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_spectral.measurement.layer_fit import (
 )
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.raw import RawMeasurement
+from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.options import Options
 from lightning_spectral.records.layer_measurement import LayerMeasurement
@@ -50,6 +51,7 @@ def omission_notes(raw: RawMeasurement, spectra: Mapping[str, LayerSpectrum]) ->
     }
     partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
     return [
+        *([f"signal: {raw.no_signal}; several batches tell it (gradient_samples)"] if raw.no_signal else []),
         *(note for note in raw.traces.notes if note not in raw.curvatures.notes),
         *(f"curvature_fraction: {text}" for text in group_by_reason(raw.traces.failed)),
         *(f"spectrum_top_k: {text}" for text in group_by_reason(raw.directions.truncated)),
@@ -82,6 +84,7 @@ def _fit(
         spectrum=raw.directions.spectra.get(name, nothing),
         noise_floor=noise_floor(sigma, layer.shape, layer.groups, eps),
         method=curvatures.methods.get(name, curvatures.method),
+        gradient_noise=raw.directions.noise.get(name, GradientNoise()),
         note=failed.get(name, ""),
         alignment_note=why if options.alignment and name not in factors.factors else "",
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.numerics.bootstrap import exponent_intervals
+from lightning_spectral.numerics.gradient_noise import noise_bias
 from lightning_spectral.numerics.participation import directions_holding, entropy_rank, participation_ratio, zeta_bound
 from lightning_spectral.numerics.power_law import (
     MIN_POINTS,
@@ -17,6 +18,9 @@ from lightning_spectral.numerics.power_law import (
     fit_power_law,
     fit_rank_decay,
     fit_rank_models,
+    log_points,
+    theil_sen_slope,
+    with_bias,
     with_ordinate_errors,
 )
 from lightning_spectral.records.alignment import KroneckerFactors, LayerAlignment
@@ -97,7 +101,8 @@ def fit_layer(measured: LayerMeasurement, parts: Mapping[str, Part] | None = Non
     noise = {NOISE: ~usable}
     positive = measured.h[usable & (measured.h > 0)]
     energy = sigma[usable].square()
-    alpha = _fit_alpha(sigma, measured.h, h_stderr, floor)
+    bias = noise_bias(measured.gradient_noise.signal)
+    alpha = with_bias(_fit_alpha(sigma, measured.h, h_stderr, floor), bias)
     used = usable & (measured.h > 0) & (EQUAL not in alpha.dropped)
     gamma = fit_rank_decay(sigma, exclude=noise)
     h = torch.where(usable, measured.h, torch.full_like(measured.h, float("nan")))
@@ -116,6 +121,8 @@ def fit_layer(measured: LayerMeasurement, parts: Mapping[str, Part] | None = Non
         method=measured.method,
         noise_floor=floor,
         alpha=alpha,
+        alpha_theil_sen=theil_sen_slope(log_points(sigma[used], measured.h[used])),
+        alpha_bias=bias,
         gamma=gamma,
         s=s,
         transfer_error=abs(s.exponent - product) / abs(s.exponent) if s.exponent else float("nan"),
@@ -137,6 +144,7 @@ def fit_layer(measured: LayerMeasurement, parts: Mapping[str, Part] | None = Non
         alpha_quartiles=tuple(
             _fit_alpha(sigma[k], h[k], h_stderr[k], floor) for k in torch.arange(len(sigma)).tensor_split(4)
         ),
+        gradient_noise=measured.gradient_noise,
         note=note,
         alignment_note=measured.alignment_note,
         **{name: part(points) for name, part in (parts or {}).items()},

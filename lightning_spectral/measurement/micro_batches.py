@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -38,6 +39,12 @@ class MicroBatch:
     weight: float
     start: int = 0
     stop: int | None = None
+
+
+def cut_evenly(batch: int, size: int, n: int) -> list[MicroBatch]:
+    """Return n micro-batches of nearly equal size of a batch of so many samples, each of weight 1."""
+    bounds = pairwise(round(i * size / n) for i in range(n + 1))
+    return [MicroBatch(batch, 1.0, start, stop) for start, stop in bounds]
 
 
 def infer_weights(

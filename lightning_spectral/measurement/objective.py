@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +16,21 @@ from torch import Tensor
 from lightning_spectral.curvature import DifferentiableLoss, LossValue, SampleRange, loss_value, not_matrices
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
-from lightning_spectral.isolation.batch_tree import batch_size, divisible, take_samples
+from lightning_spectral.isolation.batch_tree import FirstSamples, batch_size, divisible, take_samples
 from lightning_spectral.isolation.replay import InitialState, ReplayedLoss
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, infer_weights
+from lightning_spectral.measurement.part_norms import PartNorms, SquaredNorms
+from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
 
 if TYPE_CHECKING:
     from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
+
+
+CURVATURE_SAMPLES = 64
+"""Samples of each batch that curvature is measured on where the gradient is that of more.
+
+With the directions of 2,048 samples, the curvature of 32 to 64 gave alpha within 0.03.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +48,7 @@ class ObjectiveGradients:
         has_graph: whether the gradients of ``first`` can be differentiated again.
         not_matrices: layer name -> how it is used on some rank, of those that are never multiplied as a matrix.
         smallest: layer with the smallest tensor among ``values`` that is not zero, and that tensor.
+        parts: squared norms of the micro-batches' gradients, of all ranks.
     """
 
     values: dict[str, Tensor]
@@ -53,6 +61,14 @@ class ObjectiveGradients:
     has_graph: bool
     smallest: tuple[str, Tensor] | None
     not_matrices: dict[str, str]
+    parts: Sequence[SquaredNorms]
+
+
+@dataclass
+class SizeInUse:
+    """Samples of the micro-batch that is, or was last, in memory; None where a batch does not tell."""
+
+    samples: int | None = None
 
 
 class Objective:
@@ -68,6 +84,7 @@ class Objective:
         group: ranks that measure together.
         sizes: samples of each batch of each rank; None: those of this rank alone.
         reducer: sums gradients of weights in shards over the ranks as they are computed; None where there are none.
+        in_use: notes the size of micro-batches; of the objective that this one is a part of.
     """
 
     def __init__(
@@ -82,18 +99,62 @@ class Objective:
         group: SingleProcess = SINGLE_PROCESS,
         sizes: Sequence[Sequence[int | None]] | None = None,
         reducer: GradientReducer | None = None,
+        in_use: SizeInUse | None = None,
     ) -> None:
         self.layers, self.parameters, self.group, self.reducer = layers, parameters, group, reducer
         self._loss, self._batches, self._copy_batch, self._initial_state = loss, batches, copy_batch, initial_state
         self.sizes = batch_sizes(batches) if sizes is None else sizes[group.rank]
         self.divisible = all(divisible(batch) for batch, size in zip(batches, self.sizes, strict=True) if size != 0)
-        by_rank = [self.sizes] if sizes is None else sizes
-        self.all_sizes = [size for of_rank in by_rank for size in of_rank]
+        self._sizes_by_rank = [self.sizes] if sizes is None else sizes
+        self.all_sizes = [size for of_rank in self._sizes_by_rank for size in of_rank]
         counts = [size for size in self.all_sizes if size is not None]
         self.samples = sum(counts) if len(counts) == len(self.all_sizes) else None
-        self._first_sample = sum(size or 0 for of_rank in by_rank[: group.rank] for size in of_rank)
+        self._first_sample = sum(size or 0 for of_rank in self._sizes_by_rank[: group.rank] for size in of_rank)
         self._values: dict[MicroBatch, list[float]] = defaultdict(list)
-        self._size_in_use: int | None = None
+        self._in_use = SizeInUse() if in_use is None else in_use
+
+    def first(self, n_batches: int | None, max_samples: int | None) -> Objective:
+        """Return the objective of the first batches alone, each cut; this one where that is all of it.
+
+        Args:
+            n_batches: of each rank; None: all.
+            max_samples: of each batch; None: `CURVATURE_SAMPLES` of a loss that is a sum over them, else all.
+        """
+        if max_samples is None:
+            with self.group.step() as step:
+                step.send(self._is_sum())
+            max_samples = CURVATURE_SAMPLES if all(answer is not False for answer in step.received) else None
+        sizes = [
+            [size if size is None or max_samples is None else min(size, max_samples) for size in of_rank[:n_batches]]
+            for of_rank in self._sizes_by_rank
+        ]
+        if sizes == [list(of_rank) for of_rank in self._sizes_by_rank]:
+            return self
+        return Objective(
+            self._loss,
+            FirstSamples(self._batches, max_samples, n_batches),
+            self.layers,
+            self.parameters,
+            self._initial_state,
+            copy_batch=self._copy_batch,
+            group=self.group,
+            sizes=sizes,
+            reducer=self.reducer,
+            in_use=self._in_use,
+        )
+
+    def _is_sum(self) -> bool | None:
+        """Return whether the loss of the first batch is a sum over samples; None where it is small, or there is none."""
+        size = self.sizes[0] if self.sizes else 0
+        if size is not None and size <= CURVATURE_SAMPLES:
+            return None
+        if size is None or not self.divisible:
+            return False
+        try:
+            self._weights(cut_evenly(0, size, 2))
+        except NoSumError:
+            return False
+        return True
 
     def full_batches(self) -> list[MicroBatch]:
         """Return a micro-batch per batch, but for those without a sample."""
@@ -107,7 +168,7 @@ class Objective:
     def cut(self, max_size: int | None) -> list[MicroBatch]:
         """Return micro-batches of at most so many samples, None: full batches; raise on all ranks if on one."""
         full_batches = self.full_batches()
-        self._size_in_use = self.largest(full_batches) if max_size is None else max_size
+        self._in_use.samples = self.largest(full_batches) if max_size is None else max_size
         with self.group.step(watched=True):
             return full_batches if max_size is None else self.micro_batches(max_size)
 
@@ -126,9 +187,7 @@ class Objective:
             if size is None or size <= max_size:
                 micro_batches.append(full)
                 continue
-            n = math.ceil(size / max_size)
-            bounds = pairwise(round(i * size / n) for i in range(n + 1))
-            parts = [MicroBatch(full.batch, 1.0, start, stop) for start, stop in bounds]
+            parts = cut_evenly(full.batch, size, math.ceil(size / max_size))
             for part, weight in zip(parts, self._weights(parts), strict=True):
                 if weight:
                     micro_batches.append(MicroBatch(full.batch, full.weight * weight, part.start, part.stop))
@@ -155,7 +214,7 @@ class Objective:
     @property
     def size_in_use(self) -> int | None:
         """Samples of the largest micro-batch that is, or was last, in memory."""
-        return self._size_in_use
+        return self._in_use.samples
 
     def differentiable(self, micro_batch: MicroBatch) -> DifferentiableLoss:
         """Return the loss of one micro-batch, to be differentiated."""
@@ -176,7 +235,7 @@ class Objective:
             micro_batches: in the order to take them in.
             first: loss of the first of them, where its graph is there.
         """
-        self._size_in_use = self.largest(micro_batches)
+        self._in_use.samples = self.largest(micro_batches)
         for micro_batch in micro_batches:
             yield micro_batch, first or self.differentiable(micro_batch)
             first = None
@@ -195,28 +254,37 @@ class Objective:
         sums: dict[str, Tensor | None] = {}
         failed: dict[str, str] = {}
         narrow: set[torch.dtype] = set()
+        parts: list[PartNorms] = []
         first, total = None, 0.0
         with self.group.step(watched=True) as step:
             if self.reducer is not None:
                 self.reducer.clear()
             # The first comes last, since its graph is kept.
             for micro_batch, first in self.losses(micro_batches[::-1]):
-                with nullcontext() if self.reducer is None or keep_graph else self.reducer.reducing(micro_batch.weight):
+                norms = PartNorms(self._share(micro_batch), self.layers, self.parameters)
+                reducing = self.reducer is not None and not keep_graph
+                with self.reducer.reducing(micro_batch.weight, norms.add_leaf) if reducing else nullcontext():
                     part = first.gradients(keep_graph=keep_graph, outputs=outputs and micro_batch is micro_batches[0])
                 narrow |= first.trace.casts
                 total += micro_batch.weight * first.loss
                 failed |= part.failed
                 for name, value in part.values.items():
                     value = None if value is None else value.detach()
-                    sums[name] = (
-                        value if self._is_reduced(name) else add_weighted(sums.get(name), value, micro_batch.weight)
-                    )
+                    if self._is_reduced(name):
+                        sums[name] = value
+                        continue
+                    norms.add(name, value, micro_batch.weight)
+                    sums[name] = add_weighted(sums.get(name), value, micro_batch.weight)
+                parts.append(norms)
             values = {name: value for name, value in sums.items() if value is not None}
             reduced = {name for name in values if self._is_reduced(name)}
             nonzero = {name: value for name, value in values.items() if name not in reduced and value.any()}
             unfit = {} if first is None else not_matrices(first)
-            step.send((values.keys() - reduced, reduced, failed, narrow, total, unfit))
-        unreduced, all_reduced, failures, dtypes, losses, unfit_of_ranks = zip(*step.received, strict=True)
+            squared = [norms.squared_norms() for norms in parts]
+            step.send((values.keys() - reduced, reduced, failed, narrow, total, unfit, squared))
+        unreduced, all_reduced, failures, dtypes, losses, unfit_of_ranks, squared_norms = zip(
+            *step.received, strict=True
+        )
         return ObjectiveGradients(
             values={name: value for name, value in values.items() if name not in reduced},
             unreduced=frozenset().union(*unreduced),
@@ -233,7 +301,13 @@ class Objective:
             has_graph=keep_graph,
             smallest=min(nonzero.items(), key=lambda item: item[1].numel(), default=None),
             not_matrices={name: why for of_rank in unfit_of_ranks for name, why in of_rank.items()},
+            parts=[of_part for of_rank in squared_norms for of_part in of_rank],
         )
+
+    def _share(self, micro_batch: MicroBatch) -> float:
+        """Return the share of all samples that a micro-batch holds; of the loss where they cannot be counted."""
+        size = self.samples_of(micro_batch)
+        return micro_batch.weight if self.samples is None or size is None else size / self.samples
 
     def _is_reduced(self, name: str) -> bool:
         return self.reducer is not None and id(self.parameters[name]) in self.reducer.reduced_ids

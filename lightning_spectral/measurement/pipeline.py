@@ -12,10 +12,12 @@ from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleP
 from lightning_spectral.measurement.directions import leading_directions
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature, estimate_trace, wants_graph
 from lightning_spectral.measurement.fitting import fit_layers, omission_notes
+from lightning_spectral.measurement.gradient_parts import gradient_parts
 from lightning_spectral.measurement.kronecker_factors import kronecker_factors
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.measurement.memory import attempts
-from lightning_spectral.measurement.objective import Objective
+from lightning_spectral.measurement.micro_batches import MicroBatch
+from lightning_spectral.measurement.objective import Objective, ObjectiveGradients
 from lightning_spectral.measurement.raw import RawMeasurement
 from lightning_spectral.measurement.setup import isolated_copy, select_layers, set_up_objective
 from lightning_spectral.options import Options
@@ -29,6 +31,7 @@ def run_measurement(
     loss_fn: LossFunction | None = None,
     *,
     batch_idx: int = 0,
+    n_batches: int | None = None,
     group: SingleProcess = SINGLE_PROCESS,
 ) -> SpectralReport:
     """Measure gradient spectrum and curvature along it, of every layer; one joint result for all ranks of ``group``.
@@ -41,6 +44,7 @@ def run_measurement(
             ranks' batches, weighted by samples.
         options: what to measure and how.
         batch_idx: what training_step is told.
+        n_batches: of this rank's, with gradient_samples those that curvature is measured on; None: all.
         group: ranks that measure together.
     """
     started = time.perf_counter()
@@ -51,7 +55,7 @@ def run_measurement(
         objective = set_up_objective(copy, loss, batches, layers.layers, options, group)
         for attempt in attempts(objective, options.micro_batch_size):
             with attempt:
-                raw = measure(objective, options, attempt.max_size)
+                raw = measure(objective, options, attempt.max_size, n_batches)
         raw.raise_if_nothing_measured(len(layers.layers) - len(raw.directions.skipped))
         spectra, micro_batch_size = fit_layers(objective, raw, options)
     curvatures = raw.curvatures
@@ -60,6 +64,7 @@ def run_measurement(
         skipped=layers.skipped | raw.directions.skipped,
         loss=raw.loss,
         n_samples=objective.samples,
+        curvature_samples=raw.curvature_samples,
         n_batches=len(objective.all_sizes),
         micro_batch_size=micro_batch_size,
         curvature=options.curvature,
@@ -68,36 +73,77 @@ def run_measurement(
         top_k=options.top_k,
         spectrum_top_k=options.spectrum_top_k or options.top_k,
         seconds=time.perf_counter() - started,
+        gradient_seconds=raw.gradient_seconds,
         warnings=(*copy.notes, *raw.precision_notes, *curvatures.notes, *omission_notes(raw, spectra)),
         chosen=curvatures.chosen,
         check_error=curvatures.check_error,
     )
 
 
-def measure(objective: Objective, options: Options, max_size: int | None) -> RawMeasurement:
-    """Measure an objective by micro-batches of at most ``max_size`` samples; None: as memory asks for."""
+def measure(
+    objective: Objective, options: Options, max_size: int | None, n_batches: int | None = None
+) -> RawMeasurement:
+    """Measure an objective.
+
+    Args:
+        objective: whose gradient is taken.
+        options: what to measure and how.
+        max_size: samples of the largest micro-batch; None: as memory asks for.
+        n_batches: of each rank, with gradient_samples those that curvature is measured on; None: all.
+    """
+    started = time.perf_counter()
+    few = objective if options.gradient_samples is None else objective.first(n_batches, options.max_samples)
     micro_batches = objective.cut(max_size)
-    gradients = objective.gradients(
-        micro_batches,
-        keep_graph=wants_graph(options.curvature) and (max_size is not None or not objective.divisible),
-        outputs=options.alignment and objective.samples is not None,
-    )
-    directions = leading_directions(gradients, objective, options)
+    gradients = _gradients(objective, micro_batches, options, max_size, for_curvature=few is objective)
+    parts = gradient_parts(objective, gradients, micro_batches)
+    gradient_seconds = time.perf_counter() - started
+    directions = leading_directions(gradients, parts.norms, objective, options)
+    loss = gradients.loss
+    if few is not objective:
+        # As large as the network.
+        del gradients
+        micro_batches = few.cut(max_size)
+        gradients = _gradients(few, micro_batches, options, max_size)
     evaluation = Evaluation(
-        objective,
+        few,
         micro_batches,
         first=gradients.first,
         has_graph=gradients.has_graph,
         narrow_dtypes=gradients.narrow_dtypes,
         reference=gradients.smallest if max_size is None else None,
     )
-    loss = gradients.loss
-    # As large as the network.
     del gradients
     factors = kronecker_factors(evaluation, directions.usable, wanted=options.alignment)
     curvatures = estimate_curvature(evaluation, directions.usable, options.curvature)
     size = objective.size_in_use
     traces = estimate_trace(evaluation, directions.usable, curvatures, options.curvature_fraction)
     return RawMeasurement(
-        loss, directions, curvatures, traces, factors, evaluation.narrow_dtypes, (size, objective.size_in_use)
+        loss=loss,
+        directions=directions,
+        curvatures=curvatures,
+        traces=traces,
+        factors=factors,
+        narrow_dtypes=evaluation.narrow_dtypes,
+        micro_batch_sizes=(size, objective.size_in_use),
+        curvature_samples=few.samples,
+        gradient_seconds=gradient_seconds,
+        no_signal=parts.note,
+    )
+
+
+def _gradients(
+    objective: Objective,
+    micro_batches: Sequence[MicroBatch],
+    options: Options,
+    max_size: int | None,
+    *,
+    for_curvature: bool = True,
+) -> ObjectiveGradients:
+    """Return the gradients of an objective, with what its curvature can go on from."""
+    return objective.gradients(
+        micro_batches,
+        keep_graph=for_curvature
+        and wants_graph(options.curvature)
+        and (max_size is not None or not objective.divisible),
+        outputs=for_curvature and options.alignment and objective.samples is not None,
     )

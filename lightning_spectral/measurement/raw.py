@@ -25,6 +25,9 @@ class RawMeasurement:
         factors: Kronecker factors; empty where they were not asked for.
         narrow_dtypes: half-precision types that the network casts to by itself.
         micro_batch_sizes: samples of the largest micro-batch of this rank, for the curvatures and for the traces.
+        curvature_samples: samples that the curvatures are of; None where they cannot be counted.
+        gradient_seconds: time that the gradients took.
+        no_signal: why the sampling noise of the gradient is not known; empty where it is.
     """
 
     loss: float
@@ -34,6 +37,9 @@ class RawMeasurement:
     factors: KroneckerResult
     narrow_dtypes: frozenset[torch.dtype]
     micro_batch_sizes: tuple[int | None, ...]
+    curvature_samples: int | None
+    gradient_seconds: float
+    no_signal: str = ""
 
     @property
     def failed(self) -> dict[str, str]:

@@ -162,7 +162,7 @@ def set_up_objective(
         MeasurementError: if ranks are not to measure the same, or there is no sample on any.
     """
     with group.step() as step:
-        if options.max_samples is not None:
+        if options.max_samples is not None and options.gradient_samples is None:
             batches = FirstSamples(batches, options.max_samples)
         leaves = copy.leaves(layers)
         step.send((list(layers), options.settings, batch_sizes(batches)))

@@ -161,6 +161,25 @@ def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tenso
     return replace(fit, stderr=math.sqrt(fit.stderr**2 + float(measured)))
 
 
+def with_bias(fit: PowerLawFit, bias: float) -> PowerLawFit:
+    """Add the square of an estimated bias of its exponent to a fit's squared standard error; NaN adds nothing."""
+    return fit if math.isnan(bias) else replace(fit, stderr=math.hypot(fit.stderr, bias))
+
+
+def theil_sen_slope(points: LogPoints) -> float:
+    """Return the median of the slopes between all pairs of points with different abscissae; NaN of fewer than three.
+
+    No single point can move it far, as the one that lies away from a cloud moves the least-squares slope.
+    """
+    if len(points.x) < MIN_POINTS:
+        return float("nan")
+    i, j = torch.triu_indices(len(points.x), len(points.x), offset=1)
+    run, rise = points.x[j] - points.x[i], points.y[j] - points.y[i]
+    slopes = (rise / run)[run != 0]
+    # `quantile` gives the mean of the middle two, as `median` does not.
+    return float(slopes.quantile(0.5)) if len(slopes) else float("nan")
+
+
 def fit_rank_decay(values: Values, *, exclude: Mapping[str, Tensor] | None = None) -> PowerLawFit:
     """Fit values ~ k^-exponent, k the rank of a value among the usable ones in decreasing order.
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -105,6 +105,8 @@ def plan_spectra(
     fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
     mode: Mode = "eval",
     max_samples: int | None = None,
+    gradient_samples: int | Literal["auto"] | None = None,
+    gradient_samples_max: int = 4096,
     n_batches: int = 1,
     micro_batch_size: int | None = None,
     precision: Precision = "float32",
@@ -144,8 +146,8 @@ def plan_spectra(
     Args:
         model: on any device, the meta device included. Nothing of it is read but names, shapes and types.
         batch: what the loss takes, of which shapes and types count alone; None: what follows from the network alone.
-        loss_fn, top_k, curvature, layers, kinds, fused_qkv, mode, max_samples, n_batches, micro_batch_size, precision,
-            spectrum_top_k, curvature_fraction, alignment: as in `measure_spectra`; the batch is that of all processes
+        loss_fn, top_k, curvature, layers, kinds, fused_qkv, mode, max_samples, gradient_samples,
+            gradient_samples_max, n_batches, micro_batch_size, precision, spectrum_top_k, curvature_fraction, alignment: as in `measure_spectra`; the batch is that of all processes
             together, max_samples counts in each of them, as there.
         world_size: processes.
         sharded: whether parameters are shards over them.
@@ -168,6 +170,8 @@ def plan_spectra(
         fused_qkv=fused_qkv,
         mode=mode,
         max_samples=max_samples,
+        gradient_samples=gradient_samples,
+        gradient_samples_max=gradient_samples_max,
         micro_batch_size=micro_batch_size,
         precision=precision,
         spectrum_top_k=spectrum_top_k,

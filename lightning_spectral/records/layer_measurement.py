@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_spectral.numerics.gradient_noise import GradientNoise
+
 
 @dataclass(frozen=True, eq=False)
 class LayerMeasurement:
@@ -20,6 +22,7 @@ class LayerMeasurement:
         method: name of the method that measured h.
         h_stderr: (K,) standard errors of h; None: zeros.
         spectrum: (K',) singular values for the rank models, the first K of them sigma; None: sigma.
+        gradient_noise: signal and sampling noise of the gradient.
         note: reason for a missing h; empty where there is none.
         alignment_note: reason for a missing alignment that was asked for.
 
@@ -37,6 +40,7 @@ class LayerMeasurement:
     method: str = "exact"
     h_stderr: Tensor | None = None
     spectrum: Tensor | None = None
+    gradient_noise: GradientNoise = GradientNoise()
     note: str = ""
     alignment_note: str = ""
 

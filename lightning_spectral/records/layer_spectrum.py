@@ -10,9 +10,11 @@ from torch import Tensor
 
 from lightning_spectral._serialization import decode, to_jsonable
 from lightning_spectral.numerics.bootstrap import Intervals
+from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.numerics.power_law import PowerLawFit, RankModels
 from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
+from lightning_spectral.records.fit_quality import FitQuality
 from lightning_spectral.records.log_keys import LAYER_KEYS
 from lightning_spectral.records.weight_spectrum import WeightSpectrum
 
@@ -32,7 +34,9 @@ class LayerSpectrum:
         h_stderr: (K,) standard errors of h; zero where the method does not sample.
         method: name of the method that measured h.
         noise_floor: sigma_1 * max(m, n) * eps(dtype); a sigma_k at or below it is rounding noise.
-        alpha: h ~ sigma^alpha over the k with h_k > 0; its standard error holds those of h.
+        alpha: h ~ sigma^alpha over the k with h_k > 0; its standard error holds those of h and ``alpha_bias``.
+        alpha_theil_sen: median of the slopes of log h on log sigma between all pairs of the points of alpha.
+        alpha_bias: estimate of what the gradient's sampling noise adds to alpha; NaN where that is not known.
         gamma: sigma_k ~ k^-gamma.
         s: the positive h, sorted, ~ rank^-s.
         transfer_error: abs(s - alpha * gamma) / abs(s).
@@ -51,6 +55,7 @@ class LayerSpectrum:
         rank_models: power law, exponential and log-normal in rank of those of ``spectrum`` above the noise floor.
         alpha_quartiles: alpha within each quarter of the K directions, in the order of sigma.
         note: reason for a NaN; empty where all is well.
+        gradient_noise: share of the squared gradient that is no sampling noise, and the noise scale.
         weights: spectrum of the weight matrix, on request.
         intervals: bootstrap intervals of alpha, gamma and s, on request.
         fraction: share of the trace of H that the K directions hold, on request.
@@ -68,6 +73,8 @@ class LayerSpectrum:
     method: str
     noise_floor: float
     alpha: PowerLawFit
+    alpha_theil_sen: float
+    alpha_bias: float
     gamma: PowerLawFit
     s: PowerLawFit
     transfer_error: float
@@ -87,6 +94,7 @@ class LayerSpectrum:
     spectrum: Tensor
     rank_models: RankModels
     alpha_quartiles: tuple[PowerLawFit, ...]
+    gradient_noise: GradientNoise = GradientNoise()
     note: str = ""
     weights: WeightSpectrum | None = None
     intervals: Intervals | None = None
@@ -98,6 +106,25 @@ class LayerSpectrum:
     def alpha_gamma(self) -> float:
         """alpha * gamma, which the transfer relation says is s."""
         return self.alpha.exponent * self.gamma.exponent
+
+    @property
+    def sigma_max(self) -> float:
+        """Largest singular value of the gradient; NaN where there is none."""
+        return float(self.sigma[0]) if len(self.sigma) else float("nan")
+
+    @property
+    def h_max(self) -> float:
+        """Largest curvature measured; NaN where there is none."""
+        measured = self.h[self.h.isfinite()]
+        return float(measured.max()) if len(measured) else float("nan")
+
+    @property
+    def fit_quality(self) -> FitQuality:
+        """What tells whether alpha is to be trusted."""
+        fit = self.alpha
+        return FitQuality(
+            fit.exponent, fit.stderr, fit.r2, fit.n_used, self.alpha_theil_sen, self.gradient_noise.signal
+        )
 
     @property
     def parts(self) -> set[str]:

@@ -24,6 +24,8 @@ class LoggedKey:
         value: function that reads it from a spectrum, which must hold the part.
         median: True where its median over layers is logged.
         part: optional part of a spectrum that it belongs to; empty for what is always measured.
+        of_fit: True where it means little of a layer whose alpha is not to be trusted, so that its median is over fits
+            to trust.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LoggedKey:
     value: Callable[[Any], float]
     median: bool = False
     part: str = ""
+    of_fit: bool = True
 
     def applies_to(self, layer: LayerSpectrum) -> bool:
         """Return True if it was asked for, so that the layer holds it or says why not."""
@@ -49,7 +52,21 @@ def _aligned(name: str, meaning: str, value: Callable[[LayerAlignment], float]) 
 LAYER_KEYS: tuple[LoggedKey, ...] = (
     LoggedKey("alpha", "slope of log h on log sigma", lambda x: x.alpha.exponent, median=True),
     LoggedKey("alpha_stderr", "standard error of alpha", lambda x: x.alpha.stderr),
-    LoggedKey("r2_alpha", "r2 of the fit of alpha", lambda x: x.alpha.r2, median=True),
+    LoggedKey("r2_alpha", "r2 of the fit of alpha", lambda x: x.alpha.r2, median=True, of_fit=False),
+    LoggedKey("alpha_theil_sen", "median slope of log h on log sigma", lambda x: x.alpha_theil_sen),
+    LoggedKey("alpha_bias", "what sampling noise adds to alpha, estimated", lambda x: x.alpha_bias, median=True),
+    LoggedKey(
+        "signal", "share of the squared gradient that is no sampling noise", lambda x: x.gradient_noise.signal,
+        median=True, of_fit=False,
+    ),
+    LoggedKey("signal_stderr", "standard error of signal", lambda x: x.gradient_noise.signal_stderr),
+    LoggedKey(
+        "noise_scale", "samples at which half of the squared gradient is noise", lambda x: x.gradient_noise.noise_scale,
+        median=True, of_fit=False,
+    ),
+    LoggedKey("noise_scale_stderr", "standard error of noise_scale", lambda x: x.gradient_noise.noise_scale_stderr),
+    LoggedKey("sigma_max", "largest sigma", lambda x: x.sigma_max, median=True, of_fit=False),
+    LoggedKey("h_max", "largest h", lambda x: x.h_max, median=True, of_fit=False),
     LoggedKey("gamma", "minus the slope of log sigma_k on log k", lambda x: x.gamma.exponent, median=True),
     LoggedKey("r2_gamma", "r2 of the fit of gamma", lambda x: x.gamma.r2),
     LoggedKey("s", "minus the slope of log sorted positive h on log rank", lambda x: x.s.exponent, median=True),
@@ -94,6 +111,9 @@ REPORT_KEYS: dict[str, str] = {
     "loss": "the loss the probe measured, on its own batch and mode",
     "layers_measured": "layers with an alpha",
     "layers_failed": "layers chosen but without an alpha; the report's notes say why",
+    "layers_trusted": "layers with an alpha to trust",
+    "gradient_samples": "samples that the gradient and the loss are of",
+    "curvature_samples": "samples that the curvature is of",
     "negative_curvature": "directions with h < 0, all layers",
     "zeta_unbounded": "layers whose zeta bound is infinite, alpha gamma <= 1",
     "check_error": "relative difference of one curvature to an exact product, with curvature ggn by auto",

@@ -58,7 +58,8 @@ class SpectralReport:
             "net.4.weight".
         skipped: matrix parameters that were not measured -> reason (frozen, not selected, ...).
         loss: value of the loss measured.
-        n_samples: samples measured; None where a batch does not tell.
+        n_samples: samples that the gradient and the loss are of; None where a batch does not tell.
+        curvature_samples: the first of them, that the curvature is of; None where a batch does not tell.
         n_batches: number of batches they came in.
         micro_batch_size: largest number of samples whose curvature was measured at once; None where a batch does not
             tell.
@@ -70,6 +71,7 @@ class SpectralReport:
         top_k: directions asked for per layer.
         spectrum_top_k: singular values asked for per layer.
         seconds: wall time of the measurement.
+        gradient_seconds: of it, that of the gradients.
         warnings: notes on what was shared or left out beside single layers.
         step: optimizer steps taken before the measurement; None outside training.
         epoch: epochs finished before the measurement; None outside training.
@@ -92,6 +94,8 @@ class SpectralReport:
     step: int | None = None
     epoch: int | None = None
     spectrum_top_k: int | None = None
+    curvature_samples: int | None = None
+    gradient_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         """Let layers be found by their short names."""
@@ -118,8 +122,17 @@ class SpectralReport:
         winners = [layer.rank_models.winner for layer in self.layers.values() if layer.rank_models.winner]
         return {model: winners.count(model) / len(winners) if winners else float("nan") for model in RANK_MODELS}
 
+    @property
+    def trusted(self) -> list[str]:
+        """Names of the layers with an alpha to trust."""
+        return [name for name, layer in self.layers.items() if layer.fit_quality.trusted]
+
     def medians(self) -> dict[str, float]:
-        """Return medians over all layers, and over each kind's as ``kind/<kind>/<quantity>_median``; NaN left out."""
+        """Return medians by name: ``<quantity>_median`` and ``kind/<kind>/<quantity>_median``, NaN left out.
+
+        Those of quantities that tell whether to trust a fit are over all layers, the others over fits to trust;
+        ``<quantity>_median_all`` is over all layers.
+        """
         out = _medians(self.layers.values(), "")
         for kind, layers in self.by_kind().items():
             out |= _medians(layers, f"kind/{kind}/")
@@ -131,6 +144,9 @@ class SpectralReport:
         out["loss"] = self.loss
         out["layers_measured"] = float(len(self.layers) - len(self.failed))
         out["layers_failed"] = float(len(self.failed))
+        out["layers_trusted"] = float(len(self.trusted))
+        out["gradient_samples"] = _number(self.n_samples)
+        out["curvature_samples"] = _number(self.curvature_samples)
         out["check_error"] = self.check_error
         out |= {f"rank_model/{model}": share for model, share in self.rank_model_shares().items()}
         out["negative_curvature"] = float(sum(layer.n_negative for layer in self.layers.values()))
@@ -214,8 +230,18 @@ def _row(layer: LayerSpectrum) -> dict[str, Any]:
 
 def _medians(layers: Iterable[LayerSpectrum], prefix: str) -> dict[str, float]:
     layers = list(layers)
-    return {
-        f"{prefix}{key.name}_median": median([key.value(layer) for layer in layers])
-        for key in LAYER_KEYS
-        if key.median and all(key.applies_to(layer) for layer in layers)
-    }
+    trusted = [layer for layer in layers if layer.fit_quality.trusted]
+    out: dict[str, float] = {}
+    for key in LAYER_KEYS:
+        if key.median and all(key.applies_to(layer) for layer in layers):
+            of_all = median([key.value(layer) for layer in layers])
+            if key.of_fit:
+                out[f"{prefix}{key.name}_median"] = median([key.value(layer) for layer in trusted])
+                out[f"{prefix}{key.name}_median_all"] = of_all
+            else:
+                out[f"{prefix}{key.name}_median"] = of_all
+    return out
+
+
+def _number(count: int | None) -> float:
+    return float("nan") if count is None else float(count)

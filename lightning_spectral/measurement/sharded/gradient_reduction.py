@@ -37,16 +37,23 @@ class GradientReducer:
         self._pending: Tensor | None = None
 
     @contextmanager
-    def reducing(self, weight: float) -> Iterator[None]:
-        """Reduce what is computed inside, times a weight; the backward pass then gives zeros in its place."""
+    def reducing(self, weight: float, observe: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """Reduce what is computed inside, times a weight; the backward pass then gives zeros in its place.
+
+        Args:
+            weight: of this rank's gradient in the sum.
+            observe: called with each leaf and this rank's part of the sum of its gradients.
+        """
         seen: set[int] = set()
         with ExitStack() as stack:
             for number, leaf in self._leaves.items():
-                hook = leaf.register_hook(self._make_hook(number, leaf, weight, seen))  # type: ignore[no-untyped-call]
+                hook = leaf.register_hook(self._make_hook(number, leaf, weight, seen, observe))  # type: ignore[no-untyped-call]
                 stack.callback(hook.remove)
             yield
 
-    def _make_hook(self, number: int, leaf: Tensor, weight: float, seen: set[int]) -> Callable[[Tensor], Tensor | None]:
+    def _make_hook(
+        self, number: int, leaf: Tensor, weight: float, seen: set[int], observe: Callable[[Tensor, Tensor], None]
+    ) -> Callable[[Tensor], Tensor | None]:
         def reduce(gradient: Tensor) -> Tensor | None:
             if gradient.layout is not torch.strided:
                 return None
@@ -55,6 +62,7 @@ class GradientReducer:
                 seen.add(id(leaf))
                 self.reduced_ids.add(id(leaf))
                 self._pending = (gradient.detach() * weight).contiguous()
+                observe(leaf, self._pending)
                 self._rounds.request(number)
             return gradient.new_zeros(()).expand(gradient.shape)
 

@@ -279,7 +279,7 @@ def test_pieces_take_the_signs_of_their_own_samples(monkeypatch):
     objective = Objective(lambda b: cross_entropy(model, b), [batch], layers, parameters, beginning)
     micro_batches = objective.micro_batches(16)
     gradients = objective.gradients(micro_batches)
-    directions = leading_directions(gradients, objective, Options(top_k=3)).triplets
+    directions = leading_directions(gradients, [], objective, Options(top_k=3)).triplets
     Evaluation(objective, micro_batches, gradients.first).measure(SketchCurvature(), directions)
     signs = torch.cat(seen, 1).double()
     torch.testing.assert_close(signs @ signs.T, 64 * torch.eye(8, dtype=torch.float64))
