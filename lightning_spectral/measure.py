@@ -14,7 +14,7 @@ from lightning_spectral.errors import SecondDerivativeError, SpectralWarning
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers, matrix_parameters
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature
-from lightning_spectral.measurement.loader_batches import batches_of
+from lightning_spectral.measurement.gradient_samples import batches_to_measure
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.measurement.setup import isolated_copy, set_up_objective, unwrapped
@@ -128,9 +128,8 @@ def measure_spectra(
         alignment=alignment,
     )
     group = SINGLE_PROCESS if process_group is None else DistributedGroup(process_group)
-    with group.step():
-        batches = batches_of(batch, n_batches, model)
-    report = run_measurement(model, batches, options, loss_fn, group=group)
+    batches = batches_to_measure(batch, n_batches, model, options, loss_fn, group)
+    report = run_measurement(model, batches, options, loss_fn, n_batches=n_batches, group=group)
     for text in report.problems():
         warnings.warn(text, SpectralWarning, stacklevel=2)
     return report

@@ -87,8 +87,8 @@ class Options:
     max_samples: int | None = field(
         default=None,
         metadata=_about(
-            "measure on the first so many samples of each batch; None: on all, or with gradient_samples on 64 where the "
-            "loss is a mean or sum of parts. A sketch of fewer than 32 takes more passes the fewer there are.",
+            "measure on the first so many samples of each batch; None: on all, or with gradient_samples on 64 where "
+            "the loss is a mean or sum of parts. A sketch of fewer than 32 takes more passes the fewer there are.",
             metavar="N",
             by_rank=True,
         ),
@@ -96,8 +96,8 @@ class Options:
     gradient_samples: int | Literal["auto"] | None = field(
         default=None,
         metadata=_about(
-            "samples whose mean gradient gives sigma, u and v, of which curvature is measured on the first max_samples; "
-            '"auto": as many as leave 5 % of sampling noise in the squared gradient of the median layer; None: the '
+            "samples whose mean gradient gives sigma, u and v, of which curvature is measured on the first "
+            'max_samples; "auto": as many as leave 5 % of sampling noise in the squared gradient of the median layer; None: the '
             "same for both.",
             metavar="N",
         ),

@@ -38,7 +38,18 @@ def summary(report: SpectralReport | Sequence[Exponents]) -> list[str]:
     The median alpha of the fits to trust is 2.00: curvature grows about as the square of the gradient.
     """
     layers = of_each_layer(report)
-    parts = (_trust, _clouds, _noise, _unmeasured, _exponent, _by_kind, _deviation, _identity, _participation, _negative)
+    parts = (
+        _trust,
+        _clouds,
+        _noise,
+        _unmeasured,
+        _exponent,
+        _by_kind,
+        _deviation,
+        _identity,
+        _participation,
+        _negative,
+    )
     return [sentence for part in parts if (sentence := part(layers))]
 
 

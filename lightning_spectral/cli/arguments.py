@@ -62,8 +62,14 @@ def _value(option: Field[Any]) -> dict[str, Any]:
         return {"action": "store_true"}
     if choices := option.metadata["choices"]:
         return {"choices": choices, "default": option.default}
-    kind = {"type": int} if str(option.type).startswith("int") else {"nargs": "+"}
+    kind: dict[str, Any] = {"type": int} if str(option.type).startswith("int") else {"nargs": "+"}
+    if "auto" in str(option.type):
+        kind["type"] = _int_or_auto
     return {"metavar": option.metadata["metavar"], "default": option.default, **kind}
+
+
+def _int_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _help(option: Field[Any]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_spectral._messages import first_line
 from lightning_spectral._validation import positive_int
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
-from lightning_spectral.measurement.loader_batches import first_batches
+from lightning_spectral.measurement.loader_batches import count_samples, first_batches
 from lightning_spectral.measurement.loss import LossFunction
 
 
@@ -57,45 +57,70 @@ def is_missing(error: Exception, module: str) -> TypeGuard[ModuleNotFoundError]:
 
 
 def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:
-    """Return the first batches of the data that an import path names.
+    """Return the first batches of the data that an import path names; arguments and errors as of `batch_reader`."""
+    return batch_reader(path, n_batches, model)(None)
+
+
+def batch_reader(path: str, n_batches: int, model: nn.Module) -> Callable[[int | None], list[Any]]:
+    """Return what reads the first batches of the data that an import path names, as many as hold so many samples.
 
     Args:
         path: of a DataLoader, a LightningDataModule (its training data), another iterable of batches, or one batch: a
             tensor, tuple, list or mapping; or of something that returns one of these when called without arguments.
-        n_batches: how many.
+        n_batches: how many at least.
         model: whose random states are kept.
 
     Raises:
         ValueError: unless n_batches is at least 1.
-        SourceError: if there is no such data, or not enough of it.
+        SourceError: here or when it reads, if there is no such data, or not enough of it.
     """
     positive_int("--n-batches", n_batches)
     value = import_object(path, "--data")
-    try:
+    with _naming(path):
         value = value() if callable(value) else value
         if callable(getattr(value, "train_dataloader", None)):
             value.prepare_data()
             value.setup("fit")
             value = value.train_dataloader()
-        if isinstance(value, DataLoader):
-            return list(first_batches(value, n_batches, model))
-        batches = _first(path, value, n_batches)
+        is_loader = isinstance(value, DataLoader)
+        batches, rest = ([], iter(())) if is_loader else _opened(path, value)
+
+    def read(samples: int | None) -> list[Any]:
+        with _naming(path):
+            if is_loader:
+                return list(first_batches(value, n_batches, model, samples=samples))
+            n_samples = 0 if samples is None else sum(count_samples(batch, "--gradient-samples") for batch in batches)
+            while len(batches) < n_batches or (samples is not None and n_samples < samples):
+                if (batch := next(rest, rest)) is rest:
+                    break
+                batches.append(batch)
+                n_samples += 0 if samples is None else count_samples(batch, "--gradient-samples")
+        if len(batches) < n_batches:
+            raise SourceError(f"--data {path}: {n_batches} batches were asked for, and there are {len(batches)}")
+        return batches
+
+    return read
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Have errors of the user's data name it."""
+    try:
+        yield
     except SourceError:
         raise
     except Exception as error:
         raise SourceError(f"--data {path}: reading it failed ({first_line(error)})") from error
-    if len(batches) < n_batches:
-        raise SourceError(f"--data {path}: {n_batches} batches were asked for, and there are {len(batches)}")
-    return batches
 
 
-def _first(path: str, value: Any, n_batches: int) -> list[Any]:
+def _opened(path: str, value: Any) -> tuple[list[Any], Iterator[Any]]:
+    """Return the batches that are there, and what gives more."""
     if isinstance(value, (Tensor, tuple, list, Mapping)):
-        return [value]
+        return [value], iter(())
     if isinstance(value, Dataset):
         raise SourceError(f"--data {path} is a data set; wrap it in a DataLoader, whose batch size is what is measured")
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-        return list(islice(value, n_batches))
+        return [], iter(value)
     raise SourceError(f"--data {path} gave a {type(value).__name__}, and should give a DataLoader or a batch")
 
 

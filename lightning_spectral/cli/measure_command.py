@@ -11,9 +11,10 @@ from torch import nn
 from lightning_spectral._messages import first_line
 from lightning_spectral.cli.arguments import options_of
 from lightning_spectral.cli.checkpoints import Checkpoint, build_model
-from lightning_spectral.cli.import_paths import SourceError, named_loss, read_batches
+from lightning_spectral.cli.import_paths import SourceError, batch_reader, named_loss
 from lightning_spectral.cli.parser import print_note
 from lightning_spectral.measurement.cpu_batches import CpuBatches
+from lightning_spectral.measurement.gradient_samples import enough_batches
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.options import Options
 from lightning_spectral.records.report import SpectralReport
@@ -58,8 +59,9 @@ def measure_checkpoint(arguments: argparse.Namespace, options: Options) -> Spect
     network = build_model(arguments.model, saved)
     omissions = "" if saved is None else saved.load_into(network, prefix=arguments.prefix, strict=arguments.strict)
     device = _moved(network, arguments.device)
-    batches = CpuBatches(read_batches(arguments.data, arguments.n_batches, network), device)
-    report = run_measurement(network, batches, options, loss_fn)
+    read = batch_reader(arguments.data, arguments.n_batches, network)
+    batches = enough_batches(lambda samples: CpuBatches(read(samples), device), network, options, loss_fn)
+    report = run_measurement(network, batches, options, loss_fn, n_batches=arguments.n_batches)
     if omissions:
         print_note("measure", f"of {arguments.checkpoint}, {omissions}")
     return report.at(**saved.position) if saved is not None and saved.position else report

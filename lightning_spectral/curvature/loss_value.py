@@ -29,7 +29,6 @@ class LossValue:
     casts: set[torch.dtype]
     normalizer: float | None
 
-
     @classmethod
     def of(cls, loss: Tensor, trace: Trace) -> LossValue:
         """Return the value of a loss that was computed, and what its record shows of how it came about."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,24 +64,11 @@ def leading_directions(
         objective: whose gradients they are.
         options: numbers of singular values.
     """
-    layers, leaves, group, reducer = objective.layers, objective.parameters, objective.group, objective.reducer
+    layers, group = objective.layers, objective.group
     # What a user names is measured, whatever it is.
     skipped = gradients.not_matrices if options.layers is None else {}
     present = (gradients.unreduced | gradients.reduced) - gradients.failed.keys() - skipped.keys()
-    costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in present}
-    owners = assign_owners(costs, group.size) if reducer is None else {n: reducer.owners[id(leaves[n])] for n in costs}
-
-    def matrix(name: str) -> Tensor:
-        gradient = gradients.values.get(name)
-        return _zeros(layers[name], leaves[name]) if gradient is None else layers[name].to_matrix(gradient)
-
-    unreduced = {name: owner for name, owner in owners.items() if name in gradients.unreduced}
-    matrices = group.reduce_to_owners(unreduced, matrix)
-    if reducer is not None:
-        for name in [n for n, owner in owners.items() if n in gradients.reduced and owner == group.rank]:
-            total = layers[name].to_matrix(reducer.sums[id(leaves[name])])
-            matrices[name] = matrices[name] + total if name in matrices else total
-        reducer.clear()
+    matrices, owners = _reduced(gradients, objective, present)
     with group.step() as step:
         owned = _decompose(matrices, layers, options)
         above = {name: _count_above_noise(name, t.sigma, gradients, objective) for name, t in owned.triplets.items()}
@@ -105,6 +92,39 @@ def leading_directions(
         skipped=_in_order(layers, skipped),
         noise=noise,
     )
+
+
+def noise_of_layers(
+    gradients: ObjectiveGradients, parts: Sequence[SquaredNorms], objective: Objective
+) -> dict[str, GradientNoise]:
+    """Return signal and sampling noise of the gradients summed over all ranks, without their triplets."""
+    present = (gradients.unreduced | gradients.reduced) - gradients.failed.keys() - gradients.not_matrices.keys()
+    matrices, _ = _reduced(gradients, objective, present)
+    with objective.group.step() as step:
+        step.send({name: _noise(name, matrix, parts, objective) for name, matrix in matrices.items()})
+    return {name: noise for of_rank in step.received for name, noise in of_rank.items()}
+
+
+def _reduced(
+    gradients: ObjectiveGradients, objective: Objective, names: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return the gradients, summed over all ranks, of the layers that this rank owns, and the owners of all."""
+    layers, leaves, group, reducer = objective.layers, objective.parameters, objective.group, objective.reducer
+    costs = {name: layer.decomposition_cost for name, layer in layers.items() if name in names}
+    owners = assign_owners(costs, group.size) if reducer is None else {n: reducer.owners[id(leaves[n])] for n in costs}
+
+    def matrix(name: str) -> Tensor:
+        gradient = gradients.values.get(name)
+        return _zeros(layers[name], leaves[name]) if gradient is None else layers[name].to_matrix(gradient)
+
+    unreduced = {name: owner for name, owner in owners.items() if name in gradients.unreduced}
+    matrices = group.reduce_to_owners(unreduced, matrix)
+    if reducer is not None:
+        for name in [n for n, owner in owners.items() if n in gradients.reduced and owner == group.rank]:
+            total = layers[name].to_matrix(reducer.sums[id(leaves[name])])
+            matrices[name] = matrices[name] + total if name in matrices else total
+        reducer.clear()
+    return matrices, owners
 
 
 def _noise(name: str, matrix: Tensor, parts: Sequence[SquaredNorms], objective: Objective) -> GradientNoise:

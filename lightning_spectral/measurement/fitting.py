@@ -19,7 +19,7 @@ from lightning_spectral.measurement.layer_fit import (
 )
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.raw import RawMeasurement
-from lightning_spectral.numerics.gradient_noise import GradientNoise
+from lightning_spectral.numerics.gradient_noise import UNKNOWN_NOISE
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.options import Options
 from lightning_spectral.records.layer_measurement import LayerMeasurement
@@ -43,14 +43,19 @@ def fit_layers(
     return {name: merged[name] for name in layers}, max(sizes, default=None)
 
 
-def omission_notes(raw: RawMeasurement, spectra: Mapping[str, LayerSpectrum]) -> list[str]:
+def omission_notes(
+    objective: Objective, raw: RawMeasurement, spectra: Mapping[str, LayerSpectrum], options: Options
+) -> list[str]:
     """Return which quantities asked for are missing of which layers, beyond what the layers' own notes say."""
     no_weights = {n: x.weights.note for n, x in spectra.items() if x.weights is not None and x.weights.note}
     unaligned = {
         name: f"no alignment: {x.alignment_note}" for name, x in spectra.items() if x.alignment_note and not x.note
     }
     partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
+    asked, samples = options.gradient_samples, objective.samples
+    too_few = isinstance(asked, int) and samples is not None and samples < asked
     return [
+        *([f"gradient_samples: {asked} were asked for, and there are {samples}"] if too_few else []),
         *([f"signal: {raw.no_signal}; several batches tell it (gradient_samples)"] if raw.no_signal else []),
         *(note for note in raw.traces.notes if note not in raw.curvatures.notes),
         *(f"curvature_fraction: {text}" for text in group_by_reason(raw.traces.failed)),
@@ -84,7 +89,7 @@ def _fit(
         spectrum=raw.directions.spectra.get(name, nothing),
         noise_floor=noise_floor(sigma, layer.shape, layer.groups, eps),
         method=curvatures.methods.get(name, curvatures.method),
-        gradient_noise=raw.directions.noise.get(name, GradientNoise()),
+        gradient_noise=raw.directions.noise.get(name, UNKNOWN_NOISE),
         note=failed.get(name, ""),
         alignment_note=why if options.alignment and name not in factors.factors else "",
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 from lightning_spectral.curvature import LossValue
 from lightning_spectral.errors import is_out_of_memory, text_of
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
@@ -43,7 +42,8 @@ def gradient_parts(
         return GradientParts(gradients.parts)
     with objective.group.step(watched=True) as step:
         step.send(_cut(objective, gradients, micro_batches[0]) if micro_batches else None)
-    return next(parts for parts in step.received if parts is not None)
+    of_ranks: list[GradientParts] = [parts for parts in step.received if parts is not None]
+    return of_ranks[0]
 
 
 def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch) -> GradientParts:
@@ -63,7 +63,7 @@ def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch) 
                 raise
             return GradientParts([], f"the loss fails on a part of the batch alone ({text_of(error)})")
         losses.append(LossValue.of(loss.value, loss.trace))
-        norms = PartNorms(objective.samples_of(micro_batch) / size, objective.layers, objective.parameters)
+        norms = PartNorms(objective.share_of(micro_batch), objective.layers, objective.parameters)
         for name, value in values.items():
             norms.add(name, value)
         gradients_of_parts.append(norms)

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_spectral._torch_private import without_worker_iterator
-from lightning_spectral._validation import positive_int
+from lightning_spectral.errors import MeasurementError
+from lightning_spectral.isolation.batch_tree import batch_size
 from lightning_spectral.isolation.rng import RandomStates
 from lightning_spectral.measurement.cpu_batches import CpuBatches
+
+
+class Share(NamedTuple):
+    """Every so-many-th of a sequence: of a rank among the ranks that share it."""
+
+    rank: int
+    ranks: int
+
+
+ALL = Share(0, 1)
+
+
+def count_samples(batch: Any, option: str) -> int:
+    """Return the samples of a batch.
+
+    Raises:
+        MeasurementError: naming the option that asks for them, if they cannot be counted.
+    """
+    size = batch_size(batch)
+    if size is None:
+        raise MeasurementError(
+            f"{option}: the tensors of the batch share no leading dimension, so its samples cannot be counted; set "
+            "n_batches instead"
+        )
+    return size
 
 
 def first_batches(
@@ -23,34 +48,41 @@ def first_batches(
     model: nn.Module,
     *,
     prepare: Callable[[Any], Any] = lambda batch: batch,
-    share: slice = slice(None),
+    share: Share = ALL,
     device: torch.device | None = None,
+    samples: int | None = None,
 ) -> CpuBatches:
-    """Return the first n batches of a loader, or a share of them, in the CPU's memory.
+    """Return the first batches of a loader, or a share of them, in the CPU's memory.
 
     The loader may be in use: a copy of it is iterated, and all generators that it or ``prepare`` draws from are put
     back.
 
     Args:
         loader: to take from.
-        n: how many, of all shares.
+        n: how many at least, of all shares.
         model: whose generators are put back too.
         prepare: what becomes of each batch before it is kept.
-        share: which of the n to keep.
+        share: which of them to keep.
         device: where to give them back; None: where they were.
+        samples: read on until there are so many, of all shares, or the loader ends; None: n batches.
 
     Raises:
         ValueError: if the loader has fewer than n.
+        MeasurementError: if samples cannot be counted.
     """
     states = RandomStates(model)
     own = [(generator, generator.get_state()) for generator in _generators(loader)]
     loader = without_worker_iterator(copy.copy(loader))
-    shared_indices, batches, n_read = range(n)[share], CpuBatches(device=device), 0
+    batches, n_read, samples_read = CpuBatches(device=device), 0, 0
     try:
-        for index, batch in enumerate(islice(loader, n)):
-            if index in shared_indices:
+        for batch in loader:
+            if n_read % share.ranks == share.rank:
                 batches.append(prepare(batch))
             n_read += 1
+            if samples is not None:
+                samples_read += count_samples(batch, "gradient_samples")
+            if n_read >= n and (samples is None or samples_read >= samples):
+                break
     finally:
         states.restore()
         for generator, state in own:
@@ -66,18 +98,3 @@ def _generators(loader: Any) -> list[torch.Generator]:
     samplers.append(getattr(samplers[1], "sampler", None))
     generators = [getattr(part, "generator", None) for part in (loader, *samplers)]
     return [generator for generator in generators if isinstance(generator, torch.Generator)]
-
-
-def batches_of(batch: Any, n_batches: int, model: nn.Module) -> Sequence[Any]:
-    """Return the batches to measure: the one, or the first n of a loader, held in the CPU's memory.
-
-    Raises:
-        ValueError: if n_batches is none, or there are not as many.
-    """
-    positive_int("n_batches", n_batches)
-    if isinstance(batch, DataLoader):
-        device = next((parameter.device for parameter in model.parameters()), None)
-        return first_batches(batch, n_batches, model, device=device)
-    if n_batches > 1:
-        raise ValueError(f"n_batches={n_batches} needs a DataLoader as batch, got {type(batch).__name__}")
-    return [batch]

@@ -19,8 +19,8 @@ from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.batch_tree import FirstSamples, batch_size, divisible, take_samples
 from lightning_spectral.isolation.replay import InitialState, ReplayedLoss
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.part_norms import PartNorms, SquaredNorms
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
+from lightning_spectral.measurement.part_norms import PartNorms, SquaredNorms
 
 if TYPE_CHECKING:
     from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
@@ -144,7 +144,7 @@ class Objective:
         )
 
     def _is_sum(self) -> bool | None:
-        """Return whether the loss of the first batch is a sum over samples; None where it is small, or there is none."""
+        """Return whether the loss of the first batch is a sum over samples; None where there are few samples."""
         size = self.sizes[0] if self.sizes else 0
         if size is not None and size <= CURVATURE_SAMPLES:
             return None
@@ -261,7 +261,7 @@ class Objective:
                 self.reducer.clear()
             # The first comes last, since its graph is kept.
             for micro_batch, first in self.losses(micro_batches[::-1]):
-                norms = PartNorms(self._share(micro_batch), self.layers, self.parameters)
+                norms = PartNorms(self.share_of(micro_batch), self.layers, self.parameters)
                 reducing = self.reducer is not None and not keep_graph
                 with self.reducer.reducing(micro_batch.weight, norms.add_leaf) if reducing else nullcontext():
                     part = first.gradients(keep_graph=keep_graph, outputs=outputs and micro_batch is micro_batches[0])
@@ -304,7 +304,7 @@ class Objective:
             parts=[of_part for of_rank in squared_norms for of_part in of_rank],
         )
 
-    def _share(self, micro_batch: MicroBatch) -> float:
+    def share_of(self, micro_batch: MicroBatch) -> float:
         """Return the share of all samples that a micro-batch holds; of the loss where they cannot be counted."""
         size = self.samples_of(micro_batch)
         return micro_batch.weight if self.samples is None or size is None else size / self.samples

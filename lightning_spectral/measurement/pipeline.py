@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
-from lightning_spectral.measurement.directions import leading_directions
+from lightning_spectral.measurement.directions import leading_directions, noise_of_layers
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature, estimate_trace, wants_graph
 from lightning_spectral.measurement.fitting import fit_layers, omission_notes
 from lightning_spectral.measurement.gradient_parts import gradient_parts
@@ -20,6 +20,7 @@ from lightning_spectral.measurement.micro_batches import MicroBatch
 from lightning_spectral.measurement.objective import Objective, ObjectiveGradients
 from lightning_spectral.measurement.raw import RawMeasurement
 from lightning_spectral.measurement.setup import isolated_copy, select_layers, set_up_objective
+from lightning_spectral.numerics.statistics import median
 from lightning_spectral.options import Options
 from lightning_spectral.records.report import SpectralReport
 
@@ -74,10 +75,43 @@ def run_measurement(
         spectrum_top_k=options.spectrum_top_k or options.top_k,
         seconds=time.perf_counter() - started,
         gradient_seconds=raw.gradient_seconds,
-        warnings=(*copy.notes, *raw.precision_notes, *curvatures.notes, *omission_notes(raw, spectra)),
+        warnings=(
+            *copy.notes,
+            *raw.precision_notes,
+            *curvatures.notes,
+            *omission_notes(objective, raw, spectra, options),
+        ),
         chosen=curvatures.chosen,
         check_error=curvatures.check_error,
     )
+
+
+def measure_noise_scale(
+    model: nn.Module,
+    batches: Sequence[Any],
+    options: Options,
+    loss_fn: LossFunction | None = None,
+    *,
+    batch_idx: int = 0,
+    group: SingleProcess = SINGLE_PROCESS,
+) -> float:
+    """Return the noise scale, in samples, of the median layer's gradient; NaN where it cannot be told.
+
+    Args:
+        model, batches, options, loss_fn, batch_idx, group: as in `run_measurement`.
+    """
+    with isolated_copy(model, options.mode, options.precision, group) as copy:
+        with group.step():
+            layers = select_layers(copy.original, options)
+            loss = resolve_loss(copy.original, loss_fn, batch_idx)
+        objective = set_up_objective(copy, loss, batches, layers.layers, options, group)
+        for attempt in attempts(objective, options.micro_batch_size):
+            with attempt:
+                micro_batches = objective.cut(attempt.max_size)
+                gradients = objective.gradients(micro_batches)
+                parts = gradient_parts(objective, gradients, micro_batches)
+                noise = noise_of_layers(gradients, parts.norms, objective)
+    return median(of_layer.noise_scale for of_layer in noise.values())
 
 
 def measure(

@@ -30,7 +30,7 @@ class GradientNoise:
     E|G|^2 = |mu|^2 + tr(Sigma) / B.
 
     Attributes:
-        signal: S = |mu|^2 / |G|^2, estimated without bias and so below 0 where noise is all there is; NaN where unknown.
+        signal: S = |mu|^2 / |G|^2, estimated without bias, so that it may lie below 0; NaN where unknown.
         signal_stderr: standard error of S; NaN of fewer than two parts.
         noise_scale: B (1 - S) / S = tr(Sigma) / |mu|^2, in samples: the number at which half of |G|^2 is noise. It does
             not depend on B. Infinite where S is not positive; NaN where S or B is unknown.
@@ -43,6 +43,9 @@ class GradientNoise:
     noise_scale: float = NAN
     noise_scale_stderr: float = NAN
     parts: int = 0
+
+
+UNKNOWN_NOISE = GradientNoise()
 
 
 def gradient_noise(squared_norm: float, parts: Sequence[GradientPart], samples: int | None) -> GradientNoise:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_spectral.numerics.gradient_noise import GradientNoise
+from lightning_spectral.numerics.gradient_noise import UNKNOWN_NOISE, GradientNoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class LayerMeasurement:
     method: str = "exact"
     h_stderr: Tensor | None = None
     spectrum: Tensor | None = None
-    gradient_noise: GradientNoise = GradientNoise()
+    gradient_noise: GradientNoise = UNKNOWN_NOISE
     note: str = ""
     alignment_note: str = ""
 

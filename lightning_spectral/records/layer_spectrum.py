@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_spectral._serialization import decode, to_jsonable
 from lightning_spectral.numerics.bootstrap import Intervals
-from lightning_spectral.numerics.gradient_noise import GradientNoise
+from lightning_spectral.numerics.gradient_noise import UNKNOWN_NOISE, GradientNoise
 from lightning_spectral.numerics.power_law import PowerLawFit, RankModels
 from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
@@ -94,7 +94,7 @@ class LayerSpectrum:
     spectrum: Tensor
     rank_models: RankModels
     alpha_quartiles: tuple[PowerLawFit, ...]
-    gradient_noise: GradientNoise = GradientNoise()
+    gradient_noise: GradientNoise = UNKNOWN_NOISE
     note: str = ""
     weights: WeightSpectrum | None = None
     intervals: Intervals | None = None
