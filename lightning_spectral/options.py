@@ -97,8 +97,8 @@ class Options:
         default=None,
         metadata=_about(
             "samples whose mean gradient gives sigma, u and v, of which curvature is measured on the first "
-            'max_samples; "auto": as many as leave 5 % of sampling noise in the squared gradient of the median layer; None: the '
-            "same for both.",
+            'max_samples; "auto": as many as leave 5 % of sampling noise in the squared gradient of the median layer; '
+            "None: the same for both.",
             metavar="N",
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,13 +11,17 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_spectral._validation import optional_positive_int, positive_int
 from lightning_spectral.distributed.process_group import SingleProcess
-from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import batch_size, take_samples
 from lightning_spectral.measurement.cpu_batches import CpuBatches
-from lightning_spectral.measurement.loader_batches import first_batches
+from lightning_spectral.measurement.gradient_samples import samples_for_aim
+from lightning_spectral.measurement.loader_batches import ALL, Share, count_samples, first_batches
 
 BatchChoice = Literal["train", "fixed"] | DataLoader[Any]
 CHOICES = ("train", "fixed")
+
+
+FIRST_BATCHES = 16
+"""Batches that the first probe takes at most for gradient_samples="auto", before it is known what a probe costs."""
 
 
 class BatchSource:
@@ -25,14 +30,23 @@ class BatchSource:
     Args:
         choice: "train", the batches from the probe's step on; "fixed", the first batches of the run; or a DataLoader,
             whose first batches are fetched once.
-        n_batches: number of batches.
+        n_batches: number of batches at least.
         fixed_samples: with "fixed", keep as many batches as hold so many samples, the last one cut, instead.
+        gradient_samples: as many batches as hold so many samples of all ranks; "auto": as many as `aim` is told.
+        gradient_samples_max: samples of all ranks that "auto" takes at most.
 
     Raises:
         ValueError: for an option out of range, or options that exclude each other.
     """
 
-    def __init__(self, choice: BatchChoice, n_batches: int = 1, fixed_samples: int | None = None) -> None:
+    def __init__(
+        self,
+        choice: BatchChoice,
+        n_batches: int = 1,
+        fixed_samples: int | None = None,
+        gradient_samples: int | Literal["auto"] | None = None,
+        gradient_samples_max: int = 4096,
+    ) -> None:
         if not isinstance(choice, DataLoader) and choice not in CHOICES:
             raise ValueError(f"batch must be 'train', 'fixed' or a DataLoader, got {choice!r}")
         self.choice = choice
@@ -43,21 +57,33 @@ class BatchSource:
                 "fixed_samples tells how much of batch='fixed' to keep, in place of n_batches; "
                 f"got batch={choice!r} and n_batches={n_batches}"
             )
+        self.gradient_samples, self.gradient_samples_max = gradient_samples, gradient_samples_max
+        self.samples = gradient_samples if isinstance(gradient_samples, int) else None
+        self.most_batches = math.inf
+        self.ranks = 1
         self.reset()
 
     def reset(self) -> None:
         """Drop the collected batches, for the next probe or run."""
         self._batches = CpuBatches()
         self._samples = 0
+        self._loaded_for: int | None = None
         self._is_loaded = False
 
     def describe_size(self) -> str:
         """Return the option that sets how much is collected, as text."""
-        return f"n_batches={self.n_batches}" if self.fixed_samples is None else f"fixed_samples={self.fixed_samples}"
+        if self.fixed_samples is not None:
+            return f"fixed_samples={self.fixed_samples}"
+        return f"n_batches={self.n_batches}" if self.samples is None else f"gradient_samples={self.samples}"
+
+    @property
+    def follows_noise(self) -> bool:
+        """True where noise decides how many samples a probe takes."""
+        return self.gradient_samples == "auto" and self.choice != "fixed"
 
     @property
     def takes_per_probe(self) -> int:
-        """Number of training batches that each probe takes."""
+        """Number of training batches that each probe takes at least."""
         return self.n_batches if self.choice == "train" else 1
 
     @property
@@ -69,26 +95,37 @@ class BatchSource:
     def _is_full(self) -> bool:
         if self.fixed_samples is not None:
             return self._samples >= self.fixed_samples
-        if isinstance(self.choice, DataLoader):
-            return self._is_loaded
-        return len(self._batches) >= self.n_batches
+        return self._suffice(len(self._batches), self._samples)
+
+    def _suffice(self, n_batches: int, samples: int) -> bool:
+        """Return whether so many batches and samples of this rank are as many as a probe takes."""
+        if n_batches >= self.most_batches:
+            return True
+        return n_batches >= self.n_batches and (self.samples is None or samples * self.ranks >= self.samples)
+
+    def aim(self, noise_scale: float, most: float = math.inf) -> None:
+        """Take as many samples for the next gradient as its noise asks for.
+
+        Args:
+            noise_scale: of the median layer, in samples; NaN: n_batches.
+            most: samples that the next probe may take.
+        """
+        samples = samples_for_aim(noise_scale, self.gradient_samples_max)
+        self.samples = None if samples is None else max(1, int(min(samples, most)))
 
     def collect(self, batch: Any) -> None:
         """Keep a copy of a training batch.
 
         Raises:
-            MeasurementError: if fixed_samples cannot count its samples.
+            MeasurementError: if an option asks for its samples and they cannot be counted.
         """
         if self.fixed_samples is not None:
-            size = batch_size(batch)
-            if size is None:
-                raise MeasurementError(
-                    "fixed_samples: the tensors of the batch share no leading dimension, so its samples cannot be "
-                    "counted; set n_batches instead"
-                )
+            size = count_samples(batch, "fixed_samples")
             missing = self.fixed_samples - self._samples
             batch = batch if size <= missing else take_samples(batch, missing, option="fixed_samples")
             self._samples += min(size, missing)
+        elif self.gradient_samples is not None:
+            self._samples += self._count(batch)
         self._batches.append(batch)
 
     def batches(
@@ -104,23 +141,34 @@ class BatchSource:
             to_device: moves a batch of the loader to the module's device.
             group: ranks that measure together.
         """
+        self.ranks = group.size
         if self.choice == "train":
-            if self.n_batches == 1:
+            if not len(self._batches) and self._suffices_alone(batch):
                 return [batch]
             self.collect(batch)
-        elif isinstance(self.choice, DataLoader) and not self._is_loaded:
+        elif isinstance(self.choice, DataLoader) and (not self._is_loaded or self._loaded_for != self.samples):
             inner = getattr(self.choice.batch_sampler, "sampler", None)
             is_split = isinstance(self.choice.sampler, DistributedSampler) or isinstance(inner, DistributedSampler)
-            rank, size = (0, 1) if is_split else (group.rank, group.size)
-            share = slice(rank, None, size)
-            self._batches = first_batches(self.choice, self.n_batches, module, prepare=to_device, share=share)
-            self._is_loaded = True
-        if not self._is_full:
-            return None
-        batches = self._batches
+            share = ALL if is_split else Share(group.rank, group.size)
+            samples = None if self.samples is None else math.ceil(self.samples / (group.size if is_split else 1))
+            self._batches = first_batches(
+                self.choice, self.n_batches, module, prepare=to_device, share=share, samples=samples
+            )
+            self._loaded_for, self._is_loaded = self.samples, True
+        return self._batches if self._is_loaded or self._is_full else None
+
+    def _suffices_alone(self, batch: Any) -> bool:
+        """Return whether a batch is all that a probe takes, so that it need not be copied."""
+        return self._suffice(1, 0 if self.samples is None else self._count(batch))
+
+    def _count(self, batch: Any) -> int:
+        """Return the samples of a batch; of one that does not tell, 0 where none were asked for."""
+        return (batch_size(batch) or 0) if self.samples is None else count_samples(batch, "gradient_samples")
+
+    def finish(self) -> None:
+        """Let go of the batches of a probe that is done, unless they are kept for all."""
         if self.choice == "train":
             self.reset()
-        return batches
 
     def check_loader(self) -> None:
         """Raise ValueError for a loader whose length is known and too short."""

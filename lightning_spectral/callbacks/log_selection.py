@@ -13,13 +13,13 @@ from lightning_spectral.records.report import SpectralReport
 LOGGED_LAYERS = 24
 """Number of layers that `log_layers="auto"` logs one by one."""
 
-CURVES = ("alpha", "gamma", "s", "transfer_error", "pr_curvature", "zeta_bound")
+CURVES = ("alpha", "gamma", "s", "transfer_error", "pr_curvature", "zeta_bound", "signal", "noise_scale")
 """Quantities whose medians are logged for each kind of layer, too."""
 
-PER_LAYER = ("alpha", "r2_alpha")
-"""Quantities that `log_quantities="auto"` logs per layer: the exponent, and whether to trust it."""
+PER_LAYER = ("alpha", "r2_alpha", "signal", "sigma_max", "h_max")
+"""Quantities that `log_quantities="auto"` logs per layer: the exponent, whether to trust it, and its scales."""
 
-HEALTH = ("layers_failed", "negative_curvature", "r2_alpha_median", "probe_overhead")
+HEALTH = ("layers_trusted", "layers_failed", "negative_curvature", "r2_alpha_median", "probe_overhead")
 """Keys that tell whether to trust the others."""
 
 _PART_OF = {key.name: key.part for key in LAYER_KEYS}
@@ -49,6 +49,7 @@ class LogSelection:
         self.log_layers = log_layers
         self.parts = {"", *parts}
         self.quantities = self._quantities(log_quantities)
+        self._all = log_quantities == "all"
         self.warn = warn
 
     def _quantities(self, selection: str | Sequence[str]) -> frozenset[str]:
@@ -106,9 +107,9 @@ class LogSelection:
         if owner in layers:
             return quantity in self.quantities
         if owner.startswith("kind/"):
-            name = quantity.removesuffix("_median")
-            return name in CURVES or bool(_PART_OF[name])
-        return True
+            name = quantity.removesuffix("_all").removesuffix("_median")
+            return (name in CURVES or bool(_PART_OF[name])) and (self._all or not quantity.endswith("_all"))
+        return self._all or not quantity.endswith("_all")
 
 
 def charts(keys: Iterable[str], n: int | None) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from lightning_spectral._serialization import UNREADABLE
@@ -17,19 +17,16 @@ from lightning_spectral.callbacks.callback_metrics import CallbackMetrics
 from lightning_spectral.callbacks.log_selection import LogSelection
 from lightning_spectral.callbacks.probe_trigger import MAX_OVERHEAD, ProbeTrigger
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
+from lightning_spectral.callbacks.safe_measurement import SafeMeasurement
 from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.callbacks.warn_once import WarnOnce
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, NoMatrixError, find_layers
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
-from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.options import Mode, Options, Precision
 from lightning_spectral.records.report import SpectralReport
-
-logger = logging.getLogger(__name__)
 
 
 class SpectralProbe(AnyCallback):
@@ -170,8 +167,9 @@ class SpectralProbe(AnyCallback):
         self.every_n_steps, self.prefix, self.loss_fn = every_n_steps, prefix, loss_fn
         self.swap = SwapOptimizer() if swap_optimizer else AnyCallback()
         self._warn_once = WarnOnce()
+        self.measurement = SafeMeasurement(self.options, loss_fn, self._warn_once)
         self.budget = TimeBudget(max_overhead)
-        self.source = BatchSource(batch, n_batches, fixed_samples)
+        self.source = BatchSource(batch, n_batches, fixed_samples, gradient_samples, gradient_samples_max)
         self.trigger = ProbeTrigger(every_n_steps, self.budget, self.source, self._warn_once)
         self.advice = BudgetAdvice(self.budget, self._warn_once)
         self.logged = LogSelection(log_layers, log_quantities, self.options.parts, self._warn_once)
@@ -267,13 +265,20 @@ class SpectralProbe(AnyCallback):
             if self._has_one_within_budget:
                 self.advice.judge(step, self.last_report, lambda: total_steps(trainer))
             self.trigger.is_pending |= self.should_measure(step)
-        if (batches := self.trigger.batches(trainer, pl_module, batch)) is None:
+        group, measurement = self.trigger.group, self.measurement
+        noise_scale = partial(measurement.noise_scale, pl_module, batch_idx, group)
+        if (batches := self.trigger.batches(trainer, pl_module, batch, noise_scale)) is None:
             return
-        report = self._measure(trainer, pl_module, batches, batch_idx, step)
+        report = measurement.report(
+            trainer, pl_module, batches, batch_idx=batch_idx, step=step, n_batches=self.source.n_batches, group=group
+        )
+        if report is not None:
+            self.last_report = report
+            self._history.append(report)
         alphas = transfer_alphas(report, optimizers, pl_module, self.options, self.logged.layers)
         self.probes += 1
         self.failed_probes += report is None
-        self.trigger.finish(pl_module, step)
+        self.trigger.finish(pl_module, step, report)
         self._write(trainer, report, alphas, step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -299,32 +304,11 @@ class SpectralProbe(AnyCallback):
             self.last_report = None if saved is None else SpectralReport.from_dict(saved)
         except UNREADABLE as error:
             self._warn_once(f"the checkpoint's last report cannot be read ({error}); none until the next probe")
+        self.trigger.follow(self.last_report)
 
     @property
     def _has_one_within_budget(self) -> bool:
         return self.probes == 1 and self.every_n_steps is None
-
-    def _measure(
-        self, trainer: Any, module: Any, batches: Sequence[Any], batch_idx: int, step: int
-    ) -> SpectralReport | None:
-        try:
-            report = run_measurement(
-                module, batches, self.options, self.loss_fn, batch_idx=batch_idx, group=self.trigger.group
-            )
-        except Exception as error:
-            # A failed probe must not end training; an interrupt that surfaced as another error must.
-            if end := interruption(error):
-                raise end from error
-            self._warn_once(f"nothing was measured at step {step}: {type(error).__name__}: {error}")
-            return None
-        report = report.at(step=step, epoch=trainer.current_epoch)
-        for text in report.problems():
-            self._warn_once(text)
-        if report.chosen and not (self._history and self._history[-1].chosen == report.chosen):
-            logger.info("step %d, curvature by %s", step, report.chosen)
-        self.last_report = report
-        self._history.append(report)
-        return report
 
     def _write(self, trainer: Any, report: SpectralReport | None, alphas: dict[str, float], step: int) -> None:
         started = self.budget.clock()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from lightning_spectral._validation import positive_int
-from lightning_spectral.callbacks._lightning import optimizer_steps, repeats_batch, to_device
-from lightning_spectral.callbacks.batch_source import BatchSource
+from lightning_spectral.callbacks._lightning import optimizer_steps, repeats_batch, to_device, total_steps
+from lightning_spectral.callbacks.batch_source import FIRST_BATCHES, BatchSource
 from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
+from lightning_spectral.isolation.batch_tree import batch_size
 from lightning_spectral.isolation.devices import synchronize
+from lightning_spectral.measurement.gradient_samples import samples_for_aim
+from lightning_spectral.numerics.statistics import median
+from lightning_spectral.records.report import SpectralReport
 
 MAX_OVERHEAD = 0.05
 """Share of wall time that probes take by default."""
@@ -46,6 +51,8 @@ class ProbeTrigger:
         self.group: SingleProcess = SINGLE_PROCESS
         self.is_resumed = self.is_pending = False
         self._step: int | None = None
+        self._has_aim = False
+        self._noise_scale = self._affordable = math.nan
         self._seconds = self._started = 0.0
 
     def turn_off(self, reason: str) -> None:
@@ -84,6 +91,17 @@ class ProbeTrigger:
             if reason and not self.off:
                 self.turn_off(f"rank {rank}: {reason}")
         self.budget.start(optimizer_steps(trainer))
+        in_epoch = trainer.num_training_batches
+        if self._of_one_step(trainer) and in_epoch < self.source.n_batches:
+            self.warn(
+                f"n_batches={self.source.n_batches} batches of one optimizer step are more than an epoch has; a probe "
+                f"takes the {in_epoch} of an epoch"
+            )
+            self.source.n_batches = int(in_epoch)
+
+    def _of_one_step(self, trainer: Any) -> bool:
+        """Return whether a probe takes batches of one optimizer step alone."""
+        return bool(1 < self.source.takes_per_probe <= trainer.accumulate_grad_batches)
 
     def warn_if_waiting(self) -> None:
         """Warn at the end of training if the first probe is still waiting for its batches."""
@@ -106,34 +124,70 @@ class ProbeTrigger:
             return False
         self._step = step
         self.budget.record_step(step)
-        if 1 < self.source.takes_per_probe <= trainer.accumulate_grad_batches:
+        if self.source.samples is None and self._of_one_step(trainer):
             # An epoch's end cut the last step's micro-batches short; a probe takes those of one step.
             self.source.reset()
         return True
 
-    def batches(self, trainer: Any, module: Any, batch: Any) -> Sequence[Any] | None:
+    def batches(
+        self, trainer: Any, module: Any, batch: Any, noise_scale: Callable[[Sequence[Any]], float]
+    ) -> Sequence[Any] | None:
         """Return the batches of the probe that is due; None while none is, or its batches are incomplete.
 
         Args:
             trainer: Trainer of the run.
             module: module in training.
             batch: batch about to be trained on.
+            noise_scale: measures the noise scale, in samples, of the gradient of batches.
         """
         if not (self.is_pending or self.source.collects):
             return None
         synchronize(module.parameters())
         self._started = self.budget.clock()
+        if self.is_pending and self.source.follows_noise and not self._has_aim:
+            self._aim(trainer, module, batch, noise_scale)
         batches = self._collect(trainer, module, batch)
         if not (self.is_pending and self._all_have(batches)):
             self._seconds += self.budget.clock() - self._started
             return None
         return [] if self.group.size > 1 and repeats_batch(trainer) else batches
 
-    def finish(self, module: Any, step: int) -> None:
-        """Record that the probe before this step is done."""
+    def _aim(self, trainer: Any, module: Any, batch: Any, noise_scale: Callable[[Sequence[Any]], float]) -> None:
+        """Have the probe that begins take as many samples as the noise of its first batch or of the last probe asks."""
+        self._has_aim = True
+        first = [batch] if self.source.choice == "train" else self._collect(trainer, module, batch)
+        if not self._all_have(first):
+            return
+        own = noise_scale([] if self.group.size > 1 and repeats_batch(trainer) else first or [])
+        size = (batch_size(batch) or 0) * self.group.size
+        most = FIRST_BATCHES * size if math.isnan(self._affordable) else self._affordable
+        steps = min(self.every_n_steps or math.inf, total_steps(trainer) - optimizer_steps(trainer))
+        # Else the run ends, or the next probe is due, before this one has its batches. An epoch's end ends a step.
+        per_step = min(trainer.accumulate_grad_batches, trainer.num_training_batches)
+        self.source.most_batches = max(steps * per_step, self.source.n_batches)
+        self.source.aim(max((own, self._noise_scale), key=lambda scale: -1.0 if math.isnan(scale) else scale), most)
+
+    def finish(self, module: Any, step: int, report: SpectralReport | None) -> None:
+        """Record that the probe before this step is done; its noise tells how many samples the next one takes."""
         synchronize(module.parameters())
         self.budget.record_probe(step, self._seconds + self.budget.clock() - self._started)
         self.is_pending, self._seconds = False, 0.0
+        self.source.finish()
+        self._has_aim = False
+        self.follow(report)
+
+    def follow(self, report: SpectralReport | None) -> None:
+        """Take note of a report's noise and cost: the next gradient may cost as much as its curvature did."""
+        if report is None or not self.source.follows_noise or not report.n_samples:
+            return
+        own = report.gradient_seconds, report.seconds - report.gradient_seconds
+        gradient_seconds, other_seconds = self.group.all_gather_object(own)[0]
+        per_sample = max(gradient_seconds, 1e-9) / report.n_samples
+        self._noise_scale = median(layer.gradient_noise.noise_scale for layer in report.layers.values())
+        self._affordable = other_seconds / per_sample + (report.curvature_samples or 0)
+        samples = samples_for_aim(self._noise_scale, self.source.gradient_samples_max)
+        if samples is not None:
+            self.budget.expect(other_seconds + per_sample * min(samples, self._affordable))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule and its state."""

@@ -11,10 +11,10 @@ from typing import Any
 class TimeBudget:
     """Space probes so that they take at most a share f of wall time, from the second probe on.
 
-    With P the seconds probed so far, W the wall time since the start, c the cost of the last probe and t the time since
-    it, the next one is due when P + c <= f (W + c), the whole run's share, and c <= f (t + c), its own interval's, so
-    that time saved by a long pause is not spent at once. The clock is read only at steps predicted from the mean step
-    time; rank 0 broadcasts its prediction, so all ranks decide alike.
+    With P the seconds probed so far, W the wall time since the start, c the cost expected of the next probe and t the
+    time since the last, the next one is due when P + c <= f (W + c), the whole run's share, and c <= f (t + c), its own
+    interval's, so that time saved by a long pause is not spent at once. The clock is read only at steps predicted from
+    the mean step time; rank 0 broadcasts its prediction, so all ranks decide alike.
 
     Args:
         max_overhead: f, between 0 and 1.
@@ -38,7 +38,7 @@ class TimeBudget:
 
     def _reset(self) -> None:
         self.probe_seconds = 0.0
-        self.last_seconds = 0.0
+        self.last_seconds = self.next_seconds = 0.0
         self.last_step: int | None = None
         self._latest_step = 0
         self.next_look = 0
@@ -81,7 +81,7 @@ class TimeBudget:
         """Return the seconds until the next probe is within the budget; not positive when it is."""
         if self.last_step is None:
             return 0.0
-        c, f = self.last_seconds, self.max_overhead
+        c, f = self.next_seconds, self.max_overhead
         return max((self.probe_seconds + c) / f - (self.wall_seconds + c), c / f - (self._since + c))
 
     def record_step(self, step: int) -> None:
@@ -114,14 +114,19 @@ class TimeBudget:
     def record_probe(self, step: int, seconds: float) -> None:
         """Record a probe before this step that took so long and has just ended."""
         self.probe_seconds += seconds
-        self.last_seconds = seconds
+        self.last_seconds = self.next_seconds = seconds
         self.last_step = step
         self._since_before, self._probe_ended = 0.0, self.clock()
+
+    def expect(self, seconds: float) -> None:
+        """Expect the next probe to take so long, in place of as long as the last."""
+        self.next_seconds = seconds
 
     def record_logging(self, seconds: float) -> None:
         """Record that logging the last probe took so long and has just ended."""
         self.probe_seconds += seconds
         self.last_seconds += seconds
+        self.next_seconds += seconds
         self._probe_ended = self.clock()
 
     def step_seconds(self, step: int) -> float:
@@ -135,6 +140,7 @@ class TimeBudget:
             "probe_seconds": self.probe_seconds,
             "wall_seconds": self.wall_seconds,
             "last_seconds": self.last_seconds,
+            "next_seconds": self.next_seconds,
             "last_step": self.last_step,
             "since_seconds": self._since,
             "next_look": self.next_look,
@@ -144,6 +150,7 @@ class TimeBudget:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
         self.probe_seconds, self.last_seconds = state["probe_seconds"], state["last_seconds"]
+        self.next_seconds = state["next_seconds"]
         self.last_step, self.next_look, self._latest_step = state["last_step"], state["next_look"], state["latest"]
         self._wall_before, self._since_before = state["wall_seconds"], state["since_seconds"]
         if self._started is not None:

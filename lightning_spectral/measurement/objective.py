@@ -262,8 +262,8 @@ class Objective:
             # The first comes last, since its graph is kept.
             for micro_batch, first in self.losses(micro_batches[::-1]):
                 norms = PartNorms(self.share_of(micro_batch), self.layers, self.parameters)
-                reducing = self.reducer is not None and not keep_graph
-                with self.reducer.reducing(micro_batch.weight, norms.add_leaf) if reducing else nullcontext():
+                reducer = None if keep_graph else self.reducer
+                with nullcontext() if reducer is None else reducer.reducing(micro_batch.weight, norms.add_leaf):
                     part = first.gradients(keep_graph=keep_graph, outputs=outputs and micro_batch is micro_batches[0])
                 narrow |= first.trace.casts
                 total += micro_batch.weight * first.loss

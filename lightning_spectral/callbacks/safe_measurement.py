@@ -1,0 +1,82 @@
+"""`SafeMeasurement`: measure in the midst of training, and never end it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.isolation.interrupts import interruption
+from lightning_spectral.measurement.loss import LossFunction
+from lightning_spectral.measurement.pipeline import measure_noise_scale, run_measurement
+from lightning_spectral.options import Options
+from lightning_spectral.records.report import SpectralReport
+
+logger = logging.getLogger(__name__)
+
+
+class SafeMeasurement:
+    """Measure a module; what fails is warned of and missing, and only an interrupt goes on.
+
+    Args:
+        options: what to measure and how.
+        loss_fn: as in `SpectralProbe`.
+        warn: warns once per cause.
+    """
+
+    def __init__(self, options: Options, loss_fn: LossFunction | None, warn: Callable[[str], None]) -> None:
+        self.options, self.loss_fn, self.warn = options, loss_fn, warn
+        self._chosen = ""
+
+    def report(
+        self,
+        trainer: Any,
+        module: Any,
+        batches: Sequence[Any],
+        *,
+        batch_idx: int,
+        step: int,
+        n_batches: int,
+        group: SingleProcess,
+    ) -> SpectralReport | None:
+        """Return the report of a measurement before a step; None if it failed.
+
+        Args:
+            trainer: of the run.
+            module: in training.
+            batches, batch_idx, n_batches, group: as in `run_measurement`.
+            step: optimizer steps before it.
+        """
+        try:
+            report = run_measurement(
+                module, batches, self.options, self.loss_fn, batch_idx=batch_idx, n_batches=n_batches, group=group
+            )
+        except Exception as error:
+            # A failed probe must not end training; an interrupt that surfaced as another error must.
+            if end := interruption(error):
+                raise end from error
+            self.warn(f"nothing was measured at step {step}: {type(error).__name__}: {error}")
+            return None
+        report = report.at(step=step, epoch=trainer.current_epoch)
+        for text in report.problems():
+            self.warn(text)
+        if report.chosen not in ("", self._chosen):
+            logger.info("step %d, curvature by %s", step, report.chosen)
+        self._chosen = report.chosen
+        return report
+
+    def noise_scale(self, module: Any, batch_idx: int, group: SingleProcess, batches: Sequence[Any]) -> float:
+        """Return the noise scale of the gradient of batches; NaN where it cannot be told.
+
+        Args:
+            module: in training.
+            batch_idx, group, batches: as in `measure_noise_scale`.
+        """
+        try:
+            return measure_noise_scale(module, batches, self.options, self.loss_fn, batch_idx=batch_idx, group=group)
+        except Exception as error:
+            # The measurement that follows says what is wrong.
+            if end := interruption(error):
+                raise end from error
+            return float("nan")
