@@ -52,6 +52,7 @@ class ProbeTrigger:
         self.is_resumed = self.is_pending = False
         self._step: int | None = None
         self._has_aim = False
+        self._in_epoch = math.inf
         self._noise_scale = self._affordable = math.nan
         self._seconds = self._started = 0.0
 
@@ -98,6 +99,8 @@ class ProbeTrigger:
                 f"takes the {in_epoch} of an epoch"
             )
             self.source.n_batches = int(in_epoch)
+        # A second pass over an epoch's samples brings none that are new.
+        self.source.most_batches = self._in_epoch = max(in_epoch, self.source.n_batches)
 
     def _of_one_step(self, trainer: Any) -> bool:
         """Return whether a probe takes batches of one optimizer step alone."""
@@ -164,7 +167,7 @@ class ProbeTrigger:
         steps = min(self.every_n_steps or math.inf, total_steps(trainer) - optimizer_steps(trainer))
         # Else the run ends, or the next probe is due, before this one has its batches. An epoch's end ends a step.
         per_step = min(trainer.accumulate_grad_batches, trainer.num_training_batches)
-        self.source.most_batches = max(steps * per_step, self.source.n_batches)
+        self.source.most_batches = max(min(steps * per_step, self._in_epoch), self.source.n_batches)
         self.source.aim(max((own, self._noise_scale), key=lambda scale: -1.0 if math.isnan(scale) else scale), most)
 
     def finish(self, module: Any, step: int, report: SpectralReport | None) -> None:

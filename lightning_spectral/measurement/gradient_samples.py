@@ -33,7 +33,7 @@ def samples_for_aim(noise_scale: float, most: int) -> int | None:
     """
     if math.isnan(noise_scale):
         return None
-    return int(min(most, math.ceil(round(noise_scale * AIM / (1 - AIM), 6))))
+    return math.ceil(min(most, round(noise_scale * AIM / (1 - AIM), 6)))
 
 
 def batches_to_measure(
