@@ -48,17 +48,19 @@ PAPER_RANGES = {kind: reported[0][:2] for kind, reported in REPORTED.items() if 
 
 @dataclass(frozen=True)
 class KindSummary:
-    """Medians over the layers of one kind, NaN left out, and what the paper reports.
+    """Medians over the fits to trust of one kind of layer, and what the paper reports.
 
     Attributes:
         kind: of the layers.
         layers: how many there are.
-        alpha, gamma, s, transfer_error, pr_curvature: medians.
+        trusted: how many of them have a fit to trust.
+        alpha, gamma, s, transfer_error, pr_curvature: medians over these; NaN where there is none.
         paper_alpha: the paper's figures in words; empty where it has none.
     """
 
     kind: str
     layers: int
+    trusted: int
     alpha: float
     gamma: float
     s: float
@@ -68,20 +70,23 @@ class KindSummary:
 
 
 def compare_kinds(report: SpectralReport) -> list[KindSummary]:
-    """Return the median layer of each kind beside the paper's range, kinds in the order of the network."""
-    return [
-        KindSummary(
-            kind=kind,
-            layers=len(layers),
-            alpha=median([x.alpha.exponent for x in layers]),
-            gamma=median([x.gamma.exponent for x in layers]),
-            s=median([x.s.exponent for x in layers]),
-            transfer_error=median([x.transfer_error for x in layers]),
-            pr_curvature=median([x.pr_curvature for x in layers]),
-            paper_alpha=PAPER_ALPHA.get(kind, ""),
-        )
-        for kind, layers in report.by_kind().items()
-    ]
+    """Return the median fit of each kind beside the paper's range, kinds in the order of the network."""
+    return [_summarized(kind, layers) for kind, layers in report.by_kind().items()]
+
+
+def _summarized(kind: str, layers: Sequence[LayerSpectrum]) -> KindSummary:
+    fits = [layer for layer in layers if trusted(layer)]
+    return KindSummary(
+        kind=kind,
+        layers=len(layers),
+        trusted=len(fits),
+        alpha=median([x.alpha.exponent for x in fits]),
+        gamma=median([x.gamma.exponent for x in fits]),
+        s=median([x.s.exponent for x in fits]),
+        transfer_error=median([x.transfer_error for x in fits]),
+        pr_curvature=median([x.pr_curvature for x in fits]),
+        paper_alpha=PAPER_ALPHA.get(kind, ""),
+    )
 
 
 def trusted(layer: LayerSpectrum) -> bool:

@@ -60,14 +60,13 @@ def summary_over_training(probes: Sequence[tuple[int | None, Sequence[Exponents]
         probes: step and layers of each, in order.
     """
     placed = [(step, _alphas(layers)) for step, layers in probes if step is not None]
+    # A trend begins where there is something to trust.
     placed = [(step, alphas) for step, alphas in placed if alphas]
     if not placed or placed[0][0] == placed[-1][0]:
         return []
     (first, before), (last, after) = placed[0], placed[-1]
-    text = (
-        f"From step {first} to {last} the median alpha of all layers went from {median(list(before.values())):.2f} "
-        f"to {median(list(after.values())):.2f}"
-    )
+    low, high = median(before.values()), median(after.values())
+    text = f"From step {first} to {last} the median alpha of the fits to trust went from {low:.2f} to {high:.2f}"
     both = [name for name in after if name in before]
     if not both:
         return [f"{text}."]
@@ -76,7 +75,7 @@ def summary_over_training(probes: Sequence[tuple[int | None, Sequence[Exponents]
 
 
 def _alphas(layers: Sequence[Exponents]) -> dict[str, float]:
-    return {x.short: x.alpha for x in layers if not math.isnan(x.alpha)}
+    return {x.short: x.alpha for x in layers if x.trusted}
 
 
 def _trust(layers: Sequence[Exponents]) -> str:
@@ -97,7 +96,7 @@ def _clouds(layers: Sequence[Exponents]) -> str:
         return ""
     why = "no straight line in log sigma, and alpha is the slope of a cloud"
     if not all(x.r2 < GOOD_FIT for x in clouds):
-        why = "no straight line in log sigma, or its points are too few or too noisy to tell"
+        why = "no straight line in log sigma, or few points, one alone or noise make it one"
     return f"Not to be trusted: {join_names(bad)}. There log h is {why}."
 
 

@@ -205,8 +205,8 @@ def measure(optimizer: Optimizer, module: nn.Module, batch: Any, loss: Callable[
         scale_rates(optimizer, {name: layer.s.exponent for name, layer in report.layers.items()})
         return
     parameters = dict(module.named_parameters())
-    fits = {name: layer.alpha for name, layer in report.layers.items()}
-    optimizer.set_alpha({parameters[n]: [MeasuredAlpha(fit.exponent, fit.r2)] for n, fit in fits.items()})
+    alphas = {name: report.layers[name].alpha.exponent for name in report.trusted}
+    optimizer.set_alpha({parameters[name]: [MeasuredAlpha(alpha)] for name, alpha in alphas.items()})
 
 
 def evaluate(module: nn.Module, loader: DataLoader[Any], loss: Callable[[nn.Module, Any], Tensor]) -> float:

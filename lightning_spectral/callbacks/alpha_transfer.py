@@ -38,15 +38,15 @@ def transfer_alphas(
     options: Options,
     logged: Callable[[Sequence[str]], Sequence[str]],
 ) -> dict[str, float]:
-    """Give the optimizers the exponents of a report, if any, and return logged key -> exponent in use.
+    """Give the optimizers the exponents to trust of a report, if any, and return logged key -> exponent in use.
 
     ``logged`` maps the names of all layers to those logged one by one.
     """
     if not optimizers:
         return {}
     layers = _measured_layers(module, options)
-    fits = {} if report is None else {name: (x.alpha.exponent, x.alpha.r2) for name, x in report.layers.items()}
-    write_alphas(optimizers, module, layers, fits)
+    alphas = {} if report is None else {name: report.layers[name].alpha.exponent for name in report.trusted}
+    write_alphas(optimizers, module, layers, alphas)
     return alphas_in_use(optimizers, module, {name: layers[name] for name in logged(list(layers))})
 
 
@@ -73,17 +73,14 @@ def write_alphas(
     optimizers: Iterable[SpectralNewton],
     module: nn.Module,
     layers: Mapping[str, MatrixLayer],
-    fits: Mapping[str, tuple[float, float]],
+    alphas: Mapping[str, float],
 ) -> None:
-    """Set the exponents of the layers' parameters, matched by identity, in every optimizer.
-
-    ``fits`` is layer -> (alpha, r2), NaN where a layer's fit failed.
-    """
+    """Set the exponents, by layer, of the layers' parameters, matched by identity, in every optimizer."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     measured: dict[Any, list[MeasuredAlpha]] = {}
-    for name, (alpha, r2) in fits.items():
+    for name, alpha in alphas.items():
         if layer := layers.get(name):
-            measured.setdefault(parameters[layer.parameter], []).append(MeasuredAlpha(alpha, r2, layer.rows))
+            measured.setdefault(parameters[layer.parameter], []).append(MeasuredAlpha(alpha, layer.rows))
     for optimizer in optimizers:
         optimizer.set_alpha(measured)
 

@@ -19,7 +19,7 @@ PER_UNIT = 10
 """Exponents in use are multiples of 1 / 10, about the standard error of a measured one, so that matrices share the
 batches of a step and the cached sums of inverses, whose fit takes as long as many steps of a small network."""
 
-OPTIONS = ("alpha_range", "alpha_min_r2", "alpha_momentum")
+OPTIONS = ("alpha_range", "alpha_momentum")
 
 Averages = list[float | None]
 """Of the matrices of one parameter; None before the first measurement."""
@@ -31,12 +31,10 @@ class MeasuredAlpha:
 
     Attributes:
         alpha: the slope of log h on log sigma; NaN where there is none.
-        r2: of that fit.
         rows: first and last-plus-one row of the parameter's matrix it holds for; None: all of them.
     """
 
     alpha: float
-    r2: float = 1.0
     rows: tuple[int, int] | None = None
 
 
@@ -80,7 +78,7 @@ def averaged(
     """Return the averages of a parameter's matrices after a measurement.
 
     a <- mu a + (1 - mu) x, a = x the first time, where x is the mean of the exponents that hold for rows of the matrix,
-    those with an r2 of at least ``alpha_min_r2``, clamped to ``alpha_range``. A matrix without one keeps its average.
+    clamped to ``alpha_range``. A matrix without one keeps its average.
 
     Args:
         averages: (parts,) before.
@@ -89,7 +87,7 @@ def averaged(
         group: with the options.
     """
     (low, high), mu = group["alpha_range"], group["alpha_momentum"]
-    good = [fit for fit in measured if fit.r2 >= group["alpha_min_r2"] and math.isfinite(fit.alpha)]
+    good = [fit for fit in measured if math.isfinite(fit.alpha)]
     out = []
     for average, fits in zip(averages, by_rows(good, counts), strict=True):
         values = [min(max(fit.alpha, low), high) for fit in fits]
@@ -116,7 +114,5 @@ def check_probe_options(group: Mapping[str, Any]) -> None:
     bounds = group["alpha_range"]
     if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < math.inf:
         raise ValueError(f"alpha_range must be two exponents, 0 <= low <= high, got {bounds}")
-    if not group["alpha_min_r2"] <= 1:
-        raise ValueError(f"alpha_min_r2 must be at most 1, the r2 of a perfect fit, got {group['alpha_min_r2']}")
     if not 0 <= group["alpha_momentum"] < 1:
         raise ValueError(f"alpha_momentum must lie in [0, 1), got {group['alpha_momentum']}")

@@ -52,7 +52,7 @@ class SpectralNewton(Optimizer):
 
     With alpha = "probe" every matrix has an exponent of its own, an average of what a `SpectralProbe` in the same
     Trainer, or a call of `set_alpha`, measures: the first one, and then a <- mu a + (1 - mu) x with x clamped to
-    ``alpha_range``, from fits with an r2 of at least ``alpha_min_r2`` only. A step takes it to the nearest tenth. A
+    ``alpha_range``, from fits to trust only. A step takes it to the nearest tenth. A
     matrix steps with alpha = 2 until it has one; where nothing measures, the first step warns. Parts of a fused
     projection that the probe measures apart (its ``fused_qkv``) have an exponent each, groups of a convolution share
     one. Averages are saved with the state. What is trained then depends on when it is measured: give the probe
@@ -96,7 +96,6 @@ class SpectralNewton(Optimizer):
             names of embeddings and heads.
         alpha_range: smallest and largest exponent that alpha="probe" takes from a measurement. Above 2 a step needs
             eigenvalues, at two to three times its cost.
-        alpha_min_r2: r2 from which on a measured exponent counts.
         alpha_momentum: share of the old average in the new one, per measurement.
         process_group: of processes that share the matrices, if they are whole in each: "auto", those of DDP; "world",
             all; a group; null: none. It is not part of the state.
@@ -135,7 +134,6 @@ class SpectralNewton(Optimizer):
         adamw_weight_decay: float | None = None,
         adamw_names: Sequence[str] | None = None,
         alpha_range: tuple[float, float] = (0.5, 2.0),
-        alpha_min_r2: float = 0.9,
         alpha_momentum: float = 0.5,
         process_group: Any = "auto",
     ) -> None:
@@ -155,7 +153,6 @@ class SpectralNewton(Optimizer):
             "adamw_weight_decay": adamw_weight_decay,
             "adamw_names": ADAMW_NAMES if adamw_names is None else tuple(adamw_names),
             "alpha_range": tuple(alpha_range),
-            "alpha_min_r2": alpha_min_r2,
             "alpha_momentum": alpha_momentum,
         }
         check_process_group(process_group)

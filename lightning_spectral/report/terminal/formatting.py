@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lightning_spectral.layers.display_names import brief, shortened
 
-WHOLE_WIDTH = 112
+WHOLE_WIDTH = 122
 """Width that the table of layers needs with names of 16 characters."""
 
 

@@ -24,7 +24,7 @@ from lightning_spectral.report.terminal.optional_tables import requested_of
 
 CAPTION = (
     "h ~ sigma^alpha, sigma ~ k^-gamma, h ~ rank^-s; error: |s - α·γ| / |s|; PR_h: directions that carry h, zeta: its "
-    f"bound; dim: {DOUBTFUL}"
+    f"bound; signal: share of the squared gradient that is no sampling noise; ?: {DOUBTFUL}"
 )
 """Meaning of the columns of the table of layers, in a line."""
 
@@ -33,10 +33,10 @@ PAPER = "alpha in the paper"
 NAME_LEAST, PAPER_LEAST = 24, 20
 """Characters of a layer's name, and of a line of what the paper has, that are worth more than another column."""
 
-LEAST_NEEDED = ("zeta", "shape", "α·γ", "PR_h", "kind", "s", "gamma", "error")
+LEAST_NEEDED = ("zeta", "shape", "α·γ", "PR_h", "kind", "s", "gamma", "error", "signal")
 """Columns that a narrow terminal may go without, the first ones first; alpha and r2 are always shown."""
 
-KIND_LEAST_NEEDED = ("PR_h", "s", "gamma", "layers", "error")
+KIND_LEAST_NEEDED = ("PR_h", "s", "gamma", "fits", "error")
 """Columns of the table of kinds that a narrow terminal may go without, the first ones first."""
 
 
@@ -74,7 +74,7 @@ def print_report(
             # A title of its own would be broken to the width of the table.
             console.print(requested.title, style="italic", soft_wrap=_wide(console), highlight=False)
             _print_table(console, *requested.table(shown.layers.values(), console.width))
-        heading = "median per kind of layer, over all fits, beside the paper's"
+        heading = "median per kind of layer, over the fits to trust, beside the paper's"
     if left := len(report.layers) - len(shown.layers):
         console.print(f"{left} of {len(report.layers)} layers are not shown\n", style="dim")
     console.print(kind_table(report, heading, width=console.width))
@@ -98,7 +98,7 @@ def method_of(report: SpectralReport) -> str:
 
 
 def layer_table(report: SpectralReport, title: str = "", *, width: int | None = None) -> Table:
-    """Return a row per layer: exponents, fits and participation ratio. Values of fits not to be trusted are dim.
+    """Return a row per layer: exponents, fits and participation ratio. Fits not to be trusted are dim and have a "?".
 
     Args:
         report: what was measured.
@@ -120,11 +120,11 @@ def _layer_table(report: SpectralReport, title: str, width: int | None) -> tuple
 
 
 def kind_table(report: SpectralReport, title: str = "", *, width: int | None = None) -> Table:
-    """Return a row per kind of layer: medians over all fits, trusted or not, beside the paper's alpha."""
+    """Return a row per kind of layer: medians over its fits to trust, with their number, beside the paper's alpha."""
     rows = compare_kinds(report)
     columns = {
         "kind": [printable(row.kind) for row in rows],
-        "layers": [str(row.layers) for row in rows],
+        "fits": [f"{row.trusted}/{row.layers}" for row in rows],
         "alpha": [fixed(row.alpha) for row in rows],
         "gamma": [fixed(row.gamma) for row in rows],
         "s": [fixed(row.s) for row in rows],
@@ -138,7 +138,9 @@ def kind_table(report: SpectralReport, title: str = "", *, width: int | None = N
     )[0]  # fmt: skip
 
 
-HEADINGS = ("layer", "kind", "shape", "alpha ± se", "r2", "gamma", "s", "α·γ", "error", "PR_h", "zeta", "points")
+HEADINGS = (
+    "layer", "kind", "shape", "alpha ± se", "r2", "signal", "gamma", "s", "α·γ", "error", "PR_h", "zeta", "points"
+)  # fmt: skip
 
 
 def _cells(layer: LayerSpectrum) -> dict[str, str]:
@@ -148,8 +150,9 @@ def _cells(layer: LayerSpectrum) -> dict[str, str]:
         layer.name,
         layer.kind,
         f"{m}x{n}" + (f" /{layer.groups}" if layer.groups > 1 else ""),
-        f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)}",
+        f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)} {' ' if trusted(layer) else '?'}",
         fixed(layer.alpha.r2),
+        fixed(layer.gradient_noise.signal),
         fixed(layer.gamma.exponent),
         fixed(layer.s.exponent),
         fixed(layer.alpha_gamma),
