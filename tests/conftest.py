@@ -10,6 +10,8 @@ import torch
 from torch.distributed import fsdp
 from world import World
 
+from lightning_spectral import SpectralProbe
+
 torch.set_num_threads(1)
 
 SHARDED = [
@@ -47,6 +49,14 @@ def current_folder(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("current"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def own_batch(request, monkeypatch):
+    """In a Trainer, measure the step's own batch unless a test says otherwise: noise would ask for many more."""
+    if "integration" in request.path.parts or "unit" in request.path.parts:
+        defaults = SpectralProbe.__init__.__kwdefaults__ | {"gradient_samples": None}
+        monkeypatch.setattr(SpectralProbe.__init__, "__kwdefaults__", defaults)
 
 
 @pytest.fixture(autouse=True)

@@ -265,16 +265,10 @@ class SpectralProbe(AnyCallback):
             if self._has_one_within_budget:
                 self.advice.judge(step, self.last_report, lambda: total_steps(trainer))
             self.trigger.is_pending |= self.should_measure(step)
-        group, measurement = self.trigger.group, self.measurement
-        noise_scale = partial(measurement.noise_scale, pl_module, batch_idx, group)
+        noise_scale = partial(self.measurement.noise_scale, pl_module, batch_idx, self.trigger.group)
         if (batches := self.trigger.batches(trainer, pl_module, batch, noise_scale)) is None:
             return
-        report = measurement.report(
-            trainer, pl_module, batches, batch_idx=batch_idx, step=step, n_batches=self.source.n_batches, group=group
-        )
-        if report is not None:
-            self.last_report = report
-            self._history.append(report)
+        report = self._measure(trainer, pl_module, batches, batch_idx, step)
         alphas = transfer_alphas(report, optimizers, pl_module, self.options, self.logged.layers)
         self.probes += 1
         self.failed_probes += report is None
@@ -309,6 +303,18 @@ class SpectralProbe(AnyCallback):
     @property
     def _has_one_within_budget(self) -> bool:
         return self.probes == 1 and self.every_n_steps is None
+
+    def _measure(
+        self, trainer: Any, module: Any, batches: Sequence[Any], batch_idx: int, step: int
+    ) -> SpectralReport | None:
+        n_batches, group = self.source.n_batches, self.trigger.group
+        report = self.measurement.report(
+            trainer, module, batches, batch_idx=batch_idx, step=step, n_batches=n_batches, group=group
+        )
+        if report is not None:
+            self.last_report = report
+            self._history.append(report)
+        return report
 
     def _write(self, trainer: Any, report: SpectralReport | None, alphas: dict[str, float], step: int) -> None:
         started = self.budget.clock()

@@ -20,6 +20,11 @@ def batch_size(batch: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def has_tensors(batch: Any) -> bool:
+    """Return whether there is anything in a batch that could be samples."""
+    return bool(_leading_sizes(batch, "batch"))
+
+
 def divisible(batch: Any) -> bool:
     """Return whether `take_samples` can cut it."""
     size = batch_size(batch)

@@ -49,6 +49,9 @@ def gradient_parts(
 def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch) -> GradientParts:
     """Return the parts of a batch that is all there is."""
     size = objective.samples_of(full)
+    if not objective.has_tensors(full):
+        # A loss of the weights alone has no sampling noise.
+        return GradientParts([])
     if objective.reducer is not None or not objective.divisible or size is None or size < 2:
         return GradientParts([], "the gradient is that of one batch, which cannot be cut")
     micro_batches = cut_evenly(full.batch, size, min(size, PARTS))

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_spectral.curvature import DifferentiableLoss, LossValue, SampleRange, loss_value, not_matrices
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
-from lightning_spectral.isolation.batch_tree import FirstSamples, batch_size, divisible, take_samples
+from lightning_spectral.isolation.batch_tree import FirstSamples, batch_size, divisible, has_tensors, take_samples
 from lightning_spectral.isolation.replay import InitialState, ReplayedLoss
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
@@ -210,6 +210,10 @@ class Objective:
     def samples_of(self, micro_batch: MicroBatch) -> int | None:
         """Return how many samples a micro-batch holds; None where its batch does not tell."""
         return self.sizes[micro_batch.batch] if micro_batch.stop is None else micro_batch.stop - micro_batch.start
+
+    def has_tensors(self, micro_batch: MicroBatch) -> bool:
+        """Return whether there is anything in the batch of a micro-batch that could be samples."""
+        return has_tensors(self._batches[micro_batch.batch])
 
     @property
     def size_in_use(self) -> int | None:

@@ -11,6 +11,7 @@ import torch
 from lightning_spectral import SpectralReport, SpectralWarning, measure_spectra
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.numerics.gradient_noise import GradientPart, gradient_noise
 
 WORLD = 3
 
@@ -24,7 +25,7 @@ def results(world_of_three):
 
 
 def without_time(report):
-    return {key: value for key, value in report.items() if key != "seconds"}
+    return {key: value for key, value in report.items() if key not in ("seconds", "gradient_seconds")}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,24 @@ def test_processes_together_measure_what_one_does_on_all_their_samples(results, 
         torch.testing.assert_close(layer.h, other.h, rtol=1e-8, atol=1e-8 * float(other.h.abs().max()))
         torch.testing.assert_close(layer.spectrum, other.spectrum, rtol=1e-10, atol=1e-14)
         assert layer.alpha.exponent == pytest.approx(other.alpha.exponent, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("label", ["smooth exact", "smooth sketch", "conv exact"])
+def test_the_noise_of_the_gradient_is_told_by_the_samples_of_each_process(results, label):
+    model, batch = joint.network(label.partition(" ")[0])
+    found, total = SpectralReport.from_dict(results[0][label]), sum(joint.SIZES)
+    for name, layer in found.layers.items():
+        weight = dict(model.named_parameters())[name]
+        terms = [
+            n / total * torch.autograd.grad(joint.loss(model.eval(), joint.part(batch, rank)), weight)[0]
+            for rank, n in enumerate(joint.SIZES)
+            if n
+        ]
+        parts = [GradientPart(n / total, float(g.square().sum())) for n, g in zip(joint.SIZES, terms, strict=False)]
+        expected = gradient_noise(float(sum(terms).square().sum()), parts, total)
+        assert layer.gradient_noise.parts == 2
+        assert layer.gradient_noise.signal == pytest.approx(expected.signal, rel=1e-8)
+        assert layer.gradient_noise.noise_scale == pytest.approx(expected.noise_scale, rel=1e-8)
 
 
 @pytest.mark.parametrize("label", joint.MEASURED)

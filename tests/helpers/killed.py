@@ -59,7 +59,7 @@ class Module(pl.LightningModule):
             os.kill(os.getpid(), FAULTS[self.fault])
 
     def configure_optimizers(self):
-        return SpectralNewton(SpectralNewton.groups(self), lr=0.02, alpha="probe", alpha_min_r2=0.0)
+        return SpectralNewton(SpectralNewton.groups(self), lr=0.02, alpha="probe")
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["random"] = torch.get_rng_state()
@@ -101,7 +101,7 @@ def saved_on_exception(folder, **options):
 def train(folder, name, fault=None, ckpt_path=None):
     pl.seed_everything(3, verbose=False)
     module = Module(fault)
-    probe = SpectralProbe(every_n_steps=2, top_k=4, log_tables=True)
+    probe = SpectralProbe(every_n_steps=2, top_k=4, log_tables=True, gradient_samples=None)
     # An old Lightning saves at the end of an epoch too, unless told not to.
     saved = saved_on_exception(folder / name, save_top_k=0, every_n_train_steps=5, save_on_train_epoch_end=False)
     trainer = pl.Trainer(
@@ -137,7 +137,7 @@ def without_wandb(folder):
     """Train while W&B is killed; the module itself logs nothing."""
     module = Module()
     module.log = lambda *args: None
-    probe = SpectralProbe(every_n_steps=1, top_k=4)
+    probe = SpectralProbe(every_n_steps=1, top_k=4, gradient_samples=None)
     trainer = pl.Trainer(
         max_steps=STEPS, max_epochs=-1, callbacks=[KillWandb(), probe], accelerator="cpu", enable_progress_bar=False,
         logger=WandbLogger(save_dir=folder, offline=True), enable_model_summary=False, enable_checkpointing=False,

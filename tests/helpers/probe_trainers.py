@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from metric_updates import spectrum
 from modules import GPT, ConvNet
 from torch.utils.data import DataLoader
+from trust import every_fit_trusted
 
 from lightning_spectral import CurvatureExponent, SpectralNewton, SpectralProbe, measure_spectra
 
@@ -39,7 +40,7 @@ def train(rank, n, folder, with_probe):
         def on_train_batch_end(self, *args):
             time.sleep(0.002 + 0.004 * rank)
 
-    probe = SpectralProbe(max_overhead=0.6, top_k=3)
+    probe = SpectralProbe(max_overhead=0.6, top_k=3, gradient_samples=None)
     callbacks = [probe] if with_probe else []
     module = Net()
     logger = pl.loggers.CSVLogger(folder)
@@ -83,9 +84,11 @@ def probe_jointly(rank, n, folder):
                 yield data[start : start + 12] if rank == 0 else data[start + 12 : start + 32]
                 start += 32
 
-    probe = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3, loss_fn=fails_in_one)
+    probe = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3, loss_fn=fails_in_one, gradient_samples=None)
     loader = DataLoader(ConvNet.data(), 8, shuffle=False)
-    fixed = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3, prefix="held", batch=loader, n_batches=3)
+    fixed = SpectralProbe(
+        every_n_steps=2, curvature="exact", top_k=3, prefix="held", batch=loader, n_batches=3, gradient_samples=None
+    )
     module = ConvNet()
     trainer = pl.Trainer(
         max_steps=8,
@@ -124,7 +127,7 @@ def probe_unlike_loaders(rank, n, folder, second):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch[:2], batch_idx)
 
-    probe = SpectralProbe(max_overhead=0.3, top_k=3, batch="fixed", fixed_samples=32)
+    probe = SpectralProbe(max_overhead=0.3, top_k=3, batch="fixed", fixed_samples=32, gradient_samples=None)
     module = Net()
     trainer = pl.Trainer(
         max_steps=60,
@@ -169,7 +172,6 @@ def train_shards(rank, n, folder):
                 SpectralNewton.groups(self),
                 lr=0.05,
                 alpha="probe",
-                alpha_min_r2=0.0,
                 alpha_momentum=0.0,
                 alpha_range=(0.1, 5.0),
             )
@@ -184,15 +186,16 @@ def train_shards(rank, n, folder):
         trainer.fit(module, DataLoader(ConvNet.data(), 16, shuffle=True))
         return trainer, module, [p.to_local().tolist() for p in module.parameters()]
 
-    probe = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3)
+    probe = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3, gradient_samples=None)
     trainer, module, weights = fit([probe])
     result["steps"] = [report.step for report in probe.history]
     result["alphas"] = [[x.alpha.exponent for x in report.layers.values()] for report in probe.history]
     result["layers"] = list(probe.last_report.layers)
     result["samples"] = probe.last_report.n_samples
     result["as without"] = weights == fit([])[2]
-    again = SpectralProbe(every_n_steps=2, curvature="exact", top_k=6)
-    trainer, spectral, _ = fit([again], Spectral)
+    again = SpectralProbe(every_n_steps=2, curvature="exact", top_k=6, gradient_samples=None)
+    with every_fit_trusted():
+        trainer, spectral, _ = fit([again], Spectral)
     used = trainer.optimizers[0].alpha_of(spectral.net[4].weight)
     result["used"] = [used, again.last_report.layers["net.4.weight"].alpha.exponent]
     return with_weights(result, module)
@@ -204,7 +207,7 @@ def train_with_measured_alpha(rank, n, folder, failing):
 
     class Net(GPT):
         def configure_optimizers(self):
-            return SpectralNewton(SpectralNewton.groups(self), lr=0.05, alpha="probe", alpha_min_r2=0.0)
+            return SpectralNewton(SpectralNewton.groups(self), lr=0.05, alpha="probe")
 
     class Broken(torch.utils.data.Dataset):
         def __len__(self):
@@ -216,10 +219,11 @@ def train_with_measured_alpha(rank, n, folder, failing):
             return GPT.data()[i]
 
     batch = "train" if failing is None else DataLoader(Broken(), 16)
-    probe = SpectralProbe(every_n_steps=2, top_k=4, batch=batch)
+    probe = SpectralProbe(every_n_steps=2, top_k=4, batch=batch, gradient_samples=None)
     module = Net()
     trainer = pl.Trainer(max_steps=6, max_epochs=-1, callbacks=[probe], logger=pl.loggers.CSVLogger(folder), **options)
-    trainer.fit(module, DataLoader(GPT.data(), 16, shuffle=True))
+    with every_fit_trusted():
+        trainer.fit(module, DataLoader(GPT.data(), 16, shuffle=True))
     result["alphas"] = [a for g in trainer.optimizers[0].param_groups for of in g.get("alphas", ()) for a in of]
     result["measured"] = [x.alpha.exponent for report in probe.history for x in report.layers.values()]
     return with_weights(result, module)

@@ -169,6 +169,9 @@ def check_same(models, batch, loss_fn=loss, **options):
         if len(other.h):
             atol = 1e-8 * float(other.h.nan_to_num().abs().max())
             torch.testing.assert_close(layer.h, other.h, rtol=1e-7, atol=atol, equal_nan=True)
+        noise = [(x.gradient_noise.signal, x.gradient_noise.noise_scale) for x in (layer, other)]
+        assert noise[0] == pytest.approx(noise[1], rel=1e-7, nan_ok=True)
+        assert layer.gradient_noise.parts == other.gradient_noise.parts
     return reports
 
 
@@ -177,13 +180,13 @@ def at_most(measure):
     made, real = [], gathering.OnDemandWeights.reserve
     held, real_spectra = [], pipeline.leading_directions
 
-    def of_gradients(gradients, objective, options):
+    def of_gradients(gradients, parts, objective, options):
         if objective.reducer is not None:
             held.append(sum(value.untyped_storage().nbytes() for value in gradients.values.values()))
             found = torch.tensor(sum(total.numel() * 8 for total in objective.reducer.sums.values()))
             dist.all_reduce(found)
             split.append(int(found))
-        return real_spectra(gradients, objective, options)
+        return real_spectra(gradients, parts, objective, options)
 
     split = []
     gathering.OnDemandWeights.reserve = lambda weights: made.append(weights) or real(weights)

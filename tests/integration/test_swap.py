@@ -349,7 +349,7 @@ def test_the_probes_short_form(tmp_path):
 
 @pytest.mark.parametrize("at_step", [None, 3])
 def test_a_swapped_in_optimizer_takes_the_probes_exponents(at_step):
-    swap = SwapOptimizer(SpectralNewton, {"lr": 0.02, "alpha": "probe", "alpha_min_r2": 0.0}, at_step=at_step)
+    swap = SwapOptimizer(SpectralNewton, {"lr": 0.02, "alpha": "probe"}, at_step=at_step)
     module, probe = Module(), SpectralProbe(every_n_steps=2, top_k=5)
     (optimizer,) = fit(module, [swap, probe], steps=7).optimizers
     name = "net.0.weight"

@@ -21,6 +21,8 @@ from lightning_spectral.plan.planner import plan_spectra
 OPTIONS = {option.name: option for option in fields(Options)}
 NOT_PLANNED = {"weight_spectra", "bootstrap"}
 OWN_DEFAULTS = {SpectralProbe.__init__: {"gradient_samples": "auto"}}
+PARAMETERS = inspect.signature(SpectralProbe).parameters
+"""As they are without a fixture's defaults."""
 
 
 def arguments_of(docstring):
@@ -34,7 +36,7 @@ def arguments_of(docstring):
     ("function", "absent"), [(measure_spectra, set()), (SpectralProbe.__init__, set()), (plan_spectra, NOT_PLANNED)]
 )
 def test_signatures_have_the_declared_options_in_their_order(function, absent):
-    parameters = inspect.signature(function).parameters
+    parameters = PARAMETERS if function is SpectralProbe.__init__ else inspect.signature(function).parameters
     assert [name for name in parameters if name in OPTIONS] == [name for name in OPTIONS if name not in absent]
     for name in OPTIONS.keys() - absent:
         assert parameters[name].default == OWN_DEFAULTS.get(function, {}).get(name, OPTIONS[name].default), name

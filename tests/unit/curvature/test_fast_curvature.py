@@ -45,6 +45,7 @@ from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import directional_curvature
 from lightning_spectral.measurement import estimation
 from lightning_spectral.measurement.directions import leading_directions
+from lightning_spectral.measurement.gradient_parts import PARTS
 from lightning_spectral.measurement.setup import isolated_copy, set_up_objective
 from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -435,7 +436,7 @@ def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, settings):
     with isolated_copy(model, mode, "float32", SINGLE_PROCESS) as copy:
         objective = set_up_objective(copy, case.loss, [batch], layers, Options(mode=mode), SINGLE_PROCESS)
         gradients = objective.gradients(objective.full_batches())
-        directions = leading_directions(gradients, objective, Options(top_k=4)).triplets
+        directions = leading_directions(gradients, [], objective, Options(top_k=4)).triplets
         for seed in range(100):
             found = SketchCurvature(seed=seed, **settings)(gradients.first, directions)
             assert not found.methods
@@ -456,7 +457,7 @@ def sketched(model, batch, top_k, seeds):
     with isolated_copy(model, "eval", "float32", SINGLE_PROCESS) as copy:
         objective = set_up_objective(copy, cross_entropy, [batch], layers, Options(), SINGLE_PROCESS)
         gradients = objective.gradients(objective.full_batches())
-        triplets = leading_directions(gradients, objective, Options(top_k=max(top_k, 3))).triplets
+        triplets = leading_directions(gradients, [], objective, Options(top_k=max(top_k, 3))).triplets
         directions = {name: t.first(top_k) for name, t in triplets.items()}
         found = [SketchCurvature(seed=seed)(gradients.first, directions) for seed in seeds]
     h = torch.stack([torch.cat([f.h[name] for name in layers]) for f in found])
@@ -927,7 +928,8 @@ def test_a_loss_that_is_another_at_each_call_is_refused():
         measure_spectra(model, batch, counting, curvature="exact")
     calls.clear()
     assert measure_spectra(model, batch, counting, curvature="exact", micro_batch_size=1000).loss > 0
-    assert len(calls) == 1
+    # Of the whole batch, and of its parts for the noise.
+    assert len(calls) == 1 + PARTS
 
 
 @pytest.mark.parametrize("method", ["exact", "ggn", "sketch", "auto"])
