@@ -8,6 +8,7 @@ os.environ.pop("COLUMNS", None)
 import pytest
 import torch
 from torch.distributed import fsdp
+from trust import every_fit_trusted
 from world import World
 
 from lightning_spectral import SpectralProbe
@@ -57,6 +58,13 @@ def own_batch(request, monkeypatch):
     if "integration" in request.path.parts or "unit" in request.path.parts:
         defaults = SpectralProbe.__init__.__kwdefaults__ | {"gradient_samples": None}
         monkeypatch.setattr(SpectralProbe.__init__, "__kwdefaults__", defaults)
+
+
+@pytest.fixture
+def trusting():
+    """Every fit passes the rule of trust, which those of tiny networks seldom do."""
+    with every_fit_trusted():
+        yield
 
 
 @pytest.fixture(autouse=True)

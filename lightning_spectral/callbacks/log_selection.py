@@ -16,7 +16,7 @@ LOGGED_LAYERS = 24
 CURVES = ("alpha", "gamma", "s", "transfer_error", "pr_curvature", "zeta_bound", "signal", "noise_scale")
 """Quantities whose medians are logged for each kind of layer, too."""
 
-PER_LAYER = ("alpha", "r2_alpha", "signal", "sigma_max", "h_max")
+PER_LAYER = ("alpha", "r2_alpha", "sigma_max", "h_max")
 """Quantities that `log_quantities="auto"` logs per layer: the exponent, whether to trust it, and its scales."""
 
 HEALTH = ("layers_trusted", "layers_failed", "negative_curvature", "r2_alpha_median", "probe_overhead")

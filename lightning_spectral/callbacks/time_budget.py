@@ -150,7 +150,7 @@ class TimeBudget:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
         self.probe_seconds, self.last_seconds = state["probe_seconds"], state["last_seconds"]
-        self.next_seconds = state["next_seconds"]
+        self.next_seconds = state.get("next_seconds", state["last_seconds"])
         self.last_step, self.next_look, self._latest_step = state["last_step"], state["next_look"], state["latest"]
         self._wall_before, self._since_before = state["wall_seconds"], state["since_seconds"]
         if self._started is not None:

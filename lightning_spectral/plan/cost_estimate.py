@@ -12,12 +12,14 @@ from torch import nn
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement import estimation
+from lightning_spectral.measurement.objective import CURVATURE_SAMPLES
 from lightning_spectral.numerics.matmul_precision import PRECISIONS
 from lightning_spectral.options import Options
 from lightning_spectral.plan.cost_model import (
     TRACE_GRAPH,
     Cost,
     Memory,
+    add_gradients,
     add_trace,
     count_passes,
     direction_count,
@@ -64,7 +66,8 @@ class Estimate:
         if self.trace is None or self.trace.samples is None:
             return None
         part = math.ceil(self.trace.samples / self.world_size)
-        return min(part, self.options.max_samples or part)
+        of_gradient = self.options.gradient_samples is None or not self.trace.divisible
+        return min(part, self.options.max_samples or (part if of_gradient else CURVATURE_SAMPLES))
 
     @property
     def samples(self) -> int | None:
@@ -113,6 +116,8 @@ class Estimate:
             return ("", "", WITHOUT_BATCH) if asked == "auto" else (asked, f"{asked}: as asked for", WITHOUT_BATCH[1:])
         n = self.trace.values_read
         unknown = (IN_VALUES, f"what the loss does with {n} values that it reads, here as zero")[: 2 if n else 1]
+        if self.options.gradient_samples == "auto":
+            unknown += (f"how many samples the gradient takes: at most {self.options.gradient_samples_max}",)
         if asked == "auto":
             return (*self.trace.structure.choice(self.directions, self.all_samples), unknown)
         refusal = "" if self.is_possible(asked) else f", but would fail: {self._refusal(asked)}"
@@ -152,7 +157,18 @@ class Estimate:
             passes = add_trace(passes, self.options.curvature_fraction, self._parts(TRACE_GRAPH))
         batch_samples = None if self.trace is None else self.trace.samples
         share = self.n_batches * (self.samples or 1) / (batch_samples or 1)
-        return Cost(method, parts, passes, share, self._extra(), self._memory(method, parts), batch_samples is not None)
+        if self.n_batches == parts == self.world_size == 1 and self.options.gradient_samples is None:
+            # Of parts of the one batch, whose differences tell the noise.
+            passes = add_gradients(passes, 1)
+        extra = self._extra() + self._gradient_steps()
+        return Cost(method, parts, passes, share, extra, self._memory(method, parts), batch_samples is not None)
+
+    def _gradient_steps(self) -> float:
+        """Return the training steps of a gradient of other samples than the curvature's: of the batches, at least."""
+        asked, batch = self.options.gradient_samples, None if self.trace is None else self.trace.samples
+        if asked is None or not batch:
+            return 0.0
+        return max(float(self.n_batches), asked / batch if isinstance(asked, int) else 0.0)
 
     def _parts(self, memory: float) -> int:
         divisible = self.trace is None or self.trace.divisible

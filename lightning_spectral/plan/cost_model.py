@@ -74,8 +74,8 @@ class Cost:
         parts: micro-batches per batch, whose graphs are in memory one at a time.
         passes: kind of pass, of `STEP_FLOPS` -> how many over the samples measured.
         share: samples measured, of all batches, by those of a training step.
-        extra: training steps for singular triplets and Kronecker factors, which do not grow with the samples; 0 where
-            the FLOPs of a training step are not known.
+        extra: training steps for singular triplets and Kronecker factors, which do not grow with the samples, as far
+            as the FLOPs of a training step are known, and for a gradient of other samples than the curvature's.
         memory: in bytes, on each rank.
         has_graph: whether the graphs are part of it, which takes a batch.
     """
@@ -204,6 +204,11 @@ def add_trace(passes: Mapping[str, Count], draws: int, parts: int) -> dict[str, 
     """Add the passes of ``curvature_fraction``: a product per draw, and one that tells whether samples interact."""
     extra = {"gradient": 2, "forward": int(parts > 1), "joint product": draws + 1}
     return {kind: _add(passes.get(kind, (0, 0)), (extra.get(kind, 0),) * 2) for kind in {**passes, **extra}}
+
+
+def add_gradients(passes: Mapping[str, Count], n: int) -> dict[str, Count]:
+    """Add so many passes of gradients."""
+    return {**passes, "gradient": _add(passes.get("gradient", (0, 0)), (n, n))}
 
 
 def graph_memory(method: str) -> float:

@@ -40,13 +40,13 @@ class LoggedKey:
         return not self.part or self.part in layer.parts
 
 
-def _aligned(name: str, meaning: str, value: Callable[[LayerAlignment], float]) -> LoggedKey:
+def _aligned(name: str, meaning: str, value: Callable[[LayerAlignment], float], *, of_fit: bool = True) -> LoggedKey:
     """Return a key that reads a layer's alignment; NaN where that was asked for and is not to be had."""
 
     def read(layer: LayerSpectrum) -> float:
         return float("nan") if layer.alignment is None else value(layer.alignment)
 
-    return LoggedKey(name, meaning, read, median=True, part="alignment")
+    return LoggedKey(name, meaning, read, median=True, part="alignment", of_fit=of_fit)
 
 
 LAYER_KEYS: tuple[LoggedKey, ...] = (
@@ -54,7 +54,7 @@ LAYER_KEYS: tuple[LoggedKey, ...] = (
     LoggedKey("alpha_stderr", "standard error of alpha", lambda x: x.alpha.stderr),
     LoggedKey("r2_alpha", "r2 of the fit of alpha", lambda x: x.alpha.r2, median=True, of_fit=False),
     LoggedKey("alpha_theil_sen", "median slope of log h on log sigma", lambda x: x.alpha_theil_sen),
-    LoggedKey("alpha_bias", "what sampling noise adds to alpha, estimated", lambda x: x.alpha_bias, median=True),
+    LoggedKey("alpha_bias", "what sampling noise adds to alpha, estimated", lambda x: x.alpha_bias),
     LoggedKey(
         "signal",
         "share of the squared gradient that is no sampling noise",
@@ -84,32 +84,41 @@ LAYER_KEYS: tuple[LoggedKey, ...] = (
     LoggedKey("zeta_bound_window", "zeta bound of the window", lambda x: x.zeta_bound_window, median=True),
     LoggedKey("negative_curvature", "directions with h < 0", lambda x: x.n_negative),
     LoggedKey("points", "points in the fit of alpha", lambda x: x.alpha.n_used),
-    LoggedKey("rank_margin", "BIC of the runner-up minus the winner's", lambda x: x.rank_models.margin, median=True),
+    LoggedKey(
+        "rank_margin", "BIC of the runner-up minus the winner's", lambda x: x.rank_models.margin, True, of_fit=False
+    ),
     LoggedKey("alpha_low", "lower end of alpha's interval", lambda x: x.intervals.alpha.low, part="intervals"),
     LoggedKey("alpha_high", "upper end of alpha's interval", lambda x: x.intervals.alpha.high, part="intervals"),
     LoggedKey("gamma_low", "lower end of gamma's interval", lambda x: x.intervals.gamma.low, part="intervals"),
     LoggedKey("gamma_high", "upper end of gamma's interval", lambda x: x.intervals.gamma.high, part="intervals"),
     LoggedKey("s_low", "lower end of s's interval", lambda x: x.intervals.s.low, part="intervals"),
     LoggedKey("s_high", "upper end of s's interval", lambda x: x.intervals.s.high, part="intervals"),
-    LoggedKey("gamma_weight", "gamma of the weights", lambda x: x.weights.gamma.exponent, True, "weights"),
-    LoggedKey("s_weight", "s of the weights", lambda x: x.weights.s.exponent, True, "weights"),
+    LoggedKey("gamma_weight", "gamma of the weights", lambda x: x.weights.gamma.exponent, True, "weights", False),
+    LoggedKey("s_weight", "s of the weights", lambda x: x.weights.s.exponent, True, "weights", False),
     LoggedKey("r2_s_weight", "r2 of the fit of s_weight", lambda x: x.weights.s.r2, part="weights"),
     LoggedKey("hessian_trace", "trace of the Hessian block", lambda x: x.fraction.trace, part="fraction"),
     LoggedKey(
         "hessian_trace_stderr", "standard error of the trace", lambda x: x.fraction.trace_stderr, part="fraction"
     ),
-    LoggedKey("curvature_fraction", "sum of h over the trace", lambda x: x.fraction.value, True, "fraction"),
+    LoggedKey("curvature_fraction", "sum of h over the trace", lambda x: x.fraction.value, True, "fraction", False),
     LoggedKey("curvature_fraction_stderr", "standard error of it", lambda x: x.fraction.stderr, part="fraction"),
-    LoggedKey("curvature_over_random", "mean h over tr H / (m n)", lambda x: x.fraction.over_random, True, "fraction"),
+    LoggedKey(
+        "curvature_over_random", "mean h over tr H / (m n)", lambda x: x.fraction.over_random, True, "fraction", False
+    ),
     _aligned("beta", "slope of log(Lambda_delta_k Lambda_A_k) on log sigma", lambda x: x.beta.exponent),
     _aligned("phi", "slope of log Phi_k on log sigma", lambda x: x.phi.exponent),
     _aligned("chi_slope", "slope of log chi_k on log sigma", lambda x: x.chi_slope.exponent),
     _aligned("chi", "median of chi_k = h_k / h_kron_k over k", lambda x: x.median_chi),
     _aligned(
-        "concentration_ratio", "mean of products over product of means, median over k", lambda x: x.concentration_ratio
+        "concentration_ratio",
+        "mean of products over product of means, median over k",
+        lambda x: x.concentration_ratio,
+        of_fit=False,
     ),
-    _aligned("effective_rank_a", "exp(entropy) of C_A's eigenvalues", lambda x: x.effective_rank_a),
-    _aligned("effective_rank_delta", "exp(entropy) of C_delta's eigenvalues", lambda x: x.effective_rank_delta),
+    _aligned("effective_rank_a", "exp(entropy) of C_A's eigenvalues", lambda x: x.effective_rank_a, of_fit=False),
+    _aligned(
+        "effective_rank_delta", "exp(entropy) of C_delta's eigenvalues", lambda x: x.effective_rank_delta, of_fit=False
+    ),
 )
 """Quantities of each layer, in the order in which they are logged."""
 

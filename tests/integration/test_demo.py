@@ -65,7 +65,8 @@ def test_demo_trains_measures_logs_and_prints(tmp_path, capsys, monkeypatch):
             assert named.removesuffix(".weight") in printed
         command = re.search(rf"wandb leet run (\S*{name}\S*)", printed)
         summary = wandb_summary(command.group(1))
-        assert summary["spectral/alpha_median"] == pytest.approx(report.medians()["alpha_median"], rel=1e-6)
+        expected = report.medians()["signal_median"]
+        assert float(summary["spectral/signal_median"]) == pytest.approx(expected, rel=1e-6, nan_ok=True)
         assert summary["spectral/head.weight/r2_alpha"] == pytest.approx(report.layers["head.weight"].alpha.r2)
     for name, history in histories.items():
         kept = read_reports(tmp_path / name / "csv" / "version_0" / "spectra.jsonl")
@@ -114,11 +115,11 @@ def test_tables_show_what_is_missing_and_escape_names():
     ]
     report = SpectralReport({x.name: x for x in layers}, {}, 1.0, 8, "exact", "eval", "float32", 20, 0.1)
     rows = [re.split(r"\s{2,}", line.strip()) for line in text_of(layer_table(report)).splitlines()[3:] if line.strip()]
-    expected = ["a[bold]", "conv", "64x288 /2", "2.00 ± 0.00", "1.00", "1.00", "2.00", "2.00", "0.0 %"]
-    assert rows[0][:9] == expected
-    assert rows[0][10:] == ["2.50", "20/20"]
-    assert rows[1] == ["b", "head", "5x5", "- ± -", "-", "-", "-", "-", "-", "-", "-", "0/0"]
-    assert rows[2][10] == "inf"
+    expected = ["a[bold]", "conv", "64x288 /2", "2.00 ± 0.00", "1.00", "-", "1.00", "2.00", "2.00", "0.0 %"]
+    assert rows[0][:10] == expected
+    assert rows[0][11:] == ["2.50", "20/20"]
+    assert rows[1] == ["b", "head", "5x5", "- ± -", "-", "-", "-", "-", "-", "-", "-", "-", "0/0"]
+    assert rows[2][11] == "inf"
     kinds = text_of(kind_table(report))
     assert "1.94 to 2.17" in kinds
     assert math.isnan(report.layers["b.weight"].alpha.exponent)
@@ -136,7 +137,8 @@ def reported(*layers):
 
 def test_columns_are_explained_below_the_table_and_nothing_more_is_printed_unasked():
     text = printed(reported(layer("a.weight", noise=0.2)))
-    assert text.count("error: |s - α·γ| / |s|; PR_h: directions that carry h, zeta: its bound; dim: r2 below 0.9") == 1
+    assert text.count("error: |s - α·γ| / |s|; PR_h: directions that carry h, zeta: its bound; signal: share") == 1
+    assert text.count("?: r2 below 0.9") == 1
     assert not any(requested.title in text for requested in REQUESTED)
 
 
@@ -182,12 +184,13 @@ def test_tables_fit_the_terminal_and_say_what_they_leave_out(monkeypatch):
         assert {"alpha", "r2", "points"} <= set(next(x for x in text.splitlines() if x.startswith(" layer")).split())
         # Figures and the ends of names are whole.
         assert f"{long.alpha.exponent:.2f} ± {long.alpha.stderr:.2f}" in text
+        assert "?" not in text.partition("h ~ sigma")[0]
         rows = [line.split()[0] for line in text.splitlines() if "20/20" in line]
         assert rows[0].endswith("11.attention.qkv.q" if width > 40 else ".q")
         assert rows[1].startswith("a[b]")
         assert "…" in rows[1]
         assert rows[1].endswith("d")
-    assert "no room for kind, shape, α·γ, zeta" in " ".join(printed(report, width=80).split())
+    assert "no room for kind, shape, s, α·γ, PR_h, zeta" in " ".join(printed(report, width=80).split())
     assert "no room" not in printed(reported(layer("a.weight")), width=120)
     # COLUMNS counts where there is no terminal; without it, a file gets all columns.
     monkeypatch.delenv("COLUMNS", raising=False)

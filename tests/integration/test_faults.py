@@ -42,6 +42,7 @@ def nan_at(step):
     return Poison()
 
 
+@pytest.mark.usefixtures("trusting")
 def test_weights_that_turn_nan_are_told_and_change_nothing():
     states, rows = [], ProbeRows()
     for probes in ([], [probe := SpectralProbe(every_n_steps=1, weight_spectra=True)]):

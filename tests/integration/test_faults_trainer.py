@@ -119,6 +119,7 @@ def test_a_key_without_a_value_is_not_there():
         trainer_of(Scripted(nan), ModelCheckpoint(monitor=KEY)).fit(Small())
 
 
+@pytest.mark.usefixtures("trusting")
 def test_a_resumed_run_monitors_before_its_first_probe(tmp_path):
     trainer = trainer_of(SpectralProbe(every_n_steps=100), epochs=1)
     trainer.fit(Small())
@@ -167,6 +168,7 @@ def test_no_probe_outside_of_fitting(stage):
     assert "configure_optimizers" not in module.__dict__
 
 
+@pytest.mark.usefixtures("trusting")
 def test_no_probe_in_the_sanity_check():
     seen = []
 

@@ -347,6 +347,7 @@ def test_the_probes_short_form(tmp_path):
         fit(Module(), [SpectralProbe(swap_optimizer=True)], ckpt_path=tmp_path / "b.ckpt")
 
 
+@pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize("at_step", [None, 3])
 def test_a_swapped_in_optimizer_takes_the_probes_exponents(at_step):
     swap = SwapOptimizer(SpectralNewton, {"lr": 0.02, "alpha": "probe"}, at_step=at_step)

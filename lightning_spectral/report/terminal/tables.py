@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -143,6 +144,10 @@ HEADINGS = (
 )  # fmt: skip
 
 
+def _mark(layer: LayerSpectrum) -> str:
+    return " " if trusted(layer) or math.isnan(layer.alpha.exponent) else "?"
+
+
 def _cells(layer: LayerSpectrum) -> dict[str, str]:
     m, n = layer.shape
     used, all_points = layer.alpha.n_used, len(layer.sigma)
@@ -150,7 +155,7 @@ def _cells(layer: LayerSpectrum) -> dict[str, str]:
         layer.name,
         layer.kind,
         f"{m}x{n}" + (f" /{layer.groups}" if layer.groups > 1 else ""),
-        f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)} {' ' if trusted(layer) else '?'}",
+        f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)} {_mark(layer)}",
         fixed(layer.alpha.r2),
         fixed(layer.gradient_noise.signal),
         fixed(layer.gamma.exponent),

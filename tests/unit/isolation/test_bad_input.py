@@ -367,6 +367,7 @@ def test_probe_goes_on_where_nothing_can_be_measured(name, monkeypatch):
         assert metrics["spectral/failed_probes"] == i + 1
 
 
+@pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize("name", SOME_MEASURED)
 def test_probe_logs_nan_and_a_count_where_some_layers_cannot_be_measured(name, monkeypatch):
     model, loss, options, failing, message = SOME_MEASURED[name]
