@@ -124,6 +124,13 @@ class TimeBudget:
         self.last_seconds += seconds
         self._probe_ended = self.clock()
 
+    def extend_probe(self, seconds: float) -> None:
+        """Record that the last probe took so much longer, in steps after it, until now."""
+        self.probe_seconds += seconds
+        self.last_seconds += seconds
+        # Time within a probe is none since it.
+        self._probe_ended += seconds
+
     def step_seconds(self, step: int) -> float:
         """Return the mean time of the steps since the last probe; NaN before there are any."""
         done = step - (self.last_step or 0)

@@ -126,7 +126,8 @@ def test_a_network_equals_its_dense_hessian_by_layer(optimizer):
     delta = [value.detach() - before.parameters[name] for name, value in module.named_parameters()]
 
     def at(*parameters):
-        return F.cross_entropy(torch.func.functional_call(module, dict(zip(names, parameters)), batch[0]), batch[1])
+        weights = dict(zip(names, parameters, strict=True))
+        return F.cross_entropy(torch.func.functional_call(module, weights, batch[0]), batch[1])
 
     blocks = torch.autograd.functional.hessian(at, tuple(start))
     rows = [
