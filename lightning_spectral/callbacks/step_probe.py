@@ -141,9 +141,10 @@ class StepProbe:
 
     def _measure(self, module: Any, pending: _Pending) -> StepMeasurement | None:
         # Where memory ran out on one rank alone, none must wait for it.
-        if not all(self._group.all_gather_object(pending.weights is not None)):
+        kept = self._group.all_gather_object(pending.weights is not None)
+        if pending.weights is None or not all(kept):
+            self.warn(f"{_failure(pending.step)}: rank {kept.index(False)} could not keep the weights before it")
             return None
-        assert pending.weights is not None
         options = replace(self.options, micro_batch_size=_micro_batch_size(pending.report, self.options))
         where: dict[str, Any] = {"before": pending.weights, "batch_idx": pending.batch_idx, "group": self._group}
         measure = partial(measure_step, module, pending.batches, options, self.loss_fn, **where)
