@@ -45,7 +45,8 @@ class SpectralProbe(AnyCallback):
     with a count, and warns about once per cause; it never stops training.
 
     Every logger of the Trainer gets one dict per probe: `<prefix>/<quantity>_median` over all layers,
-    `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts; on request figures and tables.
+    `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts; on request figures and tables;
+    and another, `<prefix>/step/...`, once the optimizer has taken the step.
     `trainer.callback_metrics` holds the last value of each that is not NaN, for every callback with a `monitor`.
 
     In distributed training (DDP, FSDP2) the ranks measure together, each the samples of its own batch, and all have the

@@ -31,7 +31,7 @@ def derivatives(loss, module, before, after):
 
 
 class StepRecorder(pl.Callback):
-    """Keeps the state before and after each optimizer step, and the first batch of it."""
+    """Keeps the state before and after each optimizer step, and its micro-batches, the first one apart."""
 
     def __init__(self):
         self.steps, self.global_step = [], None
@@ -39,7 +39,8 @@ class StepRecorder(pl.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step != self.global_step:
             self.global_step = trainer.global_step
-            self.steps.append({"before": self.state(module), "batch": [part.clone() for part in batch]})
+            self.steps.append({"before": self.state(module), "batch": [part.clone() for part in batch], "all": []})
+        self.steps[-1]["all"].append([part.clone() for part in batch])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step != self.global_step:

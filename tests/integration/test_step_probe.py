@@ -56,7 +56,7 @@ def loss_of(batch):
     return lambda call: F.cross_entropy(call(inputs), labels)
 
 
-def truths(recorder, module, take=lambda batch: batch):
+def truths(recorder, module, take=lambda batch: batch, key="batch"):
     """Scale, predicted and actual change of each step, and the layers' shares, in float64."""
     results = []
     network = copy.deepcopy(module.net).eval()
@@ -64,7 +64,7 @@ def truths(recorder, module, take=lambda batch: batch):
         before, after = (
             {name.removeprefix("net."): value for name, value in step[when].items()} for when in ("before", "after")
         )
-        slope, matrix, start, end, names = derivatives(loss_of(take(step["batch"])), network, before, after)
+        slope, matrix, start, end, names = derivatives(loss_of(take(step[key])), network, before, after)
         total = float(matrix.sum())
         shares = {f"net.{name}": float(row.sum()) / total for name, row in zip(names, matrix, strict=True)}
         results.append((-slope / total if total > 0 else math.nan, slope + total / 2, end - start, shares))
@@ -134,6 +134,17 @@ def test_a_batch_that_training_writes_on_is_measured_as_it_was():
     train(module, recorder, probe, logger=[rows])
     # Added once by the loss, and not before by training.
     assert_equal_to_truth(rows.steps, truths(recorder, module, lambda batch: (batch[0] + 0.5, batch[1])))
+
+
+def test_as_many_batches_as_are_accumulated_are_those_that_the_step_was_taken_on():
+    recorder, rows = StepRecorder(), ProbeRows()
+    module, probe = Trained(), SpectralProbe(every_n_steps=1, top_k=3, precision="float64", n_batches=2)
+    # Its statistics would be those before the last micro-batch, at which the probe measures.
+    module.net[1] = nn.Identity()
+    train(module, recorder, probe, logger=[rows], accumulate_grad_batches=2)
+    truth = truths(recorder, module, lambda batches: [torch.cat(parts) for parts in zip(*batches, strict=True)], "all")
+    assert len(rows.steps) == 6
+    assert_equal_to_truth(rows.steps, truth)
 
 
 def test_fixed_batches_are_those_of_the_step_too():

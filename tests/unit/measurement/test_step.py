@@ -393,6 +393,38 @@ def test_without_a_second_derivative_the_losses_are_still_known(activation, says
     assert "layers=" not in measured.failed
 
 
+class Unchecked(torch.autograd.Function):
+    """Nothing tells whether its backward can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+def test_a_custom_function_that_cannot_be_checked_is_noted():
+    class Custom(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.custom = nn.Linear(6, 8), nn.Linear(8, 5), True
+
+        def forward(self, x):
+            hidden = self.first(x)
+            return self.second(Unchecked.apply(hidden) if self.custom else hidden.sin())
+
+    module, batch = Custom().double(), batch_of()
+    before, state = stepped(module, batch)
+    measured = measure_step(module, [batch], Options(**DOUBLE), cross_entropy, before=before)
+    (note,) = measured.notes
+    assert "Unchecked and holds only if that function's backward can itself be differentiated" in note
+    module.custom = False
+    check(measured, module, state, lambda call: cross_entropy(call, batch))
+
+
 def test_weights_that_are_nan_after_the_step_give_nan():
     module, batch = network().double(), batch_of()
     before = Weights.copied(module)
