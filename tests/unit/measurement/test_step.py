@@ -476,3 +476,14 @@ def test_weights_kept_are_copies():
         module[0].weight.zero_()
     assert kept.parameters["0.weight"].any()
     assert not Weights.of(module).parameters["0.weight"].any()
+
+
+def test_parameters_in_shards_are_refused():
+    class DTensor(torch.Tensor):
+        """Known by its name, as PyTorch's is."""
+
+    module, batch = network(), batch_of()
+    before = Weights.copied(module)
+    shards = {name: value.as_subclass(DTensor) for name, value in before.parameters.items()}
+    with pytest.raises(MeasurementError, match=r"0.weight is in shards \(DTensor\), of which no rank holds the whole"):
+        measure_step(module, [batch], Options(top_k=3), cross_entropy, before=Weights(shards, before.buffers))
