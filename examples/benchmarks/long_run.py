@@ -157,7 +157,7 @@ def run(name: str, steps: int, scalars: int) -> dict[str, Any]:
     result: dict[str, Any] = {"scalars": scalars, "growth": growth(watch.rows), "rows": watch.rows}
     if report := probe.last_report:
         counts = {"probes": probe.probes, "failed_probes": probe.failed_probes, "history": len(probe.history)}
-        logged = len(probe.logged.scalars(report)) + len(PROBE_KEYS)
+        logged = len(probe.logged.scalars(report)) + len(PROBE_KEYS) + len(probe.step_probe.keys(report))
         result |= counts | {"chosen": report.chosen or report.curvature, "scalars": logged}
     return result
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lightning_spectral.layers.selection import check_matches, check_selection, layer_names, select
 from lightning_spectral.numerics.statistics import evenly
-from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS
+from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS, STEP_CURVATURE
 from lightning_spectral.records.report import SpectralReport
 
 LOGGED_LAYERS = 24
@@ -22,7 +22,10 @@ PER_LAYER = ("alpha", "r2_alpha", "sigma_max", "h_max")
 HEALTH = ("layers_trusted", "layers_failed", "negative_curvature", "r2_alpha_median", "probe_overhead")
 """Keys that tell whether to trust the others."""
 
-_PART_OF = {key.name: key.part for key in LAYER_KEYS}
+STEP_SCALE = "step/scale"
+"""Key that tells whether the optimizer's steps are too long."""
+
+_PART_OF = {key.name: key.part for key in (*LAYER_KEYS, STEP_CURVATURE)}
 
 
 class LogSelection:
@@ -31,7 +34,7 @@ class LogSelection:
     Args:
         log_layers: "auto", up to `LOGGED_LAYERS` layers evenly over depth; "all"; "none"; or glob patterns.
         log_quantities: quantities of each layer: "auto", `PER_LAYER` and those measured on request; "all"; or names.
-        parts: parts of a `LayerSpectrum` that are measured on request.
+        parts: parts of a `LayerSpectrum` that are measured on request, and "step" where steps may be.
         warn: warns once per cause.
 
     Raises:
@@ -82,6 +85,10 @@ class LogSelection:
             return [names[i] for i in evenly(len(names), LOGGED_LAYERS)]
         return list(select({name: name for name in names}, self.log_layers, layer_names))
 
+    def step_layers(self, names: Sequence[str]) -> list[str]:
+        """Return the layers whose share of the curvature along the optimizer's step is logged."""
+        return self.layers(names) if STEP_CURVATURE.name in self.quantities else []
+
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError if patterns of layers to log match none of these."""
         if names and self.log_layers not in ("none", []) and not self.layers(names):
@@ -115,8 +122,8 @@ class LogSelection:
 def charts(keys: Iterable[str], n: int | None) -> list[str]:
     """Return the keys, without a prefix, that get one of n charts; the most telling first, layers evenly over depth.
 
-    The order: medians of `CURVES` over all layers, those of each kind, `HEALTH`, medians of what is measured on
-    request, alpha of the layers, other counts and medians, everything else.
+    The order: medians of `CURVES` over all layers, those of each kind, the step's scale, `HEALTH`, medians of what is
+    measured on request, alpha of the layers, other counts and medians, everything else.
 
     >>> keys = ["loss", "alpha_median", "kind/conv/alpha_median", "layers_failed", *(f"{i}/alpha" for i in range(9))]
     >>> charts(keys, 6)
@@ -140,6 +147,8 @@ def _priority(key: str) -> tuple[int, int]:
     name = quantity.removesuffix("_median")
     if name != quantity and name in CURVES:
         return (1, CURVES.index(name)) if owner else (0, 0)
+    if key == STEP_SCALE:
+        return (2, -1)
     if key in HEALTH:
         return (2, 0)
     if not owner and _PART_OF.get(name):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral._validation import positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, process_group_of, total_steps
 from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, transfer_alphas, warn_of_unmeasured
@@ -15,16 +14,20 @@ from lightning_spectral.callbacks.batch_source import BatchChoice, BatchSource
 from lightning_spectral.callbacks.budget_advice import BudgetAdvice
 from lightning_spectral.callbacks.callback_metrics import CallbackMetrics
 from lightning_spectral.callbacks.log_selection import LogSelection
+from lightning_spectral.callbacks.probe_log import ProbeCounts, ProbeLog
 from lightning_spectral.callbacks.probe_trigger import MAX_OVERHEAD, ProbeTrigger
+from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
 from lightning_spectral.callbacks.safe_measurement import SafeMeasurement
+from lightning_spectral.callbacks.step_probe import StepProbe, step_parts
 from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.callbacks.warn_once import WarnOnce
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.isolation.batch_tree import FirstSamples
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, NoMatrixError, find_layers
-from lightning_spectral.measurement.loss import LossFunction, resolve_loss
+from lightning_spectral.measurement.loss import LossFunction, checked_loss_fn, resolve_loss
 from lightning_spectral.options import Mode, Options, Precision
 from lightning_spectral.records.report import SpectralReport
 
@@ -39,7 +42,8 @@ class SpectralProbe(AnyCallback):
     with a count, and warns about once per cause; it never stops training.
 
     Every logger of the Trainer gets one dict per probe: `<prefix>/<quantity>_median` over all layers,
-    `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts; on request figures and tables.
+    `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts; on request figures and tables;
+    and another, `<prefix>/step/...`, once the optimizer has taken the step.
     `trainer.callback_metrics` holds the last value of each that is not NaN, for every callback with a `monitor`.
 
     In distributed training (DDP, FSDP2) the ranks measure together, each the samples of its own batch, and all have the
@@ -81,6 +85,8 @@ class SpectralProbe(AnyCallback):
         curvature_fraction: draws for the trace of each layer's Hessian block, with curvature="ggn" too, and its
             fraction along the directions (`CurvatureFraction`), a Hessian-vector product each; None or 0: none.
         alignment: also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`).
+        step: also measure the optimizer's step after each probe, what it was to do to the loss and did
+            (`StepMeasurement`); None: where Lightning steps one optimizer, and no parameter is in shards.
         loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
             automatic optimization.
         log_layers: "auto", up to 24 layers evenly over depth; "all"; "none"; or glob patterns.
@@ -128,6 +134,7 @@ class SpectralProbe(AnyCallback):
         bootstrap: int | None = None,
         curvature_fraction: int | None = None,
         alignment: bool = False,
+        step: bool | None = None,
         loss_fn: LossFunction | None = None,
         log_layers: str | Sequence[str] = "auto",
         log_quantities: str | Sequence[str] = "auto",
@@ -162,9 +169,7 @@ class SpectralProbe(AnyCallback):
         )
         if fixed_samples is not None and max_samples is not None:
             raise ValueError("max_samples cuts each batch, fixed_samples what is kept in all; give one of them")
-        if loss_fn is not None and not callable(loss_fn):
-            raise ValueError(f"loss_fn must be a callable (module, batch) -> scalar, got {loss_fn!r}")
-        self.every_n_steps, self.prefix, self.loss_fn = every_n_steps, prefix, loss_fn
+        self.every_n_steps, self.prefix, self.loss_fn = every_n_steps, prefix, checked_loss_fn(loss_fn)
         self.swap = SwapOptimizer() if swap_optimizer else AnyCallback()
         self._warn_once = WarnOnce()
         self.measurement = SafeMeasurement(self.options, loss_fn, self._warn_once)
@@ -172,10 +177,12 @@ class SpectralProbe(AnyCallback):
         self.source = BatchSource(batch, n_batches, fixed_samples, gradient_samples, gradient_samples_max)
         self.trigger = ProbeTrigger(every_n_steps, self.budget, self.source, self._warn_once)
         self.advice = BudgetAdvice(self.budget, self._warn_once)
-        self.logged = LogSelection(log_layers, log_quantities, self.options.parts, self._warn_once)
+        self.logged = LogSelection(log_layers, log_quantities, self.options.parts | step_parts(step), self._warn_once)
         outputs = OutputOptions(log_figures_every, log_tables, wandb_charts, print_every, print_end, keep_reports)
         self.outputs = ReportWriter(prefix, outputs, self.logged.layers, self._warn_once)
         self.monitored = CallbackMetrics()
+        self.probe_log = ProbeLog(self.budget, self.logged, self.outputs, self.monitored)
+        self.step_probe = StepProbe(step, self.options, loss_fn, self.probe_log, self._warn_once)
         self._history: deque[SpectralReport] = deque(maxlen=positive_int("history_size", history_size))
         self.last_report: SpectralReport | None = None
         """Last report, also after a resume; None before the first probe."""
@@ -210,6 +217,7 @@ class SpectralProbe(AnyCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop the clock, and leave the module as it was: Lightning does not call `teardown` after an error."""
         self.budget.stop()
+        self.step_probe.drop()
         self.swap.on_exception(trainer, pl_module, exception)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -244,6 +252,7 @@ class SpectralProbe(AnyCallback):
         self.outputs.start()
         self.monitored.publish(trainer)
         if not self.trigger.off:
+            self.step_probe.start(trainer, pl_module, self.trigger.group)
             warn_of_unmeasured(probe_alpha_optimizers(trainer), pl_module, self.options, self._warn_once)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -254,6 +263,7 @@ class SpectralProbe(AnyCallback):
             elif not self.probes:
                 self.trigger.warn_if_waiting()
         self.budget.stop()
+        self.step_probe.drop()
         self.outputs.end(trainer, self.last_report)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -272,8 +282,15 @@ class SpectralProbe(AnyCallback):
         alphas = transfer_alphas(report, optimizers, pl_module, self.options, self.logged.layers)
         self.probes += 1
         self.failed_probes += report is None
+        first = FirstSamples(batches, None, self.source.n_batches)
+        self.step_probe.keep(trainer, pl_module, first, report, batch_idx=batch_idx, step=step)
         self.trigger.finish(pl_module, step, report)
-        self._write(trainer, report, alphas, step)
+        counts, later = ProbeCounts(self.probes, self.failed_probes), self.step_probe.keys(report)
+        self.probe_log.write(trainer, step, self.history, counts, report=report, alphas=alphas, later=later)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure the optimizer's step that followed a probe, once it is taken."""
+        self.step_probe.finish(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters and last report, as plain values that load with weights_only=True."""
@@ -293,11 +310,7 @@ class SpectralProbe(AnyCallback):
             self.swap.load_state_dict(state_dict["swap"])
         self.monitored.values = dict(state_dict.get("monitored", {}))
         self.probes, self.failed_probes = state_dict.get("probes", 0), state_dict.get("failed_probes", 0)
-        self.last_report, saved = None, state_dict.get("last_report")
-        try:
-            self.last_report = None if saved is None else SpectralReport.from_dict(saved)
-        except UNREADABLE as error:
-            self._warn_once(f"the checkpoint's last report cannot be read ({error}); none until the next probe")
+        self.last_report = saved_report(state_dict.get("last_report"), self._warn_once)
         self.trigger.follow(self.last_report)
 
     @property
@@ -315,14 +328,3 @@ class SpectralProbe(AnyCallback):
             self.last_report = report
             self._history.append(report)
         return report
-
-    def _write(self, trainer: Any, report: SpectralReport | None, alphas: dict[str, float], step: int) -> None:
-        started = self.budget.clock()
-        scalars = self.logged.scalars(report) | {
-            "failed_probes": float(self.failed_probes),
-            "probe_seconds": self.budget.last_seconds,
-            "probe_overhead": self.budget.overhead,
-        }
-        self.outputs.write(trainer, step, scalars, alphas, report=report, history=self.history, probes=self.probes)
-        self.monitored.write(trainer, {f"{self.prefix}/{key}": value for key, value in scalars.items()})
-        self.budget.record_logging(self.budget.clock() - started)

@@ -190,7 +190,7 @@ class ProbeTrigger:
         self._affordable = other_seconds / per_sample + (report.curvature_samples or 0)
         samples = samples_for_aim(self._noise_scale, self.source.gradient_samples_max)
         if samples is not None:
-            self.budget.expect(other_seconds + per_sample * min(samples, self._affordable))
+            self.budget.expect_more(per_sample * (min(samples, self._affordable) - report.n_samples))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule and its state."""

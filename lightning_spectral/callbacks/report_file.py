@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.spectra_file import append_report, spectra_file_name
 
@@ -52,6 +53,15 @@ def run_folder(trainer: Any) -> Path:
         if folder and "://" not in str(folder):
             return Path(folder)
     raise ValueError(f"default_root_dir={trainer.default_root_dir} is not on this machine")
+
+
+def saved_report(saved: dict[str, Any] | None, warn: Callable[[str], None]) -> SpectralReport | None:
+    """Return the report in a checkpoint; None without one, and with a warning for one that cannot be read."""
+    try:
+        return None if saved is None else SpectralReport.from_dict(saved)
+    except UNREADABLE as error:
+        warn(f"the checkpoint's last report cannot be read ({error}); none until the next probe")
+        return None
 
 
 def _logger_folder(logger: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -87,6 +87,7 @@ class ReportWriter:
     def start(self) -> None:
         """Begin a run."""
         self._trackers: list[Tracker] = []
+        self._charted: list[str] = []
         self._printed: SpectralReport | None = None
 
     def write(
@@ -99,6 +100,7 @@ class ReportWriter:
         report: SpectralReport | None = None,
         history: Sequence[SpectralReport] = (),
         probes: int = 0,
+        later: Iterable[str] = (),
     ) -> None:
         """Write a probe's results.
 
@@ -109,14 +111,14 @@ class ReportWriter:
             extra: full keys -> values, with charts if any are left.
             report: report of the probe; None if it failed.
             history, probes: last reports and number of probes so far, with this one.
+            later: keys without a prefix that `write_later` adds, with which these share the charts.
         """
         if not trainer.is_global_zero:
             return
-        if [tracker.logger for tracker in self._trackers] != list(trainer.loggers):
-            self._trackers = [tracker_of(logger, self.warn) for logger in trainer.loggers]
-        logged = {f"{self.prefix}/{key}": value for key, value in scalars.items()} | (extra or {})
-        shown = charts([*scalars, *(extra or {})], self.options.wandb_charts)
-        row = Row(self.prefix, step, logged, [key if key in (extra or {}) else f"{self.prefix}/{key}" for key in shown])
+        names = {key: f"{self.prefix}/{key}" for key in (*scalars, *later)} | {key: key for key in extra or {}}
+        keys = [*scalars, *(extra or {}), *later]
+        self._charted = [names[key] for key in charts(keys, self.options.wandb_charts)]
+        row = self._row(trainer, step, {names[key]: value for key, value in (scalars | (extra or {})).items()})
         if report is not None:
             row = self._with_media(row, report, history, probes)
         for tracker in self._trackers:
@@ -128,6 +130,25 @@ class ReportWriter:
         every = self.options.print_every
         if every is not None and (probes - 1) % every == 0:
             self._print(trainer, report)
+
+    def write_later(self, trainer: Any, step: int, scalars: Mapping[str, float]) -> None:
+        """Write what is known of the last probe only now, in a row of its own at the probe's step.
+
+        Args:
+            trainer: Trainer with the loggers.
+            step: optimizer steps before the probe, so that no logger's axis goes back.
+            scalars: keys without a prefix -> values.
+        """
+        if not trainer.is_global_zero:
+            return
+        row = self._row(trainer, step, {f"{self.prefix}/{key}": value for key, value in scalars.items()})
+        for tracker in self._trackers:
+            tracker.write(row)
+
+    def _row(self, trainer: Any, step: int, logged: Mapping[str, float]) -> Row:
+        if [tracker.logger for tracker in self._trackers] != list(trainer.loggers):
+            self._trackers = [tracker_of(logger, self.warn) for logger in trainer.loggers]
+        return Row(self.prefix, step, logged, [key for key in self._charted if key in logged])
 
     def end(self, trainer: Any, report: SpectralReport | None) -> None:
         """Print the last report at the end of training, where that is wanted and was not done yet."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from lightning_spectral.callbacks.attempt import attempt
 from lightning_spectral.distributed.process_group import SingleProcess
-from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.pipeline import measure_noise_scale, run_measurement
 from lightning_spectral.options import Options
@@ -48,15 +49,9 @@ class SafeMeasurement:
             batches, batch_idx, n_batches, group: as in `run_measurement`.
             step: optimizer steps before it.
         """
-        try:
-            report = run_measurement(
-                module, batches, self.options, self.loss_fn, batch_idx=batch_idx, n_batches=n_batches, group=group
-            )
-        except Exception as error:
-            # A failed probe must not end training; an interrupt that surfaced as another error must.
-            if end := interruption(error):
-                raise end from error
-            self.warn(f"nothing was measured at step {step}: {type(error).__name__}: {error}")
+        where: dict[str, Any] = {"batch_idx": batch_idx, "n_batches": n_batches, "group": group}
+        measure = partial(run_measurement, module, batches, self.options, self.loss_fn, **where)
+        if (report := attempt(measure, self.warn, f"nothing was measured at step {step}")) is None:
             return None
         report = report.at(step=step, epoch=trainer.current_epoch)
         for text in report.problems():
@@ -73,10 +68,8 @@ class SafeMeasurement:
             module: in training.
             batch_idx, group, batches: as in `measure_noise_scale`.
         """
-        try:
-            return measure_noise_scale(module, batches, self.options, self.loss_fn, batch_idx=batch_idx, group=group)
-        except Exception as error:
-            # The measurement that follows says what is wrong.
-            if end := interruption(error):
-                raise end from error
-            return float("nan")
+        where: dict[str, Any] = {"batch_idx": batch_idx, "group": group}
+        measure = partial(measure_noise_scale, module, batches, self.options, self.loss_fn, **where)
+        # The measurement that follows says what is wrong.
+        noise_scale = attempt(measure, lambda text: None, "")
+        return float("nan") if noise_scale is None else noise_scale

@@ -118,9 +118,9 @@ class TimeBudget:
         self.last_step = step
         self._since_before, self._probe_ended = 0.0, self.clock()
 
-    def expect(self, seconds: float) -> None:
-        """Expect the next probe to take so long, in place of as long as the last."""
-        self.next_seconds = seconds
+    def expect_more(self, seconds: float) -> None:
+        """Expect the next probe to take so much longer than the last."""
+        self.next_seconds = max(0.0, self.next_seconds + seconds)
 
     def record_logging(self, seconds: float) -> None:
         """Record that logging the last probe took so long and has just ended."""
@@ -128,6 +128,14 @@ class TimeBudget:
         self.last_seconds += seconds
         self.next_seconds += seconds
         self._probe_ended = self.clock()
+
+    def extend_probe(self, seconds: float) -> None:
+        """Record that the last probe took so much longer, in steps after it, until now."""
+        self.probe_seconds += seconds
+        self.last_seconds += seconds
+        self.next_seconds += seconds
+        # Time within a probe is none since it.
+        self._probe_ended += seconds
 
     def step_seconds(self, step: int) -> float:
         """Return the mean time of the steps since the last probe; NaN before there are any."""

@@ -18,9 +18,12 @@ from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
 from lightning_spectral.curvature.seen_layers import not_matrices
 from lightning_spectral.curvature.selection import METHODS, LossProperties, check_method
 from lightning_spectral.curvature.static_analysis import FakeLoss, Structure, structure
+from lightning_spectral.curvature.step_products import LOSS, STEP, StepProducts
 
 __all__ = [
+    "LOSS",
     "METHODS",
+    "STEP",
     "TRANSPOSED",
     "Curvature",
     "Curvatures",
@@ -33,6 +36,7 @@ __all__ = [
     "LossValue",
     "Recorder",
     "SampleRange",
+    "StepProducts",
     "Structure",
     "Tap",
     "accumulation_dtype",

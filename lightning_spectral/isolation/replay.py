@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -50,6 +51,14 @@ class InitialState:
             for tensor, value in zip(self._tensors, self._values, strict=True):
                 tensor.data.copy_(value)
         self._called = True
+
+    def replaced(self, values: Mapping[int, Tensor]) -> InitialState:
+        """Return the state with other values of some weights and buffers, by their ids; nothing may write on them."""
+        other = copy.copy(self)
+        other._values = [values.get(id(t), value) for t, value in zip(self._tensors, self._values, strict=True)]
+        # The tensors do not hold the values yet.
+        other._called = True
+        return other
 
 
 def _value(tensor: Tensor, original: Tensor | None) -> Tensor:

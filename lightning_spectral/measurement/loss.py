@@ -16,6 +16,17 @@ from lightning_spectral.errors import MeasurementError
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
+def checked_loss_fn(loss_fn: LossFunction | None) -> LossFunction | None:
+    """Return the user's loss.
+
+    Raises:
+        ValueError: if it cannot be called.
+    """
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a callable (module, batch) -> scalar, got {loss_fn!r}")
+    return loss_fn
+
+
 def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int = 0) -> LossFunction:
     """Return the loss to measure: ``loss_fn``, else ``model.spectral_loss(batch)``, else ``model.training_step``.
 
@@ -25,10 +36,8 @@ def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int 
     Raises:
         ValueError: if the module offers none of them.
     """
-    if loss_fn is not None:
-        if not callable(loss_fn):
-            raise ValueError(f"loss_fn must be a callable (model, batch) -> scalar, got {type(loss_fn).__name__}")
-        return loss_fn
+    if checked_loss_fn(loss_fn) is not None:
+        return cast(LossFunction, loss_fn)
     if callable(getattr(model, "spectral_loss", None)):
         return lambda module, batch: module.spectral_loss(batch)  # type: ignore[operator]
     name = type(model).__name__

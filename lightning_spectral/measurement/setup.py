@@ -79,7 +79,7 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
                 [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in copy.shared.items()]
             )
         notes = tuple(dict.fromkeys(note for of_rank in step.received for note in of_rank))
-        shared = _first_buffers(copy.module, group)
+        shared = first_buffers(copy.module, dict(copy.module.named_buffers()), group)
         with group.step():
             buffers = dict(copy.module.named_buffers())
             for name, value in shared.items():
@@ -111,7 +111,7 @@ def _sharded_weights(model: nn.Module, dtype: torch.dtype, group: SingleProcess)
         yield weights
 
 
-def _first_buffers(module: nn.Module, group: SingleProcess) -> dict[str, Tensor]:
+def first_buffers(module: nn.Module, buffers: Mapping[str, Tensor], group: SingleProcess) -> dict[str, Tensor]:
     """Return the first rank's buffers: DDP gives them to all ranks with the next step, and until then they differ.
 
     Buffers of other shapes on other ranks, such as a cache that grows with the sequences seen, are left out.
@@ -119,12 +119,12 @@ def _first_buffers(module: nn.Module, group: SingleProcess) -> dict[str, Tensor]
     if group.size == 1:
         return {}
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    buffers = {
+    alike = {
         name: buffer
-        for name, buffer in module.named_buffers()
+        for name, buffer in buffers.items()
         if not isinstance(buffer, nn.UninitializedBuffer) and buffer.layout is torch.strided and buffer.device == device
     }
-    return group.broadcast_first(buffers)
+    return group.broadcast_first(alike)
 
 
 def select_layers(model: nn.Module, options: Options) -> LayerSet:
@@ -147,6 +147,7 @@ def set_up_objective(
     layers: Mapping[str, MatrixLayer],
     options: Options,
     group: SingleProcess,
+    parameters: Mapping[str, Tensor] | None = None,
 ) -> Objective:
     """Return the objective over the batches of all ranks.
 
@@ -157,6 +158,7 @@ def set_up_objective(
         layers: to measure, the same on all ranks.
         options: settings that all ranks must have in common.
         group: ranks that measure together.
+        parameters: name -> leaf of the copy to differentiate in; None: those of the layers.
 
     Raises:
         MeasurementError: if ranks are not to measure the same, or there is no sample on any.
@@ -164,8 +166,8 @@ def set_up_objective(
     with group.step() as step:
         if options.max_samples is not None and options.gradient_samples is None:
             batches = FirstSamples(batches, options.max_samples)
-        leaves = copy.leaves(layers)
-        step.send((list(layers), options.settings, batch_sizes(batches)))
+        leaves = copy.leaves(layers) if parameters is None else parameters
+        step.send((list(leaves), options.settings, batch_sizes(batches)))
     names, settings, sizes = zip(*step.received, strict=True)
     _require_equal(names, settings)
     if not any(size != 0 for of_rank in sizes for size in of_rank):

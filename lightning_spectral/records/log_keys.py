@@ -122,6 +122,14 @@ LAYER_KEYS: tuple[LoggedKey, ...] = (
 )
 """Quantities of each layer, in the order in which they are logged."""
 
+STEP_CURVATURE = LoggedKey(
+    "step_curvature",
+    "share of the curvature along the optimizer's step, Delta_l^T (H Delta)_l / Delta^T H Delta",
+    lambda share: float(share),
+    part="step",
+)
+"""Quantity of each layer that is measured after the step, and so is of a `StepMeasurement` and of no spectrum."""
+
 REPORT_KEYS: dict[str, str] = {
     "loss": "the loss the probe measured, on its own batch and mode",
     "layers_measured": "layers with an alpha",
@@ -140,11 +148,18 @@ REPORT_KEYS: dict[str, str] = {
 """Quantities of a report, logged beside the medians over its layers."""
 
 PROBE_KEYS: dict[str, str] = {
-    "probe_seconds": "wall time of the probe",
+    "probe_seconds": "wall time of the probe, but for that of the step's part",
     "probe_overhead": "share of wall time that all probes took so far",
     "failed_probes": "probes since the start that measured nothing",
 }
 """Quantities that the callback adds to those of a report."""
+
+STEP_KEYS: dict[str, str] = {
+    "step/scale": "factor on the optimizer's step that would be best on this batch, -g.Delta / Delta^T H Delta",
+    "step/predicted_change": "change of the loss by the quadratic model, g.Delta + Delta^T H Delta / 2",
+    "step/actual_change": "loss of the same batch after the step, minus that before",
+}
+"""Quantities of a `StepMeasurement`, logged in a row of their own once the step is taken."""
 
 ALPHA_KEY = "spectral_newton/<layer>/alpha"
 """Exponent that SpectralNewton steps with, given alpha="probe", for each layer."""

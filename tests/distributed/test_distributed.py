@@ -45,6 +45,11 @@ def test_fully_sharded_training_is_probed_and_goes_on_as_without(world_of_two, t
     assert first["used"][0] == pytest.approx(first["used"][1], abs=0.051)
     assert first["as without"]
     assert second["as without"]
+    # Of shards no rank holds the whole update.
+    told = [text for text in first["warnings"] if text.startswith("step=True: the optimizer's steps are not measured")]
+    assert len(told) == 1
+    assert "net.0.weight and 9 more parameters are in shards (DTensor)" in told[0]
+    assert first["step"] is second["step"] is None
 
 
 @pytest.mark.parametrize("name", ["smaller", "uncountable"])
@@ -54,4 +59,43 @@ def test_processes_wait_for_the_batches_of_all_or_are_all_off(world_of_two, tmp_
     assert bool(first["steps"]) == (name == "smaller")
     off = [text for text in first["warnings"] if "SpectralProbe is off: rank 1: its batches cannot be had" in text]
     assert bool(off) == (name == "uncountable")
+    assert first["weights"] == second["weights"]
+
+
+def test_two_processes_measure_the_step_on_the_joined_batch_and_train_as_without(world_of_two, tmp_path):
+    first, second = world_of_two.run("probe_trainers:measure_steps", tmp_path, None)
+    assert first["samples"] == [12, 20]
+    assert [step for step, _ in first["rows"]] == [0, 2, 4]
+    # The first one logs, and both have the same.
+    assert second["rows"] == []
+    assert first["last"] == second["last"]
+    assert first["monitored"] == second["monitored"]
+    assert len(first["monitored"]) == 6
+    for (_, row), (slope, curvature, change, shares) in zip(first["rows"], first["truth"], strict=True):
+        scale = -slope / curvature if curvature > 0 else float("nan")
+        assert row["spectral/step/scale"] == pytest.approx(scale, rel=1e-6, nan_ok=True)
+        assert row["spectral/step/predicted_change"] == pytest.approx(slope + curvature / 2, rel=1e-6)
+        assert row["spectral/step/actual_change"] == pytest.approx(change, rel=1e-6)
+        for name in ("0.weight", "4.weight", "8.weight"):
+            assert row[f"spectral/net.{name}/step_curvature"] == pytest.approx(shares[name], rel=1e-6)
+    plain, _ = world_of_two.run("probe_trainers:measure_steps", tmp_path, None, False)
+    assert plain["weights"] == first["weights"] == second["weights"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("loss", "the optimizer's step 2 was not measured: ProcessError: rank 1: KeyError: 'lost'"),
+        ("memory", "the optimizer's step 2 was not measured: rank 1 could not keep the weights before it"),
+    ],
+)
+def test_a_step_that_fails_in_one_process_is_nan_in_both_and_none_waits(world_of_two, tmp_path, fault, says):
+    first, second = world_of_two.run("probe_trainers:measure_steps", tmp_path, fault)
+    assert [row["spectral/step/actual_change"] == row["spectral/step/actual_change"] for _, row in first["rows"]] == [
+        True,
+        False,
+        True,
+    ]
+    assert [text for text in first["warnings"] if says in text]
+    assert first["last"] == second["last"]
     assert first["weights"] == second["weights"]

@@ -22,11 +22,18 @@ from reports import layer, report
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralReport
-from lightning_spectral.callbacks.log_selection import LOGGED_LAYERS, LogSelection, charts
+from lightning_spectral.callbacks.log_selection import HEALTH, LOGGED_LAYERS, LogSelection, charts
 from lightning_spectral.callbacks.report_writer import FIGURES
 from lightning_spectral.cli.commands import main
 from lightning_spectral.options import Options
-from lightning_spectral.records.log_keys import ALPHA_KEY, LAYER_KEYS, PROBE_KEYS, REPORT_KEYS
+from lightning_spectral.records.log_keys import (
+    ALPHA_KEY,
+    LAYER_KEYS,
+    PROBE_KEYS,
+    REPORT_KEYS,
+    STEP_CURVATURE,
+    STEP_KEYS,
+)
 from lightning_spectral.report import figures
 from lightning_spectral.report.terminal.tables import CAPTION
 
@@ -82,7 +89,7 @@ def test_every_logged_key_is_documented():
     for key in LAYER_KEYS:
         assert f"`{key.name}`" in README, key.name
     assert f"`{ALPHA_KEY}`" in README
-    for key in (*REPORT_KEYS, *PROBE_KEYS):
+    for key in (*REPORT_KEYS, *PROBE_KEYS, *STEP_KEYS):
         assert f"`spectral/{key}`" in README, key
 
 
@@ -99,6 +106,8 @@ def table_of_keys():
         option = f"`{option_of[key.part]}`" if key.part else ""
         rows.append(f"| `spectral/<layer>/{key.name}` | {key.meaning} | {'yes' if key.median else ''} | {option} |")
     rows += [f"| `spectral/{name}` | {meaning} | | |" for name, meaning in (REPORT_KEYS | PROBE_KEYS).items()]
+    rows += [f"| `spectral/{name}` | {meaning} | | `step` |" for name, meaning in STEP_KEYS.items()]
+    rows.append(f"| `spectral/<layer>/{STEP_CURVATURE.name}` | {STEP_CURVATURE.meaning} | | `step` |")
     rows.append(f'| `{ALPHA_KEY}` | exponent a matrix steps with | | `SpectralNewton(alpha="probe")` |')
     medians = "With a median: also as `spectral/<key>_median` and `spectral/kind/<kind>/<key>_median`."
     return "\n".join([*rows, "", medians, ""])
@@ -242,8 +251,20 @@ def test_options_of_logging_are_named():
 )
 def test_numbers_of_keys_and_charts(row, kinds):
     measured = report(*(layer(f"{i}.weight", kind=kind) for i, kind in enumerate(kinds)))
-    keys = list(LogSelection("auto", "auto", (), lambda text: None).scalars(measured) | dict.fromkeys(PROBE_KEYS, 0.0))
-    assert re.search(rf"\| {row}[^|]*\| {len(keys)} \| {len(charts(keys, 40))}:", README)
+    selection = LogSelection("auto", "auto", {STEP_CURVATURE.part}, lambda text: None)
+    shares = [f"{name}/{STEP_CURVATURE.name}" for name in selection.step_layers(list(measured.layers))]
+    keys = [*selection.scalars(measured), *PROBE_KEYS, *STEP_KEYS, *shares]
+    shown = charts(keys, 40)
+    (written,) = re.findall(rf"\| {row}[^|]*\| {len(keys)} \| {len(shown)}: (.*) \|", README)
+    layers, counts = sum(key.endswith("/alpha") for key in shown), sum(key in HEALTH for key in shown)
+    curves = sum(key.endswith("_median") and key not in HEALTH for key in shown)
+    parts = [
+        f"{curves} curves",
+        "the step's scale",
+        f"{counts} counts",
+        *([f"alpha of {layers} layers"] * bool(layers)),
+    ]
+    assert written == ", ".join(parts)
 
 
 if __name__ == "__main__":

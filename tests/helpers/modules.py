@@ -95,14 +95,16 @@ class GPT(Stateful):
 
 
 class ProbeRows(DummyLogger):
-    """A logger that keeps what a probe logs."""
+    """A logger that keeps what a probe logs, and apart from it what is logged of the step after it."""
 
     def __init__(self):
         super().__init__()
-        self.rows = []
+        self.rows, self.steps = [], []
 
     def log_metrics(self, metrics, step=None):
-        if any(key.startswith("spectral") for key in metrics):
+        if any(key.endswith("/step/scale") for key in metrics):
+            self.steps.append((step, metrics))
+        elif any(key.startswith("spectral") for key in metrics):
             self.rows.append((step, metrics))
 
 

@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from metric_updates import spectrum
-from modules import GPT, ConvNet
+from modules import GPT, ConvNet, ProbeRows
+from steps import StepRecorder, derivatives
 from torch.utils.data import DataLoader
 from trust import every_fit_trusted
+from world import patches
 
 from lightning_spectral import CurvatureExponent, SpectralNewton, SpectralProbe, measure_spectra
+from lightning_spectral.measurement.step import Weights
 
 
 def options_of(n):
@@ -186,8 +189,11 @@ def train_shards(rank, n, folder):
         trainer.fit(module, DataLoader(ConvNet.data(), 16, shuffle=True))
         return trainer, module, [p.to_local().tolist() for p in module.parameters()]
 
-    probe = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3, gradient_samples=None)
-    trainer, module, weights = fit([probe])
+    probe = SpectralProbe(every_n_steps=2, curvature="exact", top_k=3, step=True, gradient_samples=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer, module, weights = fit([probe])
+    result["warnings"], result["step"] = texts(caught), probe.step_probe.last
     result["steps"] = [report.step for report in probe.history]
     result["alphas"] = [[x.alpha.exponent for x in report.layers.values()] for report in probe.history]
     result["layers"] = list(probe.last_report.layers)
@@ -251,4 +257,71 @@ def log_metrics(rank, n, folder):
     trainer = pl.Trainer(max_epochs=2, limit_train_batches=1, logger=pl.loggers.CSVLogger(folder), **options)
     trainer.fit(module, DataLoader(ConvNet.data(), 16))
     result["logged"] = {name: float(trainer.callback_metrics[name]) for name in ("alpha", "never")}
+    return with_weights(result, module)
+
+
+class UnequalBatches:
+    """Batches of 12 samples for the first rank and of 20 for the second."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        data = ConvNet.data()
+        for start in range(0, len(data) - 31, 32):
+            yield data[start : start + 12] if self.rank == 0 else data[start + 12 : start + 32]
+
+
+def measure_steps(rank, n, folder, fault, with_probe=True):
+    """Measure the steps after probes, of which the second one fails in the last rank where a fault is given."""
+    options, result = options_of(n), {}
+
+    def loss(module, batch):
+        if fault == "loss" and rank and module.trainer.global_step == 3:
+            raise KeyError("lost")
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    real = Weights.copied
+
+    def copied(module):
+        if fault == "memory" and rank and module.trainer.global_step == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(module)
+
+    patches.setattr("lightning_spectral.callbacks.step_probe.Weights.copied", copied)
+    rows, recorder, module = ProbeRows(), StepRecorder(), ConvNet()
+    probe = SpectralProbe(
+        every_n_steps=2, top_k=3, precision="float64", loss_fn=loss, curvature="exact", gradient_samples=None
+    )
+    trainer = pl.Trainer(
+        max_steps=6, max_epochs=-1, callbacks=[recorder, *([probe] if with_probe else [])], logger=[rows],
+        use_distributed_sampler=False, **options,
+    )  # fmt: skip
+    warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        trainer.fit(module, UnequalBatches(rank))
+    result["warnings"] = texts(caught)
+    result["rows"] = rows.steps
+    metrics = trainer.callback_metrics
+    result["monitored"] = {
+        key: float(value) for key, value in metrics.items() if key[:8] == "spectral" and "step" in key
+    }
+    result["last"] = probe.step_probe.last
+    batches = [None] * n
+    dist.all_gather_object(batches, [step["batch"] for step in recorder.steps[::2]])
+    result["samples"] = [len(of_rank[0][1]) for of_rank in batches]
+    if rank == 0:
+        result["truth"] = []
+        network = copy.deepcopy(module.net).eval()
+        for step, *parts in zip(recorder.steps[::2], *batches, strict=True):
+            joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+            states = [
+                {name[4:]: value for name, value in step[when].items() if name.startswith("net.")}
+                for when in ("before", "after")
+            ]
+            slope, matrix, before, after, names = derivatives(
+                lambda call, batch=joined: F.cross_entropy(call(batch[0].double()), batch[1]), network, *states
+            )
+            shares = dict(zip(names, (matrix.sum(1) / matrix.sum()).tolist(), strict=True))
+            result["truth"].append((slope, float(matrix.sum()), after - before, shares))
     return with_weights(result, module)

@@ -29,7 +29,7 @@ from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import report_writer as outputs
 from lightning_spectral.callbacks.log_selection import LogSelection, charts
 from lightning_spectral.callbacks.report_writer import alpha_by_depth
-from lightning_spectral.records.log_keys import PROBE_KEYS
+from lightning_spectral.records.log_keys import PROBE_KEYS, STEP_KEYS
 from lightning_spectral.report import read_run
 from lightning_spectral.report.trackers import Row, tracker_of
 
@@ -62,9 +62,16 @@ def offline_run(folder, probe, module=None, steps=5):
     return wandb_records(file), files
 
 
+def history_rows(records):
+    return [record["history"]["item"] for record in records if record.get("type") == "history"]
+
+
 def probe_rows(records, prefix="spectral"):
-    rows = [record["history"]["item"] for record in records if record.get("type") == "history"]
-    return [row for row in rows if any(key.startswith(f"{prefix}/") for key in row)]
+    return [row for row in history_rows(records) if f"{prefix}/failed_probes" in row]
+
+
+def step_rows(records, prefix="spectral"):
+    return [row for row in history_rows(records) if f"{prefix}/step/scale" in row]
 
 
 def same(found, expected):
@@ -87,8 +94,16 @@ def test_wandb_with_nothing_configured(tmp_path):
     defined = [record["metric"] for record in records if record.get("type") == "metric"]
     hidden = {metric["name"] for metric in defined if metric["options"].get("hidden")}
     assert all(m["step_metric"] == "trainer/global_step" for m in defined if m.get("name") in hidden)
-    visible = {key for key in rows[0] if key.startswith("spectral/")} - hidden
+    steps = step_rows(records)
+    assert [row["trainer/global_step"] for row in steps] == [0, 2, 4]
+    # W&B's own steps: each row of a step comes after that of its probe.
+    assert [row["_step"] for pair in zip(rows, steps, strict=True) for row in pair] == [0, 1, 2, 3, 4, 5]
+    of_steps = {key for key in steps[0] if key.startswith("spectral/")}
+    assert of_steps >= {f"spectral/{key}" for key in STEP_KEYS}
+    assert sum(key.endswith("/step_curvature") for key in of_steps) == 24
+    visible = {key for key in (*rows[0], *steps[0]) if key.startswith("spectral/")} - hidden
     assert len(visible) == 40
+    assert "spectral/step/scale" in visible
     assert {"spectral/alpha_median", "spectral/kind/dense/zeta_bound_median", "spectral/net.0.weight/alpha"} <= visible
     assert not [key for key in rows[0] if "table" in key.lower() or "figures" in key]
     assert not (files / "media").exists()

@@ -97,7 +97,7 @@ def check_fits(layer):
     assert not layer.h.isinf().any()
     assert math.isfinite(layer.alpha.exponent) or layer.note, layer
     for name, value in layer.scalars().items():
-        assert not math.isinf(value) or name.startswith("zeta_bound"), name
+        assert not math.isinf(value) or name.startswith(("zeta_bound", "noise_scale")), name
         if math.isfinite(layer.alpha.exponent) and name in ("gamma", "s", "pr_curvature", "pr_gradient"):
             assert math.isfinite(value), name
 

@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from modules import fit
+from modules import ProbeRows, fit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
@@ -257,7 +257,7 @@ def test_a_linear_custom_function_is_no_obstacle():
         (net(), {"layers": "conv*"}, r"layers: 'conv\*' matches no layer; the layers are 0.weight, 2.weight"),
         (net(), {"layers": lambda layer: False}, "no layer is left to measure .0.weight: not selected"),
         (net(), {"loss_fn": None}, "Sequential has no training_step, so its loss is not known; pass loss_fn"),
-        (net(), {"loss_fn": "mse"}, "loss_fn must be a callable .* got str"),
+        (net(), {"loss_fn": "mse"}, "loss_fn must be a callable .* got 'mse'"),
     ],
 )
 def test_options_and_models_out_of_range(model, options, message):
@@ -312,27 +312,23 @@ class Wrapped(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-4)
 
 
-class Recorder(pl.loggers.logger.DummyLogger):
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        if any(key.startswith("spectral/") for key in metrics):
-            self.rows.append((step, metrics))
-
-
 def probe_while_training(model, loss, options):
     options = dict(options)
     data = TensorDataset(X) if "batch" not in options else Ragged(*options.pop("batch"))
     probe = SpectralProbe(every_n_steps=1, loss_fn=lambda m, b: loss(m.inner, b), **options)
-    logger, module = Recorder(), Wrapped(model)
+    logger, module = ProbeRows(), Wrapped(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit(module, [probe], steps=3, logger=logger, data=data, batch_size=None)
     assert trainer.global_step == 3
     assert [step for step, _ in logger.rows] == [0, 1, 2]
-    return probe, logger.rows, [str(w.message) for w in caught if issubclass(w.category, SpectralWarning)]
+    told = [str(w.message) for w in caught if issubclass(w.category, SpectralWarning)]
+    # Of a probe that measures something, the step is told apart where it has no second derivative.
+    of_steps = [text for text in told if text.startswith("the optimizer's step")]
+    assert len(logger.steps) == len(logger.rows) - probe.failed_probes
+    for _, row in logger.steps:
+        assert math.isnan(row["spectral/step/predicted_change"]) == bool(of_steps)
+    return probe, logger.rows, [text for text in told if text not in of_steps]
 
 
 class Ragged(torch.utils.data.Dataset):

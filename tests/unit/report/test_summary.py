@@ -23,7 +23,8 @@ def cloud(name, **kwargs):
 
 def test_how_many_fits_to_trust():
     assert said("All 2", layer("a"), layer("b")) == (
-        "All 2 layers have an alpha to trust (r2 of at least 0.9, at least 5 points, standard error up to alpha / 4)."
+        "All 2 layers have an alpha to trust (r2 of at least 0.9, at least 5 points, standard error up to alpha / 4, "
+        "no single point that carries the slope, signal of at least 0.8)."
     )
     assert said("The one layer has an alpha", layer("a"))
     assert said("1 of 2 layers has an alpha", layer("a"), cloud("b"))
@@ -175,13 +176,14 @@ def test_participation_and_negative_curvature():
 
 def test_summary_over_training():
     def at(**alphas):
-        return [Exponents.logged(name, {"alpha": alpha}) for name, alpha in alphas.items()]
+        return [Exponents.logged(name, {"alpha": alpha, "r2_alpha": 0.95}) for name, alpha in alphas.items()]
 
     assert summary_over_training([(0, at(a=1.0, b=1.5)), (9, at(a=1.1, b=2.5)), (5, [])]) == [
-        "From step 0 to 9 the median alpha of all layers went from 1.25 to 1.80; b moved most, from 1.50 to 2.50."
+        "From step 0 to 9 the median alpha of the fits to trust went from 1.25 to 1.80; b moved most, from 1.50 to "
+        "2.50."
     ]
     assert summary_over_training([(0, at(a=1.0)), (9, at(b=2.0))]) == [
-        "From step 0 to 9 the median alpha of all layers went from 1.00 to 2.00."
+        "From step 0 to 9 the median alpha of the fits to trust went from 1.00 to 2.00."
     ]
     for probes in ([], [(None, at(a=1.0)), (3, at(a=2.0))], [(3, at(a=1.0)), (3, at(a=1.0))]):
         assert summary_over_training(probes) == []
