@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardedMatrix:
-    """Part of the group's i-th parameter and of its momentum M that this rank holds."""
+    """Part of the group's i-th parameter and of its momentum M that this rank holds, and what `size_units` gives."""
 
     target: Tensor
     momentum: Tensor
     sharding: Sharding
     group: Mapping[str, Any]
     i: int
+    units: Tensor | None = None
 
     @property
     def numel(self) -> int:
@@ -81,7 +82,7 @@ def _full_updates(matrices: Sequence[ShardedMatrix], momenta: Sequence[Tensor]) 
     blocks = [
         block
         for matrix, update, momentum in zip(matrices, updates, momenta, strict=True)
-        for block in matrix_blocks(update, momentum, matrix.group, matrix.i)
+        for block in matrix_blocks(update, momentum, matrix.group, matrix.i, matrix.units)
     ]
     for block, update in compute_updates(blocks):
         block.target.copy_(update)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.numerics.matmul_precision import exact_products
+from lightning_spectral.optim.adam_size import ADAM, adam_rms
 from lightning_spectral.optim.matrix_layout import blocks
 from lightning_spectral.optim.measured_alpha import alpha_used
 from lightning_spectral.optim.transfer import transfer_batch
@@ -24,7 +25,7 @@ class MatrixBlock:
     """One matrix of a parameter: the target of its update, its momentum M, and the group with its options.
 
     It is the part-th matrix of the group's i-th parameter. Both tensors have the shape (m, ...) of a view into the
-    parameter; `flatten(1)` is the matrix.
+    parameter; `flatten(1)` is the matrix. ``unit`` is what `size_units` gives for it, with update_rms="adam".
     """
 
     target: Tensor
@@ -32,6 +33,7 @@ class MatrixBlock:
     group: Mapping[str, Any]
     i: int
     part: int
+    unit: Tensor | None = None
 
     @property
     def alpha(self) -> float:
@@ -88,10 +90,16 @@ def momentum_step(
     return updates
 
 
-def matrix_blocks(target: Tensor, momentum: Tensor, group: Mapping[str, Any], i: int) -> list[MatrixBlock]:
+def matrix_blocks(
+    target: Tensor, momentum: Tensor, group: Mapping[str, Any], i: int, units: Tensor | None = None
+) -> list[MatrixBlock]:
     """Return the matrices of the group's i-th parameter, or of a tensor of its shape."""
-    parts = zip(blocks(target, group["layouts"][i]), blocks(momentum, group["layouts"][i]), strict=True)
-    return [MatrixBlock(of_target, of_momentum, group, i, part) for part, (of_target, of_momentum) in enumerate(parts)]
+    targets, momenta = (blocks(tensor, group["layouts"][i]) for tensor in (target, momentum))
+    of_parts = [None] * len(targets) if units is None else units.unbind()
+    return [
+        MatrixBlock(of_target, of_momentum, group, i, part, unit)
+        for part, (of_target, of_momentum, unit) in enumerate(zip(targets, momenta, of_parts, strict=True))
+    ]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
@@ -131,14 +139,17 @@ def _batch_updates(batch: Sequence[MatrixBlock]) -> Tensor:
     group = batch[0].group
     m_brn = torch.stack([_wide(matrix.momentum.flatten(1), matrix.tall) for matrix in batch])
     m_brn = m_brn.to(compute_dtype(m_brn.dtype))
+    rms = group["update_rms"]
+    if rms == ADAM:
+        rms = adam_rms(m_brn, torch.stack([matrix.unit for matrix in batch if matrix.unit is not None]))
     u_brn = transfer_batch(
         m_brn,
         alpha=batch[0].alpha,
         damping=group["damping"],
         tolerance=group["tolerance"],
     )
-    if group["update_rms"] is not None:
-        u_brn.mul_(update_scales(u_brn, rms=group["update_rms"], max_gain=group["max_gain"])[:, None, None])
+    if rms is not None:
+        u_brn.mul_(update_scales(u_brn, rms=rms, max_gain=group["max_gain"])[:, None, None])
     return u_brn
 
 
@@ -146,11 +157,11 @@ def _wide(matrix: Tensor, tall: bool) -> Tensor:
     return matrix.mT if tall else matrix
 
 
-def update_scales(u_brn: Tensor, *, rms: float, max_gain: float) -> Tensor:
+def update_scales(u_brn: Tensor, *, rms: float | Tensor, max_gain: float) -> Tensor:
     """Return the factor of each update: rms * min(sqrt(r n) / ||U||_F, max_gain sqrt(n) / ||U||_2), 0 for zero.
 
-    The first is AdamW's size: entries of root mean square 0.2 (Liu et al., arXiv 2502.16982, section 2.2), for a flat
-    spectrum 0.2 sqrt(n) U V^T. An update of low rank would put all of that into few directions, up to sqrt(r) times
+    The first gives entries of root mean square rms, a number or (b,) of them: for a flat spectrum rms sqrt(n) U V^T. An
+    update of low rank would put all of that into few directions, up to sqrt(r) times
     the step of a flat one along a single direction; the second bounds it to ``max_gain`` times. ||U||_2 is one
     step of the power method from the longest row, exact at rank one and a lower bound elsewhere.
     """

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.optim import measured_alpha as alphas
+from lightning_spectral.optim.adam_size import ADAM
 from lightning_spectral.optim.matrix_layout import whole_layout
 from lightning_spectral.optim.model_groups import ALPHA_BY_KIND, DAMPING, DAMPING_BY_KIND, has_adamw_name, is_matrix
 from lightning_spectral.optim.placement import check_dtensor
@@ -158,8 +159,9 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_tolerance(group["tolerance"])
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']}")
-    if group["update_rms"] is not None and not group["update_rms"] > 0:
-        raise ValueError(f"update_rms must be above 0, or None for no rescaling, got {group['update_rms']}")
+    rms = group["update_rms"]
+    if rms not in (None, ADAM) and not (isinstance(rms, (int, float)) and rms > 0):
+        raise ValueError(f"update_rms must be 'adam', a number above 0, or None for no rescaling, got {rms!r}")
     if not group["max_gain"] >= 1:
         raise ValueError(f"max_gain must be at least 1, got {group['max_gain']}")
 

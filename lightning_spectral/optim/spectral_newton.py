@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind
+from lightning_spectral.optim.adam_size import ADAM
 from lightning_spectral.optim.ddp import Sharing, check_process_group
 from lightning_spectral.optim.measured_alpha import INITIAL_ALPHA, MeasuredAlpha, mean_alpha_used, update_averages
 from lightning_spectral.optim.model_groups import ADAMW_NAMES, model_groups
@@ -30,9 +31,10 @@ class SpectralNewton(Optimizer):
     - B <- mu B + (1 - mu) G, and M = mu B + (1 - mu) G (Nesterov) or B.
     - M = U diag(sigma) V^T, sigma_hat = sigma sqrt(r) / ||M||_F.
     - X = U diag(T(sigma_hat)) V^T with T(s) = s / (s^alpha + d), computed without an SVD (`spectral_transfer`).
-    - W <- (1 - lr weight_decay) W - lr c X, with c = update_rms min(sqrt(m n) / ||X||_F, max_gain sqrt(max(m, n)) /
-      ||X||_2): the entries of the step have root mean square lr update_rms, as AdamW's have about 0.2 lr, unless X is
-      nearly of rank one.
+    - W <- (1 - lr weight_decay) W - lr c X, with c = rms min(sqrt(m n) / ||X||_F, max_gain sqrt(max(m, n)) / ||X||_2):
+      the entries of the step have root mean square lr rms, unless X is nearly of rank one.
+    - rms = min(1, RMS(M) / sqrt(v)) is AdamW's size by matrix, v <- 0.999 v + 0.001 mean(G^2), both bias-corrected: 1
+      where gradients agree, sqrt((1 - mu) / (1 + mu)) where they are noise. So a learning rate of AdamW's can be kept.
 
     alpha = 2 is curvature as the square of the gradient; alpha = 1 and d -> 0 the polar factor U V^T (Muon);
     alpha = 0 SGD with momentum and steps of one size.
@@ -84,7 +86,8 @@ class SpectralNewton(Optimizer):
         momentum: mu. Runs of a few hundred steps may do better with 0.85 to 0.9, as Muon's do.
         nesterov: whether M looks one step ahead.
         weight_decay: decoupled, times lr.
-        update_rms: root mean square entry of an update before lr; null: X as it is.
+        update_rms: root mean square entry of an update before lr: "adam", by matrix as above; a number, such as 0.2,
+            which AdamW's comes to late in long runs; null: X as it is.
         max_gain: how many times the spectral norm of a flat update of the same size an update may have.
         tolerance: relative error allowed to X, from 1e-7 to 0.1. With alpha = 2 it only decides when float64 is needed.
         adamw_lr: learning rate of AdamW; null: the group's lr.
@@ -105,8 +108,8 @@ class SpectralNewton(Optimizer):
             DeepSpeed), or split in two dimensions of a mesh.
         RuntimeError: at a step, if a gradient is sparse, or a matrix was flattened meanwhile.
 
-    Source: arXiv 2606.02596 (T and its use), 2502.16982 (AdamW's size); the normaliser, the cap and the way without
-    an SVD are this library's.
+    Source: arXiv 2606.02596 (T and its use), 2602.17080 (a scalar for AdamW's size); the normaliser, the cap and the
+    way without an SVD are this library's.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = SpectralNewton(SpectralNewton.groups(model), lr=1e-2)
@@ -125,7 +128,7 @@ class SpectralNewton(Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.01,
-        update_rms: float | None = 0.2,
+        update_rms: float | Literal["adam"] | None = "adam",
         max_gain: float = 4.0,
         tolerance: float = 1e-2,
         adamw_lr: float | None = None,
@@ -281,8 +284,10 @@ class SpectralNewton(Optimizer):
             ]
         )
         for parameter_step in (*taken, *skipped):
-            if not self.state[parameter_step.parameter]:
-                self.state[parameter_step.parameter] = parameter_step.initial_state()
+            state = self.state[parameter_step.parameter]
+            # An option may have been changed since the state was made.
+            if not state or (parameter_step.group.get("update_rms") == ADAM and "mean_square" not in state):
+                self.state[parameter_step.parameter] = parameter_step.initial_state() | state
         for parameter_step in skipped:
             self.state[parameter_step.parameter]["skipped"] += 1
         update(taken, self.state)
@@ -308,10 +313,11 @@ class SpectralNewton(Optimizer):
         saved = (state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"])
         own = (parameter for group in self.param_groups for parameter in group["params"])
         for parameter, state in zip(own, saved, strict=True):
-            if "skipped" in state:
-                # torch casts it to the parameter's type, and bfloat16 counts no further than 256.
-                device = self.state[parameter]["skipped"].device
-                self.state[parameter]["skipped"] = state["skipped"].to(device, copy=True)
+            for key in ("skipped", "mean_square", *(["step"] if "mean_square" in state else [])):
+                if key in state:
+                    # torch casts them to the parameter's type, and bfloat16 counts no further than 256.
+                    device = self.state[parameter]["skipped" if key == "skipped" else "mean_square"].device
+                    self.state[parameter][key] = state[key].to(device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # Of copies and pickles; what they are shared over is found again, but for a group given, which stays here.

@@ -41,7 +41,12 @@ def check_parts(states: Mapping[Tensor, Mapping[str, Any]], name: str) -> None:
     """Raise ValueError if a part of a parameter was given the state of the whole, or the other way around."""
     for parameter, state in states.items():
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim and is_dtensor(value) != is_dtensor(parameter):
+            if (
+                isinstance(value, Tensor)
+                and value.ndim
+                and key != "mean_square"
+                and is_dtensor(value) != is_dtensor(parameter)
+            ):
                 whole, part = ("parameter", "saved state") if is_dtensor(value) else ("saved state", "parameter")
                 raise ValueError(
                     f"{name}.load_state_dict: the {part} is a DTensor and the {whole} is not (state {key!r} of shape "

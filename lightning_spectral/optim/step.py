@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.optim.adam_size import ADAM, size_state, size_units
 from lightning_spectral.optim.adamw import adamw_state, adamw_step
 from lightning_spectral.optim.ddp import GradientState, Scope, agree, shared_step
 from lightning_spectral.optim.fsdp import ShardedMatrix, sharded_step
@@ -59,7 +60,9 @@ class ParameterStep:
         if self.group["update"] == "adamw":
             return {**adamw_state(self.parameter), "skipped": skipped}
         buffer = torch.zeros_like(self.parameter, memory_format=torch.preserve_format)
-        return {"momentum_buffer": buffer, "skipped": skipped}
+        sized = self.group["update_rms"] == ADAM
+        sizes = size_state(self.parameter, self.group["layouts"][self.i]) if sized else {}
+        return {"momentum_buffer": buffer, "skipped": skipped, **sizes}
 
 
 def update(steps: Iterable[ParameterStep], states: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -75,13 +78,17 @@ def update(steps: Iterable[ParameterStep], states: Mapping[Tensor, dict[str, Any
         if group["update"] == "adamw":
             adamw_step(parameters, grads, own, group)
             continue
+        shardings = [sharding_of(step.parameter) for step in members]
+        units: Sequence[Tensor | None] = [None] * len(members)
+        if group["update_rms"] == ADAM:
+            layouts, shapes = [group["layouts"][step.i] for step in members], [step.parameter.shape for step in members]
+            units = size_units(grads, shapes, shardings, layouts, own, group)
         momenta = momentum_step(parameters, grads, [state["momentum_buffer"] for state in own], group)
-        for step, target, momentum in zip(members, parameters, momenta, strict=True):
-            sharding = sharding_of(step.parameter)
+        for step, target, momentum, sharding, unit in zip(members, parameters, momenta, shardings, units, strict=True):
             if sharding is None:
-                full.setdefault(step.scope.whole, []).extend(matrix_blocks(target, momentum, group, step.i))
+                full.setdefault(step.scope.whole, []).extend(matrix_blocks(target, momentum, group, step.i, unit))
             else:
-                sharded.append(ShardedMatrix(target, momentum, sharding, group, step.i))
+                sharded.append(ShardedMatrix(target, momentum, sharding, group, step.i, unit))
     for process_group, matrices in full.items():
         if process_group is None:
             spectral_step(matrices)

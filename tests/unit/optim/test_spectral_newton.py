@@ -29,18 +29,27 @@ class Twin:
 
     def __init__(self, weights, **options):
         self.o = {"lr": 1e-3, "alpha": 2.0, "damping": 0.1, "momentum": 0.95, "nesterov": True, "weight_decay": 0.01}
-        self.o |= {"update_rms": 0.2, "max_gain": 4.0, **options}
+        self.o |= {"update_rms": "adam", "max_gain": 4.0, **options}
         self.weights = [w.detach().double().clone() for w in weights]
         self.buffers = [torch.zeros_like(w) for w in self.weights]
+        self.squares, self.t = [0.0] * len(self.weights), 0
 
     def step(self, grads):
         o, mu = self.o, self.o["momentum"]
-        for w, b, g in zip(self.weights, self.buffers, grads, strict=True):
+        self.t += 1
+        for i, (w, b, g) in enumerate(zip(self.weights, self.buffers, grads, strict=True)):
             g = g.double()
             b.copy_(mu * b + (1 - mu) * g)
             m = mu * b + (1 - mu) * g if o["nesterov"] else b
-            update = twin_update(m, o["alpha"], o["damping"], o["update_rms"], o["max_gain"])
+            self.squares[i] = 0.999 * self.squares[i] + 0.001 * float(g.square().mean())
+            update = twin_update(m, o["alpha"], o["damping"], self.rms(m, self.squares[i]), o["max_gain"])
             w.copy_((1 - o["lr"] * o["weight_decay"]) * w - o["lr"] * update)
+
+    def rms(self, m, v):
+        if self.o["update_rms"] != "adam":
+            return self.o["update_rms"]
+        unbiased = m / (1 - self.o["momentum"] ** (self.t + self.o["nesterov"]))
+        return min(1.0, float(unbiased.square().mean().sqrt()) / math.sqrt(v / (1 - 0.999**self.t)))
 
 
 SHAPES = [(8, 12), (8, 12), (12, 8), (5, 3, 3, 2), (20, 20)]
@@ -64,6 +73,8 @@ def set_grads(weights):
         {"update_rms": None, "momentum": 0.0},
         {"alpha": 0.0},
         {"alpha": 1.5, "damping": 1.0, "update_rms": 1.0},
+        {"update_rms": 0.2},
+        {"momentum": 0.9, "nesterov": False},
     ],
 )
 def test_steps_are_those_of_the_formulas(options):
@@ -92,16 +103,81 @@ def test_update_of_low_rank_is_bounded_in_spectral_norm():
 
 def test_size_of_a_step_is_that_of_adamw():
     weight = nn.Parameter(torch.zeros(40, 60))
-    optimizer = SpectralNewton([weight], lr=0.01, weight_decay=0.0)
+    optimizer = SpectralNewton([weight], lr=0.01, weight_decay=0.0, update_rms=0.2)
     weight.grad = torch.randn(40, 60)
     optimizer.step()
     assert float(weight.detach().square().mean().sqrt()) == pytest.approx(0.01 * 0.2, rel=1e-4)
 
 
+def sizes_of(gradient, steps, **options):
+    """Root mean square of each step, in units of lr."""
+    weight = nn.Parameter(torch.zeros(40, 60))
+    optimizer = SpectralNewton([weight], lr=0.01, weight_decay=0.0, **options)
+    sizes = []
+    for _ in range(steps):
+        before = weight.detach().clone()
+        weight.grad = gradient()
+        optimizer.step()
+        sizes.append(float((weight.detach() - before).square().mean().sqrt()) / 0.01)
+    return sizes
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e15])
+def test_a_constant_gradient_steps_by_lr(scale):
+    gradient = scale * torch.randn(40, 60)
+    assert sizes_of(lambda: gradient.clone(), 5) == pytest.approx([1.0] * 5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.95, True), (0.0, False)])
+def test_pure_noise_steps_by_what_momentum_leaves_of_it(momentum, nesterov):
+    sizes = sizes_of(lambda: torch.randn(40, 60), 300, momentum=momentum, nesterov=nesterov)
+    # M = sum_i w_i G_i: of Nesterov's, the newest gradient counts once more.
+    weights = [(1 - momentum) * momentum**i for i in range(300)]
+    if nesterov:
+        weights = [momentum * w for w in weights]
+        weights[0] += 1 - momentum
+    expected = math.sqrt(sum(w**2 for w in weights))
+    if not nesterov:
+        assert expected == pytest.approx(math.sqrt((1 - momentum) / (1 + momentum)), rel=1e-3)
+    assert sum(sizes[100:]) / 200 == pytest.approx(expected, rel=0.03)
+
+
+def test_the_identity_of_adamws_size_is_normalised_momentum():
+    """alpha = 0 has T = s / (1 + d), a multiple of M itself."""
+    weight, steps = nn.Parameter(torch.zeros(9, 14)), []
+    optimizer = SpectralNewton([weight], lr=1.0, alpha=0.0, momentum=0.9, nesterov=False, weight_decay=0.0)
+    m, v = torch.zeros(9, 14), 0.0
+    for t in range(1, 30):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(9, 14) + 0.5
+        m, v = 0.9 * m + 0.1 * weight.grad, 0.999 * v + 0.001 * float(weight.grad.square().mean())
+        optimizer.step()
+        steps.append(before - weight.detach())
+        expected = m / (1 - 0.9**t) / math.sqrt(v / (1 - 0.999**t))
+        torch.testing.assert_close(steps[-1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_a_projection_and_groups_have_a_size_each():
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.conv = nn.Linear(8, 24, bias=False), nn.Conv2d(4, 6, 3, groups=2, bias=False)
+
+    model = Fused()
+    optimizer = SpectralNewton(SpectralNewton.groups(model, fused_qkv=["qkv"]), lr=1.0, weight_decay=0.0)
+    for weight, parts in ((model.qkv.weight, 3), (model.conv.weight, 2)):
+        scales = torch.logspace(0, 3, parts).repeat_interleave(len(weight) // parts)
+        weight.grad = torch.randn_like(weight) * scales.view(-1, *[1] * (weight.ndim - 1))
+    optimizer.step()
+    for weight, parts in ((model.qkv.weight, 3), (model.conv.weight, 2)):
+        expected = [part.square().mean() for part in weight.grad.chunk(parts)]
+        torch.testing.assert_close(optimizer.state[weight]["mean_square"], 0.001 * torch.stack(expected))
+
+
 def test_alpha_zero_is_normalised_sgd_with_nesterov_momentum():
     weight, other = nn.Parameter(torch.randn(9, 14)), None
     other = nn.Parameter(weight.detach().clone())
-    optimizer = SpectralNewton([weight], lr=0.02, alpha=0.0, momentum=0.9, weight_decay=0.0)
+    optimizer = SpectralNewton([weight], lr=0.02, alpha=0.0, momentum=0.9, weight_decay=0.0, update_rms=0.2)
     sgd = torch.optim.SGD([other], lr=1.0, momentum=0.9, nesterov=True)
     for _ in range(5):
         weight.grad = torch.randn_like(weight)

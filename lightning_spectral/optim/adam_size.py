@@ -1,0 +1,132 @@
+"""Size of AdamW's step, by matrix: momentum's root mean square over that of the gradients so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_spectral.optim.matrix_layout import STACK, Layout
+from lightning_spectral.optim.placement import Sharding
+
+ADAM = "adam"
+"""`update_rms` that gives a step AdamW's size."""
+
+BETA2 = 0.999
+"""Decay rate of v, AdamW's own default."""
+
+LARGEST = 1e38
+"""Mean square that a gradient counts with at most: float32 ends there."""
+
+
+def size_state(parameter: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return v of each matrix of a parameter, and the number of its steps, before the first."""
+    _, sizes = part_sizes(parameter.shape, layout)
+    step = torch.zeros((), dtype=_dtype(parameter), device=parameter.device)
+    return {"mean_square": step.new_zeros(len(sizes)), "step": step}
+
+
+def part_sizes(shape: Sequence[int], layout: Layout) -> tuple[int, list[int]]:
+    """Return the dimension along which a parameter's matrices lie, and how much of it each has.
+
+    >>> part_sizes((6, 2), Layout(input_first=0, rows=[4, 2]))
+    (0, [4, 2])
+    """
+    groups, rows = layout["input_first"], layout["rows"]
+    if groups == STACK:
+        return 0, [1] * shape[0]
+    if groups > 1:
+        return 0, [shape[0] // groups] * groups
+    dim = 1 if groups and rows else 0
+    return dim, rows or [shape[dim]]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def size_units(
+    grads: Sequence[Tensor],
+    shapes: Sequence[torch.Size],
+    shardings: Sequence[Sharding | None],
+    layouts: Sequence[Layout],
+    states: Sequence[Mapping[str, Any]],
+    group: Mapping[str, Any],
+) -> list[Tensor]:
+    """Take gradients into v, and return for each parameter the (parts,) by which RMS(M) is the size of its step.
+
+    With v <- b v + (1 - b) mean(G^2) and both bias-corrected, rms = min(1, RMS(M / (1 - mu^t)) / sqrt(v / (1 - b^t))):
+    1 where gradients agree, about sqrt((1 - mu) / (1 + mu)) where they are noise. What is returned is
+    1 / ((1 - mu^t) sqrt(v / (1 - b^t))), with t + 1 for Nesterov's momentum.
+
+    Args:
+        grads: of each parameter, as far as this rank holds it.
+        shapes: of the whole parameters.
+        shardings: how they are split over ranks; None for those that are not.
+        layouts: of their matrices.
+        states: with ``mean_square`` and ``step``, which are written to.
+        group: with ``momentum`` and ``nesterov``.
+    """
+    squares = [_squares(*each) for each in zip(grads, shapes, shardings, layouts, strict=True)]
+    _sum_over_ranks(squares, shardings)
+    for square, shape, layout in zip(squares, shapes, layouts, strict=True):
+        dim, sizes = part_sizes(shape, layout)
+        entries = shape.numel() // shape[dim]
+        square.div_(torch.tensor([size * entries for size in sizes], dtype=square.dtype, device=square.device))
+        square.clamp_(max=LARGEST)
+    averages, steps = ([state[key] for state in states] for key in ("mean_square", "step"))
+    torch._foreach_lerp_(averages, squares, 1 - BETA2)
+    torch._foreach_add_(steps, 1)
+    corrected = torch._foreach_div(averages, _weights(BETA2, steps))
+    later = torch._foreach_add(steps, 1) if group["nesterov"] else steps
+    units = torch._foreach_mul(torch._foreach_sqrt(corrected), _weights(group["momentum"], later))
+    return list(torch._foreach_reciprocal(units))
+
+
+def adam_rms(m_brn: Tensor, unit_b: Tensor) -> Tensor:
+    """Return rms = min(1, RMS(M) unit) of each matrix; 1 where both are too small for float32."""
+    rms_b: Tensor = torch.linalg.vector_norm(m_brn, dim=(1, 2)) / math.sqrt(m_brn.shape[1] * m_brn.shape[2])
+    return torch.nan_to_num(rms_b * unit_b.to(rms_b.dtype), nan=1.0).clamp(max=1.0)
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _weights(decay: float, steps: Sequence[Tensor]) -> list[Tensor]:
+    """Return 1 - decay^t, the weights that an average which began at zero sums to."""
+    weights = list(torch._foreach_pow(decay, list(steps)))
+    torch._foreach_neg_(weights)
+    torch._foreach_add_(weights, 1)
+    return weights
+
+
+def _squares(grad: Tensor, shape: torch.Size, sharding: Sharding | None, layout: Layout) -> Tensor:
+    """Return (parts,) sums of squares of this rank's entries."""
+    dim, sizes = part_sizes(shape, layout)
+    lines: Tensor
+    if len(sizes) == 1:
+        lines = torch.linalg.vector_norm(grad, dtype=_dtype(grad)).square()
+        return lines[None]
+    others = [i for i in range(grad.ndim) if i != dim]
+    lines = torch.linalg.vector_norm(grad, dim=others, dtype=_dtype(grad)).square()
+    if sharding is not None and sharding.dim == dim:
+        whole = lines.new_zeros(shape[dim])
+        start = sum(sharding.counts[: dist.get_rank(sharding.group)])
+        whole[start : start + len(lines)] = lines
+        lines = whole
+    return torch.stack([part.sum() for part in torch.split(lines, sizes)])
+
+
+def _sum_over_ranks(squares: Sequence[Tensor], shardings: Sequence[Sharding | None]) -> None:
+    """Sum those of parameters in shards, in one exchange per group of ranks and device."""
+    exchanges: dict[Any, list[Tensor]] = {}
+    for square, sharding in zip(squares, shardings, strict=True):
+        if sharding is not None:
+            exchanges.setdefault((sharding.group, square.device), []).append(square)
+    for (ranks, _), of_ranks in exchanges.items():
+        flat = torch.cat(of_ranks)
+        dist.all_reduce(flat, group=ranks)
+        for square, total in zip(of_ranks, torch.split(flat, [len(square) for square in of_ranks]), strict=True):
+            square.copy_(total)
