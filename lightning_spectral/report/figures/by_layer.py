@@ -174,8 +174,8 @@ def _draw_signal(axes: Axes, signals: Sequence[float]) -> list[Artist]:
     axes.patch.set_visible(False)
     # Steps as wide as a layer, so that the signal between two layers is that of one of them.
     edges = [i - 0.5 for i in range(len(signals) + 1)]
-    right.stairs([min(max(s, 0.0), 1.0) for s in signals], edges, baseline=None, color=QUIET, linewidth=0.7, alpha=0.8)
-    right.axhline(LEAST_SIGNAL, color=QUIET, linestyle=":", linewidth=0.6, alpha=0.8)
+    right.stairs([min(max(s, 0.0), 1.0) for s in signals], edges, baseline=None, color=QUIET, linewidth=0.7, alpha=0.6)
+    right.axhline(LEAST_SIGNAL, color=QUIET, linestyle=":", linewidth=0.6, alpha=0.6)
     right.set(ylim=(0, 1.02), yticks=[0, 0.5, LEAST_SIGNAL, 1], yticklabels=["0", "0.5", f"{LEAST_SIGNAL:g}", "1"])
     right.set_ylabel("signal S", color=QUIET)
     right.tick_params(axis="y", color=QUIET, labelcolor=QUIET)

@@ -172,7 +172,8 @@ function trainingPoints(data, state, c, x, read, key, good) {
       hoverinfo: "text",
       hovertext: at.map(([probe, layer]) => saying(data, probe, layer, key)),
       marker: {
-        size: many ? 3 : 5,
+        // Upon the thick line of the chosen layer a small one could not be seen.
+        size: at.map(([, layer]) => (layer === state.layer ? 9 : many ? 3 : 5)),
         symbol: good ? "circle" : "circle-open",
         color: at.map(colour),
         line: { width: 1, color: at.map(colour) },
