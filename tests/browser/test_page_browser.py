@@ -11,6 +11,7 @@ from reports import dead, layer, report
 from torch import nn
 
 from lightning_spectral import measure_spectra
+from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
 from lightning_spectral.records.weight_spectrum import WeightSpectrum
@@ -234,7 +235,10 @@ def test_axes_hold_all_fits_to_trust_and_say_what_else_is_outside(browser, tmp_p
     low, high = browser.evaluate("document.getElementById('transfer').layout.xaxis.range")
     assert low < 1.8 < 4.0 < high
     low, high = browser.evaluate("document.getElementById('training').layout.yaxis.range")
-    curves = browser.evaluate("document.getElementById('training').data.flatMap(trace => [...trace.y])")
+    curves = browser.evaluate(
+        "document.getElementById('training').data.filter(t => t.mode !== 'markers').flatMap(trace => [...trace.y])"
+    )
+    curves = [y for y in curves if y is not None]
     assert browser.evaluate(NOTES.format("training")) == f"{sum(not low <= y <= high for y in curves)} outside"
     assert browser.problems == []
 
@@ -261,6 +265,7 @@ def test_probes_outside_training_are_named_where_steps_would_stand(browser, tmp_
     assert browser.problems == []
 
 
+MEDIANS = "document.getElementById('training').data.filter(t => t.mode === 'lines+markers')"
 SHOWN = "getComputedStyle(document.getElementById('{}').closest('figure')).display !== 'none'"
 ABSENT = "[...document.querySelectorAll('#absent li')].map(item => item.textContent)"
 HEADS = "[...document.querySelectorAll('#columns button')].map(button => button.textContent)"
@@ -291,6 +296,82 @@ def test_medians_of_kinds_are_drawn_in_their_colours(browser, tmp_path):
     )
     assert [[escaped, alpha] for escaped, _, alpha in thick] == [[False, 2.5], [True, 3.5]]
     assert len({colour for _, colour, _ in thick}) == 2
+    assert browser.problems == []
+
+
+def test_why_a_fit_is_not_trusted_is_shown_and_its_points_are_hollow(browser, tmp_path):
+    """In the table, at its layer, while the mouse is over a point, and over training, where medians leave it out."""
+
+    def at(step, *signals):
+        layers = [
+            layer(f"l{i}", alpha=1.0 + i, gradient_noise=GradientNoise(signal)) for i, signal in enumerate(signals)
+        ]
+        return report(*layers, step=step, curvature_samples=2)
+
+    browser.open(write_page(run_of([at(0, 0.9, 0.9), at(5, 0.9, 0.4), at(9, 0.9, 0.4)], "doubt"), tmp_path / "p.html"))
+    cells = "[...document.querySelectorAll('#rows td[data-key={}]')].map(cell => cell.textContent)"
+    assert browser.evaluate(cells.format("signal")) == ["0.90", "0.40"]
+    assert browser.evaluate(cells.format("doubt")) == ["", "noise"]
+    rows = "[...document.querySelectorAll('#rows tr')].map(row => [row.className, row.title])"
+    assert browser.evaluate(rows) == [["", ""], ["doubtful", "not to be trusted: noise"]]
+    facts = "document.getElementById('facts').textContent"
+    assert browser.evaluate(facts).startswith("gradient of 8 samples, curvature of 2 of them, eval mode")
+    hollow = "document.getElementById('training').data.filter(t => t.mode === 'markers' && t.marker.symbol === '{}')"
+    points = ".flatMap(t => [...t.x].map((x, i) => [x, t.customdata[i]]))"
+    assert browser.evaluate(hollow.format("circle-open") + points) == [[5, 1], [9, 1]]
+    assert sorted(browser.evaluate(hollow.format("circle") + points)) == [[0, 0], [0, 1], [5, 0], [9, 0]]
+    (medians,) = browser.evaluate(f"{MEDIANS}.map(t => [...t.y])")
+    assert medians == pytest.approx([1.5, 1.0, 1.0])
+    browser.evaluate("Plotly.Fx.hover('depth', [{curveNumber: 0, pointNumber: 1}])")
+    browser.wait("document.querySelector('#depth .hovertext')?.textContent.includes('not to be trusted: noise')")
+    browser.evaluate("document.querySelectorAll('#rows tr')[1].click()")
+    assert "not to be trusted: noise" in browser.evaluate("document.getElementById('layer-facts').textContent")
+    symbols = "document.getElementById('layer-training').data.map(t => [...t.marker.symbol])"
+    assert browser.evaluate(symbols)[0] == ["circle", "circle-open", "circle-open"]
+    assert browser.evaluate("document.getElementById('law').data.at(-1).line.dash") == "dash"
+    assert browser.problems == []
+
+
+def choose(page, quantity):
+    page.evaluate(
+        f"(() => {{ const box = document.getElementById('quantity'); box.value = {quantity!r};"
+        " box.dispatchEvent(new Event('change')) })()"
+    )
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_scale_can_be_chosen_over_training_on_a_log_axis(browser, tmp_path, dark):
+    def at(step, factor):
+        sharper = [replace(x, h=x.h * factor) for x in (layer("a"), layer("b", negative=20))]
+        return report(*sharper, step=step)
+
+    measured = [at(0, 1.0), at(5, 1000.0)]
+    browser.open(write_page(run_of(measured, "scale"), tmp_path / "p.html"), dark=dark)
+    options = browser.evaluate("[...document.getElementById('quantity').options].map(o => o.value)")
+    assert options[0] == "alpha"
+    assert {"sigma_max", "h_max", "gamma", "s"} <= set(options)
+    # Of no layer known.
+    assert not {"signal", "noise_scale"} & set(options)
+    axis = (
+        "(({type, range, title}) => [type, range, title.text])(document.getElementById('training')._fullLayout.yaxis)"
+    )
+    assert browser.evaluate(axis)[0] == "linear"
+    choose(browser, "h_max")
+    kind, (low, high), name = browser.evaluate(axis)
+    assert (kind, name) == ("log", "h_max")
+    assert low < 0 < 3 < high
+    curves = browser.evaluate("document.getElementById('training').data.map(t => [...t.y])")
+    assert curves[0] == pytest.approx([report.layers["a"].h_max for report in measured])
+    assert curves[1] == [None, None]
+    assert "alpha from" not in browser.evaluate("document.querySelector('#training').textContent")
+    assert (
+        browser.evaluate("document.getElementById('training-legend').textContent")
+        == "thin: layers; thick: median by kind"
+    )
+    browser.evaluate("document.getElementById('step').focus()")
+    browser.press("ArrowLeft", 37)
+    assert browser.evaluate(axis)[2] == "h_max"
+    assert "largest h 1," in browser.evaluate("document.getElementById('layer-more').textContent")
     assert browser.problems == []
 
 
@@ -342,6 +423,7 @@ def test_what_was_measured_on_request_has_columns_lines_and_panels(browser, tmp_
     browser.open(write_page(run_of(measured, "asked"), tmp_path / "p.html"), dark=dark)
     heads = browser.evaluate(HEADS)
     assert heads[heads.index("alpha ± se") + 1] == "alpha 95 %"
+    assert heads[heads.index("r2") + 1 :][:2] == ["signal", "doubt"]
     asked = ["s_weight", "gamma_weight", "tr H ± se", "fraction ± se", "over random", "beta", "phi", "chi_slope", "chi"]
     assert heads[heads.index("h < 0") + 1 :] == [*asked, "ratio", "rank a", "rank delta"]
     first = measured[-1].layers["whole"]

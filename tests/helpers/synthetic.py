@@ -5,6 +5,7 @@ from fits import fit_numbers
 
 from lightning_spectral import SpectralReport
 from lightning_spectral.layers.kinds import KINDS
+from lightning_spectral.numerics.gradient_noise import GradientNoise
 
 
 def spectrum(
@@ -34,11 +35,15 @@ def report(layers, *, step=None, **options):
 
 
 def network(step=160):
-    """A layer of each kind, exponents and rank models moving with the step: one noisy, one with h < 0, one sampled."""
+    """A layer of each kind, exponents and rank models moving with the step: one noisy, one with h < 0, one sampled.
+
+    The signal falls with depth and, a little, with the step: of the last layer below what a fit to trust needs, late.
+    """
     late = step / (step + 60)
     layers = []
     for i, kind in enumerate(KINDS):
         options = {"alpha": 1.2 + 0.15 * i + late * (0.8 - 0.2 * i), "gamma": 0.7 + 0.06 * i}
+        options["gradient_noise"] = GradientNoise(1.0 - 0.025 * i - 0.05 * late, 0.01, parts=4)
         if i in (1, 2, 3):
             options["bend"] = max(0.0, 0.05 * i - 0.13 * late)
         if kind == "head":

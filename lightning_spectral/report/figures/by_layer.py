@@ -13,11 +13,13 @@ from lightning_spectral.analysis import ALPHA_BAND, trusted
 from lightning_spectral.layers.display_names import shortened
 from lightning_spectral.numerics.participation import zeta_bound
 from lightning_spectral.numerics.statistics import median
+from lightning_spectral.records.fit_quality import LEAST_SIGNAL
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.legends import kind_handles, legend, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
     EDGE,
+    QUIET,
     WIDTH,
     Reports,
     all_reports,
@@ -48,6 +50,9 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
 
     Colour and marker are the layer's kind, hollow where its fit is not to be trusted. The grey band is alpha from 1.85
     to 2.15. A layer without a fit is a cross on the bottom edge. Where there are too many names, some are left out.
+    The pale steps, on the right axis, are the signal S of each layer's gradient, the share of its square that is no
+    sampling noise, held within 0 and 1; below the dotted mark at 0.8 no fit is trusted. They are left out where no
+    signal is known.
 
     Args:
         report: what was measured.
@@ -63,6 +68,7 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
     with canvas(width, 2.4 + 0.055 * max(len(shortened(name, NAME_LENGTH)) for name in names), dark=dark) as figure:
         axes = figure.subplots()
         band = draw_alpha_band(axes)
+        signal = _draw_signal(axes, [layer.gradient_noise.signal for layer in layers])
         missing = [i for i, layer in enumerate(layers) if math.isnan(layer.alpha.exponent)]
         for i, layer in enumerate(layers):
             if i not in missing:
@@ -79,7 +85,7 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
         title(figure, "Curvature exponent α by depth", [report])
         marks = [mark_handle("x", "no fit")] if missing else []
         fitted = [layer for layer in layers if not math.isnan(layer.alpha.exponent)]
-        legend(figure, [*kind_handles(layer.kind for layer in fitted), *_hollow_handle(fitted), *marks, band])
+        legend(figure, [*kind_handles(layer.kind for layer in fitted), *hollow_handle(fitted), *marks, band, *signal])
     return figure
 
 
@@ -87,7 +93,8 @@ def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool =
     """Draw the decay s of the curvature against alpha gamma, its value by the transfer relation, a point per layer.
 
     On the line s = alpha gamma; the band holds transfer errors abs(s - alpha gamma) / abs(s) up to 10 %. Hollow
-    where alpha's fit is not to be trusted. Of several reports, the layers of all but the last are pale.
+    where alpha's fit is not to be trusted; the median error in the title is over the others. Of several reports, the
+    layers of all but the last are pale.
 
     Args:
         reports: one, or several such as ``probe.history``.
@@ -109,14 +116,9 @@ def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool =
             _point(axes, x, y, layer, opacity)
         axes.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="α γ", ylabel="decay s of the curvature")
         axes.locator_params(nbins=7)
-        errors = [layer.transfer_error for _, _, layer, _ in points]
-        if errors:
-            within = sum(error <= TRANSFER_BAND for error in errors)
-            note = f"median error {100 * median(errors):.1f}\xa0% of all fits, {within} of {len(errors)} within 10\xa0%"
-        else:
-            note = ""
+        if not points:
             say(axes, "no layer has fits of α, γ and s")
-        title(figure, "Transfer relation s = α γ", history, note)
+        title(figure, "Transfer relation s = α γ", history, _transfer_note([layer for _, _, layer, _ in points]))
         band = patch_handle("error up to 10 %", color=ink(), alpha=0.12)
         legend(figure, [*_keys(history, points), line_handle("-", "s = α γ"), band])
     return figure
@@ -161,6 +163,23 @@ def draw_alpha_band(axes: Axes) -> Artist:
     """Draw the band around alpha = 2; returns its key."""
     axes.axhspan(*ALPHA_BAND, color=ink(), alpha=0.12, linewidth=0, label="band")
     return patch_handle(f"α from {ALPHA_BAND[0]} to {ALPHA_BAND[1]}", color=ink(), alpha=0.12)
+
+
+def _draw_signal(axes: Axes, signals: Sequence[float]) -> list[Artist]:
+    """Draw the signal of each layer behind the points, on an axis of its own from 0 to 1; returns its key."""
+    if all(map(math.isnan, signals)):
+        return []
+    right = axes.twinx()
+    axes.set_zorder(right.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    # Steps as wide as a layer, so that the signal between two layers is that of one of them.
+    edges = [i - 0.5 for i in range(len(signals) + 1)]
+    right.stairs([min(max(s, 0.0), 1.0) for s in signals], edges, baseline=None, color=QUIET, linewidth=0.7, alpha=0.6)
+    right.axhline(LEAST_SIGNAL, color=QUIET, linestyle=":", linewidth=0.6, alpha=0.6)
+    right.set(ylim=(0, 1.02), yticks=[0, 0.5, LEAST_SIGNAL, 1], yticklabels=["0", "0.5", f"{LEAST_SIGNAL:g}", "1"])
+    right.set_ylabel("signal S", color=QUIET)
+    right.tick_params(axis="y", color=QUIET, labelcolor=QUIET)
+    return [line_handle("-", "signal S, right", QUIET)]
 
 
 def _alpha_point(axes: Axes, i: int, layer: LayerSpectrum, size: float) -> None:
@@ -208,6 +227,17 @@ def _point(axes: Axes, x: float, y: float, layer: LayerSpectrum, opacity: float)
     axes.plot(x, y, marker, color=colour, markerfacecolor=face, alpha=opacity, label=layer.name)
 
 
+def _transfer_note(layers: Sequence[LayerSpectrum]) -> str:
+    """Return the median transfer error of the fits to trust, and how many of them lie within the band."""
+    errors = [layer.transfer_error for layer in layers if trusted(layer)]
+    if not errors:
+        return "no fit to trust" if layers else ""
+    within = sum(error <= TRANSFER_BAND for error in errors)
+    return (
+        f"median error {100 * median(errors):.1f}\xa0% of the fits to trust, {within} of {len(errors)} within 10\xa0%"
+    )
+
+
 def _identity_band(axes: Axes, x: Tensor) -> None:
     axes.plot(x.numpy(), x.numpy(), color=ink(), linewidth=0.8, label="s = αγ")
     limits = (x / (1 + TRANSFER_BAND)).numpy(), (x / (1 - TRANSFER_BAND)).numpy()
@@ -229,9 +259,10 @@ def _bounds(axes: Axes, windows: Sequence[int], low: float, high: float) -> list
 
 def _keys(reports: Sequence[SpectralReport], points: Sequence[Point]) -> list[Artist]:
     keys = kind_handles(layer.kind for _, _, layer, _ in points)
-    keys += _hollow_handle(layer for _, _, layer, _ in points)
+    keys += hollow_handle(layer for _, _, layer, _ in points)
     return [*keys, mark_handle("o", "earlier, pale", opacity=EARLIER)] if len(reports) > 1 else keys
 
 
-def _hollow_handle(layers: Iterable[LayerSpectrum]) -> list[Artist]:
+def hollow_handle(layers: Iterable[LayerSpectrum]) -> list[Artist]:
+    """Return the key to hollow markers if one of the layers has a fit not to be trusted."""
     return [mark_handle("o", "fit not to be trusted", hollow=True)] if not all(map(trusted, layers)) else []

@@ -22,8 +22,9 @@ def line_and_band(layer: LayerSpectrum, sigma: Tensor, *, level: float = 0.95) -
 
     With x = log sigma, the line at x_0 is sum c_k log h_k over the fitted points, c_k = 1 / n + (x_0 - mean) (x_k -
     mean) / S_xx. Its variance is sum c_k^2 (RSS / (n - 2) + (h_stderr_k / h_k)^2), so that the slope's is
-    `PowerLawFit.stderr` squared, the errors of sampled h included. The band is t standard deviations to both sides,
-    t the quantile of Student's distribution with n - 2 degrees of freedom.
+    `PowerLawFit.stderr` squared, the errors of sampled h included, what the gradient's sampling noise may add to alpha
+    left out. The band is t standard deviations to both sides, t the quantile of Student's distribution with n - 2
+    degrees of freedom.
 
     Args:
         layer: with a fit of alpha.

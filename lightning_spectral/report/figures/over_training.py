@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from lightning_spectral.analysis import ALPHA_BAND
+from lightning_spectral.analysis import ALPHA_BAND, trusted
 from lightning_spectral.numerics.statistics import median
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.figures.by_layer import draw_alpha_band, padded
+from lightning_spectral.report.figures.by_layer import draw_alpha_band, hollow_handle, padded
 from lightning_spectral.report.figures.legends import kind_handles, legend, patch_handle
 from lightning_spectral.report.figures.style import (
     MODEL_STYLE,
@@ -24,7 +25,7 @@ from lightning_spectral.report.figures.style import (
     say,
     title,
 )
-from lightning_spectral.report.figures.ticks import whole_numbers
+from lightning_spectral.report.figures.ticks import log_ticks, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -34,12 +35,17 @@ if TYPE_CHECKING:
 NO_MODEL = "#BBBBBB"
 """Colour of layers with too few values for any rank model."""
 
+MOST_MARKERS = 25
+"""Most markers on the thick line of a median, about: more would hide each other."""
+
 
 def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
     """Draw the exponent alpha over the steps: a thin line per layer, and the median of each kind of layer thick.
 
-    The grey band is alpha from 1.85 to 2.15. A line breaks where a layer had no fit. The axis shows all medians and
-    98 % of the layers' values; at initialisation single layers may leave it.
+    Points of fits to trust are filled, those of the others hollow, and medians are over fits to trust alone: a thick
+    line breaks at a step where its kind has none, a thin one where a layer has no fit. The grey band is alpha from 1.85
+    to 2.15. The axis shows all medians, 98 % of the fits to trust and 90 % of all; at initialisation single layers
+    may leave it.
 
     Args:
         reports: such as ``probe.history``; abscissae are their steps, or their numbers where one has no step.
@@ -55,20 +61,52 @@ def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bo
     with canvas(width, 2.8, dark=dark) as figure:
         axes = figure.subplots()
         band = draw_alpha_band(axes)
-        by_layer, by_kind = alpha_series(history)
-        for (_, kind), values in by_layer.items():
-            axes.plot(x, values, color=kind_style(kind)[0], linewidth=0.6, alpha=0.45, label=kind)
+        by_layer, of_trust = layer_series(history, _alpha), layer_series(history, _alpha_to_trust)
+        size = _point_size(len(x) * len(by_layer))
+        for (name, kind), values in by_layer.items():
+            _thin(axes, x, values, kind)
+            _points(axes, x, values, of_trust[name, kind], label=name, color=kind_style(kind)[0], markersize=size)
+        by_kind = kind_medians(of_trust)
         for kind, values in by_kind.items():
-            colour, marker = kind_style(kind)
-            axes.plot(x, values, color=colour, marker=marker, linewidth=2.0, label=kind)
-        _limits(axes, list(by_layer.values()), list(by_kind.values()))
+            _thick(axes, x, values, kind)
+        _limits(axes, *(_finite(of.values()) for of in (by_layer, of_trust, by_kind)))
         axes.set(xlabel=label, ylabel="exponent α")
         whole_numbers(axes, x)
-        if not any(math.isfinite(value) for values in by_layer.values() for value in values):
+        if not _finite(by_layer.values()):
             say(axes, "no layer has a fit of α")
-        title(figure, "Curvature exponent α over training, medians by kind", history)
-        shown = (kind for kind, values in by_kind.items() if not all(map(math.isnan, values)))
-        legend(figure, [*kind_handles(shown, line=True), band])
+        title(figure, "Curvature exponent α over training, medians by kind of the fits to trust", history)
+        fitted = [layer for r in history for layer in r.layers.values() if not math.isnan(layer.alpha.exponent)]
+        kinds = [layer.kind for layer in fitted]
+        legend(figure, [*kind_handles(kinds, line=True), *hollow_handle(fitted), band])
+    return figure
+
+
+def plot_scale_over_training(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
+    """Draw the largest curvature h and the largest singular value sigma of each layer over the steps, on log axes.
+
+    An exponent does not tell how sharp the loss is: this does. A thin line per layer, and the median of each kind
+    thick. A line breaks where a value is missing or not above 0.
+
+    Args:
+        reports: such as ``probe.history``; abscissae are their steps, or their numbers where one has no step.
+        width: of the figure, in inches.
+        dark: light on dark.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if there is no report, or one holds no layers.
+    """
+    history = all_reports(reports)
+    x, label = positions(history)
+    with canvas(width, 3.9, dark=dark) as figure:
+        kinds: list[str] = []
+        for axes, (read, name) in zip(figure.subplots(2, sharex=True), SCALES, strict=True):
+            kinds += _scale_panel(axes, x, layer_series(history, read))
+            axes.set_ylabel(name)
+            whole_numbers(axes, x)
+        axes.set_xlabel(label)
+        title(figure, "Largest curvature and singular value over training, medians by kind", history)
+        legend(figure, kind_handles(kinds, line=True))
     return figure
 
 
@@ -123,28 +161,115 @@ def model_bands(reports: Sequence[SpectralReport]) -> list[Band]:
 Series = dict[tuple[str, str], list[float]]
 
 
-def alpha_series(reports: Sequence[SpectralReport]) -> tuple[Series, dict[str, list[float]]]:
-    """Return ((name, kind) -> alpha at each report, NaN where there is none; kind -> its median at each report)."""
+def layer_series(reports: Sequence[SpectralReport], read: Callable[[LayerSpectrum], float]) -> Series:
+    """Return (name, kind) of each layer -> its value at each report, NaN where the layer is not in it."""
     keys = dict.fromkeys((layer.name, layer.kind) for report in reports for layer in report.layers.values())
-    by_layer = {
-        (name, kind): [r.layers[name].alpha.exponent if name in r.layers else math.nan for r in reports]
-        for name, kind in keys
+    return {
+        (name, kind): [read(r.layers[name]) if name in r.layers else math.nan for r in reports] for name, kind in keys
     }
-    by_kind = {
-        kind: [median([values[i] for (_, k), values in by_layer.items() if k == kind]) for i in range(len(reports))]
-        for kind in dict.fromkeys(kind for _, kind in keys)
-    }
-    return by_layer, by_kind
 
 
-def _limits(axes: Axes, layers: Sequence[list[float]], medians: Sequence[list[float]]) -> None:
-    values = sorted(v for series in layers for v in series if math.isfinite(v))
-    inner = [v for series in medians for v in series if math.isfinite(v)]
-    if not values:
-        return
-    tail = int(0.01 * len(values))
-    inner += [*ALPHA_BAND, values[tail], values[-1 - tail]]
-    axes.set_ylim(*padded(inner))
+def kind_medians(series: Series) -> dict[str, list[float]]:
+    """Return kind -> median of its layers at each report, NaN left out."""
+    kinds: dict[str, list[list[float]]] = {}
+    for (_, kind), values in series.items():
+        kinds.setdefault(kind, []).append(values)
+    return {kind: [median(at) for at in zip(*of_kind, strict=True)] for kind, of_kind in kinds.items()}
+
+
+def _alpha(layer: LayerSpectrum) -> float:
+    return layer.alpha.exponent
+
+
+def _alpha_to_trust(layer: LayerSpectrum) -> float:
+    return layer.alpha.exponent if trusted(layer) else math.nan
+
+
+SCALES: tuple[tuple[Callable[[LayerSpectrum], float], str], ...] = (
+    (lambda layer: layer.h_max, "largest h"),
+    (lambda layer: layer.sigma_max, "largest σ"),
+)
+"""Quantities of `plot_scale_over_training`, from above, and their labels."""
+
+
+def _thin(axes: Axes, x: Sequence[int], values: Sequence[float], kind: str) -> None:
+    """Draw the line of a layer."""
+    axes.plot(x, values, color=kind_style(kind)[0], linewidth=0.6, alpha=0.45, label=kind)
+
+
+def _thick(axes: Axes, x: Sequence[int], values: Sequence[float], kind: str) -> None:
+    """Draw the medians of a kind; of many, markers stand at some, and at those without a neighbour for a line."""
+    colour, marker = kind_style(kind)
+    every = math.ceil(len(x) / MOST_MARKERS)
+    gaps = list(map(math.isnan, [math.nan, *values, math.nan]))
+    alone = [i for i in range(len(x)) if gaps[i] and not gaps[i + 1] and gaps[i + 2]]
+    marked = sorted({*range(0, len(x), every), *alone})
+    axes.plot(x, values, color=colour, marker=marker, markevery=marked, linewidth=2.0, label=kind, zorder=4)
+
+
+def _points(axes: Axes, x: Sequence[int], values: Sequence[float], of_trust: Sequence[float], **look: Any) -> None:
+    """Draw the points of a layer, filled where its fit is to be trusted and hollow where it is not."""
+    doubtful = [value if math.isnan(good) else math.nan for value, good in zip(values, of_trust, strict=True)]
+    for series, face in ((of_trust, look["color"]), (doubtful, ground())):
+        if _finite([series]):
+            edge = look["markersize"] / 5
+            axes.plot(x, series, "o", markerfacecolor=face, markeredgewidth=edge, alpha=0.7, **look)
+
+
+def _point_size(count: int) -> float:
+    """Return the size of so many points, smaller where there are many.
+
+    >>> _point_size(40), _point_size(6000)
+    (3.0, 1.5)
+    """
+    return min(3.0, max(1.5, 60 / math.sqrt(count)))
+
+
+def _finite(series: Iterable[Sequence[float]]) -> list[float]:
+    return [value for values in series for value in values if math.isfinite(value)]
+
+
+def _inner(values: Sequence[float], share: float) -> list[float]:
+    """Return the ends of the inner values, less this share of them on each side."""
+    tail = int(share * len(values))
+    ordered = sorted(values)
+    return [ordered[tail], ordered[-1 - tail]] if ordered else []
+
+
+def _limits(axes: Axes, layers: Sequence[float], of_trust: Sequence[float], medians: Sequence[float]) -> None:
+    if layers:
+        axes.set_ylim(*padded([*ALPHA_BAND, *medians, *_inner(of_trust, 0.01), *_inner(layers, 0.05)]))
+
+
+def _scale_panel(axes: Axes, x: Sequence[int], by_layer: Series) -> list[str]:
+    """Draw a quantity of all layers on a log axis; returns the kinds that it shows."""
+    # A log axis would draw what is not above 0 as a line to the bottom.
+    layers = [(kind, _above_zero(values)) for (_, kind), values in by_layer.items()]
+    for kind, values in layers:
+        _thin(axes, x, values, kind)
+    for kind, values in kind_medians(by_layer).items():
+        _thick(axes, x, _above_zero(values), kind)
+    shown = _finite(values for _, values in layers)
+    if not shown:
+        axes.set_yticks([])
+        say(axes, "no layer has a value above 0")
+        return []
+    axes.set_yscale("log")
+    _log_limits(axes, shown)
+    return [kind for kind, values in layers if _finite([values])]
+
+
+def _above_zero(values: Sequence[float]) -> list[float]:
+    return [value if value > 0 else math.nan for value in values]
+
+
+def _log_limits(axes: Axes, positive: Sequence[float]) -> None:
+    """Set limits and ticks of a log axis around values above 0."""
+    low, high = (math.log10(end) for end in (min(positive), max(positive)))
+    room = 0.07 * max(high - low, 0.3)
+    bottom, top = 10 ** (low - room), 10 ** (high + room)
+    axes.set_ylim(bottom, top)
+    log_ticks(axes.yaxis, bottom, top, gap=0.12)
 
 
 def _cells(x: Sequence[int]) -> list[float]:

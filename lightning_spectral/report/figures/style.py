@@ -42,6 +42,9 @@ KIND_STYLE: dict[str, tuple[str, str]] = {
 """Colour and marker of each kind of layer: Okabe and Ito's palette (Color Universal Design, 2008), with grey in the
 place of its yellow, which is too pale for a line on white."""
 
+QUIET = "#808080"
+"""Colour of what stands behind the points, that can be read on white and on dark."""
+
 OTHER_STYLE = ("#8C6D31", "h")
 """Style of a kind that is none of `KINDS`, in a record made by hand."""
 
@@ -124,14 +127,15 @@ def canvas(width: float, height: float, *, dark: bool) -> Iterator[Figure]:
     """
     try:
         from matplotlib import style
-        from matplotlib.figure import Figure
+
+        from lightning_spectral.report.figures.notebook import NotebookFigure
     except ImportError as error:
         raise ImportError('figures need matplotlib: pip install "lightning-spectral[plot]"') from error
     if not MIN_WIDTH <= width < math.inf:
         raise ValueError(f"width must be at least {MIN_WIDTH} inches for labels to fit, got {width}")
     # Without pyplot, which would look for a display.
     with style.context(["default", {**STYLE, **(DARK if dark else {})}]):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = NotebookFigure(figsize=(width, height), layout="constrained")
         yield figure
         for axes in figure.axes:
             # How many ticks there are goes by the size of their labels, in the settings in force if none is set.

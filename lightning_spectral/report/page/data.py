@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_spectral._messages import group_by_reason
 from lightning_spectral.analysis import ALPHA_BAND, Exponents
-from lightning_spectral.numerics.statistics import evenly, median
+from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.log_keys import LAYER_KEYS, LoggedKey
@@ -50,6 +50,7 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
         "shapes": [_shape(layer) for layer in layers.values()],
         "keys": [key.name for key in keys],
         "meanings": {key.name: key.meaning for key in keys},
+        "medians": {key.name: int(key.of_fit) for key in keys if key.median},
         "band": ALPHA_BAND,
         "notes": _notes(run, len(shown), len(with_spectra)),
         "probes": [rows[i] | {"spectra": spectra[i] if i in with_spectra else None} for i in shown],
@@ -97,13 +98,14 @@ def _probe(
     report, exponents = step.report, step.exponents()
     sentences = [*summary(exponents), *summary_over_training([first, (step.step, exponents)])]
     layers = [report.layers.get(name) for name in names]
-    trusted = {x.name for x in exponents if x.trusted}
+    doubts = {x.name: x.quality.doubt for x in exponents}
+    medians = report.medians()
     return {
         "label": step.label,
         "step": step.step,
         "kinds": {
-            kind: _short(median([layer.alpha.exponent for layer in of_kind]))
-            for kind, of_kind in report.by_kind().items()
+            kind: _shorten(medians.get(f"kind/{kind}/{key.name}_median", math.nan) for key in keys if key.median)
+            for kind in report.by_kind()
         },
         "loss": _short(report.loss),
         "facts": _facts(report),
@@ -111,7 +113,7 @@ def _probe(
         "problems": report.problems(),
         "skipped": group_by_reason(report.skipped),
         "values": [_values(layer, keys) for layer in layers],
-        "trusted": [int(name in trusted) for name in names],
+        "doubts": [doubts.get(name) for name in names],
         "quarters": [layer and _shorten(fit.exponent for fit in layer.alpha_quartiles) for layer in layers],
         "winners": [(layer.rank_models.winner or "") if layer else "" for layer in layers],
         "notes": {name: note for name, layer in report.layers.items() if (note := _note(layer))},
@@ -169,11 +171,21 @@ def _split(alignment: LayerAlignment) -> list[Any]:
 
 
 def _facts(report: SpectralReport) -> str:
-    samples = "" if report.n_samples is None else f"{report.n_samples} samples, "
+    samples = _samples(report)
     method = report.chosen.partition(":")[0] or report.curvature
     return (
         f"{samples}{report.mode} mode, {report.precision}, curvature by {method}, {report.top_k} directions per layer"
     )
+
+
+def _samples(report: SpectralReport) -> str:
+    """Return the samples that the gradient is of, and those of the curvature where they differ, as facts."""
+    gradient, curvature = report.n_samples, report.curvature_samples
+    if gradient is None:
+        return ""
+    if curvature in (None, gradient):
+        return f"{gradient} samples, "
+    return f"gradient of {gradient} samples, curvature of {curvature} of them, "
 
 
 def _shape(layer: LayerSpectrum) -> str:

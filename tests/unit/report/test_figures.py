@@ -2,8 +2,11 @@
 
 import itertools
 import math
+import pickle
+import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from lightning_spectral import fit_rank_models, spectral_transfer, zeta_bound
 from lightning_spectral.analysis import trusted
 from lightning_spectral.layers.display_names import shortened
 from lightning_spectral.layers.kinds import KINDS
+from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.report import figures
 from lightning_spectral.report.figures.confidence_band import line_and_band, student_quantile
 from lightning_spectral.report.figures.heatmap import MISSING, NEGATIVE, heat
@@ -37,6 +41,7 @@ SEVERAL = {
     "transfer_identity": figures.plot_transfer_identity,
     "alpha_over_training": figures.plot_alpha_over_training,
     "rank_models_over_training": figures.plot_rank_models_over_training,
+    "scale_over_training": figures.plot_scale_over_training,
     "participation_ratio": figures.plot_participation_ratio,
 }
 ALL = ONE | SEVERAL
@@ -105,7 +110,8 @@ def test_every_report_makes_a_figure_with_its_text_inside_and_apart(name, kind, 
         texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            ticks = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            within = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            ticks = [label for tick in within for label in (tick.label1, tick.label2) if label.get_visible()]
             boxes = [label.get_window_extent(renderer) for label in ticks if label.get_text()]
             assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes)), ticks
             texts += ticks
@@ -171,6 +177,16 @@ def test_neither_pyplot_nor_a_backend_is_needed():
     )
     done = subprocess.run([sys.executable, "-c", code, "/dev/null"], capture_output=True, text=True, check=False)
     assert "Error" not in done.stderr.replace("/dev/null", ""), done.stderr
+
+
+def test_a_notebook_shows_a_picture_in_the_figures_colours(tmp_path):
+    figure = figures.plot_alpha_by_depth(network(), dark=True)
+    (tmp_path / "shown.png").write_bytes(figure._repr_png_())
+    shown = matplotlib.image.imread(tmp_path / "shown.png")
+    width, height = figure.get_size_inches() * figure.dpi
+    assert shown.shape[:2] == pytest.approx((height, width), abs=1)
+    assert shown[0, 0, :3].tolist() == pytest.approx(figure.get_facecolor()[:3], abs=0.01)
+    assert pickle.loads(pickle.dumps(figure))._repr_png_().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -415,7 +431,7 @@ def test_far_out_the_band_is_that_of_the_exponent_sampled_or_not():
 def test_alpha_by_depth():
     report = network()
     figure = of_network("alpha_by_depth")
-    (axes,) = figure.axes
+    axes = figure.axes[0]
     bars = {container.get_label(): container for container in axes.containers}
     for i, (name, layer) in enumerate(report.layers.items()):
         point, _, (bar,) = bars[name].lines
@@ -429,6 +445,26 @@ def test_alpha_by_depth():
     (band,) = axes.patches
     assert "α from 1.85 to 2.15" in [text.get_text() for text in figure.legends[0].get_texts()]
     assert band.get_extents().transformed(axes.transData.inverted()).intervaly == pytest.approx((1.85, 2.15))
+
+
+def test_alpha_by_depth_has_the_signal_behind_it_on_an_axis_of_its_own():
+    noise = {"a": 0.95, "b": -0.2, "c": math.nan}
+    layers = [synthetic.spectrum(name, gradient_noise=GradientNoise(signal)) for name, signal in noise.items()]
+    figure = figures.plot_alpha_by_depth(synthetic.report(layers))
+    axes, right = figure.axes
+    (steps,) = right.patches
+    assert steps.get_data()[0][:2] == pytest.approx([0.95, 0.0])
+    assert math.isnan(steps.get_data()[0][2])
+    assert list(steps.get_data()[1]) == [-0.5, 0.5, 1.5, 2.5]
+    low, high = right.get_ylim()
+    assert low == 0.0 < 1.0 <= high < 1.1
+    assert 0.8 in right.get_yticks()
+    assert axes.get_zorder() > right.get_zorder()
+    assert not axes.patch.get_visible()
+    assert "signal S, right" in [text.get_text() for text in figure.legends[0].get_texts()]
+    hollow_ones = [hollow(container.lines[0]) for container in axes.containers]
+    assert hollow_ones == [False, True, False]
+    assert len(figures.plot_alpha_by_depth(deep()).axes) == 1
 
 
 def test_layers_without_a_fit_are_crosses():
@@ -466,9 +502,14 @@ def test_transfer_identity():
     for x, s in band.get_paths()[0].vertices:
         assert min(abs(abs(s - x) / abs(s) - 0.1), abs(s - x)) < 1e-5
     assert axes.get_aspect() == 1
-    errors = [layer.transfer_error for report in reports for layer in report.layers.values()]
-    within = sum(error <= 0.1 for error in errors)
-    assert f"of all fits, {within} of 40 within 10\xa0%" in figure._suptitle.get_text().replace("\n", " ")
+    layers = [layer for report in reports for layer in report.layers.values()]
+    errors = [layer.transfer_error for layer in layers if trusted(layer)]
+    assert 20 < len(errors) < len(layers)
+    middle, within = 100 * statistics.median(errors), sum(error <= 0.1 for error in errors)
+    said = f"median error {middle:.1f}\xa0% of the fits to trust, {within} of {len(errors)} within 10\xa0%"
+    assert said in figure._suptitle.get_text().replace("\n", " ")
+    cloud = synthetic.report([synthetic.spectrum("cloud", noise=3.0)])
+    assert "no fit to trust" in figures.plot_transfer_identity(cloud)._suptitle.get_text()
     assert "no layer has fits of α, γ and s" in words(figures.plot_transfer_identity(REPORTS["only dead"]()))
 
 
@@ -552,10 +593,72 @@ def test_alpha_over_training():
     assert len(thin) == len(KINDS) + 1
     for kind, line in thick.items():
         assert list(line.get_xdata()) == [0, 20, 40, 80, 160]
-        assert list(line.get_ydata()) == [report.medians()[f"kind/{kind}/alpha_median"] for report in reports]
+        of_trust = [report.medians()[f"kind/{kind}/alpha_median"] for report in reports]
+        assert list(line.get_ydata()) == pytest.approx(of_trust, nan_ok=True)
     assert [math.isnan(y) for y in thin[-1].get_ydata()] == [True, False, True, True, True]
+    assert math.isnan(thick["head"].get_ydata()[0])
+    keys = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert {"head", "fit not to be trusted"} <= set(keys)
     assert axes.get_xlabel() == "optimizer step"
     assert "no layer has a fit" in words(figures.plot_alpha_over_training(REPORTS["only dead"]()))
+
+
+def test_points_over_training_are_hollow_where_the_fit_is_not_to_be_trusted_and_medians_leave_them_out():
+    def at(step, *signals):
+        made = [
+            synthetic.spectrum(f"l{i}", alpha=1.0 + i, gradient_noise=GradientNoise(s)) for i, s in enumerate(signals)
+        ]
+        return synthetic.report(made, step=step)
+
+    (axes,) = figures.plot_alpha_over_training([at(0, 0.9, 0.9), at(1, 0.5, 0.9), at(2, 0.5, 0.5)]).axes
+    drawn = {}
+    for line in axes.lines:
+        if line.get_linestyle() == "None":
+            steps = [step for step, alpha in zip(*line.get_data(), strict=True) if not math.isnan(alpha)]
+            drawn[line.get_label(), "hollow" if hollow(line) else "filled"] = steps
+    assert drawn == {("l0", "filled"): [0], ("l0", "hollow"): [1, 2], ("l1", "filled"): [0, 1], ("l1", "hollow"): [2]}
+    (median,) = [line for line in axes.lines if line.get_linewidth() == 2.0]
+    assert list(median.get_ydata()) == pytest.approx([1.5, 2.0, math.nan], abs=0.05, nan_ok=True)
+    assert "fit not to be trusted" in words(axes.figure)
+    trusting = figures.plot_alpha_over_training([at(0, 0.9), at(1, 0.9)])
+    assert "fit not to be trusted" not in words(trusting)
+
+
+def test_many_points_are_small_and_a_median_without_a_neighbour_has_its_marker():
+    noise = [GradientNoise(0.9 if i in (3, 40) else 0.5) for i in range(60)]
+    reports = [synthetic.report([synthetic.spectrum("a", gradient_noise=of)], step=i) for i, of in enumerate(noise)]
+    (axes,) = figures.plot_alpha_over_training(reports).axes
+    (median,) = [line for line in axes.lines if line.get_linewidth() == 2.0]
+    assert {3, 40} <= set(median.get_markevery())
+    assert len(median.get_markevery()) < 30
+    few, many = figures.plot_alpha_over_training(network()), figures.plot_alpha_over_training([deep()] * 5)
+    sizes = [{x.get_markersize() for x in f.axes[0].lines if x.get_linestyle() == "None"} for f in (few, many)]
+    assert max(sizes[1]) < min(sizes[0])
+
+
+def test_scale_over_training_shows_what_exponents_do_not():
+    def at(step, factor):
+        layers = [synthetic.spectrum(name, negative=range(20) if name == "c" and step else ()) for name in "abc"]
+        sharper = [replace(x, h=x.h * factor * 10**i, sigma=x.sigma * 2**i) for i, x in enumerate(layers)]
+        return synthetic.report([*sharper, synthetic.dead("dead")], step=step)
+
+    reports = [at(0, 1.0), at(5, 100.0)]
+    above, below = figures.plot_scale_over_training(reports).axes
+    for axes, name in ((above, "h_max"), (below, "sigma_max")):
+        assert axes.get_yscale() == "log"
+        thin = [line for line in axes.lines if line.get_linewidth() < 1]
+        (thick,) = [line for line in axes.lines if line.get_linewidth() == 2.0]
+        for line, layer in zip(thin, reports[0].layers, strict=True):
+            measured = [getattr(report.layers[layer], name) for report in reports]
+            expected = [value if value > 0 else math.nan for value in measured]
+            assert list(line.get_ydata()) == pytest.approx(expected, nan_ok=True)
+        assert list(thick.get_ydata()) == [report.medians()[f"kind/conv/{name}_median"] for report in reports]
+        low, high = axes.get_ylim()
+        values = [value for line in thin for value in line.get_ydata() if not math.isnan(value)]
+        assert low < min(values) < max(values) < high
+    assert reports[1].layers["c"].h_max < 0
+    assert [text.get_text() for text in (above.yaxis.label, below.yaxis.label)] == ["largest h", "largest σ"]
+    assert words(figures.plot_scale_over_training(REPORTS["only dead"]())).count("no layer has a value above 0") == 1
 
 
 def test_reports_from_outside_training_are_numbered():

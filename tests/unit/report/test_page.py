@@ -14,6 +14,7 @@ import torch
 from reports import dead, layer, report
 
 from lightning_spectral.analysis import TRUSTED
+from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.log_keys import LAYER_KEYS
 from lightning_spectral.records.report import SpectralReport
@@ -86,7 +87,8 @@ def test_data_is_the_reports():
     last, expected = data["probes"][-1], steps[-1].layers["a"]
     assert (last["label"], last["step"], last["loss"]) == ("step 7", 7, 1.25)
     for key, value in zip(data["keys"], last["values"][0], strict=True):
-        assert value == pytest.approx(expected.scalars()[key], rel=1e-5)
+        number = expected.scalars()[key]
+        assert value == (None if math.isnan(number) else pytest.approx(number, rel=1e-5))
     assert last["values"][1][data["keys"].index("alpha")] is None
     assert last["spectra"][0]["sigma"] == pytest.approx(expected.sigma.tolist(), rel=1e-5)
     assert last["spectra"][0]["h"] == pytest.approx(expected.h.tolist(), rel=1e-5)
@@ -209,8 +211,47 @@ def test_meanings_cover_the_keys():
     assert isinstance(run().steps[0].report, SpectralReport)
 
 
+def noise(signal):
+    return {"gradient_noise": GradientNoise(signal, 0.01, 64 * (1 - signal) / signal, 2.0, parts=4)}
+
+
+def test_medians_of_kinds_are_over_fits_to_trust():
+    good = [layer(f"g{i}", alpha=2.0 + i, **noise(0.95)) for i in range(3)]
+    doubtful = [layer(f"d{i}", alpha=7.0, **noise(0.3)) for i in range(4)]
+    head = layer("h", alpha=1.0, kind="head", **noise(0.3))
+    made = report(*good, *doubtful, head)
+    data = page_data(run_of([made], "mine"))
+    kinds = {
+        kind: dict(zip(data["medians"], medians, strict=True)) for kind, medians in data["probes"][0]["kinds"].items()
+    }
+    assert kinds["dense"]["alpha"] == pytest.approx(3.0)
+    assert kinds["head"]["alpha"] is None
+    # What tells whether to trust a fit is over all layers.
+    assert kinds["dense"]["signal"] == pytest.approx(0.3)
+    assert kinds["head"]["h_max"] == pytest.approx(made.layers["h"].h_max, rel=1e-5)
+    assert data["medians"] == {key.name: int(key.of_fit) for key in LAYER_KEYS if key.median and not key.part}
+    assert data["medians"]["alpha"] == 1
+    assert data["medians"]["h_max"] == data["medians"]["sigma_max"] == 0
+
+
+def test_facts_tell_the_samples_of_gradient_and_curvature_apart():
+    for curvature, said in (
+        (8, "8 samples, "),
+        (None, "8 samples, "),
+        (2, "gradient of 8 samples, curvature of 2 of them, "),
+    ):
+        made = report(layer("a"), curvature_samples=curvature)
+        assert page_data(run_of([made], "mine"))["probes"][0]["facts"].startswith(said + "eval mode")
+
+
 def test_the_page_greys_what_python_does_not_trust():
-    data = page_data(run_of([report(layer("few", negative=17), layer("b"), dead("dead"))], "mine"))
-    assert data["probes"][0]["trusted"] == [0, 1, 0]
+    late = report(layer("few", negative=17), layer("b"), dead("dead"), layer("noisy", **noise(0.5)), step=9)
+    data = page_data(run_of([report(layer("b"), step=0), late], "mine"))
+    assert data["layers"] == ["few", "b", "dead", "noisy"]
+    assert data["probes"][1]["doubts"] == ["3 points", "", "no fit", "noise"]
+    assert data["probes"][0]["doubts"] == [None, "", None, None]
+    assert [not doubt for doubt in data["probes"][1]["doubts"]] == [
+        late.layers[name].fit_quality.trusted for name in data["layers"]
+    ]
     assert "no fit, r2 below 0.9, fewer than 5 points" in page(run())
     assert f"filled: a fit to trust ({TRUSTED})" in page(run())

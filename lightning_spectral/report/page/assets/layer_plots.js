@@ -71,14 +71,14 @@ function lawFigure(data, state, c, spectra) {
     );
   if (known(alpha) && known(spectra.lines[0]) && positive.length) {
     const ends = [positive[0], positive[positive.length - 1]].map((k) => spectra.sigma[k]);
-    traces.push(
-      line(
-        ends,
-        ends.map((sigma) => Math.exp(spectra.lines[0]) * sigma ** alpha),
-        c.ink,
-        `alpha = ${fixed(alpha)}`,
-      ),
+    const [good, name] = [trusted(data, state.probe, state.layer), `alpha = ${fixed(alpha)}`];
+    const fit = line(
+      ends,
+      ends.map((sigma) => Math.exp(spectra.lines[0]) * sigma ** alpha),
+      c.ink,
+      good ? name : `${name}, not to be trusted`,
     );
+    traces.push({ ...fit, line: { ...fit.line, dash: good ? "solid" : "dash" } });
   }
   return [
     traces,
@@ -256,9 +256,17 @@ function layerTrainingFigure(data, state, c) {
       x,
       y,
       line: { color: colour, width: 2 },
-      marker: { size: 6, symbol },
+      marker: {
+        size: 7,
+        symbol: x.map((_, probe) => symbol + (trusted(data, probe, state.layer) ? "" : "-open")),
+        color: colour,
+        line: { width: 1.5, color: colour },
+      },
       hoverinfo: "text",
-      hovertext: y.map((v, probe) => `${name} ${fixed(v)}<br>${plain(data.probes[probe].label)}`),
+      hovertext: y.map((v, probe) => {
+        const why = doubt(data, probe, state.layer);
+        return `${name} ${fixed(v)}<br>${plain(data.probes[probe].label)}${why ? `<br>not to be trusted: ${plain(why)}` : ""}`;
+      }),
     };
   };
   const traces = [

@@ -5,7 +5,9 @@ function points(data, state, c, x, y, error) {
   const traces = kindsOf(data).map((kind) => {
     const layers = data.layers
       .map((_, layer) => layer)
-      .filter((layer) => data.kinds[layer] === kind && known(x(layer)) && known(y(layer)));
+      .filter((layer) => data.kinds[layer] === kind && known(x(layer)) && known(y(layer)))
+      // The legend shows the first one's symbol.
+      .sort((i, j) => trusted(data, state.probe, j) - trusted(data, state.probe, i));
     const mark = markOf(data, kind, c);
     const trace = {
       type: "scatter",
@@ -134,29 +136,86 @@ function transferFigure(data, state, c) {
   ];
 }
 
+// Quantities that go over decades, and are never shown on a linear axis.
+const LOGARITHMIC = new Set(["noise_scale", "sigma_max", "h_max"]);
+
+const written = (v, key) => (LOGARITHMIC.has(key) && known(v) ? v.toPrecision(3) : fixed(v));
+
+// What a point at a layer and probe says of a quantity.
+function saying(data, probe, layer, key) {
+  const what = key === "alpha" ? "" : `<br>${key} ${written(value(data, probe, layer, key), key)}`;
+  return `${hover(data, probe, layer)}${what}<br>${plain(data.probes[probe].label)}`;
+}
+
+// Of more points than that only the hollow ones are drawn: a line's others are filled.
+const MOST_POINTS = 2000;
+
+// One trace per kind of the points of fits to trust, filled, or of the others, hollow.
+function trainingPoints(data, state, c, x, read, key, good) {
+  const many = data.layers.length * x.length > MOST_POINTS;
+  return kindsOf(data).map((kind) => {
+    const mark = markOf(data, kind, c);
+    const colour = ([, layer]) => (layer === state.layer ? c.select : mark.colour);
+    const at = data.layers
+      .map((_, layer) => layer)
+      .filter((layer) => data.kinds[layer] === kind)
+      .flatMap((layer) => x.map((_, probe) => [probe, layer]))
+      .filter(([probe, layer]) => known(read(probe, layer)) && trusted(data, probe, layer) === good);
+    return {
+      type: "scatter",
+      mode: "markers",
+      name: mark.name,
+      showlegend: false,
+      x: at.map(([probe]) => x[probe]),
+      y: at.map(([probe, layer]) => read(probe, layer)),
+      customdata: at.map(([, layer]) => layer),
+      hoverinfo: "text",
+      hovertext: at.map(([probe, layer]) => saying(data, probe, layer, key)),
+      marker: {
+        // Upon the thick line of the chosen layer a small one could not be seen.
+        size: at.map(([, layer]) => (layer === state.layer ? 9 : many ? 3 : 5)),
+        symbol: good ? "circle" : "circle-open",
+        color: at.map(colour),
+        line: { width: 1, color: at.map(colour) },
+      },
+      opacity: many ? 0.4 : 0.7,
+    };
+  });
+}
+
 function trainingFigure(data, state, c) {
   const { at: x, axis } = probesAxis(data);
-  const range = limits(data, (probe, layer) => value(data, probe, layer, "alpha"));
-  const curve = (layer) => x.map((_, probe) => value(data, probe, layer, "alpha"));
+  const key = state.quantity;
+  const [log, ofFit] = [LOGARITHMIC.has(key), data.medians[key] === 1];
+  const shown = (v) => (known(v) && (!log || v > 0) ? v : null);
+  const read = (probe, layer) => shown(value(data, probe, layer, key));
+  const scale = (v) => (log && known(v) ? Math.log10(v) : v);
+  const range = limits(data, (probe, layer) => scale(read(probe, layer)), ofFit ? undefined : () => true);
   const thin = data.layers.map((name, layer) => ({
     type: "scatter",
     mode: "lines",
     x,
-    y: curve(layer),
+    y: x.map((_, probe) => read(probe, layer)),
     showlegend: layer === state.layer,
     name: clipped(short(name)),
     hoverinfo: "text",
     customdata: x.map(() => layer),
-    hovertext: x.map((_, probe) => hover(data, probe, layer)),
+    hovertext: x.map((_, probe) => saying(data, probe, layer, key)),
     line: {
       color: layer === state.layer ? c.select : markOf(data, data.kinds[layer], c).colour,
       width: layer === state.layer ? 2.5 : 1,
     },
     opacity: layer === state.layer ? 1 : 0.35,
   }));
+  const points = ofFit
+    ? [true, false]
+        .filter((good) => !good || data.layers.length * x.length <= MOST_POINTS)
+        .flatMap((good) => trainingPoints(data, state, c, x, read, key, good))
+        .filter((trace) => trace.x.length)
+    : [];
   const medians = kindsOf(data).map((kind) => {
     const mark = markOf(data, kind, c);
-    const y = data.probes.map((probe) => probe.kinds[kind]);
+    const y = data.probes.map((probe) => shown(probe.kinds[kind]?.[Object.keys(data.medians).indexOf(key)]));
     return {
       type: "scatter",
       mode: "lines+markers",
@@ -165,21 +224,25 @@ function trainingFigure(data, state, c) {
       y,
       hoverinfo: "text",
       hovertext: y.map(
-        (alpha, probe) => `<b>${mark.name}</b>, median<br>${plain(data.probes[probe].label)}: alpha ${fixed(alpha)}`,
+        (v, probe) =>
+          `<b>${mark.name}</b>, median${ofFit ? " of fits to trust" : ""}` +
+          `<br>${plain(data.probes[probe].label)}: ${key} ${written(v, key)}`,
       ),
       line: { color: mark.colour, width: 2.5 },
       marker: { size: 5, symbol: mark.symbol },
     };
   });
-  const out = [...thin, ...medians].flatMap(({ y }) => y).filter((alpha) => beyond(alpha, range)).length;
+  const drawn = [...thin, ...medians].flatMap(({ y }) => y);
   return [
-    [...thin, ...medians],
+    [...thin, ...points, ...medians],
     {
       xaxis: axis,
-      yaxis: { title: { text: "alpha" }, range },
-      annotations: outside(out, c),
+      yaxis: log
+        ? { ...logAxis(key, drawn.filter((v) => known(v) && !beyond(scale(v), range))), range }
+        : { title: { text: key }, range },
+      annotations: outside(drawn.filter((v) => beyond(scale(v), range)).length, c),
       shapes: [
-        bandAroundTwo(data, c),
+        ...(key === "alpha" ? [bandAroundTwo(data, c)] : []),
         {
           type: "line",
           yref: "paper",

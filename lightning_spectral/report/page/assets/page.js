@@ -2,7 +2,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const get = (id) => document.getElementById(id);
-const state = { probe: data.probes.length - 1, layer: 0, column: "", down: false, query: "", plots: false };
+const state = { probe: data.probes.length - 1, layer: 0, column: "", down: false, query: "", plots: false, quantity: "alpha" };
 
 function make(tag, text, attributes = {}) {
   const element = document.createElement(tag);
@@ -85,6 +85,21 @@ const COLUMNS = [
     sort: of("r2_alpha"),
     text: (i) => fixed(of("r2_alpha")(i)),
     meaning: data.meanings.r2_alpha,
+  },
+  {
+    key: "signal",
+    head: "signal",
+    sort: of("signal"),
+    text: (i) => fixed(of("signal")(i)),
+    meaning: data.meanings.signal,
+  },
+  {
+    key: "doubt",
+    head: "doubt",
+    sort: (i) => doubt(data, state.probe, i),
+    text: (i) => doubt(data, state.probe, i) ?? "–",
+    meaning: "why the fit is not to be trusted; empty where it is",
+    words: true,
   },
   { key: "gamma", head: "gamma", sort: of("gamma"), text: (i) => fixed(of("gamma")(i)), meaning: data.meanings.gamma },
   { key: "s", head: "s", sort: of("s"), text: (i) => fixed(of("s")(i)), meaning: data.meanings.s },
@@ -183,6 +198,8 @@ function showTable() {
   const rows = layers.map((layer) => {
     const row = make("tr");
     row.classList.toggle("doubtful", !trusted(data, state.probe, layer));
+    const why = doubt(data, state.probe, layer);
+    if (why) row.title = `not to be trusted: ${why}`;
     if (layer === state.layer) row.setAttribute("aria-current", "true");
     for (const { key, text, words } of COLUMNS) {
       const cell = make("td", key === "layer" ? undefined : text(layer), {
@@ -275,7 +292,29 @@ function showOverview() {
   const c = colours();
   if (plots.depth[0]) draw("depth", depthFigure(data, state, c, get("depth").clientWidth > 640), c);
   if (plots.transfer[0]) draw("transfer", transferFigure(data, state, c), c);
-  if (plots.training[0]) draw("training", trainingFigure(data, state, c), c);
+  if (plots.training[0]) showTraining(c);
+}
+
+function showTraining(c) {
+  draw("training", trainingFigure(data, state, c), c);
+  get("training-legend").textContent =
+    data.medians[state.quantity] === 1
+      ? "thin: layers; hollow: a fit not to be trusted; thick: median by kind of the fits to trust"
+      : "thin: layers; thick: median by kind";
+}
+
+// Quantities with a median by kind, of those that some layer has at some probe.
+function showQuantities() {
+  const any = (key) =>
+    data.probes.some((_, probe) => data.layers.some((_, layer) => known(value(data, probe, layer, key))));
+  const quantities = Object.keys(data.medians).filter((key) => key === "alpha" || any(key));
+  get("quantity").replaceChildren(
+    ...quantities.map((key) => make("option", key, { value: key, title: data.meanings[key] })),
+  );
+  get("quantity").addEventListener("change", (event) => {
+    state.quantity = event.target.value;
+    if (state.plots) showTraining(colours());
+  });
 }
 
 // What is known of a layer beside its exponents, a line each.
@@ -292,6 +331,14 @@ function moreOf(layer, spectra) {
     winner && `gradient spectrum${values ? ` of ${values} singular values` : ""}: ${MODELS[winner]?.[0] ?? winner}${margin}`,
     has("alpha_low") &&
       `95 % of bootstrap draws: ${["alpha", "gamma", "s"].map((key) => `${key} ${interval(key, layer)}`).join(", ")}`,
+    [
+      has("h_max") && `largest h ${brief(of("h_max")(layer))}`,
+      has("sigma_max") && `largest sigma ${brief(of("sigma_max")(layer))}`,
+      has("signal") && `signal ${withError("signal", fixed)(layer)}`,
+      has("noise_scale") && `noise scale ${brief(of("noise_scale")(layer))} samples`,
+    ]
+      .filter(Boolean)
+      .join(", "),
     requested.length && requested.map(({ head, text }) => `${head.replace(" ± se", "")} ${text(layer)}`).join(", "),
   ].filter(Boolean);
 }
@@ -305,6 +352,7 @@ function showLayer() {
     data.kinds[layer],
     data.shapes[layer],
     exponents,
+    doubt(data, state.probe, layer) && `not to be trusted: ${doubt(data, state.probe, layer)}`,
     spectra && `curvature by ${spectra.method}`,
   ]
     .filter(Boolean)
@@ -395,6 +443,7 @@ async function loadPlots() {
 }
 
 showHead();
+showQuantities();
 listen();
 for (const key of data.keys) get("meanings").append(make("dt", key), make("dd", data.meanings[key]));
 state.layer = Math.max(0, fromAddress());

@@ -55,17 +55,22 @@ function product(data, probe, layer) {
   return known(alpha) && known(gamma) ? alpha * gamma : null;
 }
 
+// Why a layer's fits are not to be trusted, in a word or two; empty where they are, null where there is no layer.
+function doubt(data, probe, layer) {
+  return data.probes[probe].doubts[layer];
+}
+
 function trusted(data, probe, layer) {
-  return data.probes[probe].trusted[layer] === 1;
+  return doubt(data, probe, layer) === "";
 }
 
 // Limits that hold at every probe, so that points move and axes do not: of all fits to trust, but for what is HUGE units
-// away, and of the others but for those far from the middle half of all.
+// away, and of the others but for those far from the middle half of all. `good` says which may be far away.
 const HUGE = 10;
 
-function limits(data, read) {
+function limits(data, read, good = (probe, layer) => trusted(data, probe, layer)) {
   const all = data.probes
-    .flatMap((_, probe) => data.layers.map((_, layer) => [read(probe, layer), trusted(data, probe, layer)]))
+    .flatMap((_, probe) => data.layers.map((_, layer) => [read(probe, layer), good(probe, layer)]))
     .filter(([x]) => known(x))
     .sort(([a], [b]) => a - b);
   if (!all.length) return undefined;
@@ -73,7 +78,7 @@ function limits(data, read) {
   const [first, third] = [at(0.25), at(0.75)];
   const reach = 3 * (third - first) + 0.05;
   const within = (x, far) => x >= first - far && x <= third + far;
-  const shown = all.filter(([x, good]) => within(x, good ? Math.max(reach, HUGE) : reach)).map(([x]) => x);
+  const shown = all.filter(([x, keep]) => within(x, keep ? Math.max(reach, HUGE) : reach)).map(([x]) => x);
   const [low, high] = [shown[0], shown[shown.length - 1]];
   const margin = 0.06 * (high - low) + 0.05;
   return [low - margin, high + margin];
@@ -113,10 +118,13 @@ const beyond = (x, range) => known(x) && range && (x < range[0] || x > range[1])
 
 function hover(data, probe, layer) {
   const of = (key) => value(data, probe, layer, key);
+  const why = doubt(data, probe, layer);
   return (
     `<b>${plain(short(data.layers[layer]))}</b> (${plain(data.kinds[layer])})` +
     `<br>alpha ${fixed(of("alpha"))} ± ${fixed(of("alpha_stderr"))}, r2 ${fixed(of("r2_alpha"))}` +
-    `<br>gamma ${fixed(of("gamma"))}, s ${fixed(of("s"))}, alpha · gamma ${fixed(product(data, probe, layer))}`
+    (known(of("signal")) ? `, signal ${fixed(of("signal"))}` : "") +
+    `<br>gamma ${fixed(of("gamma"))}, s ${fixed(of("s"))}, alpha · gamma ${fixed(product(data, probe, layer))}` +
+    (why ? `<br>not to be trusted: ${plain(why)}` : "")
   );
 }
 
