@@ -105,23 +105,27 @@ def rates(*of: float) -> dict[str, float]:
 
 ADAM_LIKE, MUON_LIKE = rates(8e-3, 4e-3, 1e-3), rates(3.2e-2, 8e-3, 2e-3)
 
+FIXED_SIZE: dict[str, Any] = {"update_rms": 0.2, "momentum": 0.95}
+"""A step of one size, at the momentum that goes with it."""
+
 ARMS: dict[str, Arm] = {
     "adamw": Arm(AdamW, ADAM_LIKE, {"weight_decay": 0.01}),
     "layer_rates": Arm(LayerRateAdamW, ADAM_LIKE, {"weight_decay": 0.01}),
     "muon": Arm(MuonWithAdamW, MUON_LIKE, {"weight_decay": 0.01}),
     "muon_momentum_0.85": Arm(MuonWithAdamW, MUON_LIKE, {"weight_decay": 0.01, "momentum": 0.85}),
-    "spectral_newton": Arm(SpectralNewton, MUON_LIKE),
-    "spectral_newton_momentum_0.85": Arm(SpectralNewton, MUON_LIKE, {"momentum": 0.85}),
-    "alpha_2": Arm(SpectralNewton, MUON_LIKE, {"alpha": 2.0}),
-    "alpha_1.5_d_0.01": Arm(SpectralNewton, MUON_LIKE, {"alpha": 1.5, "damping": 0.01}),
-    "alpha_1": Arm(SpectralNewton, MUON_LIKE, {"alpha": 1.0}),
-    "auto": Arm(SpectralNewton, MUON_LIKE, {"alpha": "auto"}),
-    "paper": Arm(SpectralNewton, MUON_LIKE, {"alpha": "auto", "damping": 0.1}),
-    "probe": Arm(SpectralNewton, MUON_LIKE, {"alpha": "probe"}),
+    "spectral_newton": Arm(SpectralNewton, ADAM_LIKE),
+    "adam_size_alpha_1.5_d_0.01": Arm(SpectralNewton, ADAM_LIKE, {"alpha": 1.5, "damping": 0.01}),
+    "fixed_size": Arm(SpectralNewton, MUON_LIKE, FIXED_SIZE),
+    "fixed_size_momentum_0.85": Arm(SpectralNewton, MUON_LIKE, {**FIXED_SIZE, "momentum": 0.85}),
+    "alpha_1.5_d_0.01": Arm(SpectralNewton, MUON_LIKE, {**FIXED_SIZE, "alpha": 1.5, "damping": 0.01}),
+    "alpha_1": Arm(SpectralNewton, MUON_LIKE, {**FIXED_SIZE, "alpha": 1.0}),
+    "auto": Arm(SpectralNewton, MUON_LIKE, {**FIXED_SIZE, "alpha": "auto"}),
+    "paper": Arm(SpectralNewton, MUON_LIKE, {**FIXED_SIZE, "alpha": "auto", "damping": 0.1}),
+    "probe": Arm(SpectralNewton, MUON_LIKE, {**FIXED_SIZE, "alpha": "probe"}),
 }
 """What the table has a line of: `spectral_newton` is SpectralNewton with nothing but a learning rate; `paper` has the
 paper's exponents by kind of layer at its damping; `layer_rates` is its negative control, AdamW with a rate per layer in
-proportion to the s of its spectrum."""
+proportion to the s of its spectrum. Those of SpectralNewton from `fixed_size` on have a step of one size."""
 
 
 def recipe(task: Task, arm: Arm) -> str:
@@ -136,6 +140,7 @@ def recipe(task: Task, arm: Arm) -> str:
     if isinstance(optimizer, SpectralNewton):
         spectral = [group for group in optimizer.param_groups if group["update"] == "spectral"]
         by_kind = {group["kind"]: f"alpha={group['alpha']} damping={group['damping']}" for group in spectral}
+        words = [f"{key}={spectral[0][key]}" for key in sorted(FIXED_SIZE) if spectral[0][key] != FIXED_SIZE[key]]
         same = len(set(by_kind.values())) == 1
         words += [*set(by_kind.values())] if same else [f"{kind}({of})" for kind, of in sorted(by_kind.items())]
     return " ".join([name, *words])
@@ -221,4 +226,7 @@ def evaluate(module: nn.Module, loader: DataLoader[Any], loss: Callable[[nn.Modu
 def studied() -> dict[str, Arm]:
     """The arms of the grid of exponents and dampings."""
     grid = [dict(zip(STUDIED, values, strict=True)) for values in product(*STUDIED.values())]
-    return {" ".join(f"{k}={v:g}" for k, v in of.items()): Arm(SpectralNewton, MUON_LIKE, of) for of in grid}
+    return {
+        " ".join(f"{k}={v:g}" for k, v in of.items()): Arm(SpectralNewton, MUON_LIKE, {**FIXED_SIZE, **of})
+        for of in grid
+    }

@@ -83,7 +83,7 @@ class SpectralNewton(Optimizer):
         damping: d > 0, in units of the root mean square singular value to the power alpha; "auto": 0.03 for transformer
             blocks known from `SpectralNewton.groups`, else 0.1. Smaller values lift weak directions more, which
             noisy labels punish.
-        momentum: mu. Runs of a few hundred steps may do better with 0.85 to 0.9, as Muon's do.
+        momentum: mu. With a fixed update_rms, 0.95 in long runs.
         nesterov: whether M looks one step ahead.
         weight_decay: decoupled, times lr.
         update_rms: root mean square entry of an update before lr: "adam", by matrix as above; a number, such as 0.2,
@@ -125,7 +125,7 @@ class SpectralNewton(Optimizer):
         lr: float = 1e-3,
         alpha: float | Literal["auto", "probe"] = 2.0,
         damping: float | Literal["auto"] = "auto",
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.01,
         update_rms: float | Literal["adam"] | None = "adam",
