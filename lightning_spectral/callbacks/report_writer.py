@@ -28,6 +28,7 @@ FIGURES: dict[str, Callable[[SpectralReport, Sequence[SpectralReport]], Any]] = 
     "alpha_by_depth": lambda report, history: figures.plot_alpha_by_depth(report),
     "power_law": lambda report, history: figures.plot_power_law(report),
     "transfer_identity": lambda report, history: figures.plot_transfer_identity(report),
+    "scale": lambda report, history: figures.plot_scale_over_training(history),
     "rank_models": lambda report, history: figures.plot_rank_models_over_training(history),
 }
 """Name -> function that draws the figure from the last report and `history`."""

@@ -35,7 +35,7 @@ from lightning_spectral.report.trackers import Row, tracker_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
-FIGURES = ("alpha_by_depth", "power_law", "rank_models", "transfer_identity")
+FIGURES = ("alpha_by_depth", "power_law", "rank_models", "scale", "transfer_identity")
 
 
 def deep(n=29):
