@@ -77,7 +77,7 @@ class BudgetAdvice:
 
 def _max_samples(report: SpectralReport | None, share: float) -> str:
     """Return the max_samples to advise where a probe may take this share of its time."""
-    n = None if report is None else report.n_samples
+    n = None if report is None else report.curvature_samples
     method = "" if report is None else report.chosen
     # The cost of the columns goes with the samples; that of a sketch does so down to FEW_SAMPLES.
     if n is not None and method.startswith("ggn") and int(n * share) >= FEWEST_SAMPLES:

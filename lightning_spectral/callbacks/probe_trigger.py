@@ -158,10 +158,13 @@ class ProbeTrigger:
     def _aim(self, trainer: Any, module: Any, batch: Any, noise_scale: Callable[[Sequence[Any]], float]) -> None:
         """Have the probe that begins take as many samples as the noise of its first batch or of the last probe asks."""
         self._has_aim = True
-        first = [batch] if self.source.choice == "train" else self._collect(trainer, module, batch)
-        if not self._all_have(first):
-            return
-        own = noise_scale([] if self.group.size > 1 and repeats_batch(trainer) else first or [])
+        own = math.nan
+        # A loader's batches are kept, and so many that the last probe's noise is known well.
+        if self.source.choice == "train" or math.isnan(self._noise_scale):
+            first = [batch] if self.source.choice == "train" else self._collect(trainer, module, batch)
+            if not self._all_have(first):
+                return
+            own = noise_scale([] if self.group.size > 1 and repeats_batch(trainer) else first or [])
         size = (batch_size(batch) or 0) * self.group.size
         most = FIRST_BATCHES * size if math.isnan(self._affordable) else self._affordable
         steps = min(self.every_n_steps or math.inf, total_steps(trainer) - optimizer_steps(trainer))

@@ -76,6 +76,8 @@ def gradient_noise(squared_norm: float, parts: Sequence[GradientPart], samples: 
         return GradientNoise(parts=n)
     terms = [part.squared_norm / part.share for part in parts]
     noise = (math.fsum(terms) - squared_norm) / ((n - 1) * squared_norm)
+    if not math.isfinite(noise):
+        return GradientNoise(parts=n)
     signal = 1 - noise
     # Terms of unequal shares differ without any spread: what is compared is |G_i|^2.
     norms = [part.squared_norm / part.share**2 for part in parts]

@@ -65,7 +65,7 @@ def print_report(
     where = "" if report.step is None else f"step {report.step}, "
     console.print()
     heading = (
-        f"{title}: {where}loss {report.loss:.3f}, {report.n_samples} samples, {report.mode} mode, "
+        f"{title}: {where}loss {report.loss:.3f}, {_samples(report)}, {report.mode} mode, "
         f"curvature by {method_of(report)}"
     )
     shown = report if layers is None else replace(report, layers={n: report.layers[n] for n in layers})
@@ -81,6 +81,12 @@ def print_report(
     console.print(kind_table(report, heading, width=console.width))
     for text in report.problems():
         console.print(literal(text), style="yellow", soft_wrap=True)
+
+
+def _samples(report: SpectralReport) -> str:
+    if report.curvature_samples in (None, report.n_samples):
+        return f"{report.n_samples} samples"
+    return f"gradient of {report.n_samples} samples, curvature of {report.curvature_samples}"
 
 
 def _print_table(console: Console, table: Table, caption: str) -> None:
