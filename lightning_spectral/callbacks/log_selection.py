@@ -13,13 +13,16 @@ from lightning_spectral.records.report import SpectralReport
 LOGGED_LAYERS = 24
 """Number of layers that `log_layers="auto"` logs one by one."""
 
-CURVES = ("alpha", "gamma", "s", "transfer_error", "pr_curvature", "zeta_bound", "signal", "noise_scale")
+CURVES = ("alpha", "gamma", "s", "transfer_error", "pr_curvature", "zeta_bound")
+"""Quantities whose medians are the first to get charts, over all layers and for each kind of layer."""
+
+BY_KIND = (*CURVES, "signal", "noise_scale")
 """Quantities whose medians are logged for each kind of layer, too."""
 
 PER_LAYER = ("alpha", "r2_alpha", "sigma_max", "h_max")
 """Quantities that `log_quantities="auto"` logs per layer: the exponent, whether to trust it, and its scales."""
 
-HEALTH = ("layers_trusted", "layers_failed", "negative_curvature", "r2_alpha_median", "probe_overhead")
+HEALTH = ("layers_trusted", "signal_median", "layers_failed", "negative_curvature", "probe_overhead")
 """Keys that tell whether to trust the others."""
 
 STEP_SCALE = "step/scale"
@@ -115,7 +118,7 @@ class LogSelection:
             return quantity in self.quantities
         if owner.startswith("kind/"):
             name = quantity.removesuffix("_all").removesuffix("_median")
-            return (name in CURVES or bool(_PART_OF[name])) and (self._all or not quantity.endswith("_all"))
+            return (name in BY_KIND or bool(_PART_OF[name])) and (self._all or not quantity.endswith("_all"))
         return self._all or not quantity.endswith("_all")
 
 

@@ -135,11 +135,13 @@ def _hush_lightning() -> None:
 
 
 def _train(experiment: Experiment, folder: Path) -> tuple[list[SpectralReport], Path]:
-    probe = SpectralProbe(every_n_steps=experiment.every_n_steps, max_samples=experiment.max_samples)
     home = folder / experiment.name
     home.mkdir(parents=True, exist_ok=True)
     wandb_run = offline_wandb_run("lightning-spectral-demo", experiment.name, home)
     loader = DataLoader(experiment.data, experiment.batch_size, shuffle=True, drop_last=True)
+    # A loader of its own lets the last probe, too, take as many samples as its noise asks for.
+    probed = DataLoader(experiment.data, experiment.batch_size, shuffle=True, generator=torch.Generator().manual_seed(1))
+    probe = SpectralProbe(every_n_steps=experiment.every_n_steps, max_samples=experiment.max_samples, batch=probed)
     trainer = pl.Trainer(
         max_steps=experiment.steps + 1,
         # The steps end training; without a number of epochs the bar counts to epoch -2.

@@ -141,6 +141,15 @@ def test_what_other_networks_cost_is_the_benchmarks():
     assert f"at most 0.03 as well on {sum(row['target'] for row in figures)}." in text
 
 
+def test_what_real_programs_cost_is_the_benchmarks():
+    figures = json.loads((ROOT / "examples/benchmarks/results/programs_cpu.json").read_text())["figures"].values()
+    steps = [row["steps"] for row in figures]
+    text = " ".join(README.split())
+    assert f"{len(steps)} real programs of" in text
+    assert f"take {statistics.median(steps):.0f} training steps in the median and {max(steps):.0f} at most, " in text
+    assert f"{sum(x <= 25 for x in steps)} of them within 25, and {sum(row['target'] for row in figures)} with" in text
+
+
 COSTS = ("exact", "curvlinops", "ggn", "sketch", "auto")
 NETS = """
 import torch
@@ -216,7 +225,7 @@ def test_every_figure_is_named_and_those_shown_are_there_and_small():
     for name in figures.__all__:
         assert f"`{name}`" in README, name
     shown = re.findall(r"!\[[^]]+\]\((.*?)\)", README)
-    assert len(shown) == 2
+    assert len(shown) == 3
     assert all((ROOT / path).stat().st_size < 80_000 for path in shown)
 
 

@@ -216,8 +216,8 @@ def test_charts_of_both_rows_are_as_many_as_were_asked_for():
             def define_metric(name, hidden=False, **options):
                 shown.append(name)
 
-    # There are 24 curves of medians before the scale of the step.
-    for n in (3, 26, None):
+    # There are 18 curves of medians before the scale of the step.
+    for n in (3, 20, None):
         shown.clear()
         rows = WandbLogger()
         probe = SpectralProbe(every_n_steps=1, top_k=3, wandb_charts=n, keep_reports=False)
