@@ -194,7 +194,7 @@ def _run(training: Training, seed: int) -> tuple[dict[str, float], list[Spectral
     module = _module(training, parts)
     measurements = _measurements(training, parts)
     if not training.steps:
-        return {}, [_measured(module, *chosen).at(step=0, epoch=0) for chosen in measurements]
+        return {}, [_measured(module, *one).at(step=0, epoch=0) for one in measurements]
     during = tuple(step for step in training.measure_at if step < training.steps)
     quiet = {"log_layers": "none", "keep_reports": False, "step": False}
     probes = [
@@ -217,7 +217,7 @@ def _run(training: Training, seed: int) -> tuple[dict[str, float], list[Spectral
         raise RuntimeError(f"{training.name}, seed {seed}: {failed} measurements failed; see the warnings")
     reports = [report for of_step in zip(*(probe.history for probe in probes), strict=True) for report in of_step]
     if training.steps in training.measure_at:
-        last = (_measured(module, *chosen) for chosen in measurements)
+        last = (_measured(module, *one) for one in measurements)
         reports += [report.at(step=training.steps, epoch=trainer.current_epoch) for report in last]
     (tested,) = trainer.test(module, datamodule=loaders, verbose=False)
     return dict(tested), reports

@@ -162,7 +162,8 @@ def _trainings(plan: Plan) -> list[str]:
     rows = ["| training | data | network | steps | batch | lr | measured on |", "|---|---|---|---|---|---|---|"]
     for training in dict.fromkeys(training.name for training, _ in plan.runs):
         made = plan.trainings[training]
-        cells = [_named(made.data), _named(made.network), str(made.steps), str(made.batch_size), f"{made.lr:g}"]
+        rate = f"{made.lr:g}" + ("" if made.cosine else ", constant")
+        cells = [_named(made.data), _named(made.network), str(made.steps), str(made.batch_size), rate]
         gradients = made.gradient_samples
         more = f", gradients of {min(gradients)} to {max(gradients)}" if gradients else ""
         rows.append("| " + " | ".join([made.name, *cells, f"{made.samples} samples{more}"]) + " |")

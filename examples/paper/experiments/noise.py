@@ -51,7 +51,11 @@ def sampling_noise(outcomes: Outcomes) -> Finding:
         "One batch of 2048 to 4096 samples for gradient and curvature; nothing on noise. Convolutions 1.94 to 2.17, a "
         "small GPT 0.84 to 1.43.",
         f"with all samples in place of the fewest alpha changes by: {', '.join(told)}",
-        [*found, BELOW_ZERO, "In the table: alpha, median over layers, and in brackets the median S."],
+        [
+            *found,
+            BELOW_ZERO,
+            f"In the table: alpha, median over layers, of {_seeds(outcomes)}; in brackets the median S.",
+        ],
         ["network", "kind", "step", *(f"{n:,}" for n in counts), "r2, most samples"],
         rows,
         _figure(measured),
@@ -75,6 +79,12 @@ def at_steps(seeds: Sequence[Outcome]) -> dict[int, dict[int, list[SpectralRepor
         for report in outcome.reports:
             found.setdefault(report.step or 0, {}).setdefault(report.n_samples or 0, []).append(report)
     return {step: dict(sorted(found[step].items())) for step in sorted(found)}
+
+
+def _seeds(outcomes: Outcomes) -> str:
+    counts = {len(seeds) for seeds in outcomes.values()}
+    most = max(counts)
+    return f"{most} seed{'s' * (most > 1)}" if len(counts) == 1 else f"{min(counts)} to {most} seeds"
 
 
 def _cell(reports: Sequence[SpectralReport], kind: str) -> str:
