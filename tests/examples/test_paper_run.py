@@ -15,7 +15,7 @@ from examples.ablation.peers import LayerRateAdamW, permuted, scale_rates
 from examples.paper import run as paper
 from examples.paper.archives import FOLDER_VARIABLE
 from examples.paper.experiments import EXPERIMENTS
-from examples.paper.finding import correlation, signals, spread
+from examples.paper.finding import body, correlation, signals, spread
 from examples.paper.modules import Trained
 from examples.paper.outcome import OldOutcomeError, Outcome, Training, outcome
 from examples.paper.plots import curves
@@ -300,6 +300,10 @@ def test_sampling_noise_tells_alpha_and_signal_by_samples(tmp_path: Path) -> Non
         x for x in finding.records if (x["seed"], x["step"], x["gradient_samples"], x["kind"]) == (1, 3, 256, "dense")
     )
     assert record["alpha"] == pytest.approx(median([layer.alpha.exponent for layer in of_most[1]]), abs=1e-4)
+    # The verdict is of measurements with little noise alone.
+    last = [body(report) for seed in seeds for report in seed.reports if report.n_samples == 256]
+    of_steps = [signals(last[i::2]) for i in (0, 1)]
+    assert finding.agrees.startswith("where S is at least 0.8" if max(of_steps) >= 0.8 else "no S of at least 0.8")
     # More samples leave less noise.
     few, _, many = (signals([report.layers.values()]) for report in seeds[0].reports[3:])
     assert few < many

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from examples.paper.finding import Finding, Outcomes, alphas, body, by_kind, kinds_of, signals, spread
@@ -12,6 +13,7 @@ from examples.paper.plots import Panel, panels
 from lightning_spectral import LayerSpectrum, SpectralReport
 from lightning_spectral.analysis import PAPER_RANGES
 from lightning_spectral.numerics.statistics import median
+from lightning_spectral.records.fit_quality import LEAST_SIGNAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,12 +39,12 @@ def sampling_noise(outcomes: Outcomes) -> Finding:
         for step, by_samples in steps.items()
         for kind in kinds[name]
     ]
-    found, told = [], []
+    found = []
     for name, steps in measured.items():
         at = "; ".join(f"step {step}, {_ends(by_samples)}" for step, by_samples in steps.items())
         last = steps[max(steps)]
         found.append(f"{name}, {_kinds(last[max(last)])}: {at}.")
-        told.append(f"{name} {_change(last):+.2f}")
+    own = _of_networks(measured)
     return Finding(
         "Sampling noise",
         "Is alpha the network's, or that of its gradient's sampling noise, whose alpha is near 2? At the same weights "
@@ -50,8 +52,9 @@ def sampling_noise(outcomes: Outcomes) -> Finding:
         f"{_curvature(measured)} of them. S is the share of the squared gradient that is no noise.",
         "One batch of 2048 to 4096 samples for gradient and curvature; nothing on noise. Convolutions 1.94 to 2.17, a "
         "small GPT 0.84 to 1.43.",
-        f"with all samples in place of the fewest alpha changes by: {', '.join(told)}",
+        own,
         [
+            f"With the most samples: {own}.",
             *found,
             BELOW_ZERO,
             f"In the table: alpha, median over layers, of {_seeds(outcomes)}; in brackets the median S.",
@@ -110,14 +113,30 @@ def _ends(by_samples: AtStep) -> str:
     return " and ".join(said) + " samples"
 
 
-def _change(by_samples: AtStep) -> float:
-    """Median change of alpha over seeds, from the fewest samples to the most."""
-    pairs = zip(by_samples[min(by_samples)], by_samples[max(by_samples)], strict=True)
-    return median([alphas(body(most)) - alphas(body(fewest)) for fewest, most in pairs])
+def _of_networks(measured: Mapping[str, Mapping[int, AtStep]]) -> str:
+    """What alpha is of the most samples, where little of their gradient is noise."""
+    found: dict[str, list[float]] = {}
+    for steps in measured.values():
+        for by_samples in steps.values():
+            layers = [body(report) for report in by_samples[max(by_samples)]]
+            if signals(layers) >= LEAST_SIGNAL:
+                found.setdefault(_family(layers[0]), []).append(fmean(map(alphas, layers)))
+    if not found:
+        return f"no S of at least {LEAST_SIGNAL}"
+    ends = {family: dict.fromkeys((_number(min(values)), _number(max(values)))) for family, values in found.items()}
+    ranges = [f"{family} {' to '.join(of_family)}" for family, of_family in ends.items()]
+    return f"where S is at least {LEAST_SIGNAL}, alpha is: {', '.join(ranges)}"
+
+
+def _family(layers: Sequence[LayerSpectrum]) -> str:
+    kinds = {layer.kind for layer in layers}
+    if kinds == {"conv"}:
+        return "interior convolutions"
+    return "transformers' blocks" if "attention_qkv" in kinds else "dense layers"
 
 
 def _kinds(reports: Sequence[SpectralReport]) -> str:
-    """Kinds that `body` holds, in words."""
+    """Kinds of layers that `body` holds, in words."""
     kinds = list(dict.fromkeys(layer.kind for layer in body(reports[0])))
     return "interior convolutions" if kinds == ["conv"] else ", ".join(kind.replace("_", " ") for kind in kinds)
 
