@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from examples.paper.outcome import Outcome
 from lightning_spectral import LayerSpectrum, SpectralReport
-from lightning_spectral.analysis import trusted
 from lightning_spectral.numerics.statistics import median
+from lightning_spectral.records.fit_quality import GOOD_FIT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +34,7 @@ class Finding:
         columns: heads of the table.
         rows: its cells.
         figure: of the same.
+        records: what the table is of, for a file beside the page; none: no file.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Finding:
     columns: list[str]
     rows: list[list[str]]
     figure: Figure
+    records: Sequence[Mapping[str, Any]] = ()
 
     def markdown(self, picture: str) -> str:
         """A section.
@@ -90,14 +92,33 @@ def joined(outcomes: Outcomes) -> SpectralReport:
     return replace(next(iter(reports.values())), layers=layers, step=None, chosen="")
 
 
-def trusted_layers(report: SpectralReport) -> list[LayerSpectrum]:
+def straight(r2: float) -> bool:
+    """Whether a fit is a line, which is all that the paper asks of one; of a fit to trust more is asked.
+
+    >>> straight(0.95), straight(float("nan"))
+    (True, False)
+    """
+    return r2 >= GOOD_FIT
+
+
+def straight_layers(report: SpectralReport) -> list[LayerSpectrum]:
     """The layers whose alpha has an r2 of at least 0.9."""
-    return [layer for layer in report.layers.values() if trusted(layer)]
+    return [layer for layer in report.layers.values() if straight(layer.alpha.r2)]
 
 
 def interior(report: SpectralReport) -> list[LayerSpectrum]:
     """Convolutions but the first: those that the paper's range is of."""
     return [layer for layer in list(report.layers.values())[1:] if layer.kind == "conv"]
+
+
+def body(report: SpectralReport) -> list[LayerSpectrum]:
+    """Interior convolutions; where there are none, all layers but convolutions and heads."""
+    return interior(report) or [layer for layer in report.layers.values() if layer.kind not in ("conv", "head")]
+
+
+def signals(layers: Iterable[Iterable[LayerSpectrum]]) -> float:
+    """The median share of the squared gradient that is no sampling noise, over all layers of all seeds."""
+    return median([layer.gradient_noise.signal for of_seed in layers for layer in of_seed])
 
 
 def alphas(layers: Iterable[LayerSpectrum]) -> float:

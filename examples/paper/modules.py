@@ -16,15 +16,16 @@ from examples.paper.data import Parts, loader
 
 
 class Trained(pl.LightningModule):
-    """A network, its loss over the last dimension of its output, and its optimizer with a cosine schedule.
+    """A network, its loss over the last dimension of its output, and its optimizer, by default with a cosine schedule.
 
     Logs train_loss, val_loss and test_loss.
 
     Args:
         network: any.
-        lr: learning rate of AdamW at the start; it falls to 0 at the end of the run.
+        lr: learning rate of AdamW at the start.
         weight_decay: of AdamW.
-        optimizer: makes another optimizer of this module, in place of AdamW; its rate falls likewise.
+        optimizer: makes another optimizer of this module, in place of AdamW.
+        cosine: let the rate fall to 0 at the end of the run; else it stays as it is.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class Trained(pl.LightningModule):
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         optimizer: Callable[[nn.Module], Optimizer] | None = None,
+        *,
+        cosine: bool = True,
     ) -> None:
         super().__init__()
         self.network = network
-        self.lr, self.weight_decay, self.make_optimizer = lr, weight_decay, optimizer
+        self.lr, self.weight_decay, self.make_optimizer, self.cosine = lr, weight_decay, optimizer, cosine
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
@@ -65,11 +68,13 @@ class Trained(pl.LightningModule):
         return found["loss"]
 
     def configure_optimizers(self) -> Any:
-        """AdamW or the optimizer given, with a cosine schedule over the steps of the run."""
+        """AdamW or the optimizer given, its rate falling over the steps of the run."""
         if self.make_optimizer is None:
             optimizer: Optimizer = AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         else:
             optimizer = self.make_optimizer(self)
+        if not self.cosine:
+            return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -36,11 +36,14 @@ class Training:
         steps: optimizer steps; 0 measures the network as it comes.
         batch_size: samples per step.
         lr: learning rate of AdamW at the start.
+        cosine: let it fall to 0 at the end; else it stays.
         weight_decay: of AdamW.
         rate_power: scale each matrix's rate by its s to this power over the mean of all (`ScaleRates`); None: do not.
         shuffled: give each matrix the scale of another one, drawn at random.
         measure_at: steps before which to measure, the last of which may be ``steps``, after the training.
         samples: of the training part to measure on, always the same.
+        gradient_samples: numbers of samples to take the gradient of, a measurement each, with the curvature of the
+            first ``samples`` of them; none: one measurement, gradient and curvature of ``samples``.
         probe: further options of the measurement.
     """
 
@@ -53,8 +56,10 @@ class Training:
     measure_at: tuple[int, ...]
     samples: int
     weight_decay: float = 0.01
+    cosine: bool = True
     rate_power: float | None = None
     shuffled: bool = False
+    gradient_samples: tuple[int, ...] = ()
     probe: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -69,8 +74,12 @@ class Training:
             raise ValueError(
                 f"training {name}: {', '.join(unknown)} is no option; there are {', '.join(sorted(known))}"
             )
+        several = {
+            "measure_at": tuple(values.get("measure_at", (0,))),
+            "gradient_samples": tuple(values.get("gradient_samples", ())),
+        }
         try:
-            made = cls(name=name, **{**values, "measure_at": tuple(values.get("measure_at", (0,)))})
+            made = cls(name=name, **{**values, **several})
         except TypeError as error:
             raise ValueError(f"training {name}: {error}") from error
         for what, table in (("data", DATA), ("network", NETWORKS)):
@@ -98,7 +107,7 @@ class Outcome:
         seed: of its weights and the order of its samples.
         test: what the module logged of the test part after training; empty where there was none.
         seconds: of all.
-        reports: a measurement before each step of ``measure_at``.
+        reports: a measurement before each step of ``measure_at``, or one for each of ``gradient_samples``.
     """
 
     training: str
@@ -183,15 +192,19 @@ def _run(training: Training, seed: int) -> tuple[dict[str, float], list[Spectral
     chosen = dict(training.data)
     parts = DATA[chosen.pop("name")](**chosen)
     module = _module(training, parts)
-    batches = fixed_batch(parts.plain, training.samples)
+    measurements = _measurements(training, parts)
     if not training.steps:
-        return {}, [_measured(module, batches, training).at(step=0, epoch=0)]
+        return {}, [_measured(module, *one).at(step=0, epoch=0) for one in measurements]
     during = tuple(step for step in training.measure_at if step < training.steps)
-    probe = MeasureAt(during, batch=batches, log_layers="none", keep_reports=False, **training.probe)
+    quiet = {"log_layers": "none", "keep_reports": False, "step": False}
+    probes = [
+        MeasureAt(during, batch=batches, prefix=f"spectral/{i}", **quiet, **options)
+        for i, (batches, options) in enumerate(measurements)
+    ]
     trainer = pl.Trainer(
         max_steps=training.steps,
         max_epochs=-1,
-        callbacks=[probe, *_scaling(training)],
+        callbacks=[*probes, *_scaling(training)],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -200,20 +213,33 @@ def _run(training: Training, seed: int) -> tuple[dict[str, float], list[Spectral
     )
     loaders = Loaders(parts, training.batch_size)
     trainer.fit(module, loaders)
-    if probe.failed_probes:
-        raise RuntimeError(f"{training.name}, seed {seed}: {probe.failed_probes} measurements failed; see the warnings")
-    reports = probe.history
+    if failed := sum(probe.failed_probes for probe in probes):
+        raise RuntimeError(f"{training.name}, seed {seed}: {failed} measurements failed; see the warnings")
+    reports = [report for of_step in zip(*(probe.history for probe in probes), strict=True) for report in of_step]
     if training.steps in training.measure_at:
-        last = _measured(module, batches, training)
-        reports.append(last.at(step=training.steps, epoch=trainer.current_epoch))
+        last = (_measured(module, *one) for one in measurements)
+        reports += [report.at(step=training.steps, epoch=trainer.current_epoch) for report in last]
     (tested,) = trainer.test(module, datamodule=loaders, verbose=False)
     return dict(tested), reports
 
 
-def _measured(module: pl.LightningModule, batches: DataLoader[Any], training: Training) -> SpectralReport:
+def _measurements(training: Training, parts: Parts) -> list[tuple[DataLoader[Any], dict[str, Any]]]:
+    """Batch and options of each measurement at a step; gradient and curvature of the same batch unless said otherwise.
+
+    A probe's own choice of the gradient's samples would go by their noise, and take the curvature of 64 of them.
+    """
+    if not training.gradient_samples:
+        return [(fixed_batch(parts.plain, training.samples), {"gradient_samples": None, **training.probe})]
+    return [
+        (fixed_batch(parts.plain, n), {"gradient_samples": n, "max_samples": training.samples, **training.probe})
+        for n in training.gradient_samples
+    ]
+
+
+def _measured(module: pl.LightningModule, batches: DataLoader[Any], options: Mapping[str, Any]) -> SpectralReport:
     """Measure where there is a GPU on it: Lightning leaves a module that was trained there on the CPU."""
     module.to("cuda" if torch.cuda.is_available() else "cpu")
-    return measure_spectra(module, batches, **training.probe)
+    return measure_spectra(module, batches, **options)
 
 
 def _module(training: Training, parts: Parts) -> Classifier | LanguageModel:
@@ -226,7 +252,7 @@ def _module(training: Training, parts: Parts) -> Classifier | LanguageModel:
     if training.rate_power is not None:
         make = partial(_layer_rates, lr=training.lr, weight_decay=training.weight_decay)
     kind = LanguageModel if training.data["name"] in TEXT else Classifier
-    return kind(network, training.lr, training.weight_decay, make)
+    return kind(network, training.lr, training.weight_decay, make, cosine=training.cosine)
 
 
 def _layer_rates(module: nn.Module, lr: float, weight_decay: float) -> LayerRateAdamW:
@@ -238,4 +264,6 @@ def _scaling(training: Training) -> list[SpectralProbe]:
         return []
     every = max(training.steps // 10, 1)
     options = {"every_n_steps": every, "prefix": "scale", "log_layers": "none", "max_samples": training.samples}
+    # The batch about to be trained on, at its step: more samples would be a later one.
+    options["gradient_samples"] = None
     return [ScaleRates(power=training.rate_power, shuffled=training.shuffled, **options)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.report.figures.style import canvas, ink, kind_style
 
@@ -130,6 +131,75 @@ def curves(
             axes.legend()
         figure.suptitle(title, x=0.01, ha="left")
     return figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one panel of `panels` shows.
+
+    Attributes:
+        title: of the panel.
+        lines: kind of layer -> abscissa -> values, one per seed.
+        share: abscissa -> share, up to 1.
+    """
+
+    title: str
+    lines: Mapping[str, Mapping[float, Sequence[float]]]
+    share: Mapping[float, float]
+
+
+def panels(columns: Sequence[Sequence[Panel]], title: str, labels: tuple[str, str, str], *, paper: Ranges) -> Figure:
+    """Panels with a line per kind of layer through the means over seeds, and a share as a dotted one.
+
+    Args:
+        columns: the panels of each column from top to bottom; shorter ones are at the bottom.
+        title: of the figure.
+        labels: of abscissa, ordinate and share.
+        paper: kind of layer -> (lowest, highest) figure of the paper, a bar of the kind's colour at the left.
+    """
+    rows = max(map(len, columns))
+    handles: dict[str, Any] = {}
+    with canvas(max(1.6 * len(columns), 4.0), 1.0 + 2.3 * rows, dark=False) as figure:
+        grid = figure.subplots(rows, len(columns), squeeze=False, sharey=True)
+        for j, column in enumerate(columns):
+            empty = rows - len(column)
+            for i, axes in enumerate(grid[:, j]):
+                if i < empty:
+                    axes.set_axis_off()
+                    continue
+                handles |= _draw_panel(axes, column[i - empty], labels[2], paper)
+                axes.set_xlabel(labels[0] if i == rows - 1 and j == (len(columns) - 1) // 2 else "")
+                axes.set_ylabel(labels[1] if j == 0 else "")
+        grid[0][0].set_ylim(-0.05, None)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+        figure.suptitle(f"{title} (bars: the paper; shares below 0 are not drawn)", x=0.01, ha="left")
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, share: str, paper: Ranges) -> dict[str, Any]:
+    """Draw a panel, and return its lines by their labels."""
+    handles: dict[str, Any] = {}
+    for kind, points in panel.lines.items():
+        colour, marker = kind_style(kind)
+        known = {x: [v for v in values if math.isfinite(v)] for x, values in points.items()}
+        known = {x: values for x, values in known.items() if values}
+        means = [fmean(values) for values in known.values()]
+        widths = [stdev(values) if len(values) > 1 else 0.0 for values in known.values()]
+        label = kind.replace("_", " ")
+        handles[label] = axes.errorbar(list(known), means, widths, color=colour, marker=marker, capsize=2)
+        if kind in paper:
+            low, high = paper[kind]
+            edge = axes.get_yaxis_transform()
+            axes.plot([0.02, 0.02], [low - 0.02, high + 0.02], color=colour, linewidth=4, transform=edge)
+    (handles[share],) = axes.plot(list(panel.share), list(panel.share.values()), ":", color=ink())
+    ticks = sorted(panel.share)
+    axes.set_xscale("log")
+    axes.set_xlim(ticks[0] / 2, ticks[-1] * 1.4)
+    shown = [ticks[0], ticks[-1]]
+    axes.set_xticks(shown, [f"{x:,.0f}" for x in shown])
+    axes.set_xticks([], minor=True)
+    axes.set_title(panel.title)
+    return handles
 
 
 def _at_values(axes: Axes, values: Sequence[float]) -> None:

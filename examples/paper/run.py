@@ -9,6 +9,7 @@ small networks on data that is at hand, full.yaml the paper's own; its archives 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import platform
@@ -112,7 +113,7 @@ def findings(plan: Plan, outcomes: Mapping[str, list[Outcome]]) -> dict[str, Fin
 
 
 def write_page(plan: Plan, found: Mapping[str, Finding], folder: Path, command: str, seconds: float) -> Path:
-    """RESULTS.md and figures/ in the folder."""
+    """RESULTS.md, figures/ and, of what is recorded, results/ in the folder."""
     import torch
 
     figures = folder / "figures"
@@ -121,6 +122,8 @@ def write_page(plan: Plan, found: Mapping[str, Finding], folder: Path, command: 
     for name, finding in found.items():
         finding.figure.savefig(figures / f"{name}.png", dpi=110)
         sections.append(finding.markdown(f"figures/{name}.png"))
+        if finding.records:
+            _write_records(folder / "results" / f"{name}.json", finding.records)
     where = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
     where += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", CPU"
     head = [
@@ -132,7 +135,8 @@ def write_page(plan: Plan, found: Mapping[str, Finding], folder: Path, command: 
         "",
         *_verdicts(found),
         "",
-        "Alphas with an r2 below 0.9, most heads' among them, are slopes of clouds; the tables give the r2. "
+        "Medians are over all layers; those that a probe logs are over fits to trust alone. Alphas with an r2 below "
+        "0.9, most heads' among them, are slopes of clouds; the tables give the r2. "
         "[TRANSFORMERS.md](TRANSFORMERS.md) is on what decides alpha of a small GPT.",
         "",
         *_trainings(plan),
@@ -141,6 +145,12 @@ def write_page(plan: Plan, found: Mapping[str, Finding], folder: Path, command: 
     path = folder / "RESULTS.md"
     path.write_text("\n".join([*head, *sections]), encoding="utf-8")
     return path
+
+
+def _write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """A JSON array, a line per record."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n", encoding="utf-8")
 
 
 def _verdicts(found: Mapping[str, Finding]) -> list[str]:
@@ -152,8 +162,11 @@ def _trainings(plan: Plan) -> list[str]:
     rows = ["| training | data | network | steps | batch | lr | measured on |", "|---|---|---|---|---|---|---|"]
     for training in dict.fromkeys(training.name for training, _ in plan.runs):
         made = plan.trainings[training]
-        cells = [_named(made.data), _named(made.network), str(made.steps), str(made.batch_size), f"{made.lr:g}"]
-        rows.append("| " + " | ".join([made.name, *cells, f"{made.samples} samples"]) + " |")
+        rate = f"{made.lr:g}" + ("" if made.cosine else ", constant")
+        cells = [_named(made.data), _named(made.network), str(made.steps), str(made.batch_size), rate]
+        gradients = made.gradient_samples
+        more = f", gradients of {min(gradients)} to {max(gradients)}" if gradients else ""
+        rows.append("| " + " | ".join([made.name, *cells, f"{made.samples} samples{more}"]) + " |")
     return rows
 
 

@@ -15,10 +15,12 @@ from examples.ablation.peers import LayerRateAdamW, permuted, scale_rates
 from examples.paper import run as paper
 from examples.paper.archives import FOLDER_VARIABLE
 from examples.paper.experiments import EXPERIMENTS
-from examples.paper.finding import correlation, spread
+from examples.paper.finding import body, correlation, signals, spread
+from examples.paper.modules import Trained
 from examples.paper.outcome import OldOutcomeError, Outcome, Training, outcome
 from examples.paper.plots import curves
 from examples.paper.tasks import DATA, NETWORKS, digit_pairs, python_modules, without_layer_norm
+from lightning_spectral.numerics.statistics import median
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.SpectralWarning")
 
@@ -163,7 +165,7 @@ def test_a_failed_measurement_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no curvature today")
 
-    monkeypatch.setattr("lightning_spectral.callbacks.probe.run_measurement", fails)
+    monkeypatch.setattr("lightning_spectral.callbacks.safe_measurement.run_measurement", fails)
     with pytest.raises(RuntimeError, match="mlp, seed 0: 1 measurements failed"):
         outcome(Training.from_config("mlp", MLP), 0, tmp_path)
     assert not list(tmp_path.glob("*.json"))
@@ -248,3 +250,60 @@ def test_an_outcome_that_cannot_be_read_says_what_to_do(tmp_path: Path) -> None:
 def test_the_papers_data_sets_and_networks_have_names() -> None:
     assert set(DATA) >= {"digits", "python_source", "cifar10", "cifar100", "tiny_imagenet", "imagenet"}
     assert set(NETWORKS) >= {"resnet18", "resnet50", "vgg11", "vit", "mlp", "gpt", "pretrained_resnet50"}
+
+
+SAMPLES = MLP | {"measure_at": [1, 3], "samples": 32, "gradient_samples": [32, 64, 256], "probe": {"top_k": 6}}
+
+
+def test_every_number_of_gradient_samples_is_measured_at_every_step(tmp_path: Path) -> None:
+    found = outcome(Training.from_config("mlp, samples", SAMPLES), 0, tmp_path)
+    measured = [(report.step, report.n_samples, report.curvature_samples) for report in found.reports]
+    assert measured == [(step, n, 32) for step in (1, 3) for n in (32, 64, 256)]
+    # As a single measurement of the same training gives it, at the same weights.
+    alone = outcome(Training.from_config("mlp", SAMPLES | {"gradient_samples": [], "samples": 32}), 0, tmp_path)
+    for step, report in zip((1, 3), alone.reports, strict=True):
+        (same,) = (x for x in found.reports if (x.step, x.n_samples) == (step, 32))
+        for name, layer in report.layers.items():
+            torch.testing.assert_close(same.layers[name].h, layer.h)
+
+
+def test_the_rate_falls_to_nothing_unless_it_is_to_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    configured = Trained.configure_optimizers
+    monkeypatch.setattr(Trained, "configure_optimizers", lambda self: made.append(configured(self)) or made[-1])
+    for cosine in (True, False):
+        outcome(Training.from_config("mlp", MLP | {"cosine": cosine}), 0, tmp_path)
+    falling, constant = made
+    assert falling["optimizer"].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+    assert constant.param_groups[0]["lr"] == MLP["lr"]
+
+
+def test_a_probe_of_the_paper_measures_its_fixed_batch_whole(tmp_path: Path) -> None:
+    found = outcome(Training.from_config("mlp", MLP | {"samples": 100}), 0, tmp_path)
+    assert [(r.step, r.n_samples, r.curvature_samples) for r in found.reports] == [(0, 100, 100), (3, 100, 100)]
+
+
+def test_sampling_noise_tells_alpha_and_signal_by_samples(tmp_path: Path) -> None:
+    chosen = Training.from_config("mlp, samples", SAMPLES)
+    seeds = [outcome(chosen, seed, tmp_path) for seed in (0, 1)]
+    finding = EXPERIMENTS["sampling_noise"]({"mlp, samples": seeds})
+    assert finding.columns == ["network", "kind", "step", "32", "64", "256", "r2, most samples"]
+    assert [row[:3] for row in finding.rows] == [
+        ["mlp", kind, step] for step in ("1", "3") for kind in ("dense", "head")
+    ]
+    of_most = [seed.reports[-1].by_kind()["dense"] for seed in seeds]
+    signal = median([layer.gradient_noise.signal for layers in of_most for layer in layers])
+    alpha = spread([median([layer.alpha.exponent for layer in layers]) for layers in of_most])
+    assert finding.rows[2][5] == f"{alpha} ({signal:.2f})"
+    assert len(finding.records) == 2 * 2 * 3 * 2
+    (record,) = (
+        x for x in finding.records if (x["seed"], x["step"], x["gradient_samples"], x["kind"]) == (1, 3, 256, "dense")
+    )
+    assert record["alpha"] == pytest.approx(median([layer.alpha.exponent for layer in of_most[1]]), abs=1e-4)
+    # The verdict is of measurements with little noise alone.
+    last = [body(report) for seed in seeds for report in seed.reports if report.n_samples == 256]
+    of_steps = [signals(last[i::2]) for i in (0, 1)]
+    assert finding.agrees.startswith("where S is at least 0.8" if max(of_steps) >= 0.8 else "no S of at least 0.8")
+    # More samples leave less noise.
+    few, _, many = (signals([report.layers.values()]) for report in seeds[0].reports[3:])
+    assert few < many

@@ -14,8 +14,10 @@ from examples.paper.finding import (
     joined,
     kinds_of,
     percent,
+    signals,
     spread,
-    trusted_layers,
+    straight,
+    straight_layers,
 )
 from examples.paper.plots import curves, strips
 from lightning_spectral.analysis import PAPER_ALPHA, PAPER_RANGES
@@ -34,7 +36,8 @@ def architectures(outcomes: Outcomes) -> Finding:
             layers = [by_kind(seed.last, kind) for seed in seeds]
             values = [alphas(of_seed) for of_seed in layers]
             r2 = median([layer.alpha.r2 for layer in chain.from_iterable(layers)])
-            rows.append([name, kind, str(len(layers[0])), spread(values), f"{r2:.2f}", PAPER_ALPHA.get(kind, "-")])
+            fit = [spread(values), f"{r2:.2f}", spread([signals(layers)])]
+            rows.append([name, kind, str(len(layers[0])), *fit, PAPER_ALPHA.get(kind, "-")])
             row = f"{name}: {kind.replace('_', ' ')}"
             groups[row], kinds[row] = values, kind
             if kind in PAPER_RANGES:
@@ -54,8 +57,12 @@ def architectures(outcomes: Outcomes) -> Finding:
         "Convolutions 1.97 to 2.17 (ResNet-18, VGG-11 on CIFAR-10) and 1.94 (ResNet-50 on Tiny-ImageNet), dense layers "
         "2.18, a small GPT 0.84 to 1.43.",
         f"interior convolutions of {len(near)} of {len(far)} networks are within {low} to {high}",
-        [*found, f"Within the paper's {low} to {high}: {', '.join(near) or 'neither'}."],
-        ["network", "kind", "layers", "alpha, median over layers", "median r2", "alpha in the paper"],
+        [
+            *found,
+            f"Within the paper's {low} to {high}: {', '.join(near) or 'neither'}.",
+            "S is the signal at the samples measured, the share of the squared gradient that is no sampling noise.",
+        ],
+        ["network", "kind", "layers", "alpha, median over layers", "median r2", "median S", "alpha in the paper"],
         rows,
         strips(groups, "alpha by kind of layer, a tick per seed", "alpha", kinds=kinds, paper=ranges),
     )
@@ -65,7 +72,7 @@ def transfer_identity(outcomes: Outcomes) -> Finding:
     """s against alpha gamma."""
     rows, every = [], []
     for name, seeds in outcomes.items():
-        layers = [layer for seed in seeds for layer in identity_of(seed.last).trusted]
+        layers = [layer for seed in seeds for layer in identity_of(seed.last).layers if straight(layer.r2)]
         every += layers
         rows.append([name, str(len(layers)), *_errors([layer.transfer_error for layer in layers])])
     errors = [layer.transfer_error for layer in every]
@@ -73,8 +80,8 @@ def transfer_identity(outcomes: Outcomes) -> Finding:
     within = sum(error <= ROUGH_ERROR for error in errors)
     return Finding(
         "Transfer identity",
-        "Is the decay s of the curvature alpha times the decay gamma of the gradient? Layers of all seeds whose alpha "
-        "has an r2 of at least 0.9, after training; the error is abs(s - alpha gamma) / abs(s).",
+        "Is the decay s of the curvature alpha times the decay gamma of the gradient? Layers of all seeds whose "
+        "alpha has an r2 of at least 0.9, after training; the error is abs(s - alpha gamma) / abs(s).",
         "Median error 1.9 % (CIFAR), 1.0 % (Tiny-ImageNet), 1.6 % (ImageNet-1K).",
         f"yes: a median error of {percent(median(errors))}",
         [
@@ -117,8 +124,8 @@ def dynamics(outcomes: Outcomes) -> Finding:
                 f"alpha of {name}'s {'head' if kind == 'head' else 'convolutions'} goes from {before} to {after}."
             )
         found.append(f"The head ends below 2 with {below} of {len(seeds)} seeds.")
-        trusts = [len(trusted_layers(seed.last)) / len(seed.last.layers) for seed in seeds]
-        found.append(f"{percent(sum(trusts) / len(trusts))} of its layers then have an r2 of at least 0.9.")
+        shares = [len(straight_layers(seed.last)) / len(seed.last.layers) for seed in seeds]
+        found.append(f"{percent(sum(shares) / len(shares))} of its layers then have an r2 of at least 0.9.")
         rises = [last - first for first, last in moves["conv"]]
         told.append(f"{name}'s convolutions {'rise' if median(rises) > 0 else 'fall'}")
         told.append(f"its head ends below 2 with {below} of {len(seeds)} seeds")

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from examples.paper.finding import Finding, Outcomes, correlation, ranks, spread
+from examples.paper.finding import Finding, Outcomes, correlation, ranks, spread, straight
 from examples.paper.outcome import Outcome
 from examples.paper.plots import clouds, parts
 from lightning_spectral import LayerAlignment, LayerSpectrum
-from lightning_spectral.analysis import trusted
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.numerics.statistics import median
 
@@ -116,7 +115,7 @@ def alignment(outcomes: Outcomes) -> Finding:
         "how gradient directions lie in them, how much from what a Kronecker product misses? Over layers and seeds.",
         "The decomposition is the paper's; its published files hold eigenvalues and rho of 15 layers, not the slopes.",
         "no figures to compare with",
-        [_parts([x for seeds in outcomes.values() for x in _aligned(seeds) if trusted(x.layer)])],
+        [_parts([x for seeds in outcomes.values() for x in _aligned(seeds) if straight(x.layer.alpha.r2)])],
         ["network", "kind", "beta", "phi", "slope of log chi", "alpha"],
         rows,
         parts(
