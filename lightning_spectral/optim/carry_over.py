@@ -91,7 +91,8 @@ def _values(
 
 
 def _groups(old: Optimizer, target: type[Optimizer], model: nn.Module) -> list[dict[str, Any]]:
-    own: list[dict[str, Any]] = [{key: group[key] for key in ("params", "name") if key in group} for group in old.param_groups]
+    kept = ("params", "name")
+    own: list[dict[str, Any]] = [{key: group[key] for key in kept if key in group} for group in old.param_groups]
     if not callable(getattr(target, "groups", None)):
         return own
     # What is frozen now may thaw, as with BackboneFinetuning.
