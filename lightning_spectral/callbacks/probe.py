@@ -96,8 +96,8 @@ class SpectralProbe(AnyCallback):
         wandb_charts: keys that W&B makes a chart of; the others are logged, and hidden. None: all.
         print_every: print a table with the first probe and every so many from it on; None: never.
         print_end: print the last probe's table when training ends; None: where the Trainer has a bar and no logger.
-        swap_optimizer: train with `SpectralNewton` and its defaults in place of the configured optimizer, as with a
-            `SwapOptimizer` beside the probe.
+        swap_optimizer: train with `SpectralNewton`, at the configured rates, in place of the configured optimizer, as
+            with a `SwapOptimizer` beside the probe.
         keep_reports: append each report to `spectra.jsonl` in the run's folder, for `lightning-spectral report`.
         prefix: first part of the logged keys. Two probes in one Trainer need two.
         history_size: how many of the last reports are kept in `history`.

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_spectral._validation import optional_positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps
 from lightning_spectral.errors import SpectralWarning
+from lightning_spectral.optim.carry_over import carried_groups, describe_rates, lost_options
 from lightning_spectral.optim.rebind_scheduler import rebind_scheduler
 
 logger = logging.getLogger(__name__)
@@ -26,14 +27,16 @@ UNSUPPORTED = ("FSDPStrategy", "DeepSpeed")
 class SwapOptimizer(AnyCallback):
     """Replace the configured optimizer, for the same parameters; its schedulers go on with the new one.
 
-    Each group of the new optimizer takes its learning rate's shape and position from the group that its parameters were
-    in; see `rebind_scheduler`. The new optimizer begins without state. Checkpoints of either side of the swap resume on
-    that side; one written without this callback can be resumed with ``at_step``, not with a swap from the start.
+    Each parameter keeps its learning rate and weight decay, unless ``init_args`` gives others: then the ratios between
+    the configured groups are kept. What else differs between these groups is warned about. The schedule goes on with
+    its shape and position; see `rebind_scheduler`. The new optimizer begins without state. Checkpoints of either side
+    of the swap resume on that side; one written without this callback can be resumed with ``at_step``, not with a swap
+    from the start.
 
     Args:
         optimizer: a class, its import path, or a name in torch.optim. If the class has a function ``groups(model)``, as
             `SpectralNewton` has, its groups are what it is given, else the list of parameters.
-        init_args: its other arguments.
+        init_args: its other arguments; without ``lr`` the configured rates hold, whatever the two optimizers' scales.
         at_step: swap before this optimizer step, counted from 0; None: before training.
         at_epoch: or before the first step of this epoch.
 
@@ -61,6 +64,7 @@ class SwapOptimizer(AnyCallback):
         self.at_epoch = optional_positive_int("at_epoch", at_epoch, 0)
         self.swapped = False
         self._step: int | None = None
+        self._description = ""
         self._restore: Callable[[], None] = _do_nothing
 
     @property
@@ -165,7 +169,7 @@ class SwapOptimizer(AnyCallback):
         for leaf in leaves:
             if getattr(leaf, "optimizer", None) is old:
                 rebind_scheduler(leaf, old, new)
-        self._record_swap(old, new, "before training")
+        self._record_swap("before training")
         return _replace(configuration, old, new)
 
     def _swap_now(self, trainer: Any, module: nn.Module) -> None:
@@ -176,29 +180,25 @@ class SwapOptimizer(AnyCallback):
         for config in trainer.strategy.lr_scheduler_configs:
             rebind_scheduler(config.scheduler, old, new)
         trainer.strategy.optimizers = [new]
-        self._record_swap(old, new, f"before step {optimizer_steps(trainer)}")
+        self._record_swap(f"before step {optimizer_steps(trainer)}")
 
     def _new_optimizer(self, old: Optimizer, module: nn.Module) -> Optimizer:
-        """Return the new optimizer, for the parameters of the old one."""
-        parameters = [parameter for group in old.param_groups for parameter in group["params"]]
-        if not callable(getattr(self.optimizer_class, "groups", None)):
-            return self.optimizer_class(parameters, **self.init_args)
-        ids = set(map(id, parameters))
-        groups = []
-        for group in self.optimizer_class.groups(module):  # type: ignore[attr-defined]
-            indices = [i for i, parameter in enumerate(group["params"]) if id(parameter) in ids]
-            per_parameter = {
-                key: [value[i] for i in indices]
-                for key, value in group.items()
-                if isinstance(value, list) and len(value) == len(group["params"])
-            }
-            if indices:
-                groups.append({**group, **per_parameter})
-        return self.optimizer_class(groups, **self.init_args)
+        """Return the new optimizer, for the parameters of the old one, and warn of what has no counterpart in it."""
+        groups = carried_groups(old, self.optimizer_class, self.init_args, module)
+        new = self.optimizer_class(groups, **self.init_args)
+        if lost := lost_options(old, new):
+            warnings.warn(
+                f"{type(new).__name__} does not take over what {type(old).__name__} was configured with: "
+                f"{'; '.join(lost)}; give it in SwapOptimizer's init_args if it has a counterpart",
+                SpectralWarning,
+                stacklevel=2,
+            )
+        self._description = f"{describe_rates(new)} takes the place of {describe_rates(old)}"
+        return new
 
-    def _record_swap(self, old: Optimizer, new: Optimizer, when: str) -> None:
+    def _record_swap(self, when: str) -> None:
         self.swapped = True
-        logger.info("%s: %s takes the place of %s", when, type(new).__name__, type(old).__name__)
+        logger.info("%s: %s", when, self._description)
 
 
 def _optimizer_class(path: str | type[Optimizer]) -> type[Optimizer]:

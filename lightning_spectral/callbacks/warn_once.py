@@ -21,19 +21,33 @@ VARYING = re.compile(
 )
 """Parts of a text that differ from probe to probe though the cause is the same."""
 
+LAYERS = re.compile(r"(?P<names>[\w.]+(, [\w.]+)*)(?P<more> and \d+ more)?: (?P<cause>.+)", re.DOTALL)
+"""A text about layers, as `group_by_reason` writes it."""
+
+ALL = "*"
+"""In place of a layer: more were told of than their text names."""
+
 
 class WarnOnce:
-    """Warn of each cause once: steps, sizes and values change from probe to probe; the cause and the layer do not."""
+    """Warn of each cause once per layer: steps, sizes, values and the layers struck change from probe to probe."""
 
     def __init__(self) -> None:
         self._seen_causes: set[str] = set()
+        self._told_layers: dict[str, set[str]] = {}
         self.muted = False
         """Set on all ranks but one, which warns for all."""
 
     def __call__(self, text: str) -> None:
-        """Warn, unless the text differs from an earlier one only by its numbers, or `MAX_CAUSES` were reached."""
+        """Warn, unless the text differs from earlier ones only by its numbers, or `MAX_CAUSES` were reached.
+
+        Of several layers those are named that were not; none, once there were more than a text names.
+        """
+        if self.muted or len(self._seen_causes) > MAX_CAUSES:
+            return
+        if (layers := LAYERS.fullmatch(text)) is not None:
+            text = self._of_new_layers(text, layers)
         cause = VARYING.sub("#", text)
-        if cause in self._seen_causes or self.muted or len(self._seen_causes) > MAX_CAUSES:
+        if not text or cause in self._seen_causes:
             return
         self._seen_causes.add(cause)
         if len(self._seen_causes) > MAX_CAUSES:
@@ -46,3 +60,14 @@ class WarnOnce:
         except SpectralWarning:
             # Where warnings are errors they still must not end the run.
             logger.warning(text)
+
+    def _of_new_layers(self, text: str, layers: re.Match[str]) -> str:
+        """Return the text with the layers alone that its cause was not told of; nothing if there is none."""
+        cause = VARYING.sub("#", layers["cause"])
+        told = self._told_layers.setdefault(cause, set())
+        names = layers["names"].split(", ")
+        new = [name for name in names if name not in told]
+        if not new or ALL in told:
+            return ""
+        told |= {*names, *([ALL] if layers["more"] else [])}
+        return text if layers["more"] or len(new) == len(names) else f"{', '.join(new)}: {layers['cause']}"

@@ -130,7 +130,9 @@ class Head:
         half = half_of(self.samples)
         x = self.by_sample(self.random_signs(torch.Generator().manual_seed(0)))
         moved = self.by_sample(self.product(self.as_outputs(x * half.to(x)[:, None])))
-        return not bool(moved[~half.to(moved.device)].any())
+        # What is not finite at a sample, as of a norm at zero, is so whatever is done to the others.
+        others = moved[~half.to(moved.device)]
+        return not bool(others[others.isfinite()].any())
 
     def eigenvectors(self) -> tuple[Tensor, Tensor]:
         """Return (B, r) eigenvalues of every sample's Hessian, the largest first, and (B, C, r) eigenvectors.

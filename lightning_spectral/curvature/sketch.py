@@ -173,11 +173,14 @@ class _Products:
         self.bent = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
         self.amplitude = {name: torch.ones(len(t), dtype=torch.float64) for name, t in self.triplets.items()}
         for (name, triplets), g in zip(self.triplets.items(), gradients, strict=True):
-            if g is None or not len(triplets) or not bool(g.any()):
+            largest = 0.0 if g is None or not g.numel() else float(g.detach().abs().max())
+            if g is None or not 0 < largest < math.inf:
                 continue
-            size = g.detach().square().sum(0).cpu().double()
+            # The square of a small gradient underflows, and its amplitude would be infinite, and NaN in all layers.
+            size = (g.detach() / largest).square().sum(0).cpu().double()
             size = size.clamp(min=float(size.max()) * torch.finfo(torch.float32).eps)
-            self.amplitude[name] = (_weight(triplets.sigma) / size).sqrt()
+            amplitude = (_weight(triplets.sigma) / size).sqrt() / largest
+            self.amplitude[name] = amplitude.clamp(max=math.sqrt(torch.finfo(g.dtype).max))
 
     @property
     def directions(self) -> int:

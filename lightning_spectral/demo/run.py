@@ -140,7 +140,8 @@ def _train(experiment: Experiment, folder: Path) -> tuple[list[SpectralReport], 
     wandb_run = offline_wandb_run("lightning-spectral-demo", experiment.name, home)
     loader = DataLoader(experiment.data, experiment.batch_size, shuffle=True, drop_last=True)
     # A loader of its own lets the last probe, too, take as many samples as its noise asks for.
-    probed = DataLoader(experiment.data, experiment.batch_size, shuffle=True, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    probed = DataLoader(experiment.data, experiment.batch_size, shuffle=True, generator=generator)
     probe = SpectralProbe(every_n_steps=experiment.every_n_steps, max_samples=experiment.max_samples, batch=probed)
     trainer = pl.Trainer(
         max_steps=experiment.steps + 1,

@@ -14,10 +14,10 @@ from lightning_spectral.layers.kinds import (
     TRANSPOSED,
     Kind,
     infer_kinds,
-    is_transposed_linear,
-    owner_of,
 )
+from lightning_spectral.layers.matrix_places import is_transposed_linear, owner_of
 from lightning_spectral.layers.selection import QKV, as_patterns, check_matches, match_pattern, parameter_names, select
+from lightning_spectral.layers.usual_names import ELEMENTWISE
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,8 @@ def _as_matrix(
         return f"a vector of {parameter.numel()} entries stored as {tuple(parameter.shape)}"
     if "bias" in name.rpartition(".")[2]:
         return "a bias stored in several dimensions"
+    if ELEMENTWISE.fullmatch(name.rpartition(".")[2].lower()):
+        return "by its name it acts entry by entry, not as a matrix"
     shape, groups, transposed, stack = parameter.shape, 1, False, False
     if isinstance(owner, TRANSPOSED) and parameter.ndim > 2:
         groups, transposed = owner.groups, True

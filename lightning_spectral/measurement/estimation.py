@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_spectral.curvature import Curvature, Curvatures, DifferentiableLoss, HutchinsonTrace, LossProperties
 from lightning_spectral.curvature.draws import noisy_layers
 from lightning_spectral.curvature.exact import ExactCurvature
+from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.selection import JOINT_PRODUCT, PRODUCT, CheckedGGN, check_method, choose
 from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.errors import MeasurementError
@@ -137,8 +138,11 @@ def estimate_curvature(evaluation: Evaluation, directions: Window, method: str) 
         except MeasurementError as error:
             if name == ExactCurvature.name:
                 raise
-            refused += f"; no {name}: {error}"
+            refused += f"; no {name}: {str(error).removesuffix(f'; {REMEDY}')}"
             continue
+        methods = {curvatures.methods.get(layer, name) for layer in curvatures.h}
+        if name != ExactCurvature.name and methods == {ExactCurvature.name}:
+            why = f"{ExactCurvature.name}: {properties.n_directions} products, as no layer could be measured by {name}"
         curvatures = replace(curvatures, chosen=why + refused)
         return _without_noise(evaluation, directions, curvatures, properties) if name == "sketch" else curvatures
     exact = evaluation.measure(ExactCurvature(), directions)
@@ -150,6 +154,7 @@ def _without_noise(
 ) -> Curvatures:
     """Measure layers again whose alpha would be noise, where they are few."""
     noisy = [name for name in noisy_layers(directions, curvatures) if name not in curvatures.methods]
+    noisy = [name for name in noisy if bool(curvatures.h[name].isfinite().any())]
     affordable = JOINT_PRODUCT * properties.sketch_products / PRODUCT / 2
     if not noisy or sum(len(directions[name]) for name in noisy) > affordable:
         return curvatures

@@ -74,7 +74,7 @@ def _fit(
     sigma = nothing if triplets is None else triplets.sigma
     h, stderr = torch.full(sigma.shape, float("nan"), dtype=torch.float64), torch.zeros(len(sigma), dtype=torch.float64)
     if name in curvatures.h:
-        h[: len(curvatures.h[name])] = curvatures.h[name]
+        h[: len(curvatures.h[name])] = curvatures.h[name].where(curvatures.h[name].isfinite(), float("nan"))
     if name in curvatures.stderr:
         stderr[: len(curvatures.stderr[name])] = curvatures.stderr[name]
     why = factors.notes.get(name) or failed.get(name) or "no direction above the noise floor"

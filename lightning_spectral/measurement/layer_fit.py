@@ -108,7 +108,7 @@ def fit_layer(measured: LayerMeasurement, parts: Mapping[str, Part] | None = Non
     h = torch.where(usable, measured.h, torch.full_like(measured.h, float("nan")))
     s = fit_rank_decay(h, exclude=noise)
     product = alpha.exponent * gamma.exponent
-    note = measured.note or _explain(alpha, n_usable=int(usable.sum()), n_positive=len(positive))
+    note = measured.note or _explain(alpha, sigma, measured.h[usable])
     points = LayerPoints(sigma, h, h_stderr, usable, used, measured.shape, note)
     return LayerSpectrum(
         name=measured.name,
@@ -160,16 +160,25 @@ def _fit_alpha(sigma: Tensor, h: Tensor, h_stderr: Tensor, floor: float) -> Powe
     return with_ordinate_errors(fit, sigma, h, h_stderr, used=usable & (h > 0))
 
 
-def _explain(alpha: PowerLawFit, *, n_usable: int, n_positive: int) -> str:
-    """Return why there is no alpha; empty where there is one."""
+def _explain(alpha: PowerLawFit, sigma: Tensor, h: Tensor) -> str:
+    """Return why there is no alpha; empty where there is one. h: along the directions above the noise floor.
+
+    Without numbers, which differ from layer to layer and from probe to probe: a cause has one text.
+    """
     if alpha.n_used >= MIN_POINTS:
         return ""
+    if bool(h.isnan().any()):
+        return (
+            "h is NaN: the loss has no finite second derivative, as of a norm or a square root at zero; add a small "
+            "number under the root"
+        )
+    if len(h) and not bool(h.any()):
+        return "its Hessian is zero: give a smooth loss_fn"
     if EQUAL in alpha.dropped:
         return "all sigma are equal to rounding, so h has no slope against them"
-    return (
-        f"{n_usable} directions above the noise floor, {n_positive} of them with h > 0; "
-        f"a fit of alpha needs {MIN_POINTS}"
-    )
+    if not len(h):
+        return f"no direction above the noise floor{'' if bool(sigma.any()) else ': its gradient is zero'}"
+    return f"fewer than {MIN_POINTS} directions above the noise floor with h > 0, which a fit of alpha needs"
 
 
 def _count_repeated(sigma: Tensor, floor: float) -> int:

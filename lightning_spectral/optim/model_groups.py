@@ -39,6 +39,9 @@ ADAMW_NAMES: tuple[str, ...] = (
 )  # fmt: skip
 """Names of embeddings and heads in common code bases."""
 
+MANY_ROWS, ROWS_PER_COLUMN = 100, 4
+"""Rows, and rows per column, above which a matrix looks like an embedding: an MLP's has 4 per column."""
+
 FUSED_IN_THIRDS = re.compile(r"(.*\.)?((w|to_?)?qkv(_proj|_lin)?|c_attn)\.weight")
 """Projections that stack query, key and value. `query_key_value` (NeoX, Bloom) interleaves them by head instead."""
 
@@ -46,6 +49,24 @@ FUSED_IN_THIRDS = re.compile(r"(.*\.)?((w|to_?)?qkv(_proj|_lin)?|c_attn)\.weight
 def is_matrix(parameter: Tensor) -> bool:
     """Return whether it has a row and a column dimension of more than one entry each."""
     return parameter.ndim >= 2 and 1 < parameter.shape[0] < parameter.numel()
+
+
+def look_ups_by_shape(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return the shapes of the first and last matrix that look like an embedding's or a head's.
+
+    An embedding and a language model's head have many more rows than columns, a classifier's head many fewer.
+
+    >>> import torch
+    >>> look_ups_by_shape([torch.zeros(5000, 64), torch.zeros(64, 64), torch.zeros(10, 64)])
+    [(5000, 64), (10, 64)]
+    """
+    shapes = [tuple(p.shape) for p in parameters if is_matrix(p)]
+    if len(shapes) < 2:
+        return []
+    ends = [shape for shape in (shapes[0], shapes[-1]) if len(shape) == 2]
+    look_ups = [(m, n) for m, n in ends if m >= MANY_ROWS and m > ROWS_PER_COLUMN * n]
+    heads = [(m, n) for m, n in (shapes[-1:] if len(shapes[-1]) == 2 else []) if ROWS_PER_COLUMN * m < n]
+    return [*look_ups, *heads]
 
 
 def has_adamw_name(name: str, patterns: Sequence[str]) -> bool:

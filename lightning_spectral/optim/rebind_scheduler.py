@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -76,8 +76,13 @@ def _source(group: dict[str, Any], old: Optimizer) -> int:
     return 0
 
 
+def base_rate(group: Mapping[str, Any]) -> float:
+    """Return the learning rate that a schedule scales: ``max_lr`` of OneCycleLR, else ``initial_lr``, else ``lr``."""
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
 def _factor(lr: float, before: dict[str, Any]) -> float:
-    base = before.get("max_lr", before.get("initial_lr", before["lr"]))
+    base = base_rate(before)
     return float(lr / base) if base else 1.0
 
 

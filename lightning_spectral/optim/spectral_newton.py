@@ -17,7 +17,7 @@ from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.optim.adam_size import ADAM
 from lightning_spectral.optim.ddp import Sharing, check_process_group
 from lightning_spectral.optim.measured_alpha import INITIAL_ALPHA, MeasuredAlpha, mean_alpha_used, update_averages
-from lightning_spectral.optim.model_groups import ADAMW_NAMES, model_groups
+from lightning_spectral.optim.model_groups import ADAMW_NAMES, look_ups_by_shape, model_groups
 from lightning_spectral.optim.param_groups import add_missing_options, drop_foreign_options, fill_group, split_group
 from lightning_spectral.optim.state_checks import check_own_state, check_parts
 from lightning_spectral.optim.step import ParameterStep, agree_on_steps, mesh_scope, update
@@ -47,7 +47,7 @@ class SpectralNewton(Optimizer):
     - with `model.named_parameters()`: every parameter of two or more dimensions, flattened to (first, rest), whose
       name matches none of ``adamw_names``.
     - with `model.parameters()`, all that LightningCLI gives: every parameter of two or more dimensions. **Embeddings
-      and heads then get the matrix update too**, since nothing tells them apart.
+      and heads then get the matrix update too**, since nothing tells them apart; it warns where shapes look like it.
 
     Parameters without groups fall into two, "spectral" and "adamw". An AdamW group's learning rate is its own ``lr``,
     so that one schedule scales both; schedulers that set absolute rates (OneCycleLR) take a list.
@@ -161,6 +161,7 @@ class SpectralNewton(Optimizer):
         check_process_group(process_group)
         self._sharing = Sharing(process_group)
         super().__init__(params, defaults)
+        self._warn_of_look_ups()
         if adamw_names is not None and not any("param_names" in group for group in self.param_groups):
             raise ValueError("adamw_names needs names: pass model.named_parameters() as params")
 
@@ -255,6 +256,19 @@ class SpectralNewton(Optimizer):
             super().add_param_group(group)
             drop_foreign_options(group)
         self._sharing.forget()
+
+    def _warn_of_look_ups(self) -> None:
+        """Warn if parameters without names or kinds look as if embeddings and heads were among them."""
+        unnamed = [g for g in self.param_groups if g["update"] == "spectral" and not {"param_names", "kind"} & g.keys()]
+        shapes = look_ups_by_shape([parameter for group in unnamed for parameter in group["params"]])
+        if shapes:
+            warnings.warn(
+                f"matrices of shape {', '.join(map(str, shapes))} look like embeddings or heads, for which AdamW is "
+                "meant, and get the matrix update, since parameters without names do not tell them apart; pass "
+                "SpectralNewton.groups(model) as params",
+                SpectralWarning,
+                stacklevel=3,
+            )
 
     def _unused_name(self, name: str) -> str:
         taken = {group["name"] for group in self.param_groups}

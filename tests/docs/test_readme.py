@@ -72,6 +72,7 @@ def test_python_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     assert "[('dense', 0.003), ('adamw', 0.003)]" in printed
 
 
+@pytest.mark.filterwarnings("ignore:.*look like embeddings or heads:lightning_spectral.errors.SpectralWarning")
 def test_yaml_snippets_build_probes_and_optimizers():
     configs = [yaml.safe_load(snippet) for snippet in fences("yaml")]
     probes = [callback for config in configs for callback in config.get("trainer", {}).get("callbacks", [])]

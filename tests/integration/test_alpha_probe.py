@@ -76,6 +76,7 @@ def averages(optimizer):
 pytestmark = pytest.mark.filterwarnings("ignore:.*not measured, so their alpha.*")
 
 
+@pytest.mark.filterwarnings("ignore:.*look like embeddings or heads:lightning_spectral.errors.SpectralWarning")
 @pytest.mark.parametrize("base", [GPT, ConvNet])
 @pytest.mark.parametrize("params", [SpectralNewton.groups, lambda m: m.named_parameters(), lambda m: m.parameters()])
 def test_exponents_all_equal_give_the_optimizer_with_that_exponent(base, params):
@@ -159,6 +160,7 @@ def test_a_fused_projection_has_an_exponent_per_part():
     assert optimizer.param_groups[0]["alphas"] == [[None, None, 1.5]]
 
 
+@pytest.mark.filterwarnings("ignore:.*look like embeddings or heads:lightning_spectral.errors.SpectralWarning")
 def test_groups_of_a_convolution_share_one():
     model = grouped()
     fits = {"0.weight": 1.5, "2.weight": 1.1, "4.weight": 0.7, "7.weight": 1.0}

@@ -489,6 +489,13 @@ def test_addresses_and_shapes_make_no_new_cause_and_names_of_layers_do():
     assert told_once([*addresses, *shapes, *layers])[0] == [addresses[0], shapes[0], *layers]
 
 
+def test_a_cause_is_told_once_of_each_layer_however_they_are_grouped():
+    texts = ["a.w, b.w: dead", "b.w: dead", "b.w, c.w: dead", "c.w, a.w: dead", "a.w: 3 lost", "a.w: 4 lost"]
+    assert told_once(texts)[0] == ["a.w, b.w: dead", "c.w: dead", "a.w: 3 lost"]
+    many = ["a, b, c, d, e, f and 2 more: dead", "g: dead", "x, a, b, c, d, e and 1 more: dead", "g: lost"]
+    assert told_once(many)[0] == [many[0], many[3]]
+
+
 def test_a_text_that_is_new_at_each_probe_is_told_so_often_and_kept_no_longer():
     told, warn = told_once(f"sample_{i} is broken" for i in range(3 * MAX_CAUSES))
     assert told[:MAX_CAUSES] == [f"sample_{i} is broken" for i in range(MAX_CAUSES)]

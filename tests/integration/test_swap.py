@@ -146,6 +146,107 @@ def test_spectral_newton_gets_its_groups_with_rates_of_their_own():
         assert lrs == pytest.approx([group["lr"] for group in direct.param_groups], rel=1e-9)
 
 
+class Grouped(Module):
+    """Decays matrices alone, with a rate of their own."""
+
+    groups = ({"lr": 1e-3, "weight_decay": 0.1}, {"lr": 1e-4, "weight_decay": 0.0})
+
+    def configure_optimizers(self):
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.ndim < 2]
+        of_matrices, of_vectors = self.groups
+        optimizer = AdamW([{"params": matrices, **of_matrices}, {"params": vectors, **of_vectors}])
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine(optimizer), "interval": "step"}}
+
+
+def rates(optimizer, module):
+    """(rate, decay) of the matrices and of the vectors, each the same for all."""
+    found = {True: set(), False: set()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            found[parameter.ndim > 1].add((round(group["lr"], 12), group["weight_decay"]))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(module.parameters()))
+    assert [len(values) for values in found.values()] == [1, 1]
+    return found[True].pop(), found[False].pop()
+
+
+@pytest.mark.parametrize("at_step", [None, 2])
+@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "lightning_spectral.SpectralNewton"])
+@pytest.mark.parametrize(
+    ("init_args", "expected"),
+    [
+        ({}, ((1e-3, 0.1), (1e-4, 0.0))),
+        ({"lr": 0.02}, ((0.02, 0.1), (0.002, 0.0))),
+        ({"weight_decay": 0.3}, ((1e-3, 0.3), (1e-4, 0.0))),
+    ],
+    ids=["nothing", "lr", "weight_decay"],
+)
+def test_what_was_configured_for_each_parameter_is_kept(at_step, optimizer, init_args, expected):
+    module = Grouped()
+    (new,) = fit(module, [SwapOptimizer(optimizer, init_args, at_step=at_step)], steps=4).optimizers
+    assert rates(new, module) == expected
+
+
+def test_a_schedule_scales_the_rates_of_all_groups():
+    plain, swapped = Grouped(scheduler=cosine), Grouped(scheduler=cosine)
+    fit(plain)
+    fit(swapped, [SwapOptimizer("SGD", {"lr": 0.02}, at_step=5)])
+    for (_, before), (kind, after) in list(zip(plain.trail, swapped.trail, strict=True))[5:]:
+        assert kind == "SGD"
+        assert after == pytest.approx([20 * rate for rate in before], rel=1e-9)
+
+
+def test_an_argument_of_one_update_counts_for_its_groups_alone():
+    module = Grouped()
+    swap = SwapOptimizer(init_args={"lr": 0.02, "adamw_lr": 0.005, "adamw_weight_decay": 0.2})
+    (new,) = fit(module, [swap], steps=2).optimizers
+    found = {(g["update"], g["lr"], g["weight_decay"]) for g in new.param_groups}
+    assert found == {("spectral", 0.02, 0.1), ("adamw", 0.005, 0.2), ("adamw", 0.0005, 0.0)}
+
+
+def test_both_optimizers_and_their_rates_are_told(caplog):
+    with caplog.at_level("INFO", logger="lightning_spectral"):
+        fit(Grouped(), [SwapOptimizer("SGD", {"lr": 0.1})], steps=1)
+    assert (
+        "before training: SGD (lr 0.1, weight_decay 0.1; lr 0.01, weight_decay 0) takes the place of "
+        "AdamW (lr 0.001, weight_decay 0.1; lr 0.0001, weight_decay 0)"
+    ) in caplog.text
+
+
+class Betas(Grouped):
+    groups = ({"betas": (0.9, 0.95)}, {"betas": (0.8, 0.95)})
+
+
+class Decayed(Module):
+    def configure_optimizers(self):
+        return AdamW(self.parameters(), weight_decay=0.3)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            Betas,
+            r"SGD does not take over what AdamW was configured with: betas = \(0.9, 0.95\), \(0.8, 0.95\); ",
+        ),
+        (Decayed, r"Rprop does not take over what AdamW was configured with: weight_decay = 0.3; give it in SwapOpt"),
+    ],
+)
+def test_what_has_no_counterpart_is_warned_about_by_name(module, message):
+    with pytest.warns(SpectralWarning, match=message):
+        fit(module(), [SwapOptimizer(message.partition(" ")[0])], steps=1)
+
+
+def test_what_is_frozen_at_the_swap_is_still_optimized_when_it_thaws():
+    module = Module()
+    module.net[0].weight.requires_grad_(False)
+    (new,) = fit(module, [SwapOptimizer()], steps=1).optimizers
+    assert sum(len(group["params"]) for group in new.param_groups) == 4
+    assert not module.net[0].weight.requires_grad
+
+
 class HeadOnly(Module):
     def configure_optimizers(self):
         return SGD(self.net[2].parameters(), lr=0.1)

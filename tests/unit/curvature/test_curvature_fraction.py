@@ -317,7 +317,7 @@ def test_a_layer_without_directions_is_missing():
     missing = report.layers["dead.weight"].fraction
     assert (missing.n_draws, missing.n_directions) == (0, 0)
     assert math.isnan(missing.value)
-    assert "0 directions above the noise floor" in missing.note
+    assert "no direction above the noise floor: its gradient is zero" in missing.note
 
 
 def test_errors_of_h_are_in_the_error_of_the_fraction():

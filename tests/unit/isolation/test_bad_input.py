@@ -179,12 +179,12 @@ SOME_MEASURED = {
     ),
     "few_directions": (
         lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), square, {"layers": "*"}, ["2.weight"],
-        "2 directions above the noise floor, 2 of them with h > 0; a fit of alpha needs 3",
+        "fewer than 3 directions above the noise floor with h > 0, which a fit of alpha needs",
     ),
     "zero_gradient": (
         lambda: nn.ModuleDict({"used": nn.Linear(6, 5), "dead": nn.Linear(6, 5)}),
         lambda m, x: square(m["used"], x) + 0 * square(m["dead"], x), {}, ["dead.weight"],
-        "0 directions above the noise floor",
+        "no direction above the noise floor: its gradient is zero",
     ),
     "unused": (
         lambda: nn.ModuleDict({"used": nn.Linear(6, 5), "idle": nn.Linear(6, 5)}),

@@ -2,121 +2,14 @@
 
 import pytest
 import torch
-from cases import Attention, Block, TiedLM, grouped
+from cases import Attention, TiedLM, grouped
 from fits import fit_numbers
 from torch import nn
+from trees import Conv1D, Tree, kinds_of
 from twins import matrix_entries
 
 from lightning_spectral.layers.kinds import infer_kinds
 from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
-
-
-def kinds_of(model, **options):
-    """Kinds of all but embeddings, of whatever rank."""
-    layers = find_layers(model, layers=lambda layer: layer.kind != "embedding", **options).layers
-    return {name: layer.kind for name, layer in layers.items()}
-
-
-class Conv1D(nn.Module):
-    """As Hugging Face's GPT-2 stores its projections."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
-
-
-class Tree(nn.Module):
-    """A network of named linear layers: {"attn": {"q_proj": (out, in)}, ...}."""
-
-    def __init__(self, tree, linear=nn.Linear):
-        super().__init__()
-        for name, part in tree.items():
-            child = Tree(part, linear) if isinstance(part, dict) else linear(*part)
-            self.add_module(name, child)
-
-
-def linear(out, ins):
-    return nn.Linear(ins, out)
-
-
-D = 8
-LLAMA = {
-    "layers": {"0": {
-        "self_attn": {"q_proj": (D, D), "k_proj": (4, D), "v_proj": (4, D), "o_proj": (D, D)},
-        "mlp": {"gate_proj": (24, D), "up_proj": (24, D), "down_proj": (D, 24)},
-    }},
-    "lm_head": (50, D),
-}  # fmt: skip
-BERT = {
-    "layer": {"0": {
-        "attention": {"self": {"query": (D, D), "key": (D, D), "value": (D, D)}, "output": {"dense": (D, D)}},
-        "intermediate": {"dense": (32, D)},
-        "output": {"dense": (D, 32)},
-    }},
-    "pooler": {"dense": (D, D)},
-    "classifier": (3, D),
-}  # fmt: skip
-GPT2 = {
-    "h": {"0": {"attn": {"c_attn": (3 * D, D), "c_proj": (D, D)}, "mlp": {"c_fc": (32, D), "c_proj": (D, 32)}}},
-    "lm_head": (50, D),
-}
-T5 = {
-    "block": {"0": {"layer": {
-        "0": {"SelfAttention": {"q": (D, D), "k": (D, D), "v": (D, D), "o": (D, D)}},
-        "1": {"DenseReluDense": {"wi": (32, D), "wo": (D, 32)}},
-    }}},
-    "lm_head": (50, D),
-}  # fmt: skip
-CRITIC = {"body": (16, 4), "policy": (3, 16), "value": (1, 16)}
-
-ATTENTION = ["attention_qkv", "attention_qkv", "attention_qkv", "attention_out"]
-
-
-@pytest.mark.parametrize(
-    ("tree", "expected"),
-    [
-        (LLAMA, [*ATTENTION, "mlp_up", "mlp_up", "mlp_down", "head"]),
-        (BERT, [*ATTENTION, "mlp_up", "mlp_down", "dense", "head"]),
-        (GPT2, ["attention_qkv", "attention_out", "mlp_up", "mlp_down", "head"]),
-        (T5, [*ATTENTION, "mlp_up", "mlp_down", "head"]),
-        (CRITIC, ["dense", "dense", "head"]),
-        ({"0": (8, 4), "2": (16, 8), "4": (8, 16), "6": (3, 8)}, ["dense", "dense", "dense", "head"]),
-        ({"classifier": {"0": (8, 8), "3": (8, 8), "6": (3, 8)}}, ["dense", "dense", "head"]),
-        ({"aux_head": (3, 8), "neck": (8, 8), "head": (3, 8)}, ["head", "dense", "head"]),
-    ],
-    ids=["llama", "bert", "gpt2", "t5", "critic", "mlp", "vgg", "two_heads"],
-)
-def test_kinds_of_common_networks(tree, expected):
-    assert list(kinds_of(Tree(tree, linear)).values()) == expected
-
-
-def test_kinds_where_weights_are_stored_transposed():
-    model = Tree({"h": {"0": GPT2["h"]["0"]}}, Conv1D)
-    assert list(kinds_of(model).values()) == ["attention_qkv", "attention_out", "mlp_up", "mlp_down"]
-    assert find_layers(model).layers["h.0.mlp.c_fc.weight"].shape == (32, D)
-
-
-def test_kinds_of_torch_modules():
-    model = nn.Sequential(
-        nn.Embedding(10, 8),
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 32, batch_first=True), 1),
-        nn.Linear(8, 10),
-    )
-    assert kinds_of(model) == {
-        "1.layers.0.self_attn.in_proj_weight.q": "attention_qkv",
-        "1.layers.0.self_attn.in_proj_weight.k": "attention_qkv",
-        "1.layers.0.self_attn.in_proj_weight.v": "attention_qkv",
-        "1.layers.0.self_attn.out_proj.weight": "attention_out",
-        "1.layers.0.linear1.weight": "mlp_up",
-        "1.layers.0.linear2.weight": "mlp_down",
-        "2.weight": "head",
-    }
-    assert kinds_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)))["0.weight"] == "conv"
-
-
-def test_kinds_of_a_block_that_holds_attention_and_mlp_itself():
-    model = nn.Sequential(nn.Embedding(5, 8), Block(8), nn.Linear(8, 5))
-    assert list(kinds_of(model).values()) == ["attention_qkv", "attention_out", "mlp_up", "mlp_down", "head"]
 
 
 def test_kinds_can_be_overridden_by_pattern():
@@ -245,7 +138,7 @@ def test_matrix_view_and_back(model):
 
 
 def test_fused_projection_with_fewer_keys_than_queries():
-    found = find_layers(nn.Sequential(Tree({"attn": {"qkv": (16, 8)}}, linear)), fused_qkv={"*qkv": [8, 4, 4]})
+    found = find_layers(nn.Sequential(Tree({"attn": {"qkv": (16, 8)}})), fused_qkv={"*qkv": [8, 4, 4]})
     assert {name: layer.shape for name, layer in found.layers.items()} == {
         "0.attn.qkv.weight.q": (8, 8),
         "0.attn.qkv.weight.k": (4, 8),
@@ -253,40 +146,6 @@ def test_fused_projection_with_fewer_keys_than_queries():
     }
     assert isinstance(found.layers["0.attn.qkv.weight.v"], MatrixLayer)
     assert found.layers["0.attn.qkv.weight.v"].rows == (12, 16)
-
-
-LORA = {"q_proj": {"base_layer": (D, D), "lora_A": {"default": (2, D)}, "lora_B": {"default": (D, 2)}}}
-
-
-@pytest.mark.parametrize(
-    ("tree", "frozen", "expected"),
-    [
-        ({"fc": (5, 8), "ema": {"fc": (5, 8)}}, ["ema"], {"fc.weight": "head"}),
-        (
-            {"head": (5, 8), "l1": (8, 8), "l2": (8, 8)},
-            [],
-            {"head.weight": "head", "l1.weight": "dense", "l2.weight": "dense"},
-        ),
-        (
-            {"0": {"attn": LORA | {"k_proj": (D, D), "o_proj": (D, D)}, "up_proj": (32, D), "down_proj": (D, 32)}},
-            ["0.attn.q_proj.base_layer"],
-            {
-                "0.attn.q_proj.lora_A.default.weight": "attention_qkv",
-                "0.attn.q_proj.lora_B.default.weight": "attention_qkv",
-                "0.attn.k_proj.weight": "attention_qkv",
-                "0.attn.o_proj.weight": "attention_out",
-                "0.up_proj.weight": "mlp_up",
-                "0.down_proj.weight": "mlp_down",
-            },
-        ),
-    ],
-    ids=["ema", "named_head_first", "lora"],
-)
-def test_kinds_of_fine_tuned_networks(tree, frozen, expected):
-    model = Tree(tree, linear)
-    for name in frozen:
-        model.get_submodule(name).requires_grad_(False)
-    assert kinds_of(model) == expected
 
 
 def test_grouped_noise_floor_is_that_of_a_group():

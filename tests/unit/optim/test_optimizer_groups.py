@@ -1,11 +1,13 @@
 """What gets which update: groups of a network, flat parameters, names, options, layouts."""
 
+import warnings
+
 import pytest
 import torch
 from cases import Attention, TiedLM, grouped, mlp, signals
 from torch import nn
 
-from lightning_spectral import SpectralNewton
+from lightning_spectral import SpectralNewton, SpectralWarning
 from lightning_spectral.layers.matrices import matrix_parameters
 from lightning_spectral.optim.matrix_layout import Layout, blocks
 from lightning_spectral.optim.model_groups import ADAMW_KINDS, ALPHA_BY_KIND
@@ -258,3 +260,22 @@ def test_bad_options(params, options, error, message):
 def test_a_group_is_a_dict():
     with pytest.raises(TypeError, match="a param group must be a dict, got list"):
         SpectralNewton([MATRIX]).add_param_group([MATRIX])
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes"),
+    [
+        (nn.Sequential(nn.Embedding(500, 16), nn.Linear(16, 16)), r"\(500, 16\)"),
+        (nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 500)), r"\(500, 16\)"),
+        (nn.Sequential(nn.Conv2d(3, 64, 3), nn.Linear(64, 10)), r"\(10, 64\)"),
+        (nn.Sequential(nn.Embedding(500, 16), nn.Linear(16, 16), nn.Linear(16, 500)), r"\(500, 16\), \(500, 16\)"),
+    ],
+)
+def test_parameters_without_names_that_look_like_look_ups_are_warned_about(model, shapes):
+    with pytest.warns(SpectralWarning, match=rf"shape {shapes} look like embeddings or heads.*SpectralNewton.groups"):
+        SpectralNewton(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SpectralNewton(SpectralNewton.groups(model))
+        SpectralNewton(model.named_parameters())
+        SpectralNewton(nn.Sequential(nn.Linear(6, 24), nn.Linear(24, 6), nn.Conv2d(3, 500, 3)).parameters())

@@ -215,6 +215,7 @@ def test_the_rest_is_torch_adamw_bit_for_bit(how, dtype):
             assert torch.equal(optimizer.state[a][key], adamw.state[b][key])
 
 
+@pytest.mark.filterwarnings("ignore:.*look like embeddings or heads:lightning_spectral.errors.SpectralWarning")
 @pytest.mark.parametrize("make", [lambda m: m.parameters(), lambda m: m.named_parameters(), SpectralNewton.groups])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_network_trains(case, make):

@@ -1,0 +1,164 @@
+"""Which linear layers are an attention's projections: those that meet in one attention module, by tree and names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_spectral.layers.matrix_places import Path, Place
+from lightning_spectral.layers.usual_names import (
+    ATTENTION,
+    ATTENTION_CLASS,
+    DOWN,
+    INNER_FUSED,
+    OUT,
+    UP,
+    WITHIN,
+    parts_of,
+)
+
+BLOCK_LEVELS = 2
+"""How many numbered levels above attention are blocks: T5 keeps attention and MLP in two items of a block's list."""
+
+
+@dataclass
+class Attentions:
+    """Attention projections found in a network.
+
+    Attributes:
+        inputs: names of the parameters of projections to query, key and value.
+        outputs: names of those that mix the heads.
+        scopes: paths of the modules that hold them.
+        named_scopes: of these, the modules that are attention and nothing else by their name or class.
+    """
+
+    inputs: set[str] = field(default_factory=set)
+    outputs: set[str] = field(default_factory=set)
+    scopes: set[Path] = field(default_factory=set)
+    named_scopes: set[Path] = field(default_factory=set)
+
+    @property
+    def blocks(self) -> set[Path]:
+        """Paths of the modules that hold an attention and what stands beside it."""
+        return {block for scope in self.scopes for block in _blocks_around(scope)}
+
+    def holds(self, place: Place) -> bool:
+        """Return whether a layer is inside an attention, as that of a bias by position is."""
+        depths = range(len(place.path) - 1, 0, -1)
+        return any(place.path[:depth] in self.named_scopes for depth in depths)
+
+
+def find_attentions(places: Sequence[Place], modules: Mapping[Path, nn.Module], scopes: Iterable[Path]) -> Attentions:
+    """Return the attention projections among linear layers.
+
+    Args:
+        places: linear layers.
+        modules: path -> module.
+        scopes: paths of the modules known to be attention (`nn.MultiheadAttention`).
+    """
+    found = Attentions(scopes=set(scopes))
+    of_scope: dict[Path, list[Place]] = {}
+    of_parent: dict[Path, list[Place]] = {}
+    for place in places:
+        if (scope := attention_around(place, modules)) is not None:
+            of_scope.setdefault(scope, []).append(place)
+        of_parent.setdefault(place.parent, []).append(place)
+    for parent, members in of_parent.items():
+        _add_inputs(found, parent, [p for p in members if not _is_chain(p, members, modules)])
+    for scope, members in of_scope.items():
+        _add_scope(found, scope, members)
+    for parent, members in of_parent.items():
+        if parent in found.scopes and parent not in of_scope:
+            found.outputs |= {p.name for p in members if _is_output(p, members, found)}
+    return found
+
+
+def _add_inputs(found: Attentions, parent: Path, members: Sequence[Place]) -> None:
+    """Add projections that stand beside each other: a fused one, or two of query, key and value with one input."""
+    parts = {place.name: parts_of(place.leaf) for place in members}
+    fused = {name for name, letters in parts.items() if len(letters) > 1}
+    singles = [place for place in members if len(parts[place.name]) == 1]
+    # One `value` alone may be a critic's head. A value that reads the key is an MLP, as in RWKV.
+    pairs = any(
+        parts[a.name] != parts[b.name] and (a.ins == b.ins or a.outs == b.outs) and not _reads(a, b)
+        for a in singles
+        for b in singles
+    )
+    if fused or pairs:
+        found.inputs |= fused | {place.name for place in singles}
+        found.scopes.add(parent)
+
+
+def _add_scope(found: Attentions, scope: Path, members: Sequence[Place]) -> None:
+    """Add the layers of a module that its name or class calls attention."""
+    rest = [p for p in members if p.name not in found.inputs and not _is_of_mlp(p.leaf)]
+    named = [p for p in rest if _is_input(p.leaf)]
+    below = any(inner[: len(scope)] == scope for inner in found.scopes)
+    if not named and not below and not _is_unnamed_attention(rest):
+        return
+    rest = [p for p in rest if p not in named]
+    output = next((p for p in reversed(rest) if OUT.fullmatch(p.leaf)), rest[-1] if rest else None)
+    inputs = named + [p for p in members if p.name in found.inputs]
+    widths = {p.ins for p in inputs} or {p.ins for p in rest}
+    found.scopes.add(scope)
+    if not any(_is_of_mlp(p.leaf) for p in members):
+        found.named_scopes.add(scope)
+    found.inputs |= {p.name for p in named}
+    if output is not None:
+        found.outputs |= {p.name for p in rest if p is output or _is_named_output(p)}
+        found.inputs |= {p.name for p in rest if p.name not in found.outputs and p.ins in widths and p.outs > 2}
+
+
+def _is_input(name: str) -> bool:
+    return bool(parts_of(name) or INNER_FUSED.fullmatch(name) or WITHIN & set(name.split("_")))
+
+
+def _is_of_mlp(name: str) -> bool:
+    return bool(UP.fullmatch(name) or DOWN.fullmatch(name))
+
+
+def _is_named_output(place: Place) -> bool:
+    """Return whether a layer or what holds it alone is called an output."""
+    return OUT.fullmatch(place.leaf) is not None and any("out" in name.lower() for name in place.named_path[-2:])
+
+
+def _is_unnamed_attention(members: Sequence[Place]) -> bool:
+    """Return whether three layers with one input and a fourth are all there is, whatever their names."""
+    return len(members) == 4 and len({p.ins for p in members[:3]}) == 1 and members[3].outs == members[0].ins
+
+
+def _is_output(place: Place, members: Sequence[Place], found: Attentions) -> bool:
+    """Return whether a layer beside projections mixes their heads, and is not the end of an MLP."""
+    others = [p for p in members if p.name not in found.inputs]
+    paired = any(p.outs != p.ins and (p.outs, p.ins) == (place.ins, place.outs) for p in others)
+    return place in others and OUT.fullmatch(place.leaf) is not None and not paired
+
+
+def _reads(a: Place, b: Place) -> bool:
+    """Return whether one of two layers can only take the other's output, to lead back to its input."""
+    return a.outs != a.ins and (a.outs, a.ins) == (b.ins, b.outs)
+
+
+def _is_chain(place: Place, members: Sequence[Place], modules: Mapping[Path, nn.Module]) -> bool:
+    """Return whether the layer is one of several in a row, as of a critic's `q_net.0`, `q_net.2`."""
+    container = modules.get(place.named_path)
+    row = [p for p in members if p.named_path == place.named_path]
+    return isinstance(container, nn.Sequential) and len(row) > 1
+
+
+def attention_around(place: Place, modules: Mapping[Path, nn.Module]) -> Path | None:
+    """Return the outermost module around a layer, within its block, that its name or class calls attention."""
+    scope, path = None, place.parent
+    while path and not path[-1].isdigit():
+        kind = type(modules.get(path)).__name__.lower()
+        if ATTENTION.fullmatch(path[-1].lower()) or ATTENTION_CLASS.fullmatch(kind):
+            scope = path
+        path = path[:-1]
+    return scope
+
+
+def _blocks_around(scope: Path) -> set[Path]:
+    numbered = [scope[:end] for end in range(len(scope), 0, -1) if scope[end - 1].isdigit()]
+    return set(numbered[:BLOCK_LEVELS]) or {scope[:-1] or scope}

@@ -1,0 +1,125 @@
+"""A layer whose gradient or curvature is no usable number leaves the others as they are, and says why."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_spectral import measure_spectra
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+
+NAN = "h is NaN: the loss has no finite second derivative, as of a norm or a square root at zero"
+ZERO = "its Hessian is zero: give a smooth loss_fn"
+
+
+class Beside(nn.Module):
+    """A network with a layer beside it, whose output z is read by a function."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read, self.beside = read, nn.Linear(12, 12)
+        self.a, self.b, self.head = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 6)
+
+    def forward(self, x):
+        y = self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return y + self.read(self.beside(x), x).sum(1, keepdim=True) * torch.linspace(-1, 1, 6)
+
+
+def at_zero(z):
+    return z - z.detach()
+
+
+def measure(read, method="sketch", **options):
+    torch.manual_seed(0)
+    model, batch = Beside(read), (torch.randn(48, 12), torch.randint(0, 6, (48,)))
+    return measure_spectra(
+        model, batch, lambda m, b: F.cross_entropy(m(b[0]), b[1]), curvature=method, top_k=5, **options
+    )
+
+
+@pytest.mark.parametrize("method", ["exact", "sketch", "auto"])
+@pytest.mark.parametrize(
+    ("read", "note"),
+    [
+        (lambda z, x: 0 * torch.tanh(z), "no direction above the noise floor: its gradient is zero"),
+        (lambda z, x: 1e-40 * torch.tanh(z), "its gradient is rounding"),
+        (lambda z, x: at_zero(z).square().sum(1, keepdim=True).sqrt(), "144 of 144 entries are NaN or infinite"),
+        (lambda z, x: 1e-3 * torch.log1p((1e22 * at_zero(z)).square()) + 0 * x.sum() * z, NAN),
+    ],
+    ids=["zero", "denormal", "nan_gradient", "infinite_curvature"],
+)
+def test_a_layer_without_numbers_leaves_the_others_as_they_are(method, read, note):
+    if note is NAN:
+        good = measure(lambda z, x: 0.1 * torch.tanh(z), method)
+        report = measure(lambda z, x: read(z, x) + 0.1 * torch.tanh(z), method)
+    else:
+        good, report = measure(lambda z, x: 0 * z, method), measure(read, method)
+    assert note in report.failed["beside.weight"]
+    for name in ("a.weight", "b.weight", "head.weight"):
+        assert report.layers[name].h.isfinite().all()
+        if method == "exact":
+            torch.testing.assert_close(report.layers[name].h, good.layers[name].h, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-22, 1e-30])
+def test_a_sketch_of_a_small_gradient_scales_and_spoils_nothing(scale):
+    class Shared(nn.Module):
+        """A layer whose gradient is small, and so alike in all samples that it is no rounding."""
+
+        def __init__(self, scale):
+            super().__init__()
+            self.scale, self.small, self.a, self.head = scale, nn.Linear(8, 8), nn.Linear(12, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            rows = torch.linspace(0.5, 1, len(x))[:, None] + torch.eye(8)[torch.arange(len(x)) % 8]
+            return self.head(torch.tanh(self.a(x))) + self.scale * torch.tanh(self.small(rows))
+
+    def measured(scale):
+        torch.manual_seed(0)
+        model, x = Shared(scale), torch.randn(48, 12)
+        return measure_spectra(model, x, lambda m, x: (m(x) - 3).square().mean(), curvature="sketch", top_k=5).layers
+
+    large, small = measured(1e-7), measured(scale)
+    torch.testing.assert_close(small["small.weight"].h / scale, large["small.weight"].h / 1e-7, rtol=1e-3, atol=1e-12)
+    for name in ("a.weight", "head.weight"):
+        torch.testing.assert_close(small[name].h, large[name].h, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["exact", "auto"])
+def test_a_norm_at_zero_is_the_cause_of_nan(method):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+    x, target = torch.randn(64, 12), torch.rand(64)
+    pairs = torch.cat([x[:1], torch.randn(63, 12)])
+    report = measure_spectra(
+        net, (x, pairs, target), lambda m, b: ((m(b[0]) - m(b[1])).norm(dim=1) - b[2]).square().mean(),
+        top_k=6, curvature=method,
+    )  # fmt: skip
+    assert all(why.startswith(NAN) for why in report.failed.values())
+    assert len(report.failed) == 2
+
+
+def test_a_piecewise_linear_loss_of_a_piecewise_linear_network_has_no_hessian():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 6))
+    batch = torch.randn(48, 12), torch.randn(48, 6)
+    report = measure_spectra(net, batch, lambda m, b: F.l1_loss(m(b[0]), b[1]))
+    assert set(report.failed.values()) == {ZERO}
+    assert report.problems() == [f"0.weight, 2.weight, 4.weight: {ZERO}"]
+    assert "no pass" in report.chosen
+
+
+def test_what_is_chosen_is_what_measured():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8))
+
+    def contrast(m, b):
+        first, second = (F.normalize(m(x), dim=1) for x in b)
+        return F.cross_entropy(first @ second.T / 0.1, torch.arange(len(first)))
+
+    report = measure_spectra(net, (torch.randn(40, 16), torch.randn(40, 16)), contrast)
+    assert {layer.method for layer in report.layers.values()} == {"exact"}
+    assert report.chosen.startswith("exact")
+    assert "use curvature='exact'" not in report.chosen
+    assert report.check_error != report.check_error
