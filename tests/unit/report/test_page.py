@@ -80,7 +80,7 @@ def test_page_is_one_file_that_loads_nothing():
 
 def test_data_is_the_reports():
     steps = [
-        report(layer("a", noise=0.3, negative=2, k=5), dead("b"), step=step, skipped={"e": "frozen"}) for step in (0, 7)
+        report(layer("a", noise=0.1, negative=2, k=8), dead("b"), step=step, skipped={"e": "frozen"}) for step in (0, 7)
     ]
     data = embedded(page(run_of(steps, "mine")))
     assert (data["layers"], data["kinds"], data["shapes"]) == (["a", "b"], ["dense", "dense"], ["64 × 32", "5 × 5"])
