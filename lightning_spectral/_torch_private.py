@@ -126,6 +126,28 @@ def no_autocast_inside() -> Iterator[None]:
 
 
 @contextmanager
+def inert_cudnn_tf32() -> Iterator[None]:
+    """Have torch's older switch of TF32 in cuDNN read False inside, and do nothing when it is set.
+
+    Set once it overrules `torch.backends.fp32_precision` for good, so it cannot be set and put back. Without the
+    private names it works as usual.
+    """
+    switch: Any = vars(type(torch.backends.cudnn)).get("allow_tf32")
+    getter, setter = "_get_cudnn_allow_tf32", "_set_cudnn_allow_tf32"
+    replaced = [(torch._C, getter, lambda: False), (torch._C, setter, lambda value: None)]
+    replaced += [(switch, "getter", lambda: False), (switch, "setter", lambda value: None)]
+    replaced = [(holder, name, value) for holder, name, value in replaced if hasattr(holder, name)]
+    before = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
+    try:
+        for holder, name, value in replaced:
+            setattr(holder, name, value)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+@contextmanager
 def on_saved_tensors_hooks(callback: Callable[[], None]) -> Iterator[None]:
     """Call back whenever hooks on saved tensors are entered inside."""
     enter = saved_tensors_hooks.__enter__

@@ -58,9 +58,9 @@ def isolated(
         stack.enter_context(_no_autocast({p.device.type for p in model.parameters()} | {"cpu"}))
         # No other attention kernel, and no cuDNN recurrence, has a second derivative.
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        stack.enter_context(full_float32())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(full_float32())
         stack.enter_context(_eager())
         copy = stack.enter_context(copied_module(model, stand_ins))
         _raise_precision(copy.module, PRECISIONS[precision])
