@@ -24,6 +24,7 @@ from lightning_spectral.isolation.muting import NullLogger
 
 # Held by reference: large or bound to the outside, and nothing that computing a loss should write to.
 SHARED_TYPES = (Dataset, DataLoader, Optimizer, LRScheduler, types.ModuleType, type)
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 TRACKERS = (
     "aim",
@@ -59,7 +60,8 @@ def copied_module(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) 
     """Yield a copy of a module; it is emptied at the end, so that no cycle keeps a graph alive.
 
     Copied are submodules, parameters, buffers, attributes of any depth, and functions that close over any of these.
-    Hooks of parameters and backward hooks are left out: the gradient of the copy is that of the loss alone.
+    Hooks of parameters and backward hooks are left out: the gradient of the copy is that of the loss alone. So are
+    forward hooks of tracking packages, such as W&B's ``watch`` sets, which look at modules and change nothing.
 
     Args:
         model: the original.
@@ -187,6 +189,7 @@ class Copier:
         self._note(module, new)
         self.modules.append(new)
         state = without_communication(vars(module) if parametrized else module.__getstate__())  # type: ignore[no-untyped-call]
+        state |= {name: _without_trackers(state[name]) for name in FORWARD_HOOKS if name in state}
         self._originals.append(state)
         new.__setstate__({name: self.copy(item, f"{path}.{name}") for name, item in state.items()})  # type: ignore[no-untyped-call]
         return new
@@ -215,9 +218,30 @@ class Copier:
 
 
 def _is_logger(kind: type) -> bool:
-    """Return whether objects of a class are loggers of Lightning, or runs and writers of a tracking package."""
+    """Return whether objects of a class are loggers of Lightning, or runs and writers of a tracking package.
+
+    A mapping of a tracking package, as W&B's config is, holds settings that a loss may depend on, and is none.
+    """
     lightning = hasattr(kind, "log_metrics") and hasattr(kind, "log_hyperparams")
-    return lightning or kind.__module__.partition(".")[0] in TRACKERS or kind.__module__ in TRACKERS
+    return lightning or (_of_tracker(kind) and not hasattr(kind, "keys"))
+
+
+def _of_tracker(value: Any) -> bool:
+    """Return whether a class or function is a tracking package's."""
+    module = str(getattr(value, "__module__", None))
+    return module in TRACKERS or module.partition(".")[0] in TRACKERS
+
+
+def _without_trackers(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
+    """Return the hooks that are none of a tracking package's."""
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not _of_tracker(_function_of(hook)))
+
+
+def _function_of(hook: Any) -> Any:
+    """Return the function that a bound method or a partial one calls."""
+    while isinstance(hook, (types.MethodType, functools.partial)):
+        hook = hook.__func__ if isinstance(hook, types.MethodType) else hook.func
+    return hook
 
 
 def _is_filled(cell: types.CellType) -> bool:
