@@ -80,6 +80,13 @@ def uncompiled(function: Any) -> Any:
     return getattr(function, "_torchdynamo_orig_callable", None)
 
 
+COMPILED = "_orig_mod"
+"""Attribute of a module that torch.compile has wrapped."""
+
+WRAPPED = (COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Attributes under which wrappers of torch hold a network or a part of it."""
+
+
 def is_composable_state(name: str) -> bool:
     """Return whether an attribute of a module is what `fully_shard` and its like keep there."""
     return name.startswith("__composable_api")
@@ -103,6 +110,12 @@ def without_worker_iterator(loader: Any) -> Any:
     """Take the iterator of persistent workers, which is the original's, off a copy of a DataLoader."""
     loader._iterator = None
     return loader
+
+
+def grouped_products() -> tuple[Callable[..., Tensor], ...]:
+    """Return the names that this torch has for products of groups of rows, the public and the older private one."""
+    holders = ((F, "grouped_mm"), (torch, "_grouped_mm"))
+    return tuple(getattr(holder, name) for holder, name in holders if hasattr(holder, name))
 
 
 @contextmanager

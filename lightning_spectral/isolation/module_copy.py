@@ -6,11 +6,12 @@ import copy
 import functools
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
@@ -20,7 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_spectral._torch_private import uncompiled
 from lightning_spectral.distributed.dtensor import is_communication, plain_class, without_communication
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.isolation.held_state import UNINITIALIZED, Held
 from lightning_spectral.isolation.muting import NullLogger
+from lightning_spectral.numerics.matmul_precision import at_least
 
 # Held by reference: large or bound to the outside, and nothing that computing a loss should write to.
 SHARED_TYPES = (Dataset, DataLoader, Optimizer, LRScheduler, types.ModuleType, type)
@@ -36,6 +39,7 @@ TRACKERS = (
     "torch.utils.tensorboard.writer",
     "wandb",
 )
+CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
 # What a class may define to take its copying into its own hands.
 COPY_METHODS = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
@@ -48,15 +52,19 @@ class ModuleCopy:
         module: the stand-in. Parameters are leaves of their own with the same values.
         shared: path of each attribute that cannot be copied and so is the original's own -> why.
         originals: id of each parameter of the stand-in -> what it was copied from; None where it was given.
+        held: what else was made for the stand-in, that a step may write to.
     """
 
     module: nn.Module
     shared: Mapping[str, str]
     originals: Mapping[int, Tensor | None]
+    held: Sequence[Held]
 
 
 @contextmanager
-def copied_module(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> Iterator[ModuleCopy]:
+def copied_module(
+    model: nn.Module, stand_ins: Mapping[int, Any] | None = None, lowest: torch.dtype | None = None
+) -> Iterator[ModuleCopy]:
     """Yield a copy of a module; it is emptied at the end, so that no cycle keeps a graph alive.
 
     Copied are submodules, parameters, buffers, attributes of any depth, and functions that close over any of these.
@@ -66,11 +74,12 @@ def copied_module(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) 
     Args:
         model: the original.
         stand_ins: id of an object -> what takes its place in the copy.
+        lowest: type that floating and complex tensors below it are raised to; None: they stay as they are.
 
     Raises:
         MeasurementError: if a module cannot be copied.
     """
-    copier = Copier()
+    copier = Copier(lowest)
     copier.memo.update(stand_ins or {})
     try:
         module = copier.copy(model, type(model).__name__)
@@ -83,7 +92,8 @@ def copied_module(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) 
             for p in model.parameters()
             if id(p) in copier.memo
         ]
-        yield ModuleCopy(module, copier.shared, {id(new): old for new, old in pairs if new is not old})
+        originals = {id(new): old for new, old in pairs if new is not old}
+        yield ModuleCopy(module, copier.shared, originals, copier.held)
     finally:
         for created in copier.modules:
             created.__dict__.clear()
@@ -93,14 +103,15 @@ class Copier:
     """copy.deepcopy that shares what cannot be copied, and says so, and that follows functions into their closures.
 
     Args:
-        convert: applied to every floating tensor copied.
+        lowest: type that floating and complex tensors below it are raised to; None: they stay as they are.
     """
 
-    def __init__(self, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    def __init__(self, lowest: torch.dtype | None = None) -> None:
         self.memo: dict[int, Any] = {}
         self.shared: dict[str, str] = {}
         self.modules: list[nn.Module] = []
-        self.convert = convert
+        self.held: list[Held] = []
+        self.lowest = lowest
         # An id stands for an object only as long as that lives.
         self._originals: list[Any] = []
 
@@ -123,6 +134,10 @@ class Copier:
             self.shared[path] = f"{type(value).__name__}: {error}"
             new = value
         self._note(value, new)
+        if new is not value:
+            # Containers and plain objects hold nothing but what is noted by itself.
+            whole = isinstance(new, (Tensor, nn.Module, *CONTAINERS)) or _has_plain_state(type(new))
+            self.held.append(Held(path, new, value if whole else None))
         return new
 
     def _note(self, value: Any, new: Any) -> None:
@@ -135,7 +150,7 @@ class Copier:
             return self._tensor(value, path)
         if isinstance(value, nn.Module):
             return self._module(value, path)
-        if kind in (list, deque, dict, OrderedDict, defaultdict):
+        if kind in CONTAINERS:
             return self._container(value, path)
         if kind in (tuple, set, frozenset):
             return kind(self.copy(item, f"{path}[{i}]") for i, item in enumerate(value))
@@ -166,11 +181,11 @@ class Copier:
         return new
 
     def _tensor(self, value: Tensor, path: str) -> Any:
-        if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        if isinstance(value, UNINITIALIZED):
             return copy.deepcopy(value, self.memo)
         detached = value.detach()
-        converted = self.convert(detached) if value.is_floating_point() else detached
-        new = converted.clone() if converted is detached else converted
+        dtype = value.dtype if self.lowest is None else at_least(value.dtype, self.lowest)
+        new = detached.clone() if dtype is value.dtype else detached.to(dtype)
         if isinstance(value, nn.Parameter):
             new = nn.Parameter(new, requires_grad=value.requires_grad)
             new.__dict__.update({name: self.copy(item, f"{path}.{name}") for name, item in vars(value).items()})
@@ -211,6 +226,7 @@ class Copier:
         closure = tuple(
             types.CellType(self.copy(cell.cell_contents, path)) if _is_filled(cell) else cell for cell in cells
         )
+        self.held += [Held(path, cell, cell) for cell in closure if _is_filled(cell)]
         new = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
         new.__kwdefaults__ = value.__kwdefaults__
         new.__dict__.update(value.__dict__)

@@ -19,6 +19,7 @@ from lightning_spectral.isolation.muting import silence_logging, silent_trainers
 from lightning_spectral.isolation.replay import InitialState
 from lightning_spectral.isolation.sandbox import copy_batch, isolated
 from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
+from lightning_spectral.layers.wrappers import inside, unwrapped
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.objective import Objective, batch_sizes
 from lightning_spectral.numerics.matmul_precision import PRECISIONS
@@ -56,12 +57,6 @@ class NetworkCopy:
         return {name: parameters[layer.parameter] for name, layer in layers.items()}
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside a DistributedDataParallel or DataParallel wrapper."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return model.module if isinstance(model, wrappers) else model
-
-
 @contextmanager
 def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: SingleProcess) -> Iterator[NetworkCopy]:
     """Yield a copy of a model, the same on all ranks; all traces of what happens on it are gone at the end."""
@@ -75,6 +70,10 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
             if sharded is not None:
                 sharded.hold_together(copy.module)
             silence_logging(copy.module, original, trainers)
+            for attribute in ("module", *(name for name, _ in inside(model))) if original is not model else ():
+                # A loss may ask a wrapper for the network inside.
+                if not hasattr(copy.module, attribute):
+                    copy.module.__dict__[attribute] = copy.module
             step.send(
                 [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in copy.shared.items()]
             )
@@ -86,8 +85,18 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
                 buffers[name].data.copy_(value)
             changed = {id(buffers[name]) for name in shared}
             originals = {key: value for key, value in copy.originals.items() if key not in changed}
-            state = InitialState(copy.module, originals, sharded.restore if sharded else None)
+            state = InitialState(
+                copy.module,
+                originals,
+                sharded.restore if sharded else None,
+                copy.held,
+                raised=_dtypes_of(original) - _dtypes_of(copy.module),
+            )
         yield NetworkCopy(original, copy.module, precision, state, notes, sharded)
+
+
+def _dtypes_of(module: nn.Module) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}
 
 
 @contextmanager

@@ -14,6 +14,18 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 """Values of the option `precision`, the lowest types that are computed in."""
 
 
+def at_least(dtype: torch.dtype, lowest: torch.dtype) -> torch.dtype:
+    """Return a type that is raised to another where it is a lower one of real or complex floating point.
+
+    Types of a byte, which torch computes nothing but products of its own kernels in, stay.
+
+    >>> at_least(torch.bfloat16, torch.float32), at_least(torch.complex64, torch.float64), at_least(torch.int64, torch.float32)
+    (torch.float32, torch.complex128, torch.int64)
+    """
+    is_raised = (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
+    return torch.promote_types(dtype, lowest) if is_raised else dtype
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Keep TF32 and bfloat16 out of float32 matrix products and convolutions.
