@@ -180,7 +180,9 @@ def directional_curvature(
 def _layers_of(model: nn.Module, directions: Mapping[str, SingularTriplets]) -> dict[str, MatrixLayer]:
     parts = find_layers(model, layers=lambda layer: True).layers
     parameters = matrix_parameters(model)[0]
-    by_name = {alias: layer for layer in parameters.values() for alias in (layer.name, layer.parameter, *layer.aliases)} | parts
+    by_name = {
+        alias: layer for layer in parameters.values() for alias in (layer.name, layer.parameter, *layer.aliases)
+    } | parts
     unknown = [name for name in directions if name not in by_name]
     if unknown:
         raise ValueError(

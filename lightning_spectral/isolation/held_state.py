@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
+NOT_WRITTEN = (type, types.FunctionType, types.ModuleType, types.MethodType)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,7 @@ def _parts(held: Held, seen: set[int]) -> Iterator[Held]:
 
 
 def _children(value: Any) -> list[Any]:
-    if isinstance(value, (type, types.FunctionType, types.ModuleType, types.MethodType)):
+    if isinstance(value, NOT_WRITTEN):
         return []
     children = list(vars(value).values()) if hasattr(value, "__dict__") else []
     if isinstance(value, dict):
@@ -90,33 +91,46 @@ def _is_lazy(value: Any) -> bool:
 
 def _restorers(value: Any, original: Any) -> list[Callable[[], Any]]:
     """Return functions that put the state of one object back."""
-    if isinstance(value, Tensor):
-        return [] if isinstance(value, UNINITIALIZED) or value.layout is not torch.strided else [_tensor(value, original)]
-    if isinstance(value, (type, types.FunctionType, types.ModuleType, types.MethodType)):
+    if isinstance(value, NOT_WRITTEN):
         return []
-    restorers: list[Callable[[], Any]] = []
-    if hasattr(value, "__dict__"):
-        restorers.append(_dict(vars(value)))
+    if isinstance(value, Tensor):
+        is_plain = not isinstance(value, UNINITIALIZED) and value.layout is torch.strided
+        return [_tensor(value, original)] if is_plain else []
+    restorers = [_dict(vars(value))] if hasattr(value, "__dict__") else []
+    return [*restorers, *_of_container(value), *_of_generator(value), *_of_numpy(value)]
+
+
+def _of_container(value: Any) -> list[Callable[[], Any]]:
     if isinstance(value, dict):
-        restorers.append(_dict(value))
-    elif isinstance(value, (list, deque)):
-        restorers.append(partial(_put_items, value, list(value)))
-    elif isinstance(value, set):
-        restorers.append(partial(_put_members, value, set(value)))
-    elif isinstance(value, types.CellType):
-        restorers.append(partial(setattr, value, "cell_contents", value.cell_contents))
-    elif isinstance(value, Generator):
-        restorers.append(partial(value.set_state, value.get_state()))
-    elif isinstance(value, random.Random):
-        restorers.append(partial(value.setstate, value.getstate()))
-    elif (numpy := sys.modules.get("numpy")) is not None:
-        if isinstance(value, numpy.ndarray) and value.flags.writeable:
-            restorers.append(partial(numpy.copyto, value, value.copy()))
-        elif isinstance(value, numpy.random.RandomState):
-            restorers.append(partial(value.set_state, value.get_state()))
-        elif isinstance(value, numpy.random.Generator):
-            restorers.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
-    return restorers
+        return [_dict(value)]
+    if isinstance(value, (list, deque)):
+        return [partial(_put_items, value, list(value))]
+    if isinstance(value, set):
+        return [partial(_put_members, value, set(value))]
+    if isinstance(value, types.CellType):
+        return [partial(setattr, value, "cell_contents", value.cell_contents)]
+    return []
+
+
+def _of_generator(value: Any) -> list[Callable[[], Any]]:
+    if isinstance(value, Generator):
+        return [partial(value.set_state, value.get_state())]
+    if isinstance(value, random.Random):
+        return [partial(value.setstate, value.getstate())]
+    return []
+
+
+def _of_numpy(value: Any) -> list[Callable[[], Any]]:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return []
+    if isinstance(value, numpy.ndarray) and value.flags.writeable:
+        return [partial(numpy.copyto, value, value.copy())]
+    if isinstance(value, numpy.random.RandomState):
+        return [partial(value.set_state, value.get_state())]
+    if isinstance(value, numpy.random.Generator):
+        return [partial(setattr, value.bit_generator, "state", value.bit_generator.state)]
+    return []
 
 
 def _tensor(tensor: Tensor, original: Tensor | None) -> Callable[[], None]:

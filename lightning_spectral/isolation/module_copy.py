@@ -39,6 +39,7 @@ TRACKERS = (
     "torch.utils.tensorboard.writer",
     "wandb",
 )
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
 # What a class may define to take its copying into its own hands.
 COPY_METHODS = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
@@ -204,10 +205,27 @@ class Copier:
         self._note(module, new)
         self.modules.append(new)
         state = without_communication(vars(module) if parametrized else module.__getstate__())  # type: ignore[no-untyped-call]
-        state |= {name: _without_trackers(state[name]) for name in FORWARD_HOOKS if name in state}
+        hooks = {name: _without_trackers(state[name]) for name in FORWARD_HOOKS if name in state}
+        state |= hooks
         self._originals.append(state)
+        for name, item in hooks.items():
+            # Handles by which hooks are removed know the dictionary.
+            self._note(vars(module)[name], self.copy(item, f"{path}.{name}"))
         new.__setstate__({name: self.copy(item, f"{path}.{name}") for name, item in state.items()})  # type: ignore[no-untyped-call]
         return new
+
+    def _cell(self, cell: types.CellType, path: str) -> types.CellType:
+        """Return the copy of what functions share that close over one variable; of an empty one, itself."""
+        if not _is_filled(cell):
+            return cell
+        if id(cell) not in self.memo:
+            new = types.CellType()
+            # Noted before it is filled, so that a function that calls itself ends.
+            self._note(cell, new)
+            new.cell_contents = self.copy(cell.cell_contents, path)
+            self.held.append(Held(path, new, cell))
+        copied: types.CellType = self.memo[id(cell)]
+        return copied
 
     def _function(self, value: Any, path: str) -> Any:
         """Return a function whose closure is copied, so that what it reaches is the copy."""
@@ -220,17 +238,21 @@ class Copier:
             # Compiled code has no second derivative.
             return self.copy(original, path)
         cells = value.__closure__ or ()
-        filled = [cell for cell in cells if _is_filled(cell)]
-        if all(self.copy(cell.cell_contents, path) is cell.cell_contents for cell in filled):
+        closure = tuple(self._cell(cell, path) for cell in cells)
+        if all(new is old or _is_fixed(old, new) for new, old in zip(closure, cells, strict=True)):
             return value
-        closure = tuple(
-            types.CellType(self.copy(cell.cell_contents, path)) if _is_filled(cell) else cell for cell in cells
-        )
-        self.held += [Held(path, cell, cell) for cell in closure if _is_filled(cell)]
         new = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
         new.__kwdefaults__ = value.__kwdefaults__
         new.__dict__.update(value.__dict__)
         return new
+
+
+def _is_fixed(cell: types.CellType, copied: types.CellType) -> bool:
+    """Return whether a cell holds a function or class, the same as its copy: what functions do not write to."""
+    if not _is_filled(copied):
+        return False
+    contents = cell.cell_contents
+    return contents is copied.cell_contents and isinstance(contents, (*SHARED_TYPES, *FUNCTIONS))
 
 
 def _is_logger(kind: type) -> bool:

@@ -108,16 +108,17 @@ class ReplayedLoss:
             values.append(float(loss.detach()))
             if not math.isclose(values[0], values[-1], rel_tol=1e-4, abs_tol=1e-12) and math.isfinite(values[0]):
                 raise MeasurementError(
-                    f"the loss is {values[-1]:.6g} at a second call on the same batch, after {values[0]:.6g}, with weights, "
-                    "attributes and random states of the model put back: it depends on something that changes outside "
-                    "of it, such as a global, a counter of the loss function or an iterator; keep that in an attribute "
-                    "of the model, or use curvature='exact' with micro_batch_size of the whole batch, which calls it once"
+                    f"the loss is {values[-1]:.6g} at a second call on the same batch, after {values[0]:.6g}, with all "
+                    "that the model holds put back: it depends on something that changes outside of it, such as a "
+                    "global, a counter of the loss function or an iterator; use curvature='exact' with "
+                    "micro_batch_size of the whole batch, which calls it once, or keep it in an attribute of the model"
                 )
         return loss
 
     def _cause_of(self, error: Exception, batch: Any) -> str | None:
-        """Return what a measurement does to a loss that makes it fail, and what to do about it; None for another cause."""
-        error = error.__cause__ if isinstance(error, MeasurementError) and isinstance(error.__cause__, Exception) else error
+        """Return what a measurement does to a loss that makes it fail, and the remedy; None for another cause."""
+        if isinstance(error, MeasurementError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
         text, samples = text_of(error), batch_size(batch)
         raised = self._initial_state.raised
         if raised and DTYPE_ERROR.search(text):
@@ -127,12 +128,12 @@ class ReplayedLoss:
                 ".to(weight.dtype) or .type_as(x) where it is used, or register it as a buffer"
             )
         numbers = set(map(int, re.findall(r"\d+", text)))
-        for item in self._initial_state.held.tensors:
-            others = {size for size in item.value.shape if size in numbers and size not in (1, samples)}
-            if samples in numbers and others:
+        for held in self._initial_state.held.tensors:
+            shape = tuple(held.value.shape)
+            if samples in numbers and any(size in numbers and size not in (1, samples) for size in shape):
                 return (
-                    f"{item.path}, a tensor {tuple(item.value.shape)} that the model keeps between batches, does not fit "
-                    f"{samples} samples ({first_line(error)}); measure whole batches, with max_samples=None and "
+                    f"{held.path}, a tensor {shape} that the model keeps between batches, does not fit {samples} "
+                    f"samples ({first_line(error)}); measure whole batches, with max_samples=None and "
                     "micro_batch_size=None, or have the model drop it when the number of samples changes"
                 )
         return None

@@ -77,7 +77,7 @@ def isolated(
 
 
 def copy_batch(batch: Any, precision: Precision = "float32") -> Any:
-    """Return a copy of a batch, so that a loss that works in place leaves the original; floating and complex tensors are raised."""
+    """Return a copy of a batch in which tensors are raised, so that a loss that works in place leaves the original."""
     copier = Copier(PRECISIONS[precision])
     return map_leaves(batch, lambda leaf: copier.copy(leaf, "batch"))
 

@@ -29,7 +29,8 @@ class MatrixLayer:
     (out_channels, in_channels / groups * kernel); a stack of E matrices is (E m, n), in groups.
 
     Attributes:
-        name: the parameter's qualified name, without wrappers such as torch.compile's; with ``.q``, ``.k``, ``.v`` appended for a part of a fused projection.
+        name: the parameter's qualified name, without wrappers such as that of torch.compile;
+            with ``.q``, ``.k``, ``.v`` appended for a part of a fused projection.
         parameter: the qualified name of the parameter that holds it.
         module: the qualified name of the module that owns the parameter.
         kind: one of `KINDS`.

@@ -24,9 +24,7 @@ OF_PEFT = ("base_model", "model", "base_layer")
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the network inside DataParallel, DistributedDataParallel, torch.compile, Fabric or AveragedModel."""
-    for _, model in inside(model):
-        pass
-    return model
+    return next((module for _, module in reversed(list(inside(model)))), model)
 
 
 def inside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

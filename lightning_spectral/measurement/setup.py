@@ -90,7 +90,7 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
                 originals,
                 sharded.restore if sharded else None,
                 copy.held,
-                raised=_dtypes_of(original) - _dtypes_of(copy.module),
+                _dtypes_of(original) - _dtypes_of(copy.module),
             )
         yield NetworkCopy(original, copy.module, precision, state, notes, sharded)
 

@@ -19,8 +19,8 @@ def at_least(dtype: torch.dtype, lowest: torch.dtype) -> torch.dtype:
 
     Types of a byte, which torch computes nothing but products of its own kernels in, stay.
 
-    >>> at_least(torch.bfloat16, torch.float32), at_least(torch.complex64, torch.float64), at_least(torch.int64, torch.float32)
-    (torch.float32, torch.complex128, torch.int64)
+    >>> at_least(torch.bfloat16, torch.float32), at_least(torch.complex64, torch.float64)
+    (torch.float32, torch.complex128)
     """
     is_raised = (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
     return torch.promote_types(dtype, lowest) if is_raised else dtype

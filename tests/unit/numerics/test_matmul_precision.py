@@ -94,7 +94,10 @@ def test_what_follows_the_common_switch_still_follows_it():
 @pytest.mark.parametrize("settings", ["as_installed", "older_matmul", "newer_conv"], indirect=True)
 def test_a_loss_that_sets_cudnn_flags_is_measured_as_without(settings):
     torch.manual_seed(0)
-    model, batch = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)), (torch.randn(32, 6), torch.arange(32) % 5)
+    model, batch = (
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)),
+        (torch.randn(32, 6), torch.arange(32) % 5),
+    )
 
     def plain(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1])
