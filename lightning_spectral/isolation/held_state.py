@@ -42,13 +42,18 @@ class HeldState:
     """
 
     def __init__(self, held: Sequence[Held], left: Iterable[int] = ()) -> None:
-        seen = set(left)
+        self._seen = set(left)
+        self.tensors: list[Held] = []
+        self._restore: list[Callable[[], Any]] = []
+        self.add(held)
+
+    def add(self, held: Sequence[Held]) -> None:
+        """Take more objects into the snapshot."""
+        seen = self._seen
         for item in held:
             # With its first batch a lazy module becomes one of another class, without the hook that makes it so.
             if _is_lazy(item.value):
                 seen |= {id(item.value), *map(id, vars(item.value).values())}
-        self.tensors: list[Held] = []
-        self._restore: list[Callable[[], Any]] = []
         for item in held:
             for part in _parts(item, seen):
                 if isinstance(part.value, Tensor):

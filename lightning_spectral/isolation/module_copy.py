@@ -54,12 +54,14 @@ class ModuleCopy:
         shared: path of each attribute that cannot be copied and so is the original's own -> why.
         originals: id of each parameter of the stand-in -> what it was copied from; None where it was given.
         held: what else was made for the stand-in, that a step may write to.
+        copier: by which it was made, for what is to see the stand-in in the module's place.
     """
 
     module: nn.Module
     shared: Mapping[str, str]
     originals: Mapping[int, Tensor | None]
     held: Sequence[Held]
+    copier: Copier
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def copied_module(
             if id(p) in copier.memo
         ]
         originals = {id(new): old for new, old in pairs if new is not old}
-        yield ModuleCopy(module, copier.shared, originals, copier.held)
+        yield ModuleCopy(module, copier.shared, originals, tuple(copier.held), copier)
     finally:
         for created in copier.modules:
             created.__dict__.clear()

@@ -15,6 +15,7 @@ from lightning_spectral.distributed.dtensor import shards_of
 from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import FirstSamples
+from lightning_spectral.isolation.module_copy import Copier
 from lightning_spectral.isolation.muting import silence_logging, silent_trainers
 from lightning_spectral.isolation.replay import InitialState
 from lightning_spectral.isolation.sandbox import copy_batch, isolated
@@ -42,6 +43,7 @@ class NetworkCopy:
         initial_state: of the copy, to begin each call of the loss with.
         notes: what of the network could not be copied, on any rank.
         sharded: weights that lie in shards, and are put together when they are read; None where there are none.
+        copier: by which the copy was made.
     """
 
     original: nn.Module
@@ -50,6 +52,19 @@ class NetworkCopy:
     initial_state: InitialState
     notes: tuple[str, ...]
     sharded: OnDemandWeights | None
+    copier: Copier
+
+    def own(self, loss: LossFunction) -> LossFunction:
+        """Return a loss function that is a module, or a method of one, as a copy, since it has weights and may count.
+
+        Another stays as it is, with what it closes over.
+        """
+        if not isinstance(getattr(loss, "__self__", loss), nn.Module):
+            return loss
+        before = len(self.copier.held)
+        copied: LossFunction = self.copier.copy(loss, "loss_fn")
+        self.initial_state.held.add(self.copier.held[before:])
+        return copied
 
     def leaves(self, layers: Mapping[str, MatrixLayer]) -> dict[str, Tensor]:
         """Return layer name -> the copy's parameter that holds its matrix."""
@@ -92,7 +107,7 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
                 copy.held,
                 _dtypes_of(original) - _dtypes_of(copy.module),
             )
-        yield NetworkCopy(original, copy.module, precision, state, notes, sharded)
+        yield NetworkCopy(original, copy.module, precision, state, notes, sharded, copy.copier)
 
 
 def _dtypes_of(module: nn.Module) -> set[torch.dtype]:
@@ -173,7 +188,7 @@ def set_up_objective(
     with group.step() as step:
         if options.max_samples is not None and options.gradient_samples is None:
             batches = FirstSamples(batches, options.max_samples)
-        leaves = copy.leaves(layers)
+        leaves, loss = copy.leaves(layers), copy.own(loss)
         step.send((list(layers), options.settings, batch_sizes(batches)))
     names, settings, sizes = zip(*step.received, strict=True)
     _require_equal(names, settings)

@@ -175,6 +175,43 @@ def test_a_state_of_a_whole_batch_is_told_where_fewer_samples_are_measured(optio
         measure_spectra(model, batch, layers=["rnn.*"], **options)
 
 
+class Annealed:
+    """Part of a loss function that counts its calls."""
+
+    def __init__(self):
+        self.calls, self.weights = 0, torch.ones(5)
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        self.weights += 1
+        return F.cross_entropy(model(batch[0]), batch[1], weight=self.weights) * self.calls
+
+
+class AnnealedModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.annealed, self.norm = Annealed(), nn.BatchNorm1d(5)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, model, batch):
+        self.calls += 1
+        self.norm(model(batch[0]).detach())
+        return self.annealed(lambda x: model(x), batch) * self.calls
+
+
+@pytest.mark.parametrize("method", [False, True])
+def test_a_loss_function_that_counts_its_calls_is_measured_and_left_as_it_was(method):
+    model, loss = Tiny().net, AnnealedModule()
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    measured = measure_spectra(model, batch_of(), loss.forward if method else loss, top_k=4)
+    expected = measure_spectra(model, batch_of(), lambda m, b: F.cross_entropy(m(b[0]), b[1]), top_k=4)
+    for name, layer in expected.layers.items():
+        torch.testing.assert_close(measured.layers[name].h, layer.h, equal_nan=True)
+    assert loss.annealed.calls == 0
+    assert torch.equal(loss.annealed.weights, torch.ones(5))
+    assert_identical(before, dict(loss.state_dict()))
+
+
 def test_a_state_outside_the_model_is_told_as_such():
     calls = []
 
