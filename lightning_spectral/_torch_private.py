@@ -80,6 +80,13 @@ def uncompiled(function: Any) -> Any:
     return getattr(function, "_torchdynamo_orig_callable", None)
 
 
+COMPILED = "_orig_mod"
+"""Attribute of a module that torch.compile has wrapped."""
+
+WRAPPED = (COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Attributes under which wrappers of torch hold a network or a part of it."""
+
+
 def is_composable_state(name: str) -> bool:
     """Return whether an attribute of a module is what `fully_shard` and its like keep there."""
     return name.startswith("__composable_api")
@@ -105,6 +112,12 @@ def without_worker_iterator(loader: Any) -> Any:
     return loader
 
 
+def grouped_products() -> tuple[Callable[..., Tensor], ...]:
+    """Return the names that this torch has for products of groups of rows, the public and the older private one."""
+    holders = ((F, "grouped_mm"), (torch, "_grouped_mm"))
+    return tuple(getattr(holder, name) for holder, name in holders if hasattr(holder, name))
+
+
 @contextmanager
 def no_autocast_inside() -> Iterator[None]:
     """Have every `torch.autocast` that is entered inside do nothing."""
@@ -123,6 +136,28 @@ def no_autocast_inside() -> Iterator[None]:
         yield
     finally:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def inert_cudnn_tf32() -> Iterator[None]:
+    """Have torch's older switch of TF32 in cuDNN read False inside, and do nothing when it is set.
+
+    Set once it overrules `torch.backends.fp32_precision` for good, so it cannot be set and put back. Without the
+    private names it works as usual.
+    """
+    switch: Any = vars(type(torch.backends.cudnn)).get("allow_tf32")
+    getter, setter = "_get_cudnn_allow_tf32", "_set_cudnn_allow_tf32"
+    replaced = [(torch._C, getter, lambda: False), (torch._C, setter, lambda value: None)]
+    replaced += [(switch, "getter", lambda: False), (switch, "setter", lambda value: None)]
+    replaced = [(holder, name, value) for holder, name, value in replaced if hasattr(holder, name)]
+    before = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
+    try:
+        for holder, name, value in replaced:
+            setattr(holder, name, value)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 @contextmanager

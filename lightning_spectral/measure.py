@@ -13,11 +13,12 @@ from lightning_spectral.distributed.process_group import SINGLE_PROCESS, Distrib
 from lightning_spectral.errors import SecondDerivativeError, SpectralWarning
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers, matrix_parameters
+from lightning_spectral.layers.wrappers import unwrapped
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature
 from lightning_spectral.measurement.gradient_samples import batches_to_measure
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.measurement.pipeline import run_measurement
-from lightning_spectral.measurement.setup import isolated_copy, set_up_objective, unwrapped
+from lightning_spectral.measurement.setup import isolated_copy, set_up_objective
 from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.options import Mode, Options, Precision
 from lightning_spectral.records.report import SpectralReport
@@ -163,10 +164,10 @@ def directional_curvature(
         SecondDerivativeError: if a layer's loss has no second derivative.
     """
     options = Options(curvature=method, mode=mode, precision=precision)
-    model = unwrapped(model)
-    layers = _layers_of(model, directions)
+    network = unwrapped(model)
+    layers = _layers_of(network, directions)
     with isolated_copy(model, mode, precision, SINGLE_PROCESS) as copy:
-        loss = resolve_loss(model, loss_fn)
+        loss = resolve_loss(network, loss_fn)
         objective = set_up_objective(copy, loss, [batch], layers, options, SINGLE_PROCESS)
         micro_batches = objective.full_batches()
         evaluation = Evaluation(objective, micro_batches, objective.differentiable(micro_batches[0]))
@@ -179,7 +180,9 @@ def directional_curvature(
 def _layers_of(model: nn.Module, directions: Mapping[str, SingularTriplets]) -> dict[str, MatrixLayer]:
     parts = find_layers(model, layers=lambda layer: True).layers
     parameters = matrix_parameters(model)[0]
-    by_name = {alias: layer for layer in parameters.values() for alias in (layer.name, *layer.aliases)} | parts
+    by_name = {
+        alias: layer for layer in parameters.values() for alias in (layer.name, layer.parameter, *layer.aliases)
+    } | parts
     unknown = [name for name in directions if name not in by_name]
     if unknown:
         raise ValueError(

@@ -6,11 +6,12 @@ import copy
 import functools
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
@@ -20,10 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_spectral._torch_private import uncompiled
 from lightning_spectral.distributed.dtensor import is_communication, plain_class, without_communication
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.isolation.held_state import UNINITIALIZED, Held
 from lightning_spectral.isolation.muting import NullLogger
+from lightning_spectral.numerics.matmul_precision import at_least
 
 # Held by reference: large or bound to the outside, and nothing that computing a loss should write to.
 SHARED_TYPES = (Dataset, DataLoader, Optimizer, LRScheduler, types.ModuleType, type)
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 TRACKERS = (
     "aim",
@@ -35,6 +39,8 @@ TRACKERS = (
     "torch.utils.tensorboard.writer",
     "wandb",
 )
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
 # What a class may define to take its copying into its own hands.
 COPY_METHODS = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
@@ -47,28 +53,36 @@ class ModuleCopy:
         module: the stand-in. Parameters are leaves of their own with the same values.
         shared: path of each attribute that cannot be copied and so is the original's own -> why.
         originals: id of each parameter of the stand-in -> what it was copied from; None where it was given.
+        held: what else was made for the stand-in, that a step may write to.
+        copier: by which it was made, for what is to see the stand-in in the module's place.
     """
 
     module: nn.Module
     shared: Mapping[str, str]
     originals: Mapping[int, Tensor | None]
+    held: Sequence[Held]
+    copier: Copier
 
 
 @contextmanager
-def copied_module(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> Iterator[ModuleCopy]:
+def copied_module(
+    model: nn.Module, stand_ins: Mapping[int, Any] | None = None, lowest: torch.dtype | None = None
+) -> Iterator[ModuleCopy]:
     """Yield a copy of a module; it is emptied at the end, so that no cycle keeps a graph alive.
 
     Copied are submodules, parameters, buffers, attributes of any depth, and functions that close over any of these.
-    Hooks of parameters and backward hooks are left out: the gradient of the copy is that of the loss alone.
+    Hooks of parameters and backward hooks are left out: the gradient of the copy is that of the loss alone. So are
+    forward hooks of tracking packages, such as W&B's ``watch`` sets, which look at modules and change nothing.
 
     Args:
         model: the original.
         stand_ins: id of an object -> what takes its place in the copy.
+        lowest: type that floating and complex tensors below it are raised to; None: they stay as they are.
 
     Raises:
         MeasurementError: if a module cannot be copied.
     """
-    copier = Copier()
+    copier = Copier(lowest)
     copier.memo.update(stand_ins or {})
     try:
         module = copier.copy(model, type(model).__name__)
@@ -81,7 +95,8 @@ def copied_module(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) 
             for p in model.parameters()
             if id(p) in copier.memo
         ]
-        yield ModuleCopy(module, copier.shared, {id(new): old for new, old in pairs if new is not old})
+        originals = {id(new): old for new, old in pairs if new is not old}
+        yield ModuleCopy(module, copier.shared, originals, tuple(copier.held), copier)
     finally:
         for created in copier.modules:
             created.__dict__.clear()
@@ -91,14 +106,15 @@ class Copier:
     """copy.deepcopy that shares what cannot be copied, and says so, and that follows functions into their closures.
 
     Args:
-        convert: applied to every floating tensor copied.
+        lowest: type that floating and complex tensors below it are raised to; None: they stay as they are.
     """
 
-    def __init__(self, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    def __init__(self, lowest: torch.dtype | None = None) -> None:
         self.memo: dict[int, Any] = {}
         self.shared: dict[str, str] = {}
         self.modules: list[nn.Module] = []
-        self.convert = convert
+        self.held: list[Held] = []
+        self.lowest = lowest
         # An id stands for an object only as long as that lives.
         self._originals: list[Any] = []
 
@@ -121,6 +137,10 @@ class Copier:
             self.shared[path] = f"{type(value).__name__}: {error}"
             new = value
         self._note(value, new)
+        if new is not value:
+            # Containers and plain objects hold nothing but what is noted by itself.
+            whole = isinstance(new, (Tensor, nn.Module, *CONTAINERS)) or _has_plain_state(type(new))
+            self.held.append(Held(path, new, value if whole else None))
         return new
 
     def _note(self, value: Any, new: Any) -> None:
@@ -133,7 +153,7 @@ class Copier:
             return self._tensor(value, path)
         if isinstance(value, nn.Module):
             return self._module(value, path)
-        if kind in (list, deque, dict, OrderedDict, defaultdict):
+        if kind in CONTAINERS:
             return self._container(value, path)
         if kind in (tuple, set, frozenset):
             return kind(self.copy(item, f"{path}[{i}]") for i, item in enumerate(value))
@@ -164,11 +184,11 @@ class Copier:
         return new
 
     def _tensor(self, value: Tensor, path: str) -> Any:
-        if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        if isinstance(value, UNINITIALIZED):
             return copy.deepcopy(value, self.memo)
         detached = value.detach()
-        converted = self.convert(detached) if value.is_floating_point() else detached
-        new = converted.clone() if converted is detached else converted
+        dtype = value.dtype if self.lowest is None else at_least(value.dtype, self.lowest)
+        new = detached.clone() if dtype is value.dtype else detached.to(dtype)
         if isinstance(value, nn.Parameter):
             new = nn.Parameter(new, requires_grad=value.requires_grad)
             new.__dict__.update({name: self.copy(item, f"{path}.{name}") for name, item in vars(value).items()})
@@ -187,9 +207,27 @@ class Copier:
         self._note(module, new)
         self.modules.append(new)
         state = without_communication(vars(module) if parametrized else module.__getstate__())  # type: ignore[no-untyped-call]
+        hooks = {name: _without_trackers(state[name]) for name in FORWARD_HOOKS if name in state}
+        state |= hooks
         self._originals.append(state)
+        for name, item in hooks.items():
+            # Handles by which hooks are removed know the dictionary.
+            self._note(vars(module)[name], self.copy(item, f"{path}.{name}"))
         new.__setstate__({name: self.copy(item, f"{path}.{name}") for name, item in state.items()})  # type: ignore[no-untyped-call]
         return new
+
+    def _cell(self, cell: types.CellType, path: str) -> types.CellType:
+        """Return the copy of what functions share that close over one variable; of an empty one, itself."""
+        if not _is_filled(cell):
+            return cell
+        if id(cell) not in self.memo:
+            new = types.CellType()
+            # Noted before it is filled, so that a function that calls itself ends.
+            self._note(cell, new)
+            new.cell_contents = self.copy(cell.cell_contents, path)
+            self.held.append(Held(path, new, cell))
+        copied: types.CellType = self.memo[id(cell)]
+        return copied
 
     def _function(self, value: Any, path: str) -> Any:
         """Return a function whose closure is copied, so that what it reaches is the copy."""
@@ -202,22 +240,48 @@ class Copier:
             # Compiled code has no second derivative.
             return self.copy(original, path)
         cells = value.__closure__ or ()
-        filled = [cell for cell in cells if _is_filled(cell)]
-        if all(self.copy(cell.cell_contents, path) is cell.cell_contents for cell in filled):
+        closure = tuple(self._cell(cell, path) for cell in cells)
+        if all(new is old or _is_fixed(old, new) for new, old in zip(closure, cells, strict=True)):
             return value
-        closure = tuple(
-            types.CellType(self.copy(cell.cell_contents, path)) if _is_filled(cell) else cell for cell in cells
-        )
         new = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
         new.__kwdefaults__ = value.__kwdefaults__
         new.__dict__.update(value.__dict__)
         return new
 
 
+def _is_fixed(cell: types.CellType, copied: types.CellType) -> bool:
+    """Return whether a cell holds a function or class, the same as its copy: what functions do not write to."""
+    if not _is_filled(copied):
+        return False
+    contents = cell.cell_contents
+    return contents is copied.cell_contents and isinstance(contents, (*SHARED_TYPES, *FUNCTIONS))
+
+
 def _is_logger(kind: type) -> bool:
-    """Return whether objects of a class are loggers of Lightning, or runs and writers of a tracking package."""
+    """Return whether objects of a class are loggers of Lightning, or runs and writers of a tracking package.
+
+    A mapping of a tracking package, as W&B's config is, holds settings that a loss may depend on, and is none.
+    """
     lightning = hasattr(kind, "log_metrics") and hasattr(kind, "log_hyperparams")
-    return lightning or kind.__module__.partition(".")[0] in TRACKERS or kind.__module__ in TRACKERS
+    return lightning or (_of_tracker(kind) and not hasattr(kind, "keys"))
+
+
+def _of_tracker(value: Any) -> bool:
+    """Return whether a class or function is a tracking package's."""
+    module = str(getattr(value, "__module__", None))
+    return module in TRACKERS or module.partition(".")[0] in TRACKERS
+
+
+def _without_trackers(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
+    """Return the hooks that are none of a tracking package's."""
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not _of_tracker(_function_of(hook)))
+
+
+def _function_of(hook: Any) -> Any:
+    """Return the function that a bound method or a partial one calls."""
+    while isinstance(hook, (types.MethodType, functools.partial)):
+        hook = hook.__func__ if isinstance(hook, types.MethodType) else hook.func
+    return hook
 
 
 def _is_filled(cell: types.CellType) -> bool:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 
 class NullLogger:
-    """Logger that does nothing: every attribute of it can be read and called."""
+    """Logger that does nothing: every attribute of it can be read, set and called.
+
+    In every other way it is empty: false, zero, of length zero, a context that does nothing. As a path, or as text, it
+    is a folder that is removed with it.
+    """
 
     def __getattr__(self, name: str) -> NullLogger:
         if name.startswith("__"):
@@ -21,8 +28,60 @@ class NullLogger:
         """Swallow a call."""
         return self
 
-    def __getitem__(self, key: Any) -> NullLogger:
+    def _itself(self, *args: Any) -> NullLogger:
         return self
+
+    def _does_nothing(self, *args: Any) -> None:
+        return None
+
+    def _is_false(self, *args: Any) -> bool:
+        return False
+
+    __getitem__ = __enter__ = _itself
+    __setattr__ = __delattr__ = __setitem__ = __delitem__ = __exit__ = _does_nothing
+    __bool__ = __contains__ = __lt__ = __le__ = __gt__ = __ge__ = _is_false
+    __add__ = __sub__ = __mul__ = __matmul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _itself
+    __radd__ = __rsub__ = __rmul__ = __rmatmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _itself
+    __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = __rand__ = __ror__ = __rxor__ = _itself
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __iand__ = __ior__ = _itself
+    __neg__ = __pos__ = __abs__ = __round__ = __copy__ = __deepcopy__ = _itself
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    __reversed__ = __iter__
+
+    def __next__(self) -> Any:
+        raise StopIteration
+
+    def keys(self) -> tuple[Any, ...]:
+        """Return nothing."""
+        return ()
+
+    values = items = keys
+
+    def __len__(self) -> int:
+        return 0
+
+    __int__ = __index__ = __len__
+
+    def __float__(self) -> float:
+        return 0.0
+
+    def __complex__(self) -> complex:
+        return 0j
+
+    def __fspath__(self) -> str:
+        if "folder" not in vars(self):
+            vars(self)["folder"] = folder = tempfile.mkdtemp(prefix="lightning-spectral-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return str(vars(self)["folder"])
+
+    __str__ = __fspath__
+
+    def __format__(self, spec: str) -> str:
+        # Any format of a number or a date.
+        return str(self)
 
 
 def silent_trainers(model: nn.Module) -> dict[int, Any]:

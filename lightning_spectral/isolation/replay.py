@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_spectral.errors import MeasurementError
-from lightning_spectral.isolation.attention import MathAttention
+from lightning_spectral._messages import first_line
+from lightning_spectral.errors import MeasurementError, is_out_of_memory, text_of
+from lightning_spectral.isolation.batch_tree import batch_size
+from lightning_spectral.isolation.held_state import UNINITIALIZED, Held, HeldState
 from lightning_spectral.isolation.interrupts import function_mode
+from lightning_spectral.isolation.operations import MeasuredOperations
 from lightning_spectral.isolation.rng import RandomStates
-
-UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
 
 
 class InitialState:
-    """Snapshot of weights, buffers and random states, restored before each evaluation of a loss.
+    """Snapshot of weights, buffers, attributes and random states, restored before each evaluation of a loss.
 
     Args:
         module: on whose weights and buffers a step may write.
         originals: id of a weight -> the weight that it is a copy of, which nothing writes on meanwhile, and from which
             it is put back; None where ``restore`` does. Of the rest, and of buffers, a copy is kept.
         restore: puts back the weights that have no original here.
+        held: what else a step may write on.
+        raised: floating types that the copying of the module raised to higher ones.
     """
 
     def __init__(
@@ -32,6 +37,8 @@ class InitialState:
         module: nn.Module,
         originals: Mapping[int, Tensor | None] | None = None,
         restore: Callable[[], None] | None = None,
+        held: Sequence[Held] = (),
+        raised: Iterable[torch.dtype] = (),
     ) -> None:
         self._random = RandomStates(module)
         copied_from = originals or {}
@@ -39,6 +46,8 @@ class InitialState:
         self._tensors = [t for t in tensors if copied_from.get(id(t), t) is not None]
         self._values = [_value(t, copied_from.get(id(t))) for t in self._tensors]
         self._restore = restore
+        self.held = HeldState(held, map(id, (*module.parameters(), *module.buffers())))
+        self.raised = frozenset(raised)
         self._called = False
         self.dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
@@ -46,9 +55,13 @@ class InitialState:
         """Restore everything. Weights through .data, so that graphs of earlier calls stay valid."""
         self._random.restore()
         if self._called:
+            # First, since a step may have put others in the place of buffers.
+            self.held.restore()
             if self._restore is not None:
                 self._restore()
             for tensor, value in zip(self._tensors, self._values, strict=True):
+                if not tensor.is_leaf and not isinstance(tensor, nn.Parameter):
+                    tensor.detach_()
                 tensor.data.copy_(value)
         self._called = True
 
@@ -91,15 +104,52 @@ class ReplayedLoss:
             MeasurementError: if the value is another one than at the first call.
         """
         self._initial_state.restore()
-        # Around the user's code alone: every operation would pass the mode.
-        with function_mode(MathAttention()):
-            loss, values = self._loss(self._batch()), self._values
+        batch, values = self._batch(), self._values
+        try:
+            # Around the user's code alone: every operation would pass the mode.
+            with function_mode(MeasuredOperations()):
+                loss = self._loss(batch)
+        except Exception as error:
+            if not is_out_of_memory(error) and (cause := self._cause_of(error, batch)):
+                raise MeasurementError(cause) from error
+            raise
         if isinstance(loss, Tensor) and loss.numel() == 1:
             values.append(float(loss.detach()))
             if not math.isclose(values[0], values[-1], rel_tol=1e-4, abs_tol=1e-12) and math.isfinite(values[0]):
                 raise MeasurementError(
-                    f"the loss is {values[-1]:.6g} at a second call on the same batch, after {values[0]:.6g}: it draws "
-                    "from a generator of its own, or counts its calls; use curvature='exact' with micro_batch_size of "
-                    "the whole batch, which calls it once"
+                    f"the loss is {values[-1]:.6g} at a second call on the same batch, after {values[0]:.6g}, with all "
+                    "that the model holds put back: it depends on something that changes outside of it, such as a "
+                    "global, a counter of the loss function or an iterator; use curvature='exact' with "
+                    "micro_batch_size of the whole batch, which calls it once, or keep it in an attribute of the model"
                 )
         return loss
+
+    def _cause_of(self, error: Exception, batch: Any) -> str | None:
+        """Return what a measurement does to a loss that makes it fail, and the remedy; None for another cause."""
+        if isinstance(error, MeasurementError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        text, samples = text_of(error), batch_size(batch)
+        raised = self._initial_state.raised
+        if raised and DTYPE_ERROR.search(text):
+            return (
+                f"the loss fails on the copy of the model, of which tensors in {_join(raised)} are raised to a higher "
+                f"precision ({first_line(error)}); it holds or makes a tensor that this does not reach: write "
+                ".to(weight.dtype) or .type_as(x) where it is used, or register it as a buffer"
+            )
+        numbers = set(map(int, re.findall(r"\d+", text)))
+        for held in self._initial_state.held.tensors:
+            shape = tuple(held.value.shape)
+            if samples in numbers and any(size in numbers and size not in (1, samples) for size in shape):
+                return (
+                    f"{held.path}, a tensor {shape} that the model keeps between batches, does not fit {samples} "
+                    f"samples ({first_line(error)}); measure whole batches, with max_samples=None and "
+                    "micro_batch_size=None, or have the model drop it when the number of samples changes"
+                )
+        return None
+
+
+DTYPE_ERROR = re.compile(r"\bdtype|scalar type|data type|BFloat16|Half\b|Double\b|Promot")
+
+
+def _join(dtypes: Iterable[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -12,16 +12,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_spectral._torch_private import no_autocast_inside
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.isolation.batch_tree import map_leaves
+from lightning_spectral.isolation.held_state import UNINITIALIZED
 from lightning_spectral.isolation.interrupts import HeldInterrupts
 from lightning_spectral.isolation.module_copy import Copier, ModuleCopy, copied_module
 from lightning_spectral.isolation.rng import random_states_restored
-from lightning_spectral.numerics.matmul_precision import PRECISIONS, full_float32
+from lightning_spectral.numerics.matmul_precision import PRECISIONS, at_least, full_float32
 from lightning_spectral.options import Mode, Precision
 
 
@@ -44,7 +45,8 @@ def isolated(
         model: left as it is, whatever happens inside, an interrupt included.
         mode: "eval", or "train": the flags as they are where the model is in training (frozen BatchNorm layers
             that a fine-tuning keeps in eval mode stay so), else all in training.
-        precision: the lowest floating-point precision to compute in; parameters and buffers below it are raised.
+        precision: the lowest floating-point precision to compute in; parameters, buffers and tensors in attributes
+            below it are raised, complex ones too.
         stand_ins: id of an object that the model holds -> what takes its place in the copy.
     """
     with ExitStack() as stack:
@@ -58,11 +60,11 @@ def isolated(
         stack.enter_context(_no_autocast({p.device.type for p in model.parameters()} | {"cpu"}))
         # No other attention kernel, and no cuDNN recurrence, has a second derivative.
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        stack.enter_context(full_float32())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(full_float32())
         stack.enter_context(_eager())
-        copy = stack.enter_context(copied_module(model, stand_ins))
+        copy = stack.enter_context(copied_module(model, stand_ins, PRECISIONS[precision]))
         _raise_precision(copy.module, PRECISIONS[precision])
         stack.enter_context(_default_dtype(copy.module))
         if mode == "eval" or not model.training:
@@ -75,23 +77,17 @@ def isolated(
 
 
 def copy_batch(batch: Any, precision: Precision = "float32") -> Any:
-    """Return a copy of a batch, so that a loss that works in place leaves the original; floating tensors are raised."""
-    copier = Copier(lambda tensor: _at_least(tensor, PRECISIONS[precision]))
+    """Return a copy of a batch in which tensors are raised, so that a loss that works in place leaves the original."""
+    copier = Copier(PRECISIONS[precision])
     return map_leaves(batch, lambda leaf: copier.copy(leaf, "batch"))
 
 
-def _at_least(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, dtype)) if tensor.is_floating_point() else tensor
-
-
 def _raise_precision(module: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in module.parameters():
-        if not isinstance(parameter, nn.UninitializedParameter):
-            parameter.data = _at_least(parameter.data, dtype)
+    """Raise what the copying did not: weights that stand in for others, and what copies itself."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not isinstance(tensor, UNINITIALIZED):
+            tensor.data = tensor.data.to(at_least(tensor.dtype, dtype))
     for part in module.modules():
-        for buffer in part.buffers(recurse=False):
-            if not isinstance(buffer, nn.UninitializedBuffer):
-                buffer.data = _at_least(buffer.data, dtype)
         # What a LightningModule calls its dtype is an attribute, not its weights'.
         if isinstance(part.__dict__.get("_dtype"), torch.dtype) and part.__dict__["_dtype"].is_floating_point:
             part.__dict__["_dtype"] = torch.promote_types(part.__dict__["_dtype"], dtype)

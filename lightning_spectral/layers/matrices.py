@@ -18,6 +18,7 @@ from lightning_spectral.layers.kinds import (
 from lightning_spectral.layers.matrix_places import is_transposed_linear, owner_of
 from lightning_spectral.layers.selection import QKV, as_patterns, check_matches, match_pattern, parameter_names, select
 from lightning_spectral.layers.usual_names import ELEMENTWISE
+from lightning_spectral.layers.wrappers import plain_names
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class MatrixLayer:
     (out_channels, in_channels / groups * kernel); a stack of E matrices is (E m, n), in groups.
 
     Attributes:
-        name: the parameter's qualified name; with ``.q``, ``.k``, ``.v`` appended for a part of a fused projection.
+        name: the parameter's qualified name, without wrappers such as that of torch.compile;
+            with ``.q``, ``.k``, ``.v`` appended for a part of a fused projection.
         parameter: the qualified name of the parameter that holds it.
         module: the qualified name of the module that owns the parameter.
         kind: one of `KINDS`.
@@ -54,7 +56,8 @@ class MatrixLayer:
     @property
     def names(self) -> set[str]:
         """Names that select the layer: its own, its module's, its parameter's, and those of the parameter's ties."""
-        parameters = (self.parameter, *self.aliases)
+        plain = self.name if self.rows is None else self.name.rpartition(".")[0]
+        parameters = (plain, self.parameter, *self.aliases)
         return {self.name, self.module} | {name for parameter in parameters for name in parameter_names(parameter)}
 
     @property
@@ -174,7 +177,11 @@ def matrix_parameters(model: nn.Module) -> tuple[dict[str, MatrixLayer], dict[st
             skipped[name] = f"its entries are {parameter.dtype}, not real floating point"
         else:
             matrices[name] = layer
-    return matrices, skipped
+    plain = plain_names(model, [*matrices, *skipped])
+    return (
+        {plain[name]: replace(layer, name=plain[name]) for name, layer in matrices.items()},
+        {plain[name]: reason for name, reason in skipped.items()},
+    )
 
 
 def _as_matrix(

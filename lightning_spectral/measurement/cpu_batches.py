@@ -32,7 +32,7 @@ class CpuBatches(Sequence[Any]):
     def append(self, batch: Any) -> None:
         """Keep a copy of one more batch."""
         devices: list[torch.device] = []
-        copier = Copier(lambda tensor: tensor)
+        copier = Copier()
 
         def hold(leaf: Any) -> Any:
             if isinstance(leaf, PackedSequence):

@@ -15,10 +15,12 @@ from lightning_spectral.distributed.dtensor import shards_of
 from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import FirstSamples
+from lightning_spectral.isolation.module_copy import Copier
 from lightning_spectral.isolation.muting import silence_logging, silent_trainers
 from lightning_spectral.isolation.replay import InitialState
 from lightning_spectral.isolation.sandbox import copy_batch, isolated
 from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
+from lightning_spectral.layers.wrappers import inside, unwrapped
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.objective import Objective, batch_sizes
 from lightning_spectral.numerics.matmul_precision import PRECISIONS
@@ -41,6 +43,7 @@ class NetworkCopy:
         initial_state: of the copy, to begin each call of the loss with.
         notes: what of the network could not be copied, on any rank.
         sharded: weights that lie in shards, and are put together when they are read; None where there are none.
+        copier: by which the copy was made.
     """
 
     original: nn.Module
@@ -49,17 +52,24 @@ class NetworkCopy:
     initial_state: InitialState
     notes: tuple[str, ...]
     sharded: OnDemandWeights | None
+    copier: Copier
+
+    def own(self, loss: LossFunction) -> LossFunction:
+        """Return a loss function that is a module, or a method of one, as a copy, since it has weights and may count.
+
+        Another stays as it is, with what it closes over.
+        """
+        if not isinstance(getattr(loss, "__self__", loss), nn.Module):
+            return loss
+        before = len(self.copier.held)
+        copied: LossFunction = self.copier.copy(loss, "loss_fn")
+        self.initial_state.held.add(self.copier.held[before:])
+        return copied
 
     def leaves(self, layers: Mapping[str, MatrixLayer]) -> dict[str, Tensor]:
         """Return layer name -> the copy's parameter that holds its matrix."""
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         return {name: parameters[layer.parameter] for name, layer in layers.items()}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside a DistributedDataParallel or DataParallel wrapper."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return model.module if isinstance(model, wrappers) else model
 
 
 @contextmanager
@@ -75,6 +85,10 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
             if sharded is not None:
                 sharded.hold_together(copy.module)
             silence_logging(copy.module, original, trainers)
+            for attribute in ("module", *(name for name, _ in inside(model))) if original is not model else ():
+                # A loss may ask a wrapper for the network inside.
+                if not hasattr(copy.module, attribute):
+                    copy.module.__dict__[attribute] = copy.module
             step.send(
                 [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in copy.shared.items()]
             )
@@ -86,8 +100,18 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
                 buffers[name].data.copy_(value)
             changed = {id(buffers[name]) for name in shared}
             originals = {key: value for key, value in copy.originals.items() if key not in changed}
-            state = InitialState(copy.module, originals, sharded.restore if sharded else None)
-        yield NetworkCopy(original, copy.module, precision, state, notes, sharded)
+            state = InitialState(
+                copy.module,
+                originals,
+                sharded.restore if sharded else None,
+                copy.held,
+                _dtypes_of(original) - _dtypes_of(copy.module),
+            )
+        yield NetworkCopy(original, copy.module, precision, state, notes, sharded, copy.copier)
+
+
+def _dtypes_of(module: nn.Module) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}
 
 
 @contextmanager
@@ -167,6 +191,7 @@ def set_up_objective(
         if options.max_samples is not None and options.gradient_samples is None:
             batches = FirstSamples(batches, options.max_samples)
         leaves = copy.leaves(layers) if parameters is None else parameters
+        loss = copy.own(loss)
         step.send((list(leaves), options.settings, batch_sizes(batches)))
     names, settings, sizes = zip(*step.received, strict=True)
     _require_equal(names, settings)

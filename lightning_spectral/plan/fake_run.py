@@ -30,13 +30,13 @@ from lightning_spectral._torch_private import (
 from lightning_spectral.curvature import DifferentiableLoss, FakeLoss, Structure, structure
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, map_leaves
+from lightning_spectral.isolation.held_state import UNINITIALIZED
 from lightning_spectral.isolation.module_copy import Copier
 from lightning_spectral.isolation.muting import silence_logging, silent_trainers
-from lightning_spectral.isolation.replay import UNINITIALIZED
 from lightning_spectral.isolation.sandbox import isolated
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
-from lightning_spectral.numerics.matmul_precision import PRECISIONS
+from lightning_spectral.numerics.matmul_precision import PRECISIONS, at_least
 from lightning_spectral.options import Mode, Precision
 from lightning_spectral.plan.meta_init import IgnoreDeviceMoves
 
@@ -127,7 +127,7 @@ class _Shapes(Copier):
     def _tensor(self, value: Any, path: str) -> Any:
         if isinstance(value, UNINITIALIZED):
             return super()._tensor(value, path)
-        dtype = torch.promote_types(value.dtype, self.dtype) if value.is_floating_point() else value.dtype
+        dtype = at_least(value.dtype, self.dtype)
         with self.fakes:
             new = torch.empty_strided(value.size(), value.stride(), dtype=dtype, device="cpu")
         if isinstance(value, nn.Parameter):

@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from lightning_spectral._torch_private import is_fake
-from lightning_spectral.isolation.replay import UNINITIALIZED
+from lightning_spectral.isolation.held_state import UNINITIALIZED
 
 LARGE_BUFFER = 2**16
 """Entries from which on a buffer goes to the meta device, too: an attention mask, whose values no factory reads."""

@@ -478,7 +478,7 @@ def check_a_failure_beside_buffers_in_shards(rank, n, folder):
     sharded.register_buffer("scale", distribute_tensor(torch.ones(3), mesh, [Replicate()]))
     real = setup.InitialState
 
-    def fails(*args):
+    def fails(*args, **kwargs):
         if rank == 1:
             raise MemoryError("no room")
         return real(*args)

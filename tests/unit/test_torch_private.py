@@ -130,6 +130,21 @@ def test_no_autocast_inside():
         assert (x @ x).dtype is torch.bfloat16
 
 
+def test_the_older_switch_of_cudnn_is_inert_and_as_it_was_after(monkeypatch):
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    with private.inert_cudnn_tf32():
+        cudnn.allow_tf32 = True
+        assert cudnn.allow_tf32 is False
+        with cudnn.flags(enabled=False, allow_tf32=True):
+            assert cudnn.allow_tf32 is False
+    assert cudnn.allow_tf32 is before
+    # A torch without the private names is left alone.
+    monkeypatch.delattr(torch._C, "_get_cudnn_allow_tf32")
+    with private.inert_cudnn_tf32():
+        assert not hasattr(torch._C, "_get_cudnn_allow_tf32")
+
+
 def test_hooks_on_saved_tensors_are_noticed():
     entered = []
     hooks = torch.autograd.graph.saved_tensors_hooks

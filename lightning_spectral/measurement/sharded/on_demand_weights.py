@@ -20,6 +20,7 @@ from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.isolation.interrupts import function_mode
 from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
 from lightning_spectral.measurement.sharded.request_rounds import RequestRounds
+from lightning_spectral.numerics.matmul_precision import at_least
 
 RESIDENT = 2**28
 """Bytes of whole weights that stay in memory; never less than two of the largest."""
@@ -52,7 +53,7 @@ class _Weight:
 
     @classmethod
     def of(cls, shard: Any, dtype: torch.dtype) -> _Weight:
-        wide = torch.promote_types(shard.dtype, dtype) if shard.is_floating_point() else shard.dtype
+        wide = at_least(shard.dtype, dtype)
         memory = torch.empty(shard.shape, dtype=wide, device=shard.device)
         learned = isinstance(shard, nn.Parameter)
         whole = nn.Parameter(memory, requires_grad=shard.requires_grad) if learned else memory

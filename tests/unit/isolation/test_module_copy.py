@@ -173,6 +173,26 @@ def test_what_a_module_holds_stays_as_it_was(tmp_path):
     assert counts == [(STEPS, STEPS, STEPS)] * 2
 
 
+def test_functions_share_their_variables_in_the_copy_as_in_the_original():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            count = 0
+
+            def add(times):
+                nonlocal count
+                count += 1
+                return add(times - 1) if times > 1 else count
+
+            self.add, self.count, self.plain = add, lambda: count, F.relu
+
+    model = Counted()
+    with copied_module(model) as copied:
+        assert copied.module.add(3) == copied.module.count() == 3
+        assert copied.module.plain is F.relu
+    assert model.count() == 0
+
+
 def test_features_taken_by_a_hook_reach_the_loss():
     class Hooked(nn.Module):
         def __init__(self):

@@ -1,0 +1,178 @@
+"""What a copy holds beside weights and buffers, put back: hidden states, queues, counters, schedules in attributes."""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
+NOT_WRITTEN = (type, types.FunctionType, types.ModuleType, types.MethodType)
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """An object of a copy that a step may write to.
+
+    Attributes:
+        path: how it is reached.
+        value: the object.
+        original: what it is a copy of.
+    """
+
+    path: str
+    value: Any
+    original: Any
+
+
+class HeldState:
+    """Snapshot of objects, restored in place.
+
+    Args:
+        held: the objects. Of a tensor the original, which nothing writes to meanwhile, is the snapshot.
+        left: ids of what others restore.
+    """
+
+    def __init__(self, held: Sequence[Held], left: Iterable[int] = ()) -> None:
+        self._seen = set(left)
+        self.tensors: list[Held] = []
+        self._restore: list[Callable[[], Any]] = []
+        self.add(held)
+
+    def add(self, held: Sequence[Held]) -> None:
+        """Take more objects into the snapshot."""
+        seen = self._seen
+        for item in held:
+            # With its first batch a lazy module becomes one of another class, without the hook that makes it so.
+            if _is_lazy(item.value):
+                seen |= {id(item.value), *map(id, vars(item.value).values())}
+        for item in held:
+            for part in _parts(item, seen):
+                if isinstance(part.value, Tensor):
+                    self.tensors.append(part)
+                self._restore += _restorers(part.value, part.original)
+
+    def restore(self) -> None:
+        """Restore everything."""
+        for restore in self._restore:
+            restore()
+
+
+def _parts(held: Held, seen: set[int]) -> Iterator[Held]:
+    """Yield an object and, of one whose copying is its own, all that it holds, each object once."""
+    waiting = [held]
+    while waiting:
+        item = waiting.pop()
+        if id(item.value) in seen:
+            continue
+        seen.add(id(item.value))
+        yield item
+        if item.original is None:
+            waiting += [Held(item.path, child, None) for child in _children(item.value)]
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, NOT_WRITTEN):
+        return []
+    children = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    if isinstance(value, dict):
+        children += dict.values(value)
+    if isinstance(value, (list, tuple, deque)):
+        children += value
+    return children
+
+
+def _is_lazy(value: Any) -> bool:
+    return isinstance(value, nn.Module) and any(isinstance(p, UNINITIALIZED) for p in value.parameters(recurse=False))
+
+
+def _restorers(value: Any, original: Any) -> list[Callable[[], Any]]:
+    """Return functions that put the state of one object back."""
+    if isinstance(value, NOT_WRITTEN):
+        return []
+    if isinstance(value, Tensor):
+        is_plain = not isinstance(value, UNINITIALIZED) and value.layout is torch.strided
+        return [_tensor(value, original)] if is_plain else []
+    restorers = [_dict(vars(value))] if hasattr(value, "__dict__") else []
+    return [*restorers, *_of_container(value), *_of_generator(value), *_of_numpy(value)]
+
+
+def _of_container(value: Any) -> list[Callable[[], Any]]:
+    if isinstance(value, dict):
+        return [_dict(value)]
+    if isinstance(value, (list, deque)):
+        return [partial(_put_items, value, list(value))]
+    if isinstance(value, set):
+        return [partial(_put_members, value, set(value))]
+    if isinstance(value, types.CellType):
+        return [partial(setattr, value, "cell_contents", value.cell_contents)]
+    return []
+
+
+def _of_generator(value: Any) -> list[Callable[[], Any]]:
+    if isinstance(value, Generator):
+        return [partial(value.set_state, value.get_state())]
+    if isinstance(value, random.Random):
+        return [partial(value.setstate, value.getstate())]
+    return []
+
+
+def _of_numpy(value: Any) -> list[Callable[[], Any]]:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return []
+    if isinstance(value, numpy.ndarray) and value.flags.writeable:
+        return [partial(numpy.copyto, value, value.copy())]
+    if isinstance(value, numpy.random.RandomState):
+        return [partial(value.set_state, value.get_state())]
+    if isinstance(value, numpy.random.Generator):
+        return [partial(setattr, value.bit_generator, "state", value.bit_generator.state)]
+    return []
+
+
+def _tensor(tensor: Tensor, original: Tensor | None) -> Callable[[], None]:
+    # Through .data, so that graphs of earlier calls stay valid.
+    memory, values = tensor.data, tensor.detach().clone() if original is None else original.detach()
+    is_leaf = tensor.is_leaf
+
+    def restore() -> None:
+        if is_leaf and not tensor.is_leaf:
+            tensor.detach_()
+        tensor.data = memory
+        memory.copy_(values)
+
+    return restore
+
+
+def _dict(value: dict[Any, Any]) -> Callable[[], None]:
+    kind = OrderedDict if isinstance(value, OrderedDict) else dict
+    items = list(kind.items(value))
+
+    def restore() -> None:
+        if len(value) == len(items) and all(
+            key is own_key and item is own_item
+            for (key, item), (own_key, own_item) in zip(kind.items(value), items, strict=True)
+        ):
+            return
+        kind.clear(value)
+        kind.update(value, items)
+
+    return restore
+
+
+def _put_items(value: list[Any] | deque[Any], items: list[Any]) -> None:
+    value.clear()
+    value.extend(items)
+
+
+def _put_members(value: set[Any], members: set[Any]) -> None:
+    value.clear()
+    value.update(members)

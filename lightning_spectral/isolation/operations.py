@@ -1,0 +1,127 @@
+"""Torch's functions as a measurement runs them: with second derivatives, and on whatever precision they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from lightning_spectral._torch_private import grouped_products
+from lightning_spectral.errors import is_out_of_memory
+from lightning_spectral.isolation.batch_tree import map_leaves
+
+ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+GROUPED = grouped_products()
+# They take two precisions, and their backward pass does not.
+ONE_PRECISION_BACKWARD = (F.huber_loss,)
+
+
+class MeasuredOperations(TorchFunctionMode):
+    """Run functions as they are, but for those that a measurement would make fail.
+
+    Attention runs with the mathematical kernel alone, and products of groups one by one. A function that refuses
+    tensors of several precisions, because a measurement has raised some of them and cannot reach others (globals,
+    closures, constants), is given all in the highest.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function."""
+        kwargs = kwargs or {}
+        if func in GROUPED:
+            func = grouped_product
+        if func in ONE_PRECISION_BACKWARD:
+            args, kwargs = in_one_precision(func, args, kwargs) or (args, kwargs)
+        with sdpa_kernel([SDPBackend.MATH]) if func in ATTENTION else nullcontext():
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError as error:
+                raised = None if is_out_of_memory(error) else in_one_precision(func, args, kwargs)
+                if raised is None:
+                    raise
+            return func(*raised[0], **raised[1])
+
+
+def in_one_precision(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return arguments whose tensors have the precision of the highest; None where all have the same.
+
+    Of a function that writes to its first argument, or to ``out``, they have the precision of that.
+    """
+    precisions: list[torch.dtype] = []
+
+    def note(leaf: Any) -> None:
+        if isinstance(leaf, Tensor) and (precision := _precision(leaf)) is not None:
+            precisions.append(precision)
+
+    map_leaves((args, kwargs), note)
+    if len(set(precisions)) < 2:
+        return None
+    written = kwargs.get("out", args[0] if args and _writes_to_first(func) else None)
+    precision = _precision(written) if isinstance(written, Tensor) else None
+    target = precision or reduce(torch.promote_types, precisions)
+
+    def cast(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf is written or _precision(leaf) in (None, target):
+            return leaf
+        return leaf.to(target.to_complex() if leaf.is_complex() else target)
+
+    args, kwargs = map_leaves((args, kwargs), cast)
+    return args, kwargs
+
+
+def _precision(tensor: Tensor) -> torch.dtype | None:
+    """Return the type of a tensor's real numbers; None for whole numbers, and for those of a byte, with no products."""
+    dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else None
+
+
+def _writes_to_first(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def grouped_product(
+    a: Tensor,
+    b: Tensor,
+    *,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the products of groups of rows or columns, as `torch.nn.functional.grouped_mm` does, one after another.
+
+    Torch's own takes a second derivative in half precision alone.
+
+    Args:
+        a: (M, K), or (G, M, K).
+        b: (K, N), or (G, K, N).
+        offs: (G,), where each group ends in the dimension that is not the same for all: rows of ``a`` beside a stack
+            ``b``, columns of ``b`` beside a stack ``a``, the inner dimension of two matrices. None: of two stacks.
+        bias: added to the result.
+        out_dtype: of the result, where it is higher.
+    """
+    if offs is None:
+        product = a @ b
+    else:
+        ends = offs.tolist()
+        groups = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        if a.ndim == b.ndim == 2:
+            product = torch.stack([a[:, group] @ b[group] for group in groups])
+        elif a.ndim == 2:
+            rest = a.new_zeros(a.shape[0] - ends[-1], b.shape[2])
+            product = torch.cat([*(a[group] @ b[i] for i, group in enumerate(groups)), rest])
+        else:
+            rest = a.new_zeros(a.shape[1], b.shape[1] - ends[-1])
+            product = torch.cat([*(a[i] @ b[:, group] for i, group in enumerate(groups)), rest], dim=1)
+    product = product if bias is None else product + bias
+    return product if out_dtype is None else product.to(torch.promote_types(product.dtype, out_dtype))
