@@ -18,7 +18,8 @@ from lightning_spectral.curvature import LOSS, STEP, Curvatures, StepProducts
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.isolation.replay import UNINITIALIZED
+from lightning_spectral.isolation.held_state import UNINITIALIZED
+from lightning_spectral.layers.wrappers import unwrapped
 from lightning_spectral.measurement.estimation import SMALL_BYTES, Evaluation
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.measurement.memory import attempts
@@ -30,7 +31,6 @@ from lightning_spectral.measurement.setup import (
     isolated_copy,
     select_layers,
     set_up_objective,
-    unwrapped,
 )
 from lightning_spectral.options import Options
 from lightning_spectral.records.step import StepMeasurement
