@@ -11,7 +11,7 @@ COLOURS = {
     "muon": "#D55E00",
     "muon_momentum_0.85": "#E69F00",
     "spectral_newton": "#0072B2",
-    "spectral_newton_momentum_0.85": "#56B4E9",
+    "fixed_size": "#56B4E9",
     "alpha_1": "#009E73",
     "probe": "#CC79A7",
 }
@@ -24,9 +24,9 @@ MARKERS = {
     "muon": "s",
     "muon_momentum_0.85": "s",
     "spectral_newton": "o",
-    "spectral_newton_momentum_0.85": "o",
+    "fixed_size": "o",
 }
-"""Of the arms with a curve of validation loss against learning rate; those with their own momentum are dashed."""
+"""Of the arms with a curve of validation loss against learning rate; those with a momentum or size of their own are dashed."""
 
 ALPHAS = {1.5: ("#E69F00", "^"), 2.0: ("#0072B2", "o")}
 """Colour and marker of the exponents on the grid."""
