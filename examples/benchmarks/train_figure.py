@@ -26,7 +26,7 @@ MARKERS = {
     "spectral_newton": "o",
     "fixed_size": "o",
 }
-"""Of the arms with a curve of validation loss against learning rate; those with a momentum or size of their own are dashed."""
+"""Of the arms with a curve of validation loss against learning rate; those with another momentum are dashed."""
 
 ALPHAS = {1.5: ("#E69F00", "^"), 2.0: ("#0072B2", "o")}
 """Colour and marker of the exponents on the grid."""
