@@ -30,6 +30,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_spectral import SpectralProbe, measure_spectra
+from lightning_spectral._serialization import to_jsonable
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.report import SpectralReport
@@ -189,7 +190,7 @@ def main() -> None:
             "varied": varied,
         }
     result = {"environment": environment(threads=torch.get_num_threads(), seeds=arguments.seeds), "networks": networks}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    arguments.output.write_text(json.dumps(to_jsonable(result), indent=1) + "\n", encoding="utf-8")
     figure(networks, arguments.figure)
 
 

@@ -151,6 +151,20 @@ def test_what_real_programs_cost_is_the_benchmarks():
     assert f"{sum(x <= 25 for x in steps)} of them within 25, and {sum(row['target'] for row in figures)} with" in text
 
 
+def test_what_noise_does_is_the_benchmarks():
+    networks = json.loads((ROOT / "examples/benchmarks/results/noise_cpu.json").read_text())["networks"]
+    gpt, cnn = networks["gpt"]["summary"], networks["cnn"]["summary"]
+    text = " ".join(README.split())
+    batch, auto = ([of[arm]["median_error"] for of in (gpt, cnn)] for arm in ("batch", "auto"))
+    costs = [of["auto"]["cost"] for of in (gpt, cnn)]
+    assert (
+        f'off by {batch[0]:.2f} on the GPT and {batch[1]:.2f} on the CNN, that of "auto" by {auto[0]:.2f} and '
+        f"{auto[1]:.2f}, at {costs[0]:.1f} and {costs[1]:.1f} times the cost."
+    ) in text
+    covered = [networks[name]["coverage"] for name in ("gpt", "cnn")]
+    assert f"in {covered[0]:.0%} of the GPT's fits and {covered[1]:.0%} of the CNN's." in text
+
+
 COSTS = ("exact", "curvlinops", "ggn", "sketch", "auto")
 NETS = """
 import torch
