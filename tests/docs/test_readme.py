@@ -162,7 +162,7 @@ def test_what_noise_does_is_the_benchmarks():
         f"{auto[1]:.2f}, at {costs[0]:.1f} and {costs[1]:.1f} times the cost."
     ) in text
     covered = [networks[name]["coverage"] for name in ("gpt", "cnn")]
-    assert f"in {covered[0]:.0%} of the GPT's fits and {covered[1]:.0%} of the CNN's." in text
+    assert f"in {100 * covered[0]:.0f} % of the GPT's fits and {100 * covered[1]:.0f} % of the CNN's." in text
 
 
 COSTS = ("exact", "curvlinops", "ggn", "sketch", "auto")
