@@ -210,7 +210,10 @@ def ranks(repeats: int, size: Size = SHARED, processes: Sequence[int] = (1, 2)) 
     for n in processes:
         model, _ = size.build()
         tokens = torch.randint(0, size.words, (size.samples * steps, size.length + 1))
-        probe, timed = SpectralProbe(every_n_steps=2, curvature=size.method, top_k=size.k), Timed()
+        probe, timed = (
+            SpectralProbe(every_n_steps=2, curvature=size.method, top_k=size.k, gradient_samples=None),
+            Timed(),
+        )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "seen.json"
             trainer = pl.Trainer(

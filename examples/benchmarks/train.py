@@ -191,8 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--study", action="store_true", help="the grid of exponents and dampings too")
     parser.add_argument("--quick", action="store_true", help="three steps of small networks, to see that it works")
     options = parser.parse_args(argv)
-    if options.study and options.arm and "spectral_newton" not in options.arm:
-        parser.error("--study goes by the best rate of the arm spectral_newton; add --arm spectral_newton")
+    if options.study and options.arm and STUDIED_ARM not in options.arm:
+        parser.error(f"--study goes by the best rate of the arm {STUDIED_ARM}; add --arm {STUDIED_ARM}")
     names = options.arm or (("adamw", "muon", "spectral_newton") if options.quick else ARMS)
     seeds = SEEDS[:2] if options.quick else SEEDS
     arms, tasks = {name: ARMS[name] for name in names}, options.task or list(TASKS)

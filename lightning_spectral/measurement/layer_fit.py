@@ -178,7 +178,7 @@ def _explain(alpha: PowerLawFit, sigma: Tensor, h: Tensor) -> str:
         return "all sigma are equal to rounding, so h has no slope against them"
     if not len(h):
         return f"no direction above the noise floor{'' if bool(sigma.any()) else ': its gradient is zero'}"
-    return f"fewer than {MIN_POINTS} directions above the noise floor with h > 0, which a fit of alpha needs"
+    return f"too few directions above the noise floor with h > 0: a fit of alpha needs {MIN_POINTS}"
 
 
 def _count_repeated(sigma: Tensor, floor: float) -> int:

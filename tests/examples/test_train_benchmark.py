@@ -81,8 +81,8 @@ def test_a_recipe_says_what_the_options_come_to():
     assert train_runs.recipe(language, train_runs.ARMS["adamw"]) == "AdamW weight_decay=0.01"
     assert train_runs.recipe(language, train_runs.ARMS["paper"]) == "SpectralNewton alpha=1.0 damping=0.1"
     assert train_runs.recipe(pixels, train_runs.ARMS["paper"]) == "SpectralNewton alpha=2.0 damping=0.1"
-    assert train_runs.recipe(pixels, train_runs.Arm(SpectralNewton, {}, {"momentum": 0.9, "damping": 0.5})) == (
-        "SpectralNewton momentum=0.9 alpha=2.0 damping=0.5"
+    assert train_runs.recipe(pixels, train_runs.Arm(SpectralNewton, {}, {"momentum": 0.8, "damping": 0.5})) == (
+        "SpectralNewton momentum=0.8 update_rms=adam alpha=2.0 damping=0.5"
     )
     assert {train_runs.ARMS[name].optimizer for name in ("muon", "layer_rates")} == {MuonWithAdamW, LayerRateAdamW}
 
@@ -164,11 +164,9 @@ def test_the_figure_needs_matplotlib(monkeypatch, tmp_path):
         figure(summary(), {}, {}, tmp_path / "train.png")
 
 
-def test_the_grid_is_of_rates_near_the_best_of_the_defaults(tmp_path):
+def test_the_grid_is_of_rates_near_the_best_of_its_arm(tmp_path):
     store = Store(tmp_path / "train.json", {})
-    bench = train.Benchmark(
-        store, ["language"], {"spectral_newton": train_runs.ARMS["spectral_newton"]}, (0,), quick=True
-    )
+    bench = train.Benchmark(store, ["language"], {"fixed_size": train_runs.ARMS["fixed_size"]}, (0,), quick=True)
     (seed,) = train.TUNING_SEEDS["language"]
     losses = {
         "alpha=2 damping=0.03": {0.01: 2.0, 0.02: 1.0, 0.04: 3.0},
@@ -188,7 +186,7 @@ def test_the_grid_is_of_rates_near_the_best_of_the_defaults(tmp_path):
 def test_the_study_needs_the_defaults(capsys):
     with pytest.raises(SystemExit):
         train.main(["--study", "--arm=muon"])
-    assert "add --arm spectral_newton" in capsys.readouterr().err
+    assert "add --arm fixed_size" in capsys.readouterr().err
 
 
 def test_the_kept_results_are_of_the_tasks_and_arms_as_they_are():

@@ -112,7 +112,7 @@ def train(folder, name, fault=None, ckpt_path=None):
     trainer.fit(module, Batches(), ckpt_path=ckpt_path)
     result = {
         "weights": {key: value.double().tolist() for key, value in module.state_dict().items()},
-        "reports": [{**report.to_dict(), "seconds": 0} for report in probe.history],
+        "reports": [{**report.to_dict(), "seconds": 0, "gradient_seconds": 0} for report in probe.history],
         "probes": probe.probes,
         "alphas": [trainer.optimizers[0].alpha_of(module.net[i].weight) for i in (0, 4)],
         "random": [torch.get_rng_state().tolist(), random.getstate()[1], np.random.get_state()[1].tolist()],
@@ -163,7 +163,10 @@ def table(folder, name):
 
 def reports(folder, name):
     """What a run kept in spectra.jsonl, without the time it took."""
-    return [{**report.to_dict(), "seconds": 0} for report in read_reports(folder / "csv" / name / "spectra.jsonl")]
+    return [
+        {**report.to_dict(), "seconds": 0, "gradient_seconds": 0}
+        for report in read_reports(folder / "csv" / name / "spectra.jsonl")
+    ]
 
 
 def forked(call, *args):

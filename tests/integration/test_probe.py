@@ -21,7 +21,7 @@ from tiny import Repeated, Tiny, batch_of, fit_tiny
 from torch import nn
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
-from lightning_spectral.callbacks.log_selection import CURVES, LOGGED_LAYERS, PER_LAYER
+from lightning_spectral.callbacks.log_selection import BY_KIND, LOGGED_LAYERS, PER_LAYER
 from lightning_spectral.callbacks.warn_once import MAX_CAUSES, WarnOnce
 from lightning_spectral.records.log_keys import LAYER_KEYS, PROBE_KEYS, REPORT_KEYS
 
@@ -90,7 +90,7 @@ def test_one_dict_per_probe_with_every_key():
     metrics = logger.rows[-1][1]
     layers = {f"spectral/{name}/{quantity}" for name in ("net.0.weight", "net.2.weight") for quantity in PER_LAYER}
     medians = {f"spectral/{key.name}_median" for key in LAYER_KEYS if key.median and not key.part}
-    medians |= {f"spectral/kind/{kind}/{quantity}_median" for kind in ("head", "dense") for quantity in CURVES}
+    medians |= {f"spectral/kind/{kind}/{quantity}_median" for kind in ("head", "dense") for quantity in BY_KIND}
     assert set(metrics) == layers | medians | {f"spectral/{key}" for key in (*REPORT_KEYS, *PROBE_KEYS)}
     report = probe.last_report
     assert metrics["spectral/net.0.weight/alpha"] == report.layers["net.0.weight"].alpha.exponent

@@ -271,7 +271,7 @@ def test_fewer_samples_are_advised_only_where_they_cost_less(chosen, samples, sa
     clock.now = 2.0
     budget.record_probe(0, 2.0)
     clock.now = 6.0
-    found = replace(reports.report(reports.layer("a")), chosen=chosen, n_samples=samples)
+    found = replace(reports.report(reports.layer("a")), chosen=chosen, curvature_samples=samples)
     # Four steps of a second each, and four to come: 1 s of 10 is allowed, half of what a probe took.
     BudgetAdvice(budget, told.append).judge(4, found, lambda: 8)
     assert f"set max_samples {says}, fewer layers" in told[0]

@@ -179,7 +179,7 @@ SOME_MEASURED = {
     ),
     "few_directions": (
         lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), square, {"layers": "*"}, ["2.weight"],
-        "fewer than 3 directions above the noise floor with h > 0, which a fit of alpha needs",
+        "too few directions above the noise floor with h > 0: a fit of alpha needs 3",
     ),
     "zero_gradient": (
         lambda: nn.ModuleDict({"used": nn.Linear(6, 5), "dead": nn.Linear(6, 5)}),

@@ -28,7 +28,7 @@ class Twin:
     """The formulas of SpectralNewton's docstring, one matrix after the other, in float64."""
 
     def __init__(self, weights, **options):
-        self.o = {"lr": 1e-3, "alpha": 2.0, "damping": 0.1, "momentum": 0.95, "nesterov": True, "weight_decay": 0.01}
+        self.o = {"lr": 1e-3, "alpha": 2.0, "damping": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
         self.o |= {"update_rms": "adam", "max_gain": 4.0, **options}
         self.weights = [w.detach().double().clone() for w in weights]
         self.buffers = [torch.zeros_like(w) for w in self.weights]
@@ -74,7 +74,7 @@ def set_grads(weights):
         {"alpha": 0.0},
         {"alpha": 1.5, "damping": 1.0, "update_rms": 1.0},
         {"update_rms": 0.2},
-        {"momentum": 0.9, "nesterov": False},
+        {"momentum": 0.95, "nesterov": False},
     ],
 )
 def test_steps_are_those_of_the_formulas(options):
