@@ -167,7 +167,7 @@ def test_wandb_hides_nothing_where_all_charts_are_wanted(tmp_path):
 @pytest.mark.parametrize(
     ("kinds", "expected"),
     [
-        (["conv"] * 53 + ["head"], 18),
+        (["conv"] * 53 + ["head"], 17),
         (["attention_qkv", "attention_out", "mlp_up", "mlp_down"] * 12 + ["head"], 0),
         (["conv"] * 3 + ["head"], 4),
     ],
