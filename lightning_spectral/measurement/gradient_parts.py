@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lightning_spectral.curvature import LossValue
 from lightning_spectral.errors import is_out_of_memory, text_of
+from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
 from lightning_spectral.measurement.objective import Objective, ObjectiveGradients
 from lightning_spectral.measurement.part_norms import PartNorms, SquaredNorms
@@ -62,7 +63,7 @@ def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch) 
         try:
             values = loss.gradients(keep_graph=False).values
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or interruption(error):
                 raise
             return GradientParts([], f"the loss fails on a part of the batch alone ({text_of(error)})")
         losses.append(LossValue.of(loss.value, loss.trace))

@@ -8,7 +8,13 @@ import joint_measurements as joint
 import pytest
 import torch
 
-from lightning_spectral import SpectralReport, SpectralWarning, measure_spectra
+from lightning_spectral import (
+    SpectralReport,
+    SpectralWarning,
+    directional_curvature,
+    measure_spectra,
+    top_singular_triplets,
+)
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.numerics.gradient_noise import GradientPart, gradient_noise
@@ -41,8 +47,11 @@ def alone():
     return found
 
 
-# "auto" takes a sketch of the smooth network.
-@pytest.mark.parametrize("label", [label for label in joint.MEASURED if label not in ("smooth sketch", "smooth auto")])
+OF_RANKS = ("smooth sketch", "smooth auto", "smooth of many and few")
+"""What ranks measure otherwise: "auto" takes a sketch of the smooth network; few samples are so of each rank."""
+
+
+@pytest.mark.parametrize("label", [label for label in joint.MEASURED if label not in OF_RANKS])
 def test_processes_together_measure_what_one_does_on_all_their_samples(results, alone, label):
     expected, found = alone[label], SpectralReport.from_dict(results[0][label])
     assert found.loss == pytest.approx(expected.loss, rel=1e-10)
@@ -54,6 +63,21 @@ def test_processes_together_measure_what_one_does_on_all_their_samples(results, 
         torch.testing.assert_close(layer.h, other.h, rtol=1e-8, atol=1e-8 * float(other.h.abs().max()))
         torch.testing.assert_close(layer.spectrum, other.spectrum, rtol=1e-10, atol=1e-14)
         assert layer.alpha.exponent == pytest.approx(other.alpha.exponent, rel=1e-6, nan_ok=True)
+
+
+def test_the_gradient_is_of_all_samples_and_the_curvature_of_the_first_of_each_process(results):
+    model, batch = joint.network("smooth")
+    found = SpectralReport.from_dict(results[0]["smooth of many and few"])
+    assert (found.n_samples, found.curvature_samples) == (sum(joint.SIZES), 2 * joint.FEW)
+    parts = [joint.part(batch, rank) for rank in (0, 1)]
+    first = tuple(torch.cat([x[: joint.FEW] for x in tensors]) for tensors in zip(*parts, strict=True))
+    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
+    gradients = torch.autograd.grad(joint.loss(model, batch), list(weights.values()))
+    directions = {n: top_singular_triplets(g, 5) for n, g in zip(weights, gradients, strict=True)}
+    h = directional_curvature(model, first, directions, joint.loss)
+    for name, layer in found.layers.items():
+        torch.testing.assert_close(layer.sigma, directions[name].sigma, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(layer.h, h[name], rtol=1e-6, atol=1e-10)
 
 
 @pytest.mark.parametrize("label", ["smooth exact", "smooth sketch", "conv exact"])

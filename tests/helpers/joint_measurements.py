@@ -76,10 +76,14 @@ def part(batch, rank):
     return tuple(tensor[start : start + SIZES[rank]] for tensor in batch)
 
 
+FEW = 8
+"""Samples of each rank that curvature is measured on, of fewer than the gradient's."""
+
 EVERYTHING = {"alignment": True, "weight_spectra": True, "curvature_fraction": 4, "spectrum_top_k": 8}
 MEASURED = {
     **{f"{name} {method}": (name, {"curvature": method}) for name in NETWORKS for method in ("exact", "ggn", "auto")},
     "smooth sketch": ("smooth", {"curvature": "sketch"}),
+    "smooth of many and few": ("smooth", {"curvature": "exact", "gradient_samples": 90, "max_samples": FEW}),
     "conv in pieces": ("conv", {"curvature": "exact", "micro_batch_size": 7}),
     "conv everything": ("conv", {"curvature": "ggn", **EVERYTHING}),
     "conv everything in pieces": ("conv", {"curvature": "ggn", "micro_batch_size": 7, **EVERYTHING}),
