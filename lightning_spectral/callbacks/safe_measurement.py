@@ -29,6 +29,7 @@ class SafeMeasurement:
     def __init__(self, options: Options, loss_fn: LossFunction | None, warn: Callable[[str], None]) -> None:
         self.options, self.loss_fn, self.warn = options, loss_fn, warn
         self._chosen = ""
+        self._has_measured = False
 
     def report(
         self,
@@ -50,9 +51,12 @@ class SafeMeasurement:
             step: optimizer steps before it.
         """
         where: dict[str, Any] = {"batch_idx": batch_idx, "n_batches": n_batches, "group": group}
+        # Once is enough.
+        where["compare_modes"] = not self._has_measured
         measure = partial(run_measurement, module, batches, self.options, self.loss_fn, **where)
         if (report := attempt(measure, self.warn, f"nothing was measured at step {step}")) is None:
             return None
+        self._has_measured = True
         report = report.at(step=step, epoch=trainer.current_epoch)
         for text in report.problems():
             self.warn(text)

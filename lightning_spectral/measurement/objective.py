@@ -64,6 +64,10 @@ class ObjectiveGradients:
     parts: Sequence[SquaredNorms]
 
 
+Loss = Callable[[Any], Any]
+"""Function of a batch."""
+
+
 @dataclass
 class SizeInUse:
     """Samples of the micro-batch that is, or was last, in memory; None where a batch does not tell."""
@@ -334,8 +338,16 @@ class Objective:
         """Return float64 if all weights, buffers and these dtypes are, else float32."""
         return torch.float64 if self._initial_state.dtypes | dtypes == {torch.float64} else torch.float32
 
+    def known_value(self, micro_batch: MicroBatch) -> float | None:
+        """Return the loss of a micro-batch, without its weight; None where it was not computed as a whole."""
+        return next(iter(self._values[_place(micro_batch)]), None)
+
+    def value_of(self, micro_batch: MicroBatch, wrapped: Callable[[Loss], Loss]) -> float:
+        """Return the loss of a micro-batch as ``wrapped`` computes it."""
+        return float(ReplayedLoss(wrapped(self._loss), partial(self._samples, micro_batch), self._initial_state, [])())
+
     def _replayed(self, micro_batch: MicroBatch) -> ReplayedLoss:
-        values = self._values[MicroBatch(micro_batch.batch, 1.0, micro_batch.start, micro_batch.stop)]
+        values = self._values[_place(micro_batch)]
         return ReplayedLoss(self._loss, partial(self._samples, micro_batch), self._initial_state, values)
 
     def _samples(self, micro_batch: MicroBatch) -> Any:
@@ -367,6 +379,11 @@ class Objective:
                 ) from error
         dtypes = {dtype for loss in losses for dtype in (loss.dtype, *loss.casts)}
         return infer_weights(total, parts, losses, self.compute_dtype(dtypes))
+
+
+def _place(micro_batch: MicroBatch) -> MicroBatch:
+    """Return the micro-batch by which its values are kept."""
+    return MicroBatch(micro_batch.batch, 1.0, micro_batch.start, micro_batch.stop)
 
 
 def batch_sizes(batches: Sequence[Any]) -> list[int | None]:

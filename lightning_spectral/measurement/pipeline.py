@@ -20,6 +20,7 @@ from lightning_spectral.measurement.micro_batches import MicroBatch
 from lightning_spectral.measurement.objective import Objective, ObjectiveGradients
 from lightning_spectral.measurement.raw import RawMeasurement
 from lightning_spectral.measurement.setup import isolated_copy, select_layers, set_up_objective
+from lightning_spectral.measurement.train_mode import other_loss_in_training
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.options import Options
 from lightning_spectral.records.report import SpectralReport
@@ -33,6 +34,7 @@ def run_measurement(
     *,
     batch_idx: int = 0,
     n_batches: int | None = None,
+    compare_modes: bool = True,
     group: SingleProcess = SINGLE_PROCESS,
 ) -> SpectralReport:
     """Measure gradient spectrum and curvature along it, of every layer; one joint result for all ranks of ``group``.
@@ -46,6 +48,7 @@ def run_measurement(
         options: what to measure and how.
         batch_idx: what training_step is told.
         n_batches: of this rank's, with gradient_samples those that curvature is measured on; None: all.
+        compare_modes: whether to compute the loss once in train mode, too, and say if it is another.
         group: ranks that measure together.
     """
     started = time.perf_counter()
@@ -58,6 +61,7 @@ def run_measurement(
             with attempt:
                 raw = measure(objective, options, attempt.max_size, n_batches)
         raw.raise_if_nothing_measured(len(layers.layers) - len(raw.directions.skipped))
+        in_training = other_loss_in_training(objective, copy.module) if compare_modes and options.mode == "eval" else ""
         spectra, micro_batch_size = fit_layers(objective, raw, options)
     curvatures = raw.curvatures
     return SpectralReport(
@@ -77,6 +81,7 @@ def run_measurement(
         gradient_seconds=raw.gradient_seconds,
         warnings=(
             *copy.notes,
+            *([in_training] if in_training else []),
             *raw.precision_notes,
             *curvatures.notes,
             *omission_notes(objective, raw, spectra, options),
