@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,8 +64,11 @@ def other_loss_in_training(objective: Objective, module: nn.Module) -> str:
 def _difference(objective: Objective, module: nn.Module) -> str:
     micro_batch = objective.full_batches()[0]
     try:
-        with torch.no_grad(), _in_train_mode(module) as wrapped, function_mode(_WithoutDropout()):
-            trained = objective.value_of(micro_batch, wrapped)
+        with torch.no_grad(), _in_train_mode(module) as wrapped, warnings.catch_warnings():
+            # What the user's code warns of, it does in eval mode, too.
+            warnings.simplefilter("ignore")
+            with function_mode(_WithoutDropout()):
+                trained = objective.value_of(micro_batch, wrapped)
         measured = objective.known_value(micro_batch)
     except Exception as error:
         # What is measured is the loss in eval mode, which does not fail.

@@ -928,8 +928,8 @@ def test_a_loss_that_is_another_at_each_call_is_refused():
         measure_spectra(model, batch, counting, curvature="exact")
     calls.clear()
     assert measure_spectra(model, batch, counting, curvature="exact", micro_batch_size=1000).loss > 0
-    # Of the whole batch, and of its parts for the noise.
-    assert len(calls) == 1 + PARTS
+    # Of the whole batch, of its parts for the noise, and in train mode.
+    assert len(calls) == 1 + PARTS + 1
 
 
 @pytest.mark.parametrize("method", ["exact", "ggn", "sketch", "auto"])
