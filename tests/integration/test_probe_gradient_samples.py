@@ -172,3 +172,31 @@ def test_a_loss_whose_samples_cannot_be_counted_is_measured_on_the_batch():
         (0, 1, None),
         (5, 1, None),
     ]
+
+
+def test_the_default_is_nearer_to_all_samples_than_a_batch_is():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 24), torch.nn.ReLU(), torch.nn.Linear(24, 24), torch.nn.ReLU(), torch.nn.Linear(24, 5)
+    )
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for i in range(150):
+        x, y = joined([400 + i])
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    module = Still(net)
+    everything = measure_spectra(module, joined(range(400)), max_samples=400)
+    errors, signals = {}, {}
+    for gradient_samples in (None, "auto"):
+        probe = SpectralProbe(every_n_steps=60, gradient_samples=gradient_samples)
+        train(probe, module, steps=150)
+        found = [
+            abs(layer.alpha.exponent - everything.layers[name].alpha.exponent)
+            for report in probe.history
+            for name, layer in report.layers.items()
+        ]
+        errors[gradient_samples] = median(found)
+        signals[gradient_samples] = median(r.medians()["signal_median"] for r in probe.history)
+    assert errors["auto"] < 0.6 * errors[None]
+    assert signals["auto"] > signals[None]
