@@ -145,9 +145,15 @@ def summarized(rows: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = {arm: median(row["seconds"] for row in of_arm) for arm, of_arm in arms.items()}
     keys = ("samples", "signal", "noise_scale", "median_error", "bias", "alpha", "reference")
     return {
-        arm: {key: median(row[key] for row in of_arm) for key in keys} | {"cost": seconds[arm] / seconds["batch"]}
+        arm: {key: median(row[key] for row in of_arm) for key in keys}
+        | {"cost": seconds[arm] / seconds["batch"], "error_with_room": _with_room(of_arm)}
         for arm, of_arm in arms.items()
     }
+
+
+def _with_room(rows: list[dict[str, Any]]) -> float:
+    """Return the median error of the probes that found more than one batch before the run's end."""
+    return median(row["median_error"] for row in rows if row["samples"] > BATCH)
 
 
 def coverage(rows: list[dict[str, Any]]) -> float | None:
