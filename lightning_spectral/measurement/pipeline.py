@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
+from lightning_spectral.layers.matrices import LayerSet
 from lightning_spectral.measurement.directions import leading_directions, noise_of_layers
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature, estimate_trace, wants_graph
 from lightning_spectral.measurement.fitting import fit_layers, omission_notes
@@ -19,7 +21,7 @@ from lightning_spectral.measurement.memory import attempts
 from lightning_spectral.measurement.micro_batches import MicroBatch
 from lightning_spectral.measurement.objective import Objective, ObjectiveGradients
 from lightning_spectral.measurement.raw import RawMeasurement
-from lightning_spectral.measurement.setup import isolated_copy, select_layers, set_up_objective
+from lightning_spectral.measurement.setup import NetworkCopy, isolated_copy, select_layers, set_up_objective
 from lightning_spectral.measurement.train_mode import other_loss_in_training
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.options import Options
@@ -52,11 +54,7 @@ def run_measurement(
         group: ranks that measure together.
     """
     started = time.perf_counter()
-    with isolated_copy(model, options.mode, options.precision, group) as copy:
-        with group.step():
-            layers = select_layers(copy.original, options)
-            loss = resolve_loss(copy.original, loss_fn, batch_idx)
-        objective = set_up_objective(copy, loss, batches, layers.layers, options, group)
+    with _prepared(model, batches, options, loss_fn, batch_idx, group) as (copy, layers, objective):
         for attempt in attempts(objective, options.micro_batch_size):
             with attempt:
                 raw = measure(objective, options, attempt.max_size, n_batches)
@@ -105,11 +103,7 @@ def measure_noise_scale(
     Args:
         model, batches, options, loss_fn, batch_idx, group: as in `run_measurement`.
     """
-    with isolated_copy(model, options.mode, options.precision, group) as copy:
-        with group.step():
-            layers = select_layers(copy.original, options)
-            loss = resolve_loss(copy.original, loss_fn, batch_idx)
-        objective = set_up_objective(copy, loss, batches, layers.layers, options, group)
+    with _prepared(model, batches, options, loss_fn, batch_idx, group) as (_, _, objective):
         for attempt in attempts(objective, options.micro_batch_size):
             with attempt:
                 micro_batches = objective.cut(attempt.max_size)
@@ -117,6 +111,23 @@ def measure_noise_scale(
                 parts = gradient_parts(objective, gradients, micro_batches)
                 noise = noise_of_layers(gradients, parts.norms, objective)
     return median(of_layer.noise_scale for of_layer in noise.values())
+
+
+@contextmanager
+def _prepared(
+    model: nn.Module,
+    batches: Sequence[Any],
+    options: Options,
+    loss_fn: LossFunction | None,
+    batch_idx: int,
+    group: SingleProcess,
+) -> Iterator[tuple[NetworkCopy, LayerSet, Objective]]:
+    """Yield the isolated copy of a model, its layers to measure and their objective."""
+    with isolated_copy(model, options.mode, options.precision, group) as copy:
+        with group.step():
+            layers = select_layers(copy.original, options)
+            loss = resolve_loss(copy.original, loss_fn, batch_idx)
+        yield copy, layers, set_up_objective(copy, loss, batches, layers.layers, options, group)
 
 
 def measure(
