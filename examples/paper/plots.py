@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from lightning_spectral.report.figures.style import canvas, ink, kind_style
+from lightning_spectral.report.figures.canvas import canvas
+from lightning_spectral.report.figures.style import ink, kind_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,8 @@ def strips(
         kinds: name of a row -> kind of layer, whose colour it has.
         paper: name of a row -> (lowest, highest) figure of the paper.
     """
-    with canvas(6.0, 1.0 + 0.24 * len(groups), dark=False) as figure:
+    with canvas(6.0, 1.0 + 0.24 * len(groups)) as drawing:
+        figure = drawing.figure
         axes = figure.subplots()
         for y, (name, values) in enumerate(groups.items()):
             colour, marker = kind_style(kinds[name]) if kinds else (PALETTE[0], "o")
@@ -70,7 +72,8 @@ def parts(rows: Mapping[str, Mapping[str, Sequence[float]]], title: str, label: 
         title, label: of the figure and its abscissa.
     """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    with canvas(6.0, 1.3 + 0.24 * len(rows), dark=False) as figure:
+    with canvas(6.0, 1.3 + 0.24 * len(rows)) as drawing:
+        figure = drawing.figure
         axes = figure.subplots()
         axes.axvline(0, color=BAND, linewidth=0.8, zorder=0)
         for i, name in enumerate(names):
@@ -107,7 +110,8 @@ def curves(
         log_x: whether the abscissa is logarithmic, with ticks where the values are.
     """
     networks = list(dict.fromkeys(name.partition(":")[0] for name in series))
-    with canvas(6.0, 3.2, dark=False) as figure:
+    with canvas(6.0, 3.2) as drawing:
+        figure = drawing.figure
         axes = figure.subplots()
         for i, (name, points) in enumerate(series.items()):
             dash = DASHES[networks.index(name.partition(":")[0]) % len(DASHES)] if kinds else "-"
@@ -159,7 +163,8 @@ def panels(columns: Sequence[Sequence[Panel]], title: str, labels: tuple[str, st
     """
     rows = max(map(len, columns))
     handles: dict[str, Any] = {}
-    with canvas(max(1.6 * len(columns), 4.0), 1.0 + 2.3 * rows, dark=False) as figure:
+    with canvas(max(1.6 * len(columns), 4.0), 1.0 + 2.3 * rows) as drawing:
+        figure = drawing.figure
         grid = figure.subplots(rows, len(columns), squeeze=False, sharey=True)
         for j, column in enumerate(columns):
             empty = rows - len(column)
@@ -226,7 +231,8 @@ def clouds(
         line: (slope, intercept) of a line through all.
         log: whether the ordinate is logarithmic.
     """
-    with canvas(6.0, 3.4, dark=False) as figure:
+    with canvas(6.0, 3.4) as drawing:
+        figure = drawing.figure
         axes = figure.subplots()
         for i, (name, (x, y)) in enumerate(groups.items()):
             axes.plot(x, y, "osD^vPX"[i % 7], color=PALETTE[i % len(PALETTE)], alpha=0.7, label=name, linestyle="none")

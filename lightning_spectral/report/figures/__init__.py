@@ -1,12 +1,21 @@
 """Figures of a report, or of a list of reports, for a paper or a notebook. Needs matplotlib.
 
 Every function returns a `matplotlib.figure.Figure` and touches no global state of matplotlib: nothing is shown, no
-backend chosen, no setting changed, and the settings in force change nothing in the figure. Save it with
-``figure.savefig("alpha.pdf")``; a notebook shows what a cell returns as a picture.
+backend chosen, no setting changed, and the settings in force change nothing in the figure. A notebook shows what a cell
+returns as a picture. ``figure.savefig("alpha.pdf")`` writes it at its own size, with fonts embedded, pixels at 300 dpi.
 
-All take the keywords ``width``, in inches, made for 3.5 and more, and ``dark``. Figures are black on opaque white by
-default, so that one saved in a dark notebook is also one for a paper, and its labels can be read in both; a transparent
-ground would lose its black labels on a dark page. ``dark=True`` draws light on dark for slides and dark pages.
+A report is one of `measure_spectra` or ``probe.last_report``; where several are taken, such as ``probe.history``, they
+are drawn over their steps, or numbered where one has no step. All functions have these keywords:
+
+- ``width``: of the figure, in inches, 3.25 at least. Columns of papers are 3.25 to 3.5 wide, their text 5.5 to 6.75.
+- ``title``: False leaves out the title, for a figure with a caption.
+- ``dark``: light on dark, for slides and dark pages. The default is black on opaque white, so that a figure saved in a
+  dark notebook is also one for a paper, and its labels can be read in both.
+- ``ax``: axes of a figure of your own to draw on, in place of a new one; they are returned, and ``width`` is theirs.
+  `plot_power_law` and `plot_rank_profiles` take it for one layer, `plot_scale_over_training` takes two.
+
+They raise ImportError without matplotlib, and ValueError where there is no report, a report holds no layers, or the
+width is too small.
 
 A kind of layer has the same colour and marker in every figure, from Okabe and Ito's palette for colour-blind readers.
 Hollow markers are fits not to be trusted (`lightning_spectral.analysis.trusted`), but in `plot_power_law`, where they

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -16,20 +16,19 @@ from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.fit_quality import LEAST_SIGNAL
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.figures.legends import kind_handles, legend, line_handle, mark_handle, patch_handle
+from lightning_spectral.report.figures.canvas import canvas, room
+from lightning_spectral.report.figures.legends import kind_handles, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
     EDGE,
     QUIET,
     WIDTH,
     Reports,
     all_reports,
-    canvas,
     ground,
     ink,
     kind_style,
     one_report,
     say,
-    title,
 )
 from lightning_spectral.report.figures.ticks import NAME_LENGTH, log_ticks, name_ticks
 
@@ -45,7 +44,15 @@ EARLIER = 0.35
 """Opacity of the layers of all reports but the last."""
 
 
-def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: bool = False) -> Figure:
+@overload
+def plot_alpha_by_depth(
+    report: SpectralReport, *, width: float = ..., dark: bool = ..., title: bool = ...
+) -> Figure: ...
+@overload
+def plot_alpha_by_depth(report: SpectralReport, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
+def plot_alpha_by_depth(
+    report: SpectralReport, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Axes | None = None
+) -> Figure | Axes:
     """Draw the exponent alpha of each layer in the order of the network, with its standard error.
 
     Colour and marker are the layer's kind, hollow where its fit is not to be trusted. The grey band is alpha from 1.85
@@ -53,20 +60,12 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
     The pale steps, on the right axis, are the signal S of each layer's gradient, the share of its square that is no
     sampling noise, held within 0 and 1; below the dotted mark at 0.8 no fit is trusted. They are left out where no
     signal is known.
-
-    Args:
-        report: what was measured.
-        width: of the figure, in inches.
-        dark: light on dark.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: if the report holds no layers.
     """
     layers = list(one_report(report).layers.values())
     names = [layer.name for layer in layers]
-    with canvas(width, 2.4 + 0.055 * max(len(shortened(name, NAME_LENGTH)) for name in names), dark=dark) as figure:
-        axes = figure.subplots()
+    height = 2.4 + 0.055 * max(len(shortened(name, NAME_LENGTH)) for name in names)
+    with canvas(width, height, dark=dark, title=title, ax=ax) as drawing:
+        (axes,) = drawing.panels()
         band = draw_alpha_band(axes)
         signal = _draw_signal(axes, [layer.gradient_noise.signal for layer in layers])
         missing = [i for i, layer in enumerate(layers) if math.isnan(layer.alpha.exponent)]
@@ -78,36 +77,33 @@ def plot_alpha_by_depth(report: SpectralReport, *, width: float = WIDTH, dark: b
             edge = axes.get_xaxis_transform()
             axes.plot(missing, [0.0] * len(missing), "x", color=ink(), transform=edge, label="no fit", **EDGE)
         axes.set(xlim=(-0.6, len(layers) - 0.4), ylim=_alpha_limits(layers), ylabel="α ± standard error")
-        name_ticks(axes.xaxis, names, width - 0.7)
+        name_ticks(axes.xaxis, names, room(ax, width))
         axes.tick_params(axis="x", which="major", labelrotation=90)
         if len(missing) == len(layers):
             say(axes, f"no layer has a fit of α\n({layers[0].note or 'too few usable directions'})")
-        title(figure, "Curvature exponent α by depth", [report])
+        drawing.title("Curvature exponent α by depth", [report])
         marks = [mark_handle("x", "no fit")] if missing else []
         fitted = [layer for layer in layers if not math.isnan(layer.alpha.exponent)]
-        legend(figure, [*kind_handles(layer.kind for layer in fitted), *hollow_handle(fitted), *marks, band, *signal])
-    return figure
+        drawing.legend([*kind_handles(layer.kind for layer in fitted), *hollow_handle(fitted), *marks, band, *signal])
+    return drawing.figure if ax is None else ax
 
 
-def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool = False) -> Figure:
+@overload
+def plot_transfer_identity(reports: Reports, *, width: float = ..., dark: bool = ..., title: bool = ...) -> Figure: ...
+@overload
+def plot_transfer_identity(reports: Reports, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
+def plot_transfer_identity(
+    reports: Reports, *, width: float = 4.0, dark: bool = False, title: bool = True, ax: Axes | None = None
+) -> Figure | Axes:
     """Draw the decay s of the curvature against alpha gamma, its value by the transfer relation, a point per layer.
 
     On the line s = alpha gamma; the band holds transfer errors abs(s - alpha gamma) / abs(s) up to 10 %. Hollow
     where alpha's fit is not to be trusted; the median error in the title is over the others. Of several reports, the
     layers of all but the last are pale.
-
-    Args:
-        reports: one, or several such as ``probe.history``.
-        width: of the figure, in inches.
-        dark: light on dark.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: if there is no report, or one holds no layers.
     """
     history = all_reports(reports)
-    with canvas(width, 0.9 * width, dark=dark) as figure:
-        axes = figure.subplots()
+    with canvas(width, 0.9 * width, dark=dark, title=title, ax=ax) as drawing:
+        (axes,) = drawing.panels()
         points = _points(history, lambda layer: layer.s.exponent)
         low, high = padded([v for x, y, _, _ in points for v in (x, y)])
         ends = torch.linspace(low, high, 200)
@@ -118,31 +114,30 @@ def plot_transfer_identity(reports: Reports, *, width: float = 4.0, dark: bool =
         axes.locator_params(nbins=7)
         if not points:
             say(axes, "no layer has fits of α, γ and s")
-        title(figure, "Transfer relation s = α γ", history, _transfer_note([layer for _, _, layer, _ in points]))
+        drawing.title("Transfer relation s = α γ", history, _transfer_note([layer for _, _, layer, _ in points]))
         band = patch_handle("error up to 10 %", color=ink(), alpha=0.12)
-        legend(figure, [*_keys(history, points), line_handle("-", "s = α γ"), band])
-    return figure
+        drawing.legend([*_keys(history, points), line_handle("-", "s = α γ"), band])
+    return drawing.figure if ax is None else ax
 
 
-def plot_participation_ratio(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
+@overload
+def plot_participation_ratio(
+    reports: Reports, *, width: float = ..., dark: bool = ..., title: bool = ...
+) -> Figure: ...
+@overload
+def plot_participation_ratio(reports: Reports, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
+def plot_participation_ratio(
+    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Axes | None = None
+) -> Figure | Axes:
     """Draw the participation ratio of the curvature against alpha gamma, with the zeta bound and that of a window.
 
     The solid line is zeta(alpha gamma)^2 / zeta(2 alpha gamma), infinite up to alpha gamma = 1; the dashed one is what
     a pure power law of n directions has, n the number of positive h that most layers have. Both are bounds for exact
     power laws: a spectrum that bends can lie above them.
-
-    Args:
-        reports: one, or several such as ``probe.history``; the layers of all but the last are pale.
-        width: of the figure, in inches.
-        dark: light on dark.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: if there is no report, or one holds no layers.
     """
     history = all_reports(reports)
-    with canvas(width, 2.9, dark=dark) as figure:
-        axes = figure.subplots()
+    with canvas(width, 2.9, dark=dark, title=title, ax=ax) as drawing:
+        (axes,) = drawing.panels()
         points = _points(history, lambda layer: layer.pr_curvature)
         low, high = padded([0.9, 1.6, *(x for x, _, _, _ in points)])
         curves = _bounds(axes, [layer.alpha.n_used for _, _, layer, _ in points], low, high)
@@ -154,9 +149,9 @@ def plot_participation_ratio(reports: Reports, *, width: float = WIDTH, dark: bo
         log_ticks(axes.yaxis, 0.9, top, gap=0.1)
         if not points:
             say(axes, "no layer has a fit of α and γ")
-        title(figure, "Participation ratio of curvature, zeta bound", history)
-        legend(figure, [*_keys(history, points), *curves])
-    return figure
+        drawing.title("Participation ratio of curvature, zeta bound", history)
+        drawing.legend([*_keys(history, points), *curves])
+    return drawing.figure if ax is None else ax
 
 
 def draw_alpha_band(axes: Axes) -> Artist:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.figures.legends import legend, patch_handle
-from lightning_spectral.report.figures.style import WIDTH, canvas, ground, one_report, title
+from lightning_spectral.report.figures.canvas import canvas
+from lightning_spectral.report.figures.legends import patch_handle
+from lightning_spectral.report.figures.style import WIDTH, ground, one_report
 from lightning_spectral.report.figures.ticks import LINE, name_ticks, whole_numbers
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NEGATIVE, MISSING = "#D55E00", "#BBBBBB"
@@ -24,9 +26,28 @@ LABELS = {
 }
 
 
+@overload
 def plot_spectrum_heatmap(
-    report: SpectralReport, quantity: Literal["sigma", "h"] = "sigma", *, width: float = WIDTH, dark: bool = False
-) -> Figure:
+    report: SpectralReport,
+    quantity: Literal["sigma", "h"] = "sigma",
+    *,
+    width: float = ...,
+    dark: bool = ...,
+    title: bool = ...,
+) -> Figure: ...
+@overload
+def plot_spectrum_heatmap(
+    report: SpectralReport, quantity: Literal["sigma", "h"] = "sigma", *, ax: Axes, dark: bool = ..., title: bool = ...
+) -> Axes: ...
+def plot_spectrum_heatmap(
+    report: SpectralReport,
+    quantity: Literal["sigma", "h"] = "sigma",
+    *,
+    width: float = WIDTH,
+    dark: bool = False,
+    title: bool = True,
+    ax: Axes | None = None,
+) -> Figure | Axes:
     """Draw log10 of sigma_k or h_k, a row per layer in the order of the network, a column per direction k.
 
     Negative h are vermilion. What was not measured, is zero, or lies at or below the noise floor is grey; where a
@@ -35,12 +56,9 @@ def plot_spectrum_heatmap(
     Args:
         report: what was measured.
         quantity: "sigma" or "h".
-        width: of the figure, in inches.
-        dark: light on dark.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: if the report holds no layers, or the quantity is neither.
+        ValueError: if the quantity is neither.
     """
     if quantity not in LABELS:
         raise ValueError(f"quantity must be 'sigma' or 'h', got {quantity!r}")
@@ -48,24 +66,24 @@ def plot_spectrum_heatmap(
     heading, label = LABELS[quantity]
     rows = min(max(len(layers) * LINE * 1.15, 1.2), 6.0)
     values_lk, classes_lk = heat(report, quantity)
-    with canvas(width, rows + 1.05, dark=dark) as figure:
+    with canvas(width, rows + 1.05, dark=dark, title=title, ax=ax) as drawing:
         from matplotlib.colors import ListedColormap
 
-        axes = figure.subplots()
+        (axes,) = drawing.panels()
         cells: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
         cells["extent"] = (0.5, values_lk.shape[1] + 0.5, len(layers) - 0.5, -0.5)
         colours = ListedColormap([ground(), MISSING, NEGATIVE])
         axes.imshow(classes_lk.numpy(), cmap=colours, vmin=0, vmax=2, **cells)
         image = axes.imshow(values_lk.numpy(), cmap="viridis", **cells)
         if bool(values_lk.isfinite().any()):
-            figure.colorbar(image, ax=axes, label=label, location="bottom", fraction=0.2 / rows, aspect=40)
+            drawing.figure.colorbar(image, ax=axes, label=label, location="bottom", fraction=0.2 / rows, aspect=40)
         axes.set_xlabel("direction k")
         whole_numbers(axes, range(1, values_lk.shape[1] + 1))
         name_ticks(axes.yaxis, [layer.name for layer in layers], rows)
-        title(figure, heading, [report])
+        drawing.title(heading, [report])
         keys = ((1, MISSING, "not measured, or rounding noise"), (2, NEGATIVE, "h < 0"))
-        legend(figure, [patch_handle(text, color=c) for number, c, text in keys if bool((classes_lk == number).any())])
-    return figure
+        drawing.legend([patch_handle(text, color=c) for number, c, text in keys if bool((classes_lk == number).any())])
+    return drawing.figure if ax is None else ax
 
 
 def heat(report: SpectralReport, quantity: Literal["sigma", "h"]) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
-"""Legends: keys to kinds of layers, markers, lines and areas, below the axes."""
+"""Keys of a legend: to kinds of layers, markers, lines and areas."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.layers.kinds import KINDS
@@ -12,10 +11,6 @@ from lightning_spectral.report.figures.ticks import literal
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
-    from matplotlib.figure import Figure
-
-LEGEND_COLUMN, LEGEND_LINE = 1.5, 0.16
-"""Inches that a column of the legend takes, and a line."""
 
 
 def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
@@ -52,16 +47,3 @@ def patch_handle(label: str, **look: Any) -> Artist:
     from matplotlib.patches import Patch
 
     return Patch(label=label, linewidth=0, **look)
-
-
-def legend(figure: Figure, handles: Sequence[Artist], *, abscissa: str = "") -> None:
-    """Add a legend below the axes, by which the figure grows, with an abscissa for all panels.
-
-    The abscissa is the legend's title, since matplotlib lays a legend out over a `supxlabel`.
-    """
-    if not handles:
-        return
-    columns = min(len(handles), int(figure.get_figwidth() / LEGEND_COLUMN))
-    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, title=abscissa or None)
-    rows = math.ceil(len(handles) / columns) + bool(abscissa)
-    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * rows)

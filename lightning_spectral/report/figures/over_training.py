@@ -5,25 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.by_layer import draw_alpha_band, hollow_handle, padded
-from lightning_spectral.report.figures.legends import kind_handles, legend, patch_handle
+from lightning_spectral.report.figures.canvas import canvas
+from lightning_spectral.report.figures.legends import kind_handles, patch_handle
 from lightning_spectral.report.figures.style import (
     MODEL_STYLE,
     WIDTH,
     Reports,
     all_reports,
-    canvas,
     ground,
     kind_style,
     positions,
     say,
-    title,
 )
 from lightning_spectral.report.figures.ticks import log_ticks, whole_numbers
 
@@ -39,27 +38,26 @@ MOST_MARKERS = 25
 """Most markers on the thick line of a median, about: more would hide each other."""
 
 
-def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
+@overload
+def plot_alpha_over_training(
+    reports: Reports, *, width: float = ..., dark: bool = ..., title: bool = ...
+) -> Figure: ...
+@overload
+def plot_alpha_over_training(reports: Reports, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
+def plot_alpha_over_training(
+    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Axes | None = None
+) -> Figure | Axes:
     """Draw the exponent alpha over the steps: a thin line per layer, and the median of each kind of layer thick.
 
     Points of fits to trust are filled, those of the others hollow, and medians are over fits to trust alone: a thick
     line breaks at a step where its kind has none, a thin one where a layer has no fit. The grey band is alpha from 1.85
     to 2.15. The axis shows all medians, 98 % of the fits to trust and 90 % of all; at initialisation single layers
     may leave it.
-
-    Args:
-        reports: such as ``probe.history``; abscissae are their steps, or their numbers where one has no step.
-        width: of the figure, in inches.
-        dark: light on dark.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: if there is no report, or one holds no layers.
     """
     history = all_reports(reports)
     x, label = positions(history)
-    with canvas(width, 2.8, dark=dark) as figure:
-        axes = figure.subplots()
+    with canvas(width, 2.8, dark=dark, title=title, ax=ax) as drawing:
+        (axes,) = drawing.panels()
         band = draw_alpha_band(axes)
         by_layer, of_trust = layer_series(history, _alpha), layer_series(history, _alpha_to_trust)
         size = _point_size(len(x) * len(by_layer))
@@ -74,61 +72,61 @@ def plot_alpha_over_training(reports: Reports, *, width: float = WIDTH, dark: bo
         whole_numbers(axes, x)
         if not _finite(by_layer.values()):
             say(axes, "no layer has a fit of α")
-        title(figure, "Curvature exponent α over training, medians by kind of the fits to trust", history)
+        drawing.title("Curvature exponent α over training, medians by kind of the fits to trust", history)
         fitted = [layer for r in history for layer in r.layers.values() if not math.isnan(layer.alpha.exponent)]
         kinds = [layer.kind for layer in fitted]
-        legend(figure, [*kind_handles(kinds, line=True), *hollow_handle(fitted), band])
-    return figure
+        drawing.legend([*kind_handles(kinds, line=True), *hollow_handle(fitted), band])
+    return drawing.figure if ax is None else ax
 
 
-def plot_scale_over_training(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
+@overload
+def plot_scale_over_training(
+    reports: Reports, *, width: float = ..., dark: bool = ..., title: bool = ...
+) -> Figure: ...
+@overload
+def plot_scale_over_training(
+    reports: Reports, *, ax: Sequence[Axes], dark: bool = ..., title: bool = ...
+) -> Sequence[Axes]: ...
+def plot_scale_over_training(
+    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Sequence[Axes] | None = None
+) -> Figure | Sequence[Axes]:
     """Draw the largest curvature h and the largest singular value sigma of each layer over the steps, on log axes.
 
     An exponent does not tell how sharp the loss is: this does. A thin line per layer, and the median of each kind
     thick. A line breaks where a value is missing or not above 0.
-
-    Args:
-        reports: such as ``probe.history``; abscissae are their steps, or their numbers where one has no step.
-        width: of the figure, in inches.
-        dark: light on dark.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: if there is no report, or one holds no layers.
     """
     history = all_reports(reports)
     x, label = positions(history)
-    with canvas(width, 3.9, dark=dark) as figure:
+    with canvas(width, 3.9, dark=dark, title=title, ax=ax, panels=2) as drawing:
         kinds: list[str] = []
-        for axes, (read, name) in zip(figure.subplots(2, sharex=True), SCALES, strict=True):
+        for axes, (read, name) in zip(drawing.panels(2, sharex=True), SCALES, strict=True):
             kinds += _scale_panel(axes, x, layer_series(history, read))
             axes.set_ylabel(name)
             whole_numbers(axes, x)
         axes.set_xlabel(label)
-        title(figure, "Largest curvature and singular value over training, medians by kind", history)
-        legend(figure, kind_handles(kinds, line=True))
-    return figure
+        drawing.title("Largest curvature and singular value over training, medians by kind", history)
+        drawing.legend(kind_handles(kinds, line=True))
+    return drawing.figure if ax is None else ax
 
 
-def plot_rank_models_over_training(reports: Reports, *, width: float = WIDTH, dark: bool = False) -> Figure:
+@overload
+def plot_rank_models_over_training(
+    reports: Reports, *, width: float = ..., dark: bool = ..., title: bool = ...
+) -> Figure: ...
+@overload
+def plot_rank_models_over_training(reports: Reports, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
+def plot_rank_models_over_training(
+    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Axes | None = None
+) -> Figure | Axes:
     """Draw which rank model describes how many layers' gradient spectra, stacked over the steps.
 
     The model of a layer is that with the lowest BIC (`fit_rank_models`); the fractions are of all layers of the
     report. arXiv 2606.02596 calls their change in training the spectral phase transition.
-
-    Args:
-        reports: such as ``probe.history``; abscissae are their steps, or their numbers where one has no step.
-        width: of the figure, in inches.
-        dark: light on dark.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: if there is no report, or one holds no layers.
     """
     history = all_reports(reports)
     x, label = positions(history)
-    with canvas(width, 2.3, dark=dark) as figure:
-        axes = figure.subplots()
+    with canvas(width, 2.3, dark=dark, title=title, ax=ax) as drawing:
+        (axes,) = drawing.panels()
         bands = model_bands(history)
         edges, bottoms = _cells(x), [0.0] * len(x)
         for name, colour, hatch, shares in bands:
@@ -139,9 +137,9 @@ def plot_rank_models_over_training(reports: Reports, *, width: float = WIDTH, da
             bottoms = [b + s for b, s in zip(bottoms, shares, strict=True)]
         axes.set(xlabel=label, ylabel="fraction of layers", xlim=(edges[0], edges[-1]), ylim=(0, 1))
         whole_numbers(axes, x)
-        title(figure, "Rank models of the gradient spectra, by BIC", history)
-        legend(figure, _band_handles(bands))
-    return figure
+        drawing.title("Rank models of the gradient spectra, by BIC", history)
+        drawing.legend(_band_handles(bands))
+    return drawing.figure if ax is None else ax
 
 
 Band = tuple[str, str, str, list[float]]

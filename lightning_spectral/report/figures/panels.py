@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -15,18 +15,17 @@ from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.figures.canvas import Canvas, canvas
 from lightning_spectral.report.figures.confidence_band import fitted_points, line_and_band
-from lightning_spectral.report.figures.legends import kind_handles, legend, line_handle, mark_handle, patch_handle
+from lightning_spectral.report.figures.legends import kind_handles, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
     EDGE,
     MODEL_STYLE,
     WIDTH,
-    canvas,
     ground,
     ink,
     kind_style,
     one_report,
-    title,
 )
 from lightning_spectral.report.figures.ticks import literal, log_ticks
 
@@ -63,9 +62,23 @@ BAND_MOST = 0.6
 Layers = str | Sequence[str] | None
 
 
+@overload
 def plot_power_law(
-    report: SpectralReport, layers: Layers = None, *, width: float = WIDTH, dark: bool = False
-) -> Figure:
+    report: SpectralReport, layers: Layers = None, *, width: float = ..., dark: bool = ..., title: bool = ...
+) -> Figure: ...
+@overload
+def plot_power_law(
+    report: SpectralReport, layers: Layers = None, *, ax: Axes, dark: bool = ..., title: bool = ...
+) -> Axes: ...
+def plot_power_law(
+    report: SpectralReport,
+    layers: Layers = None,
+    *,
+    width: float = WIDTH,
+    dark: bool = False,
+    title: bool = True,
+    ax: Axes | None = None,
+) -> Figure | Axes:
     """Draw curvature h_k against singular value sigma_k, a panel per layer, with the fitted line h ~ sigma^alpha.
 
     The shaded band is the 95 % confidence band of the line (`line_and_band`), left out, as the heading says, where it
@@ -76,32 +89,44 @@ def plot_power_law(
     Args:
         report: what was measured.
         layers: names or glob patterns, as of `measure_spectra`; None: all. Of more than 12, 12 evenly over depth.
-        width: of the figure, in inches.
-        dark: light on dark.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: if the report holds no layers, or a pattern matches none of them.
+        ValueError: if a pattern matches none of them.
     """
-    selected, note = choose_layers(report, layers)
+    selected, note = choose_layers(report, layers, one=ax is not None)
     rows, columns = _grid(len(selected), width)
-    with canvas(width, _height(rows, HEADED_HEIGHT), dark=dark) as figure:
+    with canvas(width, _height(rows, HEADED_HEIGHT), dark=dark, title=title, ax=ax) as drawing:
         marks: set[str] = set()
-        for axes, layer in zip(_panels(figure, rows, columns, len(selected)), selected, strict=True):
-            marks |= _power_law(axes, layer)
-        figure.supylabel("curvature h (loss per squared unit of weight)")
-        title(figure, r"Power law $h\propto\sigma^\alpha$ of curvature", [report], note)
+        panels = _panels(drawing, rows, columns, len(selected))
+        for axes, layer in zip(panels, selected, strict=True):
+            marks |= _power_law(axes, layer, headed=drawing.headed)
+        drawing.ordinate("curvature h (loss per squared unit of weight)")
+        drawing.title(r"Power law $h\propto\sigma^\alpha$ of curvature", [report], note)
         keys = [*kind_handles(layer.kind for layer in selected), *_mark_handles(marks)]
-        drawn = {artist.get_label() for axes in figure.axes for artist in (*axes.lines, *axes.collections)}
+        drawn = {artist.get_label() for axes in panels for artist in (*axes.lines, *axes.collections)}
         keys += [line_handle("-", "fit")] if "fit" in drawn else []
         keys += [patch_handle("95 % band", color=ink(), alpha=0.15)] if "band" in drawn else []
-        legend(figure, keys, abscissa="singular value σ (loss per unit of weight)")
-    return figure
+        drawing.legend(keys, abscissa="singular value σ (loss per unit of weight)")
+    return drawing.figure if ax is None else ax
 
 
+@overload
 def plot_rank_profiles(
-    report: SpectralReport, layers: Layers = None, *, width: float = WIDTH, dark: bool = False
-) -> Figure:
+    report: SpectralReport, layers: Layers = None, *, width: float = ..., dark: bool = ..., title: bool = ...
+) -> Figure: ...
+@overload
+def plot_rank_profiles(
+    report: SpectralReport, layers: Layers = None, *, ax: Axes, dark: bool = ..., title: bool = ...
+) -> Axes: ...
+def plot_rank_profiles(
+    report: SpectralReport,
+    layers: Layers = None,
+    *,
+    width: float = WIDTH,
+    dark: bool = False,
+    title: bool = True,
+    ax: Axes | None = None,
+) -> Figure | Axes:
     """Draw singular values sigma_k against their rank k, a panel per layer, with the three rank models.
 
     The model with the lowest BIC is drawn thick and named, with the difference of the next one's BIC to its own.
@@ -110,27 +135,24 @@ def plot_rank_profiles(
     Args:
         report: what was measured.
         layers: as of `plot_power_law`.
-        width: of the figure, in inches.
-        dark: light on dark.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: if the report holds no layers, or a pattern matches none of them.
+        ValueError: if a pattern matches none of them.
     """
-    selected, note = choose_layers(report, layers)
+    selected, note = choose_layers(report, layers, one=ax is not None)
     rows, columns = _grid(len(selected), width)
-    with canvas(width, _height(rows, PANEL_HEIGHT), dark=dark) as figure:
-        for axes, layer in zip(_panels(figure, rows, columns, len(selected)), selected, strict=True):
-            _rank_profile(axes, layer)
-        figure.supylabel("singular value σ (loss per unit of weight)")
-        title(figure, "Gradient spectra and rank models, by BIC", [report], note)
+    with canvas(width, _height(rows, PANEL_HEIGHT), dark=dark, title=title, ax=ax) as drawing:
+        for axes, layer in zip(_panels(drawing, rows, columns, len(selected)), selected, strict=True):
+            _rank_profile(axes, layer, headed=drawing.headed)
+        drawing.ordinate("singular value σ (loss per unit of weight)")
+        drawing.title("Gradient spectra and rank models, by BIC", [report], note)
         models = [line_handle(style.dash, style.name, style.colour) for style in MODEL_STYLE.values()]
-        legend(figure, [*kind_handles(layer.kind for layer in selected), *models], abscissa="rank k")
-    return figure
+        drawing.legend([*kind_handles(layer.kind for layer in selected), *models], abscissa="rank k")
+    return drawing.figure if ax is None else ax
 
 
-def choose_layers(report: SpectralReport, layers: Layers) -> tuple[list[LayerSpectrum], str]:
-    """Return the layers that a grid of panels shows, and a note if those are not all that were asked for."""
+def choose_layers(report: SpectralReport, layers: Layers, *, one: bool = False) -> tuple[list[LayerSpectrum], str]:
+    """Return the layers that a grid of panels, or one, shows, and a note if those are not all that were asked for."""
     selected = list(one_report(report).layers.values())
     if layers is not None:
         names = {name: name for name in report.layers}
@@ -138,6 +160,8 @@ def choose_layers(report: SpectralReport, layers: Layers) -> tuple[list[LayerSpe
             raise ValueError(f"layers: {layers!r} selects no layer; give names or patterns, or None for all")
         check_matches("layers", layers, names, layer_names)
         selected = [report.layers[name] for name in select(names, layers, layer_names)]
+    if one and len(selected) != 1:
+        raise ValueError(f"ax has room for one layer, got {len(selected)}: name it in layers")
     if len(selected) <= MAX_PANELS:
         return selected, ""
     shown = evenly(len(selected), MAX_PANELS)
@@ -161,14 +185,14 @@ def _height(rows: int, each: float) -> float:
     return max(0.1 + each * rows, 2.8)
 
 
-def _panels(figure: Figure, rows: int, columns: int, count: int) -> list[Axes]:
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+def _panels(drawing: Canvas, rows: int, columns: int, count: int) -> list[Axes]:
+    panels = drawing.panels(rows, columns)
     for empty in panels[count:]:
         empty.remove()
     return panels[:count]
 
 
-def _power_law(axes: Axes, layer: LayerSpectrum) -> set[str]:
+def _power_law(axes: Axes, layer: LayerSpectrum, *, headed: bool) -> set[str]:
     """Draw one layer; returns which of `MARKS` it has."""
     colour, marker = kind_style(layer.kind)
     used, sigma, h = fitted_points(layer), layer.sigma, layer.h
@@ -187,7 +211,8 @@ def _power_law(axes: Axes, layer: LayerSpectrum) -> set[str]:
     if bool(unused.any()):
         axes.plot(sigma[unused].numpy(), h[unused].numpy(), label="left out", **points | {"mfc": ground()})
     marks = _edge_marks(axes, layer)
-    axes.set_title("\n".join(heading), fontsize=6.5)
+    if headed:
+        axes.set_title("\n".join(heading), fontsize=6.5)
     return marks | ({"left out"} if bool(unused.any()) else set())
 
 
@@ -250,12 +275,13 @@ def _heading(layer: LayerSpectrum) -> list[str]:
     return [*lines, f"{layer.n_negative} of {layer.n_usable} h < 0"] if layer.n_negative else lines
 
 
-def _rank_profile(axes: Axes, layer: LayerSpectrum) -> None:
+def _rank_profile(axes: Axes, layer: LayerSpectrum, *, headed: bool) -> None:
     colour, marker = kind_style(layer.kind)
     values = rank_values(layer)
     noise = layer.spectrum[(layer.spectrum <= layer.noise_floor) & (layer.spectrum > 0)]
     axes.set(xscale="log", yscale="log")
-    axes.set_title(literal(shortened(layer.name, PANEL_NAME)), fontsize=7)
+    if headed:
+        axes.set_title(literal(shortened(layer.name, PANEL_NAME)), fontsize=7)
     points: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 3.5}
     axes.plot(range(1, len(values) + 1), values.numpy(), label="sigma", **points)
     ranks = range(len(values) + 1, len(values) + len(noise) + 1)

@@ -1,30 +1,22 @@
-"""Style that all figures share: canvas, colours, titles."""
+"""Look that all figures share: fonts, colours, markers; and what they are drawn of."""
 
 from __future__ import annotations
 
-import math
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.ticks import literal
-from lightning_spectral.report.terminal.tables import method_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Reports = SpectralReport | Iterable[SpectralReport]
 Dash = Literal["-", "--", "-.", ":", "none"]
 
 WIDTH = 6.0
 """Inches: the text width of a one-column paper."""
-
-MIN_WIDTH = 3.25
-"""Inches: a column of a two-column paper."""
 
 INK = "ink"
 """Placeholder for the colour of the text, black or nearly white."""
@@ -108,39 +100,8 @@ DARK: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), DARK_INK),
 }
 
-TITLE_LETTER, TITLE_LINE = 0.067, 0.16
-"""Inches that a letter of the title takes in the mean, and a line of it."""
-
 EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}
 """Look of marks on the edge of the axes."""
-
-
-@contextmanager
-def canvas(width: float, height: float, *, dark: bool) -> Iterator[Figure]:
-    """Yield a figure to draw on, in this module's style and in no other.
-
-    It is laid out before the style is left, since matplotlib makes ticks only then and would take the user's style.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: if the figure is too narrow to hold its labels.
-    """
-    try:
-        from matplotlib import style
-
-        from lightning_spectral.report.figures.notebook import NotebookFigure
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: pip install "lightning-spectral[plot]"') from error
-    if not MIN_WIDTH <= width < math.inf:
-        raise ValueError(f"width must be at least {MIN_WIDTH} inches for labels to fit, got {width}")
-    # Without pyplot, which would look for a display.
-    with style.context(["default", {**STYLE, **(DARK if dark else {})}]):
-        figure = NotebookFigure(figsize=(width, height), layout="constrained")
-        yield figure
-        for axes in figure.axes:
-            # How many ticks there are goes by the size of their labels, in the settings in force if none is set.
-            axes.tick_params(labelsize=STYLE["xtick.labelsize"])
-        figure.draw_without_rendering()
 
 
 def ink() -> str:
@@ -190,20 +151,6 @@ def positions(reports: Sequence[SpectralReport]) -> tuple[list[int], str]:
     """Return abscissae and their label: the steps, or numbers where a report was not taken in training."""
     steps = [report.step for report in reports if report.step is not None]
     return (steps, "optimizer step") if len(steps) == len(reports) else (list(range(len(reports))), "measurement")
-
-
-def title(figure: Figure, text: str, reports: Sequence[SpectralReport], note: str = "") -> None:
-    """Write what the figure shows, and below it when and how that was measured; the figure grows by it."""
-    steps = [report.step for report in reports if report.step is not None]
-    span = f"step {steps[0]}" if len(set(steps)) == 1 else f"steps {min(steps)} to {max(steps)}" if steps else ""
-    count = f"{len(reports)} reports" if len(reports) > 1 else ""
-    how = "curvature by " + ", ".join(dict.fromkeys(method_of(report) for report in reports))
-    mode = ", ".join(dict.fromkeys(f"{report.mode} mode" for report in reports))
-    below = literal(", ".join(part for part in (span, count, how, mode, note) if part))
-    characters = int(figure.get_figwidth() / TITLE_LETTER)
-    lines = [line for part in (text, below) for line in textwrap.wrap(part, characters, break_long_words=False)]
-    figure.suptitle("\n".join(lines), x=0.01, ha="left")
-    figure.set_figheight(figure.get_figheight() + TITLE_LINE * len(lines))
 
 
 def backing() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -12,15 +12,14 @@ from torch import Tensor
 from lightning_spectral.optim.transfer import check_transfer, transfer
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.figures.legends import kind_handles, legend, line_handle
+from lightning_spectral.report.figures.canvas import canvas
+from lightning_spectral.report.figures.legends import kind_handles, line_handle
 from lightning_spectral.report.figures.style import (
     WIDTH,
-    canvas,
     ink,
     kind_style,
     one_report,
     say,
-    title,
 )
 from lightning_spectral.report.figures.ticks import log_ticks
 
@@ -29,9 +28,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@overload
 def plot_transfer_functions(
-    report: SpectralReport, *, damping: float = 0.1, width: float = WIDTH, dark: bool = False
-) -> Figure:
+    report: SpectralReport, *, damping: float = ..., width: float = ..., dark: bool = ..., title: bool = ...
+) -> Figure: ...
+@overload
+def plot_transfer_functions(
+    report: SpectralReport, *, damping: float = ..., ax: Axes, dark: bool = ..., title: bool = ...
+) -> Axes: ...
+def plot_transfer_functions(
+    report: SpectralReport,
+    *,
+    damping: float = 0.1,
+    width: float = WIDTH,
+    dark: bool = False,
+    title: bool = True,
+    ax: Axes | None = None,
+) -> Figure | Axes:
     """Draw T(sigma_hat) = sigma_hat / (sigma_hat^alpha + d), a curve per layer with its own alpha, and its sigma_hat.
 
     sigma_hat = sigma sqrt(r) / ||G||_F, as `SpectralNewton` scales it, r = groups min(m / groups, n). A report holds
@@ -42,27 +55,24 @@ def plot_transfer_functions(
     Args:
         report: what was measured.
         damping: d, above 0.
-        width: of the figure, in inches.
-        dark: light on dark.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: if the report holds no layers, or the damping is not above 0.
+        ValueError: if the damping is not above 0.
     """
     check_transfer(0.0, damping)
     layers = [x for x in one_report(report).layers.values() if not math.isnan(x.alpha.exponent)]
-    with canvas(width, 3.1, dark=dark) as figure:
-        axes = figure.subplots()
+    with canvas(width, 3.1, dark=dark, title=title, ax=ax) as drawing:
+        (axes,) = drawing.panels()
         norm = r"\Vert G\Vert_F"
         axes.set(xscale="log", yscale="log", ylabel=r"$T=\hat\sigma\,/\,(\hat\sigma^\alpha+d)$")
         axes.set_xlabel(rf"$\hat\sigma = \sigma\,\sqrt{{r}}\,/\,{norm}$, with ${norm}$ of the K values measured")
         _transfer_curves(axes, layers, damping)
         n_missing = len(report.layers) - len(layers)
         note = f"layers without a fit: {n_missing}" if n_missing else ""
-        title(figure, f"Transfer functions, d = {damping:g}", [report], note)
+        drawing.title(f"Transfer functions, d = {damping:g}", [report], note)
         keys = kind_handles((layer.kind for layer in layers), line=True)
-        legend(figure, [*keys, line_handle(":", "α = 1, d = 0")])
-    return figure
+        drawing.legend([*keys, line_handle(":", "α = 1, d = 0")])
+    return drawing.figure if ax is None else ax
 
 
 def sigma_hat(layer: LayerSpectrum) -> Tensor:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+import re
 import statistics
 import subprocess
 import sys
@@ -187,6 +188,82 @@ def test_a_notebook_shows_a_picture_in_the_figures_colours(tmp_path):
     assert shown.shape[:2] == pytest.approx((height, width), abs=1)
     assert shown[0, 0, :3].tolist() == pytest.approx(figure.get_facecolor()[:3], abs=0.01)
     assert pickle.loads(pickle.dumps(figure))._repr_png_().startswith(b"\x89PNG")
+
+
+def panels_for(name, figure):
+    """What `ax` takes: two axes for the scales, one for all others."""
+    return figure.subplots(2) if name == "scale_over_training" else figure.subplots(1, 2)[0]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_callers_axes_are_drawn_on_and_returned_and_the_figure_is_as_it_was(name):
+    figure = matplotlib.figure.Figure(figsize=(7, 3), layout="constrained")
+    ax = panels_for(name, figure)
+    of = {"layers": "block.conv"} if name in ("power_law", "rank_profiles") else {}
+    assert ALL[name](network(), ax=ax, **of) is ax
+    first = ax if isinstance(ax, matplotlib.axes.Axes) else ax[0]
+    assert first.has_data()
+    assert first.get_legend() is not None or name == "spectrum_heatmap"
+    assert first.get_title(loc="left") or first.get_title().startswith("block.conv\n") or name == "rank_profiles"
+    assert figure._suptitle is None
+    assert not figure.legends
+    assert tuple(figure.get_size_inches()) == (7, 3)
+    own = ALL[name](network(), **of)
+    labels = [{line.get_label() for line in axes.lines} for axes in (first, own.axes[0])]
+    assert labels[0] == labels[1]
+    assert first.get_xlabel() or name in ("alpha_by_depth", "scale_over_training")
+    assert first.get_ylabel() or name == "spectrum_heatmap"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_title_can_be_left_out_and_a_callers_own_stays(name):
+    assert ALL[name](network(), title=False)._suptitle is None
+    figure = matplotlib.figure.Figure(figsize=(7, 3))
+    ax = panels_for(name, figure)
+    of = {"layers": "block.conv"} if name in ("power_law", "rank_profiles") else {}
+    first = ax if isinstance(ax, matplotlib.axes.Axes) else ax[0]
+    first.set_title("mine")
+    ALL[name](network(), ax=ax, title=False, **of)
+    assert first.get_title() == "mine"
+    assert not first.get_title(loc="left")
+
+
+def test_axes_that_cannot_be_drawn_on_are_refused():
+    several = matplotlib.figure.Figure().subplots(1, 2)
+    with pytest.raises(TypeError, match=r"ax must be one Axes of matplotlib, .* got ndarray of 2$"):
+        figures.plot_alpha_by_depth(network(), ax=several)
+    with pytest.raises(TypeError, match=r"one Axes of matplotlib, .* got Figure$"):
+        figures.plot_alpha_by_depth(network(), ax=several[0].figure)
+    with pytest.raises(
+        TypeError, match=r"a sequence of 2 Axes of matplotlib, such as plt.subplots\(\) makes, got Axes$"
+    ):
+        figures.plot_scale_over_training(network(), ax=several[0])
+    with pytest.raises(ValueError, match="ax has room for one layer, got 8: name it in layers"):
+        figures.plot_power_law(network(), ax=several[0])
+
+
+def test_a_subfigures_axes_leave_room_for_as_many_names_as_fit():
+    figure = matplotlib.figure.Figure(figsize=(12, 4))
+    left, right = figure.subfigures(1, 2)
+    shown = []
+    for part, columns in ((left, 1), (right, 3)):
+        axes = part.subplots(1, columns, squeeze=False)[0, 0]
+        shown.append(len(figures.plot_alpha_by_depth(deep(), ax=axes).get_xticklabels()))
+    assert shown[0] > 2 * shown[1] > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"savefig.bbox": "tight", "pdf.fonttype": 3, "savefig.dpi": 20}])
+def test_a_figure_is_saved_at_its_size_for_print_whatever_the_settings(settings, tmp_path):
+    figure = figures.plot_alpha_by_depth(network(), width=3.25)
+    with matplotlib.rc_context(settings):
+        figure.savefig(tmp_path / "alpha.pdf")
+        figure.savefig(tmp_path / "alpha.png")
+    pdf = (tmp_path / "alpha.pdf").read_bytes()
+    box = re.search(rb"/MediaBox \[ 0 0 ([\d.]+) ([\d.]+) \]", pdf)
+    assert [float(side) / 72 for side in box.groups()] == pytest.approx(figure.get_size_inches(), abs=1e-3)
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
+    assert matplotlib.image.imread(tmp_path / "alpha.png").shape[1] == 975
 
 
 @pytest.mark.parametrize("name", ALL)
