@@ -22,7 +22,7 @@ BY_KIND = (*CURVES, "signal", "noise_scale")
 PER_LAYER = ("alpha", "r2_alpha", "sigma_max", "h_max")
 """Quantities that `log_quantities="auto"` logs per layer: the exponent, whether to trust it, and its scales."""
 
-HEALTH = ("layers_trusted", "signal_median", "layers_failed", "negative_curvature", "probe_overhead")
+HEALTH = ("layers_trusted", "signal_median", "layers_failed", "negative_curvature_sum", "probe_overhead")
 """Keys that tell whether to trust the others."""
 
 STEP_SCALE = "step/scale"
@@ -113,13 +113,12 @@ class LogSelection:
         }
 
     def _logs(self, key: str, layers: Sequence[str]) -> bool:
-        owner, _, quantity = key.rpartition("/")
+        quantity, _, owner = key.partition("/")
+        if quantity not in _PART_OF:
+            return self._all or not quantity.endswith("_all")
         if owner in layers:
             return quantity in self.quantities
-        if owner.startswith("kind/"):
-            name = quantity.removesuffix("_all").removesuffix("_median")
-            return (name in BY_KIND or bool(_PART_OF[name])) and (self._all or not quantity.endswith("_all"))
-        return self._all or not quantity.endswith("_all")
+        return (quantity in BY_KIND or bool(_PART_OF[quantity])) and (self._all or not owner.startswith("median_all_"))
 
 
 def charts(keys: Iterable[str], n: int | None) -> list[str]:
@@ -128,9 +127,9 @@ def charts(keys: Iterable[str], n: int | None) -> list[str]:
     The order: medians of `CURVES` over all layers, those of each kind, the step's scale, `HEALTH`, medians of what is
     measured on request, alpha of the layers, other counts and medians, everything else.
 
-    >>> keys = ["loss", "alpha_median", "kind/conv/alpha_median", "layers_failed", *(f"{i}/alpha" for i in range(9))]
+    >>> keys = ["loss", "alpha_median", "alpha/median_conv", "layers_failed", *(f"alpha/{i}" for i in range(9))]
     >>> charts(keys, 6)
-    ['alpha_median', 'kind/conv/alpha_median', 'layers_failed', '0/alpha', '4/alpha', '8/alpha']
+    ['alpha_median', 'alpha/median_conv', 'layers_failed', 'alpha/0', 'alpha/4', 'alpha/8']
     """
     keys = list(keys)
     if n is None:
@@ -146,18 +145,17 @@ def charts(keys: Iterable[str], n: int | None) -> list[str]:
 
 def _priority(key: str) -> tuple[int, int]:
     """Return the place of a key's group in the order of `charts`."""
-    owner, _, quantity = key.rpartition("/")
-    name = quantity.removesuffix("_median")
-    if name != quantity and name in CURVES:
-        return (1, CURVES.index(name)) if owner else (0, 0)
+    quantity, _, owner = key.partition("/")
+    if quantity.removesuffix("_median") in CURVES and not owner:
+        return (0, 0)
     if key == STEP_SCALE:
         return (2, -1)
     if key in HEALTH:
         return (2, 0)
-    if not owner and _PART_OF.get(name):
-        return (3, 0)
-    if owner.startswith(("kind/", "spectral_newton/")):
-        return (6, 0)
-    if quantity in _PART_OF:
+    if not owner:
+        return (3, 0) if _PART_OF.get(quantity.removesuffix("_median")) else (5, 0)
+    if quantity in CURVES and owner.startswith("median_"):
+        return (6, 0) if owner.startswith("median_all_") else (1, CURVES.index(quantity))
+    if quantity in _PART_OF or quantity == "spectral_newton":
         return (4, 0) if quantity == "alpha" else (6, 0)
     return (5, 0)

@@ -42,7 +42,7 @@ class SpectralProbe(AnyCallback):
     with a count, and warns about once per cause; it never stops training.
 
     Every logger of the Trainer gets one dict per probe: `<prefix>/<quantity>_median` over all layers,
-    `<prefix>/kind/<kind>/<quantity>_median`, `<prefix>/<layer>/<quantity>`, and counts; on request figures and tables;
+    `<prefix>/<quantity>/median_<kind>`, `<prefix>/<quantity>/<layer>`, and counts; on request figures and tables;
     and another, `<prefix>/step/...`, once the optimizer has taken the step.
     `trainer.callback_metrics` holds the last value of each that is not NaN, for every callback with a `monitor`.
 
@@ -50,7 +50,7 @@ class SpectralProbe(AnyCallback):
     same report, weighted by samples; rank 0 logs it. Where one rank fails, all skip the probe and go on.
 
     Training does change with a `SpectralNewton` with alpha="probe" in the same Trainer: it steps with the measured
-    exponents, which are logged as `spectral_newton/<layer>/alpha`.
+    exponents, which are logged as `spectral_newton/alpha/<layer>`.
 
     Args:
         every_n_steps: probe before optimizer step 0, N, 2 N, ... whatever it costs; None: by max_overhead.

@@ -10,6 +10,7 @@ from lightning_spectral.callbacks.callback_metrics import CallbackMetrics
 from lightning_spectral.callbacks.log_selection import LogSelection
 from lightning_spectral.callbacks.report_writer import ReportWriter
 from lightning_spectral.callbacks.time_budget import TimeBudget
+from lightning_spectral.records.log_keys import former_key
 from lightning_spectral.records.report import SpectralReport
 
 
@@ -75,4 +76,6 @@ class ProbeLog:
         self._publish(trainer, scalars)
 
     def _publish(self, trainer: Any, scalars: Mapping[str, float]) -> None:
-        self.monitored.write(trainer, {f"{self.outputs.prefix}/{key}": value for key, value in scalars.items()})
+        former = {name: value for key, value in scalars.items() if (name := former_key(key))}
+        names = {f"{self.outputs.prefix}/{key}": value for key, value in (former | dict(scalars)).items()}
+        self.monitored.write(trainer, names)

@@ -19,7 +19,7 @@ from lightning_spectral.measurement.cpu_batches import CpuBatches
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.step import Weights, measure_step
 from lightning_spectral.options import Options
-from lightning_spectral.records.log_keys import STEP_CURVATURE, STEP_KEYS
+from lightning_spectral.records.log_keys import STEP_CURVATURE, STEP_KEYS, layer_key
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
 
@@ -114,7 +114,7 @@ class StepProbe:
         """Return the keys, without a prefix, that are logged of the step after this probe."""
         if self.off or report is None:
             return []
-        return [*STEP_KEYS, *(f"{name}/{STEP_CURVATURE.name}" for name in self._layers(report))]
+        return [*STEP_KEYS, *(layer_key(STEP_CURVATURE.name, name) for name in self._layers(report))]
 
     def finish(self, trainer: Any, module: Any) -> None:
         """Measure and log the step that was waited for, if it is taken."""

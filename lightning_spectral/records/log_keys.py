@@ -1,4 +1,8 @@
-"""Every key that is logged: of a layer, of a report, of the probe and of the optimizer."""
+"""Every key that is logged: of a layer, of a report, of the probe and of the optimizer.
+
+Trackers group keys by what stands before the last slash, so a layer or a kind comes last. No key is the beginning of
+another's path, since MLflow's file store makes a folder of one and a file of the other.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +141,7 @@ REPORT_KEYS: dict[str, str] = {
     "layers_trusted": "layers with an alpha to trust",
     "gradient_samples": "samples that the gradient and the loss are of",
     "curvature_samples": "samples that the curvature is of",
-    "negative_curvature": "directions with h < 0, all layers",
+    "negative_curvature_sum": "directions with h < 0, summed over layers",
     "zeta_unbounded": "layers whose zeta bound is infinite, alpha gamma <= 1",
     "check_error": "relative difference of one curvature to an exact product, with curvature ggn by auto",
     **{
@@ -161,5 +165,41 @@ STEP_KEYS: dict[str, str] = {
 }
 """Quantities of a `StepMeasurement`, logged in a row of their own once the step is taken."""
 
-ALPHA_KEY = "spectral_newton/<layer>/alpha"
+ALPHA_KEY = "spectral_newton/alpha/<layer>"
 """Exponent that SpectralNewton steps with, given alpha="probe", for each layer."""
+
+
+def layer_key(quantity: str, layer: str) -> str:
+    """Return the key, without a prefix, of a layer's quantity.
+
+    >>> layer_key("alpha", "net.0.weight")
+    'alpha/net.0.weight'
+    """
+    return f"{quantity}/{layer}"
+
+
+def median_key(quantity: str, kind: str = "", *, of_all: bool = False) -> str:
+    """Return the key, without a prefix, of a median over the layers, or over those of a kind.
+
+    >>> median_key("alpha"), median_key("alpha", "conv"), median_key("alpha", "conv", of_all=True)
+    ('alpha_median', 'alpha/median_conv', 'alpha/median_all_conv')
+    """
+    median = "median_all" if of_all else "median"
+    return f"{quantity}/{median}_{kind}" if kind else f"{quantity}_{median}"
+
+
+def former_key(key: str) -> str | None:
+    """Return the name that a key, without a prefix, had up to 0.1.0, which monitors may use until 0.2.0; None if none.
+
+    >>> former_key("alpha/net.0.weight"), former_key("alpha/median_conv"), former_key("alpha_median")
+    ('net.0.weight/alpha', 'kind/conv/alpha_median', None)
+    """
+    if key == "negative_curvature_sum":
+        return "negative_curvature"
+    quantity, _, owner = key.partition("/")
+    if not owner or not any(quantity == layer_quantity.name for layer_quantity in (*LAYER_KEYS, STEP_CURVATURE)):
+        return None
+    for median in ("median_all", "median"):
+        if owner.startswith(f"{median}_"):
+            return f"kind/{owner.removeprefix(f'{median}_')}/{quantity}_{median}"
+    return f"{owner}/{quantity}"

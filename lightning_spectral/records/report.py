@@ -16,7 +16,7 @@ from lightning_spectral.layers.display_names import brief, shortened
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
-from lightning_spectral.records.log_keys import LAYER_KEYS, RANK_MODELS
+from lightning_spectral.records.log_keys import LAYER_KEYS, RANK_MODELS, layer_key, median_key
 
 if TYPE_CHECKING:
     import pandas
@@ -128,14 +128,14 @@ class SpectralReport:
         return [name for name, layer in self.layers.items() if layer.fit_quality.trusted]
 
     def medians(self) -> dict[str, float]:
-        """Return medians by name: ``<quantity>_median`` and ``kind/<kind>/<quantity>_median``, NaN left out.
+        """Return medians by name: ``<quantity>_median`` and ``<quantity>/median_<kind>``, NaN left out.
 
         Those of quantities that tell whether to trust a fit are over all layers, the others over fits to trust;
-        ``<quantity>_median_all`` is over all layers.
+        ``<quantity>_median_all`` and ``<quantity>/median_all_<kind>`` are over all layers.
         """
-        out = _medians(self.layers.values(), "")
+        out = _medians(self.layers.values())
         for kind, layers in self.by_kind().items():
-            out |= _medians(layers, f"kind/{kind}/")
+            out |= _medians(layers, kind)
         return out
 
     def scalars(self, layers: list[str] | None = None) -> dict[str, float]:
@@ -149,10 +149,10 @@ class SpectralReport:
         out["curvature_samples"] = _number(self.curvature_samples)
         out["check_error"] = self.check_error
         out |= {f"rank_model/{model}": share for model, share in self.rank_model_shares().items()}
-        out["negative_curvature"] = float(sum(layer.n_negative for layer in self.layers.values()))
+        out["negative_curvature_sum"] = float(sum(layer.n_negative for layer in self.layers.values()))
         out["zeta_unbounded"] = float(sum(math.isinf(layer.zeta_bound) for layer in self.layers.values()))
         for name in self.layers if layers is None else layers:
-            out |= {f"{name}/{key}": value for key, value in self.layers[name].scalars().items()}
+            out |= {layer_key(key, name): value for key, value in self.layers[name].scalars().items()}
         return out
 
     def at(self, *, step: int, epoch: int) -> SpectralReport:
@@ -228,7 +228,7 @@ def _row(layer: LayerSpectrum) -> dict[str, Any]:
     }
 
 
-def _medians(layers: Iterable[LayerSpectrum], prefix: str) -> dict[str, float]:
+def _medians(layers: Iterable[LayerSpectrum], kind: str = "") -> dict[str, float]:
     layers = list(layers)
     trusted = [layer for layer in layers if layer.fit_quality.trusted]
     out: dict[str, float] = {}
@@ -236,10 +236,10 @@ def _medians(layers: Iterable[LayerSpectrum], prefix: str) -> dict[str, float]:
         if key.median and all(key.applies_to(layer) for layer in layers):
             of_all = median([key.value(layer) for layer in layers])
             if key.of_fit:
-                out[f"{prefix}{key.name}_median"] = median([key.value(layer) for layer in trusted])
-                out[f"{prefix}{key.name}_median_all"] = of_all
+                out[median_key(key.name, kind)] = median([key.value(layer) for layer in trusted])
+                out[median_key(key.name, kind, of_all=True)] = of_all
             else:
-                out[f"{prefix}{key.name}_median"] = of_all
+                out[median_key(key.name, kind)] = of_all
     return out
 
 

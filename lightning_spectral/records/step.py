@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_spectral.records.log_keys import STEP_CURVATURE, STEP_KEYS
+from lightning_spectral.records.log_keys import STEP_CURVATURE, STEP_KEYS, layer_key
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ class StepMeasurement:
         """Return the logged keys, without a prefix, with the shares of these layers; infinity becomes NaN."""
         values = dict(zip(STEP_KEYS, (self.scale, self.predicted_change, self.actual_change), strict=True))
         shares = self.shares
-        values |= {f"{name}/{STEP_CURVATURE.name}": shares[name] for name in layers if name in shares}
+        values |= {layer_key(STEP_CURVATURE.name, name): shares[name] for name in layers if name in shares}
         return {key: value if math.isfinite(value) else float("nan") for key, value in values.items()}

@@ -77,7 +77,7 @@ def test_two_processes_measure_the_step_on_the_joined_batch_and_train_as_without
         assert row["spectral/step/predicted_change"] == pytest.approx(slope + curvature / 2, rel=1e-6)
         assert row["spectral/step/actual_change"] == pytest.approx(change, rel=1e-6)
         for name in ("0.weight", "4.weight", "8.weight"):
-            assert row[f"spectral/net.{name}/step_curvature"] == pytest.approx(shares[name], rel=1e-6)
+            assert row[f"spectral/step_curvature/net.{name}"] == pytest.approx(shares[name], rel=1e-6)
     plain, _ = world_of_two.run("probe_trainers:measure_steps", tmp_path, None, False)
     assert plain["weights"] == first["weights"] == second["weights"]
 

@@ -33,6 +33,7 @@ from lightning_spectral.records.log_keys import (
     REPORT_KEYS,
     STEP_CURVATURE,
     STEP_KEYS,
+    layer_key,
 )
 from lightning_spectral.report import figures
 from lightning_spectral.report.terminal.tables import CAPTION
@@ -105,12 +106,12 @@ def table_of_keys():
     rows = ["| key | what it is | median | asked for by |", "|---|---|---|---|"]
     for key in LAYER_KEYS:
         option = f"`{option_of[key.part]}`" if key.part else ""
-        rows.append(f"| `spectral/<layer>/{key.name}` | {key.meaning} | {'yes' if key.median else ''} | {option} |")
+        rows.append(f"| `spectral/{key.name}/<layer>` | {key.meaning} | {'yes' if key.median else ''} | {option} |")
     rows += [f"| `spectral/{name}` | {meaning} | | |" for name, meaning in (REPORT_KEYS | PROBE_KEYS).items()]
     rows += [f"| `spectral/{name}` | {meaning} | | `step` |" for name, meaning in STEP_KEYS.items()]
-    rows.append(f"| `spectral/<layer>/{STEP_CURVATURE.name}` | {STEP_CURVATURE.meaning} | | `step` |")
+    rows.append(f"| `spectral/{STEP_CURVATURE.name}/<layer>` | {STEP_CURVATURE.meaning} | | `step` |")
     rows.append(f'| `{ALPHA_KEY}` | exponent a matrix steps with | | `SpectralNewton(alpha="probe")` |')
-    medians = "With a median: also as `spectral/<key>_median` and `spectral/kind/<kind>/<key>_median`."
+    medians = "With a median: also as `spectral/<quantity>_median` and `spectral/<quantity>/median_<kind>`."
     return "\n".join([*rows, "", medians, ""])
 
 
@@ -277,12 +278,13 @@ def test_options_of_logging_are_named():
 def test_numbers_of_keys_and_charts(row, kinds):
     measured = report(*(layer(f"{i}.weight", kind=kind) for i, kind in enumerate(kinds)))
     selection = LogSelection("auto", "auto", {STEP_CURVATURE.part}, lambda text: None)
-    shares = [f"{name}/{STEP_CURVATURE.name}" for name in selection.step_layers(list(measured.layers))]
+    shares = [layer_key(STEP_CURVATURE.name, name) for name in selection.step_layers(list(measured.layers))]
     keys = [*selection.scalars(measured), *PROBE_KEYS, *STEP_KEYS, *shares]
     shown = charts(keys, 40)
     (written,) = re.findall(rf"\| {row}[^|]*\| {len(keys)} \| {len(shown)}: (.*) \|", README)
-    layers, counts = sum(key.endswith("/alpha") for key in shown), sum(key in HEALTH for key in shown)
-    curves = sum(key.endswith("_median") and key not in HEALTH for key in shown)
+    medians = {key for key in shown if "_median" in key or "/median_" in key}
+    layers, counts = sum(key.startswith("alpha/") for key in {*shown} - medians), sum(key in HEALTH for key in shown)
+    curves = len(medians - {*HEALTH})
     parts = [
         f"{curves} curves",
         "the step's scale",

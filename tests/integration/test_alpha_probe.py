@@ -280,7 +280,7 @@ def test_exponents_in_use_are_logged_with_the_layers_chosen(log_layers):
     rows = [{k: v for k, v in row.items() if k.startswith("spectral_newton/")} for row in logger.rows]
     rows = [row for row in rows if row] or [{}, {}]
     layers = {"all": ["qkv", "proj", "up", "down"], "none": []}.get(str(log_layers), ["up"])
-    names = [f"spectral_newton/block.{layer}.weight/alpha" for layer in layers]
+    names = [f"spectral_newton/alpha/block.{layer}.weight" for layer in layers]
     assert rows == [dict.fromkeys(names, 1.0), dict.fromkeys(names, pytest.approx(1.2))]
     logger = Kept()
     trained(GPT, Given(1.0), logger=logger, steps=1, options={"alpha": 1.0})

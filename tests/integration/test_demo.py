@@ -67,7 +67,7 @@ def test_demo_trains_measures_logs_and_prints(tmp_path, capsys, monkeypatch):
         summary = wandb_summary(command.group(1))
         expected = report.medians()["signal_median"]
         assert float(summary["spectral/signal_median"]) == pytest.approx(expected, rel=1e-6, nan_ok=True)
-        assert summary["spectral/head.weight/r2_alpha"] == pytest.approx(report.layers["head.weight"].alpha.r2)
+        assert summary["spectral/r2_alpha/head.weight"] == pytest.approx(report.layers["head.weight"].alpha.r2)
     for name, history in histories.items():
         kept = read_reports(tmp_path / name / "csv" / "version_0" / "spectra.jsonl")
         assert [report.to_dict() for report in kept] == [report.to_dict() for report in history]

@@ -88,7 +88,7 @@ def test_wandb_with_nothing_configured(tmp_path):
     for row, measured in zip(rows, probe.history, strict=True):
         truth = measured.scalars()
         logged = {key.removeprefix("spectral/"): row[key] for key in row if key.startswith("spectral/")}
-        assert sum(key.endswith("/alpha") for key in logged) == 24
+        assert sum(key.startswith("alpha/net.") for key in logged) == 24
         assert set(logged) - set(truth) == set(PROBE_KEYS)
         assert all(same(value, truth[key]) for key, value in logged.items() if key in truth)
     defined = [record["metric"] for record in records if record.get("type") == "metric"]
@@ -100,11 +100,11 @@ def test_wandb_with_nothing_configured(tmp_path):
     assert [row["_step"] for pair in zip(rows, steps, strict=True) for row in pair] == [0, 1, 2, 3, 4, 5]
     of_steps = {key for key in steps[0] if key.startswith("spectral/")}
     assert of_steps >= {f"spectral/{key}" for key in STEP_KEYS}
-    assert sum(key.endswith("/step_curvature") for key in of_steps) == 24
+    assert sum(key.startswith("spectral/step_curvature/") for key in of_steps) == 24
     visible = {key for key in (*rows[0], *steps[0]) if key.startswith("spectral/")} - hidden
     assert len(visible) == 40
     assert "spectral/step/scale" in visible
-    assert {"spectral/alpha_median", "spectral/kind/dense/zeta_bound_median", "spectral/net.0.weight/alpha"} <= visible
+    assert {"spectral/alpha_median", "spectral/zeta_bound/median_dense", "spectral/alpha/net.0.weight"} <= visible
     assert not [key for key in rows[0] if "table" in key.lower() or "figures" in key]
     assert not (files / "media").exists()
 
@@ -180,23 +180,23 @@ def test_forty_charts_for_any_network(kinds, expected):
     assert len(logged) <= 170
     shown = charts(logged, 40)
     assert len(set(shown)) == len(shown) == 40
-    curves = [key for key in logged if key.startswith("kind/") and not key.endswith(("signal_median", "scale_median"))]
+    curves = [key for key in logged if "/median_" in key and not key.startswith(("signal/", "noise_scale/"))]
     curves += ["alpha_median", "zeta_bound_median"]
     assert set(curves) <= set(shown) <= set(logged)
-    layers = [key for key in shown if key.endswith("/alpha")]
+    layers = [key for key in shown if key.startswith("alpha/l.")]
     assert len(layers) == expected
     if layers:
-        assert {layers[0], layers[-1]} == {"l.0.weight/alpha", f"l.{len(kinds) - 1}.weight/alpha"}
+        assert {layers[0], layers[-1]} == {"alpha/l.0.weight", f"alpha/l.{len(kinds) - 1}.weight"}
     assert charts(logged, None) == list(logged)
 
 
 def test_infinity_is_logged_as_nan_and_counted():
     flat = report(layer("a", alpha=0.5), layer("b", alpha=0.5), layer("c", alpha=3.0))
     logged = LogSelection("all", "all", (), lambda text: None).scalars(flat)
-    assert math.isinf(flat.scalars()["a/zeta_bound"])
-    assert math.isnan(logged["a/zeta_bound"])
+    assert math.isinf(flat.scalars()["zeta_bound/a"])
+    assert math.isnan(logged["zeta_bound/a"])
     assert math.isnan(logged["zeta_bound_median"])
-    assert logged["c/zeta_bound"] == flat.layers["c"].zeta_bound
+    assert logged["zeta_bound/c"] == flat.layers["c"].zeta_bound
     assert logged["zeta_unbounded"] == 2
 
 
@@ -212,7 +212,7 @@ def test_infinity_is_logged_as_nan_and_counted():
 def test_quantities_of_each_layer(chosen, expected):
     logger = ProbeRows()
     fit_tiny(SpectralProbe(log_quantities=chosen), steps=1, logger=[logger])
-    found = {key.rpartition("/")[2] for key in logger.rows[0][1] if key.startswith("spectral/net.0.weight/")}
+    found = {key.split("/")[1] for key in logger.rows[0][1] if key.endswith("/net.0.weight")}
     assert found == expected
 
 
@@ -220,8 +220,8 @@ def test_quantities_asked_for_are_logged_of_each_layer():
     logger = ProbeRows()
     fit_tiny(SpectralProbe(bootstrap=10, weight_spectra=True), steps=1, logger=[logger])
     keys = logger.rows[0][1]
-    assert {"spectral/net.0.weight/alpha_low", "spectral/kind/dense/s_weight_median"} <= set(keys)
-    assert "spectral/net.0.weight/gamma" not in keys
+    assert {"spectral/alpha_low/net.0.weight", "spectral/s_weight/median_dense"} <= set(keys)
+    assert "spectral/gamma/net.0.weight" not in keys
 
 
 @pytest.mark.parametrize(
@@ -659,4 +659,4 @@ def test_a_probe_can_be_sent_to_another_process():
     probe = pickle.loads(pickle.dumps(SpectralProbe(log_quantities="all", print_end=True)))
     logger = ProbeRows()
     fit_tiny(probe, steps=1, logger=[logger])
-    assert "spectral/net.0.weight/gamma" in logger.rows[0][1]
+    assert "spectral/gamma/net.0.weight" in logger.rows[0][1]

@@ -85,16 +85,25 @@ def test_probe_measures_what_measure_spectra_does_before_the_step():
 
 def test_one_dict_per_probe_with_every_key():
     logger, probe = ProbeRows(), SpectralProbe(every_n_steps=2)
-    fit_tiny(probe, steps=4, logger=[logger])
+    trainer = fit_tiny(probe, steps=4, logger=[logger])
     assert [step for step, _ in logger.rows] == [0, 2]
     metrics = logger.rows[-1][1]
-    layers = {f"spectral/{name}/{quantity}" for name in ("net.0.weight", "net.2.weight") for quantity in PER_LAYER}
+    layers = {f"spectral/{quantity}/{name}" for name in ("net.0.weight", "net.2.weight") for quantity in PER_LAYER}
     medians = {f"spectral/{key.name}_median" for key in LAYER_KEYS if key.median and not key.part}
-    medians |= {f"spectral/kind/{kind}/{quantity}_median" for kind in ("head", "dense") for quantity in BY_KIND}
+    medians |= {f"spectral/{quantity}/median_{kind}" for kind in ("head", "dense") for quantity in BY_KIND}
     assert set(metrics) == layers | medians | {f"spectral/{key}" for key in (*REPORT_KEYS, *PROBE_KEYS)}
     report = probe.last_report
-    assert metrics["spectral/net.0.weight/alpha"] == report.layers["net.0.weight"].alpha.exponent
+    assert metrics["spectral/alpha/net.0.weight"] == report.layers["net.0.weight"].alpha.exponent
     assert metrics["spectral/probe_seconds"] >= report.seconds > 0
+    monitored = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("spectral/")}
+    for key, former in {
+        "r2_alpha/net.0.weight": "net.0.weight/r2_alpha",
+        "r2_alpha_median": "r2_alpha_median",
+        "signal/median_head": "kind/head/signal_median",
+        "negative_curvature_sum": "negative_curvature",
+    }.items():
+        assert monitored[f"spectral/{key}"] == monitored[f"spectral/{former}"]
+        assert monitored[f"spectral/{key}"] == pytest.approx(metrics[f"spectral/{key}"])
 
 
 @pytest.mark.usefixtures("trusting")
@@ -107,7 +116,7 @@ def test_values_reach_csv_and_tensorboard(tmp_path):
     assert [int(row["step"]) for row in rows] == [0, 2]
     for row, report in zip(rows, probe.history, strict=True):
         logged = probe.logged.scalars(report)
-        assert {"alpha_median", "kind/head/zeta_bound_median", "net.0.weight/r2_alpha"} <= set(logged)
+        assert {"alpha_median", "zeta_bound/median_head", "r2_alpha/net.0.weight"} <= set(logged)
         for name, value in logged.items():
             assert float(row[f"spectral/{name}"]) == pytest.approx(value, rel=1e-12, nan_ok=True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -140,10 +149,10 @@ def test_layers_logged_one_by_one(log_layers, expected):
     deep = nn.Sequential(*[part for _ in range(29) for part in (nn.Linear(6, 6), nn.ReLU())], nn.Linear(6, 5))
     logger = ProbeRows()
     fit_tiny(SpectralProbe(log_layers=log_layers, top_k=3), Tiny(deep), steps=1, logger=[logger])
-    logged = [key for key in logger.rows[0][1] if key.endswith("/alpha")]
+    logged = [key for key in logger.rows[0][1] if key.startswith("spectral/alpha/net.")]
     assert len(logged) == expected
     if log_layers == "auto":
-        assert {"spectral/net.0.weight/alpha", "spectral/net.58.weight/alpha"} <= set(logged)
+        assert {"spectral/alpha/net.0.weight", "spectral/alpha/net.58.weight"} <= set(logged)
 
 
 def test_two_probes_with_prefixes():

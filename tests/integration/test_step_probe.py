@@ -76,10 +76,10 @@ def assert_equal_to_truth(rows, truth, rel=1e-5):
         assert row["spectral/step/scale"] == pytest.approx(scale, rel=rel, nan_ok=True)
         assert row["spectral/step/predicted_change"] == pytest.approx(predicted, rel=rel, abs=1e-9)
         assert row["spectral/step/actual_change"] == pytest.approx(actual, rel=rel, abs=1e-9)
-        layers = [key for key in row if key.endswith("/step_curvature")]
+        layers = [key for key in row if key.startswith("spectral/step_curvature/")]
         assert len(layers) == 3
         for key in layers:
-            assert row[key] == pytest.approx(shares[key.split("/")[1]], rel=rel, abs=1e-7)
+            assert row[key] == pytest.approx(shares[key.removeprefix("spectral/step_curvature/")], rel=rel, abs=1e-7)
 
 
 SETUPS = {

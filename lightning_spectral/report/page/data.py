@@ -12,7 +12,7 @@ from lightning_spectral.analysis import ALPHA_BAND, Exponents
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
-from lightning_spectral.records.log_keys import LAYER_KEYS, LoggedKey
+from lightning_spectral.records.log_keys import LAYER_KEYS, LoggedKey, median_key
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.run import Run, RunStep
 from lightning_spectral.summary import summary, summary_over_training
@@ -104,7 +104,7 @@ def _probe(
         "label": step.label,
         "step": step.step,
         "kinds": {
-            kind: _shorten(medians.get(f"kind/{kind}/{key.name}_median", math.nan) for key in keys if key.median)
+            kind: _shorten(medians.get(median_key(key.name, kind), math.nan) for key in keys if key.median)
             for kind in report.by_kind()
         },
         "loss": _short(report.loss),

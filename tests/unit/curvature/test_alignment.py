@@ -590,11 +590,11 @@ def test_keys_are_there_where_they_were_asked_for():
         assert f"block.up.weight/{key.name}" in scalars
         assert math.isnan(scalars[f"head.weight/{key.name}"])
         assert f"{key.name}_median" in scalars
-        assert f"kind/mlp_up/{key.name}_median" in scalars
+        assert f"{key.name}/median_mlp_up" in scalars
         assert key.name in report.to_pandas().columns
     up = report.layers["block.up.weight"].alignment
     assert scalars["block.up.weight/beta"] == up.beta.exponent
-    assert scalars["kind/mlp_up/concentration_ratio_median"] == float(up.concentration.quantile(0.5))
+    assert scalars["concentration_ratio/median_mlp_up"] == float(up.concentration.quantile(0.5))
 
 
 def test_alignment_changes_nothing_else():

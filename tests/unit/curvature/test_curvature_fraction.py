@@ -336,8 +336,8 @@ def test_a_probe_logs_it_on_request():
     metrics = logger.rows[0][1]
     for key in ("curvature_fraction", "curvature_over_random", "s_weight", "gamma_weight"):
         assert math.isfinite(metrics[f"spectral/{key}_median"])
-        assert math.isfinite(metrics[f"spectral/net.0.weight/{key}"])
-    assert metrics["spectral/net.0.weight/alpha_low"] <= metrics["spectral/net.0.weight/alpha_high"]
+        assert math.isfinite(metrics[f"spectral/{key}/net.0.weight"])
+    assert metrics["spectral/alpha_low/net.0.weight"] <= metrics["spectral/alpha_high/net.0.weight"]
 
 
 def test_a_probe_that_fails_logs_what_was_asked_for_as_nan():

@@ -376,7 +376,7 @@ def test_probe_logs_nan_and_a_count_where_some_layers_cannot_be_measured(name, m
     for _, metrics in rows:
         assert metrics["spectral/layers_failed"] == len(failing)
         for layer in failing:
-            assert math.isnan(metrics[f"spectral/inner.{layer}/alpha"])
+            assert math.isnan(metrics[f"spectral/alpha/inner.{layer}"])
         assert not math.isnan(metrics["spectral/alpha_median"])
 
 

@@ -18,7 +18,16 @@ from lightning_spectral import LayerSpectrum, SpectralReport, measure_spectra
 from lightning_spectral.analysis import compare_kinds
 from lightning_spectral.layers.display_names import shortened
 from lightning_spectral.records.layer_spectrum import PARTS
-from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS
+from lightning_spectral.records.log_keys import (
+    LAYER_KEYS,
+    PROBE_KEYS,
+    REPORT_KEYS,
+    STEP_CURVATURE,
+    STEP_KEYS,
+    former_key,
+    layer_key,
+    median_key,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -70,8 +79,8 @@ def test_json_round_trip_of_what_is_measured_on_request(full):
 
 def test_what_is_measured_on_request_is_logged_where_it_was_asked_for(full, report):
     for key in LAYER_KEYS:
-        assert f"0.weight/{key.name}" in full.scalars()
-        assert (f"head.weight/{key.name}" in report.scalars()) == (not key.part)
+        assert f"{key.name}/0.weight" in full.scalars()
+        assert (f"{key.name}/head.weight" in report.scalars()) == (not key.part)
         assert (f"{key.name}_median" in full.scalars()) == key.median
         assert (f"{key.name}_median" in report.scalars()) == (key.median and not key.part)
     assert {key.part for key in LAYER_KEYS} == {"", *PARTS}
@@ -138,13 +147,27 @@ def test_pandas_that_is_not_installed(report, monkeypatch):
 def test_scalars_have_one_name_per_quantity(report):
     scalars = report.scalars()
     for key in (key for key in LAYER_KEYS if not key.part):
-        assert scalars[f"head.weight/{key.name}"] == pytest.approx(key.value(report.layers["head.weight"]), nan_ok=True)
+        assert scalars[f"{key.name}/head.weight"] == pytest.approx(key.value(report.layers["head.weight"]), nan_ok=True)
         if key.median:
             assert f"{key.name}_median" in scalars
-            assert f"kind/head/{key.name}_median" in scalars
+            assert f"{key.name}/median_head" in scalars
     assert set(REPORT_KEYS) <= scalars.keys()
-    assert not any(key.startswith("head") for key in report.scalars([]))
+    assert not any(key.endswith("/head.weight") for key in report.scalars([]))
     assert scalars["layers_measured"] + scalars["layers_failed"] == len(report.layers)
+
+
+def test_no_key_is_the_beginning_of_anothers_path(full):
+    keys = {*full.scalars(), *PROBE_KEYS, *STEP_KEYS, layer_key(STEP_CURVATURE.name, "0.weight")}
+    folders = {key.rpartition("/")[0] for key in keys}
+    assert not folders & keys
+
+
+def test_former_keys_are_those_of_layers_kinds_and_the_sum():
+    assert former_key(layer_key("step_curvature", "net/a.weight")) == "net/a.weight/step_curvature"
+    assert former_key(median_key("s", "mlp_up", of_all=True)) == "kind/mlp_up/s_median_all"
+    assert former_key("negative_curvature_sum") == "negative_curvature"
+    unchanged = [median_key("alpha"), *REPORT_KEYS.keys() - {"negative_curvature_sum"}, *PROBE_KEYS, *STEP_KEYS]
+    assert [key for key in unchanged if former_key(key) is not None] == []
 
 
 def test_medians_leave_nan_out():
@@ -157,8 +180,8 @@ def test_medians_leave_nan_out():
     report = SpectralReport(layers, {}, 1.0, 8, "exact", "eval", "float32", 5, 0.1)
     medians = report.medians()
     assert medians["alpha_median"] == pytest.approx(2.0)
-    assert medians["kind/conv/alpha_median"] == pytest.approx(1.5)
-    assert math.isnan(medians["kind/dense/alpha_median"])
+    assert medians["alpha/median_conv"] == pytest.approx(1.5)
+    assert math.isnan(medians["alpha/median_dense"])
     assert report.failed == {"d": "dead"}
     assert report.problems() == ["d: dead"]
     summary = {row.kind: row for row in compare_kinds(report)}

@@ -670,7 +670,7 @@ def test_alpha_over_training():
     assert len(thin) == len(KINDS) + 1
     for kind, line in thick.items():
         assert list(line.get_xdata()) == [0, 20, 40, 80, 160]
-        of_trust = [report.medians()[f"kind/{kind}/alpha_median"] for report in reports]
+        of_trust = [report.medians()[f"alpha/median_{kind}"] for report in reports]
         assert list(line.get_ydata()) == pytest.approx(of_trust, nan_ok=True)
     assert [math.isnan(y) for y in thin[-1].get_ydata()] == [True, False, True, True, True]
     assert math.isnan(thick["head"].get_ydata()[0])
@@ -729,7 +729,7 @@ def test_scale_over_training_shows_what_exponents_do_not():
             measured = [getattr(report.layers[layer], name) for report in reports]
             expected = [value if value > 0 else math.nan for value in measured]
             assert list(line.get_ydata()) == pytest.approx(expected, nan_ok=True)
-        assert list(thick.get_ydata()) == [report.medians()[f"kind/conv/{name}_median"] for report in reports]
+        assert list(thick.get_ydata()) == [report.medians()[f"{name}/median_conv"] for report in reports]
         low, high = axes.get_ylim()
         values = [value for line in thin for value in line.get_ydata() if not math.isnan(value)]
         assert low < min(values) < max(values) < high
