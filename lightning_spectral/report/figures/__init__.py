@@ -17,7 +17,8 @@ are drawn over their steps, or numbered where one has no step. All functions hav
 They raise ImportError without matplotlib, and ValueError where there is no report, a report holds no layers, or the
 width is too small.
 
-A kind of layer has the same colour and marker in every figure, from Okabe and Ito's palette for colour-blind readers.
+A kind of layer has the same colour and marker in every figure, from Okabe and Ito's palette for colour-blind readers,
+and in a page; where several runs are laid over each other, a colour, marker and line is a run.
 Hollow markers are fits not to be trusted (`lightning_spectral.analysis.trusted`), but in `plot_power_law`, where they
 are single directions that are left out of the fit.
 """

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.layers.kinds import KINDS
-from lightning_spectral.report.figures.style import Dash, ground, ink, kind_style
+from lightning_spectral.report.figures.style import ground, ink, kind_style
 from lightning_spectral.report.figures.ticks import literal
+from lightning_spectral.report.palette import Dash
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

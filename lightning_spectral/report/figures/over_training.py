@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from lightning_spectral.analysis import ALPHA_BAND, trusted
-from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.figures.by_layer import draw_alpha_band, hollow_handle, padded
+from lightning_spectral.report.figures.by_layer import draw_alpha_band, hollow_handle
 from lightning_spectral.report.figures.canvas import canvas
 from lightning_spectral.report.figures.legends import kind_handles, patch_handle
+from lightning_spectral.report.figures.series import (
+    Series,
+    alpha_limits,
+    alpha_of,
+    alpha_to_trust,
+    finite,
+    kind_medians,
+    layer_series,
+)
+from lightning_spectral.report.figures.side_by_side import plot_runs_side_by_side
 from lightning_spectral.report.figures.style import (
-    MODEL_STYLE,
     WIDTH,
     Reports,
     all_reports,
     ground,
     kind_style,
+    model_colour,
     positions,
     say,
 )
 from lightning_spectral.report.figures.ticks import log_ticks, whole_numbers
+from lightning_spectral.report.palette import MODEL_STYLE
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -40,12 +49,17 @@ MOST_MARKERS = 25
 
 @overload
 def plot_alpha_over_training(
-    reports: Reports, *, width: float = ..., dark: bool = ..., title: bool = ...
+    reports: Reports | Mapping[str, Reports], *, width: float = ..., dark: bool = ..., title: bool = ...
 ) -> Figure: ...
 @overload
 def plot_alpha_over_training(reports: Reports, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
 def plot_alpha_over_training(
-    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Axes | None = None
+    reports: Reports | Mapping[str, Reports],
+    *,
+    width: float = WIDTH,
+    dark: bool = False,
+    title: bool = True,
+    ax: Axes | None = None,
 ) -> Figure | Axes:
     """Draw the exponent alpha over the steps: a thin line per layer, and the median of each kind of layer thick.
 
@@ -53,13 +67,25 @@ def plot_alpha_over_training(
     line breaks at a step where its kind has none, a thin one where a layer has no fit. The grey band is alpha from 1.85
     to 2.15. The axis shows all medians, 98 % of the fits to trust and 90 % of all; at initialisation single layers
     may leave it.
+
+    Several runs are laid over each other, a panel per kind of layer and a colour, marker and line per run.
+
+    Args:
+        reports: such as ``probe.history``; of several runs by name, ``{"adamw": history, "muon": other_history}``.
+
+    Raises:
+        ValueError: if there are more runs than can be told apart, 24, or they are given together with ``ax``.
     """
+    if isinstance(reports, Mapping):
+        if ax is not None:
+            raise ValueError("several runs take a panel per kind of layer, and ax is one; leave it out")
+        return plot_runs_side_by_side(reports, width=width, dark=dark, title=title)
     history = all_reports(reports)
     x, label = positions(history)
     with canvas(width, 2.8, dark=dark, title=title, ax=ax) as drawing:
         (axes,) = drawing.panels()
         band = draw_alpha_band(axes)
-        by_layer, of_trust = layer_series(history, _alpha), layer_series(history, _alpha_to_trust)
+        by_layer, of_trust = layer_series(history, alpha_of), layer_series(history, alpha_to_trust)
         size = _point_size(len(x) * len(by_layer))
         for (name, kind), values in by_layer.items():
             _thin(axes, x, values, kind)
@@ -67,10 +93,10 @@ def plot_alpha_over_training(
         by_kind = kind_medians(of_trust)
         for kind, values in by_kind.items():
             _thick(axes, x, values, kind)
-        _limits(axes, *(_finite(of.values()) for of in (by_layer, of_trust, by_kind)))
+        alpha_limits(axes, *(finite(of.values()) for of in (by_layer, of_trust, by_kind)))
         axes.set(xlabel=label, ylabel="exponent α")
         whole_numbers(axes, x)
-        if not _finite(by_layer.values()):
+        if not finite(by_layer.values()):
             say(axes, "no layer has a fit of α")
         drawing.title("Curvature exponent α over training, medians by kind of the fits to trust", history)
         fitted = [layer for r in history for layer in r.layers.values() if not math.isnan(layer.alpha.exponent)]
@@ -149,38 +175,11 @@ def model_bands(reports: Sequence[SpectralReport]) -> list[Band]:
     """Return (name, colour, hatch, fraction of layers at each report) per model; layers without a model last."""
     winners = [[layer.rank_models.winner for layer in report.layers.values()] for report in reports]
     bands = [
-        (style.name, style.colour, style.hatch, [of.count(model) / len(of) for of in winners])
+        (style.name, model_colour(style), style.hatch, [of.count(model) / len(of) for of in winners])
         for model, style in MODEL_STYLE.items()
     ]
     missing = [of.count(None) / len(of) for of in winners]
     return [*bands, ("too few values", NO_MODEL, "", missing)] if any(missing) else bands
-
-
-Series = dict[tuple[str, str], list[float]]
-
-
-def layer_series(reports: Sequence[SpectralReport], read: Callable[[LayerSpectrum], float]) -> Series:
-    """Return (name, kind) of each layer -> its value at each report, NaN where the layer is not in it."""
-    keys = dict.fromkeys((layer.name, layer.kind) for report in reports for layer in report.layers.values())
-    return {
-        (name, kind): [read(r.layers[name]) if name in r.layers else math.nan for r in reports] for name, kind in keys
-    }
-
-
-def kind_medians(series: Series) -> dict[str, list[float]]:
-    """Return kind -> median of its layers at each report, NaN left out."""
-    kinds: dict[str, list[list[float]]] = {}
-    for (_, kind), values in series.items():
-        kinds.setdefault(kind, []).append(values)
-    return {kind: [median(at) for at in zip(*of_kind, strict=True)] for kind, of_kind in kinds.items()}
-
-
-def _alpha(layer: LayerSpectrum) -> float:
-    return layer.alpha.exponent
-
-
-def _alpha_to_trust(layer: LayerSpectrum) -> float:
-    return layer.alpha.exponent if trusted(layer) else math.nan
 
 
 SCALES: tuple[tuple[Callable[[LayerSpectrum], float], str], ...] = (
@@ -209,7 +208,7 @@ def _points(axes: Axes, x: Sequence[int], values: Sequence[float], of_trust: Seq
     """Draw the points of a layer, filled where its fit is to be trusted and hollow where it is not."""
     doubtful = [value if math.isnan(good) else math.nan for value, good in zip(values, of_trust, strict=True)]
     for series, face in ((of_trust, look["color"]), (doubtful, ground())):
-        if _finite([series]):
+        if finite([series]):
             edge = look["markersize"] / 5
             axes.plot(x, series, "o", markerfacecolor=face, markeredgewidth=edge, alpha=0.7, **look)
 
@@ -223,22 +222,6 @@ def _point_size(count: int) -> float:
     return min(3.0, max(1.5, 60 / math.sqrt(count)))
 
 
-def _finite(series: Iterable[Sequence[float]]) -> list[float]:
-    return [value for values in series for value in values if math.isfinite(value)]
-
-
-def _inner(values: Sequence[float], share: float) -> list[float]:
-    """Return the ends of the inner values, less this share of them on each side."""
-    tail = int(share * len(values))
-    ordered = sorted(values)
-    return [ordered[tail], ordered[-1 - tail]] if ordered else []
-
-
-def _limits(axes: Axes, layers: Sequence[float], of_trust: Sequence[float], medians: Sequence[float]) -> None:
-    if layers:
-        axes.set_ylim(*padded([*ALPHA_BAND, *medians, *_inner(of_trust, 0.01), *_inner(layers, 0.05)]))
-
-
 def _scale_panel(axes: Axes, x: Sequence[int], by_layer: Series) -> list[str]:
     """Draw a quantity of all layers on a log axis; returns the kinds that it shows."""
     # A log axis would draw what is not above 0 as a line to the bottom.
@@ -247,14 +230,14 @@ def _scale_panel(axes: Axes, x: Sequence[int], by_layer: Series) -> list[str]:
         _thin(axes, x, values, kind)
     for kind, values in kind_medians(by_layer).items():
         _thick(axes, x, _above_zero(values), kind)
-    shown = _finite(values for _, values in layers)
+    shown = finite(values for _, values in layers)
     if not shown:
         axes.set_yticks([])
         say(axes, "no layer has a value above 0")
         return []
     axes.set_yscale("log")
     _log_limits(axes, shown)
-    return [kind for kind, values in layers if _finite([values])]
+    return [kind for kind, values in layers if finite([values])]
 
 
 def _above_zero(values: Sequence[float]) -> list[float]:

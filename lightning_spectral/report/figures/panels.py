@@ -20,14 +20,15 @@ from lightning_spectral.report.figures.confidence_band import fitted_points, lin
 from lightning_spectral.report.figures.legends import kind_handles, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
     EDGE,
-    MODEL_STYLE,
     WIDTH,
     ground,
     ink,
     kind_style,
+    model_colour,
     one_report,
 )
 from lightning_spectral.report.figures.ticks import literal, log_ticks
+from lightning_spectral.report.palette import MODEL_STYLE
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -146,7 +147,7 @@ def plot_rank_profiles(
             _rank_profile(axes, layer, headed=drawing.headed)
         drawing.ordinate("singular value σ (loss per unit of weight)")
         drawing.title("Gradient spectra and rank models, by BIC", [report], note)
-        models = [line_handle(style.dash, style.name, style.colour) for style in MODEL_STYLE.values()]
+        models = [line_handle(style.dash, style.name, model_colour(style)) for style in MODEL_STYLE.values()]
         drawing.legend([*kind_handles(layer.kind for layer in selected), *models], abscissa="rank k")
     return drawing.figure if ax is None else ax
 
@@ -293,7 +294,7 @@ def _rank_profile(axes: Axes, layer: LayerSpectrum, *, headed: bool) -> None:
             continue
         style, line = MODEL_STYLE[model], model_curve(model, fit.coefficients, k)
         width = 1.8 if model == layer.rank_models.winner else 0.9
-        stroke: dict[str, Any] = {"color": style.colour, "linestyle": style.dash, "linewidth": width}
+        stroke: dict[str, Any] = {"color": model_colour(style), "linestyle": style.dash, "linewidth": width}
         axes.plot(k.numpy(), line.numpy(), zorder=1, label=model, **stroke)
     axes.text(0.04, 0.04, _winner_text(layer), transform=axes.transAxes, ha="left", va="bottom", **NOTE)
 

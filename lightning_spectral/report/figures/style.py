@@ -3,66 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.ticks import literal
+from lightning_spectral.report.palette import INK, KIND_STYLE, OTHER_STYLE, RUN_DASHES, RUN_STYLE, Dash, ModelStyle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Reports = SpectralReport | Iterable[SpectralReport]
-Dash = Literal["-", "--", "-.", ":", "none"]
 
 WIDTH = 6.0
 """Inches: the text width of a one-column paper."""
 
-INK = "ink"
-"""Placeholder for the colour of the text, black or nearly white."""
-
-KIND_STYLE: dict[str, tuple[str, str]] = {
-    "conv": ("#0072B2", "o"),
-    "attention_qkv": ("#E69F00", "s"),
-    "attention_out": ("#D55E00", "D"),
-    "mlp_up": ("#009E73", "^"),
-    "mlp_down": ("#56B4E9", "v"),
-    "embedding": ("#888888", "*"),
-    "head": ("#CC79A7", "P"),
-    "dense": (INK, "X"),
-}
-"""Colour and marker of each kind of layer: Okabe and Ito's palette (Color Universal Design, 2008), with grey in the
-place of its yellow, which is too pale for a line on white."""
-
 QUIET = "#808080"
 """Colour of what stands behind the points, that can be read on white and on dark."""
-
-OTHER_STYLE = ("#8C6D31", "h")
-"""Style of a kind that is none of `KINDS`, in a record made by hand."""
-
-
-class ModelStyle(NamedTuple):
-    """Look of a rank model: its name, colours on white and on dark, line, and hatch of its areas."""
-
-    name: str
-    on_white: str
-    on_dark: str
-    dash: Dash
-    hatch: str
-
-    @property
-    def colour(self) -> str:
-        """Return the colour for the style in force."""
-        return self.on_dark if ground() == DARK_GROUND else self.on_white
-
-
-MODEL_STYLE: dict[RankModel, ModelStyle] = {
-    "power_law": ModelStyle("power law", "#004488", "#6699CC", "-", ""),
-    "exponential": ModelStyle("exponential", "#BB5566", "#EE99AA", "--", "///"),
-    "lognormal": ModelStyle("log-normal", "#DDAA33", "#EECC66", "-.", "..."),
-}
-"""Paul Tol's high-contrast and medium-contrast palettes (SRON/EPS/TN/09-002): they differ in grey, too, and from
-the colours of the kinds of layers."""
 
 STYLE: dict[str, Any] = {
     "figure.dpi": 150,
@@ -122,6 +78,22 @@ def kind_style(kind: str) -> tuple[str, str]:
     """Return (colour, marker) of a kind of layer, in the style in force."""
     colour, marker = KIND_STYLE.get(kind, OTHER_STYLE)
     return (ink() if colour == INK else colour), marker
+
+
+def model_colour(style: ModelStyle) -> str:
+    """Return the colour of a rank model, in the style in force."""
+    return style.on_dark if _is_dark() else style.on_white
+
+
+def run_style(i: int) -> tuple[str, str, Dash]:
+    """Return (colour, marker, line) of the i-th run of several, from 0, in the style in force."""
+    style = RUN_STYLE[i % len(RUN_STYLE)]
+    dash = RUN_DASHES[i // len(RUN_STYLE) % len(RUN_DASHES)]
+    return (style.on_dark if _is_dark() else style.on_white), style.marker, dash
+
+
+def _is_dark() -> bool:
+    return ground() == DARK_GROUND
 
 
 def one_report(report: SpectralReport) -> SpectralReport:

@@ -61,14 +61,17 @@ def log_ticks(axis: Axis, low: float, high: float, *, gap: float) -> None:
     axis.set_ticks([], minor=True)
 
 
-def whole_numbers(axes: Axes, x: Sequence[int]) -> None:
-    """Set ticks of the abscissa at whole numbers alone, which a locator does not keep to within a range of one."""
+def whole_numbers(axes: Axes, x: Sequence[int], *, most: int = 10) -> None:
+    """Set ticks of the abscissa at whole numbers alone, which a locator does not keep to within a range of one.
+
+    There are at most so many intervals between them.
+    """
     from matplotlib.ticker import MaxNLocator
 
     if min(x) == max(x):
         axes.set_xticks([x[0]])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(most, integer=True))
 
 
 def _plain(value: float) -> str:

@@ -43,6 +43,9 @@ PICTURES = {
     "rank_profiles": lambda: figures.plot_rank_profiles(synthetic.network(0), SIX),
     "alpha_over_training": lambda: figures.plot_alpha_over_training(synthetic.history()),
     "alpha_over_training_dark": lambda: figures.plot_alpha_over_training(synthetic.history(), dark=True),
+    "alpha_of_two_runs": lambda: figures.plot_alpha_over_training(
+        {"adamw": synthetic.history(), "muon": synthetic.history((0, 60, 120))}
+    ),
     "scale_over_training": lambda: figures.plot_scale_over_training(synthetic.history()),
     "rank_models_over_training": lambda: figures.plot_rank_models_over_training(synthetic.history()),
     "participation_ratio": lambda: figures.plot_participation_ratio(synthetic.history()),

@@ -25,9 +25,9 @@ from lightning_spectral.report import figures
 from lightning_spectral.report.figures.confidence_band import line_and_band, student_quantile
 from lightning_spectral.report.figures.heatmap import MISSING, NEGATIVE, heat
 from lightning_spectral.report.figures.panels import MAX_PANELS, choose_layers, model_curve, rank_values
-from lightning_spectral.report.figures.style import KIND_STYLE, MODEL_STYLE, OTHER_STYLE
 from lightning_spectral.report.figures.ticks import NAME_LENGTH, log_ticks
 from lightning_spectral.report.figures.transfer_functions import sigma_hat
+from lightning_spectral.report.palette import KIND_STYLE, MODEL_STYLE, MOST_RUNS, OTHER_STYLE, RUN_DASHES, RUN_STYLE
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -678,6 +678,42 @@ def test_alpha_over_training():
     assert {"head", "fit not to be trusted"} <= set(keys)
     assert axes.get_xlabel() == "optimizer step"
     assert "no layer has a fit" in words(figures.plot_alpha_over_training(REPORTS["only dead"]()))
+
+
+def test_runs_side_by_side_have_a_panel_per_kind_and_a_look_each():
+    late = synthetic.report([synthetic.spectrum("late", "dense", alpha=1.0)], step=300)
+    runs = {"adamw": synthetic.history()[::-1], "$muon$": iter([*synthetic.history((0, 40)), late])}
+    figure = figures.plot_alpha_over_training(runs)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == [kind.replace("_", " ") for kind in KINDS]
+    for axes, kind in zip(panels, KINDS, strict=True):
+        one, other = [line for line in axes.lines if line.get_linewidth() > 1]
+        assert (list(one.get_xdata()), list(other.get_xdata())) == ([0, 20, 40, 80, 160], [0, 40, 300])
+        for line, history in ((one, synthetic.history()), (other, [*synthetic.history((0, 40)), late])):
+            of_trust = [report.medians().get(f"kind/{kind}/alpha_median", math.nan) for report in history]
+            assert list(line.get_ydata()) == pytest.approx(of_trust, nan_ok=True)
+        assert (one.get_color(), one.get_marker()) != (other.get_color(), other.get_marker())
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["adamw", r"\$muon\$", "α from 1.85 to 2.15"]
+    assert [handle.get_color() for handle in legend.legend_handles[:2]] == [one.get_color(), other.get_color()]
+    assert legend.get_title().get_text() == "optimizer step"
+    outside = {"trained": synthetic.history(), "measured": synthetic.report([synthetic.spectrum("a")])}
+    numbered = figures.plot_alpha_over_training(outside)
+    assert numbered.legends[0].get_title().get_text() == "measurement"
+    assert "no layer of any run has a fit" in words(figures.plot_alpha_over_training({"a": REPORTS["only dead"]()}))
+
+
+def test_more_runs_than_can_be_told_apart_are_refused():
+    for look in zip(*RUN_STYLE, strict=True):
+        assert len(set(look)) == len(RUN_STYLE)
+    assert len(RUN_STYLE) * len(set(RUN_DASHES)) == MOST_RUNS
+    for runs in ({}, {i: network() for i in range(MOST_RUNS + 1)}):
+        with pytest.raises(ValueError, match=f"need 1 to {MOST_RUNS} runs, .* got {len(runs)}$"):
+            figures.plot_alpha_over_training(runs)
+    with pytest.raises(ValueError, match="no reports to draw"):
+        figures.plot_alpha_over_training({"a": []})
+    with pytest.raises(ValueError, match="several runs take a panel per kind of layer"):
+        figures.plot_alpha_over_training({"a": network()}, ax=matplotlib.figure.Figure().subplots())
 
 
 def test_points_over_training_are_hollow_where_the_fit_is_not_to_be_trusted_and_medians_leave_them_out():

@@ -1,0 +1,123 @@
+"""Figure of several runs laid over each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_spectral.layers.kinds import KINDS
+from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.figures.by_layer import draw_alpha_band
+from lightning_spectral.report.figures.canvas import canvas
+from lightning_spectral.report.figures.legends import line_handle
+from lightning_spectral.report.figures.series import (
+    Series,
+    alpha_limits,
+    alpha_of,
+    alpha_to_trust,
+    finite,
+    kind_medians,
+    layer_series,
+)
+from lightning_spectral.report.figures.style import (
+    WIDTH,
+    Reports,
+    all_reports,
+    positions,
+    run_style,
+    say,
+)
+from lightning_spectral.report.figures.ticks import literal, whole_numbers
+from lightning_spectral.report.palette import MOST_RUNS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMN, ROW = 1.7, 1.55
+"""Inches that a panel takes at least, and is high."""
+
+
+def plot_runs_side_by_side(
+    runs: Mapping[str, Reports], *, width: float = WIDTH, dark: bool = False, title: bool = True
+) -> Figure:
+    """Draw alpha over the steps of several runs: a panel per kind of layer, a colour, marker and line per run.
+
+    Thick lines are medians over the fits to trust, thin ones layers; limits are those of `plot_alpha_over_training`.
+
+    Raises:
+        ValueError: if there is no run, or more than can be told apart, or one of them has no report or no layers.
+    """
+    if not 1 <= len(runs) <= MOST_RUNS:
+        raise ValueError(f"need 1 to {MOST_RUNS} runs, each a name and its reports, got {len(runs)}")
+    histories = {str(name): all_reports(reports) for name, reports in runs.items()}
+    everything = [report for history in histories.values() for report in history]
+    label = positions(everything)[1]
+    xs = [_abscissae(history, label) for history in histories.values()]
+    fits = [layer_series(history, alpha_of) for history in histories.values()]
+    of_trust = [layer_series(history, alpha_to_trust) for history in histories.values()]
+    kinds = _kinds(fits)
+    columns = max(1, min(len(kinds), int(width / COLUMN)))
+    rows = max(1, math.ceil(len(kinds) / columns))
+    with canvas(width, 0.4 + ROW * rows, dark=dark, title=title) as drawing:
+        panels = drawing.panels(rows, columns, sharex=True, sharey=True)
+        band = [draw_alpha_band(axes) for axes in panels][:1]
+        for axes, kind in zip(panels, kinds, strict=False):
+            axes.set_title(kind.replace("_", " "))
+            for i, x in enumerate(xs):
+                _draw_run(axes, x, _of_kind(fits[i], kind), _of_kind(of_trust[i], kind), i)
+        for empty in panels[max(1, len(kinds)) :]:
+            empty.set_visible(False)
+        _set_limits(panels[0], fits, of_trust)
+        whole_numbers(panels[0], [at for x in xs for at in x], most=4)
+        for i, axes in enumerate(panels):
+            axes.tick_params(labelbottom=i + columns >= len(kinds))
+        if not kinds:
+            say(panels[0], "no layer of any run has a fit of α")
+        drawing.ordinate("exponent α")
+        note = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+        drawing.title("Curvature exponent α over training, medians by kind of the fits to trust", everything, note)
+        drawing.legend([*(_run_handle(i, name) for i, name in enumerate(histories)), *band], abscissa=label)
+    return drawing.figure
+
+
+def _kinds(fits: Sequence[Series]) -> list[str]:
+    """Return the kinds that have a fit in any run, in the order of `KINDS`."""
+    fitted = dict.fromkeys(kind for series in fits for (_, kind), values in series.items() if finite([values]))
+    return [kind for kind in KINDS if kind in fitted] + [kind for kind in fitted if kind not in KINDS]
+
+
+def _of_kind(series: Series, kind: str) -> Series:
+    return {key: values for key, values in series.items() if key[1] == kind}
+
+
+def _abscissae(history: Sequence[SpectralReport], label: str) -> list[int]:
+    """Return the steps, or the numbers where some report of any run has no step."""
+    x, own = positions(history)
+    return x if own == label else list(range(len(history)))
+
+
+def _draw_run(axes: Axes, x: Sequence[int], fits: Series, of_trust: Series, i: int) -> None:
+    """Draw the layers of a kind in one run, and their median."""
+    colour, marker, dash = run_style(i)
+    for values in fits.values():
+        axes.plot(x, values, color=colour, linewidth=0.6, alpha=0.35, label=str(i))
+    for values in kind_medians(of_trust).values():
+        look: dict[str, Any] = {"linestyle": dash, "marker": marker, "markersize": 3.5, "linewidth": 1.6}
+        every = max(1, len(x) // 12)
+        axes.plot(x, values, color=colour, label=str(i), zorder=4, markevery=every, **look)
+
+
+def _set_limits(axes: Axes, fits: Sequence[Series], of_trust: Sequence[Series]) -> None:
+    """Set the limits of all panels, which share them."""
+    medians = [values for series in of_trust for values in kind_medians(series).values()]
+    of_all, of_those = (finite(values for series in both for values in series.values()) for both in (fits, of_trust))
+    alpha_limits(axes, of_all, of_those, finite(medians))
+
+
+def _run_handle(i: int, name: str) -> Any:
+    colour, marker, dash = run_style(i)
+    handle = line_handle(dash, literal(name), colour)
+    handle.set(marker=marker, linewidth=1.6)
+    return handle
