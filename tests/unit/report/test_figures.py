@@ -690,7 +690,7 @@ def test_runs_side_by_side_have_a_panel_per_kind_and_a_look_each():
         one, other = [line for line in axes.lines if line.get_linewidth() > 1]
         assert (list(one.get_xdata()), list(other.get_xdata())) == ([0, 20, 40, 80, 160], [0, 40, 300])
         for line, history in ((one, synthetic.history()), (other, [*synthetic.history((0, 40)), late])):
-            of_trust = [report.medians().get(f"kind/{kind}/alpha_median", math.nan) for report in history]
+            of_trust = [report.medians().get(f"alpha/median_{kind}", math.nan) for report in history]
             assert list(line.get_ydata()) == pytest.approx(of_trust, nan_ok=True)
         assert (one.get_color(), one.get_marker()) != (other.get_color(), other.get_marker())
     legend = figure.legends[0]
