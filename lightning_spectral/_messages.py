@@ -45,6 +45,18 @@ def join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
+def size_of(count: float) -> str:
+    """Return bytes as people write them.
+
+    >>> size_of(3_500_000), size_of(12)
+    ('3.5 MB', '12 B')
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
 def first_line(error: BaseException) -> str:
     """Return the class of an error and the first line of it that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 import torch
@@ -19,33 +20,34 @@ from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.options import Options
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import print_report, run_of, write_page
-from lightning_spectral.report.page.build import plotly_js
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure a network; print the report, and write ``spectra.json`` and ``spectra.html`` into a folder.
+    """Measure a network; print the report, and write ``spectra.json`` and, with plotly, ``spectra.html`` to a folder.
 
     Raises:
         SourceError: if something named cannot be found, loaded or written.
         ValueError, MeasurementError: as in `lightning_spectral.measure_spectra`.
     """
     options = options_of(arguments)
-    # Before measuring, so that what cannot be written costs no measurement.
-    if arguments.page:
-        check_page()
+    # Before measuring, so that a folder that cannot be made costs no measurement.
     folder = made_folder(arguments.output)
     report = measure_checkpoint(arguments, options)
     name = arguments.model if arguments.checkpoint is None else Path(arguments.checkpoint).name
     print_report(report, name)
     if report.chosen:
         print(f"curvature by {report.chosen}")
+    json_file = folder / "spectra.json"
     try:
-        report.to_json(folder / "spectra.json")
+        report.to_json(json_file)
     except OSError as error:
         raise SourceError(f"--output {folder}: {error.strerror or error}") from error
-    print(folder / "spectra.json")
+    print(json_file)
     if arguments.page:
-        print(write_page(run_of([report], name), folder / "spectra.html"))
+        try:
+            print(write_page(run_of([report], name), folder / "spectra.html"))
+        except ImportError as error:
+            print_note("measure", f"no page: {error}; then lightning-spectral report {shlex.quote(str(json_file))}")
 
 
 def measure_checkpoint(arguments: argparse.Namespace, options: Options) -> SpectralReport:
@@ -80,18 +82,6 @@ def made_folder(folder: str) -> Path:
     except OSError as error:
         raise SourceError(f"--output {folder}: {error.strerror or error}") from error
     return Path(folder)
-
-
-def check_page() -> None:
-    """Raise if no page can be written.
-
-    Raises:
-        SourceError: if plotly is not installed.
-    """
-    try:
-        plotly_js()
-    except ImportError as error:
-        raise SourceError(f"{error}; or measure with --no-page") from error
 
 
 def _moved(model: nn.Module, device: str) -> torch.device:

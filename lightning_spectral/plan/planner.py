@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lightning_spectral._messages import size_of
 from lightning_spectral._validation import positive_int
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.layers.kinds import Kind
@@ -79,6 +80,14 @@ class Plan:
     step_flops: int | None
     sent: int
     savings: tuple[Saving, ...]
+
+    def __repr__(self) -> str:
+        what = f"{self.model}, {len(self.layers)} matrices"
+        if self.method not in self.costs:
+            return f"Plan({what}, method unknown)"
+        cost = self.costs[self.method]
+        steps = " to ".join(dict.fromkeys(f"{x:.2g}" if x < 10 else f"{x:,.0f}" for x in cost.steps))
+        return f"Plan({what}, curvature by {self.method}, {steps} training steps, {size_of(cost.memory.peak)})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-NAN = float("nan")
+from lightning_spectral.numerics.gradient_noise import NAN
 
 GOOD_FIT, FEWEST_POINTS, LARGEST_ERROR, LEAST_SIGNAL = 0.9, 5, 0.25, 0.8
 """Limits of a fit to trust.

@@ -137,6 +137,14 @@ class LayerSpectrum:
         parts = {"", *self.parts}
         return {key.name: float(key.value(self)) for key in LAYER_KEYS if key.part in parts}
 
+    def __repr__(self) -> str:
+        (m, n), fit, doubt = self.shape, self.alpha, self.fit_quality.doubt
+        alpha = (
+            f"alpha {fit.exponent:.2f} ± {fit.stderr:.2f}, r2 {fit.r2:.2f}, {fit.n_used} of {len(self.h)} directions"
+        )
+        trust = f", not to be trusted: {doubt}" if doubt else ""
+        return f"LayerSpectrum({self.name}, {self.kind} {m}x{n}, {self.note or alpha + trust})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values: NaN as None, infinity as "inf"."""
         return to_jsonable(self)  # type: ignore[no-any-return]

@@ -17,9 +17,11 @@ from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.log_keys import LAYER_KEYS, RANK_MODELS, layer_key, median_key
+from lightning_spectral.records.views import view
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 FORMAT, FORMAT_VERSION = "lightning-spectral-report", 3
 
@@ -207,6 +209,29 @@ class SpectralReport:
         columns = list(rows[0]) if rows else ["layer"]
         frame: pandas.DataFrame = pandas.DataFrame(rows, columns=columns).set_index("layer")
         return frame
+
+    def summary(self) -> str:
+        """Return what was measured in sentences, one to a line: fits to trust, exponents, layers that deviate."""
+        return "\n".join(view("summary")(self))
+
+    def plot(self, figure: str = "power_law", **options: Any) -> Figure:
+        """Draw the report; a notebook shows what is returned. Needs matplotlib.
+
+        Args:
+            figure: name of a function of `lightning_spectral.report.figures` without ``plot_``, of those that draw one
+                report: power_law, alpha_by_depth, rank_profiles, spectrum_heatmap, transfer_functions,
+                transfer_identity or participation_ratio.
+            **options: of that function.
+
+        Raises:
+            ValueError: if there is no such figure, or the report holds no layers.
+            ImportError: without matplotlib.
+        """
+        return view("figure")(self, figure, **options)  # type: ignore[no-any-return]
+
+    def _repr_html_(self) -> str:
+        """Return table and summary, as notebooks ask for them."""
+        return view("html")(self)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         alpha = self.medians()["alpha_median"]

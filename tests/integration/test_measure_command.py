@@ -399,13 +399,27 @@ def test_a_module_without_a_loss_says_what_to_give(nets, capsys):
     assert named_loss(None) is None
 
 
-def test_files_that_cannot_be_written_and_pages_without_plotly(nets, capsys, monkeypatch, tmp_path):
+def test_files_that_cannot_be_written(nets, capsys, tmp_path):
     (tmp_path / "spectra" / "spectra.json").mkdir(parents=True)
     assert main([*BASE, "--loss=cross_entropy"]) == 2
     assert "--output spectra: Is a directory" in capsys.readouterr().err
+
+
+def test_without_plotly_there_is_all_but_the_page_and_a_note_how_to_get_it(nets, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    assert main(BASE[:3]) == 2
-    assert capsys.readouterr().err.endswith('pip install "lightning-spectral[report]"; or measure with --no-page\n')
+    assert main([*(option for option in BASE if option != "--no-page"), "--loss=cross_entropy"]) == 0
+    printed = capsys.readouterr()
+    assert "alpha ± se" in printed.out
+    assert printed.out.endswith("spectra/spectra.json\n")
+    assert printed.err.endswith(
+        'lightning-spectral measure: no page: the page\'s plots need plotly: pip install "lightning-spectral[report]"; '
+        "then lightning-spectral report spectra/spectra.json\n"
+    )
+    assert [path.name for path in (tmp_path / "spectra").iterdir()] == ["spectra.json"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "spectra/spectra.json"]) == 0
+    assert (tmp_path / "spectra" / "spectra.html").is_file()
 
 
 def test_a_traceback_on_request(nets):

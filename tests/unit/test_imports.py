@@ -57,6 +57,16 @@ def test_imports_point_one_way(name, path):
         assert top != "wandb" or name == "report", f"{name} may not import wandb"
 
 
+def test_modules_loaded_by_name_are_those_of_two_tables():
+    """The public names, and what a record shows of itself, beside torch's own: nothing else goes around the rule."""
+    by_name = {
+        path.relative_to(ROOT).as_posix()
+        for name, path in modules()
+        if name not in LIGHTNING and "importlib" in path.read_text() and "import_module(" in path.read_text()
+    }
+    assert by_name == {"__init__.py", "records/views.py", "_torch_private.py"}
+
+
 def run_python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
@@ -70,7 +80,8 @@ def test_measuring_works_without_lightning_and_wandb():
         "from lightning_spectral import measure_spectra\n"
         "model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6))\n"
         "import lightning_spectral.report.figures\n"
-        "print(measure_spectra(model, torch.randn(64, 6), lambda m, x: m(x).square().mean()))\n"
+        "report = measure_spectra(model, torch.randn(64, 6), lambda m, x: m(x).square().mean())\n"
+        "print(report, len(report._repr_html_()) > 0)\n"
         "try:\n    from lightning_spectral import SpectralProbe\nexcept ImportError as error:\n    print(error)\n"
     )
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_spectral._messages import group_by_reason, join_names
+from lightning_spectral._messages import group_by_reason, join_names, size_of
 from lightning_spectral.plan.cost_model import FACTOR, Cost
 from lightning_spectral.plan.planner import Plan
 from lightning_spectral.report.terminal.formatting import literal
@@ -54,18 +54,6 @@ def print_plan(plan: Plan, *, every_layer: bool = False, console: Console | None
     if plan.savings:
         console.print("\ncheaper, one at a time")
         console.print(_savings(plan))
-
-
-def size_of(count: float) -> str:
-    """Return bytes as people write them.
-
-    >>> size_of(3_500_000), size_of(12)
-    ('3.5 MB', '12 B')
-    """
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:

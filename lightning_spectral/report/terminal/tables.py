@@ -62,25 +62,28 @@ def print_report(
     if console is None:
         console = Console()
         console.width = width_for(console)
-    where = "" if report.step is None else f"step {report.step}, "
     console.print()
-    heading = (
-        f"{title}: {where}loss {report.loss:.3f}, {_samples(report)}, {report.mode} mode, "
-        f"curvature by {method_of(report)}"
-    )
+    text = f"{title}: {heading(report)}"
     shown = report if layers is None else replace(report, layers={n: report.layers[n] for n in layers})
     if shown.layers or not report.layers:
-        _print_table(console, *_layer_table(shown, heading, console.width))
+        _print_table(console, *_layer_table(shown, text, console.width))
         for requested in requested_of(shown):
             # A title of its own would be broken to the width of the table.
             console.print(requested.title, style="italic", soft_wrap=_wide(console), highlight=False)
             _print_table(console, *requested.table(shown.layers.values(), console.width))
-        heading = "median per kind of layer, over the fits to trust, beside the paper's"
+        text = "median per kind of layer, over the fits to trust, beside the paper's"
     if left := len(report.layers) - len(shown.layers):
         console.print(f"{left} of {len(report.layers)} layers are not shown\n", style="dim")
-    console.print(kind_table(report, heading, width=console.width))
-    for text in report.problems():
-        console.print(literal(text), style="yellow", soft_wrap=True)
+    console.print(kind_table(report, text, width=console.width))
+    for problem in report.problems():
+        console.print(literal(problem), style="yellow", soft_wrap=True)
+
+
+def heading(report: SpectralReport) -> str:
+    """Return when, on what and how a report was measured, in a line."""
+    where = "" if report.step is None else f"step {report.step}, "
+    how = f"{report.mode} mode, curvature by {method_of(report)}"
+    return f"{where}loss {report.loss:.3f}, {_samples(report)}, {how}"
 
 
 def _samples(report: SpectralReport) -> str:

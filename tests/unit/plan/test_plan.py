@@ -1,6 +1,7 @@
 """A plan tells what a measurement then does: layers, method, products, pieces; and takes no memory for the network."""
 
 import json
+import re
 import sys
 import warnings
 
@@ -98,6 +99,15 @@ def test_a_plan_counts_what_a_measurement_does(name, method, counted):
     least, most = (products - apart - checks for products in cost.products)
     assert least * pieces <= counted["products"] <= most * pieces
     assert (plan.method == "sketch") == (most > 0) == bool(counted["products"])
+
+
+def test_a_plan_in_one_line():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    plan = plan_spectra(model, torch.zeros(64, 8), lambda m, x: torch.nn.functional.mse_loss(m(x), x), top_k=5)
+    assert re.fullmatch(
+        r"Plan\(Sequential, 2 matrices, curvature by ggn, [\d.]+( to [\d.]+)? training steps, [\d.]+ kB\)", repr(plan)
+    )
+    assert repr(plan_spectra(model)) == "Plan(Sequential, 2 matrices, method unknown)"
 
 
 def test_the_time_of_a_measurement_is_the_sum_of_its_passes():
