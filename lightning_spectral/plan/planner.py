@@ -156,10 +156,11 @@ def plan_spectra(
     Args:
         model: on any device, the meta device included. Nothing of it is read but names, shapes and types.
         batch: what the loss takes, of which shapes and types count alone; None: what follows from the network alone.
-        loss_fn, top_k, curvature, layers, kinds, fused_qkv, mode, max_samples, gradient_samples, gradient_samples_max,
-            n_batches, micro_batch_size, precision, spectrum_top_k, curvature_fraction, alignment: as in
-            `measure_spectra`; the batch is that of all processes together, max_samples counts in each of them, as
-            there.
+        loss_fn, n_batches: as in `measure_spectra`.
+        top_k, curvature, layers, kinds, fused_qkv, mode: as in `measure_spectra`.
+        max_samples, gradient_samples, gradient_samples_max, micro_batch_size: as in `measure_spectra`: of each process,
+            while the batch is that of all of them together.
+        precision, spectrum_top_k, curvature_fraction, alignment: as in `measure_spectra`.
         world_size: processes.
         sharded: whether parameters are shards over them.
 

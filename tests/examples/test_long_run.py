@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from manual import PAGES, flat
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_spectral import SpectralProbe
@@ -56,12 +57,12 @@ def test_reports_and_graphs_that_are_kept_show(tmp_path, monkeypatch):
     assert grown["blocks"] > 50 * 100
 
 
-def test_the_readme_s_figures_are_the_benchmark_s():
+def test_the_manual_s_figures_are_the_benchmark_s():
     runs = json.loads((ROOT / "examples/benchmarks/results/long_run_cpu.json").read_text())["figures"]
     assert list(runs) == list(RUNS)
     for run in runs.values():
         assert all(run["growth"][key] <= most for key, most in MOST_GROWTH.items())
     mb = {name: f"{run['growth']['memory_mb']:.2f}" for name, run in runs.items()}
-    shown = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    shown = flat(PAGES["faults.md"])
     assert f"grew by {mb['csv']} MB with CSVLogger and {mb['wandb']} MB with W&B offline" in shown
     assert f"and by {mb['csv, no probe']} and {mb['wandb, no probe']} MB where as many scalars were logged" in shown

@@ -1,4 +1,4 @@
-"""The scaling benchmark: arms run and are kept, large networks are the published ones, the README has the figures."""
+"""The scaling benchmark: arms run and are kept, large networks are the published ones, the manual has the figures."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from manual import PAGES, cells_of, flat
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -97,39 +98,40 @@ def test_the_figure_says_what_it_needs(monkeypatch, tmp_path):
         figure({}, tmp_path / "none.png")
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("name", KEPT["figures"]["predictions"])
-def test_the_readmes_predictions_are_the_benchmarks(name):
+def test_the_manuals_predictions_are_the_benchmarks(name):
     row = KEPT["figures"]["predictions"][name]
     network, _, setting = name.partition(", ")
-    (shown,) = re.findall(rf"^\| {network}, {re.escape(setting)} \| (.*) \|$", README, re.MULTILINE)
+    shown = cells_of(f"{network}, {setting}", "methods.md")
     low, high = row["steps"]
     products, peak = row["products"], row["bytes"]["peak"] / 1e9
     expected = [f"{products[0]} to {products[1]}", f"{low:.2g} to {high:.2g}", f"{peak:,.0f} GB"]
-    assert shown.split(" | ")[1:4] == expected
+    assert shown[1:4] == expected
     of_shards = row["sharded"]["bytes"]["peak"], row["sharded"]["sent_bytes"]
-    assert shown.split(" | ")[5:] == [f"{size / 1e9:,.0f} GB" for size in of_shards]
+    assert shown[5:] == [f"{size / 1e9:,.0f} GB" for size in of_shards]
 
 
-def test_the_readmes_share_of_two_processes_is_the_benchmarks():
+def test_the_manuals_share_of_two_processes_is_the_benchmarks():
     one, two = KEPT["figures"]["ranks"]["points"]
     probe, step = (two[what] / one[what] for what in ("probe_seconds", "step_seconds"))
-    assert f"with two on two cores {probe:.2f} of one's, as a training step took {step:.2f}" in README
+    assert f"with two on two cores {probe:.2f} of one's, as a training step took {step:.2f}" in flat(
+        PAGES["distributed.md"]
+    )
 
 
 def test_plans_hold_within_what_is_said():
     found = KEPT["measured_over_planned"]
     assert all(1 / FACTOR < low <= high < FACTOR for low, high in found.values())
-    told = re.findall(r"time is ([\d.]+) to ([\d.]+) times what is planned,\nand memory ([\d.]+) to ([\d.]+)", README)
+    told = re.findall(
+        r"time is ([\d.]+) to ([\d.]+) times what is planned, and memory ([\d.]+) to ([\d.]+)",
+        flat(PAGES["methods.md"]),
+    )
     least_time, most_time, least_memory, most_memory = map(float, told[0])
     assert least_time <= found["steps"][0] <= found["steps"][1] <= most_time
     assert least_memory <= found["bytes"][0] <= found["bytes"][1] <= most_memory
 
 
-def test_the_readmes_exponents_are_the_benchmarks():
+def test_the_manuals_exponents_are_the_benchmarks():
     for name in scaling.ARMS:
         fits = KEPT["figures"][name]["exponents"]
-        (shown,) = re.findall(rf"^\| {name} \| (.*) \|$", README, re.MULTILINE)
-        assert shown.split(" | ")[1:] == [f"{fits[y]['exponent']:.2f}" for y in ("steps", "bytes")]
+        assert cells_of(name, "methods.md")[1:] == [f"{fits[y]['exponent']:.2f}" for y in ("steps", "bytes")]

@@ -1,4 +1,4 @@
-"""Figures of networks in shards: the benchmark runs, and README says what it found."""
+"""Figures of networks in shards: the benchmark runs, and the manual says what it found."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from manual import PAGES, flat
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -28,12 +29,12 @@ def test_shards_and_whole_weights_give_the_same(monkeypatch, tmp_path):
     assert found["shards"]["planned_bytes"] > 0
 
 
-def test_the_readme_says_what_was_found():
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+def test_the_manual_says_what_was_found():
+    page = flat(PAGES["distributed.md"])
     of_ggn, of_sketch = (KEPT["figures"][method] for method in ("ggn", "sketch"))
     sizes = [KEPT["weights_bytes"], of_ggn["shards"]["bytes"], of_ggn["whole"]["bytes"]]
     weights, split, whole = (f"{size / 1e9:.2f} GB" for size in sizes)
-    assert f"{weights} of weights, two processes take {split} each, and {whole} where each holds the whole" in readme
-    assert f"in {of_ggn['seconds_ratio']:.1f} (`ggn`) and {of_sketch['seconds_ratio']:.1f} (`sketch`) times" in readme
+    assert f"{weights} of weights, two processes take {split} each, and {whole} where each holds the whole" in page
+    assert f"in {of_ggn['seconds_ratio']:.1f} (`ggn`) and {of_sketch['seconds_ratio']:.1f} (`sketch`) times" in page
     assert of_sketch["shards"]["bytes"] == pytest.approx(of_ggn["shards"]["bytes"], rel=0.1)
     assert of_ggn["largest_difference_of_alpha"] < 1e-6

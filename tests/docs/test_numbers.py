@@ -1,0 +1,116 @@
+"""Numbers that the manual tells are those of the benchmarks, and its options those of the code."""
+
+import inspect
+import re
+import statistics
+
+import pytest
+from manual import MANUAL, PAGES, benchmark, cells_of, flat
+from reports import layer, report
+
+from lightning_spectral import SpectralProbe
+from lightning_spectral.callbacks.log_selection import HEALTH, LOGGED_LAYERS, LogSelection, charts
+from lightning_spectral.callbacks.report_writer import FIGURES
+from lightning_spectral.records.log_keys import ALPHA_KEY, LAYER_KEYS, PROBE_KEYS, STEP_CURVATURE, STEP_KEYS, layer_key
+
+METHODS, READING = flat(PAGES["methods.md"]), flat(PAGES["reading.md"])
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [("ReLU ResNet, 16", "resnet"), ("GPT of 3 blocks, 13", "gpt3"), ("GPT of 12 blocks, 49", "gpt12")],
+)
+def test_the_table_of_costs_is_the_benchmarks(title, name):
+    methods = benchmark("probe")["figures"][name]["methods"]
+    columns = ("exact", "curvlinops", "ggn", "sketch", "auto")
+    shown = ["-" if x not in methods else str(round(methods[x]["steps"])) for x in columns]
+    assert cells_of(title, "methods.md") == shown
+
+
+def test_the_share_of_time_is_the_benchmarks():
+    for network, title in {"gpt": "GPT", "resnet": "ResNet"}.items():
+        run = benchmark("overhead")["figures"][network]
+        assert f"{100 * run['share']:.1f} % ({title}, {run['probes']} probes)" in flat(PAGES["start.md"])
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "then"),
+    [
+        (
+            "others",
+            "On {} networks and losses as other people write them",
+            "; the error of alpha beside `exact` is at most 0.03 as well on {}.",
+        ),
+        ("programs", "{} real programs of", ", and {} with an error of at most 0.03 as well."),
+    ],
+)
+def test_what_other_networks_and_programs_cost_is_the_benchmarks(name, of, then):
+    figures = benchmark(name)["figures"].values()
+    steps = [row["steps"] for row in figures]
+    assert of.format(len(steps)) in METHODS
+    told = f"{statistics.median(steps):.0f} training steps in the median and {max(steps):.0f} at most, "
+    told += f"{sum(x <= 25 for x in steps)} of them within 25" + then.format(sum(row["target"] for row in figures))
+    assert told in METHODS
+
+
+def test_what_noise_does_is_the_benchmarks():
+    networks = benchmark("noise")["networks"]
+    gpt, cnn = networks["gpt"]["summary"], networks["cnn"]["summary"]
+    batch, auto = ([of[arm]["median_error"] for of in (gpt, cnn)] for arm in ("batch", "auto"))
+    costs, room = ([of["auto"][key] for of in (gpt, cnn)] for key in ("cost", "error_with_room"))
+    assert (
+        f'off by {batch[0]:.2f} on the GPT and {batch[1]:.2f} on the CNN, that of "auto" by {auto[0]:.2f} and '
+        f"{auto[1]:.2f}, at {costs[0]:.1f} and {costs[1]:.1f} times the cost; by {room[0]:.2f} and {room[1]:.2f} where "
+        "the run went on"
+    ) in READING
+    covered = [networks[name]["coverage"] for name in ("gpt", "cnn")]
+    assert f"in {100 * covered[0]:.0f} % of the GPT's fits and {100 * covered[1]:.0f} % of the CNN's." in READING
+
+
+def test_every_logged_quantity_has_its_formula():
+    for key in (*LAYER_KEYS, STEP_CURVATURE):
+        assert re.search(rf"^\| .*[`/]{key.name}(/<layer>)?`.* \| .* \|$", PAGES["quantities.md"], re.MULTILINE), (
+            key.name
+        )
+    assert all(f"`spectral/{key}`" in PAGES["quantities.md"] for key in STEP_KEYS)
+    assert f"`{ALPHA_KEY}`" in PAGES["optimizer.md"]
+
+
+def test_options_of_logging_are_named():
+    parameters = set(inspect.signature(SpectralProbe).parameters)
+    options = {"log_layers", "log_quantities", "wandb_charts", "log_tables", "log_figures_every", "print_every"}
+    options |= {"print_end", "keep_reports", "step"}
+    assert options <= parameters
+    assert all(f"| `{option}` |" in PAGES["trackers.md"] for option in options)
+    assert all(f"`plot_{name}" in PAGES["trackers.md"] for name in FIGURES if name != "rank_models")
+    assert f"for up to {LOGGED_LAYERS} layers" in flat(PAGES["trackers.md"])
+
+
+def test_every_option_of_the_probe_is_explained():
+    unnamed = {x for x in inspect.signature(SpectralProbe).parameters if not re.search(rf"\b{x}\b", MANUAL)}
+    assert unnamed <= {"history_size"}
+
+
+@pytest.mark.parametrize(
+    ("row", "kinds"),
+    [
+        ("ResNet-50, 54 layers", ["conv"] * 53 + ["head"]),
+        ("GPT of 12 blocks, 49 layers", [*["attention_qkv", "attention_out", "mlp_up", "mlp_down"] * 12, "head"]),
+    ],
+)
+def test_numbers_of_keys_and_charts(row, kinds):
+    measured = report(*(layer(f"{i}.weight", kind=kind) for i, kind in enumerate(kinds)))
+    selection = LogSelection("auto", "auto", {STEP_CURVATURE.part}, lambda text: None)
+    shares = [layer_key(STEP_CURVATURE.name, name) for name in selection.step_layers(list(measured.layers))]
+    keys = [*selection.scalars(measured), *PROBE_KEYS, *STEP_KEYS, *shares]
+    shown = charts(keys, 40)
+    medians = {key for key in shown if "_median" in key or "/median_" in key}
+    layers, counts = sum(key.startswith("alpha/") for key in {*shown} - medians), sum(key in HEALTH for key in shown)
+    curves = len(medians - {*HEALTH})
+    parts = [
+        f"{curves} curves",
+        "the step's scale",
+        f"{counts} counts",
+        *([f"alpha of {layers} layers"] * bool(layers)),
+    ]
+    assert cells_of(row, "trackers.md") == [str(len(keys)), f"{len(shown)}: {', '.join(parts)}"]
