@@ -12,6 +12,7 @@ from lightning_spectral.callbacks.report_writer import ReportWriter
 from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.records.log_keys import former_key
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.records.step import StepMeasurement
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,11 @@ class ProbeLog:
         self._publish(trainer, scalars)
         self.budget.record_logging(self.budget.clock() - started)
 
-    def write_later(self, trainer: Any, step: int, scalars: Mapping[str, float]) -> None:
-        """Write what is known of the last probe only now; keys without a prefix -> values."""
-        self.outputs.write_later(trainer, step, scalars)
+    def write_later(
+        self, trainer: Any, step: int, scalars: Mapping[str, float], measurement: StepMeasurement | None = None
+    ) -> None:
+        """Write what is known of the last probe only now: keys without a prefix -> values, and the step after it."""
+        self.outputs.write_later(trainer, step, scalars, measurement)
         self._publish(trainer, scalars)
 
     def _publish(self, trainer: Any, scalars: Mapping[str, float]) -> None:

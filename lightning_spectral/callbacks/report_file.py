@@ -1,4 +1,4 @@
-"""`ReportFile`: a probe's reports in the run's folder, a line each in ``spectra.jsonl``."""
+"""`ReportFile`: a probe's reports, and the steps after them, in the run's folder, a line each in ``spectra.jsonl``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.runs.spectra_file import append_report, spectra_file_name
+from lightning_spectral.records.step import StepMeasurement
+from lightning_spectral.report.runs.spectra_file import append_report, append_step, spectra_file_name
 
 
 class ReportFile:
-    """File that grows by a line per report, and goes on in a resumed run whose logger has the same folder.
+    """File that grows by a line per report or step, and goes on in a resumed run whose logger has the same folder.
 
     An error of writing is warned about once and costs that line; training goes on.
 
@@ -24,15 +25,21 @@ class ReportFile:
     def __init__(self, prefix: str, warn: Callable[[str], None]) -> None:
         self.name, self.warn = spectra_file_name(prefix), warn
 
-    def append(self, trainer: Any, report: SpectralReport) -> None:
-        """Append a report; call it on rank 0 only. Runs that leave no logs (fast_dev_run, barebones) leave no file."""
+    def append(self, trainer: Any, record: SpectralReport | StepMeasurement) -> None:
+        """Append a report, or the step after it; call it on rank 0 only.
+
+        Runs that leave no logs (fast_dev_run, barebones) leave no file.
+        """
         if trainer.fast_dev_run or getattr(trainer, "barebones", False):
             return
         path = Path(self.name)
         try:
             path = run_folder(trainer) / self.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            append_report(path, report)
+            if isinstance(record, StepMeasurement):
+                append_step(path, record)
+            else:
+                append_report(path, record)
         except Exception as error:
             reason = getattr(error, "strerror", None) or error
             self.warn(

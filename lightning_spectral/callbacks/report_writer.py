@@ -15,6 +15,7 @@ from lightning_spectral.callbacks.progress_bar import print_above_bar
 from lightning_spectral.callbacks.report_file import ReportFile
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report import figures
 from lightning_spectral.report.trackers import Row, Tracker, tracker_of
 
@@ -132,19 +133,24 @@ class ReportWriter:
         if every is not None and (probes - 1) % every == 0:
             self._print(trainer, report)
 
-    def write_later(self, trainer: Any, step: int, scalars: Mapping[str, float]) -> None:
+    def write_later(
+        self, trainer: Any, step: int, scalars: Mapping[str, float], measurement: StepMeasurement | None = None
+    ) -> None:
         """Write what is known of the last probe only now, in a row of its own at the probe's step.
 
         Args:
             trainer: Trainer with the loggers.
             step: optimizer steps before the probe, so that no logger's axis goes back.
             scalars: keys without a prefix -> values.
+            measurement: of the optimizer's step after the probe, for the run's folder.
         """
         if not trainer.is_global_zero:
             return
         row = self._row(trainer, step, {f"{self.prefix}/{key}": value for key, value in scalars.items()})
         for tracker in self._trackers:
             tracker.write(row)
+        if measurement is not None and self.options.keep_reports:
+            self.file.append(trainer, measurement)
 
     def _row(self, trainer: Any, step: int, logged: Mapping[str, float]) -> Row:
         if [tracker.logger for tracker in self._trackers] != list(trainer.loggers):

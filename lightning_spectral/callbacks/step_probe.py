@@ -128,7 +128,7 @@ class StepProbe:
         self.last = self._measure(module, pending)
         nothing = dict.fromkeys(self.keys(pending.report), float("nan"))
         scalars = nothing if self.last is None else nothing | self.last.scalars(self._layers(pending.report))
-        self.log.write_later(trainer, pending.step, scalars)
+        self.log.write_later(trainer, pending.step, scalars, self.last)
         budget.extend_probe(budget.clock() - started)
 
     def _layers(self, report: SpectralReport) -> list[str]:

@@ -17,7 +17,7 @@ from tiny import Repeated, Tiny, batch_of, fit_tiny
 from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import report_file
 from lightning_spectral.callbacks.report_file import ReportFile, run_folder
-from lightning_spectral.report.runs.spectra_file import read_reports
+from lightning_spectral.report.runs.spectra_file import read_reports, read_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -115,7 +115,7 @@ def test_each_probe_of_a_trainer_has_a_file(tmp_path):
         assert as_dicts(read_reports(file)) == as_dicts(probe.history)
 
 
-@pytest.mark.parametrize("torn", [0, 1, 300])
+@pytest.mark.parametrize("torn", ["", "step", "report"])
 def test_a_resumed_run_goes_on_in_the_same_file(tmp_path, torn):
     def train(probe, steps, **options):
         logger = CSVLogger(tmp_path, version=0)
@@ -126,14 +126,16 @@ def test_a_resumed_run_goes_on_in_the_same_file(tmp_path, torn):
     trainer.save_checkpoint(tmp_path / "five.ckpt")
     (path,) = tmp_path.rglob("spectra.jsonl")
     whole = path.read_bytes()
-    # The run was killed in mid-line.
-    path.write_bytes(whole[: len(whole) - torn])
+    # The run was killed in mid-line: of the step after the last probe, or of its report.
+    *_, report_line, step_line = whole.splitlines(keepends=True)
+    path.write_bytes(whole[: len(whole) - {"": 0, "step": 1, "report": len(step_line) + len(report_line) // 2}[torn]])
     train(second, 9, ckpt_path=tmp_path / "five.ckpt")
-    kept = first.history[: 2 if torn else 3] + second.history
-    assert [one.step for one in kept] == [0, 2, *([] if torn else [4]), 6, 8]
+    kept = first.history[: 2 if torn == "report" else 3] + second.history
+    assert [one.step for one in kept] == [0, 2, *([] if torn == "report" else [4]), 6, 8]
     with warnings.catch_warnings():
         warnings.simplefilter("error", SpectralWarning)
         assert as_dicts(read_reports(path)) == as_dicts(kept)
+        assert [one.step for one in read_steps(path)] == [0, 2, *([] if torn else [4]), 6, 8]
     assert files_below(tmp_path) == ["lightning_logs/version_0/spectra.jsonl"]
 
 

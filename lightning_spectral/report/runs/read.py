@@ -17,7 +17,7 @@ from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.discover import CHECKPOINT, REPORT, SPECTRA, RunFile, find_files, short_names
 from lightning_spectral.report.runs.run import Run, RunError, RunStep, explain
-from lightning_spectral.report.runs.spectra_file import decode_reports, index_reports
+from lightning_spectral.report.runs.spectra_file import decode_reports, decode_steps, index_lines
 
 MAX_REPORTS, MAX_FITS = 200, 10_000
 """Limits of what is read of one file: its reports, and their layers, each of which is fitted again in 3 ms."""
@@ -78,14 +78,21 @@ def _read(file: RunFile, prefix: str | None) -> RunInput:
 
 
 def _read_spectra(path: Path) -> RunInput:
-    lines, torn = index_reports(path)
-    layers = max((len(report.layers) for report in decode_reports(path, lines[-1:])), default=0)
-    shown = [lines[i] for i in evenly(len(lines), max(2, min(MAX_REPORTS, MAX_FITS // max(1, layers))))]
+    lines, torn = index_lines(path)
+    all_reports = [line for line in lines if not line.of_step]
+    layers = max((len(report.layers) for report in decode_reports(path, all_reports[-1:])), default=0)
+    count = max(2, min(MAX_REPORTS, MAX_FITS // max(1, layers)))
+    shown = [all_reports[i] for i in evenly(len(all_reports), count)]
     omissions = [f"{path}: {torn}"] if torn else []
-    if len(shown) < len(lines):
-        omissions.append(f"{path}: {len(lines) - len(shown)} of {len(lines)} probes, evenly; {len(shown)} are read")
+    if len(shown) < len(all_reports):
+        n = len(all_reports)
+        omissions.append(f"{path}: {n - len(shown)} of {n} probes, evenly; {len(shown)} are read")
+    wanted = {line.step for line in shown}
+    of_steps = [line for line in lines if line.of_step and line.step in wanted]
+    updates = {update.step: update for update in decode_steps(path, of_steps)}
     reports = enumerate(decode_reports(path, shown), start=1)
-    return RunInput(str(path), [RunStep.of(report, f"probe {i}") for i, report in reports], tuple(omissions))
+    steps = [RunStep.of(report, f"probe {i}", updates.get(report.step)) for i, report in reports]
+    return RunInput(str(path), steps, tuple(omissions))
 
 
 def _read_json(path: Path) -> RunInput:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lightning_spectral.analysis import Exponents, of_each_layer
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.records.step import StepMeasurement
 
 
 class RunError(ValueError):
@@ -31,15 +32,17 @@ class RunStep:
     Attributes:
         label: its name on the page, "step 60" or, outside training, that of a file.
         report: what was measured.
+        update: the optimizer's step after it; None where it was not measured.
     """
 
     label: str
     report: SpectralReport
+    update: StepMeasurement | None = None
 
     @classmethod
-    def of(cls, report: SpectralReport, label: str) -> RunStep:
+    def of(cls, report: SpectralReport, label: str, update: StepMeasurement | None = None) -> RunStep:
         """Return a report as a step of a run; ``label`` is its name outside training."""
-        return cls(label if report.step is None else f"step {report.step}", report)
+        return cls(label if report.step is None else f"step {report.step}", report, update)
 
     @property
     def step(self) -> int | None:

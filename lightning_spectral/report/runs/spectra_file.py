@@ -1,5 +1,7 @@
 """Reports of a run in one file, ``spectra.jsonl``: a line per probe, appended while the run goes on.
 
+The optimizer's step after a probe, where it is measured, is a line of its own, since it is known only later.
+
 A line holds what was measured, from which reading fits again: the very same report, to the bit. Its vectors are base64
 of little-endian float64, 11 characters a number where decimals take 20, so that 20 directions of a layer take less
 than 1 kB. What was asked for besides (weights, intervals, fraction, alignment) stands in it as in the report.
@@ -25,11 +27,14 @@ from lightning_spectral.measurement.layer_fit import fit_layer
 from lightning_spectral.records.layer_measurement import LayerMeasurement
 from lightning_spectral.records.layer_spectrum import PARTS, LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report.runs.run import RunError, explain
 
-FORMAT, FORMAT_VERSION = "lightning-spectral-measurement", 1
+FORMAT, STEP_FORMAT, FORMAT_VERSION = "lightning-spectral-measurement", "lightning-spectral-step", 1
 
-_START = re.compile(rb'\s*\{\s*"format"\s*:\s*"' + FORMAT.encode() + rb'"\s*,\s*"version"\s*:\s*(\d+)\s*,\s*')
+_START = re.compile(
+    rb'\s*\{\s*"format"\s*:\s*"(' + f"{FORMAT}|{STEP_FORMAT}".encode() + rb')"\s*,\s*"version"\s*:\s*(\d+)\s*,\s*'
+)
 _STEP = re.compile(rb'"step"\s*:\s*(null|\d{1,18})\s*[,}]')
 _HEAD_BYTES = 200
 """Bytes of a line that tell its format and step, which stand first."""
@@ -37,17 +42,19 @@ _HEAD_BYTES = 200
 
 @dataclass(frozen=True)
 class Line:
-    """Place of a report in a file.
+    """Place of a report, or of an optimizer's step, in a file.
 
     Attributes:
         number: of the line, from 1.
         offset: bytes before it.
         step: of the report; None outside training.
+        of_step: whether it holds an optimizer's step.
     """
 
     number: int
     offset: int
     step: int | None
+    of_step: bool = False
 
 
 def spectra_file_name(prefix: str = "spectral") -> str:
@@ -72,7 +79,21 @@ def append_report(path: str | Path, report: SpectralReport) -> None:
     Raises:
         OSError: if the file cannot be written, or not in full.
     """
-    line = json.dumps(_line_of(report), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    _append(path, _line_of(report))
+
+
+def append_step(path: str | Path, measurement: StepMeasurement) -> None:
+    """Append the measurement of the optimizer's step after a probe, as `append_report` does a report.
+
+    Raises:
+        OSError: if the file cannot be written, or not in full.
+    """
+    first = {"format": STEP_FORMAT, "version": FORMAT_VERSION, "step": measurement.step}
+    _append(path, {**first, **to_jsonable(measurement)})
+
+
+def _append(path: str | Path, data: dict[str, Any]) -> None:
+    line = json.dumps(data, allow_nan=False, separators=(",", ":")).encode() + b"\n"
     with Path(path).open("ab", buffering=0) as file:
         end = _end_of_lines(Path(path))
         if end < file.tell():
@@ -92,29 +113,48 @@ def read_reports(path: str | Path) -> list[SpectralReport]:
     Raises:
         RunError: if the file cannot be read or holds anything else.
     """
-    lines, torn = index_reports(path)
+    return list(decode_reports(path, _lines_with_warning(path, of_step=False)))
+
+
+def read_steps(path: str | Path) -> list[StepMeasurement]:
+    """Return the measurements of the optimizer's steps after the probes of a file, each with its probe's ``step``.
+
+    It warns and raises as `read_reports` does.
+    """
+    return list(decode_steps(path, _lines_with_warning(path, of_step=True)))
+
+
+def _lines_with_warning(path: str | Path, *, of_step: bool) -> list[Line]:
+    lines, torn = index_lines(path)
     if torn:
-        warnings.warn(f"{path}: {torn}", SpectralWarning, stacklevel=2)
-    return list(decode_reports(path, lines))
+        warnings.warn(f"{path}: {torn}", SpectralWarning, stacklevel=3)
+    return [line for line in lines if line.of_step == of_step]
 
 
-def index_reports(path: str | Path) -> tuple[list[Line], str]:
-    """Return where a file's reports are, without decoding them, and what it says of a torn last line; else nothing.
+def index_lines(path: str | Path) -> tuple[list[Line], str]:
+    """Return where a file's reports and steps are, without decoding them, and what it says of a torn last line, if any.
 
     Raises:
-        RunError: if the file cannot be read, or a line is not a report.
+        RunError: if the file cannot be read, or a line is neither.
     """
     lines: list[Line] = []
     offset = 0
     for number, line in enumerate(_lines(path), start=1):
         if not line.endswith(b"\n"):
             return lines, f"its last line, {number}, is torn and left out: the run was killed or the disk was full"
-        step = _step_of(path, number, line)
-        while step is not None and lines and lines[-1].step is not None and lines[-1].step >= step:
+        placed = _place_of(path, Line(number, offset, None), line)
+        while lines and _replaces(placed, lines[-1]):
             lines.pop()
-        lines.append(Line(number, offset, step))
+        lines.append(placed)
         offset += len(line)
     return lines, ""
+
+
+def _replaces(new: Line, old: Line) -> bool:
+    """Return whether a run took an old line's step again. A step's line follows the report's of its number."""
+    if new.step is None or old.step is None:
+        return False
+    return old.step >= new.step if old.of_step or not new.of_step else old.step > new.step
 
 
 def decode_reports(path: str | Path, lines: Iterable[Line]) -> Iterator[SpectralReport]:
@@ -130,6 +170,21 @@ def decode_reports(path: str | Path, lines: Iterable[Line]) -> Iterator[Spectral
                 yield _report_of(json.loads(file.readline()))
             except UNREADABLE as error:
                 raise RunError(f"{path}: line {line.number} holds no report ({explain(error)})") from error
+
+
+def decode_steps(path: str | Path, lines: Iterable[Line]) -> Iterator[StepMeasurement]:
+    """Yield the optimizer's steps of these lines.
+
+    Raises:
+        RunError: if one cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        for line in lines:
+            file.seek(line.offset)
+            try:
+                yield decode(StepMeasurement, json.loads(file.readline()))
+            except UNREADABLE as error:
+                raise RunError(f"{path}: line {line.number} holds no step ({explain(error)})") from error
 
 
 def _line_of(report: SpectralReport) -> dict[str, Any]:
@@ -169,17 +224,21 @@ def _lines(path: str | Path) -> Iterator[bytes]:
         raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _step_of(path: str | Path, number: int, line: bytes) -> int | None:
+def _place_of(path: str | Path, place: Line, line: bytes) -> Line:
+    """Return a line's place with what its head tells."""
     start = _START.match(line[:_HEAD_BYTES])
     step = start and _STEP.match(line[:_HEAD_BYTES], start.end())
     if not start or not step:
-        raise RunError(f"{path}: line {number} is not of a file that a SpectralProbe wrote, such as spectra.jsonl")
-    if int(start[1]) != FORMAT_VERSION:
         raise RunError(
-            f"{path}: line {number} is of version {int(start[1])}, expected {FORMAT_VERSION}: read it with the release "
-            "that wrote it"
+            f"{path}: line {place.number} is not of a file that a SpectralProbe wrote, such as spectra.jsonl"
         )
-    return None if step[1] == b"null" else int(step[1])
+    if int(start[2]) != FORMAT_VERSION:
+        raise RunError(
+            f"{path}: line {place.number} is of version {int(start[2])}, expected {FORMAT_VERSION}: read it with the "
+            "release that wrote it"
+        )
+    number = None if step[1] == b"null" else int(step[1])
+    return replace(place, step=number, of_step=start[1] == STEP_FORMAT.encode())
 
 
 def _end_of_lines(path: Path, block: int = 1 << 16) -> int:

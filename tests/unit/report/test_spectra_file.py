@@ -1,6 +1,7 @@
 """The file of a run's reports: the same reports, whole lines, resumed runs, and what it refuses."""
 
 import json
+import math
 import os
 import time
 
@@ -14,9 +15,17 @@ from torch import nn
 from lightning_spectral import measure_spectra
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.records.layer_spectrum import PARTS
-from lightning_spectral.report import RunError
+from lightning_spectral.records.step import StepMeasurement
+from lightning_spectral.report import RunError, read_run
 from lightning_spectral.report.runs import spectra_file
-from lightning_spectral.report.runs.spectra_file import append_report, decode_reports, index_reports, read_reports
+from lightning_spectral.report.runs.spectra_file import (
+    append_report,
+    append_step,
+    decode_reports,
+    index_lines,
+    read_reports,
+    read_steps,
+)
 
 ASKED = {"spectrum_top_k": 8, "weight_spectra": True, "bootstrap": 20, "curvature_fraction": 2, "alignment": True}
 
@@ -134,6 +143,44 @@ def test_a_resumed_run_replaces_the_steps_that_it_takes_again(file):
     assert [r.step for r in read_reports(file)] == [0, 10, 20, 25, None, 5]
 
 
+def update(step, slope=-2.0):
+    return StepMeasurement(slope, 1.0, {"a": 0.25, "b": math.inf}, 5.0, math.nan, "why", ("x", "y"), step)
+
+
+def test_the_step_after_a_probe_is_a_line_of_its_own(file):
+    append_report(file, report(layer("a"), step=5))
+    append_step(file, update(5))
+    assert steps_of(file) == [5]
+    (back,) = read_steps(file)
+    assert repr(back) == repr(update(5))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(SpectralWarning, match=r"spectra.jsonl: its last line, 2, is torn and left out"):
+        assert read_steps(file) == []
+    assert [step.update for step in read_run([file]).steps] == [None]
+
+
+def test_a_resumed_run_replaces_the_updates_that_it_takes_again(file):
+    for slope, steps in ((1.0, (0, 10, 20, 30)), (3.0, (20, 25))):
+        for step in steps:
+            append_report(file, report(layer("a"), step=step))
+            append_step(file, update(step, slope))
+    assert [(x.step, x.slope) for x in read_steps(file)] == [(0, 1.0), (10, 1.0), (20, 3.0), (25, 3.0)]
+    append_step(file, update(25, 4.0))
+    assert [(x.step, x.slope) for x in read_steps(file)][-1] == (25, 4.0)
+    assert steps_of(file) == [0, 10, 20, 25]
+    run = read_run([file])
+    assert [(step.step, step.update.slope) for step in run.steps] == [(0, 1.0), (10, 1.0), (20, 3.0), (25, 4.0)]
+
+
+def test_a_step_with_a_wrong_value_is_refused(file):
+    append_report(file, report(layer("a"), step=5))
+    append_step(file, update(5))
+    file.write_text(file.read_text().replace('"slope":-2.0', '"slope":"x"'))
+    assert steps_of(file) == [5]
+    with pytest.raises(RunError, match=r"line 2 holds no step \(slope must be float, got 'x'"):
+        read_steps(file)
+
+
 def test_ten_thousand_lines_are_indexed_in_seconds_and_decoded_when_asked_for(file):
     append_report(file, report(*(layer(f"a{i}") for i in range(20)), step=0))
     line = file.read_bytes()
@@ -141,7 +188,7 @@ def test_ten_thousand_lines_are_indexed_in_seconds_and_decoded_when_asked_for(fi
         for step in range(10_000):
             out.write(line.replace(b'"step":0', b'"step":%d' % step, 1))
     before = time.process_time()
-    lines, torn = index_reports(file)
+    lines, torn = index_lines(file)
     assert time.process_time() - before < 5
     assert (len(lines), torn, lines[-1].step) == (10_000, "", 9_999)
     assert [r.step for r in decode_reports(file, lines[:: len(lines) - 1])] == [0, 9_999]
