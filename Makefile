@@ -13,7 +13,7 @@ FUZZ_EXAMPLES ?= 500
 # A worker per core, each with one thread: the tests' tensors are small. Tests that share a world of ranks share a worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --durations=20
 
-.PHONY: demo test test-fast test-oldest fuzz lint docs ablation paper baselines clean
+.PHONY: demo test test-fast test-oldest fuzz lint docs dist ablation paper baselines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -44,6 +44,12 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs site
 
+# Wheel and source distribution in dist/, with their metadata checked.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 # Optimizers side by side, three seeds each: examples/ablation.
 ablation: $(READY)
 	$(BIN)/python examples/ablation/run.py
@@ -62,4 +68,4 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest demo-runs ablation-runs paper-runs site
+	rm -rf $(VENV) .venv-oldest demo-runs ablation-runs paper-runs site dist
