@@ -31,7 +31,7 @@ extensions = [
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_ext", "_static"]
-smartquotes = False
+smartquotes_action = "D"  # dashes alone: quotes belong to code
 # A name in single backticks is linked where it is documented, and is code elsewhere.
 default_role = "py:obj"
 autodoc_typehints = "none"
