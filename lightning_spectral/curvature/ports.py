@@ -128,8 +128,7 @@ class Port:
         y, c = self._active()
         spread = self.layout.spread((e if self.active is None else e[:, self.active]).to(c.dtype))
         if self.call.is_convolution:
-            images, k = c.shape[:2]
-            moved = y @ (c.flatten(2) * spread.reshape(images, 1, k).transpose(1, 2))
+            moved = _moved_images(y, c.flatten(2), spread.reshape(c.shape[:2]))
             if self.rows is not None:
                 moved = _padded(moved, 1, self.rows, self.z_shape[1])
             return moved.reshape(self.z_shape)
@@ -145,8 +144,7 @@ class Port:
         if self.call.is_convolution:
             r = r.flatten(2)
             r = r if self.rows is None else r[:, slice(*self.rows)]
-            images = ((y.mT @ r) * c.flatten(2)).sum(2, dtype=accumulation_dtype(r))
-            read = self.layout.collect(images)
+            read = self.layout.collect(_read_images(y, c.flatten(2), r))
         else:
             rows = self._by_matrix(self.call.to_rows(r))
             rows = rows if self.rows is None else rows[..., slice(*self.rows)]
@@ -187,6 +185,18 @@ class _Move(Function):
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> tuple[Tensor, None, None]:
         return _Move.apply(x, ctx.port, not ctx.reads), None, None  # type: ignore[no-untyped-call]
+
+
+def _moved_images(y: Tensor, c: Tensor, e: Tensor) -> Tensor:
+    """Return sum_k y_mk e_bk c_bkp, (B, m, P), of y (m, K), c (B, K, P) and e (B, K), by the smaller intermediate."""
+    return (y * e[:, None]) @ c if y.shape[0] < c.shape[2] else y @ (c * e[:, :, None])
+
+
+def _read_images(y: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    """Return sum_mp y_mk r_bmp c_bkp, (B, K), of y (m, K), c (B, K, P) and r (B, m, P), by the smaller intermediate."""
+    if y.shape[0] < c.shape[2]:
+        return (y * (r @ c.mT)).sum(1, dtype=accumulation_dtype(r))
+    return ((y.mT @ r) * c).sum(2, dtype=accumulation_dtype(r))
 
 
 def _vectors(
