@@ -582,18 +582,18 @@ def test_keys_are_there_where_they_were_asked_for():
     model, batch = NAMED["gpt_block_tied"].build()
     names = {key.name for key in ALIGNMENT_KEYS}
     plain = measure_spectra(model, batch, token_loss, top_k=3)
-    assert not any(key.rpartition("/")[2].removesuffix("_median") in names for key in plain.scalars())
+    assert not any(key.partition("/")[0].removesuffix("_median") in names for key in plain.scalars())
     assert not names & set(plain.to_pandas().columns)
     report = aligned(model, batch, token_loss)
     scalars = report.scalars()
     for key in ALIGNMENT_KEYS:
-        assert f"block.up.weight/{key.name}" in scalars
-        assert math.isnan(scalars[f"head.weight/{key.name}"])
+        assert f"{key.name}/block.up.weight" in scalars
+        assert math.isnan(scalars[f"{key.name}/head.weight"])
         assert f"{key.name}_median" in scalars
         assert f"{key.name}/median_mlp_up" in scalars
         assert key.name in report.to_pandas().columns
     up = report.layers["block.up.weight"].alignment
-    assert scalars["block.up.weight/beta"] == up.beta.exponent
+    assert scalars["beta/block.up.weight"] == up.beta.exponent
     assert scalars["concentration_ratio/median_mlp_up"] == float(up.concentration.quantile(0.5))
 
 
@@ -613,9 +613,9 @@ def test_a_probe_logs_it(module):
     assert len(rows.rows) == 2
     for _, scalars in rows.rows:
         assert {f"spectral/{key.name}_median" for key in ALIGNMENT_KEYS} <= scalars.keys()
-        name = next(key for key in scalars if key.endswith(".weight/beta")).removesuffix("/beta")
-        parts = [scalars[f"{name}/{key}"] for key in ("beta", "phi", "chi_slope")]
-        assert sum(parts) == pytest.approx(scalars[f"{name}/alpha"], abs=1e-6, nan_ok=True)
+        name = next(key for key in scalars if key.startswith("spectral/beta/") and key.endswith(".weight"))
+        parts = [scalars[name.replace("beta", key)] for key in ("beta", "phi", "chi_slope")]
+        assert sum(parts) == pytest.approx(scalars[name.replace("beta", "alpha")], abs=1e-6, nan_ok=True)
 
 
 def test_a_probe_that_measures_nothing_logs_nan():

@@ -193,7 +193,7 @@ def test_shares_and_margins_of_rank_models():
         models, bics = layer.rank_models, sorted(layer.rank_models.bic.values())
         if layer.name != "dead":
             assert models.margin == bics[1] - models.bic[models.winner] > 0
-            assert scalars[f"{layer.name}/rank_margin"] == models.margin
+            assert scalars[f"rank_margin/{layer.name}"] == models.margin
     assert math.isnan(layers["dead"].rank_models.margin)
     empty = SpectralReport({"dead": layers["dead"]}, {}, 1.0, 8, "exact", "eval", "float32", 20, 0.1)
     assert all(math.isnan(share) for share in empty.rank_model_shares().values())
