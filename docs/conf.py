@@ -34,7 +34,8 @@ exclude_patterns = ["_ext", "_static"]
 smartquotes_action = "D"  # dashes alone: quotes belong to code
 # A name in single backticks is linked where it is documented, and is code elsewhere.
 default_role = "py:obj"
-autodoc_typehints = "none"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

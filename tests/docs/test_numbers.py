@@ -53,6 +53,42 @@ def test_what_other_networks_and_programs_cost_is_the_benchmarks(name, of, then)
     assert told in METHODS
 
 
+@pytest.mark.parametrize(
+    ("row", "arm"),
+    {
+        "**SpectralNewton, alpha = 2": "spectral_newton",
+        "alpha = 1.5, d = 0.01": "spectral_newton_alpha_1.5",
+        "alpha = 1, d = 0.03": "spectral_newton_alpha_1",
+        "alpha = 3, d = 0.03": "spectral_newton_alpha_3",
+        "AdamW": "adamw",
+        "SOAP": "soap",
+        "Shampoo": "shampoo",
+    }.items(),
+)
+def test_what_an_optimizers_step_costs_is_the_benchmarks(row, arm):
+    sizes = benchmark("optimizer_step")["figures"].values()
+    page = PAGES["optimizer.md"]
+    table = page[page.index("## What a step costs") : page.index("## In distributed training")]
+    (shown,) = [line[2:-2].split(" | ") for line in table.splitlines() if line.startswith(f"| {row}")]
+    assert shown[1:] == [f"{size[arm]['of_muon']:.2f}" for size in sizes]
+
+
+def test_losses_of_training_are_the_benchmarks():
+    page = PAGES["optimizer.md"]
+    table = [
+        line[2:-2].split(" | ")[1:]
+        for line in page[page.index("| test loss, mean") :].split("\n\n")[0].splitlines()[2:]
+    ]
+    summary = benchmark("train")["summary"]
+    arms = list(dict.fromkeys(row["arm"] for row in summary))
+    found = {(row["task"], row["arm"]): f"{row['test']:.3f} ± {row['std']:.3f}" for row in summary}
+    tasks = ("language", "noisy_pixels", "wrong_labels")
+    written = dict(zip(arms, table, strict=True))
+    for arm in arms:
+        # An arm that sets what is the default on a task anyway was not run there again.
+        assert all(found.get((task, arm), cell) == cell for task, cell in zip(tasks, written[arm], strict=True)), arm
+
+
 def test_what_noise_does_is_the_benchmarks():
     networks = benchmark("noise")["networks"]
     gpt, cnn = networks["gpt"]["summary"], networks["cnn"]["summary"]
