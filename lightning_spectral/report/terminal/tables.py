@@ -9,7 +9,9 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
+from lightning_spectral._messages import group_by_reason
 from lightning_spectral.analysis import DOUBTFUL, compare_kinds, trusted
+from lightning_spectral.layers.display_names import brief
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.terminal.formatting import (
@@ -126,7 +128,17 @@ def _layer_table(report: SpectralReport, title: str, width: int | None) -> tuple
         columns, width, flexible="layer", least=NAME_LEAST, expendable=LEAST_NEEDED, title=title,
         left=("layer", "kind", "shape"), dim=[not trusted(layer) for layer in report.layers.values()],
     )  # fmt: skip
-    return table, CAPTION + omitted
+    return table, CAPTION + other_methods(report) + omitted
+
+
+def other_methods(report: SpectralReport) -> str:
+    """Return which layers were measured by another method than the one in the title, as a part of the caption."""
+    others = {
+        printable(brief(layer.name)): f"measured by {layer.method}"
+        for layer in report.layers.values()
+        if layer.method and layer.method != method_of(report)
+    }
+    return "".join(f"; {line}" for line in group_by_reason(others))
 
 
 def kind_table(report: SpectralReport, title: str = "", *, width: int | None = None) -> Table:
