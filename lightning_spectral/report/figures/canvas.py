@@ -133,6 +133,9 @@ def canvas(
         # Without pyplot, which would look for a display.
         figure = _figure_of(given[0]) if given else PaperFigure(figsize=(width, height), layout="constrained")
         yield Canvas(figure, given, title)
+        for axes in given:
+            for label in (axes.xaxis.label, axes.yaxis.label):
+                label.set_fontsize(STYLE["axes.labelsize"])
         for axes in given or figure.axes:
             # How many ticks there are goes by the size of their labels, in the settings in force if none is set.
             axes.tick_params(labelsize=STYLE["xtick.labelsize"])
