@@ -155,9 +155,13 @@ def parts(task: str, quick: bool) -> ThreeParts:
 
 
 def train(run: Run, arm: Arm, *, quick: bool = False) -> Result:
-    """Train, and take the losses on validation and test part."""
+    """Train on one of the three tasks, and take the losses on validation and test part."""
+    return train_task(run, (QUICK if quick else TASKS)[run.task], parts(run.task, quick), arm)
+
+
+def train_task(run: Run, task: Task, data: ThreeParts, arm: Arm) -> Result:
+    """Train on any task, and take the losses on validation and test part."""
     torch.set_num_threads(1)
-    task, data = (QUICK if quick else TASKS)[run.task], parts(run.task, quick)
     torch.manual_seed(run.seed)
     module = task.module()
     optimizer = arm.make(module, run.lr)
