@@ -29,13 +29,18 @@ from examples.benchmarks.machine import environment
 
 
 def figures(
-    name: str, network: pl.LightningModule, data: Dataset[Any], batch_size: int, seconds: float
+    name: str,
+    network: pl.LightningModule,
+    data: Dataset[Any],
+    batch_size: int,
+    seconds: float,
+    accelerator: str = "cpu",
 ) -> dict[str, Any]:
     """Train for so many seconds; what the probes took of them."""
     probe = SpectralProbe()
     trainer = pl.Trainer(
-        max_time=timedelta(seconds=seconds), max_epochs=-1, callbacks=[probe], logger=False, accelerator="cpu",
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_time=timedelta(seconds=seconds), max_epochs=-1, callbacks=[probe], accelerator=accelerator, devices=1,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     started = time.perf_counter()
     trainer.fit(network, DataLoader(data, batch_size, shuffle=True))
