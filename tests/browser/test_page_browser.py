@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import synthetic
 import torch
 from browser import Page, find_browser
 from reports import dead, layer, report
@@ -18,6 +19,7 @@ from lightning_spectral.records.weight_spectrum import WeightSpectrum
 from lightning_spectral.report import read_run, run_of, write_page
 from lightning_spectral.report.page import build
 from lightning_spectral.report.page.data import page_data
+from lightning_spectral.report.palette import KIND_STYLE, MODEL_STYLE, PLOTLY_DASH, SYMBOLS
 from lightning_spectral.report.runs.spectra_file import append_report
 
 pytestmark = pytest.mark.skipif(
@@ -69,7 +71,7 @@ def test_loads_without_errors_or_requests(opened, steps):
     assert opened.evaluate("document.getElementById('split-figure').hidden")
     assert opened.evaluate("document.getElementById('facts').textContent").endswith("5 layers, 3 probes")
     for plot in ("depth", "training"):
-        assert "alpha from 1.85 to 2.15" in opened.evaluate(f"document.querySelector('#{plot} .legend').textContent")
+        assert "alpha 1.85 to 2.15" in opened.evaluate(f"document.querySelector('#{plot} .legend').textContent")
     assert opened.evaluate("document.getElementById('failed').hidden")
     assert opened.evaluate(LAYERS) == ["stem", "blocks.2.qkv", "blocks.10.qkv", "head", "dead"]
     assert opened.evaluate("document.querySelectorAll('tr.doubtful').length") == 1
@@ -182,9 +184,71 @@ def test_theme_follows_the_system_and_toggles(browser, file, dark):
     assert browser.problems == []
 
 
-def test_narrow_windows_do_not_scroll_sideways(browser, file):
-    browser.open(file, width=420)
+SIZES = "[...document.querySelectorAll('.js-plotly-plot')].map(plot => plot._fullLayout._size.h)"
+TOP = "plot.querySelector('{}').getBoundingClientRect().top"
+BELOW = (
+    "[...document.querySelectorAll('.js-plotly-plot')].filter(plot => plot.querySelector('.legend'))"
+    f".map(plot => {TOP.format('.legend')} - {TOP.format('.xtick')})"
+)
+
+
+@pytest.mark.parametrize("width", [420, 1400])
+def test_legends_are_below_plots_that_are_high_enough_at_any_width(browser, file, width):
+    browser.open(file, width=width)
     assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    browser.wait(f"{SIZES}.every(height => height >= 218)")
+    below = browser.evaluate(BELOW)
+    assert len(below) >= 6
+    assert min(below) > 0
+    card = "document.querySelector('.scroll').closest('section').getBoundingClientRect().right"
+    assert browser.evaluate(f"document.querySelector('.scroll').getBoundingClientRect().right < {card}")
+
+
+def test_kinds_and_models_look_as_in_figures(browser, tmp_path):
+    browser.open(write_page(run_of(synthetic.history(), "kinds"), tmp_path / "p.html"))
+    traces = "document.getElementById('depth').data.filter(t => t.name)"
+    drawn = browser.evaluate(f"{traces}.map(t => [t.name, t.marker.color, t.marker.symbol[0]])")
+    ink = browser.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()")
+    assert {name: (colour, symbol.removesuffix("-open")) for name, colour, symbol in drawn} == {
+        kind: (ink if colour == "ink" else colour, SYMBOLS[marker]) for kind, (colour, marker) in KIND_STYLE.items()
+    }
+    models = browser.evaluate("document.getElementById('models').data.slice(1).map(t => [t.line.color, t.line.dash])")
+    assert models == [[style.on_white, PLOTLY_DASH[style.dash]] for style in MODEL_STYLE.values()]
+    assert browser.problems == []
+
+
+def test_no_error_bar_is_of_no_length(browser, tmp_path):
+    exact = [layer("exact"), layer("noisy", noise=0.3)]
+    browser.open(write_page(run_of([report(*exact)], "bars"), tmp_path / "p.html"))
+    errors = browser.evaluate("document.getElementById('depth').data[0].error_y.array.map(x => x > 0)")
+    assert errors == [exact[0].alpha.stderr > 0, True]
+    assert browser.evaluate("document.querySelectorAll('#depth path.yerror').length") == sum(errors)
+
+
+def test_numbers_have_one_look(opened):
+    written = {
+        "fixed(-0.5)": "−0.50",
+        "fixed(-123456)": "−1.23·10⁵",
+        "fixed(null)": "–",
+        "fixed('inf')": "∞",
+        "brief(0)": "0",
+        "brief(0.000123456)": "1.23·10⁻⁴",
+        "brief(-0.00125)": "−0.00125",
+        "brief(1234.5)": "1230",
+        "percent(-0.012)": "−1.2 %",
+    }
+    assert {call: opened.evaluate(call) for call in written} == written
+
+
+@pytest.mark.parametrize("count", [2, 150])
+def test_any_number_of_probes_has_whole_steps_and_few_markers(browser, tmp_path, count):
+    made = report(layer("a"), layer("b", alpha=1.5))
+    browser.open(write_page(run_of([made.at(step=i, epoch=0) for i in range(count)], "n"), tmp_path / "p.html"))
+    ticks = browser.evaluate(TICKS.format("training"))
+    assert all(tick.isdecimal() for tick in ticks)
+    marked = "[...document.querySelectorAll('#training .trace')].at(-1).querySelectorAll('.point').length"
+    assert 2 <= browser.evaluate(marked) <= 26
+    assert browser.problems == []
 
 
 class Hostile(nn.Module):
@@ -327,7 +391,7 @@ def test_why_a_fit_is_not_trusted_is_shown_and_its_points_are_hollow(browser, tm
     browser.evaluate("document.querySelectorAll('#rows tr')[1].click()")
     assert "not to be trusted: noise" in browser.evaluate("document.getElementById('layer-facts').textContent")
     symbols = "document.getElementById('layer-training').data.map(t => [...t.marker.symbol])"
-    assert browser.evaluate(symbols)[0] == ["circle", "circle-open", "circle-open"]
+    assert browser.evaluate(symbols)[0] == ["x", "x-open", "x-open"]
     assert browser.evaluate("document.getElementById('law').data.at(-1).line.dash") == "dash"
     assert browser.problems == []
 
@@ -363,7 +427,7 @@ def test_scale_can_be_chosen_over_training_on_a_log_axis(browser, tmp_path, dark
     curves = browser.evaluate("document.getElementById('training').data.map(t => [...t.y])")
     assert curves[0] == pytest.approx([report.layers["a"].h_max for report in measured])
     assert curves[1] == [None, None]
-    assert "alpha from" not in browser.evaluate("document.querySelector('#training').textContent")
+    assert "alpha 1.85" not in browser.evaluate("document.querySelector('#training').textContent")
     assert (
         browser.evaluate("document.getElementById('training-legend').textContent")
         == "thin: layers; thick: median by kind"
@@ -425,18 +489,18 @@ def test_what_was_measured_on_request_has_columns_lines_and_panels(browser, tmp_
     assert heads[heads.index("alpha ± se") + 1] == "alpha 95 %"
     assert heads[heads.index("r2") + 1 :][:2] == ["signal", "doubt"]
     asked = ["s_weight", "gamma_weight", "tr H ± se", "fraction ± se", "over random", "beta", "phi", "chi_slope", "chi"]
-    assert heads[heads.index("h < 0") + 1 :] == [*asked, "ratio", "rank a", "rank delta"]
+    assert heads[heads.index("h < 0") + 1 :] == ["q1", "q2", "q3", "q4", *asked, "ratio", "rank a", "rank delta"]
     first = measured[-1].layers["whole"]
     low, high = first.intervals.alpha.low, first.intervals.alpha.high
     cell = "document.querySelector('#rows td[data-key={}]').textContent"
     assert browser.evaluate(cell.format("alpha_low")) == f"{low:.2f} to {high:.2f}"
     assert browser.evaluate(cell.format("hessian_trace")) == "10 ± 1"
     assert browser.evaluate(cell.format("effective_rank_a")) == "7.25"
+    for i, quarter in enumerate(first.alpha_quartiles, start=1):
+        assert browser.evaluate(cell.format(f"alpha_q{i}")) == f"{quarter.exponent:.2f}"
     lines = browser.evaluate("[...document.querySelectorAll('#layer-more li')].map(item => item.textContent)")
-    quarters = ", ".join(f"{fit.exponent:.2f}" for fit in first.alpha_quartiles)
-    assert lines[0] == f"alpha by quarter of the directions, the strongest first: {quarters}"
-    assert lines[1].startswith("gradient spectrum of 40 singular values: power law, ")
-    assert lines[2].startswith(f"95 % of bootstrap draws: alpha {low:.2f} to {high:.2f}, gamma ")
+    assert lines[0].startswith("gradient spectrum of 40 singular values: power law, ")
+    assert lines[1].startswith(f"95 % of bootstrap draws: alpha {low:.2f} to {high:.2f}, gamma ")
     assert browser.evaluate("document.getElementById('models').data[0].x.length") == 40
     drawn = browser.evaluate("document.getElementById('split').data.map(({name, x, y}) => [name, [...x], [...y]])")
     split = first.alignment

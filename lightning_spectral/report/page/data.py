@@ -14,6 +14,7 @@ from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.log_keys import LAYER_KEYS, LoggedKey, median_key
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.palette import INK, KIND_STYLE, MODEL_STYLE, OTHER_STYLE, PLOTLY_DASH, SYMBOLS
 from lightning_spectral.report.runs.run import Run, RunStep
 from lightning_spectral.summary import summary, summary_over_training
 
@@ -52,9 +53,24 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
         "meanings": {key.name: key.meaning for key in keys},
         "medians": {key.name: int(key.of_fit) for key in keys if key.median},
         "band": ALPHA_BAND,
+        "looks": {"kinds": kind_looks(layer.kind for layer in layers.values()), "models": MODEL_LOOKS},
         "notes": _notes(run, len(shown), len(with_spectra)),
         "probes": [rows[i] | {"spectra": spectra[i] if i in with_spectra else None} for i in shown],
     }
+
+
+def kind_looks(kinds: Iterable[str]) -> dict[str, list[str | None]]:
+    """Return kind -> its colours on white and on dark, None for that of the text, and plotly's symbol."""
+    looks = {kind: KIND_STYLE.get(kind, OTHER_STYLE) for kind in kinds}
+    return {
+        kind: [*[None if colour == INK else colour] * 2, SYMBOLS[marker]] for kind, (colour, marker) in looks.items()
+    }
+
+
+MODEL_LOOKS = {
+    model: [style.name, style.on_white, style.on_dark, PLOTLY_DASH[style.dash]] for model, style in MODEL_STYLE.items()
+}
+"""Rank model -> its name, its colours on white and on dark, and plotly's line."""
 
 
 def _last_layers(reports: Sequence[SpectralReport]) -> dict[str, LayerSpectrum]:

@@ -254,4 +254,4 @@ def test_the_page_greys_what_python_does_not_trust():
         late.layers[name].fit_quality.trusted for name in data["layers"]
     ]
     assert "no fit, r2 below 0.9, fewer than 5 points" in page(run())
-    assert f"filled: a fit to trust ({TRUSTED})" in page(run())
+    assert f"Filled: a fit to trust ({TRUSTED})" in page(run())

@@ -1,7 +1,5 @@
 // Figures of one layer: functions of (data, state, colours) that give traces and a layout.
 
-const raised = (n) => String(n).replace(/./g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit] ?? "⁻");
-
 // Ticks at 1, 2 and 5 of each decade, at decades alone where there are many.
 function logAxis(text, values) {
   const logs = values.filter((v) => v > 0).map(Math.log10);
@@ -43,30 +41,20 @@ function lawFigure(data, state, c, spectra) {
     hoverinfo: "text",
     hovertext: ks.map(
       (k) =>
-        `k = ${k + 1}<br>sigma ${spectra.sigma[k].toExponential(2)}<br>h ${spectra.h[k].toExponential(2)}${spectra.error ? ` ± ${spectra.error[k]?.toExponential(1)}` : ""}`,
+        `k = ${k + 1}<br>sigma ${brief(spectra.sigma[k])}<br>h ${brief(spectra.h[k])}${spectra.error ? ` ± ${brief(spectra.error[k], 2)}` : ""}`,
     ),
-    ...(spectra.error
-      ? {
-          error_y: {
-            type: "data",
-            array: ks.map((k) => spectra.error[k] ?? 0),
-            color: marker.color,
-            thickness: 1,
-            width: 3,
-          },
-        }
-      : {}),
+    ...(spectra.error ? { error_y: bars(ks.map((k) => spectra.error[k]), marker.color) } : {}),
   });
   const positive = at.filter((k) => spectra.h[k] > 0);
   const negative = at.filter((k) => spectra.h[k] < 0);
-  const traces = [group("h > 0", positive, { size: 9, color: mark.colour })];
+  const traces = [group("h &gt; 0", positive, { size: 9, color: mark.colour, symbol: mark.symbol })];
   if (negative.length)
     traces.push(
       group("h < 0, |h| shown".replace("<", "&lt;"), negative, {
         size: 9,
-        color: c.select,
+        color: c.curvature,
         symbol: "x-thin",
-        line: { width: 2, color: c.select },
+        line: { width: 2, color: c.curvature },
       }),
     );
   if (known(alpha) && known(spectra.lines[0]) && positive.length) {
@@ -97,7 +85,6 @@ function lawFigure(data, state, c, spectra) {
 
 function spectrumFigure(data, state, c, spectra) {
   const mark = markOf(data, data.kinds[state.layer], c);
-  const other = c.kinds[(kindsOf(data).indexOf(data.kinds[state.layer]) + 1) % c.kinds.length];
   const sorted = spectra.h.filter((h) => h > 0).sort((a, b) => b - a);
   const usable = spectra.sigma.slice(0, spectra.usable);
   const curve = (values, name, what, colour, symbol) => ({
@@ -108,7 +95,7 @@ function spectrumFigure(data, state, c, spectra) {
     y: values.map((v) => v / values[0]),
     marker: { size: 8, color: colour, symbol },
     hoverinfo: "text",
-    hovertext: values.map((v, k) => `${what} ${k + 1}: ${v.toExponential(2)}`),
+    hovertext: values.map((v, k) => `${what} ${k + 1}: ${brief(v)}`),
   });
   const decay = (values, exponent, intercept, name, colour) => {
     if (!known(exponent) || !known(intercept)) return [];
@@ -130,7 +117,7 @@ function spectrumFigure(data, state, c, spectra) {
     .map((v, i) => [spectra.usable + i + 1, v / spectra.sigma[0]])
     .filter(([, v]) => v > 0);
   const traces = [
-    curve(usable, "sigma<sub>k</sub>", "sigma", mark.colour, "circle"),
+    curve(usable, "sigma<sub>k</sub>", "sigma", mark.colour, mark.symbol),
     ...decay(
       usable,
       value(data, state.probe, state.layer, "gamma"),
@@ -138,13 +125,13 @@ function spectrumFigure(data, state, c, spectra) {
       `gamma = ${fixed(value(data, state.probe, state.layer, "gamma"))}`,
       mark.colour,
     ),
-    curve(sorted, "h, sorted", "h", other, "diamond"),
+    curve(sorted, "h, sorted", "h", c.curvature, "diamond-open"),
     ...decay(
       sorted,
       value(data, state.probe, state.layer, "s"),
       spectra.lines[2],
       `s = ${fixed(value(data, state.probe, state.layer, "s"))}`,
-      other,
+      c.curvature,
     ),
   ];
   if (noise.length)
@@ -173,10 +160,11 @@ function spectrumFigure(data, state, c, spectra) {
   ];
 }
 
+// sigma at rank k, by the coefficients of a fit.
 const MODELS = {
-  power_law: ["power law", "solid", ([a, b], k) => Math.exp(a + b * Math.log(k))],
-  exponential: ["exponential", "dash", ([a, b], k) => Math.exp(a + b * k)],
-  lognormal: ["log-normal", "dashdot", ([a, b, d], k) => Math.exp(a + b * Math.log(k) + d * Math.log(k) ** 2)],
+  power_law: ([a, b], k) => Math.exp(a + b * Math.log(k)),
+  exponential: ([a, b], k) => Math.exp(a + b * k),
+  lognormal: ([a, b, d], k) => Math.exp(a + b * Math.log(k) + d * Math.log(k) ** 2),
 };
 
 // All singular values that were taken, with the three models of them; the winner by BIC is thick.
@@ -189,21 +177,20 @@ function modelsFigure(data, state, c, spectra) {
     name,
     x: sigma.slice(from, to).map((_, i) => from + i + 1),
     y: sigma.slice(from, to),
-    marker: { size: 7, color: symbol === "circle" ? mark.colour : c.quiet, symbol },
+    marker: { size: 7, color: symbol === mark.symbol ? mark.colour : c.quiet, symbol },
     hoverinfo: "text",
-    hovertext: sigma.slice(from, to).map((v, i) => `sigma ${from + i + 1}: ${v.toExponential(2)}`),
+    hovertext: sigma.slice(from, to).map((v, i) => `sigma ${from + i + 1}: ${brief(v)}`),
   });
   const ranks = Array.from({ length: 60 }, (_, i) => spectra.ranked ** (i / 59));
-  const colours = c.kinds.filter((colour) => colour !== mark.colour);
-  const curves = Object.entries(spectra.models).map(([model, coefficients], i) => {
-    const [name, dash, of] = MODELS[model];
+  const curves = Object.entries(spectra.models).map(([model, coefficients]) => {
+    const { name, colour, dash } = modelOf(data, model, c);
     const wins = model === data.probes[state.probe].winners[state.layer];
-    const curve = line(ranks, ranks.map((k) => of(coefficients, k)), colours[i], name);
+    const curve = line(ranks, ranks.map((k) => MODELS[model](coefficients, k)), colour, name);
     return { ...curve, name: wins ? `<b>${name}</b>` : name, line: { ...curve.line, dash, width: wins ? 3 : 1.5 } };
   });
   const noise = spectra.ranked < sigma.length ? [points("rounding noise", spectra.ranked, undefined, "circle-open")] : [];
   return [
-    [points("sigma<sub>k</sub>", 0, spectra.ranked, "circle"), ...noise, ...curves],
+    [points("sigma<sub>k</sub>", 0, spectra.ranked, mark.symbol), ...noise, ...curves],
     {
       xaxis: logAxis("rank k", [1, sigma.length]),
       yaxis: logAxis("sigma, gradient singular value", sigma),
@@ -220,7 +207,7 @@ function splitFigure(data, state, c, spectra) {
     const at = values.map((_, k) => k).filter((k) => values[k] > 0 && spectra.sigma[k] > 0);
     if (!at.length) return [];
     const first = known(slope) && known(intercept) ? Math.exp(intercept) * spectra.sigma[at[0]] ** slope : values[at[0]];
-    const colour = c.kinds[i];
+    const colour = [c.ink, c.sigma, c.curvature][i];
     const points = {
       type: "scatter",
       mode: "markers",
@@ -229,7 +216,7 @@ function splitFigure(data, state, c, spectra) {
       y: at.map((k) => values[k] / first),
       marker: { size: 7, color: colour, symbol: symbols[key] },
       hoverinfo: "text",
-      hovertext: at.map((k) => `k = ${k + 1}<br>${names[key]} ${values[k].toExponential(2)}`),
+      hovertext: at.map((k) => `k = ${k + 1}<br>${names[key]} ${brief(values[k])}`),
     };
     if (!known(slope) || !known(intercept)) return [points];
     const ends = [spectra.sigma[at[0]], spectra.sigma[at[at.length - 1]]];
@@ -247,6 +234,7 @@ function splitFigure(data, state, c, spectra) {
 
 function layerTrainingFigure(data, state, c) {
   const { at: x, axis } = probesAxis(data);
+  const mark = markOf(data, data.kinds[state.layer], c);
   const curve = (key, name, colour, symbol) => {
     const y = x.map((_, probe) => value(data, probe, state.layer, key));
     return {
@@ -270,9 +258,9 @@ function layerTrainingFigure(data, state, c) {
     };
   };
   const traces = [
-    curve("alpha", "alpha", c.kinds[0], "circle"),
-    curve("gamma", "gamma", c.kinds[1], "square"),
-    curve("s", "s", c.kinds[2], "diamond"),
+    curve("alpha", "alpha", mark.colour, mark.symbol),
+    curve("gamma", "gamma", c.sigma, "circle"),
+    curve("s", "s", c.curvature, "diamond"),
   ].filter(({ y }) => y.some(known));
   return [
     traces,

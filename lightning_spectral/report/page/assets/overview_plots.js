@@ -25,14 +25,7 @@ function points(data, state, c, x, y, error) {
         color: mark.colour,
       },
     };
-    if (error)
-      trace.error_y = {
-        type: "data",
-        array: layers.map((layer) => error(layer) ?? 0),
-        color: mark.colour,
-        thickness: 1,
-        width: 3,
-      };
+    if (error) trace.error_y = bars(layers.map(error), mark.colour);
     return trace;
   });
   if (known(x(state.layer)) && known(y(state.layer))) {
@@ -139,7 +132,7 @@ function transferFigure(data, state, c) {
 // Quantities that go over decades, and are never shown on a linear axis.
 const LOGARITHMIC = new Set(["noise_scale", "sigma_max", "h_max"]);
 
-const written = (v, key) => (LOGARITHMIC.has(key) && known(v) ? v.toPrecision(3) : fixed(v));
+const written = (v, key) => (LOGARITHMIC.has(key) ? brief(v) : fixed(v));
 
 // What a point at a layer and probe says of a quantity.
 function saying(data, probe, layer, key) {
@@ -229,7 +222,7 @@ function trainingFigure(data, state, c) {
           `<br>${plain(data.probes[probe].label)}: ${key} ${written(v, key)}`,
       ),
       line: { color: mark.colour, width: 2.5 },
-      marker: { size: 5, symbol: mark.symbol },
+      marker: { size: 7, symbol: mark.symbol, maxdisplayed: MOST_MARKERS },
     };
   });
   const drawn = [...thin, ...medians].flatMap(({ y }) => y);

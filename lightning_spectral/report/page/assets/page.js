@@ -11,6 +11,13 @@ function make(tag, text, attributes = {}) {
   return element;
 }
 
+// A name whose line may break behind its dots and underscores.
+function breakable(tag, text, attributes) {
+  const element = make(tag, "", attributes);
+  for (const part of text.split(/(?<=[._])/)) element.append(part, document.createElement("wbr"));
+  return element;
+}
+
 function list(id, lines) {
   get(id).replaceChildren(...lines.map((text) => make("li", text)));
 }
@@ -22,7 +29,6 @@ const interval = (key, i) =>
   known(of(`${key}_low`)(i)) ? `${fixed(of(`${key}_low`)(i))} to ${fixed(of(`${key}_high`)(i))}` : "–";
 const withError = (key, show) => (i) =>
   show(of(key)(i)) + (known(of(`${key}_stderr`)(i)) ? ` ± ${show(of(`${key}_stderr`)(i))}` : "");
-const brief = (x) => (known(x) ? String(Number(x.toPrecision(3))) : fixed(x));
 
 // What is measured on request, of which the data hold what was asked for.
 const REQUESTED = [
@@ -105,7 +111,7 @@ const COLUMNS = [
   { key: "s", head: "s", sort: of("s"), text: (i) => fixed(of("s")(i)), meaning: data.meanings.s },
   {
     key: "product",
-    head: "α·γ",
+    head: "alpha·gamma",
     sort: (i) => product(data, state.probe, i),
     text: (i) => fixed(product(data, state.probe, i)),
     meaning: "alpha times gamma, which the transfer identity says is s",
@@ -146,6 +152,13 @@ const COLUMNS = [
     text: (i) => fixed(of("negative_curvature")(i), 0),
     meaning: data.meanings.negative_curvature,
   },
+  ...["strongest", "second", "third", "weakest"].map((which, quarter) => ({
+    key: `alpha_q${quarter + 1}`,
+    head: `q${quarter + 1}`,
+    sort: (i) => data.probes[state.probe].quarters[i]?.[quarter],
+    text: (i) => fixed(data.probes[state.probe].quarters[i]?.[quarter]),
+    meaning: `alpha of the ${which} quarter of the directions alone`,
+  })),
   ...REQUESTED,
 ].filter(({ key, requested }) => !(requested || key === "alpha_low") || data.keys.includes(key));
 
@@ -208,7 +221,7 @@ function showTable() {
       });
       if (key === "layer")
         cell.append(
-          make("a", text(layer), {
+          breakable("a", text(layer), {
             href: address(layer),
             title: data.probes[state.probe].notes[data.layers[layer]] || data.layers[layer],
           }),
@@ -244,7 +257,7 @@ function choose(layer) {
 
 function showProbe() {
   const probe = data.probes[state.probe];
-  const loss = known(probe.loss) ? `, loss ${probe.loss.toPrecision(3)}` : "";
+  const loss = known(probe.loss) ? `, loss ${brief(probe.loss)}` : "";
   get("at").textContent = probe.label + loss;
   get("step").value = state.probe;
   get("step").setAttribute("aria-valuetext", probe.label);
@@ -252,7 +265,7 @@ function showProbe() {
   get("facts").textContent = [probe.facts, count(data.layers.length, "layer"), count(data.probes.length, "probe")]
     .filter(Boolean)
     .join(", ");
-  list("summary", probe.summary);
+  list("summary", probe.summary.map((text) => text.replace(/(^|[\s(])-(?=[\d.])/g, "$1−")));
   list("notes", [...data.notes, ...probe.problems]);
   list(
     "skipped",
@@ -299,7 +312,7 @@ function showTraining(c) {
   draw("training", trainingFigure(data, state, c), c);
   get("training-legend").textContent =
     data.medians[state.quantity] === 1
-      ? "thin: layers; hollow: a fit not to be trusted; thick: median by kind of the fits to trust"
+      ? "thin: layers; thick: median by kind of the fits to trust"
       : "thin: layers; thick: median by kind";
 }
 
@@ -319,16 +332,14 @@ function showQuantities() {
 
 // What is known of a layer beside its exponents, a line each.
 function moreOf(layer, spectra) {
-  const { quarters, winners } = data.probes[state.probe];
+  const { winners } = data.probes[state.probe];
   const winner = winners[layer];
   const has = (key) => known(of(key)(layer));
   const requested = COLUMNS.filter((column) => column.requested && has(column.key));
   const values = spectra?.ranked;
   const margin = has("rank_margin") ? `, ${fixed(of("rank_margin")(layer))} in BIC ahead of the next model` : "";
   return [
-    quarters[layer]?.some(known) &&
-      `alpha by quarter of the directions, the strongest first: ${quarters[layer].map((x) => fixed(x)).join(", ")}`,
-    winner && `gradient spectrum${values ? ` of ${values} singular values` : ""}: ${MODELS[winner]?.[0] ?? winner}${margin}`,
+    winner && `gradient spectrum${values ? ` of ${values} singular values` : ""}: ${data.looks.models[winner]?.[0] ?? winner}${margin}`,
     has("alpha_low") &&
       `95 % of bootstrap draws: ${["alpha", "gamma", "s"].map((key) => `${key} ${interval(key, layer)}`).join(", ")}`,
     [

@@ -1,23 +1,24 @@
-// What all figures share: colours, how figures are written, values by layer and probe, and `draw`.
-
-const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down"];
-const PALETTES = {
-  light: ["#0072b2", "#c8501e", "#00845a", "#9a4f92", "#8a6d00", "#3d6fd6", "#b3243c", "#555f6b"],
-  dark: ["#56b4e9", "#f08a5d", "#3ecf9a", "#d58fcb", "#e3c04b", "#8fb0ff", "#ff7d8e", "#aab4c0"],
-};
+// What all plots share: colours and markers, how numbers are written, values by layer and probe, and `draw`.
 
 // plotly reads a subset of HTML in all of its texts; names of layers are to be shown as they are.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const known = (value) => typeof value === "number";
+// A number has one look everywhere: exponents two decimals, other quantities three digits, powers of ten where they are
+// very small or large, and the minus sign of the axes.
+const raised = (n) => String(n).replace(/./g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit] ?? "⁻");
+const signed = (text) => text.replace("-", "−");
+
+function brief(value, digits = 3) {
+  if (!known(value)) return value === "inf" ? "∞" : "–";
+  if (value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5))
+    return signed(String(Number(value.toPrecision(digits))));
+  const [factor, power] = value.toExponential(digits - 1).split("e");
+  return signed(`${Number(factor)}·10${raised(Number(power))}`);
+}
+
 const fixed = (value, digits = 2) =>
-  known(value)
-    ? Math.abs(value) < 1000
-      ? value.toFixed(digits)
-      : value.toExponential(1)
-    : value === "inf"
-      ? "∞"
-      : "–";
-const percent = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
+  known(value) && Math.abs(value) < 1000 ? signed(value.toFixed(digits)) : brief(value);
+const percent = (value) => (known(value) ? `${signed((100 * value).toFixed(1))} %` : "–");
 const short = (name) => name.replace(/\.weight(?=(\.[qkv])?$)/, "");
 const clipped = (name) => plain(name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
 
@@ -32,7 +33,9 @@ function colours() {
     line: of("line"),
     card: of("card"),
     select: of("select"),
-    kinds: PALETTES[dark ? "dark" : "light"],
+    sigma: of("sigma"),
+    curvature: of("curvature"),
+    dark,
   };
 }
 
@@ -40,9 +43,15 @@ function kindsOf(data) {
   return [...new Set(data.kinds)];
 }
 
+// A look is [colour on white, on dark, symbol or dash]; without a colour it has that of the text.
 function markOf(data, kind, c) {
-  const i = kindsOf(data).indexOf(kind);
-  return { colour: c.kinds[i % c.kinds.length], symbol: SYMBOLS[i % SYMBOLS.length], name: plain(kind) };
+  const [light, dark, symbol] = data.looks.kinds[kind];
+  return { colour: (c.dark ? dark : light) ?? c.ink, symbol, name: plain(kind) };
+}
+
+function modelOf(data, model, c) {
+  const [name, light, dark, dash] = data.looks.models[model];
+  return { name, colour: c.dark ? dark : light, dash };
 }
 
 function value(data, probe, layer, key) {
@@ -103,10 +112,30 @@ function outside(count, c) {
     : [];
 }
 
+// Of a few steps plotly would put ticks at halves.
+function stepAxis(steps) {
+  const few = Math.max(...steps) - Math.min(...steps) < 8;
+  return { title: { text: "step" }, ...(few ? { dtick: 1 } : {}) };
+}
+
+// No bar where there is no error, which else would be two caps on each other.
+const bars = (errors, colour) => ({
+  type: "data",
+  array: errors.map((error) => (known(error) && error > 0 ? error : NaN)),
+  color: colour,
+  thickness: 1,
+  width: 3,
+});
+
+// Markers of so many points at most, or they would hide the line.
+const MOST_MARKERS = 25;
+
 // Probes as an axis: their steps, or their labels where some were measured outside training.
 function probesAxis(data) {
-  if (data.probes.every((probe) => known(probe.step)))
-    return { at: data.probes.map((probe) => probe.step), axis: { title: { text: "step" } } };
+  if (data.probes.every((probe) => known(probe.step))) {
+    const at = data.probes.map((probe) => probe.step);
+    return { at, axis: stepAxis(at) };
+  }
   const at = data.probes.map((_, i) => i);
   const every = Math.ceil(at.length / 8);
   const tickvals = at.filter((i) => i % every === 0);
@@ -142,23 +171,37 @@ function bandAroundTwo(data, c) {
     opacity: 0.18,
     line: { width: 0 },
     layer: "below",
-    name: `alpha from ${low} to ${high}`,
+    name: `alpha ${low} to ${high}`,
     showlegend: true,
   };
 }
 
+// Pixels that the axes of a plot are high at least, however large its legend.
+const LEAST_HEIGHT = 220;
+
+const isNarrow = () => matchMedia("(max-width: 760px)").matches;
+
+// The legend is below the axes, and the plot grows by it where they would be too low.
 function draw(id, [traces, layout], c) {
-  const axis = { gridcolor: c.grid, linecolor: c.line, zeroline: false, ticks: "outside", tickcolor: c.line };
+  const axis = {
+    gridcolor: c.grid,
+    linecolor: c.line,
+    zeroline: false,
+    ticks: "outside",
+    tickcolor: c.line,
+    exponentformat: "power",
+  };
   const named = (layout.shapes ?? []).filter((shape) => shape.showlegend);
   const entries = [...traces.filter((trace) => trace.showlegend !== false && trace.name), ...named];
+  const plot = document.getElementById(id);
   const whole = {
     ...layout,
     paper_bgcolor: c.card,
     plot_bgcolor: c.card,
     font: { color: c.ink, size: 12, family: getComputedStyle(document.body).fontFamily },
-    margin: { l: 58, r: 14, t: 12, b: 46 },
+    margin: { l: isNarrow() ? 44 : 58, r: 14, t: 12, b: 46 },
     showlegend: entries.length > 1,
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
+    legend: { orientation: "h", x: 0, yref: "container", y: 0, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
     hoverlabel: {
       bgcolor: c.card,
       bordercolor: c.line,
@@ -173,15 +216,22 @@ function draw(id, [traces, layout], c) {
     dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
     modebar: { bgcolor: "rgba(0,0,0,0)", color: c.quiet, activecolor: c.ink },
   };
-  const plot = document.getElementById(id);
   const drawn = Plotly.react(plot, traces, whole, {
     responsive: true,
     displaylogo: false,
     displayModeBar: true,
-    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+    modeBarButtons: [isNarrow() ? ["toImage"] : ["zoom2d", "pan2d", "resetScale2d", "toImage"]],
   });
-  // A plot that stood beside another, or does now, has another width than it was drawn with.
-  const before = plot.dataset.width;
-  plot.dataset.width = plot.clientWidth;
-  return before && before !== plot.dataset.width ? drawn.then(() => Plotly.Plots.resize(plot)) : drawn;
+  return drawn.then(() => fit(plot));
+}
+
+// Give a plot the height that its axes need, and the width of its place, which may have changed since it was drawn.
+function fit(plot) {
+  const { height, _size } = plot._fullLayout;
+  const wanted = plot.classList.contains("low") ? LEAST_HEIGHT : Math.max(LEAST_HEIGHT, isNarrow() ? 0 : 250);
+  const size = [plot.clientWidth, Math.round(height + wanted - _size.h)];
+  if (Math.abs(wanted - _size.h) < 2 && plot.dataset.width === String(size[0])) return undefined;
+  plot.style.height = `${size[1]}px`;
+  plot.dataset.width = size[0];
+  return Plotly.Plots.resize(plot);
 }
