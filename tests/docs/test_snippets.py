@@ -72,7 +72,7 @@ def test_snippets_of_a_page_run_after_those_of_getting_started(page, started, ca
         alphas = [layer.alpha for layer in scope["report"].layers.values()]
         assert scope["metrics"]["alpha"].points == sum(alpha.n_used for alpha in alphas) > 0
     elif page == "report.md":
-        assert {"power_law.pdf", "alpha.png"} <= {path.name for path in Path().iterdir()}
+        assert {"power_law.pdf", "alpha.pdf", "two_panels.pdf"} <= {path.name for path in Path().iterdir()}
     elif page == "optimizer.md":
         assert scope["optimizer"].alpha_of(scope["net"][0].weight) <= 2.0
         assert "[('dense', 0.003), ('adamw', 0.003)]" in printed
