@@ -1,12 +1,13 @@
-"""Run the demo, print what it prints, and draw the figures of the README of the very same runs.
+"""Draw the README's figures: of the demo's runs, which are printed, too, and of the runs of three decisions.
 
-python examples/figures/make.py              # the README's two, into this folder: a minute or two on one CPU core
+python examples/figures/make.py              # the README's five, into this folder: about six minutes on one CPU core
 python examples/figures/make.py --all FOLDER # every figure of both networks
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,25 +15,35 @@ from tempfile import TemporaryDirectory
 from matplotlib.figure import Figure
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.figures import decisions
 from lightning_spectral import SpectralReport
 from lightning_spectral.demo.run import run
 from lightning_spectral.report import figures
 
-DPI = 150
-"""Of the README's figures."""
+DPI, SMALL_DPI = 150, 110
+"""Of the README's figures, and of those of decisions."""
 
 
 def draw_readme(histories: dict[str, list[SpectralReport]], folder: Path) -> None:
-    """The two figures that the README shows."""
+    """The two figures of the demo's runs."""
     resnet, gpt = histories["resnet-digits"], histories["gpt-python"]
     save_small(figures.plot_power_law(resnet[-1]), folder / "resnet_power_law.png")
     save_small(figures.plot_alpha_over_training(gpt), folder / "gpt_alpha_over_training.png")
 
 
-def save_small(figure: Figure, path: Path) -> None:
+def draw_decisions(folder: Path, steps_factor: float) -> None:
+    """The three figures of decisions, each of runs of its own."""
+    short = {} if steps_factor == 1.0 else {"steps": 1, "samples": 8}
+    for name, figure in decisions.draw(**short).items():
+        save_small(figure, folder / f"{name}.png", SMALL_DPI)
+
+
+def save_small(figure: Figure, path: Path, dpi: int = DPI) -> None:
     """Write a PNG of 64 colours, a quarter of the size of one in full colour."""
     with BytesIO() as buffer:
-        figure.savefig(buffer, dpi=DPI)
+        figure.savefig(buffer, dpi=dpi)
         Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
 
 
@@ -56,6 +67,8 @@ def main(arguments: list[str] | None = None, *, steps_factor: float = 1.0) -> No
     with TemporaryDirectory() as logs:
         histories = run(logs, steps_factor=steps_factor)
     (draw_all if options.all else draw_readme)(histories, folder)
+    if not options.all:
+        draw_decisions(folder, steps_factor)
     print(f"figures in {folder}")
 
 

@@ -28,3 +28,14 @@ def test_the_example_draws_the_readmes_figures_and_all(monkeypatch, tmp_path):
     assert {path.name for path in (tmp_path / "readme").iterdir()} == committed
     make.main(["--all", str(tmp_path / "all")], steps_factor=0.0025)
     assert len(list((tmp_path / "all").glob("*.pdf"))) == 2 * len(figures.__all__)
+
+
+def test_a_scale_that_is_not_there_is_left_out_and_a_small_one_stands_on_the_edge():
+    from examples.figures import decisions
+
+    run = decisions.Run(scales={0: 2.0, 5: float("nan"), 10: 1e-5, 15: -1.0}, losses={0: 3.0, 5: 2.0, 10: 1.0, 15: 1.0})
+    scales, losses = decisions.draw_step_scale({"lr 1": run}).axes
+    assert list(scales.lines[0].get_xdata()) == [0, 10]
+    assert list(scales.lines[0].get_ydata()) == [2.0, decisions.LEAST_SCALE]
+    assert scales.get_ylim()[0] < decisions.LEAST_SCALE
+    assert list(losses.lines[0].get_ydata()) == [3.0, 2.0, 1.0, 1.0]
