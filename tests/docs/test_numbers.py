@@ -39,9 +39,9 @@ def test_the_share_of_time_is_the_benchmarks():
         (
             "others",
             "On {} networks and losses as other people write them",
-            "; the error of alpha beside `exact` is at most 0.03 as well on {}.",
+            "; on {} of these the error of alpha, compared with `exact`, is also at most 0.03.",
         ),
-        ("programs", "{} real programs of", ", and {} with an error of at most 0.03 as well."),
+        ("programs", "{} real programs of", ", and {} also have an error of at most 0.03."),
     ],
 )
 def test_what_other_networks_and_programs_cost_is_the_benchmarks(name, of, then):
