@@ -25,7 +25,7 @@ from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import print_report, run_of, write_page
-from lightning_spectral.report.page.build import plotly_js
+from lightning_spectral.report.runs.run import Run
 from lightning_spectral.report.trackers import offline_wandb_run
 
 
@@ -89,8 +89,6 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
         folder: folder of the logs, the reports and the pages.
         steps_factor: factor on the number of steps, for a test.
     """
-    # Raises before training if plotly is missing.
-    plotly_js()
     folder = Path(folder)
     console = Console()
     _hush_lightning()
@@ -100,21 +98,29 @@ def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[
         name, title = experiment.name, experiment.title
         console.print(f"\n[bold]{title}[/bold], {experiment.steps} steps")
         histories[name], wandb_folders[name] = _train(experiment, folder)
-        pages.append(write_page(run_of(histories[name], name), folder / name / "report.html", title=title))
+        pages.append(_page(run_of(histories[name], name), folder / name, title))
     for experiment in runs:
         print_report(histories[experiment.name][-1], experiment.title)
     _print_paths(console, wandb_folders, pages)
     return histories
 
 
-def _print_paths(console: Console, wandb_folders: Mapping[str, Path], pages: Sequence[Path]) -> None:
+def _page(run: Run, folder: Path, title: str) -> str:
+    """Write a run's page and return its path; without plotly, what to do to get it."""
+    try:
+        return _relative(write_page(run, folder / "report.html", title=title))
+    except ImportError as error:
+        return f"none of {run.name}: {error}; then lightning-spectral report {_relative(folder)}"
+
+
+def _print_paths(console: Console, wandb_folders: Mapping[str, Path], pages: Sequence[str]) -> None:
     beside_python = Path(sys.executable).with_name("wandb")
     wandb = "wandb" if shutil.which("wandb") or not beside_python.exists() else _relative(beside_python)
     lines = []
     for name, path in wandb_folders.items():
         folder = _relative(path)
         lines += [f"\n{name}: W&B run in {folder}", f"  see it in this terminal:  {wandb} leet run {folder}"]
-    lines += ["\nPages for a browser, each one file:", *(f"  {_relative(page)}" for page in pages)]
+    lines += ["\nPages for a browser, each one file:", *(f"  {page}" for page in pages)]
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 

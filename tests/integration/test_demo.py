@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import reports as made_up
 import torch
 from fits import fit_numbers
 from reports import layer
@@ -23,7 +24,7 @@ from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
 from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.curvature_fraction import CurvatureFraction
 from lightning_spectral.records.weight_spectrum import WeightSpectrum
-from lightning_spectral.report import kind_table, layer_table, print_report
+from lightning_spectral.report import kind_table, layer_table, print_report, run_of
 from lightning_spectral.report.runs.spectra_file import read_reports
 from lightning_spectral.report.terminal.formatting import WHOLE_WIDTH, width_for
 from lightning_spectral.report.terminal.optional_tables import REQUESTED
@@ -81,6 +82,16 @@ def test_demo_trains_measures_logs_and_prints(tmp_path, capsys, monkeypatch):
         assert again.count('"spectra":') == made.count('"spectra":') > 0
     for word in ("attention_qkv", "mlp_up", "conv", "head", "192x64", "1.94 to 2.17", "alpha in the paper"):
         assert word in printed
+
+
+def test_without_plotly_the_demo_says_how_to_get_a_page(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    run = run_of([made_up.report(layer("a"), step=1)], "gpt-python")
+    assert demo._page(run, tmp_path, "GPT") == (
+        'none of gpt-python: the page\'s plots need plotly: pip install "lightning-spectral[report]"; then '
+        f"lightning-spectral report {tmp_path}"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_digits_are_standardised():
