@@ -21,7 +21,17 @@ SHARDED = [
     "distributed/test_shared_steps.py",
     "examples/test_shards_benchmark.py",
 ]
-COSTLY = ["world_of_two", "world_of_three", "small_world", "browser", "killed_runs", "trained"]
+COSTLY = [
+    "world_of_two",
+    "world_of_three",
+    "small_world",
+    "browser",
+    "killed_runs",
+    "trained",
+    "site",
+    "started",
+    "built",
+]
 LEFT_OUT = [] if hasattr(fsdp, "fully_shard") else SHARDED
 collect_ignore = ["helpers", *LEFT_OUT]
 
