@@ -56,8 +56,11 @@ def as_non_view(tensor: Tensor) -> Tensor:
 
 
 def trained_on_batch_statistics(node: Any) -> bool:
-    """Return whether a batch-norm node of the graph used statistics of the batch; True where it does not tell."""
-    return bool(getattr(node, "_saved_training", True))
+    """Return whether a batch-norm node of the graph used statistics of the batch; True where it does not tell.
+
+    The node may be of the backward pass.
+    """
+    return bool(getattr(node, "_saved_training", getattr(node, "_saved_train", True)))
 
 
 def output_shape(node: Any, number: int) -> torch.Size | None:
@@ -116,6 +119,15 @@ def grouped_products() -> tuple[Callable[..., Tensor], ...]:
     """Return the names that this torch has for products of groups of rows, the public and the older private one."""
     holders = ((F, "grouped_mm"), (torch, "_grouped_mm"))
     return tuple(getattr(holder, name) for holder, name in holders if hasattr(holder, name))
+
+
+def in_forward_mode() -> bool:
+    """Return whether derivatives are being taken in forward mode, with `torch.func.jvp` or dual tensors."""
+    return bool(getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0)
+
+
+WEIGHT_NORM: Any = getattr(torch, "_weight_norm", None)
+"""What `torch.nn.utils.weight_norm` calls, in both of its forms."""
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch.autograd.graph import Node
 
+from lightning_spectral._autograd import operation
 from lightning_spectral._torch_private import trained_on_batch_statistics
 
 # Linear in each input alone; piecewise so for the second group. Names as autograd gives them, without the version.
@@ -154,11 +155,6 @@ PRODUCTS = frozenset(
     ]
 )
 BATCH_NORM = frozenset(["NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "BatchNormWithUpdate"])
-
-
-def operation(node: Node) -> str:
-    """Return the operation of a node: ReluBackward0 is Relu."""
-    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
 class Dependence:

@@ -7,7 +7,7 @@ raises one only where it passes the cut, and on the way to a parameter it never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+
+from lightning_spectral._autograd import reachable
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class CustomFunctions:
 def watch_custom_functions(loss: Tensor) -> Iterator[CustomFunctions]:
     """Yield a record that a backward pass with create_graph fills."""
     functions = CustomFunctions()
-    custom = [node for node in _reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction)]
+    custom = [node for node in reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction)]
     handles = [node.register_hook(_watcher(node, functions)) for node in custom]
     try:
         yield functions
@@ -47,13 +49,13 @@ def watch_custom_functions(loss: Tensor) -> Iterator[CustomFunctions]:
 
 def custom_functions(loss: Tensor) -> list[str]:
     """Return the names of the custom autograd functions behind a loss."""
-    nodes = (node for node in _reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction))
+    nodes = (node for node in reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction))
     return sorted({type(node).__name__.removesuffix("Backward") for node in nodes})
 
 
 def leaves_behind(node: Node) -> set[int]:
     """Return ids of the leaves whose gradient passes through a node."""
-    return {id(found.variable) for found in _reachable([node]) if hasattr(found, "variable")}
+    return {id(found.variable) for found in reachable([node]) if hasattr(found, "variable")}
 
 
 def _watcher(node: Node, functions: CustomFunctions) -> Any:
@@ -83,13 +85,3 @@ def _scales(grad: Tensor, outputs: list[Tensor]) -> bool:
         return True
     same = [output for output in outputs if output.shape == grad.shape and not output.requires_grad]
     return any(torch.equal(grad * output.flatten()[0], grad.flatten()[0] * output) for output in same)
-
-
-def _reachable(roots: Iterable[Node | None]) -> Iterator[Node]:
-    stack, visited = [root for root in roots if root is not None], set()
-    while stack:
-        node = stack.pop()
-        if node not in visited:
-            visited.add(node)
-            yield node
-            stack.extend(following for following, _ in node.next_functions if following is not None)

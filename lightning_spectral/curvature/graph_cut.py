@@ -12,13 +12,8 @@ from dataclasses import dataclass
 
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_spectral.curvature.autograd_graph import (
-    LINEAR,
-    PIECEWISE,
-    Dependence,
-    named,
-    operation,
-)
+from lightning_spectral._autograd import operation
+from lightning_spectral.curvature.autograd_graph import LINEAR, PIECEWISE, Dependence, named
 
 ALLOWED = LINEAR | PIECEWISE
 

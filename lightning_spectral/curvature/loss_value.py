@@ -40,10 +40,17 @@ class LossValue:
         return cls(float(loss.detach()), loss.dtype, trace.casts, normalizer)
 
 
-def loss_value(evaluate: Callable[[], Tensor]) -> LossValue:
-    """Return the value of a loss, and what can be seen of how it came about."""
+def loss_value(evaluate: Callable[[], Tensor], again: Callable[[Tensor], bool] = lambda loss: False) -> LossValue:
+    """Return the value of a loss, and what can be seen of how it came about.
+
+    Args:
+        evaluate: computes the loss.
+        again: as of `DifferentiableLoss`.
+    """
     with Recorder(set()) as recorder:
         loss = evaluate()
+    if again(loss):
+        return loss_value(evaluate, again)
     return LossValue.of(loss, recorder.trace)
 
 

@@ -56,6 +56,7 @@ class DifferentiableLoss:
         parameters: layer name -> the leaf that holds its matrix; parts of a fused projection share one.
         samples: samples in the batch; None where the batch does not tell.
         place: where they stand if the batch is a part of what is measured; None if it is all.
+        again: whether a loss that was computed must be so again, by operations that have the derivatives it needs.
     """
 
     def __init__(
@@ -65,8 +66,9 @@ class DifferentiableLoss:
         parameters: Mapping[str, Tensor],
         samples: int | None = None,
         place: SampleRange | None = None,
+        again: Callable[[Tensor], bool] = lambda loss: False,
     ) -> None:
-        self.evaluate = evaluate
+        self.evaluate, self.again = evaluate, again
         self.layers = layers
         self.parameters = parameters
         self.samples = samples
@@ -127,6 +129,9 @@ class DifferentiableLoss:
         if self._value is None:
             with Recorder({id(leaf) for leaf in self.parameters.values()}) as recorder:
                 loss = checked_loss(self.evaluate())
+            if self.again(loss):
+                self.run()
+                return
             self._trace, self._value, self._loss = recorder.trace, loss, float(loss.detach())
 
     def _differentiate(

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lightning_spectral.errors import MeasurementError
 
-LOSS_REMEDY = "pass loss_fn(model, batch) -> scalar, or give the module a method spectral_loss(batch)"
-
 
 def checked_loss(value: Any) -> Tensor:
     """Return the loss, if curvature can be measured of it.
@@ -29,14 +27,7 @@ def scalar_loss(value: Any) -> Tensor:
     Raises:
         MeasurementError: if not.
     """
-    if value is None:
-        raise MeasurementError("the loss is None: the step skipped this batch")
-    if not isinstance(value, Tensor):
-        raise MeasurementError(f"the loss must be a scalar tensor, got {type(value).__name__}; {LOSS_REMEDY}")
-    if value.numel() != 1:
-        raise MeasurementError(f"the loss must be a scalar, got shape {tuple(value.shape)}; reduce it with .mean()")
-    if not value.requires_grad:
-        raise MeasurementError(
-            "the loss has no gradient: it was computed under no_grad, detached, or not from the module it was given"
-        )
+    if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise MeasurementError(f"the loss must be a scalar tensor with a gradient, got {found}")
     return value.reshape(())

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch.autograd.graph import Node
 
-from lightning_spectral.curvature.autograd_graph import VIEWS, Dependence, operation
+from lightning_spectral._autograd import operation
+from lightning_spectral.curvature.autograd_graph import VIEWS, Dependence
 from lightning_spectral.curvature.graph_cut import (
     GraphCut,
     find_cut,

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_spectral._torch_private import grouped_products
+from lightning_spectral._torch_private import grouped_products, in_forward_mode
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.isolation.batch_tree import map_leaves
+from lightning_spectral.isolation.compositions import RIGHT_SECOND, RIGHT_THIRD, takes_statistics, wrong_twice
 
 ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 GROUPED = grouped_products()
@@ -23,21 +24,38 @@ GROUPED = grouped_products()
 ONE_PRECISION_BACKWARD = (F.huber_loss,)
 
 
+DIFFERENTIATE = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+
 class MeasuredOperations(TorchFunctionMode):
-    """Run functions as they are, but for those that a measurement would make fail.
+    """Run functions as they are, but for those that a measurement would make fail, or get a wrong derivative of.
 
     Attention runs with the mathematical kernel alone, and products of groups one by one. A function that refuses
     tensors of several precisions, because a measurement has raised some of them and cannot reach others (globals,
-    closures, constants), is given all in the highest.
+    closures, constants), is given all in the highest. Compositions take the place of operations whose second
+    derivative is wrong, and once `compose_for` has met a loss that needs their third, of those that have a wrong one.
+
+    Attributes:
+        composed: whether operations with a wrong third derivative are composed.
+        notes: what a reader of the measurement should know.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.composed = False
+        self.notes: dict[str, None] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run a function."""
         kwargs = kwargs or {}
-        if func in GROUPED:
-            func = grouped_product
+        if func in DIFFERENTIATE and not self.composed:
+            self._note_differentiated(args, kwargs)
+        if func in RIGHT_THIRD and in_forward_mode() and takes_statistics(func, args, kwargs):
+            self._note_wrong_in_training([func.__name__])
+            func = RIGHT_THIRD[func]
+        func = REPLACED.get(func, RIGHT_THIRD.get(func, func) if self.composed else func)
         if func in ONE_PRECISION_BACKWARD:
             args, kwargs = in_one_precision(func, args, kwargs) or (args, kwargs)
         with sdpa_kernel([SDPBackend.MATH]) if func in ATTENTION else nullcontext():
@@ -48,6 +66,36 @@ class MeasuredOperations(TorchFunctionMode):
                 if raised is None:
                     raise
             return func(*raised[0], **raised[1])
+
+    def compose_for(self, loss: Any) -> bool:
+        """Return whether a loss is to be computed again, since only compositions have the derivatives it needs."""
+        wrong = wrong_twice([loss]) if isinstance(loss, Tensor) else []
+        if wrong and self.composed:
+            self.notes[
+                f"curvature of this loss passes a derivative of {' and '.join(wrong)} that torch computes wrongly, "
+                "where it cannot be replaced (in torch.jit.script, or called as torch.native_...): call it as "
+                "torch.nn.functional has it, or write it with elementary operations"
+            ] = None
+        before, self.composed = self.composed, self.composed or bool(wrong)
+        return self.composed and not before
+
+    def _note_differentiated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note where the loss itself takes a second derivative that cannot be differentiated again."""
+        outputs: list[Tensor] = []
+
+        def note(leaf: Any) -> None:
+            if isinstance(leaf, Tensor):
+                outputs.append(leaf)
+
+        map_leaves((args[:1], kwargs.get("outputs")), note)
+        if wrong := wrong_twice(outputs):
+            self._note_wrong_in_training(wrong)
+
+    def _note_wrong_in_training(self, names: list[str]) -> None:
+        self.notes[
+            f"the loss takes derivatives of {' and '.join(names)} that torch differentiates wrongly: what is measured "
+            "is right, and the gradient that training uses is not; write it with elementary operations"
+        ] = None
 
 
 def in_one_precision(
@@ -125,3 +173,7 @@ def grouped_product(
             product = torch.cat([*(a[i] @ b[:, group] for i, group in enumerate(groups)), rest], dim=1)
     product = product if bias is None else product + bias
     return product if out_dtype is None else product.to(torch.promote_types(product.dtype, out_dtype))
+
+
+REPLACED: dict[Any, Callable[..., Tensor]] = {**RIGHT_SECOND, **dict.fromkeys(GROUPED, grouped_product)}
+"""Function of torch -> what takes its place in every measurement."""

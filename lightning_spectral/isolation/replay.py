@@ -23,6 +23,9 @@ from lightning_spectral.isolation.rng import RandomStates
 class InitialState:
     """Snapshot of weights, buffers, attributes and random states, restored before each evaluation of a loss.
 
+    Attributes:
+        operations: torch's functions, as each evaluation runs them.
+
     Args:
         module: on whose weights and buffers a step may write.
         originals: id of a weight -> the weight that it is a copy of, which nothing writes on meanwhile, and from which
@@ -48,6 +51,7 @@ class InitialState:
         self._restore = restore
         self.held = HeldState(held, map(id, (*module.parameters(), *module.buffers())))
         self.raised = frozenset(raised)
+        self.operations = MeasuredOperations()
         self._called = False
         self.dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
@@ -107,7 +111,7 @@ class ReplayedLoss:
         batch, values = self._batch(), self._values
         try:
             # Around the user's code alone: every operation would pass the mode.
-            with function_mode(MeasuredOperations()):
+            with function_mode(self._initial_state.operations):
                 loss = self._loss(batch)
         except Exception as error:
             if not is_out_of_memory(error) and (cause := self._cause_of(error, batch)):
@@ -123,6 +127,23 @@ class ReplayedLoss:
                     "micro_batch_size of the whole batch, which calls it once, or keep it in an attribute of the model"
                 )
         return loss
+
+    def again(self, loss: Any) -> bool:
+        """Return whether a loss is to be computed again, by operations that have the derivatives it needs."""
+        if not self._initial_state.operations.compose_for(loss):
+            return False
+        self._values.clear()
+        return True
+
+    def value(self) -> None:
+        """Compute the loss for its value alone: without a graph, unless it takes gradients of its own."""
+        try:
+            with torch.no_grad():
+                self()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self()
 
     def _cause_of(self, error: Exception, batch: Any) -> str | None:
         """Return what a measurement does to a loss that makes it fail, and the remedy; None for another cause."""

@@ -12,19 +12,13 @@ from lightning_spectral.curvature import accumulation_dtype
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.objective import Objective, ObjectiveGradients
+from lightning_spectral.measurement.gradients import ObjectiveGradients
+from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.part_norms import SquaredNorms
 from lightning_spectral.numerics.gradient_noise import GradientNoise, GradientPart, gradient_noise
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.numerics.svd import SingularTriplets, singular_values, top_singular_triplets
 from lightning_spectral.options import Options
-
-NO_GRADIENT = (
-    "the loss does not depend on it; a loss_fn must use the module it is given, checkpointing needs "
-    "use_reentrant=False; layers of another loss are left out by layers=..."
-)
-"""Reason why a layer without a gradient on any rank is not measured."""
-
 
 COMMON = 0.5
 """Signal from which on a gradient is more than rounding, however small it is."""
@@ -82,7 +76,7 @@ def leading_directions(
     )
     triplets = {name: SingularTriplets(u, sigma, v) for name, (u, sigma, v, _) in shared.items()}
     rounding = _of_rounding(triplets, noise, gradients, objective)
-    missing = dict.fromkeys(layers.keys() - present - gradients.failed.keys() - skipped.keys(), NO_GRADIENT)
+    missing = dict.fromkeys(layers.keys() - present - gradients.failed.keys() - skipped.keys(), objective.unreached)
     return Directions(
         triplets=triplets,
         spectra={name: values for name, (*_, values) in shared.items()},

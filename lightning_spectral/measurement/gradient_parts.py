@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from lightning_spectral.curvature import LossValue
 from lightning_spectral.errors import is_out_of_memory, text_of
 from lightning_spectral.isolation.interrupts import interruption
+from lightning_spectral.measurement.gradients import ObjectiveGradients
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
-from lightning_spectral.measurement.objective import Objective, ObjectiveGradients
+from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.part_norms import PartNorms, SquaredNorms
 
 PARTS = 8

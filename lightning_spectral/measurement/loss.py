@@ -4,16 +4,64 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.curvature.scalar_loss import LOSS_REMEDY
 from lightning_spectral.errors import MeasurementError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+
+LOSS_REMEDY = "pass loss_fn(model, batch) -> scalar, or give the module a method spectral_loss(batch)"
+LOSS_FN = "loss_fn"
+
+
+@dataclass(frozen=True)
+class NamedLoss:
+    """A loss with the name by which its author knows it.
+
+    Attributes:
+        function: (module, batch) -> scalar.
+        name: ``loss_fn``, or a method of the module's class.
+    """
+
+    function: LossFunction
+    name: str = LOSS_FN
+
+    def __call__(self, module: nn.Module, batch: Any) -> Tensor:
+        """Compute the loss.
+
+        Raises:
+            MeasurementError: if it is no scalar tensor with a gradient.
+        """
+        loss: Any = self.function(module, batch)
+        if loss is None:
+            raise MeasurementError(f"{self.name} returned None, so there is no loss of this batch")
+        if not isinstance(loss, Tensor):
+            remedy = "" if self.name == LOSS_FN else f"; {LOSS_REMEDY}"
+            raise MeasurementError(f"{self.name} must return a scalar tensor, got {type(loss).__name__}{remedy}")
+        if loss.numel() != 1:
+            raise MeasurementError(
+                f"{self.name} must return a scalar, got shape {tuple(loss.shape)}; reduce it with .mean()"
+            )
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            other = ", or not from the module it is given, which is a copy" if self.name == LOSS_FN else ""
+            raise MeasurementError(
+                f"{self.name} returned a loss without a gradient: it was computed under no_grad, or detached{other}"
+            )
+        return loss
+
+    @property
+    def unreached(self) -> str:
+        """Why a layer has no gradient, and what to do about it."""
+        of_copy = "it must use the module it is given, which is a copy; else " if self.name == LOSS_FN else ""
+        return (
+            f"the loss of {self.name} does not depend on it: {of_copy}it is not called, or behind no_grad, detach or "
+            "reentrant checkpointing (take use_reentrant=False); leave it out with layers=..."
+        )
 
 
 def checked_loss_fn(loss_fn: LossFunction | None) -> LossFunction | None:
@@ -27,7 +75,7 @@ def checked_loss_fn(loss_fn: LossFunction | None) -> LossFunction | None:
     return loss_fn
 
 
-def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int = 0) -> LossFunction:
+def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int = 0) -> NamedLoss:
     """Return the loss to measure: ``loss_fn``, else ``model.spectral_loss(batch)``, else ``model.training_step``.
 
     training_step is given ``batch_idx``. It is taken for automatic optimization only: with manual optimization a call
@@ -36,18 +84,22 @@ def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int 
     Raises:
         ValueError: if the module offers none of them.
     """
-    if checked_loss_fn(loss_fn) is not None:
-        return cast(LossFunction, loss_fn)
-    if callable(getattr(model, "spectral_loss", None)):
-        return lambda module, batch: module.spectral_loss(batch)  # type: ignore[operator]
+    if (function := checked_loss_fn(loss_fn)) is not None:
+        return NamedLoss(function)
     name = type(model).__name__
+    if callable(getattr(model, "spectral_loss", None)):
+        return NamedLoss(_spectral_loss, f"{name}.spectral_loss")
     if not callable(getattr(model, "training_step", None)):
         raise ValueError(f"{name} has no training_step, so its loss is not known; {LOSS_REMEDY}")
     if not getattr(model, "automatic_optimization", True):
         raise ValueError(f"{name} optimizes manually, so its training_step cannot be called to measure; {LOSS_REMEDY}")
     if "dataloader_iter" in inspect.signature(model.training_step).parameters:  # type: ignore[arg-type]
         raise ValueError(f"{name}.training_step takes dataloader_iter and would consume batches; {LOSS_REMEDY}")
-    return partial(_training_step_loss, batch_idx=batch_idx)
+    return NamedLoss(partial(_training_step_loss, batch_idx=batch_idx), f"{name}.training_step")
+
+
+def _spectral_loss(module: nn.Module, batch: Any) -> Tensor:
+    return module.spectral_loss(batch)  # type: ignore[operator, no-any-return]
 
 
 def _training_step_loss(module: nn.Module, batch: Any, batch_idx: int) -> Tensor:

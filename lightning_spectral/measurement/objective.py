@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import DifferentiableLoss, LossValue, SampleRange, loss_value, not_matrices
+from lightning_spectral.curvature import DifferentiableLoss, LossValue, SampleRange, loss_value
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.batch_tree import FirstSamples, batch_size, divisible, has_tensors, take_samples
 from lightning_spectral.isolation.replay import InitialState, ReplayedLoss
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
-from lightning_spectral.measurement.part_norms import PartNorms, SquaredNorms
 
 if TYPE_CHECKING:
     from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
@@ -31,37 +29,6 @@ CURVATURE_SAMPLES = 64
 
 With the directions of 2,048 samples, the curvature of 32 to 64 gave alpha within 0.03.
 """
-
-
-@dataclass(frozen=True, eq=False)
-class ObjectiveGradients:
-    """Gradients of an objective on this rank, and what all ranks know of them.
-
-    Attributes:
-        values: layer name -> gradient in the parameter's shape, of this rank's samples.
-        unreduced: names of the layers whose gradient some rank holds in ``values``.
-        reduced: names of the layers whose gradient some rank has reduced to its owner already.
-        failed: layer name -> why it has no gradient on any rank.
-        loss: value of the objective, over all ranks.
-        narrow_dtypes: half-precision types that the network casts to by itself, on any rank.
-        first: loss of this rank's first micro-batch, with its graph; None on a rank without samples.
-        has_graph: whether the gradients of ``first`` can be differentiated again.
-        not_matrices: layer name -> how it is used on some rank, of those that are never multiplied as a matrix.
-        smallest: layer with the smallest tensor among ``values`` that is not zero, and that tensor.
-        parts: squared norms of the micro-batches' gradients, of all ranks.
-    """
-
-    values: dict[str, Tensor]
-    unreduced: frozenset[str]
-    reduced: frozenset[str]
-    failed: dict[str, str]
-    loss: float
-    narrow_dtypes: frozenset[torch.dtype]
-    first: DifferentiableLoss | None
-    has_graph: bool
-    smallest: tuple[str, Tensor] | None
-    not_matrices: dict[str, str]
-    parts: Sequence[SquaredNorms]
 
 
 Loss = Callable[[Any], Any]
@@ -89,6 +56,7 @@ class Objective:
         sizes: samples of each batch of each rank; None: those of this rank alone.
         reducer: sums gradients of weights in shards over the ranks as they are computed; None where there are none.
         in_use: notes the size of micro-batches; of the objective that this one is a part of.
+        unreached: why a layer has no gradient on any rank.
     """
 
     def __init__(
@@ -104,6 +72,7 @@ class Objective:
         sizes: Sequence[Sequence[int | None]] | None = None,
         reducer: GradientReducer | None = None,
         in_use: SizeInUse | None = None,
+        unreached: str = "the loss does not depend on it",
     ) -> None:
         self.layers, self.parameters, self.group, self.reducer = layers, parameters, group, reducer
         self._loss, self._batches, self._copy_batch, self._initial_state = loss, batches, copy_batch, initial_state
@@ -114,6 +83,7 @@ class Objective:
         counts = [size for size in self.all_sizes if size is not None]
         self.samples = sum(counts) if len(counts) == len(self.all_sizes) else None
         self._first_sample = sum(size or 0 for of_rank in self._sizes_by_rank[: group.rank] for size in of_rank)
+        self.unreached = unreached
         self._values: dict[MicroBatch, list[float]] = defaultdict(list)
         self._in_use = SizeInUse() if in_use is None else in_use
 
@@ -145,6 +115,7 @@ class Objective:
             sizes=sizes,
             reducer=self.reducer,
             in_use=self._in_use,
+            unreached=self.unreached,
         )
 
     def _is_sum(self) -> bool | None:
@@ -220,6 +191,11 @@ class Objective:
         return has_tensors(self._batches[micro_batch.batch])
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the report should know of the operations that the loss was computed with."""
+        return tuple(self._initial_state.operations.notes)
+
+    @property
     def size_in_use(self) -> int | None:
         """Samples of the largest micro-batch that is, or was last, in memory."""
         return self._in_use.samples
@@ -230,9 +206,9 @@ class Objective:
         if self.samples is not None:
             before = sum(size or 0 for size in self.sizes[: micro_batch.batch])
             place = SampleRange(self._first_sample + before + micro_batch.start, self.samples)
-        return DifferentiableLoss(
-            self._replayed(micro_batch), self.layers, self.parameters, self.samples_of(micro_batch), place
-        )
+        loss = self._replayed(micro_batch)
+        samples = self.samples_of(micro_batch)
+        return DifferentiableLoss(loss, self.layers, self.parameters, samples, place, loss.again)
 
     def losses(
         self, micro_batches: Sequence[MicroBatch], first: DifferentiableLoss | None = None
@@ -248,77 +224,10 @@ class Objective:
             yield micro_batch, first or self.differentiable(micro_batch)
             first = None
 
-    def gradients(
-        self, micro_batches: Sequence[MicroBatch], *, keep_graph: bool = False, outputs: bool = False
-    ) -> ObjectiveGradients:
-        """Return the gradients of the objective, summed over this rank's micro-batches.
-
-        Args:
-            micro_batches: all of this rank.
-            keep_graph: keep them differentiable, if there is one micro-batch alone.
-            outputs: have the first loss hold its gradients in the layers' outputs, where that costs no backward pass.
-        """
-        keep_graph = keep_graph and len(micro_batches) == 1
-        sums: dict[str, Tensor | None] = {}
-        failed: dict[str, str] = {}
-        narrow: set[torch.dtype] = set()
-        parts: list[PartNorms] = []
-        first, total = None, 0.0
-        with self.group.step(watched=True) as step:
-            if self.reducer is not None:
-                self.reducer.clear()
-            # The first comes last, since its graph is kept.
-            for micro_batch, first in self.losses(micro_batches[::-1]):
-                norms = PartNorms(self.share_of(micro_batch), self.layers, self.parameters)
-                reducer = None if keep_graph else self.reducer
-                with nullcontext() if reducer is None else reducer.reducing(micro_batch.weight, norms.add_leaf):
-                    part = first.gradients(keep_graph=keep_graph, outputs=outputs and micro_batch is micro_batches[0])
-                narrow |= first.trace.casts
-                total += micro_batch.weight * first.loss
-                failed |= part.failed
-                for name, value in part.values.items():
-                    value = None if value is None else value.detach()
-                    if self._is_reduced(name):
-                        sums[name] = value
-                        continue
-                    norms.add(name, value, micro_batch.weight)
-                    sums[name] = add_weighted(sums.get(name), value, micro_batch.weight)
-                parts.append(norms)
-            values = {name: value for name, value in sums.items() if value is not None}
-            reduced = {name for name in values if self._is_reduced(name)}
-            nonzero = {name: value for name, value in values.items() if name not in reduced and value.any()}
-            unfit = {} if first is None else not_matrices(first)
-            squared = [norms.squared_norms() for norms in parts]
-            step.send((values.keys() - reduced, reduced, failed, narrow, total, unfit, squared))
-        unreduced, all_reduced, failures, dtypes, losses, unfit_of_ranks, squared_norms = zip(
-            *step.received, strict=True
-        )
-        return ObjectiveGradients(
-            values={name: value for name, value in values.items() if name not in reduced},
-            unreduced=frozenset().union(*unreduced),
-            reduced=frozenset().union(*all_reduced),
-            failed={
-                name: why
-                for own, gone, reasons in zip(unreduced, all_reduced, failures, strict=True)
-                for name, why in reasons.items()
-                if name not in own | gone
-            },
-            loss=sum(losses),
-            narrow_dtypes=frozenset().union(*dtypes),
-            first=first,
-            has_graph=keep_graph,
-            smallest=min(nonzero.items(), key=lambda item: item[1].numel(), default=None),
-            not_matrices={name: why for of_rank in unfit_of_ranks for name, why in of_rank.items()},
-            parts=[of_part for of_rank in squared_norms for of_part in of_rank],
-        )
-
     def share_of(self, micro_batch: MicroBatch) -> float:
         """Return the share of all samples that a micro-batch holds; of the loss where they cannot be counted."""
         size = self.samples_of(micro_batch)
         return micro_batch.weight if self.samples is None or size is None else size / self.samples
-
-    def _is_reduced(self, name: str) -> bool:
-        return self.reducer is not None and id(self.parameters[name]) in self.reducer.reduced_ids
 
     def eps(self, name: str, narrow_dtypes: frozenset[torch.dtype]) -> float:
         """Return the machine epsilon of a layer's gradient.
@@ -359,17 +268,15 @@ class Objective:
     def _weights(self, parts: Sequence[MicroBatch]) -> list[float]:
         full = MicroBatch(parts[0].batch, 1.0)
         if not self._values[full]:
-            with torch.no_grad():
-                self._replayed(full)()
-        if not self._values[full]:
-            raise NoSumError("micro_batch_size: the loss of the batch is no scalar; reduce it with .mean()")
+            self._replayed(full).value()
         total = self._values[full][0]
         if not math.isfinite(total):
             raise MeasurementError(f"the loss is {total}, so its gradient and curvature mean nothing")
         losses: list[LossValue] = []
         for part in parts:
             try:
-                losses.append(loss_value(self._replayed(part)))
+                replayed = self._replayed(part)
+                losses.append(loss_value(replayed, replayed.again))
             except Exception as error:
                 if is_out_of_memory(error):
                     raise

@@ -34,8 +34,8 @@ class PartNorms:
         self._norms: dict[str, Tensor] = {}
 
     def add(self, name: str, gradient: Tensor | None, weight: float = 1.0) -> None:
-        """Take weight times a layer's gradient, in its parameter's shape; None is zero. Other leaves are left out."""
-        if gradient is not None and name in self._layers:
+        """Take weight times a layer's gradient, in its parameter's shape; None is zero."""
+        if gradient is not None:
             matrix = self._layers[name].to_matrix(gradient)
             self._norms[name] = weight * torch.linalg.vector_norm(matrix, dtype=accumulation_dtype(matrix))
 

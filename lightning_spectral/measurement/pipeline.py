@@ -15,11 +15,12 @@ from lightning_spectral.measurement.directions import leading_directions, noise_
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature, estimate_trace, wants_graph
 from lightning_spectral.measurement.fitting import fit_layers, omission_notes
 from lightning_spectral.measurement.gradient_parts import gradient_parts
+from lightning_spectral.measurement.gradients import ObjectiveGradients, sum_gradients
 from lightning_spectral.measurement.kronecker_factors import kronecker_factors
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.measurement.memory import attempts
 from lightning_spectral.measurement.micro_batches import MicroBatch
-from lightning_spectral.measurement.objective import Objective, ObjectiveGradients
+from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.raw import RawMeasurement
 from lightning_spectral.measurement.setup import NetworkCopy, isolated_copy, select_layers, set_up_objective
 from lightning_spectral.measurement.train_mode import other_loss_in_training
@@ -81,6 +82,7 @@ def run_measurement(
             *copy.notes,
             *([in_training] if in_training else []),
             *raw.precision_notes,
+            *raw.notes,
             *curvatures.notes,
             *omission_notes(objective, raw, spectra, options),
         ),
@@ -107,7 +109,7 @@ def measure_noise_scale(
         for attempt in attempts(objective, options.micro_batch_size):
             with attempt:
                 micro_batches = objective.cut(attempt.max_size)
-                gradients = objective.gradients(micro_batches)
+                gradients = sum_gradients(objective, micro_batches)
                 parts = gradient_parts(objective, gradients, micro_batches)
                 noise = noise_of_layers(gradients, parts.norms, objective)
     return median(of_layer.noise_scale for of_layer in noise.values())
@@ -162,6 +164,7 @@ def measure(
         narrow_dtypes=gradients.narrow_dtypes,
         reference=gradients.smallest if max_size is None else None,
     )
+    notes = gradients.notes
     del gradients
     factors = kronecker_factors(evaluation, directions.usable, wanted=options.alignment)
     curvatures = estimate_curvature(evaluation, directions.usable, options.curvature)
@@ -178,6 +181,7 @@ def measure(
         curvature_samples=few.samples,
         gradient_seconds=gradient_seconds,
         no_signal=parts.note,
+        notes=notes,
     )
 
 
@@ -190,7 +194,8 @@ def _gradients(
     for_curvature: bool = True,
 ) -> ObjectiveGradients:
     """Return the gradients of an objective, with what its curvature can go on from."""
-    return objective.gradients(
+    return sum_gradients(
+        objective,
         micro_batches,
         keep_graph=for_curvature
         and wants_graph(options.curvature)

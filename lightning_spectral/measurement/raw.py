@@ -28,6 +28,7 @@ class RawMeasurement:
         curvature_samples: samples that the curvatures are of; None where they cannot be counted.
         gradient_seconds: time that the gradients took.
         no_signal: why the sampling noise of the gradient is not known; empty where it is.
+        notes: of the operations that the loss was computed with.
     """
 
     loss: float
@@ -40,6 +41,7 @@ class RawMeasurement:
     curvature_samples: int | None
     gradient_seconds: float
     no_signal: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def failed(self) -> dict[str, str]:

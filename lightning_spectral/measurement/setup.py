@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from lightning_spectral.isolation.replay import InitialState
 from lightning_spectral.isolation.sandbox import copy_batch, isolated
 from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
 from lightning_spectral.layers.wrappers import inside, unwrapped
-from lightning_spectral.measurement.loss import LossFunction
+from lightning_spectral.measurement.loss import LossFunction, NamedLoss
 from lightning_spectral.measurement.objective import Objective, batch_sizes
 from lightning_spectral.numerics.matmul_precision import PRECISIONS
 from lightning_spectral.options import Mode, Options, Precision
@@ -54,15 +54,15 @@ class NetworkCopy:
     sharded: OnDemandWeights | None
     copier: Copier
 
-    def own(self, loss: LossFunction) -> LossFunction:
+    def own(self, loss: NamedLoss) -> NamedLoss:
         """Return a loss function that is a module, or a method of one, as a copy, since it has weights and may count.
 
         Another stays as it is, with what it closes over.
         """
-        if not isinstance(getattr(loss, "__self__", loss), nn.Module):
+        if not isinstance(getattr(loss.function, "__self__", loss.function), nn.Module):
             return loss
         before = len(self.copier.held)
-        copied: LossFunction = self.copier.copy(loss, "loss_fn")
+        copied = replace(loss, function=self.copier.copy(loss.function, loss.name))
         self.initial_state.held.add(self.copier.held[before:])
         return copied
 
@@ -191,7 +191,7 @@ def set_up_objective(
         if options.max_samples is not None and options.gradient_samples is None:
             batches = FirstSamples(batches, options.max_samples)
         leaves = copy.leaves(layers) if parameters is None else parameters
-        loss = copy.own(loss)
+        named = copy.own(loss if isinstance(loss, NamedLoss) else NamedLoss(loss))
         step.send((list(leaves), options.settings, batch_sizes(batches)))
     names, settings, sizes = zip(*step.received, strict=True)
     _require_equal(names, settings)
@@ -200,7 +200,7 @@ def set_up_objective(
     with group.step():
         reducer = None if copy.sharded is None else copy.sharded.gradient_reducer(_decomposition_costs(layers, leaves))
         return Objective(
-            partial(loss, copy.module),
+            partial(named, copy.module),
             batches,
             layers,
             leaves,
@@ -209,6 +209,7 @@ def set_up_objective(
             group=group,
             sizes=sizes,
             reducer=reducer,
+            unreached=named.unreached,
         )
 
 

@@ -21,6 +21,7 @@ from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.held_state import UNINITIALIZED
 from lightning_spectral.layers.wrappers import unwrapped
 from lightning_spectral.measurement.estimation import SMALL_BYTES, Evaluation
+from lightning_spectral.measurement.gradients import sum_gradients
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.measurement.memory import attempts
 from lightning_spectral.measurement.micro_batches import MicroBatch
@@ -179,7 +180,7 @@ def _measure(objective: Objective, products: StepProducts, max_size: int | None)
     if any(step.received):
         # Large batches are cut, as those of a probe, where their gradients add up.
         first = None
-        gradients = objective.gradients(micro_batches)
+        gradients = sum_gradients(objective, micro_batches, norms=False)
         narrow, reference = gradients.narrow_dtypes, gradients.smallest
         evaluation = Evaluation(objective, micro_batches, gradients.first, False, narrow, reference)
     else:

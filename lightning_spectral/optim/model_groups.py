@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.layers.kinds import Kind, infer_kinds
 from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
+from lightning_spectral.layers.wrappers import plain_names
 from lightning_spectral.optim.matrix_layout import STACK, Layout, whole_layout
 
 ALPHA_BY_KIND: dict[str, float] = {
@@ -93,9 +94,9 @@ def model_groups(
         matrices.setdefault(layer.parameter, []).append(layer)
     groups: dict[str, dict[str, Any]] = {}
     adamw = _no_group("adamw", "adamw")
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    plain = plain_names(model, trained)
+    for name, parameter in trained.items():
         layers = matrices.get(name, [])
         layout = _layout(layers, parameter)
         group = adamw
@@ -104,7 +105,7 @@ def model_groups(
             group = groups.setdefault(kind, {**_no_group(kind, "spectral"), "layouts": [], "kind": kind})
             group["layouts"].append(layout)
         group["params"].append(parameter)
-        group["param_names"].append(name)
+        group["param_names"].append(plain[name])
     return [group for group in (*groups.values(), adamw) if group["params"]]
 
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from fuzz_cases import DTYPES, Case, Net, criterion, loss_of
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from twins import block_triplets, matrix_entries
+from twins import block_triplets, matrix_entries, two_derivatives
 from twins import loss_of as as_function
 
 from lightning_spectral import LayerSpectrum, SingularTriplets
@@ -110,7 +109,7 @@ class Twin:
 
     def _hessian(self, parameter: str, part: tuple[torch.Tensor, ...]) -> torch.Tensor:
         at, value = as_function(self.net, part, self._loss, parameter, train=self.train)
-        with sdpa_kernel([SDPBackend.MATH]):
+        with two_derivatives():
             return torch.autograd.functional.hessian(at, value).reshape(value.numel(), value.numel())
 
     def _gauss_newton(self, parameter: str, part: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from lightning_spectral.layers.matrices import MatrixLayer
+
+
+class _WeightNorm(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch._weight_norm:
+            v, g, dim = args
+            others = [d for d in range(v.ndim) if d != dim % v.ndim]
+            return v * g / v.square().sum(others, keepdim=True).sqrt()
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def two_derivatives() -> Iterator[None]:
+    """Attention by the one kernel that has a second derivative, and weight norm, whose own is wrong, by its formula."""
+    with sdpa_kernel([SDPBackend.MATH]), _WeightNorm():
+        yield
 
 
 def loss_of(model, batch, loss, parameter: str, *, train: bool = False):
@@ -29,7 +48,7 @@ def loss_of(model, batch, loss, parameter: str, *, train: bool = False):
 def dense_hessian(model, batch, loss, parameter: str, *, train: bool = False) -> torch.Tensor:
     """The Hessian block of one parameter, (numel, numel)."""
     at, value = loss_of(model, batch, loss, parameter, train=train)
-    with sdpa_kernel([SDPBackend.MATH]):
+    with two_derivatives():
         hessian = torch.autograd.functional.hessian(at, value)
     return hessian.reshape(value.numel(), value.numel())
 
@@ -38,7 +57,7 @@ def second_derivative(model, batch, loss, parameter: str, direction: torch.Tenso
     """d^2/dt^2 of the loss at W + t D, D in the parameter's shape."""
     at, value = loss_of(model, batch, loss, parameter, train=train)
     t = torch.zeros((), dtype=value.dtype, requires_grad=True)
-    with sdpa_kernel([SDPBackend.MATH]):
+    with two_derivatives():
         (first,) = torch.autograd.grad(at(value + t * direction), t, create_graph=True)
         return float(torch.autograd.grad(first, t)[0])
 

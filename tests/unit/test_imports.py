@@ -13,7 +13,7 @@ ROOT = Path(lightning_spectral.__file__).parent
 
 # From the ground up; a package or module imports from floors below its own, and from itself.
 FLOORS = [
-    {"_version", "_validation", "_messages", "_serialization", "_torch_private", "errors"},
+    {"_version", "_validation", "_messages", "_serialization", "_torch_private", "_autograd", "errors"},
     {"numerics", "layers", "distributed"},
     {"options", "optim", "metrics"},
     {"isolation", "curvature", "records"},

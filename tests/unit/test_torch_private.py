@@ -249,3 +249,27 @@ def test_a_node_tells_the_shape_of_its_outputs():
     part = x.split([2, 4])[1]
     assert private.output_shape(part.grad_fn, 1) == (4, 5)
     assert private.output_shape(object(), 0) is None
+
+
+def test_forward_mode_is_seen():
+    seen = []
+    torch.func.jvp(lambda x: seen.append(private.in_forward_mode()) or x, (torch.ones(2),), (torch.ones(2),))
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(private.in_forward_mode())
+    assert [*seen, private.in_forward_mode()] == [True, True, False]
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weight_norm_is_called_by_its_private_name(norm):
+    called = []
+
+    class Noted(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    layer = norm(nn.Linear(3, 2))
+    with Noted():
+        layer(torch.ones(1, 3))
+    assert private.WEIGHT_NORM in called

@@ -46,6 +46,7 @@ from lightning_spectral.measure import directional_curvature
 from lightning_spectral.measurement import estimation
 from lightning_spectral.measurement.directions import leading_directions
 from lightning_spectral.measurement.gradient_parts import PARTS
+from lightning_spectral.measurement.gradients import sum_gradients
 from lightning_spectral.measurement.setup import isolated_copy, set_up_objective
 from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -435,7 +436,7 @@ def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, settings):
     estimates, errors = [], []
     with isolated_copy(model, mode, "float32", SINGLE_PROCESS) as copy:
         objective = set_up_objective(copy, case.loss, [batch], layers, Options(mode=mode), SINGLE_PROCESS)
-        gradients = objective.gradients(objective.full_batches())
+        gradients = sum_gradients(objective, objective.full_batches())
         directions = leading_directions(gradients, [], objective, Options(top_k=4)).triplets
         for seed in range(100):
             found = SketchCurvature(seed=seed, **settings)(gradients.first, directions)
@@ -456,7 +457,7 @@ def sketched(model, batch, top_k, seeds):
     expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=max(top_k, 3))
     with isolated_copy(model, "eval", "float32", SINGLE_PROCESS) as copy:
         objective = set_up_objective(copy, cross_entropy, [batch], layers, Options(), SINGLE_PROCESS)
-        gradients = objective.gradients(objective.full_batches())
+        gradients = sum_gradients(objective, objective.full_batches())
         triplets = leading_directions(gradients, [], objective, Options(top_k=max(top_k, 3))).triplets
         directions = {name: t.first(top_k) for name, t in triplets.items()}
         found = [SketchCurvature(seed=seed)(gradients.first, directions) for seed in seeds]

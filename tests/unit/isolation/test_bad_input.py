@@ -128,11 +128,11 @@ def nan_gradient(model, x):
 
 # name: model, loss, options, error of measure_spectra, what its message says, what the probe's warning says besides
 NOTHING_MEASURED = {
-    "not_a_tensor": (net, lambda m, x: 1.0, {}, MeasurementError, "loss must be a scalar tensor, got float"),
-    "not_scalar": (net, lambda m, x: m(x), {}, MeasurementError, r"must be a scalar, got shape \(32, 5\); reduce it"),
+    "not_a_tensor": (net, lambda m, x: 1.0, {}, MeasurementError, "loss_fn must return a scalar tensor, got float$"),
+    "not_scalar": (net, lambda m, x: m(x), {}, MeasurementError, r"loss_fn must .*, got shape \(32, 5\); reduce it"),
     "nan": (net, lambda m, x: square(m, x) * float("nan"), {}, MeasurementError, "the loss is nan"),
     "infinite": (net, lambda m, x: square(m, x) * float("inf"), {}, MeasurementError, "the loss is inf"),
-    "detached": (net, lambda m, x: square(m, x).detach(), {}, MeasurementError, "the loss has no gradient"),
+    "detached": (net, lambda m, x: square(m, x).detach(), {}, MeasurementError, "a loss without a gradient"),
     "nan_gradient": (net, nan_gradient, {}, MeasurementError, "0.weight: .* 48 of 48 entries are NaN or infinite"),
     "ctc": (
         net, ctc, {}, SecondDerivativeError,
@@ -156,7 +156,7 @@ NOTHING_MEASURED = {
     ),
     "closure": (
         net, lambda m, x: square(net(), x), {}, MeasurementError,
-        "0.weight, 2.weight: the loss does not depend on it; a loss_fn must use the module it is given",
+        "0.weight, 2.weight: the loss of loss_fn does not depend on it: it must use the module it is given",
     ),
     "batch": (
         net, lambda m, b: square(m, b[0]), {"max_samples": 4, "batch": (X, torch.ones(7))}, MeasurementError,
@@ -188,7 +188,7 @@ SOME_MEASURED = {
     ),
     "unused": (
         lambda: nn.ModuleDict({"used": nn.Linear(6, 5), "idle": nn.Linear(6, 5)}),
-        lambda m, x: square(m["used"], x), {}, ["idle.weight"], "the loss does not depend on it",
+        lambda m, x: square(m["used"], x), {}, ["idle.weight"], "does not depend on it: .*no_grad",
     ),
 }  # fmt: skip
 
@@ -213,6 +213,60 @@ def test_warning_where_some_layers_cannot_be_measured(name):
         warnings.warn(report.failed[failing[0]], SpectralWarning, stacklevel=1)
     for name, layer in report.layers.items():
         assert math.isnan(layer.alpha.exponent) == (name in failing)
+
+
+class Idle(nn.Module):
+    """A network with a loss of its own by any of the names, and a layer that it does not use."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.used, self.idle, self.loss = nn.Linear(6, 5), nn.Linear(6, 5), loss
+
+
+class WithStep(Idle):
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.used(batch))
+
+
+class WithLoss(Idle):
+    def spectral_loss(self, batch):
+        return self.loss(self.used(batch))
+
+
+NAMED_LOSSES = {
+    "loss_fn": (Idle, lambda m, x: m.loss(m.used(x))),
+    "WithStep.training_step": (WithStep, None),
+    "WithLoss.spectral_loss": (WithLoss, None),
+}
+RESULTS = {
+    "none": (lambda y: None, "{name} returned None, so there is no loss of this batch"),
+    "a_number": (lambda y: 1.0, "{name} must return a scalar tensor, got float"),
+    "a_vector": (lambda y: y, r"{name} must return a scalar, got shape \(32, 5\); reduce it with .mean()"),
+    "detached": (
+        lambda y: y.sum().detach(),
+        "{name} returned a loss without a gradient: it was",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED_LOSSES)
+@pytest.mark.parametrize("result", RESULTS)
+def test_a_loss_is_called_what_its_author_calls_it(name, result):
+    make, loss_fn = NAMED_LOSSES[name]
+    loss, message = RESULTS[result]
+    with pytest.raises(MeasurementError, match=message.format(name=name)) as caught:
+        measure_spectra(make(loss), X, loss_fn)
+    # No one without a loss_fn is told what theirs must do, and no one with one to give one.
+    assert ("not from the module it is given" in str(caught.value)) == (result == "detached" and name == "loss_fn")
+    assert ("pass loss_fn" in str(caught.value)) == (result == "a_number" and name != "loss_fn")
+
+
+@pytest.mark.parametrize("name", NAMED_LOSSES)
+def test_a_layer_that_no_loss_reaches_is_told_of_the_loss_there_is(name):
+    make, loss_fn = NAMED_LOSSES[name]
+    with pytest.warns(SpectralWarning, match=f"^idle.weight: the loss of {name} does not depend on it") as caught:
+        measure_spectra(make(lambda y: y.square().mean()), X, loss_fn, layers="*")
+    assert ("must use the module it is given" in str(caught[0].message)) == (name == "loss_fn")
 
 
 @pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")

@@ -6,9 +6,11 @@ import pytest
 import torch
 from cases import Attention, TiedLM, grouped, mlp, signals
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_spectral import SpectralNewton, SpectralWarning
 from lightning_spectral.layers.matrices import matrix_parameters
+from lightning_spectral.layers.wrappers import unwrapped
 from lightning_spectral.optim.matrix_layout import Layout, blocks
 from lightning_spectral.optim.model_groups import ADAMW_KINDS, ALPHA_BY_KIND
 
@@ -44,6 +46,31 @@ def test_a_transformer_falls_into_groups_by_kind():
     assert rest[0] == "tokens.weight"  # tied to the head
     assert all("bias" in name or ".n1." in name or ".n2." in name for name in rest[1:])
     assert groups[0]["layouts"] == [{"input_first": 0, "rows": [8, 8, 8]}]
+
+
+WRAPPERS = {
+    "data_parallel": nn.DataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "averaged_parallel": lambda model: AveragedModel(nn.DataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_network_has_the_names_of_the_network(name):
+    model = TiedLM()
+    wrapped = WRAPPERS[name](model)
+    groups = SpectralNewton.groups(wrapped)
+    assert names_of(groups) == names_of(SpectralNewton.groups(model))
+    parameters = dict(unwrapped(wrapped).named_parameters())
+    for group in groups:
+        assert all(parameters[n] is p for n, p in zip(group["param_names"], group["params"], strict=True))
+    assert "block.up.weight" in names_of(SpectralNewton.groups(wrapped, kinds={"block.up": "head"}))["adamw"]
+
+
+def test_a_wrapped_part_has_the_names_of_the_part():
+    model = nn.ModuleDict({"module": nn.DataParallel(mlp()), "last": nn.Linear(3, 3)})
+    named = [name for names in names_of(SpectralNewton.groups(model)).values() for name in names]
+    assert sorted(named) == sorted(["last.weight", "last.bias", *(f"module.{name}" for name in mlp().state_dict())])
 
 
 def test_every_trained_parameter_is_in_one_group():

@@ -253,7 +253,7 @@ def test_a_loss_whose_shapes_depend_on_values_is_planned_without_its_graph():
         ({"n_batches": 0}, ValueError, "n_batches must be a whole number"),
         ({"layers": lambda layer: False}, ValueError, "no layer is left"),
         ({"top_k": 0}, ValueError, "top_k must be"),
-        ({"loss_fn": lambda m, b: m(b[0])}, MeasurementError, "the loss must be a scalar"),
+        ({"loss_fn": lambda m, b: m(b[0])}, MeasurementError, "loss_fn must return a scalar"),
         ({"loss_fn": lambda m, b: m(b[1])}, RuntimeError, "same reduction dim"),
     ],
 )

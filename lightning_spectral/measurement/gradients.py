@@ -1,0 +1,135 @@
+"""Gradients of an objective, summed over micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.curvature import DifferentiableLoss, not_matrices
+from lightning_spectral.measurement.micro_batches import MicroBatch
+from lightning_spectral.measurement.objective import Objective, add_weighted
+from lightning_spectral.measurement.part_norms import PartNorms, SquaredNorms
+
+if TYPE_CHECKING:
+    from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveGradients:
+    """Gradients of an objective on this rank, and what all ranks know of them.
+
+    Attributes:
+        values: layer name -> gradient in the parameter's shape, of this rank's samples.
+        unreduced: names of the layers whose gradient some rank holds in ``values``.
+        reduced: names of the layers whose gradient some rank has reduced to its owner already.
+        failed: layer name -> why it has no gradient on any rank.
+        loss: value of the objective, over all ranks.
+        narrow_dtypes: half-precision types that the network casts to by itself, on any rank.
+        first: loss of this rank's first micro-batch, with its graph; None on a rank without samples.
+        has_graph: whether the gradients of ``first`` can be differentiated again.
+        not_matrices: layer name -> how it is used on some rank, of those that are never multiplied as a matrix.
+        smallest: layer with the smallest tensor among ``values`` that is not zero, and that tensor.
+        parts: squared norms of the micro-batches' gradients, of all ranks.
+        notes: what a reader of the report should know of how they were computed.
+    """
+
+    values: dict[str, Tensor]
+    unreduced: frozenset[str]
+    reduced: frozenset[str]
+    failed: dict[str, str]
+    loss: float
+    narrow_dtypes: frozenset[torch.dtype]
+    first: DifferentiableLoss | None
+    has_graph: bool
+    smallest: tuple[str, Tensor] | None
+    not_matrices: dict[str, str]
+    parts: Sequence[SquaredNorms]
+    notes: tuple[str, ...]
+
+
+def sum_gradients(
+    objective: Objective,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    keep_graph: bool = False,
+    outputs: bool = False,
+    norms: bool = True,
+) -> ObjectiveGradients:
+    """Return the gradients of an objective, summed over this rank's micro-batches.
+
+    Args:
+        objective: the sum.
+        micro_batches: all of this rank.
+        keep_graph: keep them differentiable, if there is one micro-batch alone.
+        outputs: have the first loss hold its gradients in the layers' outputs, where that costs no backward pass.
+        norms: take those of each micro-batch, for ``parts``; of layers alone, which the parameters must be of.
+    """
+    reducer = objective.reducer
+
+    def is_reduced(name: str) -> bool:
+        return reducer is not None and id(objective.parameters[name]) in reducer.reduced_ids
+
+    keep_graph = keep_graph and len(micro_batches) == 1
+    sums: dict[str, Tensor | None] = {}
+    failed: dict[str, str] = {}
+    narrow: set[torch.dtype] = set()
+    parts: list[PartNorms] = []
+    first, total = None, 0.0
+    with objective.group.step(watched=True) as step:
+        if reducer is not None:
+            reducer.clear()
+        # The first comes last, since its graph is kept.
+        for micro_batch, first in objective.losses(micro_batches[::-1]):
+            part_norms = PartNorms(objective.share_of(micro_batch), objective.layers, objective.parameters)
+            with _reducing(None if keep_graph else reducer, micro_batch.weight, part_norms):
+                part = first.gradients(keep_graph=keep_graph, outputs=outputs and micro_batch is micro_batches[0])
+            narrow |= first.trace.casts
+            total += micro_batch.weight * first.loss
+            failed |= part.failed
+            for name, value in part.values.items():
+                value = None if value is None else value.detach()
+                if is_reduced(name):
+                    sums[name] = value
+                    continue
+                if norms:
+                    part_norms.add(name, value, micro_batch.weight)
+                sums[name] = add_weighted(sums.get(name), value, micro_batch.weight)
+            parts.append(part_norms)
+        values = {name: value for name, value in sums.items() if value is not None}
+        reduced = {name for name in values if is_reduced(name)}
+        nonzero = {name: value for name, value in values.items() if name not in reduced and value.any()}
+        unfit = {} if first is None else not_matrices(first)
+        squared = [part.squared_norms() for part in parts] if norms else []
+        notes = tuple(objective.notes)
+        step.send((values.keys() - reduced, reduced, failed, narrow, total, unfit, squared, notes))
+    unreduced, all_reduced, failures, dtypes, losses, unfit_of_ranks, squared_norms, notes_of_ranks = zip(
+        *step.received, strict=True
+    )
+    return ObjectiveGradients(
+        values={name: value for name, value in values.items() if name not in reduced},
+        unreduced=frozenset().union(*unreduced),
+        reduced=frozenset().union(*all_reduced),
+        failed={
+            name: why
+            for own, gone, reasons in zip(unreduced, all_reduced, failures, strict=True)
+            for name, why in reasons.items()
+            if name not in own | gone
+        },
+        loss=sum(losses),
+        narrow_dtypes=frozenset().union(*dtypes),
+        first=first,
+        has_graph=keep_graph,
+        smallest=min(nonzero.items(), key=lambda item: item[1].numel(), default=None),
+        not_matrices={name: why for of_rank in unfit_of_ranks for name, why in of_rank.items()},
+        parts=[of_part for of_rank in squared_norms for of_part in of_rank],
+        notes=tuple(dict.fromkeys(note for of_rank in notes_of_ranks for note in of_rank)),
+    )
+
+
+def _reducing(reducer: GradientReducer | None, weight: float, norms: PartNorms) -> AbstractContextManager[Any]:
+    return nullcontext() if reducer is None else reducer.reducing(weight, norms.add_leaf)
