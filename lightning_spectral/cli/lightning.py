@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
@@ -16,7 +17,8 @@ import yaml
 from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import lightning_cli, package_of
 from lightning_spectral.cli.checkpoints import load_plain
-from lightning_spectral.cli.import_paths import import_object, is_missing
+from lightning_spectral.cli.import_paths import SourceError, import_object, is_missing
+from lightning_spectral.cli.suggestions import suggestion
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 
 if TYPE_CHECKING:
@@ -30,6 +32,14 @@ logger = logging.getLogger(__name__)
 
 USAGE = "%(prog)s [-c CONFIG] --model CLASS [--optimizer CLASS] [--trainer.OPTION VALUE] ..."
 """Usage without all options, after which an error would be the last line of forty."""
+
+DATA_HOOKS = {
+    "fit": "train_dataloader",
+    "validate": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
+"""Command -> the method of a module or its data that it asks for batches."""
 
 
 class NamedGroups(_LightningCLI):
@@ -77,8 +87,27 @@ class NamedGroups(_LightningCLI):
         return config if self.subcommand is None else config[self.subcommand]
 
 
-class _PlainCheckpoints(_LightningCLI):
-    """Refuse a ``--ckpt_path`` that would execute code: Lightning 2.4 loads whatever it is given."""
+class _Checked(NamedGroups):
+    """Refuse a command without data or optimizer, and a ``--ckpt_path`` that would execute code.
+
+    Lightning 2.4 loads whatever it is given.
+    """
+
+    def instantiate_classes(self) -> None:
+        """Instantiate all, and see that there is data."""
+        super().instantiate_classes()
+        hook, model = DATA_HOOKS.get(self.subcommand or ""), type(self.model)
+        if hook and self.datamodule is None and _is_lightnings(model, hook):
+            raise SourceError(
+                f"there is no data to {self.subcommand} on: name a LightningDataModule with --data, or give "
+                f"{model.__name__} a method {hook}"
+            )
+        makes_optimizer = self._of_command(self.config_init).get("optimizer") or not self.auto_configure_optimizers
+        if self.subcommand == "fit" and not makes_optimizer and _is_lightnings(model, "configure_optimizers"):
+            raise SourceError(
+                f"there is no optimizer: name one with --optimizer, or give {model.__name__} a method "
+                "configure_optimizers"
+            )
 
     def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
         """Parse, then look into the checkpoint before Lightning does."""
@@ -97,23 +126,38 @@ def spectral_cli(package: str = "pytorch_lightning") -> type[_LightningCLI]:
     Raises:
         ImportError: without jsonargparse.
     """
-    return type("SpectralCLI", (_PlainCheckpoints, NamedGroups, lightning_cli(package)), {})
+    return type("SpectralCLI", (_Checked, lightning_cli(package)), {})
 
 
 def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
     """Run ``fit --config ...`` and the like with the LightningCLI of the package that the model is of.
 
     Raises:
-        SourceError: if the model cannot be imported.
+        SourceError: if the model cannot be imported, or there is no data.
+        SystemExit: if LightningCLI refuses an argument.
     """
     path = named_model(arguments)
     # A short name is for LightningCLI to resolve, and so is a file of options.
     by_path = path is not None and "." in path and Path(path).suffix not in (".yaml", ".yml", ".json")
     cli = spectral_cli(package_of(import_object(path, "--model") if path and by_path else None))
     # Under `python -m` argparse would take the name of the file that is run.
-    parser_kwargs = {"prog": "lightning-spectral", arguments[0]: {"usage": USAGE}}
-    # LightningCLI warns of arguments given beside those of the command line.
-    cli(args=None if from_command_line else list(arguments), parser_kwargs=parser_kwargs)
+    program = "lightning-spectral"
+    parser_kwargs = {
+        "prog": program,
+        "exit_on_error": False,
+        arguments[0]: {"usage": USAGE, "exit_on_error": False},
+    }
+    try:
+        # LightningCLI warns of arguments given beside those of the command line.
+        cli(args=None if from_command_line else list(arguments), parser_kwargs=parser_kwargs)
+    except argparse.ArgumentError as error:
+        command = f"{program} {arguments[0]}"
+        print(
+            f"usage: {USAGE % {'prog': command}}\ntip: {command} --help shows all options\n"
+            f"error: {error}{suggestion(str(error))}",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
 
 
 def named_model(arguments: Sequence[str]) -> str | None:
@@ -124,6 +168,11 @@ def named_model(arguments: Sequence[str]) -> str | None:
     options, _ = parser.parse_known_args(list(arguments))
     paths = [options.model, *(_model_in(config) for config in reversed(options.config))]
     return next((path for path in paths if path), None)
+
+
+def _is_lightnings(model: type, method: str) -> bool:
+    """Return whether a method of a model is the one of LightningModule, which does nothing."""
+    return getattr(model, method).__qualname__ in (f"DataHooks.{method}", f"LightningModule.{method}")
 
 
 def _model_in(config: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning_spectral import SpectralNewton, SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import PACKAGES, lightning_cli, package_of
 from lightning_spectral.cli.commands import main
 from lightning_spectral.cli.lightning import named_model
+from lightning_spectral.cli.suggestions import suggestion
 from lightning_spectral.lightning_cli import NamedGroups, spectral_cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
@@ -37,6 +39,15 @@ class Words(pl.LightningModule):
         self.log("loss", loss)
         return loss
 
+    def train_dataloader(self):
+        return DataLoader(torch.arange(40) % 11, 8)
+
+class Empty(Words):
+    """Has no data."""
+
+    train_dataloader = pl.LightningModule.train_dataloader
+
+class Data(pl.LightningDataModule):
     def train_dataloader(self):
         return DataLoader(torch.arange(40) % 11, 8)
 
@@ -322,6 +333,46 @@ def test_what_lightning_cli_refuses_comes_with_a_short_usage(monkeypatch, capsys
     assert printed.startswith("usage: lightning-spectral")
     assert wrong[1] in printed
     assert len(printed.splitlines()) < 16
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("--optimizer=SpectralNewtn", "SpectralNewton"),
+        ("--optimizer=lightning_spectral.SpectralNewtn", "SpectralNewton"),
+        ("--optimizer=AdmW", "AdamW"),
+        ("--lr_scheduler=CosineAnealingLR", "CosineAnnealingLR"),
+        ("--trainer.callbacks=SpectralProb", "SpectralProbe"),
+        ("--trainer.callbacks+=SwapOptimiser", "SwapOptimizer"),
+        ("--data=words.Datta", "Data"),
+        ("--optimizer=SpectralNewton --optimizer.alhpa=2", "alpha"),
+    ],
+)
+def test_a_name_with_a_typo_is_answered_with_the_right_one(package, capsys, wrong, meant):
+    with pytest.raises(SystemExit) as stop:
+        main([*words(package), *wrong.split()])
+    assert stop.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert re.match(rf"did you mean {meant}\b", last)
+
+
+def test_what_nothing_resembles_is_answered_with_nothing():
+    assert suggestion("anything") == ""
+    assert suggestion('Parser key "optimizer":\nErrors:\n  - Expected a dot import path string: Zzzz') == ""
+    assert suggestion("Problem with given class_path 'nowhere.Thing'") == ""
+
+
+def test_a_command_without_data_or_optimizer_is_one_line(package, capsys):
+    assert main([*words(package), "--model=words.Empty", "--optimizer=SGD"]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == (
+        "lightning-spectral fit: there is no data to fit on: name a LightningDataModule with --data, or give Empty a "
+        "method train_dataloader"
+    )
+    assert main(words(package)) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.endswith("name one with --optimizer, or give Words a method configure_optimizers")
+    main([*words(package), "--model=words.Empty", "--optimizer=SGD", "--data=words.Data"])
 
 
 def test_without_jsonargparse_the_command_names_the_extra(capsys, monkeypatch):
