@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_spectral.curvature.selection import PRODUCT
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.layers.matrices import LayerSet
 from lightning_spectral.measurement.directions import leading_directions, noise_of_layers
@@ -24,6 +25,7 @@ from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.raw import RawMeasurement
 from lightning_spectral.measurement.setup import NetworkCopy, isolated_copy, select_layers, set_up_objective
 from lightning_spectral.measurement.train_mode import other_loss_in_training
+from lightning_spectral.measurement.watch import Watch
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.options import Options
 from lightning_spectral.records.report import SpectralReport
@@ -55,10 +57,14 @@ def run_measurement(
         group: ranks that measure together.
     """
     started = time.perf_counter()
-    with _prepared(model, batches, options, loss_fn, batch_idx, group) as (copy, layers, objective):
+    with (
+        Watch(model) as watch,
+        _prepared(model, batches, options, loss_fn, batch_idx, group) as (copy, layers, objective),
+    ):
+        watch.names(copy.module, objective.layers)
         for attempt in attempts(objective, options.micro_batch_size):
             with attempt:
-                raw = measure(objective, options, attempt.max_size, n_batches)
+                raw = measure(objective, options, attempt.max_size, n_batches, watch)
         raw.raise_if_nothing_measured(len(layers.layers) - len(raw.directions.skipped))
         in_training = other_loss_in_training(objective, copy.module) if compare_modes and options.mode == "eval" else ""
         spectra, micro_batch_size = fit_layers(objective, raw, options)
@@ -133,7 +139,7 @@ def _prepared(
 
 
 def measure(
-    objective: Objective, options: Options, max_size: int | None, n_batches: int | None = None
+    objective: Objective, options: Options, max_size: int | None, n_batches: int | None, watch: Watch
 ) -> RawMeasurement:
     """Measure an objective.
 
@@ -142,6 +148,7 @@ def measure(
         options: what to measure and how.
         max_size: samples of the largest micro-batch; None: as memory asks for.
         n_batches: of each rank, with gradient_samples those that curvature is measured on; None: all.
+        watch: is told how long it should take.
     """
     started = time.perf_counter()
     few = objective if options.gradient_samples is None else objective.first(n_batches, options.max_samples)
@@ -149,7 +156,10 @@ def measure(
     gradients = _gradients(objective, micro_batches, options, max_size, for_curvature=few is objective)
     parts = gradient_parts(objective, gradients, micro_batches)
     gradient_seconds = time.perf_counter() - started
+    watch.expect(gradient_seconds, PRODUCT * options.top_k * len(objective.layers))
     directions = leading_directions(gradients, parts.norms, objective, options)
+    n_products = sum(map(len, directions.usable.values())) + len(directions.usable) * (options.curvature_fraction or 0)
+    watch.expect(time.perf_counter() - started, PRODUCT * n_products)
     loss = gradients.loss
     if few is not objective:
         # As large as the network.
