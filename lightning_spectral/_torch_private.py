@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
@@ -186,6 +187,32 @@ def on_saved_tensors_hooks(callback: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def recomputed_inside(context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Have `torch.utils.checkpoint` compute activations again, in a backward pass, inside a context of its own.
+
+    It is what the forward pass was computed inside of, which is over by then. Without the private name nothing changes.
+    """
+    name = "_checkpoint_without_reentrant_generator"
+    generator = getattr(torch.utils.checkpoint, name, None)
+
+    def in_context(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def recompute(*inputs: Any, **options: Any) -> Any:
+            with context():
+                return function(*inputs, **options)
+
+        return generator(recompute, *args, **kwargs)  # type: ignore[misc]
+
+    if generator is None:
+        yield
+        return
+    setattr(torch.utils.checkpoint, name, in_context)
+    try:
+        yield
+    finally:
+        setattr(torch.utils.checkpoint, name, generator)
 
 
 @contextmanager

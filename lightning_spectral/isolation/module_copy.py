@@ -202,7 +202,12 @@ class Copier:
         if not parametrized and _defines(kind, ("__deepcopy__", "__reduce__", "__reduce_ex__")):
             for parameter in module.parameters():
                 self.copy(parameter, path)
-            return copy.deepcopy(module, self.memo)
+            new = copy.deepcopy(module, self.memo)
+            for parameter, original in zip(new.parameters(), module.parameters(), strict=True):
+                if not parameter.is_leaf:
+                    # Of a scripted module they are clones, with what they were cloned from behind them.
+                    parameter.detach_().requires_grad_(original.requires_grad)
+            return new
         new = kind.__new__(kind)
         self._note(module, new)
         self.modules.append(new)

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_spectral._torch_private import grouped_products, in_forward_mode
+from lightning_spectral._torch_private import grouped_products, in_forward_mode, recomputed_inside
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.isolation.batch_tree import map_leaves
 from lightning_spectral.isolation.compositions import RIGHT_SECOND, RIGHT_THIRD, takes_statistics, wrong_twice
+from lightning_spectral.isolation.interrupts import function_mode
 
 ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 GROUPED = grouped_products()
@@ -44,6 +45,11 @@ class MeasuredOperations(TorchFunctionMode):
         super().__init__()
         self.composed = False
         self.notes: dict[str, None] = {}
+
+    def run(self, loss: Callable[[Any], Any], batch: Any) -> Any:
+        """Compute a loss, the user's code, with these operations; so are activations that are recomputed later."""
+        with function_mode(self), recomputed_inside(lambda: function_mode(self)):
+            return loss(batch)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

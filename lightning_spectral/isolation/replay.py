@@ -15,7 +15,6 @@ from lightning_spectral._messages import first_line
 from lightning_spectral.errors import MeasurementError, is_out_of_memory, text_of
 from lightning_spectral.isolation.batch_tree import batch_size
 from lightning_spectral.isolation.held_state import UNINITIALIZED, Held, HeldState
-from lightning_spectral.isolation.interrupts import function_mode
 from lightning_spectral.isolation.operations import MeasuredOperations
 from lightning_spectral.isolation.rng import RandomStates
 
@@ -110,9 +109,7 @@ class ReplayedLoss:
         self._initial_state.restore()
         batch, values = self._batch(), self._values
         try:
-            # Around the user's code alone: every operation would pass the mode.
-            with function_mode(self._initial_state.operations):
-                loss = self._loss(batch)
+            loss = self._initial_state.operations.run(self._loss, batch)
         except Exception as error:
             if not is_out_of_memory(error) and (cause := self._cause_of(error, batch)):
                 raise MeasurementError(cause) from error
@@ -152,9 +149,10 @@ class ReplayedLoss:
         text, samples = text_of(error), batch_size(batch)
         raised = self._initial_state.raised
         if raised and DTYPE_ERROR.search(text):
+            found = _scripted_line(text) or first_line(error)
             return (
                 f"the loss fails on the copy of the model, of which tensors in {_join(raised)} are raised to a higher "
-                f"precision ({first_line(error)}); it holds or makes a tensor that this does not reach: write "
+                f"precision ({found}); it holds or makes a tensor that this does not reach: write "
                 ".to(weight.dtype) or .type_as(x) where it is used, or register it as a buffer"
             )
         numbers = set(map(int, re.findall(r"\d+", text)))
@@ -170,6 +168,15 @@ class ReplayedLoss:
 
 
 DTYPE_ERROR = re.compile(r"\bdtype|scalar type|data type|BFloat16|Half\b|Double\b|Promot")
+
+
+def _scripted_line(text: str) -> str:
+    """Return what failed within `torch.jit.script`, and where, of an error that tells it last; else nothing."""
+    if "TorchScript" not in text:
+        return ""
+    places = re.findall(r'File "(.+?)", line (\d+), in (\w+)', text)
+    where = [f", in {name} of {file}:{line}, which torch.jit.script has compiled" for file, line, name in places[-1:]]
+    return "".join([text.strip().splitlines()[-1], *where])
 
 
 def _join(dtypes: Iterable[torch.dtype]) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import CodeType, FrameType
 from weakref import WeakSet
 
-import torch
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ GRADIENTS = 10.0
 """Times that of its gradients and their singular vectors that a measurement takes, beside its products."""
 
 _told: WeakSet[nn.Module] = WeakSet()
-_OURS, _TORCH, _PYTHON = Path(__file__).parents[1], Path(torch.__file__).parent, Path(threading.__file__).parent
+_OURS, _TORCH, _PYTHON = Path(__file__).parents[1], Path(nn.__file__).parents[1], Path(threading.__file__).parent
 
 
 class Watch:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms.join import Joinable
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import lightning_spectral
@@ -273,3 +275,26 @@ def test_weight_norm_is_called_by_its_private_name(norm):
     with Noted():
         layer(torch.ones(1, 3))
     assert private.WEIGHT_NORM in called
+
+
+def test_what_is_computed_again_is_so_inside_a_context():
+    calls = []
+
+    @contextmanager
+    def context():
+        calls.append("enter")
+        yield
+        calls.append("leave")
+
+    def function(x):
+        calls.append("call")
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    with private.recomputed_inside(context):
+        y = checkpoint(function, x, use_reentrant=False)
+    assert calls == ["call"]
+    y.sum().backward()
+    assert calls == ["call", "enter", "call"] or calls == ["call", "enter", "call", "leave"]
+    checkpoint(function, x, use_reentrant=False).sum().backward()
+    assert calls.count("enter") == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_spectral import SpectralWarning, measure_spectra
 from lightning_spectral._torch_private import WEIGHT_NORM
@@ -169,6 +170,10 @@ NORMS = {
 }
 
 
+def plain(model, batch):
+    return (model(batch[0]) - batch[1][:, :1]).square().mean()
+
+
 def by_grad(model, batch):
     x = batch[0].clone().requires_grad_()
     (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
@@ -303,13 +308,37 @@ def test_a_loss_that_holds_gradients_is_cut(options):
 
 
 def test_other_losses_keep_torchs_operations():
-    def loss(model, batch):
-        return (model(batch[0]) - batch[1][:, :1]).square().mean()
-
     with mock.patch.dict(RIGHT_THIRD, {F.layer_norm: None}):
-        measure_spectra(Normalized(nn.LayerNorm(8)), points(), loss, top_k=3)
+        measure_spectra(Normalized(nn.LayerNorm(8)), points(), plain, top_k=3)
         with pytest.raises(TypeError, match="not callable"):
             measure_spectra(Normalized(nn.LayerNorm(8)), points(), by_grad, top_k=3)
+
+
+class Again(nn.Module):
+    """Computes its activations again in the backward pass."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [(lambda: nn.LayerNorm(8), by_grad), (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), plain)],
+)
+def test_what_is_computed_again_is_composed_again(make, loss):
+    def net(wrap):
+        torch.manual_seed(0)
+        return Normalized(wrap(make()))
+
+    options = {"curvature": "exact", "top_k": 4, "precision": "float64"}
+    found = measure_spectra(net(Again), points(), loss, **options)
+    expected = measure_spectra(net(lambda inner: inner), points(), loss, **options)
+    assert all(layer.h[0].isfinite() for layer in expected.layers.values())
+    torch.testing.assert_close(curvature_of(found), curvature_of(expected), equal_nan=True)
 
 
 def test_what_cannot_be_replaced_is_told():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.isolation.operations import grouped_product, in_one_precision
@@ -240,3 +241,70 @@ def test_experts_by_a_grouped_product_are_measured_as_by_products_of_their_own(p
     ]
     assert "up" in reports[0].layers
     assert_alike(*reports)
+
+
+def labels_loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _constant(h):
+    return torch.tanh(h @ torch.full((8, 8), 0.25, dtype=torch.bfloat16))
+
+
+@torch.jit.script
+def _scripted_constant(h):
+    return torch.tanh(torch.matmul(h, torch.full([8, 8], 0.25, dtype=torch.bfloat16)))
+
+
+class Inner(nn.Module):
+    """Two layers around what is made where a measurement does not reach."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.function = nn.Linear(6, 8), nn.Linear(8, 5), function
+
+    def forward(self, x):
+        return self.last(self.function(torch.tanh(self.first(x))))
+
+
+def checkpointed(h):
+    return checkpoint(_constant, h, use_reentrant=False)
+
+
+def test_a_constant_within_a_checkpoint_is_measured_as_without():
+    batch = batch_in(torch.bfloat16)
+    for method in ("exact", "auto"):
+        found = measure_spectra(Inner(checkpointed).bfloat16(), batch, labels_loss, curvature=method, top_k=4)
+        expected = measure_spectra(Inner(_constant).bfloat16(), batch, labels_loss, curvature=method, top_k=4)
+        for name, layer in expected.layers.items():
+            assert layer.h[0].isfinite()
+            torch.testing.assert_close(found.layers[name].h, layer.h, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scripted_module_is_measured_as_its_source(dtype):
+    def net(wrap):
+        torch.manual_seed(1)
+        return Inner(wrap(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))).to(dtype)
+
+    expected = measure_spectra(net(lambda module: module), batch_in(dtype), labels_loss, curvature="exact", top_k=4)
+    for wrap in (torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(2, 8))):
+        model = net(wrap)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        found = measure_spectra(model, batch_in(dtype), labels_loss, curvature="exact", top_k=4)
+        for name, layer in expected.layers.items():
+            assert layer.h[0].isfinite()
+            torch.testing.assert_close(found.layers[name].h, layer.h, equal_nan=True)
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_scripted_function_that_is_not_reached_is_named():
+    with pytest.raises(MeasurementError) as caught:
+        measure_spectra(Inner(_scripted_constant).bfloat16(), batch_in(torch.bfloat16), labels_loss)
+    text = str(caught.value)
+    assert "same dtype" in text
+    assert f"in _scripted_constant of {__file__}:" in text
+    assert "which torch.jit.script has compiled" in text
+    assert "write .to(weight.dtype) or .type_as(x) where it is used" in text
