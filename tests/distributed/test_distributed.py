@@ -70,7 +70,8 @@ def test_two_processes_measure_the_step_on_the_joined_batch_and_train_as_without
     assert second["rows"] == []
     assert first["last"] == second["last"]
     assert first["monitored"] == second["monitored"]
-    assert len(first["monitored"]) == 6
+    # Of each layer by its former name, too.
+    assert len(first["monitored"]) == 9
     for (_, row), (slope, curvature, change, shares) in zip(first["rows"], first["truth"], strict=True):
         scale = -slope / curvature if curvature > 0 else float("nan")
         assert row["spectral/step/scale"] == pytest.approx(scale, rel=1e-6, nan_ok=True)

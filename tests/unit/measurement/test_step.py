@@ -341,8 +341,8 @@ def test_negative_curvature_has_no_scale_and_shares_that_add_up():
     assert measured.shares == {"a": 1.5, "b": -0.25}
     assert measured.rest == -0.25
     scalars = measured.scalars(["b", "gone"])
-    assert list(scalars) == [*STEP_KEYS, "b/step_curvature"]
-    assert scalars["b/step_curvature"] == -0.25
+    assert list(scalars) == [*STEP_KEYS, "step_curvature/b"]
+    assert scalars["step_curvature/b"] == -0.25
 
 
 def test_infinity_is_logged_as_nan():
