@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_spectral import SpectralProbe
 from lightning_spectral.report import figures
 
 pytest.importorskip("matplotlib")
@@ -17,7 +18,21 @@ sys.path.insert(0, str(ROOT))
 
 def test_the_example_draws_the_readmes_figures_and_all(monkeypatch, tmp_path):
     pytest.importorskip("sklearn")
-    from examples.figures import make
+    from examples.figures import decisions, make
+
+    # One run for all that are compared.
+    real = decisions.train
+    run = real(1, 1, batch=decisions.same_samples(), gradient_samples=8, max_samples=8, swap_optimizer=True)
+    assert len(run.history[-1].layers) == 9
+    assert run.scales.keys() == run.losses.keys()
+    asked = []
+
+    def train(steps, every, *, lr=3e-3, batch_size=64, **options):
+        SpectralProbe(every_n_steps=every, **options)
+        asked.append((steps, lr, batch_size, options.get("swap_optimizer", False)))
+        return run
+
+    monkeypatch.setattr(decisions, "train", train)
 
     # One demo for both.
     monkeypatch.setattr(make, "TemporaryDirectory", lambda: nullcontext(str(tmp_path)))
@@ -26,6 +41,9 @@ def test_the_example_draws_the_readmes_figures_and_all(monkeypatch, tmp_path):
     make.main(["--output", str(tmp_path / "readme")], steps_factor=0.0025)
     committed = {path.name for path in (ROOT / "examples" / "figures").glob("*.png")}
     assert {path.name for path in (tmp_path / "readme").iterdir()} == committed
+    assert [lr for _, lr, *_ in asked[:3]] == [0.003, 0.03, 0.3]
+    assert [size for *_, size, _ in asked[3:5]] == [8, 128]
+    assert [swap for *_, swap in asked[5:]] == [False, True]
     make.main(["--all", str(tmp_path / "all")], steps_factor=0.0025)
     assert len(list((tmp_path / "all").glob("*.pdf"))) == 2 * len(figures.__all__)
 

@@ -208,8 +208,7 @@ def test_the_callers_axes_are_drawn_on_and_returned_and_the_figure_is_as_it_was(
     assert figure._suptitle is None
     assert not figure.legends
     assert tuple(figure.get_size_inches()) == (7, 3)
-    own = ALL[name](network(), **of)
-    labels = [{line.get_label() for line in axes.lines} for axes in (first, own.axes[0])]
+    labels = [{line.get_label() for line in axes.lines} for axes in (first, of_network(name).axes[0])]
     assert labels[0] == labels[1]
     assert first.get_xlabel() or name in ("alpha_by_depth", "scale_over_training")
     assert first.get_ylabel() or name == "spectrum_heatmap"
@@ -217,7 +216,6 @@ def test_the_callers_axes_are_drawn_on_and_returned_and_the_figure_is_as_it_was(
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_title_can_be_left_out_and_a_callers_own_stays(name):
-    assert ALL[name](network(), title=False)._suptitle is None
     figure = matplotlib.figure.Figure(figsize=(7, 3))
     ax = panels_for(name, figure)
     of = {"layers": "block.conv"} if name in ("power_law", "rank_profiles") else {}
@@ -226,6 +224,13 @@ def test_a_title_can_be_left_out_and_a_callers_own_stays(name):
     ALL[name](network(), ax=ax, title=False, **of)
     assert first.get_title() == "mine"
     assert not first.get_title(loc="left")
+
+
+def test_a_figure_without_a_title_keeps_the_headings_of_its_panels():
+    figure = figures.plot_power_law(network(), ["*.conv", "*.head"], title=False)
+    assert figure._suptitle is None
+    assert [axes.get_title().splitlines()[0] for axes in figure.axes] == ["block.conv", "block.head"]
+    assert figures.plot_alpha_by_depth(network(), title=False)._suptitle is None
 
 
 def test_axes_that_cannot_be_drawn_on_are_refused():
