@@ -6,8 +6,8 @@ Three tasks on real data, one thread each. Every arm takes the same steps on the
 warmup over 5 % of the steps, then a straight line to zero. Its learning rate is the best of at least five, a factor of
 2 apart, by the mean validation loss of one or two seeds, with a worse one tried on each side. Five other seeds then
 train at that rate, and their test loss is what is reported. With --study, a grid of exponents and dampings is trained
-too, for validation alone. The file keeps every run, and runs found in it are not trained again; a figure is drawn
-beside it.
+too, for validation alone; with --long, some arms take four times the steps, at the same rates. The file keeps every
+run, and runs found in it are not trained again; a figure is drawn beside it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ from examples.benchmarks.train_runs import (  # noqa: E402
 TUNING_SEEDS, SEEDS = {"language": (100,), "noisy_pixels": (100, 101), "wrong_labels": (100, 101)}, (0, 1, 2, 3, 4)
 """Of the runs that choose a rate, where a loss on 350 images takes two to tell, and of the runs that are reported."""
 
+LONG, LONG_ARMS, LONG_SEEDS = 4, ("adamw", "muon_momentum_0.85", "spectral_newton"), (0, 1)
+"""How many times the steps the long runs take, of which arms, and with which seeds."""
 
 STUDIED_ARM = "fixed_size"
 """Whose best rate the grid of exponents and dampings is around."""
@@ -126,6 +128,17 @@ class Benchmark:
         """Train the seeds that are reported, each arm at its rate."""
         self.train((t, a, self.rate(t, a), seed) for t, a in self.reported for seed in self.seeds)
 
+    def train_long(self) -> list[dict[str, Any]]:
+        """Train for `LONG` times the steps, each arm at its rate of the short runs, and return lines of a table."""
+        pairs = [(task, arm) for task, arm in self.reported if arm in LONG_ARMS]
+        lines = []
+        for task, arm in pairs:
+            lr, steps = self.rate(task, arm), LONG * self.tasks[task].steps
+            self._train_runs({Run(task, self.recipes[task, arm], lr, s, steps): self.arms[arm] for s in LONG_SEEDS})
+            final = self.store.by_rate(task, self.recipes[task, arm], steps, LONG_SEEDS)[lr]
+            lines.append(summarise(arm, final, final) | {"steps": steps})
+        return lines
+
     def summarise(self) -> list[dict[str, Any]]:
         """The table's lines."""
         return [self._line(task, arm) for task, arm in self.reported]
@@ -148,7 +161,11 @@ class Benchmark:
 
     def train(self, wanted: Iterable[tuple[str, str, float, int]]) -> None:
         """Train what the store does not hold; arms that come to the same recipe are trained once."""
-        chosen = {Run(t, self.recipes[t, a], lr, seed, self.tasks[t].steps): self.arms[a] for t, a, lr, seed in wanted}
+        self._train_runs(
+            {Run(t, self.recipes[t, a], lr, seed, self.tasks[t].steps): self.arms[a] for t, a, lr, seed in wanted}
+        )
+
+    def _train_runs(self, chosen: Mapping[Run, Arm]) -> None:
         runs = [run for run in chosen if run not in self.store.results]
         made = train_all({run: chosen[run] for run in runs}, jobs=self.jobs, quick=self.quick)
         for i, result in enumerate(made, 1):
@@ -189,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arm", action="append", choices=ARMS, help="likewise (all)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (%(default)s)")
     parser.add_argument("--study", action="store_true", help="the grid of exponents and dampings too")
+    parser.add_argument("--long", action="store_true", help="runs of four times the steps too")
     parser.add_argument("--quick", action="store_true", help="three steps of small networks, to see that it works")
     options = parser.parse_args(argv)
     if options.study and options.arm and STUDIED_ARM not in options.arm:
@@ -202,6 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.study:
         benchmark.study()
     benchmark.finish()
+    if options.long:
+        store.long = benchmark.train_long()
+        print(table(store.long))
     report(benchmark, options.output)
     return 0
 

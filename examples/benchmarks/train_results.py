@@ -68,6 +68,7 @@ class Store:
         self.path, self.environment = path, dict(environment)
         self.results: dict[Run, Result] = {}
         self.summary: list[dict[str, Any]] = []
+        self.long: list[dict[str, Any]] = []
         self.grid: dict[str, dict[float, dict[float, float]]] = {}
         if path.exists():
             for row in json.loads(path.read_text(encoding="utf-8"))["runs"]:
@@ -84,7 +85,7 @@ class Store:
         runs = sorted(self.results, key=lambda run: (run.task, run.recipe, run.lr, run.seed))
         rows = [asdict(run) | {k: v for k, v in asdict(self.results[run]).items() if k != "run"} for run in runs]
         parts = {"environment": json.dumps(self.environment, indent=1), "grid": json.dumps(self.grid, indent=1)}
-        parts |= {name: _lines(rows) for name, rows in (("summary", self.summary), ("runs", rows))}
+        parts |= {name: _lines(rows) for name, rows in (("summary", self.summary), ("long", self.long), ("runs", rows))}
         text = ",\n".join(f'"{name}": {part}' for name, part in parts.items())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_suffix(".part")

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -156,7 +156,8 @@ def parts(task: str, quick: bool) -> ThreeParts:
 
 def train(run: Run, arm: Arm, *, quick: bool = False) -> Result:
     """Train on one of the three tasks, and take the losses on validation and test part."""
-    return train_task(run, (QUICK if quick else TASKS)[run.task], parts(run.task, quick), arm)
+    task = replace((QUICK if quick else TASKS)[run.task], steps=run.steps)
+    return train_task(run, task, parts(run.task, quick), arm)
 
 
 def train_task(run: Run, task: Task, data: ThreeParts, arm: Arm) -> Result:

@@ -16,11 +16,22 @@ from lightning_spectral.optim.placement import Sharding
 ADAM = "adam"
 """`update_rms` that gives a step AdamW's size."""
 
+NOISE = "noise"
+"""`damping` of rms^2, the square of what `adam_rms` returns."""
+
 BETA2 = 0.999
 """Decay rate of v, AdamW's own default."""
 
+SMALLEST = 0.1
+"""rms that a damping counts with at least: momentum of 0.98 has it where gradients are noise."""
+
 LARGEST = 1e38
 """Mean square that a gradient counts with at most: float32 ends there."""
+
+
+def needs_size(group: Mapping[str, Any]) -> bool:
+    """Return whether the matrices of a group need AdamW's size, for the step's own or for the damping."""
+    return group.get("update_rms") == ADAM or group.get("damping") == NOISE
 
 
 def size_state(parameter: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -88,6 +99,17 @@ def adam_rms(m_brn: Tensor, unit_b: Tensor) -> Tensor:
     """Return rms = min(1, RMS(M) unit) of each matrix; 1 where both are too small for float32."""
     rms_b: Tensor = torch.linalg.vector_norm(m_brn, dim=(1, 2)) / math.sqrt(m_brn.shape[1] * m_brn.shape[2])
     return torch.nan_to_num(rms_b * unit_b.to(rms_b.dtype), nan=1.0).clamp(max=1.0)
+
+
+def noise_damping(rms_b: Tensor) -> list[float]:
+    """Return d = rms^2 of each matrix, rounded to a power of two, so that few of a batch differ.
+
+    About (1 - mu) / (1 + mu) where gradients are noise, and 1 where they agree.
+
+    >>> noise_damping(torch.tensor([1.0, 0.5, 0.23]))
+    [1.0, 0.25, 0.0625]
+    """
+    return [2.0 ** round(2 * math.log2(max(rms, SMALLEST))) for rms in rms_b.tolist()]
 
 
 def _dtype(tensor: Tensor) -> torch.dtype:

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.optim import measured_alpha as alphas
-from lightning_spectral.optim.adam_size import ADAM
+from lightning_spectral.optim.adam_size import ADAM, NOISE
 from lightning_spectral.optim.matrix_layout import whole_layout
 from lightning_spectral.optim.model_groups import ALPHA_BY_KIND, DAMPING, DAMPING_BY_KIND, has_adamw_name, is_matrix
 from lightning_spectral.optim.placement import check_dtensor
 from lightning_spectral.optim.transfer import check_tolerance, check_transfer
+
+WORDS = (("alpha", "probe"), ("damping", NOISE))
+"""Options that stay words in a group."""
 
 SPECTRAL = ("alpha", "damping", "momentum", "nesterov", "update_rms", "max_gain", "tolerance")
 ADAMW = {"lr": "adamw_lr", "betas": "adamw_betas", "eps": "adamw_eps", "weight_decay": "adamw_weight_decay"}
@@ -150,12 +153,13 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_at_least_zero("lr", group["lr"])
     check_at_least_zero("weight_decay", group["weight_decay"])
     probe = group["alpha"] == "probe"
-    for name, words in {"alpha": ", 'auto' or 'probe'", "damping": " or 'auto'"}.items():
-        if not isinstance(group[name], (int, float)) and not (probe and name == "alpha"):
+    for name, words in {"alpha": ", 'auto' or 'probe'", "damping": ", 'noise' or 'auto'"}.items():
+        if not isinstance(group[name], (int, float)) and (name, group[name]) not in WORDS:
             raise ValueError(f"{name} must be a number{words}, got {group[name]!r}")
     if probe:
         alphas.check_probe_options(group)
-    check_transfer(alphas.INITIAL_ALPHA if probe else group["alpha"], group["damping"])
+    damping = 1.0 if group["damping"] == NOISE else group["damping"]
+    check_transfer(alphas.INITIAL_ALPHA if probe else group["alpha"], damping)
     check_tolerance(group["tolerance"])
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']}")

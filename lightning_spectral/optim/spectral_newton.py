@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind
-from lightning_spectral.optim.adam_size import ADAM
+from lightning_spectral.optim.adam_size import needs_size
 from lightning_spectral.optim.ddp import Sharing, check_process_group
 from lightning_spectral.optim.measured_alpha import INITIAL_ALPHA, MeasuredAlpha, mean_alpha_used, update_averages
 from lightning_spectral.optim.model_groups import ADAMW_NAMES, look_ups_by_shape, model_groups
@@ -81,8 +81,8 @@ class SpectralNewton(Optimizer):
         alpha: exponent, at least 0; "auto": by kind of layer, 2 for convolutions and dense layers, 1 for
             transformer blocks (arXiv 2606.02596), for `SpectralNewton.groups` only; "probe": as measured, see above.
         damping: d > 0, in units of the root mean square singular value to the power alpha; "auto": 0.03 for transformer
-            blocks known from `SpectralNewton.groups`, else 0.1. Smaller values lift weak directions more, which
-            noisy labels punish.
+            blocks known from `SpectralNewton.groups`, else 0.1; "noise": rms^2 above, of each matrix at each
+            step, for full batches and small data sets. Smaller values lift weak directions more, which those punish.
         momentum: mu. With a fixed update_rms, 0.95 in long runs.
         nesterov: whether M looks one step ahead.
         weight_decay: decoupled, times lr.
@@ -124,7 +124,7 @@ class SpectralNewton(Optimizer):
         params: Iterable[Any],
         lr: float = 1e-3,
         alpha: float | Literal["auto", "probe"] = 2.0,
-        damping: float | Literal["auto"] = "auto",
+        damping: float | Literal["auto", "noise"] = "auto",
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.01,
@@ -300,7 +300,7 @@ class SpectralNewton(Optimizer):
         for parameter_step in (*taken, *skipped):
             state = self.state[parameter_step.parameter]
             # An option may have been changed since the state was made.
-            if not state or (parameter_step.group.get("update_rms") == ADAM and "mean_square" not in state):
+            if not state or (needs_size(parameter_step.group) and "mean_square" not in state):
                 self.state[parameter_step.parameter] = parameter_step.initial_state() | state
         for parameter_step in skipped:
             self.state[parameter_step.parameter]["skipped"] += 1

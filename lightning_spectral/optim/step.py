@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.optim.adam_size import ADAM, size_state, size_units
+from lightning_spectral.optim.adam_size import needs_size, size_state, size_units
 from lightning_spectral.optim.adamw import adamw_state, adamw_step
 from lightning_spectral.optim.ddp import GradientState, Scope, agree, shared_step
 from lightning_spectral.optim.fsdp import ShardedMatrix, sharded_step
@@ -60,8 +60,7 @@ class ParameterStep:
         if self.group["update"] == "adamw":
             return {**adamw_state(self.parameter), "skipped": skipped}
         buffer = torch.zeros_like(self.parameter, memory_format=torch.preserve_format)
-        sized = self.group["update_rms"] == ADAM
-        sizes = size_state(self.parameter, self.group["layouts"][self.i]) if sized else {}
+        sizes = size_state(self.parameter, self.group["layouts"][self.i]) if needs_size(self.group) else {}
         return {"momentum_buffer": buffer, "skipped": skipped, **sizes}
 
 
@@ -80,7 +79,7 @@ def update(steps: Iterable[ParameterStep], states: Mapping[Tensor, dict[str, Any
             continue
         shardings = [sharding_of(step.parameter) for step in members]
         units: Sequence[Tensor | None] = [None] * len(members)
-        if group["update_rms"] == ADAM:
+        if needs_size(group):
             layouts, shapes = [group["layouts"][step.i] for step in members], [step.parameter.shape for step in members]
             units = size_units(grads, shapes, shardings, layouts, own, group)
         momenta = momentum_step(parameters, grads, [state["momentum_buffer"] for state in own], group)

@@ -77,7 +77,7 @@ def test_it_runs_through_and_resumes(tmp_path, capsys, monkeypatch):
     data = partial(Rows, partial(places_and_colours, 20), 16, 50)
     monkeypatch.setattr(small_tasks, "TASKS", {"coordinates": replace(TASKS["coordinates"], steps=2, data=data)})
     output = tmp_path / "new" / "small_tasks.json"
-    argv = [f"--output={output}", "--study"]
+    argv = [f"--output={output}", "--study=coordinates"]
     small_tasks.main(argv)
     printed = capsys.readouterr().out
     assert "| coordinates |" in printed

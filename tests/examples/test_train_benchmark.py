@@ -27,7 +27,7 @@ KEPT = ROOT / "examples" / "benchmarks" / "results" / "train_cpu.json"
 @NEEDS_MUON
 def test_quick_runs_through_and_resumes(tmp_path, capsys, monkeypatch):
     output = tmp_path / "new" / "train.json"
-    argv = ["--quick", "--jobs=1", f"--output={output}", "--task=wrong_labels", "--task=language"]
+    argv = ["--quick", "--long", "--jobs=1", f"--output={output}", "--task=wrong_labels", "--task=language"]
     train.main(argv)
     printed = capsys.readouterr().out
     assert "| spectral_newton |" in printed
@@ -36,6 +36,7 @@ def test_quick_runs_through_and_resumes(tmp_path, capsys, monkeypatch):
     kept = json.loads(output.read_text())
     assert {row["arm"] for row in kept["summary"]} == {"adamw", "muon", "spectral_newton"}
     assert all(len(row["tests"]) == 2 for row in kept["summary"])
+    assert {(row["arm"], row["steps"]) for row in kept["long"]} == {("adamw", 12), ("spectral_newton", 12)}
 
     def fail(*args, **options):
         raise AssertionError("trained again")
@@ -81,6 +82,9 @@ def test_a_recipe_says_what_the_options_come_to():
     assert train_runs.recipe(language, train_runs.ARMS["adamw"]) == "AdamW weight_decay=0.01"
     assert train_runs.recipe(language, train_runs.ARMS["paper"]) == "SpectralNewton alpha=1.0 damping=0.1"
     assert train_runs.recipe(pixels, train_runs.ARMS["paper"]) == "SpectralNewton alpha=2.0 damping=0.1"
+    labels = train_runs.QUICK["wrong_labels"]
+    assert train_runs.recipe(labels, train_runs.ARMS["spectral_newton"]).endswith("alpha=2.0 damping=0.1")
+    assert train_runs.recipe(labels, train_runs.ARMS["fixed_size"]) == "SpectralNewton alpha=2.0 damping=0.1"
     assert train_runs.recipe(pixels, train_runs.Arm(SpectralNewton, {}, {"momentum": 0.8, "damping": 0.5})) == (
         "SpectralNewton momentum=0.8 update_rms=adam alpha=2.0 damping=0.5"
     )

@@ -243,7 +243,7 @@ MATRIX = nn.Parameter(torch.ones(3, 3))
         ([MATRIX], {"alpha": -1.0}, ValueError, "alpha must be a finite number of at least 0, got -1.0"),
         ([MATRIX], {"alpha": "newton"}, ValueError, "alpha must be a number, 'auto' or 'probe', got 'newton'"),
         ([MATRIX], {"damping": 0.0}, ValueError, "damping must be a finite number above 0"),
-        ([MATRIX], {"damping": "none"}, ValueError, "damping must be a number or 'auto', got 'none'"),
+        ([MATRIX], {"damping": "none"}, ValueError, "damping must be a number, 'noise' or 'auto', got 'none'"),
         ([MATRIX], {"momentum": 1.0}, ValueError, r"momentum must lie in \[0, 1\), got 1.0"),
         ([MATRIX], {"update_rms": 0.0}, ValueError, "update_rms must be 'adam', a number above 0, or None"),
         ([MATRIX], {"max_gain": 0.5}, ValueError, "max_gain must be at least 1, got 0.5"),

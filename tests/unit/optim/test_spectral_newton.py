@@ -8,6 +8,7 @@ from cases import CASES, mlp
 from torch import nn
 
 from lightning_spectral import SpectralNewton
+from lightning_spectral.optim import matrix_update
 from lightning_spectral.optim.matrix_update import update_scales
 from lightning_spectral.optim.step import are_finite
 
@@ -42,12 +43,14 @@ class Twin:
             b.copy_(mu * b + (1 - mu) * g)
             m = mu * b + (1 - mu) * g if o["nesterov"] else b
             self.squares[i] = 0.999 * self.squares[i] + 0.001 * float(g.square().mean())
-            update = twin_update(m, o["alpha"], o["damping"], self.rms(m, self.squares[i]), o["max_gain"])
+            adam = self.adam_rms(m, self.squares[i])
+            d = 2.0 ** round(2 * math.log2(adam)) if o["damping"] == "noise" else o["damping"]
+            update = twin_update(
+                m, o["alpha"], d, adam if o["update_rms"] == "adam" else o["update_rms"], o["max_gain"]
+            )
             w.copy_((1 - o["lr"] * o["weight_decay"]) * w - o["lr"] * update)
 
-    def rms(self, m, v):
-        if self.o["update_rms"] != "adam":
-            return self.o["update_rms"]
+    def adam_rms(self, m, v):
         unbiased = m / (1 - self.o["momentum"] ** (self.t + self.o["nesterov"]))
         return min(1.0, float(unbiased.square().mean().sqrt()) / math.sqrt(v / (1 - 0.999**self.t)))
 
@@ -75,6 +78,8 @@ def set_grads(weights):
         {"alpha": 1.5, "damping": 1.0, "update_rms": 1.0},
         {"update_rms": 0.2},
         {"momentum": 0.95, "nesterov": False},
+        {"damping": "noise"},
+        {"damping": "noise", "alpha": 3.0, "update_rms": 0.2},
     ],
 )
 def test_steps_are_those_of_the_formulas(options):
@@ -140,6 +145,27 @@ def test_pure_noise_steps_by_what_momentum_leaves_of_it(momentum, nesterov):
     if not nesterov:
         assert expected == pytest.approx(math.sqrt((1 - momentum) / (1 + momentum)), rel=1e-3)
     assert sum(sizes[100:]) / 200 == pytest.approx(expected, rel=0.03)
+
+
+def test_damping_follows_the_noise_of_each_matrix_of_a_batch(monkeypatch):
+    seen = []
+    real = matrix_update.transfer_batch
+
+    def transfer_batch(x_brn, **options):
+        seen.append((len(x_brn), options["damping"]))
+        return real(x_brn, **options)
+
+    monkeypatch.setattr(matrix_update, "transfer_batch", transfer_batch)
+    weights = [nn.Parameter(torch.zeros(40, 60)) for _ in range(3)]
+    optimizer = SpectralNewton(weights, damping="noise")
+    constant = torch.randn(40, 60)
+    for _ in range(60):
+        seen.clear()
+        for weight, gradient in zip(weights, (constant, torch.randn(40, 60), torch.randn(40, 60)), strict=True):
+            weight.grad = gradient.clone()
+        optimizer.step()
+    # Nesterov's momentum leaves 0.07 of the noise's variance.
+    assert sorted(seen) == [(1, 1.0), (2, 0.0625)]
 
 
 def test_the_identity_of_adamws_size_is_normalised_momentum():
