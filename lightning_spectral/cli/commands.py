@@ -49,6 +49,17 @@ examples:
 """
 
 
+REPORT_EPILOG = """\
+examples:
+  lightning-spectral report lightning_logs/version_0                         one run
+  lightning-spectral report adamw=logs/version_0 muon=logs/version_1         two runs, laid over each other
+  lightning-spectral report step-1000/spectra.json step-2000/spectra.json    one run of two measurements
+
+A log's scalars are not read: the page is made of the reports in spectra.jsonl, which a SpectralProbe writes into
+its run's folder. Of several runs below one folder the newest is shown; name their folders to see them all.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = Parser("lightning-spectral", description="Curvature exponents of a network in training.")
@@ -116,18 +127,19 @@ def _add_plan(commands: Any) -> None:
 def _add_report(commands: Any) -> None:
     report = commands.add_parser(
         "report",
-        help="write one HTML page of a run: summary, table, interactive plots",
-        description="Write one self-contained HTML page of a run, which needs no network.",
-        epilog="A log's scalars are not read: the page is made of the reports in spectra.jsonl, which a SpectralProbe "
-        "writes into its run's folder. Of several runs below a folder the newest is shown.",
+        help="write one HTML page of a run, or of several side by side: summary, tables, interactive plots",
+        description="Write one self-contained HTML page of a run, or of several laid over each other, which needs no\n"
+        "network.",
+        epilog=REPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.add_argument(
         "run",
         nargs="+",
         metavar="RUN",
         help="a run's folder (a Lightning log's, a W&B run's, or default_root_dir) or the spectra.jsonl in it; a "
-        "checkpoint of a Trainer with a SpectralProbe; JSON files of SpectralReport.to_json, or a folder of them. "
-        "Several are shown as one run, of one network",
+        "checkpoint of a Trainer with a SpectralProbe; JSON files of SpectralReport.to_json, or a folder of them. Each "
+        "folder and each .jsonl file is a run, which NAME=RUN gives a name; checkpoints and JSON files are one run",
     )
     report.add_argument(
         "--output",
@@ -136,7 +148,7 @@ def _add_report(commands: Any) -> None:
         "have in common); a page that is there is replaced",
     )
     report.add_argument("--force", action="store_true", help="replace any other file that is there, too")
-    report.add_argument("--title", help="of the page (RUN's name)")
+    report.add_argument("--title", help="of the page (the runs' names)")
     report.add_argument("--prefix", help="of the probe's keys, where a run or checkpoint holds several probes'")
 
 

@@ -1,4 +1,4 @@
-"""`lightning-spectral report`: the page of a run."""
+"""`lightning-spectral report`: the page of a run, or of several runs laid over each other."""
 
 from __future__ import annotations
 
@@ -9,32 +9,38 @@ from pathlib import Path
 
 from lightning_spectral.cli.parser import print_note
 from lightning_spectral.report.page.build import is_page, write_page
-from lightning_spectral.report.runs.read import read_run
+from lightning_spectral.report.runs.compare import differences
 from lightning_spectral.report.runs.run import RunError
+from lightning_spectral.report.runs.several import named_path, read_runs
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the page of a run, and print what it was made of.
+    """Write the page of a run, or of several, and print what it was made of.
 
     Raises:
         RunError: if there is no such run, or no page can be written there.
         ImportError: without plotly.
     """
-    inputs = [Path(path) for path in arguments.run]
+    inputs = [path for _, path in map(named_path, arguments.run)]
     target = default_target(inputs) if arguments.output is None else Path(arguments.output)
     is_there = target.is_file()
     if arguments.output is not None:
         check_target(target)
     if is_there and not arguments.force and not is_page(target):
         raise RunError(f"{target} is there and no page of this command; give another --output, or --force")
-    shown = read_run(inputs, prefix=arguments.prefix)
-    print(write_page(shown, target, title=arguments.title))
-    # What lay in a folder is for the reader to know: others may have put more there.
-    if any(path.is_dir() for path in inputs):
-        for source in shown.sources:
-            print_note("report", f"read {source}")
-    for omission in shown.omissions:
-        print_note("report", f"left out: {omission}")
+    runs = read_runs(arguments.run, prefix=arguments.prefix)
+    print(write_page(runs, target, title=arguments.title))
+    for shown in runs:
+        of = f"{shown.name}: " if len(runs) > 1 else ""
+        # What lay in a folder is for the reader to know: others may have put more there.
+        if any(path.is_dir() for path in inputs):
+            for source in shown.sources:
+                print_note("report", f"{of}read {source}")
+        for omission in shown.omissions:
+            print_note("report", f"{of}left out: {omission}")
+    if len(runs) > 1:
+        for difference in differences(runs):
+            print_note("report", f"the runs were measured in different ways, {difference}")
     if is_there:
         print_note("report", f"{target} was there and is replaced")
 

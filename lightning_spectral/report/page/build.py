@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: summary in words, table of layers, interactive plots."""
+"""One self-contained HTML page of a run, or of several runs laid over each other."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import base64
 import gzip
 import html
 import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+from lightning_spectral._messages import join_names
 from lightning_spectral._version import __version__
 from lightning_spectral.analysis import DOUBTFUL, TRUSTED
 from lightning_spectral.report.page.data import page_data, script_json
+from lightning_spectral.report.page.runs_data import runs_data
+from lightning_spectral.report.palette import MOST_RUNS
 from lightning_spectral.report.runs.run import Run, RunError
 
 PAGE_BYTES = 6_000_000
 """Largest size of a page that can be sent by mail. plotly.js takes 2 MB of it, compressed."""
 
-SCRIPTS = ("plot_base", "overview_plots", "layer_plots", "page")
-"""Scripts of the page, in the order in which they are read."""
+SCRIPTS = {
+    "page": ("plot_base", "frame", "overview_plots", "layer_plots", "page"),
+    "runs": ("plot_base", "frame", "runs_plots", "runs"),
+}
+"""Scripts of a run's page and of that of several runs, in the order in which they are read."""
 
 GENERATOR = b'<meta name="generator" content="lightning-spectral '
 """Mark of a page that `write_page` wrote."""
@@ -38,20 +46,21 @@ def plotly_js() -> str:
     return source
 
 
-def write_page(run: Run, path: str | Path, *, title: str | None = None) -> Path:
-    """Write a run's page to a file, whose folder is made if it is not there.
+def write_page(run: Run | Sequence[Run], path: str | Path, *, title: str | None = None) -> Path:
+    """Write the page of a run, or of several laid over each other, to a file, whose folder is made if it is not there.
 
     Args:
-        run: what to show: `read_run` of files, or `run_of` a probe's history.
+        run: what to show: `read_run` of files, or `run_of` a probe's history; several as a list.
         path: the file.
-        title: of the page; the run's name where none is given.
+        title: of the page; the run's name, or the names of all, where none is given.
 
     Raises:
         ImportError: if plotly is not installed.
-        RunError: if the run is empty, or the file cannot be written.
+        RunError: if a run is empty, or the file cannot be written.
     """
     path = Path(path)
-    text = page(run, title=title)
+    runs = [run] if isinstance(run, Run) else list(run)
+    text = page(runs[0], title=title) if len(runs) == 1 else runs_page(runs, title=title)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Names of files may hold bytes that are no UTF-8.
@@ -72,26 +81,53 @@ def is_page(path: Path) -> bool:
 
 def page(run: Run, *, title: str | None = None) -> str:
     """Return the page's HTML, which needs no network: its style, its scripts and its data are within it."""
+    _check(run)
+    data = page_data(run)
+    parts = {"trusted": TRUSTED, "doubtful": DOUBTFUL}
+    return _fill("page", title or run.name, run.sources, data, data["probes"][-1]["summary"], parts)
+
+
+def runs_page(runs: Sequence[Run], *, title: str | None = None) -> str:
+    """Return the HTML of the page of several runs, which needs no network either.
+
+    Raises:
+        RunError: if there is no run, more than can be told apart, or one of them is empty.
+    """
+    if not 1 <= len(runs) <= MOST_RUNS:
+        raise RunError(f"need 1 to {MOST_RUNS} runs for one page, got {len(runs)}")
+    for run in runs:
+        _check(run)
+    data = runs_data(runs)
+    sources = [f"{run.name}: {source}" for run in runs for source in run.sources]
+    return _fill(
+        "runs", title or join_names([run.name for run in runs]), sources, data, data["summary"], {"trusted": TRUSTED}
+    )
+
+
+def _check(run: Run) -> None:
     if not run.steps:
         raise RunError(f"{run.name}: no probe to show")
-    data = page_data(run)
+
+
+def _fill(
+    name: str, title: str, sources: Sequence[str], data: Any, summary: Sequence[str], texts: Mapping[str, str]
+) -> str:
+    """Return the page of a template with its parts in their places."""
     compressed = gzip.compress(plotly_js().encode(), mtime=0)
     parts = {
-        "title": html.escape(title or run.name),
+        "title": html.escape(title),
         "version": __version__,
-        "summary": "".join(f"<li>{html.escape(sentence)}</li>" for sentence in data["probes"][-1]["summary"]),
-        "sources": html.escape("; ".join(run.sources)),
-        "trusted": html.escape(TRUSTED),
-        "doubtful": html.escape(DOUBTFUL),
+        "summary": "".join(f"<li>{html.escape(sentence)}</li>" for sentence in summary),
+        "sources": html.escape("; ".join(sources)),
         "style": _asset("page.css"),
         "plotly": base64.b64encode(compressed).decode(),
         "data": script_json(data),
-        "scripts": "\n".join(_asset(f"{name}.js") for name in SCRIPTS),
+        "scripts": "\n".join(_asset(f"{script}.js") for script in SCRIPTS[name]),
+        **{key: html.escape(text) for key, text in texts.items()},
     }
+    template = _asset("frame.html").replace("<!--=main-->", _asset(f"{name}.html"))
     # In one pass: what is put in may look like a place to put something.
-    return re.sub(
-        r"<!--=(\w+)-->|/\*=(\w+)\*/", lambda match: parts[match.group(1) or match.group(2)], _asset("page.html")
-    )
+    return re.sub(r"<!--=(\w+)-->|/\*=(\w+)\*/", lambda match: parts[match.group(1) or match.group(2)], template)
 
 
 def _asset(name: str) -> str:

@@ -38,7 +38,7 @@ def script_json(data: Any) -> str:
 def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
     """Return what the page's scripts show, thinned to about ``limit`` bytes of JSON."""
     reports = [step.report for step in run.steps]
-    layers = _last_layers(reports)
+    layers = last_layers(reports)
     parts = {part for report in reports for layer in report.layers.values() for part in layer.parts}
     keys = [key for key in LAYER_KEYS if not key.part or key.part in parts]
     first = run.steps[0].step, run.steps[0].exponents()
@@ -73,7 +73,7 @@ MODEL_LOOKS = {
 """Rank model -> its name, its colours on white and on dark, and plotly's line."""
 
 
-def _last_layers(reports: Sequence[SpectralReport]) -> dict[str, LayerSpectrum]:
+def last_layers(reports: Sequence[SpectralReport]) -> dict[str, LayerSpectrum]:
     """Return each layer of a run as it was measured last, in the order of the last report."""
     layers: dict[str, LayerSpectrum] = {}
     for report in reversed(reports):
@@ -120,27 +120,28 @@ def _probe(
         "label": step.label,
         "step": step.step,
         "kinds": {
-            kind: _shorten(medians.get(median_key(key.name, kind), math.nan) for key in keys if key.median)
+            kind: shorten(medians.get(median_key(key.name, kind), math.nan) for key in keys if key.median)
             for kind in report.by_kind()
         },
-        "loss": _short(report.loss),
+        "loss": short(report.loss),
         "facts": _facts(report),
         "summary": sentences,
         "problems": report.problems(),
         "skipped": group_by_reason(report.skipped),
-        "values": [_values(layer, keys) for layer in layers],
+        "values": [layer_values(layer, keys) for layer in layers],
         "doubts": [doubts.get(name) for name in names],
-        "quarters": [layer and _shorten(fit.exponent for fit in layer.alpha_quartiles) for layer in layers],
+        "quarters": [layer and shorten(fit.exponent for fit in layer.alpha_quartiles) for layer in layers],
         "winners": [(layer.rank_models.winner or "") if layer else "" for layer in layers],
         "notes": {name: note for name, layer in report.layers.items() if (note := _note(layer))},
     }
 
 
-def _values(layer: LayerSpectrum | None, keys: Sequence[LoggedKey]) -> list[Any] | None:
+def layer_values(layer: LayerSpectrum | None, keys: Sequence[LoggedKey]) -> list[Any] | None:
+    """Return the quantities of a layer, rounded; None without one."""
     if layer is None:
         return None
     scalars = layer.scalars()
-    return _shorten(scalars.get(key.name, math.nan) for key in keys)
+    return shorten(scalars.get(key.name, math.nan) for key in keys)
 
 
 def _note(layer: LayerSpectrum) -> str:
@@ -162,15 +163,15 @@ def _spectrum(layer: LayerSpectrum | None) -> dict[str, Any] | None:
     longer = len(layer.spectrum) > len(layer.sigma)
     models = {model: fit.coefficients for model, fit in layer.rank_models.fits.items() if not math.isnan(fit.bic)}
     return {
-        "sigma": _shorten(layer.sigma.tolist()),
-        "h": _shorten(layer.h.tolist()),
-        "error": _shorten(layer.h_stderr.tolist()) if sampled else None,
+        "sigma": shorten(layer.sigma.tolist()),
+        "h": shorten(layer.h.tolist()),
+        "error": shorten(layer.h_stderr.tolist()) if sampled else None,
         "usable": layer.n_usable,
-        "lines": _shorten(fit.intercept for fit in (layer.alpha, layer.gamma, layer.s)),
+        "lines": shorten(fit.intercept for fit in (layer.alpha, layer.gamma, layer.s)),
         "method": layer.method,
-        "spectrum": _shorten(layer.spectrum.tolist()) if longer else None,
+        "spectrum": shorten(layer.spectrum.tolist()) if longer else None,
         "ranked": int((layer.spectrum > layer.noise_floor).sum()),
-        "models": {model: _shorten(coefficients) for model, coefficients in models.items()},
+        "models": {model: shorten(coefficients) for model, coefficients in models.items()},
         "split": None if layer.alignment is None else _split(layer.alignment),
     }
 
@@ -183,7 +184,7 @@ def _split(alignment: LayerAlignment) -> list[Any]:
         "phi": (alignment.phi_k, alignment.phi),
         "chi_slope": (alignment.chi, alignment.chi_slope),
     }
-    return [[key, _shorten(values.tolist()), _short(fit.intercept)] for key, (values, fit) in factors.items()]
+    return [[key, shorten(values.tolist()), short(fit.intercept)] for key, (values, fit) in factors.items()]
 
 
 def _facts(report: SpectralReport) -> str:
@@ -209,11 +210,12 @@ def _shape(layer: LayerSpectrum) -> str:
     return f"{m} × {n}" + (f" / {layer.groups}" if layer.groups > 1 else "")
 
 
-def _shorten(values: Iterable[float]) -> list[Any]:
-    return [_short(value) for value in values]
+def shorten(values: Iterable[float]) -> list[Any]:
+    """Return figures for JSON, as `short` does one."""
+    return [short(value) for value in values]
 
 
-def _short(value: float) -> float | int | str | None:
+def short(value: float) -> float | int | str | None:
     """Return a figure for JSON: rounded, NaN as None, infinity as "inf"."""
     if math.isnan(value):
         return None

@@ -54,6 +54,15 @@ def find_files(paths: Iterable[str | Path], prefix: str | None = None) -> list[R
     return list(files.values())
 
 
+def run_folder(file: Path) -> Path:
+    """Return the folder of the run that a file is of; files of a W&B run lie in a folder within it.
+
+    >>> run_folder(Path("wandb/offline-run-1/files/spectra.jsonl")).name
+    'offline-run-1'
+    """
+    return file.parent.parent if file.parent.name == "files" else file.parent
+
+
 def short_names(paths: Sequence[str | Path]) -> list[str]:
     """Return the last parts of each path, as many as tell all paths apart.
 

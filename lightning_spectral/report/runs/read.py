@@ -15,7 +15,15 @@ from lightning_spectral._messages import join_names, unpickling_refusal
 from lightning_spectral._serialization import UNREADABLE
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.runs.discover import CHECKPOINT, REPORT, SPECTRA, RunFile, find_files, short_names
+from lightning_spectral.report.runs.discover import (
+    CHECKPOINT,
+    REPORT,
+    SPECTRA,
+    RunFile,
+    find_files,
+    run_folder,
+    short_names,
+)
 from lightning_spectral.report.runs.run import Run, RunError, RunStep, explain
 from lightning_spectral.report.runs.spectra_file import decode_reports, decode_steps, index_lines
 
@@ -68,7 +76,7 @@ def read_run(paths: Sequence[str | Path], *, prefix: str | None = None) -> Run:
         for item in inputs
         if item.steps and used.isdisjoint(map(id, item.steps))
     ]
-    return Run(_name(paths), _sources(files), steps, tuple(omissions))
+    return Run(_name(paths, files), _sources(files), steps, tuple(omissions))
 
 
 def _read(file: RunFile, prefix: str | None) -> RunInput:
@@ -188,7 +196,7 @@ def _in_order(inputs: Sequence[RunInput]) -> tuple[RunStep, ...]:
             if other is not step and other.report.to_dict() != step.report.to_dict():
                 raise RunError(
                     f"{name} and {item.name} hold different measurements of step {step.step}: they are of two runs, or "
-                    "were measured in two ways; make a page of each"
+                    "were measured in two ways; lay two runs over each other by giving their folders"
                 )
     return (*outside, *(by_step[step][1] for step in sorted(by_step)))
 
@@ -203,11 +211,13 @@ def _named(inputs: Sequence[RunInput], files: Sequence[Path]) -> list[RunInput]:
     ]
 
 
-def _name(paths: Sequence[str | Path]) -> str:
+def _name(paths: Sequence[str | Path], files: Sequence[RunFile]) -> str:
+    """Return a run's name: of its folder, or of the file where that is no spectra file."""
     if len(paths) > 1:
         return join_names(short_names(paths))
-    only = Path(paths[0]).resolve()
-    return only.name if only.is_file() else "/".join(only.parts[-2:])
+    only = files[0].path.resolve() if files[0].kind == SPECTRA else Path(paths[0]).resolve()
+    folder = run_folder(only) if files[0].kind == SPECTRA else only
+    return only.name if folder.is_file() else "/".join(folder.parts[-2:])
 
 
 def _sources(files: Sequence[RunFile]) -> tuple[str, ...]:

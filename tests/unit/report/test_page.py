@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -19,7 +20,7 @@ from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.log_keys import LAYER_KEYS
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import RunError, run_of, write_page
-from lightning_spectral.report.page.build import PAGE_BYTES, SCRIPTS, is_page, page, plotly_js
+from lightning_spectral.report.page.build import PAGE_BYTES, SCRIPTS, is_page, page, plotly_js, runs_page
 from lightning_spectral.report.page.data import page_data, script_json
 from lightning_spectral.report.runs.run import Run
 from lightning_spectral.summary import summary
@@ -195,11 +196,14 @@ def test_empty_run(tmp_path):
 
 def test_every_place_in_the_template_is_filled_and_every_element_is_there():
     folder = files("lightning_spectral.report.page") / "assets"
-    template = (folder / "page.html").read_text(encoding="utf-8")
-    assert {f"{name}.js" for name in SCRIPTS} == {file.name for file in folder.iterdir() if file.name.endswith(".js")}
-    wanted = set(re.findall(r'get\("([\w-]+)"\)', (folder / "page.js").read_text(encoding="utf-8")))
-    assert wanted <= set(re.findall(r' id="([\w-]+)"', template))
-    assert "<!--=" not in page(run()).partition('<script type="application/json"')[0]
+    scripts_there = {file.name for file in folder.iterdir() if file.name.endswith(".js")}
+    assert {f"{name}.js" for names in SCRIPTS.values() for name in names} == scripts_there
+    for name, text in (("page", page(run())), ("runs", runs_page([run(), replace(run(), name="other")]))):
+        template = "".join((folder / f"{part}.html").read_text(encoding="utf-8") for part in ("frame", name))
+        script = "".join((folder / f"{part}.js").read_text(encoding="utf-8") for part in ("frame", name))
+        wanted = set(re.findall(r'(?:get|list)\(\s*"([\w-]+)"', script))
+        assert wanted <= set(re.findall(r' id="([\w-]+)"', template))
+        assert "<!--=" not in text.partition('<script type="application/json"')[0]
 
 
 def test_meanings_cover_the_keys():

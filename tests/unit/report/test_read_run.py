@@ -230,9 +230,7 @@ def test_two_measurements_of_a_step_are_refused(tmp_path, log):
         r.to_json(file)
     other = write(tmp_path / "other", [second])
     for a, b in (files[:2], (log / "spectra.jsonl", files[1]), (log / "spectra.jsonl", other)):
-        with pytest.raises(
-            RunError, match=f"{a} and {b} hold different measurements of step 0: .*; make a page of each"
-        ):
+        with pytest.raises(RunError, match=f"{a} and {b} hold different measurements of step 0: .*; lay two runs"):
             read_run([a, b])
     same(read_run([log, files[0], files[2]]), steps())
     with pytest.raises(RunError, match="report 1 and report 2 hold different measurements of step 0"):

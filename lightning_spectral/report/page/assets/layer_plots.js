@@ -1,22 +1,5 @@
 // Figures of one layer: functions of (data, state, colours) that give traces and a layout.
 
-// Ticks at 1, 2 and 5 of each decade, at decades alone where there are many.
-function logAxis(text, values) {
-  const logs = values.filter((v) => v > 0).map(Math.log10);
-  if (!logs.length) return { title: { text } };
-  const [low, high] = [Math.min(...logs), Math.max(...logs)];
-  const steps = high - low < 2.5 ? [1, 2, 5] : [1];
-  const ticks = [];
-  for (let n = Math.floor(low) - 1; n <= Math.ceil(high); n += Math.ceil((high - low) / 8) || 1) {
-    for (const m of steps)
-      ticks.push([
-        m * 10 ** n,
-        n >= -2 && n < 4 ? String(Number((m * 10 ** n).toPrecision(1))) : `${m === 1 ? "" : `${m}·`}10${raised(n)}`,
-      ]);
-  }
-  return { type: "log", title: { text }, tickvals: ticks.map(([v]) => v), ticktext: ticks.map(([, name]) => name) };
-}
-
 const line = (x, y, colour, name) => ({
   type: "scatter",
   mode: "lines",

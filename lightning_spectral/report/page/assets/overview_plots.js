@@ -79,15 +79,7 @@ function depthFigure(data, state, c, wide) {
       xaxis: {
         range: [-edge, data.layers.length - 1 + edge],
         title: named ? undefined : { text: "layer, from the input to the output" },
-        ...(named
-          ? {
-              tickvals: data.layers.map((_, i) => i),
-              ticktext: data.layers.map((name) => clipped(short(name))),
-              tickangle: -35,
-              // Else plotly leaves out the first names, which go beyond the axis, and makes no room for them.
-              ticklabeloverflow: "allow",
-            }
-          : {}),
+        ...(named ? layerTicks(data) : {}),
       },
       yaxis: { title: { text: "alpha" }, range },
       annotations: outside(data.layers.filter((_, layer) => beyond(read(layer), range)).length, c),
@@ -128,9 +120,6 @@ function transferFigure(data, state, c) {
     },
   ];
 }
-
-// Quantities that go over decades, and are never shown on a linear axis.
-const LOGARITHMIC = new Set(["noise_scale", "sigma_max", "h_max"]);
 
 const written = (v, key) => (LOGARITHMIC.has(key) ? brief(v) : fixed(v));
 

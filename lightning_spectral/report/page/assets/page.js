@@ -1,26 +1,6 @@
 // The page: its state, the table, and what a reader can do.
 
-const data = JSON.parse(document.getElementById("data").textContent);
-const get = (id) => document.getElementById(id);
 const state = { probe: data.probes.length - 1, layer: 0, column: "", down: false, query: "", plots: false, quantity: "alpha" };
-
-function make(tag, text, attributes = {}) {
-  const element = document.createElement(tag);
-  if (text !== undefined) element.textContent = text;
-  for (const [name, content] of Object.entries(attributes)) element.setAttribute(name, content);
-  return element;
-}
-
-// A name whose line may break behind its dots and underscores.
-function breakable(tag, text, attributes) {
-  const element = make(tag, "", attributes);
-  for (const part of text.split(/(?<=[._])/)) element.append(part, document.createElement("wbr"));
-  return element;
-}
-
-function list(id, lines) {
-  get(id).replaceChildren(...lines.map((text) => make("li", text)));
-}
 
 const of = (key) => (layer) => value(data, state.probe, layer, key);
 const spectraOf = (layer) => data.probes[state.probe].spectra?.[layer];
@@ -391,17 +371,6 @@ function showLayer() {
   if (!get("layer-training-figure").hidden) draw("layer-training", layerTrainingFigure(data, state, c), c);
 }
 
-function isDark() {
-  return getComputedStyle(document.documentElement).colorScheme === "dark";
-}
-
-function showTheme() {
-  get("theme").textContent = isDark() ? "Light" : "Dark";
-  get("theme").setAttribute("aria-label", `Switch to the ${isDark() ? "light" : "dark"} theme`);
-  showLayer();
-  showOverview();
-}
-
 function listen() {
   get("step").max = data.probes.length - 1;
   get("toolbar").hidden = data.probes.length < 2;
@@ -413,11 +382,6 @@ function listen() {
     state.query = event.target.value;
     showTable();
   });
-  get("theme").addEventListener("click", () => {
-    document.documentElement.dataset.theme = isDark() ? "light" : "dark";
-    showTheme();
-  });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
   const beside = (by) => {
     const layers = layersShown().length ? layersShown() : [state.layer];
     const at = layers.indexOf(state.layer) + by;
@@ -439,29 +403,23 @@ function fromAddress() {
   }
 }
 
-// plotly.js is compressed within the page, which makes it a third of the size.
-async function loadPlots() {
-  const bytes = Uint8Array.from(atob(get("plotly").textContent), (character) => character.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  document.head.append(make("script", await new Response(stream).text()));
-  state.plots = true;
-  showTheme();
-  for (const id of ["depth", "transfer", "training"]) {
-    get(id).on?.("plotly_click", ({ points: [point] }) => {
-      if (point.customdata !== undefined) open(point.customdata);
-    });
-  }
-}
-
 showHead();
 showQuantities();
 listen();
 for (const key of data.keys) get("meanings").append(make("dt", key), make("dd", data.meanings[key]));
 state.layer = Math.max(0, fromAddress());
 showProbe();
-loadPlots()
-  .then(() => (document.documentElement.dataset.ready = "yes"))
-  .catch((error) => {
-    get("failed").textContent = `The plots need a browser of 2023 or later (${error}).`;
-    get("failed").hidden = false;
-  });
+followTheme(() => {
+  showLayer();
+  showOverview();
+});
+start(() => {
+  state.plots = true;
+  showLayer();
+  showOverview();
+  for (const id of ["depth", "transfer", "training"]) {
+    get(id).on?.("plotly_click", ({ points: [point] }) => {
+      if (point.customdata !== undefined) open(point.customdata);
+    });
+  }
+});

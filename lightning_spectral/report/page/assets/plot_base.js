@@ -118,6 +118,35 @@ function stepAxis(steps) {
   return { title: { text: "step" }, ...(few ? { dtick: 1 } : {}) };
 }
 
+// The names of layers at an axis.
+const layerTicks = (data) => ({
+  tickvals: data.layers.map((_, i) => i),
+  ticktext: data.layers.map((name) => clipped(short(name))),
+  tickangle: -35,
+  // Else plotly leaves out the first names, which go beyond the axis, and makes no room for them.
+  ticklabeloverflow: "allow",
+});
+
+// Quantities that go over decades, and are never shown on a linear axis.
+const LOGARITHMIC = new Set(["noise_scale", "sigma_max", "h_max"]);
+
+// Ticks at 1, 2 and 5 of each decade, at decades alone where there are many.
+function logAxis(text, values) {
+  const logs = values.filter((v) => v > 0).map(Math.log10);
+  if (!logs.length) return { title: { text } };
+  const [low, high] = [Math.min(...logs), Math.max(...logs)];
+  const steps = high - low < 2.5 ? [1, 2, 5] : [1];
+  const ticks = [];
+  for (let n = Math.floor(low) - 1; n <= Math.ceil(high); n += Math.ceil((high - low) / 8) || 1) {
+    for (const m of steps)
+      ticks.push([
+        m * 10 ** n,
+        n >= -2 && n < 4 ? String(Number((m * 10 ** n).toPrecision(1))) : `${m === 1 ? "" : `${m}·`}10${raised(n)}`,
+      ]);
+  }
+  return { type: "log", title: { text }, tickvals: ticks.map(([v]) => v), ticktext: ticks.map(([, name]) => name) };
+}
+
 // No bar where there is no error, which else would be two caps on each other.
 const bars = (errors, colour) => ({
   type: "data",
