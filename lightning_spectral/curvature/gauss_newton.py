@@ -22,7 +22,7 @@ from lightning_spectral.curvature.draws import PRIOR_COUNT, is_precise
 from lightning_spectral.curvature.head import Column
 from lightning_spectral.curvature.layer_taps import measured_exactly
 from lightning_spectral.curvature.ports import REMEDY
-from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
+from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, naming_what_stops_it
 from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.errors import MeasurementError
@@ -85,7 +85,8 @@ class GGNCurvature:
             return Curvatures(zero | exact.h, self.name, exact.failed, {}, exact.methods, exact.notes)
         moved = move_network(problem, seen, directions, nearest=self.as_hessian)
         exact = measured_exactly(problem, directions, moved.unseen)
-        h, stderr = self._measure(moved, problem)
+        with naming_what_stops_it():
+            h, stderr = self._measure(moved, problem)
         return Curvatures(h | exact.h, self.name, exact.failed, stderr, exact.methods, exact.notes)
 
     def _measure(self, moved: MovedNetwork, problem: DifferentiableLoss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

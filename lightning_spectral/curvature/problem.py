@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +15,7 @@ from lightning_spectral.curvature.custom_functions import leaves_behind, watch_c
 from lightning_spectral.curvature.forward_recorder import Recorder, Trace
 from lightning_spectral.curvature.products import LayerCall
 from lightning_spectral.curvature.scalar_loss import checked_loss
-from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
 
@@ -255,6 +256,23 @@ def cause_of(error: RuntimeError) -> str:
     if not match:
         return f"its backward pass failed: {text[:200]}"
     return f"{match.group(1).removesuffix('_backward').lstrip('_')} has no second derivative ({text[:120]}); {REMEDY}"
+
+
+@contextmanager
+def naming_what_stops_it() -> Iterator[None]:
+    """Turn an error of a backward pass into one that names the operation without a second derivative.
+
+    Raises:
+        SecondDerivativeError: in its place, unless memory ran out.
+    """
+    try:
+        yield
+    except MeasurementError:
+        raise
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise SecondDerivativeError(cause_of(error)) from error
 
 
 def unverified(function: str) -> str:

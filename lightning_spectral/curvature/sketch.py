@@ -31,10 +31,10 @@ from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.draws import Draw, is_precise, mean_and_error
 from lightning_spectral.curvature.layer_taps import measured_exactly
 from lightning_spectral.curvature.ports import REMEDY
-from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange, cause_of
+from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange, naming_what_stops_it
 from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
 from lightning_spectral.curvature.seen_layers import see_layers
-from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
+from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 
 DRAWS = 6
@@ -129,14 +129,8 @@ class SketchCurvature:
             raise MeasurementError(f"the network holds custom autograd functions ({', '.join(names)}); {REMEDY}")
         moved = move_network(problem, seen, directions)
         exact = measured_exactly(problem, directions, moved.unseen)
-        try:
+        with naming_what_stops_it():
             h, stderr = self._measure(moved, problem)
-        except MeasurementError:
-            raise
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            raise SecondDerivativeError(cause_of(error)) from error
         return Curvatures(h | exact.h, self.name, exact.failed, stderr, exact.methods, exact.notes)
 
     def _measure(self, moved: MovedNetwork, problem: DifferentiableLoss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

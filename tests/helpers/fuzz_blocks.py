@@ -23,9 +23,10 @@ ACTIVATIONS = {
     "hardswish": nn.Hardswish, "softmax": lambda: nn.Softmax(1),
 }  # fmt: skip
 
-VECTOR = ("linear", "linear", "norm", "lora", "square", "fused")
+VECTOR = ("linear", "linear", "product", "experts", "norm", "lora", "square", "fused")
 SEQUENCE = (*VECTOR, "attention", "sdpa", "encoder", "recurrent")
 IMAGE = ("conv", "conv", "transposed", "image_norm", "pool", "square")
+WAYS = ("matmul", "transposed", "einsum", "block", "addmm", "views")
 WRAPS = (
     "none", "residual", "cat", "twice", "checkpoint", "reentrant", "frozen", "weight_norm", "spectral_norm", "dropout",
     "wide", "half", "cast", "zero", "dead", "unused", "detached", "in_place", "no_grad",
@@ -98,6 +99,47 @@ class Lora(nn.Module):
 
     def forward(self, x):
         return self.base(x) + self.down(x) @ self.up.T
+
+
+class Product(nn.Module):
+    """A parameter that is multiplied with the input, in one of the ways that there are."""
+
+    def __init__(self, ins, outs, way):
+        super().__init__()
+        self.way = way
+        # Of two blocks of columns the second is applied.
+        shape = {"transposed": (outs, ins), "einsum": (outs, ins), "block": (ins, 2 * outs)}.get(way, (ins, outs))
+        self.matrix = nn.Parameter(torch.randn(shape) / ins**0.5)
+
+    def forward(self, x):
+        match self.way:
+            case "transposed":
+                return x @ self.matrix.T
+            case "einsum":
+                return torch.einsum("...i,oi->...o", x, self.matrix)
+            case "block":
+                return x @ self.matrix[:, self.matrix.shape[1] // 2 :]
+            case "addmm":
+                return torch.addmm(x.new_ones(()), x.flatten(0, -2), self.matrix).unflatten(0, x.shape[:-1])
+            case "views":
+                return x @ self.matrix + (x + 1) @ self.matrix
+        return x @ self.matrix
+
+
+class Experts(nn.Module):
+    """A stack of two matrices, each applied to all of the input."""
+
+    def __init__(self, ins, outs, *, by_einsum):
+        super().__init__()
+        self.by_einsum, self.stack = by_einsum, nn.Parameter(torch.randn(2, ins, outs) / ins**0.5)
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if self.by_einsum:
+            y = torch.einsum("ri,eio->ero", rows, self.stack)
+        else:
+            y = torch.bmm(rows.expand(2, *rows.shape), self.stack)
+        return (y[0].tanh() + y[1]).unflatten(0, x.shape[:-1])
 
 
 class Attention(nn.Module):
@@ -249,6 +291,8 @@ def _encoder(gene, x):
 
 _LAST = {
     "linear": lambda g, x: nn.Linear(x.shape[-1], g.width, bias=g.a % 2 == 0),
+    "product": lambda g, x: Product(x.shape[-1], g.width, WAYS[g.a % len(WAYS)]),
+    "experts": lambda g, x: Experts(x.shape[-1], g.width, by_einsum=g.a % 2 == 0),
     "norm": _last_norm,
     "lora": lambda g, x: Lora(x.shape[-1], g.width, 1 + g.a % 2),
     "square": lambda g, x: Custom("square"),

@@ -75,6 +75,8 @@ def matrix_entries(layer: MatrixLayer, shape: torch.Size) -> torch.Tensor:
         ins, outs = shape[0] // layer.groups, shape[1]
         rows = [index[g * ins : (g + 1) * ins, o].flatten() for g in range(layer.groups) for o in range(outs)]
         return torch.stack(rows)
+    if layer.stack:
+        return torch.cat(list(index))
     matrix = index.reshape(shape[0], -1)
     return matrix if layer.rows is None else matrix[layer.rows[0] : layer.rows[1]]
 

@@ -122,6 +122,11 @@ def ctc(model, x):
     return F.ctc_loss(log_p, torch.ones(4, 2, dtype=torch.long), torch.full((4,), 8), torch.full((4,), 2))
 
 
+def ctc_of_each_sample(model, x):
+    ones = torch.ones(len(x), dtype=torch.long)
+    return F.ctc_loss(model(x).log_softmax(-1)[None], ones[:, None], ones, ones)
+
+
 def nan_gradient(model, x):
     return square(lambda y: NaNGradient.apply(model(y)), x)
 
@@ -137,6 +142,10 @@ NOTHING_MEASURED = {
     "ctc": (
         net, ctc, {}, SecondDerivativeError,
         "0.weight, 2.weight: ctc_loss has no second derivative .*layers=.* loss_fn",
+    ),
+    "ctc_by_columns": (
+        net, ctc_of_each_sample, {"curvature": "ggn"}, SecondDerivativeError,
+        "ctc_loss has no second derivative .*layers=.* loss_fn",
     ),
     "custom_loss": (
         lambda: nn.Sequential(nn.Linear(6, 5)), lambda m, x: Once.apply(m(x)).mean(), {}, SecondDerivativeError,
