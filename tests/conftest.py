@@ -63,10 +63,13 @@ def current_folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def own_batch(request, monkeypatch):
-    """In a Trainer, measure the step's own batch unless a test says otherwise: noise would ask for many more."""
+def plain_probes(request, monkeypatch):
+    """In a Trainer, probe by the share of time alone and on the step's own batch, unless a test says otherwise.
+
+    Else the clock would decide how many probes there are, and noise how many batches they take.
+    """
     if "integration" in request.path.parts or "unit" in request.path.parts:
-        defaults = SpectralProbe.__init__.__kwdefaults__ | {"gradient_samples": None}
+        defaults = SpectralProbe.__init__.__kwdefaults__ | {"gradient_samples": None, "min_probes": 0}
         monkeypatch.setattr(SpectralProbe.__init__, "__kwdefaults__", defaults)
 
 

@@ -147,7 +147,8 @@ def run(name: str, steps: int, scalars: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     chosen, watch = RUNS[name], Watch()
-    probe = SpectralProbe(every_n_steps=1, top_k=4, gradient_samples=None, curvature=chosen.curvature or "auto")
+    options = {"every_n_steps": 1, "min_probes": 0, "top_k": 4, "gradient_samples": None}
+    probe = SpectralProbe(**options, curvature=chosen.curvature or "auto")
     logging: pl.Callback = probe if chosen.curvature else Scalars(scalars)
     with tempfile.TemporaryDirectory() as folder:
         offline = offline_wandb_run("long_run", name, Path(folder)) if chosen.wandb else None

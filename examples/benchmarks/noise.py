@@ -2,10 +2,11 @@
 
     python examples/benchmarks/noise.py [--output noise.json] [--figure noise.png] [--seeds 3]
 
-A GPT and a CNN are trained by Lightning on batches of 64, each with two default probes at fixed steps: one with
-`gradient_samples=None`, gradient and curvature on the batch, and one with "auto". At the same weights the reference
-takes the gradient of 4,096 samples (of all 1,088 images for the CNN) and curvature of 256. In the last weights the
-number of gradient samples is varied, too: `plain` has the curvature of the same samples, `few` that of 64 of them.
+A GPT and a CNN are trained by Lightning on batches of 64, each with two default probes at fixed steps and of the final
+weights: one with `gradient_samples=None`, gradient and curvature on the batch, and one with "auto". At the same weights
+the reference takes the gradient of 4,096 samples (of all 1,088 images for the CNN) and curvature of 256. In the last
+weights the number of gradient samples is varied, too: `plain` has the curvature of the same samples, `few` that of 64
+of them.
 
 Errors are of alpha, over the layers whose reference is a fit to trust but for its signal; `covered` is the share of
 them within 1.96 standard errors. Cost is in that of the probe with `gradient_samples=None`, in the same run.
@@ -63,7 +64,14 @@ class Compare(pl.Callback):
         self._seen = dict.fromkeys(probes, 0)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Compare the reports that are new."""
+        """Compare the reports before a step."""
+        self._compare(pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Compare those of the final weights."""
+        self._compare(pl_module)
+
+    def _compare(self, pl_module: Any) -> None:
         fresh = {name: probe for name, probe in self.probes.items() if probe.probes > self._seen[name]}
         if not fresh:
             return
@@ -145,15 +153,9 @@ def summarized(rows: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = {arm: median(row["seconds"] for row in of_arm) for arm, of_arm in arms.items()}
     keys = ("samples", "signal", "noise_scale", "median_error", "bias", "alpha", "reference")
     return {
-        arm: {key: median(row[key] for row in of_arm) for key in keys}
-        | {"cost": seconds[arm] / seconds["batch"], "error_with_room": _with_room(of_arm)}
+        arm: {key: median(row[key] for row in of_arm) for key in keys} | {"cost": seconds[arm] / seconds["batch"]}
         for arm, of_arm in arms.items()
     }
-
-
-def _with_room(rows: list[dict[str, Any]]) -> float:
-    """Return the median error of the probes that found more than one batch before the run's end."""
-    return median(row["median_error"] for row in rows if row["samples"] > BATCH)
 
 
 def coverage(rows: list[dict[str, Any]]) -> float | None:

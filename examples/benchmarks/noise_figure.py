@@ -46,7 +46,6 @@ def _panel(axes: Any, name: str, network: Mapping[str, Any]) -> list[Any]:
         rows = [row for row in varied if row["arm"] == arm]
         samples, alphas = _medians(rows, "bias")
         axes.plot(samples, alphas, "o-", color=COLOURS[arm], markersize=4, label=label)
-    # The last probe comes with the run's end, and finds one batch.
     auto = [row for row in network["probes"] if row["arm"] == "auto" and row["samples"] > BATCH]
     axes.plot(
         [row["samples"] for row in auto], [row["bias"] for row in auto], "*", color=COLOURS["auto"], markersize=9,

@@ -157,7 +157,7 @@ class MeasureAt(SpectralProbe):
     """
 
     def __init__(self, steps: tuple[int, ...], **options: Any) -> None:
-        super().__init__(every_n_steps=1, history_size=max(len(steps), 1), **options)
+        super().__init__(every_n_steps=1, min_probes=0, history_size=max(len(steps), 1), **options)
         self.steps = frozenset(steps)
 
     def should_measure(self, step: int) -> bool:
@@ -263,7 +263,8 @@ def _scaling(training: Training) -> list[SpectralProbe]:
     if training.rate_power is None:
         return []
     every = max(training.steps // 10, 1)
-    options = {"every_n_steps": every, "prefix": "scale", "log_layers": "none", "max_samples": training.samples}
+    options = {"every_n_steps": every, "min_probes": 0, "prefix": "scale", "log_layers": "none"}
+    options["max_samples"] = training.samples
     # The batch about to be trained on, at its step: more samples would be a later one.
     options["gradient_samples"] = None
     return [ScaleRates(power=training.rate_power, shuffled=training.shuffled, **options)]

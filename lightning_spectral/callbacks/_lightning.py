@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import itertools
+import math
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +14,7 @@ import torch
 
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, DistributedGroup, SingleProcess
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.measurement.loader_batches import unused_copy
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -73,15 +78,64 @@ def optimizer_steps(trainer: Any) -> int:
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
 
 
-def total_steps(trainer: Any) -> float:
-    """Return the optimizer steps of the whole run; infinity where they are not known."""
+def total_steps(trainer: Any, step_seconds: float = math.nan) -> float:
+    """Return the optimizer steps of the whole run, by steps, epochs or time; infinity where they are not known.
+
+    Args:
+        trainer: Trainer of the run.
+        step_seconds: that a step takes; NaN: not known, so that a limit of time says nothing.
+    """
+    done = optimizer_steps(trainer)
     try:
         steps = float(trainer.estimated_stepping_batches)
     except Exception:
         # A Trainer that cannot tell raises an error class of its own package.
-        return float("inf")
+        steps = math.inf
     # Epochs of a loader without a length give -1.
-    return steps if steps >= 0 else float("inf")
+    steps = steps if steps >= 0 else math.inf
+    if steps == trainer.max_steps and done:
+        # Each of several optimizers takes a step per batch, and max_steps counts them all.
+        steps *= done / float(trainer.global_step)
+    timers = [callback for callback in trainer.callbacks if any(x.__name__ == "Timer" for x in type(callback).__mro__)]
+    left = [seconds for timer in timers if (seconds := timer.time_remaining()) is not None]
+    by_time: list[float] = [done + max(seconds, 0.0) / step_seconds for seconds in left if step_seconds > 0]
+    return min([steps, *by_time])
+
+
+class TrainingPass:
+    """Batches of a further pass over a Trainer's training data, of this rank, at most as many as an epoch has.
+
+    Attributes:
+        loaders: that the Trainer reads.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        # The public train_dataloader does not tell how several loaders are combined.
+        self._combined = getattr(trainer.fit_loop, "_combined_loader", None)
+        self._one = trainer.train_dataloader
+        self._most = trainer.num_training_batches
+        self.loaders = [self._one] if self._combined is None else self._combined.flattened
+
+    def __copy__(self) -> TrainingPass:
+        """Return the same of copies of the loaders."""
+        other = object.__new__(TrainingPass)
+        vars(other).update(vars(self), loaders=list(map(unused_copy, self.loaders)))
+        if self._combined is None:
+            other._one = other.loaders[0]
+        else:
+            other._combined = copy.copy(self._combined)
+            other._combined.flattened = other.loaders
+        return other
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches as the loaders give them."""
+        batches = self._one if self._combined is None else (batch for batch, _, _ in self._combined)
+        return itertools.islice(batches, None if math.isinf(self._most) else int(self._most))
+
+
+def rank_zero_info(trainer: Any, text: str) -> None:
+    """Log a line as Lightning does its own, on rank 0."""
+    importlib.import_module(f"{package_of(type(trainer))}.utilities").rank_zero_info(text)
 
 
 def to_device(trainer: Any, module: Any, batch: Any) -> Any:

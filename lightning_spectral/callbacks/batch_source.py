@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -58,23 +58,45 @@ class BatchSource:
                 f"got batch={choice!r} and n_batches={n_batches}"
             )
         self.gradient_samples, self.gradient_samples_max = gradient_samples, gradient_samples_max
-        self.samples = gradient_samples if isinstance(gradient_samples, int) else None
+        self.samples = self._asked_samples
         self.most_batches = math.inf
         self.ranks = 1
         self.reset()
 
     def reset(self) -> None:
         """Drop the collected batches, for the next probe or run."""
+        self._loader: Iterable[Any] | None = self.choice if isinstance(self.choice, DataLoader) else None
+        self._least = self.n_batches
         self._batches = CpuBatches()
         self._samples = 0
         self._loaded_for: int | None = None
         self._is_loaded = False
+
+    def read(self, batches: Iterable[Any], most: float) -> None:
+        """Take the next probe's batches from these, of a further pass over the training data, up to `reset`.
+
+        Args:
+            batches: of this rank.
+            most: number of batches that there are.
+        """
+        self.reset()
+        self.samples = self._asked_samples
+        self._loader, self._least = batches, int(min(self.n_batches, most))
+
+    @property
+    def is_read(self) -> bool:
+        """True where a probe's batches are read from a loader when it is due, and not collected from training."""
+        return self._loader is not None
 
     def describe_size(self) -> str:
         """Return the option that sets how much is collected, as text."""
         if self.fixed_samples is not None:
             return f"fixed_samples={self.fixed_samples}"
         return f"n_batches={self.n_batches}" if self.samples is None else f"gradient_samples={self.samples}"
+
+    @property
+    def _asked_samples(self) -> int | None:
+        return self.gradient_samples if isinstance(self.gradient_samples, int) else None
 
     @property
     def follows_noise(self) -> bool:
@@ -142,20 +164,26 @@ class BatchSource:
             group: ranks that measure together.
         """
         self.ranks = group.size
-        if self.choice == "train":
+        if self._loader is not None:
+            if not self._is_loaded or self._loaded_for != self.samples:
+                self._read(self._loader, module, to_device, group)
+        elif self.choice == "train":
             if not len(self._batches) and self._suffices_alone(batch):
                 return [batch]
             self.collect(batch)
-        elif isinstance(self.choice, DataLoader) and (not self._is_loaded or self._loaded_for != self.samples):
-            inner = getattr(self.choice.batch_sampler, "sampler", None)
-            is_split = isinstance(self.choice.sampler, DistributedSampler) or isinstance(inner, DistributedSampler)
-            share = ALL if is_split else Share(group.rank, group.size)
-            samples = None if self.samples is None else math.ceil(self.samples / (group.size if is_split else 1))
-            self._batches = first_batches(
-                self.choice, self.n_batches, module, prepare=to_device, share=share, samples=samples
-            )
-            self._loaded_for, self._is_loaded = self.samples, True
         return self._batches if self._is_loaded or self._is_full else None
+
+    def _read(
+        self, loader: Iterable[Any], module: nn.Module, to_device: Callable[[Any], Any], group: SingleProcess
+    ) -> None:
+        inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+        samplers = (getattr(loader, "sampler", None), inner)
+        # In training each rank has a loader of its own.
+        is_split = self.choice == "train" or any(isinstance(sampler, DistributedSampler) for sampler in samplers)
+        share = ALL if is_split else Share(group.rank, group.size)
+        samples = None if self.samples is None else math.ceil(self.samples / (group.size if is_split else 1))
+        self._batches = first_batches(loader, self._least, module, prepare=to_device, share=share, samples=samples)
+        self._loaded_for, self._is_loaded = self.samples, True
 
     def _suffices_alone(self, batch: Any) -> bool:
         """Return whether a batch is all that a probe takes, so that it need not be copied."""

@@ -1,4 +1,4 @@
-"""Warnings that the time budget leaves no room for a second probe, and which options would make some."""
+"""Warning that a run has room for one probe alone, and which options would make some."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.terminal.formatting import duration
 
 FEWEST_SAMPLES = 16
 """Number of samples below which a suggested max_samples would measure noise."""
@@ -19,60 +20,58 @@ STEPS_TO_JUDGE = 4
 
 
 class BudgetAdvice:
-    """Warn if one probe takes more than the whole run allows, or was the only one.
+    """Warn if a run has room for one probe alone, as soon as that can be told, or when it has ended with one.
 
     Args:
         budget: time budget of the probes.
         warn: warns once per cause.
+
+    Attributes:
+        report: of the last probe; None if it failed.
     """
 
     def __init__(self, budget: TimeBudget, warn: Callable[[str], None]) -> None:
         self.budget, self.warn = budget, warn
+        self.report: SpectralReport | None = None
         self.start()
 
     def start(self) -> None:
         """Begin a run."""
-        self._is_judged = self._warned = False
+        self._is_judged = self._has_warned = False
 
-    def judge(self, step: int, report: SpectralReport | None, total_steps: Callable[[], float] | None) -> None:
-        """Warn if the first probe took more than the budget of the whole run, as soon as its length is known.
-
-        Args:
-            step: optimizer step that training has reached.
-            report: report of the probe; None if it failed.
-            total_steps: returns the optimizer steps of the whole run; None when the run is over.
-        """
-        budget, first = self.budget, self.budget.last_step
-        if self._is_judged or first is None or step - first < (1 if total_steps is None else STEPS_TO_JUDGE):
+    def judge(self, step: int) -> None:
+        """Warn of a whole run without room for a second probe, some steps after the first."""
+        budget = self.budget
+        if self._is_judged or budget.probes != 1 or step - (budget.last_step or 0) < STEPS_TO_JUDGE:
             return
         self._is_judged = True
-        steps_to_come = 0.0 if total_steps is None else total_steps() - step
-        seconds = budget.wall_seconds + steps_to_come * budget.step_seconds(step)
-        allowed = budget.max_overhead * seconds
-        if not math.isfinite(seconds) or budget.last_seconds <= allowed:
-            return
-        self._warned = True
-        self.warn(
-            f"one probe took {budget.last_seconds:.2g} s, more than the max_overhead={budget.max_overhead:g} of this "
-            f"whole run of about {seconds:.2g} s, so there will be no other; set max_samples "
-            f"({_max_samples(report, allowed / budget.last_seconds)}), fewer layers or directions (layers, top_k), a "
-            f"larger max_overhead, or every_n_steps. A second probe takes a run of {self._seconds_for_second():.2g} s"
-        )
+        seconds = budget.training_seconds(step)
+        if math.isfinite(seconds) and self._allowed(seconds) < 2 * budget.last_seconds:
+            self._warn(seconds)
 
-    def end(self, step: int, report: SpectralReport | None) -> None:
-        """Warn at the end of a run with one probe, unless `judge` did, what a second probe takes."""
-        self.judge(step, report, None)
-        if self._warned or report is None:
-            return
-        self.warn(
-            "the one probe before the first steps was the only one: in this run of "
-            f"{self.budget.wall_seconds:.2g} s max_overhead={self.budget.max_overhead:g} leaves no room for a "
-            f"second, which takes a run of {self._seconds_for_second():.2g} s; raise max_overhead, or set every_n_steps"
-        )
+    def end(self) -> None:
+        """Warn when training has ended with one probe, unless `judge` did."""
+        budget = self.budget
+        if budget.probes == 1 and not self._has_warned:
+            self._warn(budget.wall_seconds - budget.probe_seconds)
 
-    def _seconds_for_second(self) -> float:
-        """Return the wall time from which on a second probe of the same cost is within the budget."""
-        return 2 * self.budget.last_seconds / self.budget.max_overhead
+    def _allowed(self, training_seconds: float) -> float:
+        """Return the seconds of all probes that are the share beside so many of training."""
+        share = self.budget.share
+        return share / (1 - share) * training_seconds
+
+    def _warn(self, training_seconds: float) -> None:
+        self._has_warned = True
+        budget, allowed, cost = self.budget, self._allowed(training_seconds), self.budget.last_seconds
+        rule = f"min_probes={budget.min_probes}" if budget.min_probes else f"max_overhead={budget.max_overhead:g}"
+        remedy = f"a max_overhead above {budget.share:g}" if budget.min_probes else "min_probes, a larger max_overhead"
+        samples = _max_samples(self.report, allowed / (2 * cost))
+        self.warn(
+            f"a run of {duration(training_seconds + cost)} has room for one probe alone: one takes {duration(cost)}, "
+            f"and together they may take {100 * budget.share:g} % of the time ({rule}). For a curve set max_samples "
+            f"({samples}), fewer layers or directions (layers, top_k), {remedy} or "
+            f"every_n_steps; or train longer: from {duration(2 * cost / budget.share)} on there are two"
+        )
 
 
 def _max_samples(report: SpectralReport | None, share: float) -> str:
@@ -80,7 +79,7 @@ def _max_samples(report: SpectralReport | None, share: float) -> str:
     n = None if report is None else report.curvature_samples
     method = "" if report is None else report.chosen
     # The cost of the columns goes with the samples; that of a sketch does so down to FEW_SAMPLES.
-    if n is not None and method.startswith("ggn") and int(n * share) >= FEWEST_SAMPLES:
+    if n is not None and method.startswith("ggn") and FEWEST_SAMPLES <= int(n * share) < n:
         return f"about {int(n * share)} of {n}"
     if n is not None and method.startswith("exact") and n < FEW_SAMPLES:
         return f"{FEW_SAMPLES} or more, for a sketch, which is faster"

@@ -8,20 +8,19 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning_spectral._validation import positive_int
-from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, process_group_of, total_steps
+from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, process_group_of
 from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, transfer_alphas, warn_of_unmeasured
 from lightning_spectral.callbacks.batch_source import BatchChoice, BatchSource
-from lightning_spectral.callbacks.budget_advice import BudgetAdvice
 from lightning_spectral.callbacks.callback_metrics import CallbackMetrics
 from lightning_spectral.callbacks.log_selection import LogSelection
 from lightning_spectral.callbacks.probe_log import ProbeCounts, ProbeLog
-from lightning_spectral.callbacks.probe_trigger import MAX_OVERHEAD, ProbeTrigger
+from lightning_spectral.callbacks.probe_trigger import ProbeTrigger
 from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
 from lightning_spectral.callbacks.safe_measurement import SafeMeasurement
 from lightning_spectral.callbacks.step_probe import StepProbe, step_parts
 from lightning_spectral.callbacks.swap import SwapOptimizer
-from lightning_spectral.callbacks.time_budget import TimeBudget
+from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, MIN_PROBES, TimeBudget
 from lightning_spectral.callbacks.warn_once import WarnOnce
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import FirstSamples
@@ -37,7 +36,8 @@ class SpectralProbe(AnyCallback):
 
     The probe runs before an optimizer step, on the batch about to be trained on and, with gradient accumulation, on the
     step's first micro-batch; gradient and curvature are those of one loss on that batch. It probes before the first
-    step and then as often as ``max_overhead`` allows, or at fixed steps. Training goes on as without it: weights,
+    step, then as often as ``max_overhead`` allows and at least ``min_probes`` times, or at fixed steps, and at last
+    the final weights, on batches of a further pass over the data. Training goes on as without it: weights,
     buffers, optimizer, gradients, metrics and random states are bit-identical. What it cannot measure it logs as NaN,
     with a count, and warns about once per cause; it never stops training.
 
@@ -56,6 +56,9 @@ class SpectralProbe(AnyCallback):
         every_n_steps: probe before optimizer step 0, N, 2 N, ... whatever it costs; None: by max_overhead.
         max_overhead: share of wall time, validation and all, that probes may take from the second one on; of no effect
             beside every_n_steps.
+        min_probes: up to so many, evenly over a run whose length is known (steps, epochs or max_time), come within 20 %
+            of its wall time, and so does one of the final weights when training ends, which every_n_steps takes at any
+            cost. In a run of unknown length they come as soon as 20 % allow. 0: neither.
         top_k: directions per layer, K, 3 or more.
         curvature: "exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at
             once; "sketch", products for all layers and several directions of each, with standard errors; "auto", the
@@ -118,6 +121,7 @@ class SpectralProbe(AnyCallback):
         curvature: str = "auto",
         layers: LayerSelection = None,
         *,
+        min_probes: int = MIN_PROBES,
         kinds: Mapping[str, Kind] | None = None,
         fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = (),
         mode: Mode = "eval",
@@ -173,10 +177,9 @@ class SpectralProbe(AnyCallback):
         self.swap = SwapOptimizer() if swap_optimizer else AnyCallback()
         self._warn_once = WarnOnce()
         self.measurement = SafeMeasurement(self.options, loss_fn, self._warn_once)
-        self.budget = TimeBudget(max_overhead)
+        self.budget = TimeBudget(max_overhead, min_probes)
         self.source = BatchSource(batch, n_batches, fixed_samples, gradient_samples, gradient_samples_max)
         self.trigger = ProbeTrigger(every_n_steps, self.budget, self.source, self._warn_once)
-        self.advice = BudgetAdvice(self.budget, self._warn_once)
         self.logged = LogSelection(log_layers, log_quantities, self.options.parts | step_parts(step), self._warn_once)
         outputs = OutputOptions(log_figures_every, log_tables, wandb_charts, print_every, print_end, keep_reports)
         self.outputs = ReportWriter(prefix, outputs, self.logged.layers, self._warn_once)
@@ -248,7 +251,6 @@ class SpectralProbe(AnyCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock, and warn of matrices of alpha="probe" that are not measured."""
         self.trigger.start(trainer)
-        self.advice.start()
         self.outputs.start()
         self.monitored.publish(trainer)
         if not self.trigger.off:
@@ -256,15 +258,17 @@ class SpectralProbe(AnyCallback):
             warn_of_unmeasured(probe_alpha_optimizers(trainer), pl_module, self.options, self._warn_once)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stop the clock, warn of what is missing in the curves, and print the last probe where that is wanted."""
-        if not self.trigger.off:
-            if self._has_one_within_budget:
-                self.advice.end(optimizer_steps(trainer), self.last_report)
-            elif not self.probes:
-                self.trigger.warn_if_waiting()
-        self.budget.stop()
+        """Probe the final weights, stop the clock, warn of what is missing in the curves, and say what there was."""
+        step = optimizer_steps(trainer)
         self.step_probe.drop()
-        self.outputs.end(trainer, self.last_report)
+        noise_scale = partial(self.measurement.noise_scale, pl_module, 0, self.trigger.group)
+        if (batches := self.trigger.final_batches(trainer, pl_module, noise_scale)) is not None:
+            # No step will be taken with the exponents of the final weights.
+            alphas = transfer_alphas(None, probe_alpha_optimizers(trainer), pl_module, self.options, self.logged.layers)
+            self._finish(trainer, pl_module, self._measure(trainer, pl_module, batches, 0), alphas)
+        self.trigger.end()
+        self.probe_log.close(trainer, step, self.last_report)
+        self.budget.stop()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Probe before the step on this batch, if a probe is due."""
@@ -272,21 +276,15 @@ class SpectralProbe(AnyCallback):
             return
         step, optimizers = optimizer_steps(trainer), probe_alpha_optimizers(trainer)
         if self.trigger.enter_step(trainer):
-            if self._has_one_within_budget:
-                self.advice.judge(step, self.last_report, lambda: total_steps(trainer))
-            self.trigger.is_pending |= self.should_measure(step)
+            self.trigger.is_pending = self.trigger.is_pending or self.should_measure(step)
         noise_scale = partial(self.measurement.noise_scale, pl_module, batch_idx, self.trigger.group)
         if (batches := self.trigger.batches(trainer, pl_module, batch, noise_scale)) is None:
             return
-        report = self._measure(trainer, pl_module, batches, batch_idx, step)
+        report = self._measure(trainer, pl_module, batches, batch_idx)
         alphas = transfer_alphas(report, optimizers, pl_module, self.options, self.logged.layers)
-        self.probes += 1
-        self.failed_probes += report is None
         first = FirstSamples(batches, None, self.source.n_batches)
         self.step_probe.keep(trainer, pl_module, first, report, batch_idx=batch_idx, step=step)
-        self.trigger.finish(pl_module, step, report)
-        counts, later = ProbeCounts(self.probes, self.failed_probes), self.step_probe.keys(report)
-        self.probe_log.write(trainer, step, self.history, counts, report=report, alphas=alphas, later=later)
+        self._finish(trainer, pl_module, report, alphas)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure the optimizer's step that followed a probe, once it is taken."""
@@ -313,18 +311,19 @@ class SpectralProbe(AnyCallback):
         self.last_report = saved_report(state_dict.get("last_report"), self._warn_once)
         self.trigger.follow(self.last_report)
 
-    @property
-    def _has_one_within_budget(self) -> bool:
-        return self.probes == 1 and self.every_n_steps is None
-
-    def _measure(
-        self, trainer: Any, module: Any, batches: Sequence[Any], batch_idx: int, step: int
-    ) -> SpectralReport | None:
-        n_batches, group = self.source.n_batches, self.trigger.group
-        report = self.measurement.report(
-            trainer, module, batches, batch_idx=batch_idx, step=step, n_batches=n_batches, group=group
-        )
+    def _measure(self, trainer: Any, module: Any, batches: Sequence[Any], batch_idx: int) -> SpectralReport | None:
+        where: dict[str, Any] = {"step": optimizer_steps(trainer), "batch_idx": batch_idx, "group": self.trigger.group}
+        report = self.measurement.report(trainer, module, batches, n_batches=self.source.n_batches, **where)
         if report is not None:
             self.last_report = report
             self._history.append(report)
         return report
+
+    def _finish(self, trainer: Any, module: Any, report: SpectralReport | None, alphas: dict[str, float]) -> None:
+        self.probes += 1
+        self.failed_probes += report is None
+        step, counts = optimizer_steps(trainer), ProbeCounts(self.probes, self.failed_probes)
+        self.trigger.finish(module, step, report)
+        # The final weights, which no step follows, share the charts of the others.
+        later = self.step_probe.keys(report)
+        self.probe_log.write(trainer, step, self.history, counts, report=report, alphas=alphas, later=later)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lightning_spectral.callbacks._lightning import rank_zero_info
 from lightning_spectral.callbacks.callback_metrics import CallbackMetrics
 from lightning_spectral.callbacks.log_selection import LogSelection
 from lightning_spectral.callbacks.report_writer import ReportWriter
@@ -13,6 +17,7 @@ from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.records.log_keys import former_key
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
+from lightning_spectral.report.terminal.formatting import duration, fixed, percent
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,45 @@ class ProbeLog:
         self.outputs.write_later(trainer, step, scalars, measurement)
         self._publish(trainer, scalars)
 
+    def close(self, trainer: Any, step: int, report: SpectralReport | None) -> None:
+        """Write what there was when training has ended: the share of the whole run, a line, a table where wanted.
+
+        Args:
+            trainer: Trainer with the loggers.
+            step: optimizer steps that were taken.
+            report: last report; None without one.
+        """
+        if self.budget.probes and self.budget.last_step != step:
+            # The last probe's row has the share up to that step.
+            self.write_later(trainer, step, {"probe_overhead": self.budget.overhead})
+        self.outputs.end(trainer, report)
+        if self.budget.probes:
+            rank_zero_info(trainer, closing_line(self.budget, report, self.outputs.file.path))
+
     def _publish(self, trainer: Any, scalars: Mapping[str, float]) -> None:
         former = {name: value for key, value in scalars.items() if (name := former_key(key))}
         names = {f"{self.outputs.prefix}/{key}": value for key, value in (former | dict(scalars)).items()}
         self.monitored.write(trainer, names)
+
+
+def closing_line(budget: TimeBudget, report: SpectralReport | None, path: Path | None) -> str:
+    """Return one line on a run that has ended: its probes, their share of time, alpha at its end, the page's command.
+
+    Args:
+        budget: of the run.
+        report: the last; None without one.
+        path: of the run's spectra; None without them.
+    """
+    probes = f"{budget.probes} probe{'s' * (budget.probes != 1)}"
+    parts = [f"SpectralProbe: {probes}, {percent(budget.overhead)} of {duration(budget.wall_seconds)}"]
+    if report is not None:
+        trusted, layers = len(report.trusted), f"{len(report.layers)} layer{'s' * (len(report.layers) != 1)}"
+        alpha = f"median alpha {fixed(report.medians()['alpha_median'])} of {trusted} of {layers} to trust"
+        parts.append(alpha if trusted else f"no alpha to trust in {layers}")
+    if path is not None:
+        folder = path.parent
+        # Without following links, as the user sees it.
+        relative = os.path.relpath(folder)
+        shown = shlex.quote(str(folder) if relative.startswith("..") else relative)
+        parts.append(f"lightning-spectral report {shown} shows the page")
+    return "; ".join(parts)

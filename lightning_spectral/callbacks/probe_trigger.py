@@ -8,18 +8,22 @@ from functools import partial
 from typing import Any
 
 from lightning_spectral._validation import positive_int
-from lightning_spectral.callbacks._lightning import optimizer_steps, repeats_batch, to_device, total_steps
+from lightning_spectral.callbacks._lightning import (
+    TrainingPass,
+    optimizer_steps,
+    repeats_batch,
+    to_device,
+    total_steps,
+)
 from lightning_spectral.callbacks.batch_source import FIRST_BATCHES, BatchSource
-from lightning_spectral.callbacks.time_budget import TimeBudget
+from lightning_spectral.callbacks.budget_advice import BudgetAdvice
+from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, TimeBudget
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.isolation.batch_tree import batch_size
 from lightning_spectral.isolation.devices import synchronize
 from lightning_spectral.measurement.gradient_samples import samples_for_aim
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.report import SpectralReport
-
-MAX_OVERHEAD = 0.05
-"""Share of wall time that probes take by default."""
 
 
 class ProbeTrigger:
@@ -43,13 +47,15 @@ class ProbeTrigger:
     ) -> None:
         self.every_n_steps = None if every_n_steps is None else positive_int("every_n_steps", every_n_steps)
         self.budget, self.source, self.warn = budget, source, warn
+        self.advice = BudgetAdvice(budget, warn)
         self.reset()
 
     def reset(self) -> None:
         """Begin a run, before a checkpoint is loaded."""
         self.off = self._batch_error = ""
         self.group: SingleProcess = SINGLE_PROCESS
-        self.is_resumed = self.is_pending = False
+        self.is_resumed = self.is_pending = self._is_over = False
+        self._first_step = 0
         self._step: int | None = None
         self._has_aim = False
         self._in_epoch = math.inf
@@ -91,7 +97,10 @@ class ProbeTrigger:
         for rank, reason in enumerate(self.group.all_gather_object(self.off)):
             if reason and not self.off:
                 self.turn_off(f"rank {rank}: {reason}")
-        self.budget.start(optimizer_steps(trainer))
+        self._first_step = optimizer_steps(trainer)
+        self.budget.total_steps = total_steps(trainer)
+        self.budget.start(self._first_step)
+        self.advice.start()
         in_epoch = trainer.num_training_batches
         if self._of_one_step(trainer) and in_epoch < self.source.n_batches:
             self.warn(
@@ -106,13 +115,17 @@ class ProbeTrigger:
         """Return whether a probe takes batches of one optimizer step alone."""
         return bool(1 < self.source.takes_per_probe <= trainer.accumulate_grad_batches)
 
-    def warn_if_waiting(self) -> None:
-        """Warn at the end of training if the first probe is still waiting for its batches."""
-        if self.is_pending:
+    def end(self) -> None:
+        """Warn when training has ended without a second probe, or while the first was waiting for its batches."""
+        if self.off:
+            return
+        if self.is_pending and not self.budget.probes:
             self.warn(
                 "training ended before there were the batches that a probe takes "
                 f"({self.source.describe_size()}): there was none"
             )
+        elif self.every_n_steps is None:
+            self.advice.end()
 
     def is_due(self, step: int) -> bool:
         """Return whether to probe before this step by the schedule; the same on all ranks."""
@@ -127,6 +140,10 @@ class ProbeTrigger:
             return False
         self._step = step
         self.budget.record_step(step)
+        if self.every_n_steps is None and step >= self.budget.next_look:
+            self.budget.total_steps = total_steps(trainer, self.budget.step_seconds(step))
+        if self.every_n_steps is None:
+            self.advice.judge(step)
         if self.source.samples is None and self._of_one_step(trainer):
             # An epoch's end cut the last step's micro-batches short; a probe takes those of one step.
             self.source.reset()
@@ -155,23 +172,64 @@ class ProbeTrigger:
             return None
         return [] if self.group.size > 1 and repeats_batch(trainer) else batches
 
+    def final_batches(
+        self, trainer: Any, module: Any, noise_scale: Callable[[Sequence[Any]], float]
+    ) -> Sequence[Any] | None:
+        """Return the batches of the probe of the final weights, when training ends; None if there is to be none.
+
+        In place of the batches that training would go on with, they are the first of a further pass over its data.
+
+        Args:
+            trainer, module, noise_scale: as in `batches`.
+        """
+        step = optimizer_steps(trainer)
+        if self.off or step <= self._first_step:
+            return None
+        self.budget.record_step(step)
+        if not self.budget.min_probes or not self._has_room():
+            return None
+        self.is_pending = self._is_over = True
+        # One that was collecting batches begins anew, with those of the final weights.
+        self._has_aim = False
+        if self.source.choice == "train":
+            self.source.read(TrainingPass(trainer), trainer.num_training_batches)
+        return self.batches(trainer, module, None, noise_scale)
+
+    def _has_room(self) -> bool:
+        """Return whether the final weights are measured: at any cost at fixed steps, or as the probe that is due."""
+        if self.every_n_steps is not None or self.is_pending:
+            return True
+        return bool(self.group.all_gather_object(self.budget.has_room())[0])
+
     def _aim(self, trainer: Any, module: Any, batch: Any, noise_scale: Callable[[Sequence[Any]], float]) -> None:
         """Have the probe that begins take as many samples as the noise of its first batch or of the last probe asks."""
         self._has_aim = True
         own = math.nan
+        first: Sequence[Any] | None = [batch]
         # A loader's batches are kept, and so many that the last probe's noise is known well.
         if self.source.choice == "train" or math.isnan(self._noise_scale):
-            first = [batch] if self.source.choice == "train" else self._collect(trainer, module, batch)
+            first = self._collect(trainer, module, batch) if self.source.is_read else first
             if not self._all_have(first):
                 return
             own = noise_scale([] if self.group.size > 1 and repeats_batch(trainer) else first or [])
-        size = (batch_size(batch) or 0) * self.group.size
+        size = (batch_size((first or [None])[0]) or 0) * self.group.size
         most = FIRST_BATCHES * size if math.isnan(self._affordable) else self._affordable
-        steps = min(self.every_n_steps or math.inf, total_steps(trainer) - optimizer_steps(trainer))
-        # Else the run ends, or the next probe is due, before this one has its batches. An epoch's end ends a step.
+        # An epoch's end ends a step.
         per_step = min(trainer.accumulate_grad_batches, trainer.num_training_batches)
-        self.source.most_batches = max(min(steps * per_step, self._in_epoch), self.source.n_batches)
+        most_batches = min(self._room(optimizer_steps(trainer)) * per_step, self._in_epoch)
+        self.source.most_batches = max(most_batches, self.source.n_batches)
         self.source.aim(max((own, self._noise_scale), key=lambda scale: -1.0 if math.isnan(scale) else scale), most)
+
+    def _room(self, step: int) -> float:
+        """Return how many steps a probe may take to collect batches, the same on all ranks.
+
+        The first is to have them before training ends. Any other that has not is that of the final weights.
+        """
+        budget = self.budget
+        room = budget.room(step) if self.every_n_steps is None else self.every_n_steps
+        if budget.last_step is None or not budget.min_probes:
+            room = min(room, budget.total_steps - step)
+        return float(self.group.all_gather_object(room)[0])
 
     def finish(self, module: Any, step: int, report: SpectralReport | None) -> None:
         """Record that the probe before this step is done; its noise tells how many samples the next one takes."""
@@ -180,6 +238,7 @@ class ProbeTrigger:
         self.is_pending, self._seconds = False, 0.0
         self.source.finish()
         self._has_aim = False
+        self.advice.report = report
         self.follow(report)
 
     def follow(self, report: SpectralReport | None) -> None:
@@ -209,7 +268,7 @@ class ProbeTrigger:
         if every != self.every_n_steps:
             self.warn(f"the checkpoint was written with every_n_steps={every}; going on with {self.every_n_steps}")
         try:
-            self.budget.load_state_dict(state_dict["budget"])
+            self.budget.load_state_dict({"probes": state_dict.get("probes", 0), **state_dict["budget"]})
         except KeyError as error:
             self.warn(f"the checkpoint says nothing of the time probes took ({error}); it is counted from here on")
         self.is_resumed = bool(state_dict.get("probes"))
@@ -230,11 +289,15 @@ class ProbeTrigger:
             return None
 
     def _all_have(self, batches: Sequence[Any] | None) -> bool:
-        """Return whether every rank has its batches; turn off where one cannot have them."""
+        """Return whether every rank has its batches; turn off, and warn, where one cannot have them."""
         answers = self.group.all_gather_object((batches is not None, self._batch_error))
         for rank, (_, error) in enumerate(answers):
             if error:
                 where = f"rank {rank}: " if len(answers) > 1 else ""
-                self.turn_off(f"{where}its batches cannot be had: {error}")
+                reason = f"{where}its batches cannot be had: {error}"
+                if self._is_over:
+                    self.warn(f"no probe of the final weights: {reason}")
+                else:
+                    self.turn_off(reason)
                 return False
         return all(ready for ready, _ in answers)

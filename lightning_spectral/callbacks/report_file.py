@@ -20,10 +20,14 @@ class ReportFile:
     Args:
         prefix: prefix of the probe's keys, which names the file: each probe of a Trainer has its own.
         warn: warns once per cause.
+
+    Attributes:
+        path: of the file; None before a report is in it.
     """
 
     def __init__(self, prefix: str, warn: Callable[[str], None]) -> None:
         self.name, self.warn = spectra_file_name(prefix), warn
+        self.path: Path | None = None
 
     def append(self, trainer: Any, record: SpectralReport | StepMeasurement) -> None:
         """Append a report, or the step after it; call it on rank 0 only.
@@ -40,6 +44,7 @@ class ReportFile:
                 append_step(path, record)
             else:
                 append_report(path, record)
+            self.path = path
         except Exception as error:
             reason = getattr(error, "strerror", None) or error
             self.warn(

@@ -1,4 +1,4 @@
-"""`TimeBudget`: space probes so that they take a share of wall time."""
+"""`TimeBudget`: when to probe, so that a run has enough probes and they take a small share of its wall time."""
 
 from __future__ import annotations
 
@@ -7,21 +7,43 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lightning_spectral._validation import positive_int
+
+MAX_OVERHEAD = 0.05
+"""Share of wall time that probes take by default."""
+
+MIN_PROBES = 8
+"""Probes that a run gets at least, beside the one of its final weights."""
+
+LARGEST_SHARE = 0.2
+"""Share of a run's wall time within which its min_probes come."""
+
 
 class TimeBudget:
-    """Space probes so that they take at most a share f of wall time, from the second probe on.
+    """Decide when to probe: before the first step, and then by whichever of two rules asks for it first.
 
-    With P the seconds probed so far, W the wall time since the start, c the cost expected of the next probe and t the
-    time since the last, the next one is due when P + c <= f (W + c), the whole run's share, and c <= f (t + c), its own
-    interval's, so that time saved by a long pause is not spent at once. The clock is read only at steps predicted from
-    the mean step time; rank 0 broadcasts its prediction, so all ranks decide alike.
+    1. At most a share f of wall time: with P the seconds probed so far, W the wall time since the start, c the cost
+       expected of the next probe and t the time since the last, P + c <= f (W + c), the whole run's share, and
+       c <= f (t + c), its own interval's, so that time saved by a long pause is not spent at once.
+    2. At least `min_probes`, evenly over a run of known length, with one more of the final weights: of the n that are
+       to come, the next is due after 1/n of the steps that are left. They are so many that all probes together are
+       predicted to take at most F = max(`LARGEST_SHARE`, f) of the whole run's wall time. In a run of unknown length
+       they come as soon as F takes the place of f in the first rule.
+
+    The clock is read only at steps predicted from the mean step time; rank 0 broadcasts its prediction, so all ranks
+    decide alike.
 
     Args:
         max_overhead: f, between 0 and 1.
+        min_probes: 0: the first rule alone, and none of the final weights.
         clock: seconds, from any origin.
 
+    Attributes:
+        total_steps: optimizer steps of the whole run, as far as can be told; infinity where it is not known.
+        probes: number of probes of this training.
+
     >>> now = [0.0]
-    >>> budget = TimeBudget(0.1, clock=lambda: now[0])
+    >>> budget = TimeBudget(0.1, min_probes=0, clock=lambda: now[0])
     >>> budget.start(0)
     >>> budget.is_due(0)
     True
@@ -29,17 +51,26 @@ class TimeBudget:
     False
     """
 
-    def __init__(self, max_overhead: float, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        max_overhead: float = MAX_OVERHEAD,
+        min_probes: int = MIN_PROBES,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         if not isinstance(max_overhead, (int, float)) or not 0 < max_overhead < 1:
             raise ValueError(f"max_overhead must be a share of wall time, between 0 and 1, got {max_overhead!r}")
         self.max_overhead = float(max_overhead)
+        self.min_probes = positive_int("min_probes", min_probes, 0)
         self.clock = clock
+        self.total_steps = math.inf
         self._reset()
 
     def _reset(self) -> None:
+        self.probes = 0
         self.probe_seconds = 0.0
         self.last_seconds = self.next_seconds = 0.0
         self.last_step: int | None = None
+        self._due_step = 0
         self._latest_step = 0
         self.next_look = 0
         self._wall_before = 0.0
@@ -64,25 +95,56 @@ class TimeBudget:
         self._started = None
 
     @property
+    def share(self) -> float:
+        """Share of a run's wall time that its probes may take until there are `min_probes` of them."""
+        return max(LARGEST_SHARE, self.max_overhead) if self.min_probes else self.max_overhead
+
+    @property
     def wall_seconds(self) -> float:
         """W, over all runs of this training."""
         return self._wall_before + (0.0 if self._started is None else self.clock() - self._started)
 
     @property
     def overhead(self) -> float:
-        """P / W."""
-        return self.probe_seconds / self.wall_seconds if self.wall_seconds else 0.0
+        """P / W; NaN before the first step is taken, when there is no training to compare with."""
+        return self.probe_seconds / self.wall_seconds if self._latest_step and self.wall_seconds else math.nan
 
     @property
     def _since(self) -> float:
         return self._since_before + (0.0 if self._started is None else self.clock() - self._probe_ended)
 
-    def missing(self) -> float:
-        """Return the seconds until the next probe is within the budget; not positive when it is."""
+    def missing(self, share: float) -> float:
+        """Return the seconds until the next probe is within a share of wall time; not positive when it is."""
         if self.last_step is None:
             return 0.0
-        c, f = self.next_seconds, self.max_overhead
-        return max((self.probe_seconds + c) / f - (self.wall_seconds + c), c / f - (self._since + c))
+        c = self.next_seconds
+        return max((self.probe_seconds + c) / share - (self.wall_seconds + c), c / share - (self._since + c))
+
+    def has_room(self) -> bool:
+        """Return whether one more probe, of the final weights, is within the share of the whole run."""
+        c = self.next_seconds
+        return self.last_step is None or self.probe_seconds + c <= self.share * (self.wall_seconds + c)
+
+    def training_seconds(self, step: int) -> float:
+        """Return the time of the whole run without its probes, as it looks at this step; NaN before it can be told."""
+        return self.wall_seconds - self.probe_seconds + (self.total_steps - step) * self.step_seconds(step)
+
+    def probes_to_come(self, step: int) -> float:
+        """Return how many probes are to come at least, with that of the final weights; infinity before times are known.
+
+        With R the `training_seconds`, there is room for n where P + n c <= F (R + P + n c).
+        """
+        training = self.training_seconds(step)
+        asked = self.min_probes + 1 - self.probes
+        if math.isnan(training) or not math.isfinite(self.total_steps):
+            return asked
+        room = self.share / (1 - self.share) * training - self.probe_seconds
+        return min(asked, max(0, math.floor(room / max(self.next_seconds, 1e-9))))
+
+    def room(self, step: int) -> float:
+        """Return how many steps the probe that is due may wait for its batches until the next is due."""
+        others = self.probes_to_come(step) - 1
+        return (self.total_steps - step) / max(1, others) if self.min_probes >= self.probes else math.inf
 
     def record_step(self, step: int) -> None:
         """Record that training has reached this step."""
@@ -99,20 +161,33 @@ class TimeBudget:
             return False
         wait = broadcast(self._steps_to_wait(step))
         self.next_look = step + max(wait, 1)
+        if wait == 0:
+            self._due_step = step
         return wait == 0
 
     def _steps_to_wait(self, step: int) -> int:
-        missing = self.missing()
-        if missing <= 0:
+        if self.last_step is None:
             return 0
-        done = step - (self.last_step or 0)
+        done = step - self.last_step
         if done <= 0 or self._since <= 0:
             return 1
+        seconds = self._since / done
+        wait = self.missing(self.max_overhead) / seconds
+        if self.probes <= self.min_probes:
+            wait = min(wait, self._steps_of_minimum(step, seconds))
         # At most as many again as were taken: the first steps are slow, and steps may become faster.
-        return max(1, min(math.ceil(missing / (self._since / done)), done))
+        return math.ceil(min(max(wait, 0.0), done))
+
+    def _steps_of_minimum(self, step: int, seconds: float) -> float:
+        if not math.isfinite(self.total_steps):
+            return self.missing(self.share) / seconds
+        n = self.probes_to_come(step)
+        # The last of them is that of the final weights.
+        return self._due_step + (self.total_steps - self._due_step) / n - step if n > 1 else math.inf
 
     def record_probe(self, step: int, seconds: float) -> None:
         """Record a probe before this step that took so long and has just ended."""
+        self.probes += 1
         self.probe_seconds += seconds
         self.last_seconds = self.next_seconds = seconds
         self.last_step = step
@@ -140,16 +215,18 @@ class TimeBudget:
     def step_seconds(self, step: int) -> float:
         """Return the mean time of the steps since the last probe; NaN before there are any."""
         done = step - (self.last_step or 0)
-        return self._since / done if self.last_step is not None and done > 0 else float("nan")
+        return self._since / done if self.last_step is not None and done > 0 else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next decision depends on."""
         return {
+            "probes": self.probes,
             "probe_seconds": self.probe_seconds,
             "wall_seconds": self.wall_seconds,
             "last_seconds": self.last_seconds,
             "next_seconds": self.next_seconds,
             "last_step": self.last_step,
+            "due_step": self._due_step,
             "since_seconds": self._since,
             "next_look": self.next_look,
             "latest": self._latest_step,
@@ -160,6 +237,7 @@ class TimeBudget:
         self.probe_seconds, self.last_seconds = state["probe_seconds"], state["last_seconds"]
         self.next_seconds = state.get("next_seconds", state["last_seconds"])
         self.last_step, self.next_look, self._latest_step = state["last_step"], state["next_look"], state["latest"]
+        self.probes, self._due_step = state["probes"], state.get("due_step", self.last_step or 0)
         self._wall_before, self._since_before = state["wall_seconds"], state["since_seconds"]
         if self._started is not None:
             # Learning rate finders restore the state in mid-training.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +42,27 @@ def count_samples(batch: Any, option: str) -> int:
     return size
 
 
+def unused_copy(loader: Any) -> Any:
+    """Return a copy of a loader that may be in use: with its own samplers, and without the original's workers.
+
+    Raises:
+        MeasurementError: for an iterator, of which there is no copy.
+    """
+    if isinstance(loader, Iterator):
+        raise MeasurementError(f"{type(loader).__name__} gives its batches once, to training alone")
+    loader = copy.copy(loader)
+    if isinstance(loader, DataLoader):
+        sampler, batch_sampler = copy.copy(loader.sampler), copy.copy(loader.batch_sampler)
+        if getattr(batch_sampler, "sampler", None) is loader.sampler:
+            batch_sampler.sampler = sampler  # type: ignore[union-attr]
+        # A DataLoader refuses to set them.
+        vars(loader).update(sampler=sampler, batch_sampler=batch_sampler)
+        without_worker_iterator(loader)
+    return loader
+
+
 def first_batches(
-    loader: DataLoader[Any],
+    loader: Iterable[Any],
     n: int,
     model: nn.Module,
     *,
@@ -58,7 +77,7 @@ def first_batches(
     back.
 
     Args:
-        loader: to take from.
+        loader: a DataLoader, or several as ``loaders`` with a ``__copy__`` that applies `unused_copy` to each.
         n: how many at least, of all shares.
         model: whose generators are put back too.
         prepare: what becomes of each batch before it is kept.
@@ -71,11 +90,11 @@ def first_batches(
         MeasurementError: if samples cannot be counted.
     """
     states = RandomStates(model)
-    own = [(generator, generator.get_state()) for generator in _generators(loader)]
-    loader = without_worker_iterator(copy.copy(loader))
+    parts = getattr(loader, "loaders", [loader])
+    own = [(generator, generator.get_state()) for part in parts for generator in _generators(part)]
     batches, n_read, samples_read = CpuBatches(device=device), 0, 0
     try:
-        for batch in loader:
+        for batch in unused_copy(loader):
             if n_read % share.ranks == share.rank:
                 batches.append(prepare(batch))
             n_read += 1

@@ -29,7 +29,10 @@ BLOCKS_PER_PROBE = 2
 
 def growth(folder, probes, history_size=20):
     """What is held at the end and was not after 50 probes, and the probe."""
-    watch, probe = Watch(EVERY), SpectralProbe(every_n_steps=1, top_k=4, log_tables=True, history_size=history_size)
+    watch, probe = (
+        Watch(EVERY),
+        SpectralProbe(every_n_steps=1, top_k=4, log_tables=True, history_size=history_size, min_probes=0),
+    )
     train(probes, [probe, watch], CSVLogger(folder, flush_logs_every_n_steps=EVERY))
     assert (probe.probes, probe.failed_probes) == (probes, 0)
     return {key: value - watch.rows[0][key] for key, value in watch.rows[-1].items()}, probe

@@ -95,15 +95,17 @@ class GPT(Stateful):
 
 
 class ProbeRows(DummyLogger):
-    """A logger that keeps what a probe logs, and apart from it what is logged of the step after it."""
+    """A logger that keeps what a probe logs, and apart from it what is logged of the step after it and at the end."""
 
     def __init__(self):
         super().__init__()
-        self.rows, self.steps = [], []
+        self.rows, self.steps, self.closing = [], [], []
 
     def log_metrics(self, metrics, step=None):
         if any(key.endswith("/step/scale") for key in metrics):
             self.steps.append((step, metrics))
+        elif [key.rpartition("/")[2] for key in metrics] == ["probe_overhead"]:
+            self.closing.append((step, metrics))
         elif any(key.startswith("spectral") for key in metrics):
             self.rows.append((step, metrics))
 

@@ -1,13 +1,15 @@
 """Private names of Lightning have public fallbacks, and a strategy without a device mesh repeats no batch."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from tiny import Tiny
+from torch.utils.data import DataLoader
 
-from lightning_spectral.callbacks._lightning import optimizer_steps, repeats_batch, to_device
+from lightning_spectral.callbacks._lightning import TrainingPass, optimizer_steps, repeats_batch, to_device
 
 
 def test_steps_are_counted_without_lightnings_own_counter():
@@ -34,6 +36,13 @@ def test_batches_pass_the_modules_hooks_without_lightnings_own():
     module, batch = Doubling(), torch.ones(2)
     assert torch.equal(to_device(trainer, Renamed(module), batch), torch.full((2,), 4.0))
     assert torch.equal(to_device(trainer, module, batch), torch.full((2,), 4.0))
+
+
+def test_the_training_data_is_read_without_lightnings_own_combination_of_loaders():
+    trainer = SimpleNamespace(
+        fit_loop=SimpleNamespace(), train_dataloader=DataLoader(range(6), 2), num_training_batches=2
+    )
+    assert [batch.tolist() for batch in copy.copy(TrainingPass(trainer))] == [[0, 1], [2, 3]]
 
 
 class Mesh:

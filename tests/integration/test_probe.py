@@ -21,6 +21,7 @@ from tiny import Repeated, Tiny, batch_of, fit_tiny
 from torch import nn
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
+from lightning_spectral.callbacks._lightning import optimizer_steps
 from lightning_spectral.callbacks.log_selection import BY_KIND, LOGGED_LAYERS, PER_LAYER
 from lightning_spectral.callbacks.warn_once import MAX_CAUSES, WarnOnce
 from lightning_spectral.records.log_keys import LAYER_KEYS, PROBE_KEYS, REPORT_KEYS
@@ -48,9 +49,10 @@ def test_probes_count_optimizer_steps_and_take_the_first_micro_batch(accumulate,
     seen = []
 
     class Watched(SpectralProbe):
-        def _measure(self, trainer, module, batches, batch_idx, step):
+        def _measure(self, trainer, module, batches, batch_idx):
+            step = optimizer_steps(trainer)
             seen.append((step, trainer.fit_loop.epoch_loop.batch_idx, module.net[0].weight.clone()))
-            return super()._measure(trainer, module, batches, batch_idx, step)
+            return super()._measure(trainer, module, batches, batch_idx)
 
     module, probe = Tiny(), Watched(every_n_steps=every)
     start = module.net[0].weight.clone()
@@ -212,7 +214,8 @@ def test_a_state_of_an_earlier_release_loads():
     probe = SpectralProbe()
     probe.load_state_dict(state)
     assert (probe.probes, probe.failed_probes, probe.trigger.is_pending, probe.trigger.is_resumed) == (3, 1, True, True)
-    assert probe.state_dict() == state | {"budget": budget | {"next_seconds": 0.5}}
+    added = {"next_seconds": 0.5, "probes": 3, "due_step": 40}
+    assert probe.state_dict() == state | {"budget": budget | added}
 
 
 def test_another_schedule_than_the_checkpoint_s_is_told():

@@ -86,7 +86,7 @@ class Never(SpectralProbe):
     ("probe", "module", "options"),
     [
         (SpectralProbe(keep_reports=False), Tiny, {}),
-        (Never(), Tiny, {}),
+        (Never(min_probes=0), Tiny, {}),
         (SpectralProbe(), Failing, {}),
         (SpectralProbe(), Tiny, {"fast_dev_run": True}),
     ],

@@ -27,7 +27,7 @@ def simulated(steps, step_seconds, probe_seconds, max_overhead=0.05, budget=None
     """The steps at which a budget probes, the share of wall time after each, and the budget."""
     clock = clock or Clock()
     if budget is None:
-        budget = TimeBudget(max_overhead, clock)
+        budget = TimeBudget(max_overhead, 0, clock)
         budget.start(0)
     probed, shares = [], []
     for step in range(first, steps):
@@ -48,6 +48,7 @@ def test_probes_keep_to_their_share_of_wall_time(share, probe_seconds):
     probed, shares, budget = simulated(40_000, 0.01, probe_seconds, share)
     assert probed[0] == 0
     assert len(probed) > 2
+    assert math.isnan(shares[0])
     assert max(shares[1:]) <= share
     assert budget.overhead > 0.75 * share
     assert all(b - a >= probe_seconds * (1 / share - 1) / 0.01 - 1 for a, b in itertools.pairwise(probed))
@@ -64,11 +65,11 @@ def test_time_is_looked_at_rarely():
     looks = []
 
     class Watched(TimeBudget):
-        def missing(self):
+        def missing(self, share):
             looks.append(1)
-            return super().missing()
+            return super().missing(share)
 
-    budget = Watched(0.05, clock)
+    budget = Watched(0.05, 0, clock)
     budget.start(0)
     probed, _, _ = simulated(10_000, 0.01, 1.0, budget=budget, clock=clock)
     assert len(looks) <= 16 * len(probed)
@@ -86,7 +87,7 @@ def test_a_budget_goes_on_where_its_state_left_it():
     head, _, budget = simulated(1777, 2**-7, 2**-2, 2**-4, clock=clock)
     state = budget.state_dict()
     clock.now += 1e6
-    resumed = TimeBudget(2**-4, clock)
+    resumed = TimeBudget(2**-4, 0, clock)
     resumed.load_state_dict(state)
     clock.now += 1e6
     resumed.start(1777)
@@ -113,7 +114,7 @@ def test_time_between_two_fits_does_not_count_and_a_new_training_begins_anew():
 
 def test_every_process_waits_as_long_as_the_first():
     clock = Clock()
-    budget = TimeBudget(0.05, clock)
+    budget = TimeBudget(0.05, 0, clock)
     budget.start(0)
     assert budget.is_due(0, lambda wait: wait)
     budget.record_probe(0, 1.0)
@@ -194,7 +195,9 @@ def test_the_default_keeps_to_its_budget_in_training():
     assert probe.every_n_steps is None
     expected, shares, _ = simulated(120, 0.1, 0.5, 0.2)
     assert [step for step, _ in logger.rows] == expected
-    assert [row["spectral/probe_overhead"] for _, row in logger.rows] == pytest.approx(shares)
+    assert [row["spectral/probe_overhead"] for _, row in logger.rows] == pytest.approx(shares, nan_ok=True)
+    share = 0.5 * len(shares) / (0.5 * len(shares) + 12.0)
+    assert logger.closing == [(120, {"spectral/probe_overhead": pytest.approx(share)})]
     assert all(row["spectral/probe_seconds"] == pytest.approx(0.5) for _, row in logger.rows)
 
 
@@ -205,6 +208,7 @@ def test_fixed_steps_cost_what_they_cost():
     assert len([w for w in told if "no effect beside" in str(w.message)]) == 1
     assert [step for step, _ in logger.rows] == [0, 1, 2, 3, 4]
     assert logger.rows[-1][1]["spectral/probe_overhead"] > 0.01
+    assert [step for step, _ in logger.closing] == [5]
 
 
 def test_the_schedule_survives_a_checkpoint(tmp_path):
@@ -243,13 +247,11 @@ def costly(monkeypatch, seconds):
 def test_a_probe_that_exceeds_the_whole_budget_is_told_once(monkeypatch, steps):
     costly(monkeypatch, 50.0)
     probe = SpectralProbe(top_k=3)
-    with pytest.warns(
-        SpectralWarning, match=r"one probe took 50 s, more than the max_overhead=0.05 of this whole"
-    ) as w:
+    with pytest.warns(SpectralWarning, match="a run of .* has room for one probe alone: one takes 50 s") as w:
         fit_numbered(probe, steps=steps)
-    assert len([x for x in w if "one probe took" in str(x.message)]) == 1
-    assert any("set max_samples (but not below 32), " in str(x.message) for x in w)
-    assert any("A second probe takes a run of 2e+03 s" in str(x.message) for x in w)
+    (text,) = [str(x.message) for x in w if "one probe" in str(x.message)]
+    assert "together they may take 5 % of the time (max_overhead=0.05). For a curve set max_samples (but not " in text
+    assert text.endswith("or train longer: from 33 minutes on there are two")
     assert probe.probes == 1
 
 
@@ -265,30 +267,41 @@ def test_a_probe_that_exceeds_the_whole_budget_is_told_once(monkeypatch, steps):
 )
 def test_fewer_samples_are_advised_only_where_they_cost_less(chosen, samples, says):
     clock, told = Clock(), []
-    clock.now = 0.0
-    budget = TimeBudget(0.1, clock=clock)
+    budget = TimeBudget(0.1, 0, clock)
     budget.start(0)
-    clock.now = 2.0
+    budget.total_steps = 18
+    clock.now += 2.0
     budget.record_probe(0, 2.0)
-    clock.now = 6.0
-    found = replace(reports.report(reports.layer("a")), chosen=chosen, curvature_samples=samples)
-    # Four steps of a second each, and four to come: 1 s of 10 is allowed, half of what a probe took.
-    BudgetAdvice(budget, told.append).judge(4, found, lambda: 8)
+    advice = BudgetAdvice(budget, told.append)
+    advice.report = replace(reports.report(reports.layer("a")), chosen=chosen, curvature_samples=samples)
+    clock.now += 3.0
+    advice.judge(3)
+    assert not told
+    clock.now += 1.0
+    # Of 18 steps of a second each, 2 s are a tenth with them: half of what two probes would take.
+    advice.judge(4)
+    advice.judge(5)
+    advice.end()
+    assert len(told) == 1
     assert f"set max_samples {says}, fewer layers" in told[0]
 
 
-def test_no_such_warning_where_the_run_is_long_enough_or_has_no_known_end(monkeypatch, recwarn):
-    costly(monkeypatch, 1e-6)
-    fit_numbered(SpectralProbe(top_k=3), steps=6)
+def test_no_such_warning_where_the_run_is_long_enough():
+    clock, told = Clock(), []
+    budget = TimeBudget(0.1, 0, clock)
+    budget.start(0)
+    budget.total_steps = 40
+    clock.now += 2.0
+    budget.record_probe(0, 2.0)
+    clock.now += 4.0
+    BudgetAdvice(budget, told.append).judge(4)
+    assert not told
+
+
+def test_no_such_warning_at_fixed_steps(monkeypatch, recwarn):
     costly(monkeypatch, 50.0)
     fit_numbered(SpectralProbe(top_k=3, every_n_steps=3), steps=6)
-
-    class Endless(SpectralProbe):
-        def on_train_end(self, trainer, module):
-            pass
-
-    fit_numbered(Endless(top_k=3), steps=-1, max_time={"seconds": 1})
-    assert not [w for w in recwarn if "one probe took" in str(w.message)]
+    assert not [w for w in recwarn if "one probe" in str(w.message)]
 
 
 def spectra_of(batch, module=None, **options):
@@ -492,7 +505,7 @@ def test_a_run_of_unknown_length_has_no_end_to_exceed(monkeypatch, recwarn):
     monkeypatch.setattr(SpectralProbe, "on_train_end", lambda *args: seen.append(1))
     trainer.fit(Tiny(), DataLoader(Endless(), batch_size=None))
     assert seen
-    assert not [w for w in recwarn if "one probe took" in str(w.message)]
+    assert not [w for w in recwarn if "one probe" in str(w.message)]
 
 
 def test_a_training_that_failed_still_counts_its_time():
@@ -583,8 +596,8 @@ def test_a_loaders_batches_pass_the_modules_hooks_and_the_precision():
 
 def test_how_many_samples_would_fit_is_told_where_the_cost_goes_with_them(monkeypatch):
     costly(monkeypatch, 50.0)
-    probe = SpectralProbe(top_k=3, max_overhead=0.99)
-    monkeypatch.setattr(TimeBudget, "wall_seconds", 30.0)
+    probe = SpectralProbe(top_k=3, max_overhead=0.8)
+    monkeypatch.setattr(TimeBudget, "wall_seconds", 60.0)
     trainer = pl.Trainer(
         max_steps=3, max_epochs=-1, callbacks=[probe], logger=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -604,7 +617,7 @@ def test_a_run_with_a_probe_at_its_beginning_alone_is_told(monkeypatch):
 
     probe = Timed(max_overhead=0.05, top_k=3)
     probe.budget.clock = clock
-    with pytest.warns(SpectralWarning, match=r"was the only one: in this run of 10 s max_overhead=0.05 leaves no room"):
+    with pytest.warns(SpectralWarning, match=r"a run of 10 s has room for one probe alone: one takes 0.3 s"):
         fit_numbered(probe, Stepped(clock), steps=100)
 
 

@@ -413,10 +413,10 @@ class Watched(SpectralProbe):
         super().__init__(every_n_steps=2, **options)
         self.seen = []
 
-    def _measure(self, trainer, module, batches, batch_idx, step):
+    def _measure(self, trainer, module, batches, batch_idx):
         weights = {name: value.clone() for name, value in module.state_dict().items()}
         self.seen.append((weights, copy.deepcopy(batches[0]), torch.get_rng_state()))
-        return super()._measure(trainer, module, batches, batch_idx, step)
+        return super()._measure(trainer, module, batches, batch_idx)
 
 
 @dataclass

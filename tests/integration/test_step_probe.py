@@ -463,18 +463,19 @@ def test_memory_that_runs_out_for_the_copy_costs_that_step(monkeypatch):
 
 def test_time_of_the_step_counts_as_probing_and_not_as_time_since_the_probe():
     now = [0.0]
-    budget = TimeBudget(0.5, clock=lambda: now[0])
+    budget = TimeBudget(0.5, 0, lambda: now[0])
     budget.start(0)
     now[0] = 2.0
     budget.record_probe(0, 2.0)
     # Two seconds of training, then one for the step.
     now[0] = 5.0
+    budget.record_step(1)
     budget.extend_probe(1.0)
     assert (budget.probe_seconds, budget.last_seconds) == (3.0, 3.0)
     assert budget.overhead == pytest.approx(3 / 5)
     assert budget.step_seconds(1) == pytest.approx(2.0)
     # P + c <= f (W + c): 3 + 3 <= (5 + t + 3) / 2, and of its own interval 3 <= (2 + t + 3) / 2.
-    assert budget.missing() == pytest.approx(4.0)
+    assert budget.missing(0.5) == pytest.approx(4.0)
 
 
 def test_the_budget_holds_with_steps_that_take_long(monkeypatch):

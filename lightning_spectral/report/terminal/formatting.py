@@ -116,3 +116,18 @@ def short(value: float) -> str:
 def percent(value: float) -> str:
     """Write a share in percent; "-" for NaN."""
     return "-" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people do.
+
+    >>> duration(0.0312), duration(8.2), duration(61.8), duration(500), duration(7e3), duration(4e5)
+    ('0.031 s', '8.2 s', '62 s', '8 minutes', '117 minutes', '4.63 days')
+    """
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.3g} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.3g} days"

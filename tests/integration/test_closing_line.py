@@ -1,0 +1,101 @@
+"""The line that says at the end of training what a probe's run holds."""
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import pytest
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_module
+from reports import layer, report
+from stand_ins import Clock
+from tiny import Tiny, fit_tiny
+
+from lightning_spectral import SpectralProbe
+from lightning_spectral.callbacks.probe_log import closing_line
+from lightning_spectral.callbacks.time_budget import TimeBudget
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
+
+
+def budget_of(probes, seconds, wall):
+    clock = Clock()
+    budget = TimeBudget(0.05, 8, clock)
+    budget.start(0)
+    for _ in range(probes):
+        budget.record_probe(0, seconds)
+    budget.record_step(10)
+    clock.now += wall
+    return budget
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        "lightning_spectral.callbacks.probe_log.rank_zero_info", lambda trainer, text: told.append(text)
+    )
+    return told
+
+
+@pytest.mark.usefixtures("trusting")
+def test_a_line_has_probes_time_alpha_and_the_command():
+    measured = report(layer("a"), layer("b"))
+    line = closing_line(budget_of(9, 0.282, 62.0), measured, Path("logs/version 0/spectra.jsonl"))
+    alpha = measured.medians()["alpha_median"]
+    assert line == (
+        f"SpectralProbe: 9 probes, 4.1 % of 62 s; median alpha {alpha:.2f} of 2 of 2 layers to trust; "
+        "lightning-spectral report 'logs/version 0' shows the page"
+    )
+
+
+def test_a_line_of_less():
+    one = budget_of(1, 60.0, 600.0)
+    assert closing_line(one, None, None) == "SpectralProbe: 1 probe, 10.0 % of 10 minutes"
+    noisy = report(layer("a", noise=3.0))
+    assert closing_line(one, noisy, None).endswith("; no alpha to trust in 1 layer")
+    above = Path(os.path.abspath(os.sep)) / "runs" / "spectra.jsonl"
+    assert closing_line(one, None, above).endswith(f"; lightning-spectral report {above.parent} shows the page")
+
+
+def test_a_run_logs_it_once_with_the_folder_that_the_command_takes(lines, tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit_tiny(SpectralProbe(every_n_steps=2, top_k=3, min_probes=8), steps=5, logger=logger)
+    (line,) = lines
+    assert line.startswith("SpectralProbe: 4 probes, ")
+    (folder,) = re.findall("lightning-spectral report (.*) shows the page$", line)
+    assert Path(folder).resolve() == Path(logger.log_dir).resolve()
+    assert (Path(folder) / "spectra.jsonl").is_file()
+
+
+def test_lightning_logs_it_as_its_own():
+    texts = []
+
+    class Kept(logging.Handler):
+        def emit(self, record):
+            texts.append(record.getMessage())
+
+    kept = Kept()
+    rank_zero_module.log.addHandler(kept)
+    fit_tiny(SpectralProbe(every_n_steps=2, top_k=3), steps=2)
+    rank_zero_module.log.removeHandler(kept)
+    assert texts[-2] == "`Trainer.fit` stopped: `max_steps=2` reached."
+    assert texts[-1].startswith("SpectralProbe: 1 probe, ")
+
+
+def test_no_file_no_command_and_no_probe_no_line(lines):
+    fit_tiny(SpectralProbe(every_n_steps=2, top_k=3, keep_reports=False), steps=2)
+    fit_tiny(SpectralProbe(n_batches=9, top_k=3), steps=2)
+
+    class Manual(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().step()
+
+    fit_tiny(SpectralProbe(top_k=3), Manual(), steps=2)
+    assert len(lines) == 1
+    assert "lightning-spectral report" not in lines[0]
