@@ -59,7 +59,8 @@ def folder(tmp_path, monkeypatch):
 
 def test_getting_started_trains_measures_and_saves(started):
     assert isinstance(started["trainer"], pl.Trainer)
-    assert started["trained"].probes == 1
+    # Before the first step, and of the final weights.
+    assert started["trained"].probes == 2
     assert started["saved"].n_samples == 512
 
 
@@ -82,7 +83,7 @@ def test_snippets_of_a_page_run_after_those_of_getting_started(page, started, ca
 def test_snippets_of_the_readme_run_by_themselves(capsys):
     scope = run(README, given())
     assert "alpha" in capsys.readouterr().out
-    assert scope["trained"].probes == 1
+    assert scope["trained"].probes == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*look like embeddings or heads:lightning_spectral.errors.SpectralWarning")
