@@ -69,8 +69,9 @@ def train(steps: int, every: int, *, lr: float = 3e-3, batch_size: int = 64, **o
     torch.set_num_threads(1)
     model = CharacterGPT(len(CHARACTERS), LENGTH, lr=lr)
     probe = SpectralProbe(
-        every_n_steps=every, keep_reports=False, **{"max_samples": 64, "gradient_samples": None, **options}
-    )
+        every_n_steps=every, min_probes=0, keep_reports=False,
+        **{"max_samples": 64, "gradient_samples": None, **options},
+    )  # fmt: skip
     run = Run()
     trainer = pl.Trainer(
         max_steps=steps + 1, accelerator="cpu", logger=False, callbacks=[probe, KeepSteps(probe, run)],
