@@ -1,6 +1,7 @@
 """Numbers that the manual tells are those of the benchmarks, and its options those of the code."""
 
 import inspect
+import math
 import re
 import statistics
 
@@ -80,6 +81,23 @@ def test_losses_of_training_are_the_benchmarks():
     for row, arm in zip(table, dict.fromkeys(row["arm"] for row in summary), strict=True):
         found = {row["task"]: f"{row['test']:.3f} ± {row['std']:.3f}" for row in summary if row["arm"] == arm}
         assert row[2:-2].split(" | ")[1:] == [found[task] for task in ("language", "noisy_pixels", "wrong_labels")], arm
+
+
+def test_losses_of_small_tasks_are_the_benchmarks():
+    summary = benchmark("small_tasks")["summary"]
+    found = {(row["task"], row["arm"]): row for row in summary}
+    tasks = list(dict.fromkeys(row["task"] for row in summary))
+    for task in tasks:
+        rows = [found[task, arm] for arm in ("adamw", "swapped", "spectral_newton")]
+        assert cells_of(task, "optimizer.md") == [f"{row['test']:.3f} ± {row['std']:.3f}" for row in rows]
+    over = {}
+    for task in tasks:
+        adamw, swapped = found[task, "adamw"], found[task, "swapped"]
+        deviation = math.sqrt((adamw["std"] ** 2 + swapped["std"] ** 2) / 2)
+        over[task] = (swapped["test"] - adamw["test"]) / deviation
+    not_worse, lower = (sum(x <= most for x in over.values()) for most in (1, -1))
+    told = f"not worse on {not_worse} of {len(tasks)}, within one standard deviation, and lower by more than that on"
+    assert f"{told} {lower}." in flat(PAGES["optimizer.md"])
 
 
 def test_what_noise_does_is_the_benchmarks():
