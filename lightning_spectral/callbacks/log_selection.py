@@ -25,6 +25,12 @@ PER_LAYER = ("alpha", "r2_alpha", "sigma_max", "h_max")
 HEALTH = ("layers_trusted", "signal_median", "layers_failed", "negative_curvature_sum", "probe_overhead")
 """Keys that tell whether to trust the others."""
 
+SUMMARIZED = (
+    *(f"{name}_median" for name in (*CURVES, "signal", "noise_scale")),
+    *("layers_trusted", "layers_failed", "negative_curvature_sum", "step/scale"),
+)
+"""Keys whose minimum and maximum over a run tell something beside the last value."""
+
 STEP_SCALE = "step/scale"
 """Key that tells whether the optimizer's steps are too long."""
 

@@ -17,6 +17,7 @@ from lightning_spectral.callbacks.probe_log import ProbeCounts, ProbeLog
 from lightning_spectral.callbacks.probe_trigger import ProbeTrigger
 from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
+from lightning_spectral.callbacks.run_config import from_arguments, run_config
 from lightning_spectral.callbacks.safe_measurement import SafeMeasurement
 from lightning_spectral.callbacks.step_probe import StepProbe, step_parts
 from lightning_spectral.callbacks.swap import SwapOptimizer
@@ -97,6 +98,9 @@ class SpectralProbe(AnyCallback):
         log_figures_every: log figures with the first probe and every so many from it on; None: never.
         log_tables: log a table of all layers with each probe.
         wandb_charts: keys that W&B makes a chart of; the others are logged, and hidden. None: all.
+        wandb_alerts: send W&B alerts of a failed probe, and of steps that are too long: `step/scale` below 1/2 at three
+            probes in a row.
+        wandb_artifact: log the reports and their page as a W&B artifact too, when training ends.
         print_every: print a table with the first probe and every so many from it on; None: never.
         print_end: print the last probe's table when training ends; None: where the Trainer has a bar and no logger.
         swap_optimizer: train with `SpectralNewton`, at the configured rates, in place of the configured optimizer, as
@@ -145,6 +149,8 @@ class SpectralProbe(AnyCallback):
         log_figures_every: int | None = None,
         log_tables: bool = False,
         wandb_charts: int | None = 40,
+        wandb_alerts: bool = False,
+        wandb_artifact: bool = False,
         print_every: int | None = None,
         print_end: bool | None = None,
         swap_optimizer: bool = False,
@@ -152,25 +158,9 @@ class SpectralProbe(AnyCallback):
         prefix: str = "spectral",
         history_size: int = 100,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.options = Options(
-            top_k=top_k,
-            curvature=curvature,
-            layers=layers,
-            kinds=kinds,
-            fused_qkv=fused_qkv,
-            mode=mode,
-            max_samples=max_samples,
-            gradient_samples=gradient_samples,
-            gradient_samples_max=gradient_samples_max,
-            micro_batch_size=micro_batch_size,
-            precision=precision,
-            spectrum_top_k=spectrum_top_k,
-            weight_spectra=weight_spectra,
-            bootstrap=bootstrap,
-            curvature_fraction=curvature_fraction,
-            alignment=alignment,
-        )
+        self.options = from_arguments(Options, arguments)
         if fixed_samples is not None and max_samples is not None:
             raise ValueError("max_samples cuts each batch, fixed_samples what is kept in all; give one of them")
         self.every_n_steps, self.prefix, self.loss_fn = every_n_steps, prefix, checked_loss_fn(loss_fn)
@@ -181,8 +171,8 @@ class SpectralProbe(AnyCallback):
         self.source = BatchSource(batch, n_batches, fixed_samples, gradient_samples, gradient_samples_max)
         self.trigger = ProbeTrigger(every_n_steps, self.budget, self.source, self._warn_once)
         self.logged = LogSelection(log_layers, log_quantities, self.options.parts | step_parts(step), self._warn_once)
-        outputs = OutputOptions(log_figures_every, log_tables, wandb_charts, print_every, print_end, keep_reports)
-        self.outputs = ReportWriter(prefix, outputs, self.logged.layers, self._warn_once)
+        outputs, config = from_arguments(OutputOptions, arguments), run_config(arguments)
+        self.outputs = ReportWriter(prefix, outputs, config, self.logged.layers, self._warn_once)
         self.monitored = CallbackMetrics()
         self.probe_log = ProbeLog(self.budget, self.logged, self.outputs, self.monitored)
         self.step_probe = StepProbe(step, self.options, loss_fn, self.probe_log, self._warn_once)
@@ -251,7 +241,7 @@ class SpectralProbe(AnyCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock, and warn of matrices of alpha="probe" that are not measured."""
         self.trigger.start(trainer)
-        self.outputs.start()
+        self.outputs.start(trainer)
         self.monitored.publish(trainer)
         if not self.trigger.off:
             self.step_probe.start(trainer, pl_module, self.trigger.group)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lightning_spectral._validation import flag, optional_positive_int
-from lightning_spectral.callbacks.log_selection import charts
+from lightning_spectral.callbacks.alerts import Alerts
+from lightning_spectral.callbacks.log_selection import SUMMARIZED, charts
 from lightning_spectral.callbacks.progress_bar import print_above_bar
 from lightning_spectral.callbacks.report_file import ReportFile
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report import figures
+from lightning_spectral.report.page.build import write_page
+from lightning_spectral.report.runs.read import read_run, run_of
+from lightning_spectral.report.runs.spectra_file import index_reports
 from lightning_spectral.report.trackers import Row, Tracker, tracker_of
+
+logger = logging.getLogger(__name__)
 
 MAX_ROWS = 256
 """Number of layers in a table, evenly over depth."""
@@ -47,6 +55,8 @@ class OutputOptions:
     log_figures_every: int | None = None
     log_tables: bool = False
     wandb_charts: int | None = 40
+    wandb_alerts: bool = False
+    wandb_artifact: bool = False
     print_every: int | None = None
     print_end: bool | None = None
     keep_reports: bool = True
@@ -55,8 +65,10 @@ class OutputOptions:
         """Check each option."""
         for option in ("log_figures_every", "print_every", "wandb_charts"):
             optional_positive_int(option, getattr(self, option))
-        for option in ("log_tables", "keep_reports"):
+        for option in ("log_tables", "wandb_alerts", "wandb_artifact", "keep_reports"):
             flag(option, getattr(self, option))
+        if self.wandb_artifact and not self.keep_reports:
+            raise ValueError("wandb_artifact holds the reports that keep_reports=False does not keep; leave one out")
         flag("print_end", self.print_end, none=True)
         if self.log_figures_every is not None and find_spec("matplotlib") is None:
             raise ImportError('log_figures_every needs matplotlib: pip install "lightning-spectral[plot]"')
@@ -68,6 +80,7 @@ class ReportWriter:
     Args:
         prefix: first part of the keys.
         options: outputs to write.
+        config: options of the probe, for the configuration of a run.
         layers: names of all layers -> those shown one by one.
         warn: warns once per cause.
 
@@ -79,18 +92,42 @@ class ReportWriter:
         self,
         prefix: str,
         options: OutputOptions,
+        config: Mapping[str, Any],
         layers: Callable[[Sequence[str]], list[str]],
         warn: Callable[[str], None],
     ) -> None:
         self.prefix, self.options, self.layers, self.warn = _check_prefix(prefix), options, layers, warn
+        self.config = dict(config)
         self.file = ReportFile(prefix, warn)
-        self.start()
+        self._reset()
 
-    def start(self) -> None:
-        """Begin a run."""
+    def _reset(self) -> None:
         self._trackers: list[Tracker] = []
         self._charted: list[str] = []
+        self._history: Sequence[SpectralReport] = ()
         self._printed: SpectralReport | None = None
+        self._alerts = Alerts(self.prefix)
+
+    def start(self, trainer: Any) -> None:
+        """Begin a run: write the probe's options into its configuration."""
+        self._reset()
+        if trainer.is_global_zero:
+            self._configure(trainer)
+
+    def _configure(self, trainer: Any, report: SpectralReport | None = None) -> None:
+        """Write the options, with the method by which curvature is measured once that is known."""
+        method = {} if report is None else {"method": report.chosen.partition(":")[0] or report.curvature}
+        if report is not None and self.config | method == self.config:
+            return
+        self.config |= method
+        for tracker in self._trackers_of(trainer):
+            with tracker.warn_on_error(" the probe's options"):
+                tracker.write_config(self.prefix, self.config)
+
+    def _trackers_of(self, trainer: Any) -> list[Tracker]:
+        if [tracker.logger for tracker in self._trackers] != list(trainer.loggers):
+            self._trackers = [tracker_of(logger, self.warn) for logger in trainer.loggers]
+        return self._trackers
 
     def write(
         self,
@@ -122,13 +159,16 @@ class ReportWriter:
         self._charted = [names[key] for key in charts(keys, self.options.wandb_charts)]
         row = self._row(trainer, step, {names[key]: value for key, value in (scalars | (extra or {})).items()})
         if report is not None:
+            self._configure(trainer, report)
             row = self._with_media(row, report, history, probes)
-        for tracker in self._trackers:
-            tracker.write(row)
+        self._write(row)
         if report is None:
             return
+        self._history = history
         if self.options.keep_reports:
             self.file.append(trainer, report)
+            for tracker in self._trackers:
+                tracker.keep_growing(self.file.path)
         every = self.options.print_every
         if every is not None and (probes - 1) % every == 0:
             self._print(trainer, report)
@@ -146,24 +186,56 @@ class ReportWriter:
         """
         if not trainer.is_global_zero:
             return
-        row = self._row(trainer, step, {f"{self.prefix}/{key}": value for key, value in scalars.items()})
-        for tracker in self._trackers:
-            tracker.write(row)
+        self._write(self._row(trainer, step, {f"{self.prefix}/{key}": value for key, value in scalars.items()}))
         if measurement is not None and self.options.keep_reports:
             self.file.append(trainer, measurement)
 
     def _row(self, trainer: Any, step: int, logged: Mapping[str, float]) -> Row:
-        if [tracker.logger for tracker in self._trackers] != list(trainer.loggers):
-            self._trackers = [tracker_of(logger, self.warn) for logger in trainer.loggers]
-        return Row(self.prefix, step, logged, [key for key in self._charted if key in logged])
+        self._trackers_of(trainer)
+        charted = [key for key in self._charted if key in logged]
+        return Row(self.prefix, step, logged, charted, [f"{self.prefix}/{key}" for key in SUMMARIZED])
+
+    def _write(self, row: Row) -> None:
+        alerts = self._alerts.of(row) if self.options.wandb_alerts else []
+        for tracker in self._trackers:
+            tracker.write(row)
+            for title, text in alerts:
+                tracker.alert(title, text)
 
     def end(self, trainer: Any, report: SpectralReport | None) -> None:
-        """Print the last report at the end of training, where that is wanted and was not done yet."""
+        """Give the run's files to the trackers that keep them, and print the last report where that is wanted."""
+        if trainer.is_global_zero:
+            self._keep_files()
         prints = self.options.print_end
         if prints is None:
             prints = not trainer.loggers and trainer.progress_bar_callback is not None
         if prints and report is not None and report is not self._printed and trainer.is_global_zero:
             self._print(trainer, report)
+
+    def _keep_files(self) -> None:
+        trackers = [tracker for tracker in self._trackers if tracker.files]
+        if not trackers or self.file.path is None:
+            return
+        paths = [self.file.path, *self._page(self.file.path)]
+        artifact = self.prefix.replace("/", ".") if self.options.wandb_artifact else None
+        for tracker in trackers:
+            with tracker.warn_on_error(" files"):
+                tracker.keep(paths, artifact)
+
+    def _page(self, spectra: Path) -> list[Path]:
+        """Write the page of the reports in a file beside it, and return its path; nothing where that fails."""
+        if find_spec("plotly") is None:
+            logger.info('the page of a run needs plotly: pip install "lightning-spectral[report]"')
+            return []
+        try:
+            steps = [line.step for line in index_reports(spectra)[0]]
+            # What is in memory need not be fitted again.
+            whole = steps == [report.step for report in self._history]
+            run = run_of(self._history, spectra.stem) if whole else read_run([spectra])
+            return [write_page(run, spectra.with_suffix(".html"))]
+        except Exception as error:
+            self.warn(f"the page of the run could not be written: {error}")
+            return []
 
     def _print(self, trainer: Any, report: SpectralReport) -> None:
         self._printed = report
@@ -200,7 +272,7 @@ class ReportWriter:
         return drawings
 
     def _table(self, report: SpectralReport) -> list[dict[str, Any]]:
-        rows = report.rows()
+        rows = [{"step": report.step, **row} for row in report.rows()]
         if len(rows) <= MAX_ROWS:
             return rows
         self.warn(f"log_tables: {MAX_ROWS} of {len(rows)} layers are in the table, evenly over depth")

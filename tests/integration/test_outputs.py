@@ -1,20 +1,18 @@
-"""What users see of a probe: in W&B, TensorBoard, MLflow and CSV files, and in the terminal."""
+"""What users see of a probe: in TensorBoard, MLflow and CSV files, and in the terminal."""
 
 import csv
-import json
 import math
 import pickle
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
-import numpy
 import pytest
 import pytorch_lightning as pl
 import torch
-from modules import ProbeRows, fit
+from logged import FIGURES, deep, equal_tables
+from modules import ProbeRows
 from PIL import Image
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
@@ -23,145 +21,15 @@ from reports import layer, report
 from rich.console import Console
 from stand_ins import Clock
 from tiny import Repeated, Tiny, batch_of, fit_tiny
-from torch import nn
 
 from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import report_writer as outputs
 from lightning_spectral.callbacks.log_selection import LogSelection, charts
 from lightning_spectral.callbacks.report_writer import alpha_by_depth
-from lightning_spectral.records.log_keys import PROBE_KEYS, STEP_KEYS
-from lightning_spectral.report import read_run
+from lightning_spectral.records.log_keys import PROBE_KEYS
 from lightning_spectral.report.trackers import Row, tracker_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
-
-FIGURES = ("alpha_by_depth", "power_law", "rank_models", "scale", "transfer_identity")
-
-
-def deep(n=29):
-    return Tiny(nn.Sequential(*[part for _ in range(n) for part in (nn.Linear(6, 6), nn.Tanh())], nn.Linear(6, 5)))
-
-
-def wandb_records(path):
-    """Return what an offline run's file holds, in its order, as W&B's own command prints it."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def offline_run(folder, probe, module=None, steps=5):
-    """The records of a training's W&B run and its folder of files."""
-    pytest.importorskip("wandb", minversion="0.28", reason="`wandb leet inspect`, which reads a run, is not there")
-    tracker = WandbLogger(project="p", save_dir=folder, offline=True)
-    fit(
-        module or Tiny(), [probe], data=Repeated(batch_of()), batch_size=None, steps=steps, logger=[tracker],
-    )  # fmt: skip
-    files = Path(tracker.experiment.dir)
-    tracker.experiment.finish()
-    (file,) = files.parent.glob("*.wandb")
-    return wandb_records(file), files
-
-
-def history_rows(records):
-    return [record["history"]["item"] for record in records if record.get("type") == "history"]
-
-
-def probe_rows(records, prefix="spectral"):
-    return [row for row in history_rows(records) if f"{prefix}/failed_probes" in row]
-
-
-def step_rows(records, prefix="spectral"):
-    return [row for row in history_rows(records) if f"{prefix}/step/scale" in row]
-
-
-def same(found, expected):
-    """Equal to 1e-6, and NaN where no finite number is expected."""
-    return float(found) == pytest.approx(expected if math.isfinite(expected) else math.nan, rel=1e-6, nan_ok=True)
-
-
-def test_wandb_with_nothing_configured(tmp_path):
-    probe = SpectralProbe(every_n_steps=2, top_k=4)
-    records, files = offline_run(tmp_path, probe, deep())
-    rows = probe_rows(records)
-    assert [row["trainer/global_step"] for row in rows] == [0, 2, 4]
-    assert len({row["_step"] for row in rows}) == 3
-    for row, measured in zip(rows, probe.history, strict=True):
-        truth = measured.scalars()
-        logged = {key.removeprefix("spectral/"): row[key] for key in row if key.startswith("spectral/")}
-        assert sum(key.startswith("alpha/net.") for key in logged) == 24
-        assert set(logged) - set(truth) == set(PROBE_KEYS)
-        assert all(same(value, truth[key]) for key, value in logged.items() if key in truth)
-    defined = [record["metric"] for record in records if record.get("type") == "metric"]
-    hidden = {metric["name"] for metric in defined if metric["options"].get("hidden")}
-    assert all(m["step_metric"] == "trainer/global_step" for m in defined if m.get("name") in hidden)
-    steps = step_rows(records)
-    assert [row["trainer/global_step"] for row in steps] == [0, 2, 4]
-    # W&B's own steps: each row of a step comes after that of its probe.
-    assert [row["_step"] for pair in zip(rows, steps, strict=True) for row in pair] == [0, 1, 2, 3, 4, 5]
-    of_steps = {key for key in steps[0] if key.startswith("spectral/")}
-    assert of_steps >= {f"spectral/{key}" for key in STEP_KEYS}
-    assert sum(key.startswith("spectral/step_curvature/") for key in of_steps) == 24
-    visible = {key for key in (*rows[0], *steps[0]) if key.startswith("spectral/")} - hidden
-    assert len(visible) == 40
-    assert "spectral/step/scale" in visible
-    assert {"spectral/alpha_median", "spectral/zeta_bound/median_dense", "spectral/alpha/net.0.weight"} <= visible
-    assert not [key for key in rows[0] if "table" in key.lower() or "figures" in key]
-    assert not (files / "media").exists()
-
-
-def test_wandb_figures_tables_and_the_chart_of_alpha_by_depth(tmp_path):
-    probe = SpectralProbe(every_n_steps=2, log_figures_every=2, log_tables=True, prefix="my/probe")
-    records, files = offline_run(tmp_path, probe)
-    rows = probe_rows(records, "my/probe")
-    assert [row["trainer/global_step"] for row in rows] == [0, 2, 4]
-    for i, (row, measured) in enumerate(zip(rows, probe.history, strict=True)):
-        assert same(row["my/probe/alpha_median"], measured.medians()["alpha_median"])
-        shown = {key.split("/")[3].split(".")[0] for key in row if key.startswith("my/probe/figures/")}
-        assert shown == (set() if i == 1 else set(FIGURES))
-        for name in shown:
-            pixels = numpy.asarray(Image.open(files / row[f"my/probe/figures/{name}.path"]).convert("L"))
-            assert pixels.std() > 5
-        table = json.loads((files / row["my/probe/layers.path"]).read_text())
-        equal_tables(table["columns"], table["data"], measured)
-        lines = json.loads((files / row["Custom Chart Tables/my/probe/alpha_by_depth_table.path"]).read_text())
-        assert lines["columns"] == ["step", "lineKey", "lineVal"]
-        expected = [
-            [place, f"step {earlier.step}", x.alpha.exponent]
-            for earlier in probe.history[: i + 1]
-            for place, x in enumerate(earlier.layers.values(), 1)
-            if not math.isnan(x.alpha.exponent)
-        ]
-        assert [line[:2] for line in lines["data"]] == [line[:2] for line in expected]
-        assert all(same(a[2], b[2]) for a, b in zip(lines["data"], expected, strict=True))
-    charted = [r["config"] for r in records if "alpha_by_depth" in json.dumps(r.get("config", ""))]
-    assert "wandb/lineseries/v0" in json.dumps(charted)
-
-
-def equal_tables(columns, cells, measured):
-    expected = measured.rows()
-    assert columns == list(expected[0])
-    for row, truth in zip(cells, expected, strict=True):
-        for found, value in zip(row, truth.values(), strict=True):
-            if isinstance(value, str):
-                assert (found or "") == value
-            elif math.isfinite(value):
-                assert float(found) == pytest.approx(value, rel=1e-6)
-            else:
-                assert found in (None, "")
-
-
-def test_wandb_run_is_read_back_as_a_run(tmp_path):
-    probe = SpectralProbe(every_n_steps=2, prefix="my/probe")
-    _, files = offline_run(tmp_path, probe)
-    assert [file.name for file in files.glob("*.jsonl")] == ["spectra-my%2Fprobe.jsonl"]
-    for path in (files, files.parent):
-        run = read_run([path])
-        assert [read.report.to_dict() for read in run.steps] == [report.to_dict() for report in probe.history]
-
-
-def test_wandb_hides_nothing_where_all_charts_are_wanted(tmp_path):
-    records, _ = offline_run(tmp_path, SpectralProbe(wandb_charts=None, top_k=3), deep(), steps=1)
-    assert not [r for r in records if r.get("metric", {}).get("options", {}).get("hidden")]
 
 
 @pytest.mark.parametrize(
@@ -262,10 +130,10 @@ def test_tensorboard(tmp_path):
             assert value == pytest.approx(probe.logged.scalars(measured)[key], rel=1e-5, nan_ok=True)
     assert set(events.Tags()["images"]) == {f"spectral/figures/{name}" for name in FIGURES}
     assert [event.step for event in events.Images("spectral/figures/power_law")] == [0, 4]
-    assert events.Images("spectral/figures/power_law")[0].width > 300
+    assert events.Images("spectral/figures/power_law")[0].width == 1200
     texts = events.Tensors("spectral/layers/text_summary")
     assert [event.step for event in texts] == [0, 2, 4]
-    assert b"| net.0.weight | dense | 8 | 6 |" in texts[0].tensor_proto.string_val[0]
+    assert b"| 0 | net.0.weight | dense | 8 | 6 |" in texts[0].tensor_proto.string_val[0]
 
 
 def test_csv_is_one_flat_file_with_the_layers_beside_it(tmp_path):
@@ -281,15 +149,12 @@ def test_csv_is_one_flat_file_with_the_layers_beside_it(tmp_path):
             assert float(row[f"spectral/{key}"]) == pytest.approx(value, rel=1e-9, nan_ok=True)
     with open(Path(tracker.log_dir) / "spectral_layers.csv", newline="") as file:
         heading, *cells = csv.reader(file)
-    assert heading[0] == "step"
     for i, measured in enumerate(probe.history):
-        own = cells[2 * i : 2 * i + 2]
-        assert {row[0] for row in own} == {str(measured.step)}
-        equal_tables(heading[1:], [row[1:] for row in own], measured)
+        equal_tables(heading, cells[2 * i : 2 * i + 2], measured)
 
 
 def rows_of(**columns):
-    return Row("spectral", 3, {}, table=[{"layer": "a", **columns}])
+    return Row("spectral", 3, {}, table=[{"step": 3, "layer": "a", **columns}])
 
 
 def test_csv_with_other_columns_goes_to_a_file_of_its_own(tmp_path):
@@ -646,7 +511,7 @@ def test_console_given_is_used():
 
 
 def test_a_disabled_wandb_takes_all_of_it(tmp_path):
-    probe = SpectralProbe(every_n_steps=1, log_tables=True, log_figures_every=1, wandb_charts=3)
+    probe = SpectralProbe(every_n_steps=1, log_tables=True, log_figures_every=1, wandb_charts=3, wandb_artifact=True)
     tracker = WandbLogger(project="p", save_dir=tmp_path, mode="disabled")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,0 +1,115 @@
+"""`Tracker`: what every logger is given of a probe, and `Row`, one probe as loggers get it."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 200
+"""Resolution of figures as images: 6 inches are 1200 pixels, a panel of a dashboard on a dense display."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One probe, as loggers get it.
+
+    Attributes:
+        prefix: first part of its keys.
+        step: optimizer steps before it.
+        scalars: full keys -> values.
+        charted: keys that get a chart of their own in W&B.
+        summarized: keys whose minimum and maximum over the run W&B keeps beside the last value.
+        table: a row per layer: column -> value, the step first.
+        lines: a chart of several lines, label -> (abscissas, ordinates); in W&B, with the table.
+        figures: name -> figure.
+    """
+
+    prefix: str
+    step: int
+    scalars: Mapping[str, float]
+    charted: Sequence[str] = ()
+    summarized: Collection[str] = ()
+    table: Sequence[Mapping[str, Any]] = ()
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+    def cells(self) -> list[list[Any]]:
+        """Return the table without its heading; None for a number that is not finite."""
+        return [[_cell(value) for value in row.values()] for row in self.table]
+
+    def columns(self) -> list[str]:
+        """Return the table's heading."""
+        return list(self.table[0]) if self.table else []
+
+
+class Tracker:
+    """Any logger: it gets the scalars.
+
+    Args:
+        logger: of a Trainer.
+        warn: function that warns once of what a logger could not do; training goes on.
+    """
+
+    figures = tables = files = False
+    """True where the logger takes figures, tables, or a run's files."""
+
+    def __init__(self, logger: Any, warn: Callable[[str], None]) -> None:
+        self.logger, self.warn = logger, warn
+
+    def write(self, row: Row) -> None:
+        """Log a probe. Scalars are logged where figures or tables fail."""
+        with self.warn_on_error(""):
+            self.logger.log_metrics(dict(row.scalars), step=row.step)
+        for name, figure in row.figures.items():
+            with self.warn_on_error(" figures"):
+                self.write_figure(row, name, figure)
+        if row.table:
+            with self.warn_on_error(" tables"):
+                self.write_table(row)
+
+    def write_figure(self, row: Row, name: str, figure: Figure) -> None:
+        """Log a figure; nothing where the logger takes none."""
+
+    def write_table(self, row: Row) -> None:
+        """Log the table; nothing where the logger takes none."""
+
+    def write_config(self, prefix: str, config: Mapping[str, Any]) -> None:
+        """Log the options of a probe; nothing where the logger has no place for those of a callback."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Send the user a message; nothing where the logger sends none."""
+
+    def keep_growing(self, path: Path | None) -> None:
+        """Keep a file that grows while training goes on, once there is one; nothing where the logger takes none."""
+
+    def keep(self, paths: Sequence[Path], artifact: str | None) -> None:
+        """Keep files of a run that has ended, as an artifact of this name, too; nothing where the logger takes none."""
+
+    @contextmanager
+    def warn_on_error(self, what: str) -> Iterator[None]:
+        """Warn of an error within, in place of raising it."""
+        try:
+            yield
+        except Exception as error:
+            self.warn(f"{type(self.logger).__name__} could not log{what}: {error}")
+
+
+def image(figure: Figure) -> Any:
+    """Return a figure as a PIL image."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return Image.open(file)
+
+
+def _cell(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,143 @@
+"""Weights & Biases: options, rows with media, summaries, files and alerts of a run."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_spectral.report.trackers.tracker import Row, Tracker, image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEP = "trainer/global_step"
+"""Axis in W&B of all that Lightning's logger logs."""
+
+
+class WandbTracker(Tracker):
+    """One row per probe in W&B's history, on Lightning's axis, with media in the same row."""
+
+    figures = tables = files = True
+
+    def __init__(self, logger: Any, warn: Callable[[str], None]) -> None:
+        super().__init__(logger, warn)
+        self._defined: set[str] = set()
+        self._growing: set[Path] = set()
+
+    def write(self, row: Row) -> None:
+        """Define the keys, and log the row; without media where they fail.
+
+        A summarized key that is NaN is left out: one NaN would be its minimum and maximum for good.
+        """
+        self._define(row)
+        scalars = {
+            key: value for key, value in row.scalars.items() if key not in row.summarized or not math.isnan(value)
+        }
+        media: dict[str, Any] = {}
+        with self.warn_on_error(" figures"):
+            media |= {f"{row.prefix}/figures/{name}": _wandb_image(figure) for name, figure in row.figures.items()}
+        with self.warn_on_error(" tables"):
+            media |= _wandb_tables(row)
+        if media:
+            with self.warn_on_error(" figures and tables"):
+                self.logger.log_metrics(scalars | media, step=row.step)
+                return
+        super().write(Row(row.prefix, row.step, scalars))
+
+    def write_config(self, prefix: str, config: Mapping[str, Any]) -> None:
+        """Write the options into the run's configuration, below the prefix; a resumed run may have others."""
+        self.logger.experiment.config.update({prefix: dict(config)}, allow_val_change=True)
+
+    def alert(self, title: str, text: str) -> None:
+        """Send a W&B alert, which users get by mail or Slack as their settings say."""
+        with self.warn_on_error(" alerts"):
+            self.logger.experiment.alert(title, text, level="WARN")
+
+    def keep_growing(self, path: Path | None) -> None:
+        """Have the run upload a file in its folder when it ends, however it ends."""
+        run = self.logger.experiment
+        if path is None or path in self._growing or getattr(run, "disabled", False):
+            return
+        self._growing.add(path)
+        with self.warn_on_error(f" {path.name}"):
+            folder = Path(run.dir)
+            if path.parent.resolve() == folder.resolve():
+                run.save(str(path), base_path=str(folder), policy="end")
+
+    def keep(self, paths: Sequence[Path], artifact: str | None) -> None:
+        """Keep files among those of the run, and on request log them as an artifact."""
+        run = self.logger.experiment
+        if getattr(run, "disabled", False):
+            return
+        folder = Path(run.dir)
+        for path in paths:
+            with self.warn_on_error(f" {path.name}"):
+                if path.parent.resolve() != folder.resolve():
+                    shutil.copyfile(path, folder / path.name)
+                run.save(str(folder / path.name), base_path=str(folder), policy="now")
+        if artifact is not None:
+            with self.warn_on_error(" an artifact"):
+                _log_artifact(run, artifact, paths)
+
+    def _define(self, row: Row) -> None:
+        """Hide all keys but the charted ones, of which W&B makes a chart each, and ask for summaries."""
+        before = getattr(self.logger, "_prefix", "")
+        for key in sorted(row.scalars.keys() - self._defined):
+            options: dict[str, Any] = {"hidden": True} if key not in row.charted else {}
+            if key in row.summarized:
+                options["summary"] = "last,min,max"
+            if not options:
+                continue
+            name = f"{before}-{key}" if before else key
+            # One that W&B does not take, with an asterisk in it, leaves the others.
+            with self.warn_on_error(" which keys have charts"):
+                self.logger.experiment.define_metric(name, step_metric=STEP, step_sync=True, **options)
+                self._defined.add(key)
+
+
+def _wandb_image(figure: Figure) -> Any:
+    import wandb
+
+    return wandb.Image(image(figure))
+
+
+def _wandb_tables(row: Row) -> dict[str, Any]:
+    if not row.table:
+        return {}
+    import wandb
+
+    media: dict[str, Any] = {f"{row.prefix}/layers": wandb.Table(columns=[*row.columns()], data=[*row.cells()])}
+    if row.lines:
+        xs, ys = zip(*row.lines.values(), strict=True)
+        media[f"{row.prefix}/alpha_by_depth"] = wandb.plot.line_series(
+            list(xs), list(ys), keys=list(row.lines), title="alpha by depth", xname="layer", split_table=True
+        )
+    return media
+
+
+def _log_artifact(run: Any, name: str, paths: Sequence[Path]) -> None:
+    import wandb
+
+    artifact = wandb.Artifact(f"{name}-{run.id}", type="spectra")
+    for path in paths:
+        artifact.add_file(str(path))
+    run.log_artifact(artifact)
+
+
+def offline_wandb_run(project: str, name: str, folder: Path) -> Any:
+    """Start an offline run for a `WandbLogger`, which prints nothing in the terminal.
+
+    A run that the logger starts by itself warns of an argument that Lightning gives it.
+    """
+    import wandb
+
+    # Else W&B's own summary of every key would bury what is printed.
+    settings = wandb.Settings(silent=True)
+    run = wandb.init(project=project, name=name, dir=str(folder), mode="offline", settings=settings)
+    # As Lightning does for the runs that it starts.
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP, step_sync=True)
+    return run
