@@ -21,8 +21,7 @@ from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report import figures
 from lightning_spectral.report.page.build import write_page
-from lightning_spectral.report.runs.read import read_run, run_of
-from lightning_spectral.report.runs.spectra_file import index_reports
+from lightning_spectral.report.runs.read import read_run
 from lightning_spectral.report.trackers import Row, Tracker, tracker_of
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,6 @@ class ReportWriter:
     def _reset(self) -> None:
         self._trackers: list[Tracker] = []
         self._charted: list[str] = []
-        self._history: Sequence[SpectralReport] = ()
         self._printed: SpectralReport | None = None
         self._alerts = Alerts(self.prefix)
 
@@ -164,7 +162,6 @@ class ReportWriter:
         self._write(row)
         if report is None:
             return
-        self._history = history
         if self.options.keep_reports:
             self.file.append(trainer, report)
             for tracker in self._trackers:
@@ -228,11 +225,7 @@ class ReportWriter:
             logger.info('the page of a run needs plotly: pip install "lightning-spectral[report]"')
             return []
         try:
-            steps = [line.step for line in index_reports(spectra)[0]]
-            # What is in memory need not be fitted again.
-            whole = steps == [report.step for report in self._history]
-            run = run_of(self._history, spectra.stem) if whole else read_run([spectra])
-            return [write_page(run, spectra.with_suffix(".html"))]
+            return [write_page(read_run([spectra]), spectra.with_suffix(".html"))]
         except Exception as error:
             self.warn(f"the page of the run could not be written: {error}")
             return []
