@@ -75,13 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_measure(commands)
     _add_plan(commands)
     _add_report(commands)
+    _add_workspace(commands)
     for name, help_text in LIGHTNING_COMMANDS.items():
         commands.add_parser(name, help=help_text)
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words and words[0] in LIGHTNING_COMMANDS:
         return _lightning(words, from_command_line=arguments is None)
     options = parser.parse_args(words)
-    return {"demo": _demo, "report": _report}.get(options.command, _measure_or_plan)(options)
+    return {"demo": _demo, "report": _report, "workspace": _workspace}.get(options.command, _measure_or_plan)(options)
 
 
 def _add_measure(commands: Any) -> None:
@@ -152,6 +153,19 @@ def _add_report(commands: Any) -> None:
     report.add_argument("--prefix", help="of the probe's keys, where a run or checkpoint holds several probes'")
 
 
+def _add_workspace(commands: Any) -> None:
+    workspace = commands.add_parser(
+        "workspace",
+        help="make a saved view of a W&B project's workspace",
+        description="Make a saved view of a W&B project's workspace, with panels of what a SpectralProbe logs: medians "
+        "by kind of layer, alpha against depth, the optimizer's step, sampling noise. Prints its address. Needs "
+        "wandb-workspaces, a login (wandb login) and a network.",
+    )
+    workspace.add_argument("project", metavar="ENTITY/PROJECT", help="user or team, and its project")
+    workspace.add_argument("--name", default="lightning-spectral", help="of the view (%(default)s)")
+    workspace.add_argument("--prefix", default="spectral", help="of the probe's keys (%(default)s)")
+
+
 def _measure_or_plan(options: argparse.Namespace) -> int:
     """Run a command on the user's model, data and loss, which may raise anything; an error is one line."""
     _import_from_here()
@@ -178,6 +192,20 @@ def _report(options: argparse.Namespace) -> int:
         run(options)
     except (RunError, ImportError) as error:
         return _fail("report", error)
+    return 0
+
+
+def _workspace(options: argparse.Namespace) -> int:
+    from lightning_spectral._messages import first_line
+    from lightning_spectral.cli.workspace_command import run
+
+    try:
+        run(options)
+    except (ValueError, ImportError) as error:
+        return _fail("workspace", error)
+    except Exception as error:
+        # What W&B raises without a login or a network is of many classes.
+        return _fail("workspace", f"W&B took no view: {first_line(error)}")
     return 0
 
 
