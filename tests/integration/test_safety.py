@@ -298,7 +298,7 @@ def test_names_stay_in_their_cells_of_tensorboards_tables():
 
 def test_names_stay_in_their_cells_of_csv_files(tmp_path):
     names = [*HOSTILE, "a\nb", "c\r\nd"]
-    logged("CSVLogger", tmp_path, table=[{"layer": name} for name in names])
+    logged("CSVLogger", tmp_path, table=[{"step": 0, "layer": name} for name in names])
     assert os.listdir(tmp_path) == ["spectral_layers.csv"]
     with (tmp_path / "spectral_layers.csv").open(newline="", encoding="utf-8") as file:
         assert [row[1] for row in csv.reader(file)] == ["layer", *names]

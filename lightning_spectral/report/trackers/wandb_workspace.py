@@ -39,8 +39,10 @@ def wandb_workspace(entity: str, project: str, *, name: str = "lightning-spectra
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError as error:
-        message = 'a workspace needs wandb-workspaces: pip install "lightning-spectral[workspace]"'
-        raise ImportError(message) from error
+        # One that is older than W&B itself cannot be imported either.
+        raise ImportError(
+            f'a workspace needs wandb-workspaces: pip install --upgrade "lightning-spectral[workspace]" ({error})'
+        ) from error
 
     def lines(title: str, *keys: str, **options: Any) -> Any:
         return wr.LinePlot(title=title, x=STEP, y=[f"{prefix}/{key}" for key in keys], **options)

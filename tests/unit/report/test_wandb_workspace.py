@@ -97,4 +97,4 @@ def test_a_project_that_is_none(path, capsys):
 def test_without_the_package_it_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     assert cli.main(["workspace", "team/nets"]) == 2
-    assert 'pip install "lightning-spectral[workspace]"' in capsys.readouterr().err
+    assert 'pip install --upgrade "lightning-spectral[workspace]"' in capsys.readouterr().err
