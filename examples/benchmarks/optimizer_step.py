@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ def optimizers() -> dict[str, tuple[Callable[[list[nn.Parameter]], Optimizer], i
     made: dict[str, tuple[Callable[[list[nn.Parameter]], Optimizer], int]] = {
         REFERENCE: (lambda p: torch.optim.Muon(p), 1),
         "spectral_newton": (lambda p: SpectralNewton(p, alpha=2.0, damping=0.03), 1),
+        "spectral_newton_fixed_size": (lambda p: SpectralNewton(p, alpha=2.0, damping=0.03, update_rms=0.2), 1),
         "spectral_newton_alpha_1.5": (lambda p: SpectralNewton(p, alpha=1.5, damping=0.01), 1),
         "spectral_newton_alpha_1": (lambda p: SpectralNewton(p, alpha=1.0, damping=0.03), 1),
         "spectral_newton_alpha_3": (lambda p: SpectralNewton(p, alpha=3.0, damping=0.03), 1),
@@ -146,9 +147,21 @@ def flops(optimizer: Optimizer) -> int:
     return counter.get_total_flops()
 
 
-def run(shapes: Shapes, repeats: int) -> dict[str, Any]:
-    """Every figure of one list of matrices."""
-    made = {name: (make(parameters(shapes)), steps) for name, (make, steps) in optimizers().items()}
+def state_numbers(optimizer: Optimizer) -> int:
+    """Return how many numbers of state a matrix has beside tensors of its own shape, at most."""
+    return max(
+        sum(value.numel() for value in state.values() if torch.is_tensor(value) and value.shape != parameter.shape)
+        for parameter, state in optimizer.state.items()
+    )
+
+
+def run(shapes: Shapes, repeats: int, only: Sequence[str] | None = None) -> dict[str, Any]:
+    """Every figure of one list of matrices, of the optimizers named or of all."""
+    made = {
+        name: (make(parameters(shapes)), steps)
+        for name, (make, steps) in optimizers().items()
+        if only is None or name in (REFERENCE, *only)
+    }
     times: dict[str, list[float]] = {name: [] for name in made}
     for optimizer, _ in made.values():
         seconds(optimizer, 2)  # state, and the cached sums of inverses
@@ -156,12 +169,13 @@ def run(shapes: Shapes, repeats: int) -> dict[str, Any]:
         for name, (optimizer, steps) in made.items():
             if steps == 1 or i < max(1, repeats // 5):
                 times[name].append(seconds(optimizer, steps))
-    counts = {name: flops(made[name][0]) for name in (REFERENCE, "spectral_newton", "spectral_newton_alpha_1.5")}
-    counts["spectral_newton_alpha_1"] = flops(made["spectral_newton_alpha_1"][0])
+    counted = (REFERENCE, "spectral_newton", "spectral_newton_alpha_1.5", "spectral_newton_alpha_1")
+    counts = {name: flops(made[name][0]) for name in counted if name in made}
     result = {}
     for name, found in times.items():
         ratios = [t / reference for t, reference in zip(found, times[REFERENCE], strict=False)]
         result[name] = {"milliseconds": 1e3 * statistics.median(found), "of_muon": statistics.median(ratios)}
+        result[name]["state_numbers"] = state_numbers(made[name][0])
         if name in counts:
             result[name]["flops_of_muon"] = counts[name] / counts[REFERENCE]
     return result
@@ -193,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="optimizer_step.json")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--only", nargs="+", choices=optimizers(), help="of the optimizers, beside Muon (all)")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +223,7 @@ def main() -> None:
     errors = largest_error()
     figures: dict[str, Any] = {}
     for name, shapes in TASKS.items():
-        figures[name] = run(shapes, options.repeats)
+        figures[name] = run(shapes, options.repeats, options.only)
         print(name, {key: f"{row['of_muon']:.2f}" for key, row in figures[name].items()}, flush=True)
         with open(options.output, "w", encoding="utf-8") as file:
             json.dump({"environment": told, "largest_error": errors, "figures": figures}, file, indent=2)

@@ -82,7 +82,7 @@ def test_it_runs_through_and_resumes(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "| coordinates |" in printed
     assert "swapped: not worse than AdamW on" in printed
-    assert "| momentum 0.95 |" in printed
+    assert "| d by the noise |" in printed
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads(output.read_text())
     by_arm = {row["arm"]: row for row in kept["summary"]}
@@ -115,9 +115,9 @@ def test_not_worse_is_at_most_a_standard_deviation_above():
 
 
 def test_the_study_counts_tasks():
-    of_task = [{"d 0.3": {"swapped": change, "own rate": -0.5}} for change in (0.01, 0.05)]
+    of_task = [{"d 1": {"swapped": change, "own rate": -0.5}} for change in (0.01, 0.05)]
     lines = study_table(dict(enumerate(of_task))).splitlines()
-    assert lines[2] == "| d 0.3 | +3.0%, 1 of 2 | -50.0%, 2 of 2 |"
+    assert lines[2] == "| d 1 | +3.0%, 1 of 2 | -50.0%, 2 of 2 |"
 
 
 def test_the_figure_needs_matplotlib(monkeypatch, tmp_path):
