@@ -74,6 +74,14 @@ def test_what_an_optimizers_step_costs_is_the_benchmarks(row, arm):
     assert shown[1:] == [f"{size[arm]['of_muon']:.2f}" for size in sizes]
 
 
+def test_what_adamws_size_costs_is_the_benchmarks():
+    sizes = list(benchmark("optimizer_size")["figures"].values())
+    for arm in ("spectral_newton", "spectral_newton_fixed_size"):
+        ratios = [f"{size[arm]['of_muon']:.2f}" for size in sizes[1:]]
+        assert f"{', '.join(ratios[:-1])} and {ratios[-1]}" in flat(PAGES["optimizer.md"])
+    assert all(size["spectral_newton"]["state_numbers"] == 3 for size in sizes)  # with the count of skipped updates
+
+
 def test_losses_of_training_are_the_benchmarks():
     page = PAGES["optimizer.md"]
     table = page[page.index("| test loss, mean") :].split("\n\n")[0].splitlines()[2:]

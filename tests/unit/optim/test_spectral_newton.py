@@ -147,6 +147,15 @@ def test_pure_noise_steps_by_what_momentum_leaves_of_it(momentum, nesterov):
     assert sum(sizes[100:]) / 200 == pytest.approx(expected, rel=0.03)
 
 
+def test_the_state_is_the_momentum_and_a_number_per_matrix():
+    conv = nn.Conv2d(4, 6, 3, groups=2)
+    optimizer = SpectralNewton(SpectralNewton.groups(nn.Sequential(conv, nn.Flatten(), nn.Linear(54, 2))))
+    conv(torch.randn(2, 4, 5, 5)).square().sum().backward()
+    optimizer.step()
+    sizes = {key: value.numel() for key, value in optimizer.state[conv.weight].items()}
+    assert sizes == {"momentum_buffer": conv.weight.numel(), "mean_square": 2, "step": 1, "skipped": 1}
+
+
 def test_damping_follows_the_noise_of_each_matrix_of_a_batch(monkeypatch):
     seen = []
     real = matrix_update.transfer_batch
