@@ -82,12 +82,17 @@ def _parts(held: Held, seen: set[int]) -> Iterator[Held]:
 def _children(value: Any) -> list[Any]:
     if isinstance(value, NOT_WRITTEN):
         return []
-    children = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    children = list(vars(value).values()) if _has_attributes(value) else []
     if isinstance(value, dict):
         children += dict.values(value)
     if isinstance(value, (list, tuple, deque)):
         children += value
     return children
+
+
+def _has_attributes(value: Any) -> bool:
+    """Return whether an object has attributes of its own; those of an alias such as ``list[int]`` are its class's."""
+    return isinstance(getattr(value, "__dict__", None), dict)
 
 
 def _is_lazy(value: Any) -> bool:
@@ -101,7 +106,7 @@ def _restorers(value: Any, original: Any) -> list[Callable[[], Any]]:
     if isinstance(value, Tensor):
         is_plain = not isinstance(value, UNINITIALIZED) and value.layout is torch.strided
         return [_tensor(value, original)] if is_plain else []
-    restorers = [_dict(vars(value))] if hasattr(value, "__dict__") else []
+    restorers = [_dict(vars(value))] if _has_attributes(value) else []
     return [*restorers, *_of_container(value), *_of_generator(value), *_of_numpy(value)]
 
 

@@ -147,6 +147,14 @@ def test_each_call_begins_with_the_state_at_the_start(kind, curvature):
         torch.testing.assert_close(measured.layers[name].h, layer.h, rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
+def test_an_alias_of_a_type_is_no_state():
+    model = Tiny()
+    model.kinds = {"list": list[int], "dict": dict[str, float]}
+    report = measure_spectra(model, batch_of(8))
+    assert not report.failed
+    assert model.kinds == {"list": list[int], "dict": dict[str, float]}
+
+
 def test_a_lazy_module_that_no_batch_has_reached_runs_at_each_call():
     model = nn.ModuleDict({"net": nn.Linear(6, 5), "lazy": nn.LazyLinear(3)})
     report = measure_spectra(model, batch_of()[0], lambda m, x: m["net"](x).square().mean() + 0 * m["lazy"](x).sum())
