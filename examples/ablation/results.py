@@ -1,11 +1,11 @@
-"""What the ablation's runs gave: records, one table, one figure."""
+"""What the ablation's runs gave: records, one table, one figure, a page per task."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
@@ -63,7 +63,7 @@ class Result:
 
 
 def report(results: Sequence[Result], output: Path) -> None:
-    """Print the table, and write it, the figure and all results to the folder."""
+    """Print the table, and write it, the figure, the pages and all results to the folder."""
     output.mkdir(parents=True, exist_ok=True)
     rows = [asdict(result) for result in results]
     (output / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -75,10 +75,35 @@ def report(results: Sequence[Result], output: Path) -> None:
         Console(file=file, width=100).print(made)
     try:
         figure(results, output / "ablation.png")
+        print(f"figure in {output / 'ablation.png'}")
     except ImportError as error:
         print(error)
-        return
-    print(f"figure in {output / 'ablation.png'}")
+    try:
+        for page in pages(results, output):
+            print(f"runs side by side in {page}")
+    except ImportError as error:
+        print(error)
+
+
+def pages(results: Sequence[Result], output: Path) -> list[Path]:
+    """Write a page per task of its runs that were measured, the first of each row, laid over each other.
+
+    Raises:
+        ImportError: without plotly.
+    """
+    from lightning_spectral.report import RunError, read_run, write_page
+
+    written = []
+    for task, of_task in groupby(grouped(results).items(), key=lambda item: item[0][0]):
+        runs = []
+        for (_, row), of_row in of_task:
+            try:
+                runs.append(replace(read_run([of_row[0].run.folder(output)]), name=row))
+            except RunError as error:
+                print(f"{task}, {row} is not on the page: {error}")
+        if runs:
+            written.append(write_page(runs, output / task / "report.html", title=f"{task}: optimizers side by side"))
+    return written
 
 
 def table(results: Sequence[Result]) -> Table:

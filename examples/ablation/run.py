@@ -4,7 +4,8 @@
 
 A run is `lightning-spectral fit` with base.yaml, a task's file and an optimizer's, at the learning rate that rates.yaml
 gives the two; a file laid into optimizers/ with rates in rates.yaml takes part. The folder receives results.json,
-table.txt, ablation.png and a CSV log per run.
+table.txt, ablation.png, a CSV log per run, and per task a page of the first seed's runs laid over each other, each of
+which a SpectralProbe measures.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ if str(ROOT) not in sys.path:
 from examples.ablation.results import Result, Run, report  # noqa: E402
 
 SEEDS = (0, 1, 2)
+PROBES = ("SpectralProbe", "ScaleRates")
+PROBE = [
+    "--trainer.callbacks+=lightning_spectral.SpectralProbe",
+    "--trainer.callbacks.every_n_steps=50",
+    "--trainer.callbacks.max_samples=32",
+]
+"""A probe as those that optimizers/ have."""
 PROJECT = "lightning-spectral-ablation"
 """Of W&B."""
 
@@ -68,8 +76,8 @@ def plan(
     return runs
 
 
-def arguments(run: Run, output: Path, *, wandb: bool = False) -> list[str]:
-    """What a run gives the command line."""
+def arguments(run: Run, output: Path, *, wandb: bool = False, probe: bool = False) -> list[str]:
+    """What a run gives the command line; ``probe`` adds a SpectralProbe where its optimizer has none."""
     folder = str(run.folder(output))
     here = {"save_dir": folder, "name": "", "version": ""}
     loggers: list[dict[str, Any]] = [{"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": here}]
@@ -84,16 +92,24 @@ def arguments(run: Run, output: Path, *, wandb: bool = False) -> list[str]:
         f"--trainer.logger={json.dumps(loggers)}",
         f"--trainer.default_root_dir={folder}",
         "--trainer.enable_progress_bar=false",
+        *(PROBE if probe and not has_probe(run.optimizer) else []),
     ]
 
 
-def train(run: Run, output: Path, *, wandb: bool = False, extra: Sequence[str] = ()) -> Result:
+def has_probe(optimizer: str) -> bool:
+    """Whether an optimizer's file comes with a probe, which leaves its reports in the run's folder."""
+    config = yaml.safe_load((HERE / "optimizers" / f"{optimizer}.yaml").read_text(encoding="utf-8"))
+    return any(callback["class_path"].endswith(PROBES) for callback in config.get("trainer", {}).get("callbacks", []))
+
+
+def train(run: Run, output: Path, *, wandb: bool = False, probe: bool = False, extra: Sequence[str] = ()) -> Result:
     """Train, validate and test.
 
     Args:
         run: what to train.
         output: folder of all runs.
         wandb: log to Weights & Biases too.
+        probe: measure the run for its page.
         extra: more arguments of the command line.
     """
     import torch
@@ -104,7 +120,9 @@ def train(run: Run, output: Path, *, wandb: bool = False, extra: Sequence[str] =
     hush()
     run.folder(output).mkdir(parents=True, exist_ok=True)
     cli = spectral_cli()(
-        args=[*arguments(run, output, wandb=wandb), *extra], run=False, save_config_kwargs={"overwrite": True}
+        args=[*arguments(run, output, wandb=wandb, probe=probe), *extra],
+        run=False,
+        save_config_kwargs={"overwrite": True},
     )
     started = time.perf_counter()
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
@@ -135,14 +153,15 @@ def hush() -> None:
 
 
 def train_all(runs: Sequence[Run], output: Path, *, jobs: int, wandb: bool = False) -> Iterator[Result]:
-    """Results in the order of the runs, so many of them at a time, a thread each."""
+    """Results in the order of the runs, so many of them at a time, a thread each; probes are in the first seed's."""
+    options = [{"wandb": wandb, "probe": run.seed == runs[0].seed} for run in runs]
     if jobs == 1 or len(runs) == 1:
-        for run in runs:
-            yield train(run, output, wandb=wandb)
+        for run, of_run in zip(runs, options, strict=True):
+            yield train(run, output, **of_run)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(train, run, output, wandb=wandb) for run in runs]
+        futures = [pool.submit(train, run, output, **of_run) for run, of_run in zip(runs, options, strict=True)]
         for future in futures:
             yield future.result()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import synthetic
 import torch
 import torch.nn.functional as F
 import yaml
@@ -19,6 +20,8 @@ from torch import nn
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from lightning_spectral import SpectralNewton
+from lightning_spectral.report import read_run
+from lightning_spectral.report.runs.spectra_file import append_report
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -57,8 +60,10 @@ CASES = [
 def test_every_overlay_takes_two_steps(task, optimizer, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["run.py"])
     (planned,) = ablation.plan([task], [optimizer], [3])
-    result = ablation.train(planned, tmp_path, extra=[*SMALL[task], *SHORT])
+    result = ablation.train(planned, tmp_path, probe=True, extra=[*SMALL[task], *SHORT])
     assert len(result.curve) == 2
+    measured = read_run([planned.folder(tmp_path)])
+    assert [step.step for step in measured.steps] == [0]
     assert result.val_loss == pytest.approx(result.curve[-1])
     assert math.isfinite(result.test_loss)
     saved = yaml.safe_load((planned.folder(tmp_path) / "config.yaml").read_text())
@@ -360,6 +365,31 @@ def test_the_figure_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     figure(results(), tmp_path / "ablation.png")
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_task_has_a_page_of_the_runs_that_were_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    made = results()
+    for result in (made[0], made[2]):
+        folder = result.run.folder(tmp_path)
+        folder.mkdir(parents=True)
+        append_report(folder / "spectra.jsonl", synthetic.network(0))
+    report(made, tmp_path)
+    text = (tmp_path / "digits" / "report.html").read_text()
+    assert "<title>digits: optimizers side by side</title>" in text
+    assert '"name":"adamw"' in text
+    assert '"name":"muon"' in text
+    printed = capsys.readouterr().out
+    assert f"runs side by side in {tmp_path / 'digits' / 'report.html'}" in printed
+    assert "language, adamw at 2 lr is not on the page" in printed
+    assert not (tmp_path / "language" / "report.html").exists()
+
+
+def test_the_first_seeds_runs_are_measured(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(ablation, "train", lambda run, output, **options: asked.append((run.seed, options["probe"])))
+    list(ablation.train_all(ablation.plan(["digits"], ["adamw", "sgd"], [4, 5]), tmp_path, jobs=1))
+    assert asked == [(4, True), (5, False)] * 2
 
 
 # --- sweep and make

@@ -245,7 +245,7 @@ function showProbe() {
   get("facts").textContent = [probe.facts, count(data.layers.length, "layer"), count(data.probes.length, "probe")]
     .filter(Boolean)
     .join(", ");
-  list("summary", probe.summary.map((text) => text.replace(/(^|[\s(])-(?=[\d.])/g, "$1−")));
+  list("summary", probe.summary.map(withSigns));
   list("notes", [...data.notes, ...probe.problems]);
   list(
     "skipped",

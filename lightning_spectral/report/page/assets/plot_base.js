@@ -8,6 +8,9 @@ const known = (value) => typeof value === "number";
 const raised = (n) => String(n).replace(/./g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit] ?? "⁻");
 const signed = (text) => text.replace("-", "−");
 
+// A sentence with the same minus sign.
+const withSigns = (text) => text.replace(/(^|[\s(])-(?=[\d.])/g, "$1−");
+
 function brief(value, digits = 3) {
   if (!known(value)) return value === "inf" ? "∞" : "–";
   if (value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5))

@@ -159,6 +159,7 @@ list(
   "differences",
   data.differences.length ? ["The runs were measured in different ways, and alphas may differ for that alone:", ...data.differences] : [],
 );
+list("summary", data.summary.map(withSigns));
 list("notes", data.notes);
 showQuantities();
 followTheme(show);
