@@ -96,7 +96,7 @@ class ProbeLog:
             self.write_later(trainer, step, {"probe_overhead": self.budget.overhead})
         self.outputs.end(trainer, report)
         if self.budget.probes:
-            rank_zero_info(trainer, closing_line(self.budget, report, self.outputs.file.path))
+            rank_zero_info(trainer, closing_line(self.outputs.prefix, self.budget, report, self.outputs.file.path))
 
     def _publish(self, trainer: Any, scalars: Mapping[str, float]) -> None:
         former = {name: value for key, value in scalars.items() if (name := former_key(key))}
@@ -104,16 +104,18 @@ class ProbeLog:
         self.monitored.write(trainer, names)
 
 
-def closing_line(budget: TimeBudget, report: SpectralReport | None, path: Path | None) -> str:
+def closing_line(prefix: str, budget: TimeBudget, report: SpectralReport | None, path: Path | None) -> str:
     """Return one line on a run that has ended: its probes, their share of time, alpha at its end, the page's command.
 
     Args:
+        prefix: of the probe's keys.
         budget: of the run.
         report: the last; None without one.
         path: of the run's spectra; None without them.
     """
     probes = f"{budget.probes} probe{'s' * (budget.probes != 1)}"
-    parts = [f"SpectralProbe: {probes}, {percent(budget.overhead)} of {duration(budget.wall_seconds)}"]
+    name = "SpectralProbe" if prefix == "spectral" else f"SpectralProbe, {prefix}"
+    parts = [f"{name}: {probes}, {percent(budget.overhead)} of {duration(budget.wall_seconds)}"]
     if report is not None:
         trusted, layers = len(report.trusted), f"{len(report.layers)} layer{'s' * (len(report.layers) != 1)}"
         alpha = f"median alpha {fixed(report.medians()['alpha_median'])} of {trusted} of {layers} to trust"

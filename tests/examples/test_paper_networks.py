@@ -268,7 +268,7 @@ def test_a_classifier_trains_with_a_probe():
     run.fit(module, datamodule=data)
     assert not torch.equal(before, module.network.fc.weight)
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
-    assert probe.probes == 2
+    assert probe.probes == 3
     assert Counter(layer.kind for layer in probe.last_report.layers.values()) == {"conv": 12, "head": 1}
     assert probe.last_report.n_samples == 64
     assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy"} <= set(run.callback_metrics)

@@ -42,7 +42,7 @@ def lines(monkeypatch):
 @pytest.mark.usefixtures("trusting")
 def test_a_line_has_probes_time_alpha_and_the_command():
     measured = report(layer("a"), layer("b"))
-    line = closing_line(budget_of(9, 0.282, 62.0), measured, Path("logs/version 0/spectra.jsonl"))
+    line = closing_line("spectral", budget_of(9, 0.282, 62.0), measured, Path("logs/version 0/spectra.jsonl"))
     alpha = measured.medians()["alpha_median"]
     assert line == (
         f"SpectralProbe: 9 probes, 4.1 % of 62 s; median alpha {alpha:.2f} of 2 of 2 layers to trust; "
@@ -52,11 +52,12 @@ def test_a_line_has_probes_time_alpha_and_the_command():
 
 def test_a_line_of_less():
     one = budget_of(1, 60.0, 600.0)
-    assert closing_line(one, None, None) == "SpectralProbe: 1 probe, 10.0 % of 10 minutes"
+    assert closing_line("spectral", one, None, None) == "SpectralProbe: 1 probe, 10.0 % of 10 minutes"
+    assert closing_line("held", one, None, None).startswith("SpectralProbe, held: 1 probe, ")
     noisy = report(layer("a", noise=3.0))
-    assert closing_line(one, noisy, None).endswith("; no alpha to trust in 1 layer")
+    assert closing_line("held", one, noisy, None).endswith("; no alpha to trust in 1 layer")
     above = Path(os.path.abspath(os.sep)) / "runs" / "spectra.jsonl"
-    assert closing_line(one, None, above).endswith(f"; lightning-spectral report {above.parent} shows the page")
+    assert closing_line("held", one, None, above).endswith(f"; lightning-spectral report {above.parent} shows the page")
 
 
 def test_a_run_logs_it_once_with_the_folder_that_the_command_takes(lines, tmp_path):
