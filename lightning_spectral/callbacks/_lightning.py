@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -133,9 +134,13 @@ class TrainingPass:
         return itertools.islice(batches, None if math.isinf(self._most) else int(self._most))
 
 
-def rank_zero_info(trainer: Any, text: str) -> None:
-    """Log a line as Lightning does its own, on rank 0."""
-    importlib.import_module(f"{package_of(type(trainer))}.utilities").rank_zero_info(text)
+def rank_zero_info(trainer: Any, text: str, write: Callable[[str], object] | None = None) -> None:
+    """Log a line as Lightning does its own, on rank 0; with ``write``, write it there, if its own are shown."""
+    package = package_of(type(trainer))
+    if write is None:
+        importlib.import_module(f"{package}.utilities").rank_zero_info(text)
+    elif trainer.is_global_zero and logging.getLogger(f"{package}.utilities.rank_zero").isEnabledFor(logging.INFO):
+        write(text)
 
 
 def to_device(trainer: Any, module: Any, batch: Any) -> Any:

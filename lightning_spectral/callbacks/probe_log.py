@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_spectral.callbacks._lightning import rank_zero_info
 from lightning_spectral.callbacks.callback_metrics import CallbackMetrics
 from lightning_spectral.callbacks.log_selection import LogSelection
+from lightning_spectral.callbacks.progress_bar import log_above_bar
 from lightning_spectral.callbacks.report_writer import ReportWriter
 from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.records.log_keys import former_key
@@ -96,7 +96,7 @@ class ProbeLog:
             self.write_later(trainer, step, {"probe_overhead": self.budget.overhead})
         self.outputs.end(trainer, report)
         if self.budget.probes:
-            rank_zero_info(trainer, closing_line(self.outputs.prefix, self.budget, report, self.outputs.file.path))
+            log_above_bar(trainer, closing_line(self.outputs.prefix, self.budget, report, self.outputs.file.path))
 
     def _publish(self, trainer: Any, scalars: Mapping[str, float]) -> None:
         former = {name: value for key, value in scalars.items() if (name := former_key(key))}

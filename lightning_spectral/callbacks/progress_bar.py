@@ -1,4 +1,4 @@
-"""Tables in the terminal of a Trainer that draws a progress bar there."""
+"""Tables and lines in the terminal of a Trainer that draws a progress bar there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from lightning_spectral.callbacks._lightning import rank_zero_info
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.terminal.formatting import width_for
 from lightning_spectral.report.terminal.tables import print_report
@@ -23,8 +24,7 @@ def print_above_bar(trainer: Any, report: SpectralReport, title: str, layers: Se
         title: title of the table.
         layers: names of the layers that get a row.
     """
-    bar = trainer.progress_bar_callback
-    live = getattr(getattr(bar, "progress", None), "console", None)
+    bar, live = trainer.progress_bar_callback, _live_console(trainer)
     terminal = live or Console()
     text = io.StringIO()
     console = Console(
@@ -41,3 +41,17 @@ def print_above_bar(trainer: Any, report: SpectralReport, title: str, layers: Se
         bar.print(text.getvalue())
     else:
         print(text.getvalue())
+
+
+def log_above_bar(trainer: Any, text: str) -> None:
+    """Log a line as Lightning does its own; above a bar of rich, into whose line the logger would write."""
+    live = _live_console(trainer)
+    if isinstance(live, Console):
+        rank_zero_info(trainer, text, lambda line: live.print(Text(line), soft_wrap=True))
+    else:
+        rank_zero_info(trainer, text)
+
+
+def _live_console(trainer: Any) -> Any:
+    """Return the terminal that a bar of rich draws in; None without one."""
+    return getattr(getattr(trainer.progress_bar_callback, "progress", None), "console", None)

@@ -6,11 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_module
 from reports import layer, report
+from rich.console import Console
 from stand_ins import Clock
-from tiny import Tiny, fit_tiny
+from tiny import Repeated, Tiny, batch_of, fit_tiny
+from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralProbe
 from lightning_spectral.callbacks.probe_log import closing_line
@@ -33,9 +37,7 @@ def budget_of(probes, seconds, wall):
 @pytest.fixture
 def lines(monkeypatch):
     told = []
-    monkeypatch.setattr(
-        "lightning_spectral.callbacks.probe_log.rank_zero_info", lambda trainer, text: told.append(text)
-    )
+    monkeypatch.setattr("lightning_spectral.callbacks.probe_log.log_above_bar", lambda trainer, text: told.append(text))
     return told
 
 
@@ -83,6 +85,29 @@ def test_lightning_logs_it_as_its_own():
     rank_zero_module.log.removeHandler(kept)
     assert texts[-2] == "`Trainer.fit` stopped: `max_steps=2` reached."
     assert texts[-1].startswith("SpectralProbe: 1 probe, ")
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.ERROR])
+def test_a_bar_of_rich_has_it_above_if_lightning_may_speak(monkeypatch, level):
+    bar, texts = RichProgressBar(), []
+    print_above = Console.print
+    monkeypatch.setattr(
+        Console, "print", lambda self, *args, **kw: (texts.extend(map(str, args)), print_above(self, *args, **kw))
+    )
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        probe = SpectralProbe(every_n_steps=2, top_k=3, print_end=False)
+        trainer = pl.Trainer(
+            max_epochs=1, callbacks=[probe, bar], logger=False, accelerator="cpu", enable_checkpointing=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Tiny(), DataLoader(Repeated(batch_of()), batch_size=None))
+    finally:
+        logger.setLevel(before)
+    told = [text for text in texts if text.startswith("SpectralProbe: 6 probes, ")]
+    assert len(told) == (level == logging.INFO)
 
 
 def test_no_file_no_command_and_no_probe_no_line(lines):
