@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import figures
-from lightning_spectral.report.terminal.tables import CAPTION, heading, layer_table
+from lightning_spectral.report.terminal.tables import CAPTION, heading, layer_table, other_methods
 from lightning_spectral.summary import summary
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def report_html(report: SpectralReport) -> str:
     return (
         f"<p><b>SpectralReport</b>: {html.escape(heading(report))}</p>"
         f'<div style="max-height: 30em; overflow: auto">{table_html(layer_table(report))}</div>'
-        f"<p><small>{html.escape(CAPTION)}</small></p>"
+        f"<p><small>{html.escape(CAPTION + other_methods(report))}</small></p>"
         f"<ul>{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul>"
     )
 

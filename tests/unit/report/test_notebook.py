@@ -27,6 +27,7 @@ def test_html_is_the_terminals_table_and_the_summary():
     assert [row[0] for row in rows] == [name.removesuffix(".weight") for name in ONE.layers]
     assert rows[0][3].startswith(f"{ONE.layers['block.conv'].alpha.exponent:.2f} ± ")
     assert "step 160, loss 1.000, 64 samples, eval mode, curvature by exact" in page
+    assert "block.attention_out: measured by sketch" in page
     told = [html.unescape(text) for text in re.findall(r"<li>(.*?)</li>", page)]
     assert told == summary(ONE)
     dim = [row.startswith(' style="opacity') for row in re.findall(r"<tr(.*?)</tr>", page)[1:]]
