@@ -7,6 +7,10 @@ from manual import MANUAL, README, flat
 MEASURED = re.compile(r"\d[\d.,]* (?:%|GB|MB|kB|training steps|nats)")
 
 
+def test_it_is_short():
+    assert len(README.splitlines()) <= 220
+
+
 def test_measured_numbers_are_the_manuals():
     """The manual's numbers are held to the benchmarks' files; what the README cites stands in the manual, too."""
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)

@@ -16,7 +16,7 @@ import lightning_spectral
 for package in ("build", "hatchling", "hatch_fancy_pypi_readme", "twine"):
     pytest.importorskip(package, reason="building needs lightning-spectral[build]")
 
-USER_EXTRAS = {"cli", "demo", "pandas", "paper", "plot", "report"}
+USER_EXTRAS = {"cli", "demo", "pandas", "paper", "plot", "report", "workspace"}
 
 
 @pytest.fixture(scope="module")
