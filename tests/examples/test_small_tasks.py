@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from examples.benchmarks import small_task_images, small_task_sequences, small_tasks  # noqa: E402
 from examples.benchmarks.other_networks import cnn  # noqa: E402
 from examples.benchmarks.small_task_images import Rows, places_and_colours  # noqa: E402
-from examples.benchmarks.small_tasks import DEFAULT, STUDIED, TASKS, excess, study_table, table  # noqa: E402
+from examples.benchmarks.small_tasks import DEFAULT, NOISE, TASKS, excess, table  # noqa: E402
 from examples.benchmarks.small_tasks_figure import figure  # noqa: E402
 from examples.benchmarks.train_results import Run  # noqa: E402
 from examples.benchmarks.train_runs import evaluate, recipe, train_task  # noqa: E402
@@ -77,17 +77,16 @@ def test_it_runs_through_and_resumes(tmp_path, capsys, monkeypatch):
     data = partial(Rows, partial(places_and_colours, 20), 16, 50)
     monkeypatch.setattr(small_tasks, "TASKS", {"coordinates": replace(TASKS["coordinates"], steps=2, data=data)})
     output = tmp_path / "new" / "small_tasks.json"
-    argv = [f"--output={output}", "--study=coordinates"]
+    argv = [f"--output={output}"]
     small_tasks.main(argv)
     printed = capsys.readouterr().out
     assert "| coordinates |" in printed
     assert "swapped: not worse than AdamW on" in printed
-    assert "| d by the noise |" in printed
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads(output.read_text())
     by_arm = {row["arm"]: row for row in kept["summary"]}
-    assert by_arm["adamw"]["lr"] == by_arm["swapped"]["lr"]
-    assert set(kept["grid"]["coordinates"]) == set(STUDIED)
+    assert by_arm["adamw"]["lr"] == by_arm["swapped"]["lr"] == by_arm["swapped_noise"]["lr"]
+    assert "damping=noise" in by_arm["swapped_noise"]["recipe"]
     assert all(len(row["tests"]) == len(small_tasks.SEEDS) for row in kept["summary"])
 
     def fail(*args, **options):
@@ -108,16 +107,11 @@ def test_not_worse_is_at_most_a_standard_deviation_above():
     assert excess(row("swapped", 1.0, 0.0), row("adamw", 1.0, 0.0)) == 0
     assert excess(row("swapped", 1.1, 0.0), row("adamw", 1.0, 0.0)) == math.inf
     near, far = row("swapped", 1.02, 0.03), row("spectral_newton", 1.04, 0.03)
-    lines = table([adamw, near, far]).splitlines()
+    lines = table([adamw, near, row("swapped_noise", 0.9, 0.03), far]).splitlines()
     assert lines[2].startswith("| graph | 1.0000 ± 0.0300 (0.01) | 1.0200 ± 0.0300 (0.01), +0.7 sd | ")
     assert lines[3] == "swapped: not worse than AdamW on 1 of 1, with the lower mean on 0"
-    assert lines[4] == "spectral_newton: not worse than AdamW on 0 of 1, with the lower mean on 0"
-
-
-def test_the_study_counts_tasks():
-    of_task = [{"d 1": {"swapped": change, "own rate": -0.5}} for change in (0.01, 0.05)]
-    lines = study_table(dict(enumerate(of_task))).splitlines()
-    assert lines[2] == "| d 1 | +3.0%, 1 of 2 | -50.0%, 2 of 2 |"
+    assert lines[4] == "swapped_noise: not worse than AdamW on 1 of 1, with the lower mean on 1"
+    assert lines[5] == "spectral_newton: not worse than AdamW on 0 of 1, with the lower mean on 0"
 
 
 def test_the_figure_needs_matplotlib(monkeypatch, tmp_path):
@@ -129,8 +123,9 @@ def test_the_figure_needs_matplotlib(monkeypatch, tmp_path):
 def test_the_kept_results_are_of_the_tasks_and_defaults_as_they_are():
     kept = json.loads(KEPT.read_text())
     rows = {(row["task"], row["arm"]): row for row in kept["summary"]}
-    assert set(rows) == {(task, arm) for task in TASKS for arm in ("adamw", "swapped", "spectral_newton")}
+    arms = {"adamw": small_tasks.ADAMW, "swapped": DEFAULT, "swapped_noise": NOISE, "spectral_newton": DEFAULT}
+    assert set(rows) == {(task, arm) for task in TASKS for arm in arms}
     for (task, arm), found in rows.items():
-        assert found["recipe"] == recipe(TASKS[task], small_tasks.ADAMW if arm == "adamw" else DEFAULT)
+        assert found["recipe"] == recipe(TASKS[task], arms[arm])
         assert len(found["tests"]) == len(small_tasks.SEEDS)
         assert found["lr"] == rows[task, "adamw"]["lr"] or arm == "spectral_newton"

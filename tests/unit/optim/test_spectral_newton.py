@@ -268,7 +268,7 @@ def test_every_network_trains(case, make):
 def test_bfloat16_parameters():
     weights = weights_of(SHAPES, torch.bfloat16)
     before = [w.detach().double().clone() for w in weights]
-    optimizer, twin = SpectralNewton(weights, lr=0.1), Twin(weights, lr=0.1)
+    optimizer, twin = SpectralNewton(weights, lr=0.1, damping=0.1), Twin(weights, lr=0.1)
     set_grads(weights)
     optimizer.step()
     twin.step([w.grad for w in weights])
