@@ -81,7 +81,7 @@ def test_runs_are_laid_over_each_other(browser, file, runs, width, dark):
 def test_options_that_differ_are_warned_of_and_marked(browser, file):
     browser.open(file)
     warned = texts(browser, "#differences li")
-    assert warned[1:] == [f"mode: eval in adamw, train in {NAME}"]
+    assert warned[1:] == [f"mode: eval in adamw; train in {NAME}"]
     assert texts(browser, "#runs td.differs") == ["eval", "train"]
     assert texts(browser, "#options th")[:4] == ["run", "probes", "last probe", "last loss"]
 
@@ -110,6 +110,7 @@ def test_what_no_run_has_is_said_and_the_difference_of_two_stands_in_the_table(b
     absent = texts(browser, "#absent li")
     assert [text.split(" is not shown")[0] for text in absent] == ["The step's scale", "The noise scale"]
     assert browser.evaluate("document.getElementById('noise').closest('figure').hidden")
+    assert browser.evaluate("document.getElementById('curves-legend').textContent") == ""
     assert texts(browser, "#columns th") == ["layer", "kind", "one", "two", "difference"]
     assert texts(browser, "#rows td")[-1] == "−0.50"
     three = [*runs, replace(runs[0], name="three")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lightning_spectral._messages import join_names
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.run import Run
@@ -41,10 +42,15 @@ def differences(runs: Sequence[Run]) -> list[str]:
         ranges = [(min(counts), max(counts)) for run in runs if (counts := _samples(run, read))]
         if ranges and max(low for low, _ in ranges) > min(high for _, high in ranges):
             apart.insert(0, name)
-    return [
-        f"{name}: " + ", ".join(f"{options[name]} in {run.name}" for run, options in zip(runs, measured, strict=True))
-        for name in apart
-    ]
+    return [f"{name}: {_by_value(runs, [options[name] for options in measured])}" for name in apart]
+
+
+def _by_value(runs: Sequence[Run], values: Sequence[str]) -> str:
+    """Return each value with the runs that have it."""
+    names: dict[str, list[str]] = {}
+    for run, value in zip(runs, values, strict=True):
+        names.setdefault(value, []).append(run.name)
+    return "; ".join(f"{value} in {join_names(of)}" for value, of in names.items())
 
 
 def comparison(runs: Sequence[Run]) -> list[str]:
@@ -60,8 +66,18 @@ def _against(first: Run, other: Run) -> str:
     higher, n = sum(change > 0 for change in changes), len(changes)
     return (
         f"{other.name} against {first.name}: the last alpha is higher in {higher} of {n} layers to trust in both; the "
-        f"change is {median(changes):+.2f} in the median, from {changes[0]:+.2f} to {changes[-1]:+.2f}."
+        f"change is {_signed(median(changes))} in the median, from {_signed(changes[0])} to {_signed(changes[-1])}."
     )
+
+
+def _signed(change: float) -> str:
+    """Return a change with its sign; nothing has none.
+
+    >>> _signed(0.2), _signed(-0.001)
+    ('+0.20', '0.00')
+    """
+    text = f"{change:+.2f}"
+    return "0.00" if float(text) == 0 else text
 
 
 def _alphas(run: Run) -> dict[str, float]:

@@ -91,8 +91,8 @@ def test_runs_that_cannot_be_told_apart_are_refused(two):
     ("other", "says"),
     [
         ({}, []),
-        ({"curvature_samples": 2}, ["curvature samples: 8 in one, 2 in two"]),
-        ({"chosen": "ggn: piecewise linear"}, ["method: exact in one, ggn in two"]),
+        ({"curvature_samples": 2}, ["curvature samples: 8 in one; 2 in two"]),
+        ({"chosen": "ggn: piecewise linear"}, ["method: exact in one; ggn in two"]),
     ],
 )
 def test_differences_name_option_and_values(other, says):
@@ -106,8 +106,11 @@ def test_samples_that_move_from_probe_to_probe_differ_where_ranges_do_not_meet()
 
     assert differences([of("one", 8, 32), of("two", 16, 64)]) == []
     apart = [of("one", 8, 32), of("two", 64, 64)]
-    assert differences(apart) == ["gradient samples: 8 to 32 in one, 64 in two"]
+    assert differences(apart) == ["gradient samples: 8 to 32 in one; 64 in two"]
     assert options_of(apart[0])["curvature samples"] == "4"
+    assert differences([*apart, replace(apart[0], name="three")]) == [
+        "gradient samples: 8 to 32 in one, three; 64 in two"
+    ]
     trained = run_of([replace(r, mode="train", precision="float64", top_k=5) for r in steps()], "two")
     assert [text.split(":")[0] for text in differences([run_of(steps(), "one"), trained])] == [
         "mode", "precision", "directions",
@@ -118,7 +121,7 @@ def test_sentences_compare_last_alphas_to_trust_in_both():
     first, second = run_of(steps(2.0), "one"), run_of(steps(1.5), "two")
     assert comparison([first, second]) == [
         "two against one: the last alpha is higher in 0 of 2 layers to trust in both; the change is -0.25 in the "
-        "median, from -0.50 to +0.00."
+        "median, from -0.50 to 0.00."
     ]
     assert comparison([first, run_of([report(dead("z"))], "none")]) == [
         "none against one: no layer has an alpha to trust in both."
@@ -175,7 +178,7 @@ def test_command_lays_folders_over_each_other_and_says_where_they_differ(two, tm
     out, err = capsys.readouterr()
     assert out == "report.html\n"
     assert "report: adamw/version_0: read spectra file" in err
-    assert "measured in different ways, method: exact in adamw/version_0, ggn in plain" in err
+    assert "measured in different ways, method: exact in adamw/version_0; ggn in plain" in err
     assert "<title>mine</title>" in (tmp_path / "report.html").read_text()
     assert main(["report", "adamw/version_0", "muon/version_0", "missing.json"]) == 2
     assert "missing.json" in capsys.readouterr().err

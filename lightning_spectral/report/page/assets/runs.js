@@ -136,6 +136,12 @@ const CURVES = {
 
 function showCurves(c) {
   const given = (read) => data.runs.some((run) => run.probes.some((probe) => known(read(probe))));
+  get("curves-legend").textContent = [
+    given(CURVES.scale[0]) && "A step scale below 1 is of a step too long, above 1 of one too timid.",
+    given(CURVES.noise[0]) && "At the noise scale, half of the squared gradient is noise.",
+  ]
+    .filter(Boolean)
+    .join(" ");
   list("absent", Object.values(CURVES).filter(([read]) => !given(read)).map(([, , , why]) => why));
   for (const [id, [read, text, options]] of Object.entries(CURVES)) {
     get(id).closest("figure").hidden = !given(read);
