@@ -48,8 +48,8 @@ class Alerts:
             if self._too_long == IN_A_ROW:
                 text = (
                     f"At {IN_A_ROW} probes in a row the best factor on the optimizer's step was below 1/2, {scale:.2g} "
-                    f"at step {row.step}: a step more than twice as long as the best raises the loss of its batch. "
-                    "Try a lower learning rate."
+                    f"at step {row.step}: such a step raises the loss of its batch, to second order. A lower learning "
+                    "rate, or less momentum, may help."
                 )
                 found.append((f"{self.prefix}: steps are too long", text))
         return found
