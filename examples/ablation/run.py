@@ -1,6 +1,7 @@
 """Train each task with each optimizer over some seeds, and print and plot one table of their losses.
 
     python examples/ablation/run.py [--output ablation-runs] [--seed 0 --seed 1] [--task digits] [--optimizer muon]
+    python examples/ablation/run.py --seed 0 --probe.max_samples 64 --probe.curvature sketch   # options of the probe
 
 A run is `lightning-spectral fit` with base.yaml, a task's file and an optimizer's, at the learning rate that rates.yaml
 gives the two; a file laid into optimizers/ with rates in rates.yaml takes part. The folder receives results.json,
@@ -19,7 +20,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -36,12 +37,8 @@ from examples.ablation.results import Result, Run, report  # noqa: E402
 
 SEEDS = (0, 1, 2)
 PROBES = ("SpectralProbe", "ScaleRates")
-PROBE = [
-    "--trainer.callbacks+=lightning_spectral.SpectralProbe",
-    "--trainer.callbacks.every_n_steps=50",
-    "--trainer.callbacks.max_samples=32",
-]
-"""A probe as those that optimizers/ have."""
+PROBE = {"every_n_steps": "50", "max_samples": "32"}
+"""Options of a probe as those that optimizers/ have."""
 PROJECT = "lightning-spectral-ablation"
 """Of W&B."""
 
@@ -76,8 +73,8 @@ def plan(
     return runs
 
 
-def arguments(run: Run, output: Path, *, wandb: bool = False, probe: bool = False) -> list[str]:
-    """What a run gives the command line; ``probe`` adds a SpectralProbe where its optimizer has none."""
+def arguments(run: Run, output: Path, *, wandb: bool = False, probe: Mapping[str, str] | None = None) -> list[str]:
+    """What a run gives the command line; ``probe``: options of a SpectralProbe, added where its optimizer has none."""
     folder = str(run.folder(output))
     here = {"save_dir": folder, "name": "", "version": ""}
     loggers: list[dict[str, Any]] = [{"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": here}]
@@ -92,8 +89,14 @@ def arguments(run: Run, output: Path, *, wandb: bool = False, probe: bool = Fals
         f"--trainer.logger={json.dumps(loggers)}",
         f"--trainer.default_root_dir={folder}",
         "--trainer.enable_progress_bar=false",
-        *(PROBE if probe and not has_probe(run.optimizer) else []),
+        *(probe_arguments(probe) if probe and not has_probe(run.optimizer) else []),
     ]
+
+
+def probe_arguments(options: Mapping[str, str]) -> list[str]:
+    """What the command line takes for one more probe."""
+    chosen = (f"--trainer.callbacks.{name}={value}" for name, value in options.items())
+    return ["--trainer.callbacks+=lightning_spectral.SpectralProbe", *chosen]
 
 
 def has_probe(optimizer: str) -> bool:
@@ -102,14 +105,21 @@ def has_probe(optimizer: str) -> bool:
     return any(callback["class_path"].endswith(PROBES) for callback in config.get("trainer", {}).get("callbacks", []))
 
 
-def train(run: Run, output: Path, *, wandb: bool = False, probe: bool = False, extra: Sequence[str] = ()) -> Result:
+def train(
+    run: Run,
+    output: Path,
+    *,
+    wandb: bool = False,
+    probe: Mapping[str, str] | None = None,
+    extra: Sequence[str] = (),
+) -> Result:
     """Train, validate and test.
 
     Args:
         run: what to train.
         output: folder of all runs.
         wandb: log to Weights & Biases too.
-        probe: measure the run for its page.
+        probe: measure the run for its page, with these options of a probe.
         extra: more arguments of the command line.
     """
     import torch
@@ -152,9 +162,13 @@ def hush() -> None:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
-def train_all(runs: Sequence[Run], output: Path, *, jobs: int, wandb: bool = False) -> Iterator[Result]:
+def train_all(
+    runs: Sequence[Run], output: Path, *, jobs: int, wandb: bool = False, probe: Mapping[str, str] = PROBE
+) -> Iterator[Result]:
     """Results in the order of the runs, so many of them at a time, a thread each; probes are in the first seed's."""
-    options = [{"wandb": wandb, "probe": run.seed == runs[0].seed} for run in runs]
+    options: list[dict[str, Any]] = [
+        {"wandb": wandb, "probe": probe if run.seed == runs[0].seed else None} for run in runs
+    ]
     if jobs == 1 or len(runs) == 1:
         for run, of_run in zip(runs, options, strict=True):
             yield train(run, output, **of_run)
@@ -164,6 +178,20 @@ def train_all(runs: Sequence[Run], output: Path, *, jobs: int, wandb: bool = Fal
         futures = [pool.submit(train, run, output, **of_run) for run, of_run in zip(runs, options, strict=True)]
         for future in futures:
             yield future.result()
+
+
+def probe_options(words: Sequence[str]) -> dict[str, str]:
+    """Options of a probe, of ``--probe.NAME=VALUE`` or ``--probe.NAME VALUE``.
+
+    Raises:
+        ValueError: for a word that is neither.
+    """
+    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--probe.") else [word])]
+    names, values = parts[::2], parts[1::2]
+    for name in names:
+        if not name.startswith("--probe.") or len(names) != len(values):
+            raise ValueError(f"unrecognized argument {name}; of a probe it is --probe.NAME VALUE")
+    return dict(zip((name.removeprefix("--probe.") for name in names), values, strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,13 +206,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (%(default)s)")
     parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-    options = parser.parse_args(argv)
+    parser.add_argument_group("--probe.NAME VALUE", "an option of the probe beside optimizers that bring none")
+    options, further = parser.parse_known_args(argv)
     try:
+        probe = PROBE | probe_options(further)
         runs = plan(options.task, options.optimizer, options.seed, options.lr_factors)
     except ValueError as error:
         parser.error(str(error))
     results = []
-    for i, result in enumerate(train_all(runs, options.output, jobs=options.jobs, wandb=options.wandb), 1):
+    trained = train_all(runs, options.output, jobs=options.jobs, wandb=options.wandb, probe=probe)
+    for i, result in enumerate(trained, 1):
         run = result.run
         print(
             f"{i}/{len(runs)} {run.task} {run.optimizer} lr {run.lr:g} seed {run.seed}: "

@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import nn
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
-from lightning_spectral import SpectralNewton
+from lightning_spectral import SpectralNewton, SpectralProbe
+from lightning_spectral.lightning_cli import spectral_cli
 from lightning_spectral.report import read_run
 from lightning_spectral.report.runs.spectra_file import append_report
 
@@ -60,10 +61,10 @@ CASES = [
 def test_every_overlay_takes_two_steps(task, optimizer, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["run.py"])
     (planned,) = ablation.plan([task], [optimizer], [3])
-    result = ablation.train(planned, tmp_path, probe=True, extra=[*SMALL[task], *SHORT])
+    result = ablation.train(planned, tmp_path, probe=ablation.PROBE, extra=[*SMALL[task], *SHORT])
     assert len(result.curve) == 2
     measured = read_run([planned.folder(tmp_path)])
-    assert [step.step for step in measured.steps] == [0]
+    assert [step.step for step in measured.steps] == [0, 2]
     assert result.val_loss == pytest.approx(result.curve[-1])
     assert math.isfinite(result.test_loss)
     saved = yaml.safe_load((planned.folder(tmp_path) / "config.yaml").read_text())
@@ -387,7 +388,9 @@ def test_each_task_has_a_page_of_the_runs_that_were_measured(tmp_path, capsys, m
 
 def test_the_first_seeds_runs_are_measured(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(ablation, "train", lambda run, output, **options: asked.append((run.seed, options["probe"])))
+    monkeypatch.setattr(
+        ablation, "train", lambda run, output, **options: asked.append((run.seed, bool(options["probe"])))
+    )
     list(ablation.train_all(ablation.plan(["digits"], ["adamw", "sgd"], [4, 5]), tmp_path, jobs=1))
     assert asked == [(4, True), (5, False)] * 2
 
@@ -403,19 +406,34 @@ def test_the_sweep_is_valid_for_wandb():
     assert config.schema_violations_from_proposed_config(load_sweep_config(str(SWEEP))) == []
 
 
+@pytest.mark.parametrize(("optimizer", "adds"), [("sgd", True), ("swapped", True), ("spectral_newton_probe", False)])
+def test_options_of_a_probe_are_of_the_one_that_is_added(optimizer, adds, tmp_path):
+    (planned,) = ablation.plan(["digits"], [optimizer], [0])
+    words = ablation.arguments(planned, tmp_path, probe=ablation.probe_options(["--probe.every_n_steps", "7"]))
+    cli = spectral_cli()(args=[*words, *SMALL["digits"]], run=False)
+    (probe,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, SpectralProbe)]
+    assert (probe.every_n_steps == 7) == adds
+
+
+@pytest.mark.parametrize("words", [["--prob", "3"], ["--probe.top_k"], ["digits"]])
+def test_words_that_are_no_option_of_a_probe(words):
+    with pytest.raises(ValueError, match="unrecognized argument"):
+        ablation.probe_options(words)
+
+
 def test_the_sweep_is_the_ablation_run_by_run(monkeypatch):
     sweep = load_sweep_config(str(SWEEP))
     assert {"method", "metric", "parameters", "program", "command"} <= set(sweep)
     assert (ROOT / sweep["program"]).is_file()
     assert sweep["method"] == "grid"
     assert sweep["metric"] == {"name": "val_loss", "goal": "minimize"}
-    values = {name: parameter["values"] for name, parameter in sweep["parameters"].items()}
+    values = {name: choice.get("values", [choice.get("value")]) for name, choice in sweep["parameters"].items()}
     planned = {(run.task, run.optimizer, run.seed) for run in ablation.plan()}
     assert planned == {(t, o, s) for t in values["task"] for o in values["optimizer"] for s in values["seed"]}
     trained = []
 
-    def train_all(runs, output, *, jobs, wandb):
-        trained.extend((run.task, run.optimizer, run.seed, wandb) for run in runs)
+    def train_all(runs, output, *, jobs, wandb, probe):
+        trained.extend((run.task, run.optimizer, run.seed, wandb, probe) for run in runs)
         return []
 
     monkeypatch.setattr(ablation, "train_all", train_all)
@@ -426,7 +444,8 @@ def test_the_sweep_is_the_ablation_run_by_run(monkeypatch):
     command = [part for macro in macros for part in (args if macro == "${args}" else [macro])]
     assert command[:3] == ["${env}", "${interpreter}", "${program}"]
     assert ablation.main(command[3:]) == 0
-    assert trained == [(values["task"][-1], values["optimizer"][-1], values["seed"][-1], True)]
+    probe = {"every_n_steps": "50", "max_samples": "32", "log_layers": "none"}
+    assert trained == [(values["task"][-1], values["optimizer"][-1], values["seed"][-1], True, probe)]
 
 
 def test_make_ablation_runs_it():
