@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 Trained = tuple[nn.Module, Any]
 STEPS = 50
+CALLBACKS: list[Any] = []
+"""Callbacks that every Trainer gets beside those of its program."""
 
 
 def training_loss(module: nn.Module, batch: Any) -> Tensor:
@@ -39,7 +41,7 @@ def through(train: Callable[[dict[str, Any]], Any], **trainer: Any) -> Trained:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "default_root_dir": folder,
-            "callbacks": [Keep()],
+            "callbacks": [Keep(), *CALLBACKS],
         }
         train({name: value for name, value in (options | trainer).items() if value is not None})
     module, batch = kept[0]
