@@ -40,8 +40,12 @@ def net(dtype=torch.float32):
 
 
 def optimizer_for(model, **options):
-    """With an exponent of its own in each group: Cholesky factors, sums of inverses, eigenvalues."""
+    """With an exponent of its own in each group, and damping by the noise in one of them.
+
+    So there are Cholesky factors, sums of inverses and eigenvalues.
+    """
     groups = SpectralNewton.groups(model)
+    groups[0]["damping"] = "noise"
     for group, alpha in zip(groups, (2.0, 1.3, 2.5, 1.0), strict=False):
         group["alpha"] = alpha
     return SpectralNewton(groups, lr=0.02, **options)
