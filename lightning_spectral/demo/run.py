@@ -28,6 +28,9 @@ from lightning_spectral.report import print_report, run_of, write_page
 from lightning_spectral.report.runs.run import Run
 from lightning_spectral.report.trackers import offline_wandb_run
 
+GRADIENT_SAMPLES = 1024
+"""Samples of each gradient."""
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -145,14 +148,19 @@ def _train(experiment: Experiment, folder: Path) -> tuple[list[SpectralReport], 
     home.mkdir(parents=True, exist_ok=True)
     wandb_run = offline_wandb_run("lightning-spectral-demo", experiment.name, home)
     loader = DataLoader(experiment.data, experiment.batch_size, shuffle=True, drop_last=True)
-    # A loader of its own lets the last probe, too, take as many samples as its noise asks for.
+    # A loader and a number of samples of its own, for with "auto" the clock decides how many: each run gives the same.
     generator = torch.Generator().manual_seed(1)
     probed = DataLoader(experiment.data, experiment.batch_size, shuffle=True, generator=generator)
-    probe = SpectralProbe(every_n_steps=experiment.every_n_steps, max_samples=experiment.max_samples, batch=probed)
+    probe = SpectralProbe(
+        every_n_steps=experiment.every_n_steps,
+        batch=probed,
+        max_samples=experiment.max_samples,
+        gradient_samples=GRADIENT_SAMPLES,
+    )
     trainer = pl.Trainer(
-        max_steps=experiment.steps + 1,
+        max_steps=experiment.steps,
         # The steps end training; without a number of epochs the bar counts to epoch -2.
-        max_epochs=math.ceil((experiment.steps + 1) / len(loader)),
+        max_epochs=math.ceil(experiment.steps / len(loader)),
         logger=[CSVLogger(home, name="csv"), WandbLogger(save_dir=home, experiment=wandb_run)],
         callbacks=[probe],
         log_every_n_steps=5,

@@ -16,7 +16,7 @@ from fits import fit_numbers
 from reports import layer
 from rich.console import Console
 
-from lightning_spectral import SpectralReport
+from lightning_spectral import SpectralProbe, SpectralReport
 from lightning_spectral.cli import commands as cli
 from lightning_spectral.cli import main
 from lightning_spectral.demo import run as demo
@@ -42,6 +42,8 @@ def wandb_summary(run):
 
 @pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 def test_demo_trains_measures_logs_and_prints(tmp_path, capsys, monkeypatch):
+    # As it is by default: the last probe is that of the final weights.
+    monkeypatch.setitem(SpectralProbe.__init__.__kwdefaults__, "min_probes", 8)
     threads, real = [], demo.print_report
     monkeypatch.setattr(demo, "print_report", lambda *args: (threads.append(torch.get_num_threads()), real(*args)))
     before = torch.get_num_threads()
@@ -59,7 +61,7 @@ def test_demo_trains_measures_logs_and_prints(tmp_path, capsys, monkeypatch):
     assert "anonymous" not in printed + complaints
     assert {name: len(report.layers) for name, report in reports.items()} == {"resnet-digits": 9, "gpt-python": 9}
     for name, report in reports.items():
-        assert report.step > 0
+        assert [probed.step for probed in histories[name]] == [0, 1]
         rows = (tmp_path / name / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
         assert "spectral/alpha_median" in rows[0]
         for named in report.layers:
