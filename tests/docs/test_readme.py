@@ -1,8 +1,10 @@
 """The README: short, and of one mind with the manual."""
 
 import re
+import statistics
 
-from manual import MANUAL, README, flat
+import pytest
+from manual import MANUAL, README, benchmark, flat
 
 MEASURED = re.compile(r"\d[\d.,]* (?:%|GB|MB|kB|training steps|nats)")
 
@@ -23,3 +25,16 @@ def test_rows_with_measured_means_are_the_manuals():
         return {row for row in re.findall(r"^\| .+ \|$", text.replace("](../", "]("), re.MULTILINE) if "±" in row}
 
     assert rows(README) <= rows(MANUAL)
+
+
+@pytest.mark.parametrize(("title", "name"), [("ReLU ResNet", "resnet"), ("GPT of 3 blocks", "gpt3")])
+def test_the_table_of_costs_is_the_benchmarks(title, name):
+    methods = benchmark("probe")["figures"][name]["methods"]
+    (row,) = re.findall(rf"^\| {title}.* \| (\d+ \| \d+) \|$", README, re.MULTILINE)
+    assert row == f"{methods['exact']['steps']:.0f} | {methods['auto']['steps']:.0f}"
+
+
+def test_what_other_networks_cost_is_the_benchmarks():
+    steps = [row["steps"] for row in benchmark("others")["figures"].values()]
+    told = f"{statistics.median(steps):.0f} in the median, {max(steps):.0f} at most |"
+    assert re.search(rf"^\| {len(steps)} networks and losses .*\| {told}$", README, re.MULTILINE)
