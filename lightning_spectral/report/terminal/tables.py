@@ -96,7 +96,8 @@ def _samples(report: SpectralReport) -> str:
 
 def _print_table(console: Console, table: Table, caption: str) -> None:
     console.print(table)
-    console.print(f"{caption}\n", style="dim", soft_wrap=_wide(console), highlight=False)
+    # It names layers, which may look like markup.
+    console.print(f"{caption}\n", style="dim", soft_wrap=_wide(console), highlight=False, markup=False, emoji=False)
 
 
 def _wide(console: Console) -> bool:
