@@ -1,6 +1,6 @@
-"""Draw the README's figures: of the demo's runs, which are printed, too, and of the runs of three decisions.
+"""Draw the figures of README and manual: of the demo's runs, which are printed, too, and of three decisions.
 
-python examples/figures/make.py              # the README's five, into this folder: about six minutes on one CPU core
+python examples/figures/make.py              # the five of them, into this folder: about six minutes on one CPU core
 python examples/figures/make.py --all FOLDER # every figure of both networks
 """
 
@@ -23,7 +23,7 @@ from lightning_spectral.demo.run import run
 from lightning_spectral.report import figures
 
 DPI, SMALL_DPI = 150, 110
-"""Of the README's figures, and of those of decisions."""
+"""Of these figures."""
 
 
 def draw_readme(histories: dict[str, list[SpectralReport]], folder: Path) -> None:

@@ -78,8 +78,8 @@ class LogSelection:
             )
         if missing := [name for name in names if name not in available]:
             raise ValueError(
-                f"log_quantities: {missing[0]!r} is measured on request, by an option that README names, and was not "
-                "asked for"
+                f"log_quantities: {missing[0]!r} is measured on request, by an option that the manual's table of "
+                "logged keys names, and was not asked for"
             )
         return frozenset(names)
 
@@ -104,7 +104,7 @@ class LogSelection:
             check_matches("log_layers", self.log_layers, {name: name for name in names}, layer_names)
 
     def scalars(self, report: SpectralReport | None) -> dict[str, float]:
-        """Return key without prefix -> value, in the order of the README; all NaN for a probe that failed.
+        """Return key without prefix -> value, in the order of the table of keys; all NaN for a probe that failed.
 
         Infinity becomes NaN: no chart shows it, and some trackers store it as the largest number there is.
         """

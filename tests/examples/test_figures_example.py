@@ -1,4 +1,4 @@
-"""The example draws the README's figures, and all there are, of one demo."""
+"""The example draws the figures of README and manual, and all there are, of one demo."""
 
 import sys
 from contextlib import nullcontext
