@@ -91,6 +91,13 @@ def test_losses_of_training_are_the_benchmarks():
         assert row[2:-2].split(" | ")[1:] == [found[task] for task in ("language", "noisy_pixels", "wrong_labels")], arm
 
 
+def test_losses_of_long_runs_are_the_benchmarks():
+    found = {row["arm"]: f"{row['test']:.3f} ± {row['std']:.3f}" for row in benchmark("train")["long"]}
+    page = flat(PAGES["optimizer.md"])
+    assert f"the defaults keep {found['spectral_newton']}, while AdamW ({found['adamw']}) and Muon" in page
+    assert f"momentum 0.85 ({found['muon_momentum_0.85']}) learn the wrong labels" in page
+
+
 def test_losses_of_small_tasks_are_the_benchmarks():
     summary = benchmark("small_tasks")["summary"]
     found = {(row["task"], row["arm"]): row for row in summary}
