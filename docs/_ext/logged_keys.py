@@ -30,7 +30,7 @@ def table() -> str:
     rows += [(f"spectral/{name}", meaning, False, "") for name, meaning in (REPORT_KEYS | PROBE_KEYS).items()]
     rows += [(f"spectral/{name}", meaning, False, "`step`") for name, meaning in STEP_KEYS.items()]
     rows.append((f"spectral/{STEP_CURVATURE.name}/<layer>", STEP_CURVATURE.meaning, False, "`step`"))
-    rows.append((ALPHA_KEY, "exponent that a matrix steps with", False, '`SpectralNewton(alpha="probe")`'))
+    rows.append((ALPHA_KEY, "exponent that SpectralNewton steps with", False, '`alpha="probe"`'))
     lines = [f"| `{key}` | {text} | {'yes' if median else ''} | {option} |" for key, text, median, option in rows]
     return "\n".join(["| key | meaning | median | needs |", "|---|---|---|---|", *lines])
 
