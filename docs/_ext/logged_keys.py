@@ -7,6 +7,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from lightning_spectral.options import Options
+from lightning_spectral.records import log_keys
 from lightning_spectral.records.log_keys import (
     ALPHA_KEY,
     LAYER_KEYS,
@@ -39,7 +40,9 @@ class LoggedKeys(SphinxDirective):
     """Insert the table where the directive stands."""
 
     def run(self) -> list[nodes.Node]:
-        """Return the table's nodes."""
+        """Return the table's nodes; the page is written anew when the keys or this file change."""
+        for source in (log_keys.__file__, __file__):
+            self.env.note_dependency(source)
         return self.parse_text_to_nodes(table())
 
 
