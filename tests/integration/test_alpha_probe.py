@@ -373,7 +373,7 @@ MATRIX = nn.Parameter(torch.ones(3, 3))
         ({"alpha_range": (1.0,)}, "alpha_range must be two exponents"),
         ({"alpha_momentum": 1.0}, r"alpha_momentum must lie in \[0, 1\), got 1.0"),
         ({"damping": -1.0}, "damping must be a finite number above 0"),
-        ({"damping": "probe"}, "damping must be a number or 'auto', got 'probe'"),
+        ({"damping": "probe"}, "damping must be a number, 'noise' or 'auto', got 'probe'"),
     ],
 )
 def test_bad_options(options, message):

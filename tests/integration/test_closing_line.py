@@ -72,8 +72,9 @@ def test_a_run_logs_it_once_with_the_folder_that_the_command_takes(lines, tmp_pa
     assert (Path(folder) / "spectra.jsonl").is_file()
 
 
-def test_lightning_logs_it_as_its_own():
+def test_lightning_logs_it_as_its_own(caplog):
     texts = []
+    caplog.set_level(logging.INFO, rank_zero_module.log.name)
 
     class Kept(logging.Handler):
         def emit(self, record):

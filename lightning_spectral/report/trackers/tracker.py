@@ -63,6 +63,7 @@ class Tracker:
 
     def __init__(self, logger: Any, warn: Callable[[str], None]) -> None:
         self.logger, self.warn = logger, warn
+        self._errors: set[str] = set()
 
     def write(self, row: Row) -> None:
         """Log a probe. Scalars are logged where figures or tables fail."""
@@ -95,11 +96,13 @@ class Tracker:
 
     @contextmanager
     def warn_on_error(self, what: str) -> Iterator[None]:
-        """Warn of an error within, in place of raising it."""
+        """Warn of an error within, in place of raising it; once of one that strikes all there is to log."""
         try:
             yield
         except Exception as error:
-            self.warn(f"{type(self.logger).__name__} could not log{what}: {error}")
+            if str(error) not in self._errors:
+                self.warn(f"{type(self.logger).__name__} could not log{what}: {error}")
+            self._errors.add(str(error))
 
 
 def image(figure: Figure) -> Any:

@@ -343,7 +343,7 @@ def test_layers_without_alignment_say_why():
     with pytest.warns(UserWarning, match="twice.weight: no alignment: it is used 2 times"):
         report = aligned(model, batch, cross_entropy)
     notes = {name: layer.alignment_note for name, layer in report.layers.items() if layer.alignment_note}
-    assert notes.pop("dead.weight").startswith("the loss does not depend on it")
+    assert notes.pop("dead.weight").startswith("the loss of loss_fn does not depend on it")
     assert notes == {
         "matrix": "it is not applied by linear or a convolution",
         "twice.weight": "it is used 2 times",

@@ -59,7 +59,7 @@ def log(tmp_path):
 def trained(tmp_path_factory):
     """A checkpoint and a CSV log of one short training."""
     folder = tmp_path_factory.mktemp("trained")
-    probe = SpectralProbe(every_n_steps=2, top_k=5, max_samples=16)
+    probe = SpectralProbe(every_n_steps=2, top_k=5, max_samples=16, min_probes=0)
     trainer = pl.Trainer(
         max_steps=3, callbacks=[probe], logger=CSVLogger(folder, name="csv"), enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", log_every_n_steps=1,
