@@ -94,13 +94,19 @@ def total_steps(trainer: Any, step_seconds: float = math.nan) -> float:
         steps = math.inf
     # Epochs of a loader without a length give -1.
     steps = steps if steps >= 0 else math.inf
-    if steps == trainer.max_steps and done:
+    if steps == trainer.max_steps and done and trainer.global_step:
         # Each of several optimizers takes a step per batch, and max_steps counts them all.
         steps *= done / float(trainer.global_step)
-    timers = [callback for callback in trainer.callbacks if any(x.__name__ == "Timer" for x in type(callback).__mro__)]
+    timers = [callback for callback in trainer.callbacks if _is_timer(callback)]
     left = [seconds for timer in timers if (seconds := timer.time_remaining()) is not None]
     by_time: list[float] = [done + max(seconds, 0.0) / step_seconds for seconds in left if step_seconds > 0]
     return min([steps, *by_time])
+
+
+def _is_timer(callback: Any) -> bool:
+    """Return whether a callback is Lightning's `Timer`, of either package, and not one of the user's by that name."""
+    lightnings = ("pytorch_lightning", "lightning")
+    return any(x.__name__ == "Timer" and x.__module__.split(".")[0] in lightnings for x in type(callback).__mro__)
 
 
 class TrainingPass:
@@ -117,6 +123,11 @@ class TrainingPass:
         self._most = trainer.num_training_batches
         self.loaders = [self._one] if self._combined is None else self._combined.flattened
 
+    @property
+    def ends(self) -> bool:
+        """True where all loaders have a length: a feed without one may have stopped, and reading it wait for ever."""
+        return all(map(_has_length, self.loaders))
+
     def __copy__(self) -> TrainingPass:
         """Return the same of copies of the loaders."""
         other = object.__new__(TrainingPass)
@@ -132,6 +143,13 @@ class TrainingPass:
         """Yield the batches as the loaders give them."""
         batches = self._one if self._combined is None else (batch for batch, _, _ in self._combined)
         return itertools.islice(batches, None if math.isinf(self._most) else int(self._most))
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        return len(loader) >= 0
+    except (TypeError, NotImplementedError):
+        return False
 
 
 def rank_zero_info(trainer: Any, text: str, write: Callable[[str], object] | None = None) -> None:

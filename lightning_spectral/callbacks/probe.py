@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from lightning_spectral._validation import positive_int
+from lightning_spectral._validation import flag, positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, process_group_of
 from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, transfer_alphas, warn_of_unmeasured
 from lightning_spectral.callbacks.batch_source import BatchChoice, BatchSource
@@ -164,7 +164,7 @@ class SpectralProbe(AnyCallback):
         if fixed_samples is not None and max_samples is not None:
             raise ValueError("max_samples cuts each batch, fixed_samples what is kept in all; give one of them")
         self.every_n_steps, self.prefix, self.loss_fn = every_n_steps, prefix, checked_loss_fn(loss_fn)
-        self.swap = SwapOptimizer() if swap_optimizer else AnyCallback()
+        self.swap = SwapOptimizer() if flag("swap_optimizer", swap_optimizer) else AnyCallback()
         self._warn_once = WarnOnce()
         self.measurement = SafeMeasurement(self.options, loss_fn, self._warn_once)
         self.budget = TimeBudget(max_overhead, min_probes)

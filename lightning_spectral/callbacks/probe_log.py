@@ -96,7 +96,7 @@ class ProbeLog:
             self.write_later(trainer, step, {"probe_overhead": self.budget.overhead})
         self.outputs.end(trainer, report)
         if self.budget.probes:
-            log_above_bar(trainer, closing_line(self.outputs.prefix, self.budget, report, self.outputs.file.path))
+            log_above_bar(trainer, closing_line(self.outputs.prefix, self.budget, step, report, self.outputs.file.path))
 
     def _publish(self, trainer: Any, scalars: Mapping[str, float]) -> None:
         former = {name: value for key, value in scalars.items() if (name := former_key(key))}
@@ -104,26 +104,37 @@ class ProbeLog:
         self.monitored.write(trainer, names)
 
 
-def closing_line(prefix: str, budget: TimeBudget, report: SpectralReport | None, path: Path | None) -> str:
+def closing_line(prefix: str, budget: TimeBudget, step: int, report: SpectralReport | None, path: Path | None) -> str:
     """Return one line on a run that has ended: its probes, their share of time, alpha at its end, the page's command.
 
     Args:
         prefix: of the probe's keys.
         budget: of the run.
+        step: optimizer steps that were taken.
         report: the last; None without one.
         path: of the run's spectra; None without them.
     """
     probes = f"{budget.probes} probe{'s' * (budget.probes != 1)}"
     name = "SpectralProbe" if prefix == "spectral" else f"SpectralProbe, {prefix}"
+    if budget.last_step != step:
+        # Without one of the final weights: the report is of a network that went on training.
+        probes += f", the last at step {budget.last_step} of {step}"
     parts = [f"{name}: {probes}, {percent(budget.overhead)} of {duration(budget.wall_seconds)}"]
     if report is not None:
         trusted, layers = len(report.trusted), f"{len(report.layers)} layer{'s' * (len(report.layers) != 1)}"
         alpha = f"median alpha {fixed(report.medians()['alpha_median'])} of {trusted} of {layers} to trust"
         parts.append(alpha if trusted else f"no alpha to trust in {layers}")
     if path is not None:
-        folder = path.parent
+        parts.append(f"lightning-spectral report {_shown(path.parent)} makes its page")
+    return "; ".join(parts)
+
+
+def _shown(folder: Path) -> str:
+    """Return a folder as a word of a command: relative to the current one if it lies below."""
+    try:
         # Without following links, as the user sees it.
         relative = os.path.relpath(folder)
-        shown = shlex.quote(str(folder) if relative.startswith("..") else relative)
-        parts.append(f"lightning-spectral report {shown} shows the page")
-    return "; ".join(parts)
+    except (ValueError, OSError):
+        # Another drive, or the current folder is gone.
+        relative = ".."
+    return shlex.quote(str(folder) if relative.startswith("..") else relative)

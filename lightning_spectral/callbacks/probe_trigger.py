@@ -188,11 +188,18 @@ class ProbeTrigger:
         self.budget.record_step(step)
         if not self.budget.min_probes or not self._has_room():
             return None
+        reading = TrainingPass(trainer) if self.source.choice == "train" else None
+        if not all(self.group.all_gather_object(reading is None or reading.ends)):
+            self.warn(
+                "no probe of the final weights: it reads the training data once more, and a stream without a length "
+                "may have stopped and never give another batch; batch=DataLoader(...) measures them on other data"
+            )
+            return None
         self.is_pending = self._is_over = True
         # One that was collecting batches begins anew, with those of the final weights.
         self._has_aim = False
-        if self.source.choice == "train":
-            self.source.read(TrainingPass(trainer), trainer.num_training_batches)
+        if reading is not None:
+            self.source.read(reading, trainer.num_training_batches)
         return self.batches(trainer, module, None, noise_scale)
 
     def _has_room(self) -> bool:
@@ -279,7 +286,7 @@ class ProbeTrigger:
         if self._batch_error:
             return None
         try:
-            if self.source.collects:
+            if self.source.collects and not self._is_over:
                 self.source.collect(batch)
             if not self.is_pending:
                 return None

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning_spectral._serialization import UNREADABLE
+from lightning_spectral.callbacks._lightning import optimizer_steps
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report.runs.spectra_file import append_report, append_step, spectra_file_name
+
+logger = logging.getLogger(__name__)
 
 
 class ReportFile:
@@ -28,6 +33,11 @@ class ReportFile:
     def __init__(self, prefix: str, warn: Callable[[str], None]) -> None:
         self.name, self.warn = spectra_file_name(prefix), warn
         self.path: Path | None = None
+        self._begins = False
+
+    def start(self, trainer: Any) -> None:
+        """Begin a run. One that begins at step 0 has a file of its own, also in the folder of another."""
+        self.path, self._begins = None, optimizer_steps(trainer) == 0
 
     def append(self, trainer: Any, record: SpectralReport | StepMeasurement) -> None:
         """Append a report, or the step after it; call it on rank 0 only.
@@ -40,6 +50,9 @@ class ReportFile:
         try:
             path = run_folder(trainer) / self.name
             path.parent.mkdir(parents=True, exist_ok=True)
+            if self._begins:
+                set_aside(path)
+                self._begins = False
             if isinstance(record, StepMeasurement):
                 append_step(path, record)
             else:
@@ -51,6 +64,14 @@ class ReportFile:
                 f"{path} could not be written: {reason}; free space, make the folder writable or set the Trainer's "
                 "default_root_dir, else it lacks this report; keep_reports=False writes no file"
             )
+
+
+def set_aside(path: Path) -> None:
+    """Rename the file of an earlier run, if there is one, to the first free ``<name>.<n>``, as logs are rotated."""
+    if path.is_file():
+        aside = next(free for n in itertools.count(1) if not (free := path.with_name(f"{path.name}.{n}")).exists())
+        path.rename(aside)
+        logger.info("%s is of an earlier run, and is now %s", path, aside)
 
 
 def run_folder(trainer: Any) -> Path:

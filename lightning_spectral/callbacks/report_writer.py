@@ -109,6 +109,7 @@ class ReportWriter:
     def start(self, trainer: Any) -> None:
         """Begin a run: write the probe's options into its configuration."""
         self._reset()
+        self.file.start(trainer)
         if trainer.is_global_zero:
             self._configure(trainer)
 

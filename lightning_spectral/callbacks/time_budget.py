@@ -129,8 +129,8 @@ class TimeBudget:
         """Return the time of the whole run without its probes, as it looks at this step; NaN before it can be told."""
         return self.wall_seconds - self.probe_seconds + (self.total_steps - step) * self.step_seconds(step)
 
-    def probes_to_come(self, step: int) -> float:
-        """Return how many probes are to come at least, with that of the final weights; infinity before times are known.
+    def probes_to_come(self, step: int) -> int:
+        """Return how many probes are to come at least, with that of the final weights; all before times are known.
 
         With R the `training_seconds`, there is room for n where P + n c <= F (R + P + n c).
         """

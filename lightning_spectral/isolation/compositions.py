@@ -44,7 +44,9 @@ def layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     """Return what `torch.nn.functional.layer_norm` does."""
-    return _affine(_standardized(input, range(-len(normalized_shape), 0), eps), weight, bias)
+    y = _affine(_standardized(input, range(-len(normalized_shape), 0), eps), weight, bias)
+    # Autocast gives it in float32.
+    return y if torch.is_autocast_enabled(input.device.type) else y.to(input.dtype)
 
 
 def batch_norm(
@@ -62,7 +64,8 @@ def batch_norm(
         fused = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
         return fused
-    return _by_channel(_standardized(input, (0, *range(2, input.ndim)), eps), weight, bias)
+    y = _by_channel(_standardized(input, (0, *range(2, input.ndim)), eps), weight, bias)
+    return y.to(input.dtype)
 
 
 def instance_norm(
@@ -80,7 +83,8 @@ def instance_norm(
         fused = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if not use_input_stats:
         return fused
-    return _by_channel(_standardized(input, range(2, input.ndim), eps), weight, bias)
+    y = _by_channel(_standardized(input, range(2, input.ndim), eps), weight, bias)
+    return y.to(input.dtype)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -110,6 +114,8 @@ def linear_cross_entropy(
 
 
 def _standardized(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    # Squares of float16 overflow; the fused norms take their statistics in float32, too.
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     centered = x - x.mean(tuple(dims), keepdim=True)
     return centered * (centered.square().mean(tuple(dims), keepdim=True) + eps).rsqrt()
 

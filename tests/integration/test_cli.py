@@ -195,7 +195,10 @@ def test_callbacks_by_class_path_and_by_short_name(package):
         "trainer": {
             "max_steps": 2,
             "callbacks": [
-                {"class_path": "lightning_spectral.SpectralProbe", "init_args": {"every_n_steps": 1, "max_samples": 8, "min_probes": 0}},
+                {
+                    "class_path": "lightning_spectral.SpectralProbe",
+                    "init_args": {"every_n_steps": 1, "max_samples": 8, "min_probes": 0},
+                },
                 {"class_path": "lightning_spectral.SwapOptimizer", "init_args": {"init_args": {"alpha": "auto"}}},
             ],
         },

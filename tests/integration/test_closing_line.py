@@ -44,22 +44,36 @@ def lines(monkeypatch):
 @pytest.mark.usefixtures("trusting")
 def test_a_line_has_probes_time_alpha_and_the_command():
     measured = report(layer("a"), layer("b"))
-    line = closing_line("spectral", budget_of(9, 0.282, 62.0), measured, Path("logs/version 0/spectra.jsonl"))
+    line = closing_line("spectral", budget_of(9, 0.282, 62.0), 0, measured, Path("logs/version 0/spectra.jsonl"))
     alpha = measured.medians()["alpha_median"]
     assert line == (
         f"SpectralProbe: 9 probes, 4.1 % of 62 s; median alpha {alpha:.2f} of 2 of 2 layers to trust; "
-        "lightning-spectral report 'logs/version 0' shows the page"
+        "lightning-spectral report 'logs/version 0' makes its page"
     )
 
 
 def test_a_line_of_less():
     one = budget_of(1, 60.0, 600.0)
-    assert closing_line("spectral", one, None, None) == "SpectralProbe: 1 probe, 10.0 % of 10 minutes"
-    assert closing_line("held", one, None, None).startswith("SpectralProbe, held: 1 probe, ")
+    assert closing_line("spectral", one, 0, None, None) == "SpectralProbe: 1 probe, 10.0 % of 10 minutes"
+    assert closing_line("held", one, 0, None, None).startswith("SpectralProbe, held: 1 probe, ")
     noisy = report(layer("a", noise=3.0))
-    assert closing_line("held", one, noisy, None).endswith("; no alpha to trust in 1 layer")
+    assert closing_line("held", one, 0, noisy, None).endswith("; no alpha to trust in 1 layer")
+    assert closing_line("spectral", one, 30, None, None).startswith(
+        "SpectralProbe: 1 probe, the last at step 0 of 30, "
+    )
     above = Path(os.path.abspath(os.sep)) / "runs" / "spectra.jsonl"
-    assert closing_line("held", one, None, above).endswith(f"; lightning-spectral report {above.parent} shows the page")
+    assert closing_line("held", one, 0, None, above).endswith(
+        f"; lightning-spectral report {above.parent} makes its page"
+    )
+
+
+def test_a_folder_on_another_drive_is_shown_whole(monkeypatch):
+    def fails(path):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", fails)
+    line = closing_line("held", budget_of(1, 60.0, 600.0), 0, None, Path("runs/spectra.jsonl"))
+    assert line.endswith("; lightning-spectral report runs makes its page")
 
 
 def test_a_run_logs_it_once_with_the_folder_that_the_command_takes(lines, tmp_path):
@@ -67,7 +81,7 @@ def test_a_run_logs_it_once_with_the_folder_that_the_command_takes(lines, tmp_pa
     fit_tiny(SpectralProbe(every_n_steps=2, top_k=3, min_probes=8), steps=5, logger=logger)
     (line,) = lines
     assert line.startswith("SpectralProbe: 4 probes, ")
-    (folder,) = re.findall("lightning-spectral report (.*) shows the page$", line)
+    (folder,) = re.findall("lightning-spectral report (.*) makes its page$", line)
     assert Path(folder).resolve() == Path(logger.log_dir).resolve()
     assert (Path(folder) / "spectra.jsonl").is_file()
 

@@ -292,8 +292,65 @@ def test_training_and_a_second_one_are_as_without_the_final_probe(kind):
         for _ in range(2):
             trainer_of(*probes, steps=14).fit(module, loader)
         states.append([module.state_dict(), module.seen, torch.get_rng_state()])
-    assert steps_of(probe) == [2, 14, 2, 14]
+    # A stream without a length may have stopped, so it is not read again.
+    assert steps_of(probe) == ([2, 2] if kind == "stream" else [2, 14, 2, 14])
     assert_identical(*states)
+
+
+class Feed(IterableDataset):
+    """Batches of a producer that stops when training has had them."""
+
+    opened = 0
+
+    def __iter__(self):
+        self.opened += 1
+        assert self.opened == 1, "would wait for ever"
+        return iter(data_of())
+
+
+def test_a_feed_is_not_waited_for_when_training_has_ended():
+    probe = SpectralProbe(every_n_steps=4, top_k=3, min_probes=1)
+    with pytest.warns(
+        SpectralWarning, match="no probe of the final weights: .* a stream without a length may have stopped"
+    ):
+        trainer_of(probe, steps=10).fit(Tiny(), DataLoader(Feed(), batch_size=None))
+    assert steps_of(probe) == [0, 4, 8]
+
+
+def test_fixed_batches_that_never_came_are_not_made_up_at_the_end():
+    probe = SpectralProbe(every_n_steps=1, top_k=3, min_probes=1, batch="fixed", n_batches=4)
+    with pytest.warns(SpectralWarning, match="training ended before there were the batches that a probe takes"):
+        trainer_of(probe, steps=3).fit(Tiny(), data_of())
+    assert (probe.probes, probe.failed_probes) == (0, 0)
+
+
+class Accumulating(Tiny):
+    """Steps by itself, every fourth batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 4 == 3:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+class UsersTimer(pl.Callback):
+    """A callback of the user's with the name of Lightning's."""
+
+
+UsersTimer.__name__ = "Timer"
+
+
+def test_steps_of_the_users_own_and_a_timer_of_theirs_do_not_stop_training():
+    probe = SpectralProbe(top_k=3, loss_fn=lambda module, batch: Tiny.training_step(module, batch, 0))
+    trainer = trainer_of(probe, UsersTimer(), steps=2)
+    trainer.fit(Accumulating(), data_of())
+    assert trainer.global_step == 2
+    assert probe.probes >= 1
 
 
 class Both(Tiny):
@@ -329,7 +386,7 @@ class Once:
 def test_batches_that_come_once_leave_none_for_the_final_weights():
     probe = SpectralProbe(every_n_steps=100, top_k=3, min_probes=1)
     trainer = trainer_of(probe, steps=5)
-    with pytest.warns(SpectralWarning, match="no probe of the final weights: .*Once gives its batches once, to train"):
+    with pytest.warns(SpectralWarning, match="no probe of the final weights: .* a stream without a length"):
         trainer.fit(Tiny(), Once())
     assert trainer.global_step == 5
     assert steps_of(probe) == [0]

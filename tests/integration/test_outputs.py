@@ -101,6 +101,7 @@ def test_quantities_asked_for_are_logged_of_each_layer():
         ({"print_every": 1.5}, "print_every must be None or a whole number of at least 1, got 1.5"),
         ({"wandb_charts": True}, "wandb_charts must be None or a whole number of at least 1, got True"),
         ({"log_tables": "yes"}, "log_tables must be True or False, got 'yes'"),
+        ({"swap_optimizer": "no"}, "swap_optimizer must be True or False, got 'no'"),
         ({"keep_reports": 1}, "keep_reports must be True or False, got 1"),
         ({"print_end": "auto"}, "print_end must be None, True or False, got 'auto'"),
     ],

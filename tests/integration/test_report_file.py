@@ -17,6 +17,7 @@ from tiny import Repeated, Tiny, batch_of, fit_tiny
 from lightning_spectral import SpectralProbe, SpectralWarning
 from lightning_spectral.callbacks import report_file
 from lightning_spectral.callbacks.report_file import ReportFile, run_folder
+from lightning_spectral.report.runs.read import read_run
 from lightning_spectral.report.runs.spectra_file import read_reports, read_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -139,11 +140,19 @@ def test_a_resumed_run_goes_on_in_the_same_file(tmp_path, torn):
     assert files_below(tmp_path) == ["lightning_logs/version_0/spectra.jsonl"]
 
 
-def test_a_run_anew_in_one_folder_takes_the_place_of_the_one_before(tmp_path):
-    for _ in range(2):
-        probe = SpectralProbe(every_n_steps=2)
-        fit_tiny(probe, steps=3, default_root_dir=tmp_path)
-    assert as_dicts(read_reports(tmp_path / "spectra.jsonl")) == as_dicts(probe.history)
+def test_a_run_anew_in_one_folder_has_a_file_of_its_own(tmp_path, caplog):
+    probes = [SpectralProbe(every_n_steps=n) for n in (2, 3, 4)]
+    with caplog.at_level("INFO", "lightning_spectral"):
+        for probe in probes:
+            fit_tiny(probe, steps=7, default_root_dir=tmp_path)
+    assert files_below(tmp_path) == ["spectra.jsonl", "spectra.jsonl.1", "spectra.jsonl.2"]
+    for probe, name in zip(probes[-1:] + probes[:-1], files_below(tmp_path), strict=True):
+        assert as_dicts(read_reports(tmp_path / name)) == as_dicts(probe.history)
+    assert (
+        f"{tmp_path / 'spectra.jsonl'} is of an earlier run, and is now {tmp_path / 'spectra.jsonl.2'}"
+        in caplog.messages
+    )
+    assert [step.report.step for step in read_run([tmp_path]).steps] == [0, 4]
 
 
 def told_of(file, probe, folder):

@@ -56,6 +56,9 @@ class Tracker:
     Args:
         logger: of a Trainer.
         warn: function that warns once of what a logger could not do; training goes on.
+
+    Attributes:
+        is_lost: True while the logger does not even take scalars.
     """
 
     figures = tables = files = False
@@ -63,12 +66,14 @@ class Tracker:
 
     def __init__(self, logger: Any, warn: Callable[[str], None]) -> None:
         self.logger, self.warn = logger, warn
-        self._errors: set[str] = set()
+        self.is_lost = False
 
     def write(self, row: Row) -> None:
         """Log a probe. Scalars are logged where figures or tables fail."""
+        self.is_lost = True
         with self.warn_on_error(""):
             self.logger.log_metrics(dict(row.scalars), step=row.step)
+            self.is_lost = False
         for name, figure in row.figures.items():
             with self.warn_on_error(" figures"):
                 self.write_figure(row, name, figure)
@@ -96,13 +101,11 @@ class Tracker:
 
     @contextmanager
     def warn_on_error(self, what: str) -> Iterator[None]:
-        """Warn of an error within, in place of raising it; once of one that strikes all there is to log."""
+        """Warn of an error within, in place of raising it."""
         try:
             yield
         except Exception as error:
-            if str(error) not in self._errors:
-                self.warn(f"{type(self.logger).__name__} could not log{what}: {error}")
-            self._errors.add(str(error))
+            self.warn(f"{type(self.logger).__name__} could not log{what}: {error}")
 
 
 def image(figure: Figure) -> Any:

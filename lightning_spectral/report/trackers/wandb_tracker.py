@@ -44,6 +44,7 @@ class WandbTracker(Tracker):
         if media:
             with self.warn_on_error(" figures and tables"):
                 self.logger.log_metrics(scalars | media, step=row.step)
+                self.is_lost = False
                 return
         super().write(Row(row.prefix, row.step, scalars))
 
@@ -59,7 +60,7 @@ class WandbTracker(Tracker):
     def keep_growing(self, path: Path | None) -> None:
         """Have the run upload a file in its folder when it ends, however it ends."""
         run = self.logger.experiment
-        if path is None or path in self._growing or getattr(run, "disabled", False):
+        if path is None or path in self._growing or self.is_lost or getattr(run, "disabled", False):
             return
         self._growing.add(path)
         with self.warn_on_error(f" {path.name}"):
@@ -70,7 +71,7 @@ class WandbTracker(Tracker):
     def keep(self, paths: Sequence[Path], artifact: str | None) -> None:
         """Keep files among those of the run, and on request log them as an artifact."""
         run = self.logger.experiment
-        if getattr(run, "disabled", False):
+        if self.is_lost or getattr(run, "disabled", False):
             return
         folder = Path(run.dir)
         for path in paths:

@@ -348,3 +348,21 @@ def test_what_cannot_be_replaced_is_told():
 
     with pytest.warns(SpectralWarning, match="passes a derivative of layer_norm that torch computes wrongly, where it"):
         measure_spectra(Normalized(Native()), points(), by_grad, top_k=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("composed", "fused", "options"),
+    [
+        (compositions.layer_norm, F.layer_norm, {"normalized_shape": (64,)}),
+        (compositions.batch_norm, F.batch_norm, {"running_mean": None, "running_var": None, "training": True}),
+        (compositions.instance_norm, F.instance_norm, {}),
+    ],
+)
+def test_compositions_take_half_precision_as_the_fused_norms_do(composed, fused, options, dtype):
+    x = (400 * torch.randn(8, 4, 64, generator=torch.Generator().manual_seed(0)) + 300).to(dtype)
+    ours, theirs = composed(x, **options), fused(x, **options)
+    assert ours.dtype == theirs.dtype == dtype
+    torch.testing.assert_close(
+        ours.float(), theirs.float(), atol=4 * torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps
+    )
