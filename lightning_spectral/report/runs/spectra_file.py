@@ -103,7 +103,7 @@ def _append(path: str | Path, data: dict[str, Any]) -> None:
 
 
 def read_reports(path: str | Path) -> list[SpectralReport]:
-    """Return all reports of a file, fitted again.
+    """Return all reports of a file, or of the ``spectra.jsonl`` in a folder, fitted again.
 
     Of a run that was resumed from an older checkpoint, lines of steps that it took again replace those before.
 
