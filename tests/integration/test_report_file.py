@@ -52,6 +52,7 @@ def test_reports_lie_in_the_folder_of_the_logger(tmp_path, logger_class):
     kept = read_reports(Path(logger.log_dir) / "spectra.jsonl")
     assert [one.step for one in kept] == [0, 2, 4]
     assert as_dicts(kept) == as_dicts(probe.history)
+    assert as_dicts(read_reports(logger.log_dir)) == as_dicts(kept)
 
 
 @pytest.mark.parametrize("logger", [False, [ProbeRows()]])

@@ -113,15 +113,21 @@ def read_reports(path: str | Path) -> list[SpectralReport]:
     Raises:
         RunError: if the file cannot be read or holds anything else.
     """
-    return list(decode_reports(path, _lines_with_warning(path, of_step=False)))
+    file = _file_of(path)
+    return list(decode_reports(file, _lines_with_warning(file, of_step=False)))
 
 
 def read_steps(path: str | Path) -> list[StepMeasurement]:
     """Return the measurements of the optimizer's steps after the probes of a file, each with its probe's ``step``.
 
-    It warns and raises as `read_reports` does.
+    It takes paths, warns and raises as `read_reports` does.
     """
-    return list(decode_steps(path, _lines_with_warning(path, of_step=True)))
+    file = _file_of(path)
+    return list(decode_steps(file, _lines_with_warning(file, of_step=True)))
+
+
+def _file_of(path: str | Path) -> Path:
+    return Path(path) / spectra_file_name() if Path(path).is_dir() else Path(path)
 
 
 def _lines_with_warning(path: str | Path, *, of_step: bool) -> list[Line]:
