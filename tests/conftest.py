@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -60,6 +61,15 @@ def current_folder(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("current"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_run_left():
+    """A logger of the next test would go on with the run of this one."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()
 
 
 @pytest.fixture(autouse=True)

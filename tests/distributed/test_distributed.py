@@ -22,8 +22,8 @@ def test_two_processes_measure_the_joined_batch_and_skip_a_probe_together(world_
     for name, h in first["joint"].items():
         assert h == pytest.approx(first["alone"][name], rel=1e-5, abs=1e-5 * max(map(abs, h)))
     assert first["reports"] == second["reports"]
-    # Before step 4 the loss fails in the second process.
-    assert first["steps"] == second["steps"] == [0, 2, 6, 8]
+    # Before step 4 the loss fails in the second process; a stream without a length is not read again at the end.
+    assert first["steps"] == second["steps"] == [0, 2, 6]
     assert first["failed"] == second["failed"] == 1
     assert [text for text in first["warnings"] if "rank 1: KeyError: 'lost'" in text]
     assert not second["warnings"]
