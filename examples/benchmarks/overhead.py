@@ -1,6 +1,6 @@
-"""What share of wall time the probe takes with nothing configured, in a run of two minutes.
+"""What share of wall time the probe takes with nothing configured, in a run of one minute.
 
-    python examples/benchmarks/overhead.py [--output overhead.json] [--seconds 120]
+    python examples/benchmarks/overhead.py [--output overhead.json] [--seconds 60]
 
 A GPT on Python's source and a ResNet on digits, each trained for so many seconds with `SpectralProbe()`.
 """
@@ -61,7 +61,7 @@ def main() -> None:
     """Run both and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="overhead.json")
-    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
