@@ -123,7 +123,7 @@ def closing_line(prefix: str, budget: TimeBudget, step: int, report: SpectralRep
     if report is not None:
         trusted, layers = len(report.trusted), f"{len(report.layers)} layer{'s' * (len(report.layers) != 1)}"
         alpha = f"median alpha {fixed(report.medians()['alpha_median'])} of {trusted} of {layers} to trust"
-        parts.append(alpha if trusted else f"no alpha to trust in {layers}")
+        parts.append(alpha if trusted else f"no alpha to trust in {layers} at the last probe")
     if path is not None:
         parts.append(f"lightning-spectral report {_shown(path.parent)} makes its page")
     return "; ".join(parts)

@@ -57,7 +57,7 @@ def test_a_line_of_less():
     assert closing_line("spectral", one, 0, None, None) == "SpectralProbe: 1 probe, 10.0 % of 10 minutes"
     assert closing_line("held", one, 0, None, None).startswith("SpectralProbe, held: 1 probe, ")
     noisy = report(layer("a", noise=3.0))
-    assert closing_line("held", one, 0, noisy, None).endswith("; no alpha to trust in 1 layer")
+    assert closing_line("held", one, 0, noisy, None).endswith("; no alpha to trust in 1 layer at the last probe")
     assert closing_line("spectral", one, 30, None, None).startswith(
         "SpectralProbe: 1 probe, the last at step 0 of 30, "
     )
