@@ -28,6 +28,7 @@ GRADIENTS = 10.0
 """Times that of its gradients and their singular vectors that a measurement takes, beside its products."""
 
 _told: WeakSet[nn.Module] = WeakSet()
+_PIPELINE = Path(__file__).parent
 _OURS, _TORCH, _PYTHON = Path(__file__).parents[1], Path(nn.__file__).parents[1], Path(threading.__file__).parent
 
 
@@ -81,8 +82,11 @@ class Watch:
     def _place(self) -> str:
         frames = list(_frames(sys._current_frames().get(self._thread), self._root))
         modules = {} if self._copy is None else {id(module): name for name, module in self._copy.named_modules()}
-        called = [modules.get(id(frame.f_locals.get("self"))) for frame in frames]
-        measured = [name for frame in frames if isinstance(name := frame.f_locals.get("name"), str)]
+        # Before Python 3.13 a frame keeps its variables, once asked for them, until it ends; those of this folder let
+        # go of gradients as large as the network.
+        variables = [frame.f_locals for frame in frames if Path(frame.f_code.co_filename).parent != _PIPELINE]
+        called = [modules.get(id(of_frame.get("self"))) for of_frame in variables]
+        measured = [name for of_frame in variables if isinstance(name := of_frame.get("name"), str)]
         layer = next(filter(None, called), None) or next((name for name in measured if name in self._layers), None)
         theirs = [frame for frame in frames if not any(_is_in(frame, folder) for folder in (_OURS, _TORCH, _PYTHON))]
         where = (theirs or [frame for frame in frames if _is_in(frame, _OURS)] or frames)[:1]

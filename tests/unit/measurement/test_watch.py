@@ -2,6 +2,8 @@
 
 import logging
 import threading
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +150,14 @@ def test_a_measurement_that_ends_says_nothing(timers, caplog, fails):
 def test_a_busy_machine_has_a_minute(timers):
     measure_spectra(Slow(lambda: None), X, square, top_k=3)
     assert [timer.seconds for timer in timers[1:]] == [watch.LEAST_SECONDS] * (len(timers) - 1)
+
+
+def test_what_a_measurement_lets_go_of_is_not_kept_by_the_report(timers):
+    source = "def measure(box, wait, after):\n    gradients = box.pop()\n    wait()\n    del gradients\n    after()"
+    exec(compile(source, str(Path(watch.__file__).with_name("pipeline.py")), "exec"), scope := {})
+    gradients = torch.ones(3)
+    kept, box, alive = weakref.ref(gradients), [gradients], []
+    del gradients
+    with watch.Watch(nn.Linear(2, 2)):
+        scope["measure"](box, pass_time, lambda: alive.append(kept() is not None))
+    assert alive == [False]
