@@ -67,9 +67,14 @@ class ReportFile:
 
 
 def set_aside(path: Path) -> None:
-    """Rename the file of an earlier run, if there is one, to the first free ``<name>.<n>``, as logs are rotated."""
+    """Rename the file of an earlier run, if there is one, to the first free ``earlier-<n>-<name>``.
+
+    It can be read by that name, and is not taken for the run's own in its folder.
+    """
     if path.is_file():
-        aside = next(free for n in itertools.count(1) if not (free := path.with_name(f"{path.name}.{n}")).exists())
+        aside = next(
+            free for n in itertools.count(1) if not (free := path.with_name(f"earlier-{n}-{path.name}")).exists()
+        )
         path.rename(aside)
         logger.info("%s is of an earlier run, and is now %s", path, aside)
 

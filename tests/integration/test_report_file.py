@@ -30,7 +30,7 @@ REMEDY = (
 
 
 def files_below(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("spectra*"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*spectra*"))
 
 
 def as_dicts(reports):
@@ -146,14 +146,14 @@ def test_a_run_anew_in_one_folder_has_a_file_of_its_own(tmp_path, caplog):
     with caplog.at_level("INFO", "lightning_spectral"):
         for probe in probes:
             fit_tiny(probe, steps=7, default_root_dir=tmp_path)
-    assert files_below(tmp_path) == ["spectra.jsonl", "spectra.jsonl.1", "spectra.jsonl.2"]
-    for probe, name in zip(probes[-1:] + probes[:-1], files_below(tmp_path), strict=True):
+    assert files_below(tmp_path) == ["earlier-1-spectra.jsonl", "earlier-2-spectra.jsonl", "spectra.jsonl"]
+    for probe, name in zip(probes, files_below(tmp_path), strict=True):
         assert as_dicts(read_reports(tmp_path / name)) == as_dicts(probe.history)
-    assert (
-        f"{tmp_path / 'spectra.jsonl'} is of an earlier run, and is now {tmp_path / 'spectra.jsonl.2'}"
-        in caplog.messages
-    )
+    aside = tmp_path / "earlier-2-spectra.jsonl"
+    assert f"{tmp_path / 'spectra.jsonl'} is of an earlier run, and is now {aside}" in caplog.messages
+    # The folder's run is the last; an earlier one is read by its file.
     assert [step.report.step for step in read_run([tmp_path]).steps] == [0, 4]
+    assert [step.report.step for step in read_run([aside]).steps] == [0, 3, 6]
 
 
 def told_of(file, probe, folder):
