@@ -15,7 +15,7 @@ import torch
 
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, DistributedGroup, SingleProcess
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.measurement.loader_batches import unused_copy
+from lightning_spectral.measurement.loader_batches import length_of, unused_copy
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -126,7 +126,7 @@ class TrainingPass:
     @property
     def ends(self) -> bool:
         """True where all loaders have a length: a feed without one may have stopped, and reading it wait for ever."""
-        return all(map(_has_length, self.loaders))
+        return all(length_of(loader) is not None for loader in self.loaders)
 
     def __copy__(self) -> TrainingPass:
         """Return the same of copies of the loaders."""
@@ -143,13 +143,6 @@ class TrainingPass:
         """Yield the batches as the loaders give them."""
         batches = self._one if self._combined is None else (batch for batch, _, _ in self._combined)
         return itertools.islice(batches, None if math.isinf(self._most) else int(self._most))
-
-
-def _has_length(loader: Any) -> bool:
-    try:
-        return len(loader) >= 0
-    except (TypeError, NotImplementedError):
-        return False
 
 
 def rank_zero_info(trainer: Any, text: str, write: Callable[[str], object] | None = None) -> None:

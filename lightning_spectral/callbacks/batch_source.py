@@ -14,7 +14,7 @@ from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.isolation.batch_tree import batch_size, take_samples
 from lightning_spectral.measurement.cpu_batches import CpuBatches
 from lightning_spectral.measurement.gradient_samples import samples_for_aim
-from lightning_spectral.measurement.loader_batches import ALL, Share, count_samples, first_batches
+from lightning_spectral.measurement.loader_batches import ALL, Share, count_samples, first_batches, length_of
 
 BatchChoice = Literal["train", "fixed"] | DataLoader[Any]
 CHOICES = ("train", "fixed")
@@ -202,9 +202,6 @@ class BatchSource:
         """Raise ValueError for a loader whose length is known and too short."""
         if not isinstance(self.choice, DataLoader):
             return
-        try:
-            n = len(self.choice)
-        except (TypeError, NotImplementedError):
-            return
-        if n < self.n_batches:
+        n = length_of(self.choice)
+        if n is not None and n < self.n_batches:
             raise ValueError(f"n_batches: {self.n_batches} batches were asked for, and the DataLoader has {n}")

@@ -62,10 +62,7 @@ def batch_norm(
     """Return what `torch.nn.functional.batch_norm` does, and update the running statistics as it does."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not training):
         fused = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if not training:
-        return fused
-    y = _by_channel(_standardized(input, (0, *range(2, input.ndim)), eps), weight, bias)
-    return y.to(input.dtype)
+    return _by_channel(input, (0, *range(2, input.ndim)), weight, bias, eps) if training else fused
 
 
 def instance_norm(
@@ -81,10 +78,7 @@ def instance_norm(
     """Return what `torch.nn.functional.instance_norm` does, and update the running statistics as it does."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not use_input_stats):
         fused = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    if not use_input_stats:
-        return fused
-    y = _by_channel(_standardized(input, range(2, input.ndim), eps), weight, bias)
-    return y.to(input.dtype)
+    return _by_channel(input, range(2, input.ndim), weight, bias, eps) if use_input_stats else fused
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -125,9 +119,11 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-def _by_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _by_channel(x: Tensor, dims: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Return x normalized over some dimensions, with a weight and a bias for each channel."""
     shape = (-1, *[1] * (x.ndim - 2))
-    return _affine(x, *(None if value is None else value.view(shape) for value in (weight, bias)))
+    of_channels = (None if value is None else value.view(shape) for value in (weight, bias))
+    return _affine(_standardized(x, dims, eps), *of_channels).to(x.dtype)
 
 
 LINEAR_CROSS_ENTROPY: Any = getattr(F, "linear_cross_entropy", None)

@@ -42,6 +42,14 @@ def count_samples(batch: Any, option: str) -> int:
     return size
 
 
+def length_of(loader: Any) -> int | None:
+    """Return how many batches a loader says that it has; None for one that does not, such as a stream."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def unused_copy(loader: Any) -> Any:
     """Return a copy of a loader that may be in use: with its own samplers, and without the original's workers.
 

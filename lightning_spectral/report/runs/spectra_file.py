@@ -13,10 +13,11 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from lightning_spectral.records.layer_spectrum import PARTS, LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report.runs.run import RunError, explain
+
+T = TypeVar("T")
 
 FORMAT, STEP_FORMAT, FORMAT_VERSION = "lightning-spectral-measurement", "lightning-spectral-step", 1
 
@@ -169,13 +172,7 @@ def decode_reports(path: str | Path, lines: Iterable[Line]) -> Iterator[Spectral
     Raises:
         RunError: if one cannot be read.
     """
-    with Path(path).open("rb") as file:
-        for line in lines:
-            file.seek(line.offset)
-            try:
-                yield _report_of(json.loads(file.readline()))
-            except UNREADABLE as error:
-                raise RunError(f"{path}: line {line.number} holds no report ({explain(error)})") from error
+    return _decoded(path, lines, _report_of, "report")
 
 
 def decode_steps(path: str | Path, lines: Iterable[Line]) -> Iterator[StepMeasurement]:
@@ -184,13 +181,17 @@ def decode_steps(path: str | Path, lines: Iterable[Line]) -> Iterator[StepMeasur
     Raises:
         RunError: if one cannot be read.
     """
+    return _decoded(path, lines, partial(decode, StepMeasurement), "step")
+
+
+def _decoded(path: str | Path, lines: Iterable[Line], decoded: Callable[[Any], T], what: str) -> Iterator[T]:
     with Path(path).open("rb") as file:
         for line in lines:
             file.seek(line.offset)
             try:
-                yield decode(StepMeasurement, json.loads(file.readline()))
+                yield decoded(json.loads(file.readline()))
             except UNREADABLE as error:
-                raise RunError(f"{path}: line {line.number} holds no step ({explain(error)})") from error
+                raise RunError(f"{path}: line {line.number} holds no {what} ({explain(error)})") from error
 
 
 def _line_of(report: SpectralReport) -> dict[str, Any]:
