@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_spectral.optim.matrix_layout import STACK, Layout
 from lightning_spectral.optim.placement import Sharding
+from lightning_spectral.optim.transfer import SMALLEST_DAMPING
 
 ADAM = "adam"
 """`update_rms` that gives a step AdamW's size."""
@@ -21,9 +22,6 @@ NOISE = "noise"
 
 BETA2 = 0.999
 """Decay rate of v, AdamW's own default."""
-
-SMALLEST = 0.1
-"""rms that a damping counts with at least: momentum of 0.98 has it where gradients are noise."""
 
 LARGEST = 1e38
 """Mean square that a gradient counts with at most: float32 ends there."""
@@ -101,15 +99,9 @@ def adam_rms(m_brn: Tensor, unit_b: Tensor) -> Tensor:
     return torch.nan_to_num(rms_b * unit_b.to(rms_b.dtype), nan=1.0).clamp(max=1.0)
 
 
-def noise_damping(rms_b: Tensor) -> list[float]:
-    """Return d = rms^2 of each matrix, rounded to a power of two, so that few of a batch differ.
-
-    About (1 - mu) / (1 + mu) where gradients are noise, and 1 where they agree.
-
-    >>> noise_damping(torch.tensor([1.0, 0.5, 0.23]))
-    [1.0, 0.25, 0.0625]
-    """
-    return [2.0 ** round(2 * math.log2(max(rms, SMALLEST))) for rms in rms_b.tolist()]
+def noise_damping(rms_b: Tensor) -> Tensor:
+    """Return d = rms^2 of each matrix: about (1 - mu) / (1 + mu) where gradients are noise, 1 where they agree."""
+    return rms_b.square().clamp(min=SMALLEST_DAMPING)
 
 
 def _dtype(tensor: Tensor) -> torch.dtype:

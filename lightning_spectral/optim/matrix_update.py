@@ -139,19 +139,12 @@ def _batch_updates(batch: Sequence[MatrixBlock]) -> Tensor:
     group = batch[0].group
     m_brn = torch.stack([_wide(matrix.momentum.flatten(1), matrix.tall) for matrix in batch])
     m_brn = m_brn.to(compute_dtype(m_brn.dtype))
-    rms, dampings = group["update_rms"], [group["damping"]] * len(batch)
+    rms, damping = group["update_rms"], group["damping"]
     if needs_size(group):
         adam_b = adam_rms(m_brn, torch.stack([matrix.unit for matrix in batch if matrix.unit is not None]))
         rms = adam_b if rms == ADAM else rms
-        dampings = noise_damping(adam_b) if group["damping"] == NOISE else dampings
-    options = {"alpha": batch[0].alpha, "tolerance": group["tolerance"]}
-    if len(set(dampings)) == 1:
-        u_brn = transfer_batch(m_brn, damping=dampings[0], **options)
-    else:
-        u_brn = torch.empty_like(m_brn)
-        for damping in set(dampings):
-            same = [b for b, of_matrix in enumerate(dampings) if of_matrix == damping]
-            u_brn[same] = transfer_batch(m_brn[same], damping=damping, **options)
+        damping = noise_damping(adam_b) if damping == NOISE else damping
+    u_brn = transfer_batch(m_brn, alpha=batch[0].alpha, damping=damping, tolerance=group["tolerance"])
     if rms is not None:
         u_brn.mul_(update_scales(u_brn, rms=rms, max_gain=group["max_gain"])[:, None, None])
     return u_brn

@@ -33,6 +33,12 @@ of 16 to 768 rows, 14 spectra and alpha from 0.5 to 2 (closest at rank one, by 1
 PROBES = 4
 """Random vectors in the estimate of ||f'(A) X||_F / ||f(A) X||_F, a norm over n columns."""
 
+SMALLEST_DAMPING = 1e-2
+"""Of a batch whose matrices have a damping each."""
+
+SMALLEST_ALPHA_OF_MANY = 0.5
+"""Exponent from which on such a batch has a sum of inverses: below, its range would be lambda_1 / d^4 and more."""
+
 MAX_EXPONENT = 126
 """Of the power of two that scales a matrix: its inverse is still normal in float32."""
 
@@ -129,35 +135,52 @@ def check_tolerance(tolerance: float) -> None:
         raise ValueError(f"tolerance must lie in [1e-7, 0.1], got {tolerance}")
 
 
-def transfer_batch(x_brn: Tensor, *, alpha: float, damping: float, tolerance: float) -> Tensor:
+def transfer_batch(x_brn: Tensor, *, alpha: float, damping: float | Tensor, tolerance: float) -> Tensor:
     """Return `spectral_transfer` of a batch of finite matrices (b, r, n) with r <= n, in float32 or float64.
 
-    To be called in `exact_products`: with TF32 or bfloat16 in A, lambda_1 / 1000 would be taken for damping.
+    To be called in `exact_products`: with TF32 or bfloat16 in A, lambda_1 / 1000 would be taken for damping. A damping
+    of each matrix, (b,) from `SMALLEST_DAMPING` to 1, is not read from its device.
     """
     x_brn = scaled_by_power_of_two(x_brn)
     r, dtype = x_brn.shape[1], x_brn.dtype
     if alpha == 0:
         inverse_b = _inverse_rms(torch.linalg.vector_norm(x_brn, dim=(1, 2)).square(), r)
         return x_brn * (inverse_b / (1 + damping))[:, None, None]
-    poles = None
-    if alpha <= 2:
-        poles = fit_poles(float(alpha), float(damping), 2.0 ** max(4, (r - 1).bit_length()), FIT_SHARE * tolerance)
+    poles = _poles(float(alpha), damping, 2.0 ** max(4, (r - 1).bit_length()), FIT_SHARE * tolerance)
     if poles is None:
         return transfer_by_eigenvalues(x_brn, alpha=alpha, damping=damping)
     budget = rounding_budget(poles, tolerance)
     # A flat spectrum has the smallest ||A||_F, sqrt(r): where not even that will do, float32 need not be tried.
     if rounding_error(dtype, poles.at_zero / poles(math.sqrt(r)), 0.0) > budget:
         x_brn = x_brn.double()
-    u_brn, failed_b = _sum_of_inverses(x_brn, poles, budget)
+    u_brn, failed_b = _sum_of_inverses(x_brn, poles, budget, *_scales(alpha, damping))
     if bool(failed_b.any()):
-        u_brn[failed_b] = _in_float64(x_brn[failed_b], poles, alpha, damping).to(u_brn)
+        d_b = damping[failed_b] if isinstance(damping, Tensor) else damping
+        u_brn[failed_b] = _in_float64(x_brn[failed_b], poles, alpha, d_b).to(u_brn)
     return u_brn.to(dtype)
 
 
-def _in_float64(x_brn: Tensor, poles: ShiftedInverses, alpha: float, damping: float) -> Tensor:
-    u_brn, failed_b = _sum_of_inverses(x_brn.double(), poles, math.inf)
+def _poles(alpha: float, damping: float | Tensor, largest: float, tolerance: float) -> ShiftedInverses | None:
+    """Return the inverses for a damping, those of d = 1 for a tensor (see `_scales`); None if they do not pay."""
+    if isinstance(damping, Tensor):
+        damping, largest = 1.0, largest * SMALLEST_DAMPING ** (-2 / max(alpha, SMALLEST_ALPHA_OF_MANY))
+        alpha = alpha if alpha >= SMALLEST_ALPHA_OF_MANY else math.inf
+    return fit_poles(alpha, float(damping), largest, tolerance) if alpha <= 2 else None
+
+
+def _scales(alpha: float, damping: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Return (stretch, height): f is height times the sum of inverses at stretch times lambda.
+
+    1 / (x^(alpha/2) + d) = 1 / d / ((x d^(-2/alpha))^(alpha/2) + 1), so that one sum serves many dampings.
+    """
+    return (damping ** (-2 / alpha), 1 / damping) if isinstance(damping, Tensor) else (1.0, 1.0)
+
+
+def _in_float64(x_brn: Tensor, poles: ShiftedInverses, alpha: float, damping: float | Tensor) -> Tensor:
+    u_brn, failed_b = _sum_of_inverses(x_brn.double(), poles, math.inf, *_scales(alpha, damping))
     if bool(failed_b.any()):
-        u_brn[failed_b] = transfer_by_eigenvalues(x_brn[failed_b], alpha=alpha, damping=damping).double()
+        d_b = damping[failed_b] if isinstance(damping, Tensor) else damping
+        u_brn[failed_b] = transfer_by_eigenvalues(x_brn[failed_b], alpha=alpha, damping=d_b).double()
     return u_brn
 
 
@@ -189,16 +212,23 @@ def _inverse_rms(trace_b: Tensor, r: int) -> Tensor:
     return torch.where(trace_b > 0, math.sqrt(r) * trace_b.rsqrt(), 0.0)
 
 
-def _normalised_gram(x_brn: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (A, 1 / rms of sigma): the Gram matrix of X / rms, whose trace is r."""
+def _normalised_gram(x_brn: Tensor, stretch: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return (stretch A, 1 / rms of sigma), with the Gram matrix A of X / rms, whose trace is r."""
     a_brr = x_brn @ x_brn.mT
     inverse_b = _inverse_rms(a_brr.diagonal(dim1=1, dim2=2).double().sum(1), x_brn.shape[1])
-    return a_brr.mul_(inverse_b.square().to(a_brr.dtype)[:, None, None]), inverse_b.to(a_brr.dtype)
+    scale_b = (inverse_b.square() * stretch).to(a_brr.dtype)
+    return a_brr.mul_(scale_b[:, None, None]), inverse_b.to(a_brr.dtype)
 
 
-def _sum_of_inverses(x_brn: Tensor, poles: ShiftedInverses, budget: float) -> tuple[Tensor, Tensor]:
+def _sum_of_inverses(
+    x_brn: Tensor,
+    poles: ShiftedInverses,
+    budget: float,
+    stretch: float | Tensor = 1.0,
+    height: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Return the update and a mask of the batch that failed: no factorisation, or rounding over the budget."""
-    a_brr, inverse_b = _normalised_gram(x_brn)
+    a_brr, inverse_b = _normalised_gram(x_brn, stretch)
     largest_b = torch.linalg.matrix_norm(a_brr)  # above lambda_1, and tight where it matters, near rank one
     watched = _may_round_off(x_brn.dtype, poles, largest_b, budget)
     estimate = _RoundingEstimate(x_brn @ _signs(x_brn.shape[2], x_brn.dtype, x_brn.device)) if watched else None
@@ -221,8 +251,8 @@ def _sum_of_inverses(x_brn: Tensor, poles: ShiftedInverses, budget: float) -> tu
     if estimate is not None:
         error_b = rounding_error(x_brn.dtype, *estimate.of(s_brr, largest_b, inverse_b, poles))
         failed_b = singular_b | ~(error_b <= budget)
-    inverse_b = inverse_b.masked_fill(singular_b, math.nan)
-    return s_brr.mul_(inverse_b[:, None, None]) @ x_brn, failed_b
+    scale_b = (inverse_b * height).to(s_brr.dtype).masked_fill(singular_b, math.nan)
+    return s_brr.mul_(scale_b[:, None, None]) @ x_brn, failed_b
 
 
 def _may_round_off(dtype: torch.dtype, poles: ShiftedInverses, largest_b: Tensor, budget: float) -> bool:
@@ -267,7 +297,7 @@ def transfer_by_eigenvalues(
     x_brn: Tensor,
     *,
     alpha: float,
-    damping: float,
+    damping: float | Tensor,
     normalize: Normalize = "rms",
 ) -> Tensor:
     """Return the reference Q f(lambda) Q^T X_hat with the eigenvalues of the Gram matrix, in float64."""
@@ -276,7 +306,8 @@ def transfer_by_eigenvalues(
         x64_brn = scaled_by_power_of_two(x64_brn)
         x64_brn = x64_brn * _inverse_rms(x64_brn.square().sum((1, 2)), x_brn.shape[1])[:, None, None]
     lambda_br, q_brr = torch.linalg.eigh(x64_brn @ x64_brn.mT)
-    f_br = 1 / (lambda_br.clamp_min(0) ** (alpha / 2) + damping)
+    d = damping[:, None] if isinstance(damping, Tensor) else damping
+    f_br = 1 / (lambda_br.clamp_min(0) ** (alpha / 2) + d)
     s_brr = (q_brr * f_br[:, None, :]) @ q_brr.mT
     update_brn: Tensor = s_brr @ x64_brn
     return update_brn.to(x_brn.dtype)

@@ -40,14 +40,13 @@ def net(dtype=torch.float32):
 
 
 def optimizer_for(model, **options):
-    """With an exponent of its own in each group, and damping by the noise in one of them.
+    """With an exponent of its own in each group, and damping by the noise in all but the last of them.
 
     So there are Cholesky factors, sums of inverses and eigenvalues.
     """
     groups = SpectralNewton.groups(model)
-    groups[0]["damping"] = "noise"
-    for group, alpha in zip(groups, (2.0, 1.3, 2.5, 1.0), strict=False):
-        group["alpha"] = alpha
+    for group, alpha, damping in zip(groups, (2.0, 1.3, 2.5, 1.0), ("noise", "noise", "noise", "auto"), strict=False):
+        group |= {"alpha": alpha, "damping": damping}
     return SpectralNewton(groups, lr=0.02, **options)
 
 

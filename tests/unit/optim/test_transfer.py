@@ -42,6 +42,10 @@ def by_svd(x, alpha, d, *, normalize=True):
     return (u * (sigma / (sigma**alpha + d)).unsqueeze(-2)) @ vh
 
 
+def no_factorisation(a):
+    return torch.zeros_like(a), torch.ones(len(a), dtype=torch.int32)
+
+
 def error(found, exact):
     return float((found.double() - exact).norm() / exact.norm())
 
@@ -83,6 +87,22 @@ def test_batched_over_leading_dimensions(alpha, d):
     for i in range(2):
         for j in range(3):
             torch.testing.assert_close(found[i, j], spectral_transfer(x[i, j], alpha=alpha, damping=d))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_damping_for_each_matrix_of_a_batch(dtype, alpha, monkeypatch):
+    names = ("flat", "power_law", "steep", "rank_one", "rank_one")
+    x = torch.stack([matrix((96, 120), name, dtype) for name in names])
+    d_b = torch.tensor([0.01, 0.07, 1.0, 0.01, 0.3])
+    expected = [by_svd(one, alpha, float(d)) for one, d in zip(x, d_b, strict=True)]
+    for fails in (False, True):
+        if fails:
+            monkeypatch.setattr(torch.linalg, "cholesky_ex", no_factorisation)
+        found = transfer_batch(x, alpha=alpha, damping=d_b, tolerance=1e-2)
+        assert found.dtype is dtype
+        allowed = 1e-7 if dtype is torch.float64 and alpha in (0.0, 2.0, 3.0) else 1e-2
+        assert [b for b in range(len(x)) if error(found[b], expected[b]) > allowed] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -158,13 +178,7 @@ def test_what_float32_cannot_do_is_done_in_float64():
 
 def test_what_has_no_factorisation_goes_by_eigenvalues(monkeypatch):
     x = matrix((10, 20), "power_law", torch.float32)
-    real = torch.linalg.cholesky_ex
-
-    def fails(a):
-        factor, info = real(a)
-        return torch.zeros_like(factor), torch.ones_like(info)
-
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", no_factorisation)
     for alpha in (1.0, 2.0):
         assert error(spectral_transfer(x, alpha=alpha, damping=0.1), by_svd(x, alpha, 0.1)) < 1e-6
 
