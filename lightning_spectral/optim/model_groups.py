@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind, infer_kinds
 from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
 from lightning_spectral.layers.wrappers import plain_names
@@ -68,6 +70,20 @@ def look_ups_by_shape(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
     look_ups = [(m, n) for m, n in ends if m >= MANY_ROWS and m > ROWS_PER_COLUMN * n]
     heads = [(m, n) for m, n in (shapes[-1:] if len(shapes[-1]) == 2 else []) if ROWS_PER_COLUMN * m < n]
     return [*look_ups, *heads]
+
+
+def warn_of_look_ups(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if parameters without names or kinds look as if embeddings and heads were among them."""
+    unnamed = [g for g in groups if g["update"] == "spectral" and not {"param_names", "kind"} & g.keys()]
+    shapes = look_ups_by_shape([parameter for group in unnamed for parameter in group["params"]])
+    if shapes:
+        warnings.warn(
+            f"matrices of shape {', '.join(map(str, shapes))} look like embeddings or heads, for which AdamW is "
+            "meant, and get the matrix update, since parameters without names do not tell them apart; pass "
+            "SpectralNewton.groups(model) as params",
+            SpectralWarning,
+            stacklevel=3,
+        )
 
 
 def has_adamw_name(name: str, patterns: Sequence[str]) -> bool:

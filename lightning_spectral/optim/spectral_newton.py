@@ -14,13 +14,12 @@ from torch.optim import Optimizer
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind
-from lightning_spectral.optim.adam_size import needs_size
 from lightning_spectral.optim.ddp import Sharing, check_process_group
 from lightning_spectral.optim.measured_alpha import INITIAL_ALPHA, MeasuredAlpha, mean_alpha_used, update_averages
-from lightning_spectral.optim.model_groups import ADAMW_NAMES, look_ups_by_shape, model_groups
+from lightning_spectral.optim.model_groups import ADAMW_NAMES, model_groups, warn_of_look_ups
 from lightning_spectral.optim.param_groups import add_missing_options, drop_foreign_options, fill_group, split_group
-from lightning_spectral.optim.state_checks import check_own_state, check_parts
-from lightning_spectral.optim.step import ParameterStep, agree_on_steps, mesh_scope, update
+from lightning_spectral.optim.state_checks import check_own_state, check_parts, restore_numbers
+from lightning_spectral.optim.step import ParameterStep, agree_on_steps, complete_states, mesh_scope, update
 
 
 class SpectralNewton(Optimizer):
@@ -161,7 +160,7 @@ class SpectralNewton(Optimizer):
         check_process_group(process_group)
         self._sharing = Sharing(process_group)
         super().__init__(params, defaults)
-        self._warn_of_look_ups()
+        warn_of_look_ups(self.param_groups)
         if adamw_names is not None and not any("param_names" in group for group in self.param_groups):
             raise ValueError("adamw_names needs names: pass model.named_parameters() as params")
 
@@ -257,19 +256,6 @@ class SpectralNewton(Optimizer):
             drop_foreign_options(group)
         self._sharing.forget()
 
-    def _warn_of_look_ups(self) -> None:
-        """Warn if parameters without names or kinds look as if embeddings and heads were among them."""
-        unnamed = [g for g in self.param_groups if g["update"] == "spectral" and not {"param_names", "kind"} & g.keys()]
-        shapes = look_ups_by_shape([parameter for group in unnamed for parameter in group["params"]])
-        if shapes:
-            warnings.warn(
-                f"matrices of shape {', '.join(map(str, shapes))} look like embeddings or heads, for which AdamW is "
-                "meant, and get the matrix update, since parameters without names do not tell them apart; pass "
-                "SpectralNewton.groups(model) as params",
-                SpectralWarning,
-                stacklevel=3,
-            )
-
     def _unused_name(self, name: str) -> str:
         taken = {group["name"] for group in self.param_groups}
         return next(unused for unused in chain([name], (f"{name}_{i}" for i in count(2))) if unused not in taken)
@@ -297,11 +283,7 @@ class SpectralNewton(Optimizer):
                 for i, parameter in enumerate(group["params"])
             ]
         )
-        for parameter_step in (*taken, *skipped):
-            state = self.state[parameter_step.parameter]
-            # An option may have been changed since the state was made.
-            if not state or (needs_size(parameter_step.group) and "mean_square" not in state):
-                self.state[parameter_step.parameter] = parameter_step.initial_state() | state
+        complete_states((*taken, *skipped), self.state)
         for parameter_step in skipped:
             self.state[parameter_step.parameter]["skipped"] += 1
         update(taken, self.state)
@@ -324,14 +306,7 @@ class SpectralNewton(Optimizer):
         super().load_state_dict(state_dict)
         check_parts(self.state, type(self).__name__)
         self._sharing.forget()
-        saved = (state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"])
-        own = (parameter for group in self.param_groups for parameter in group["params"])
-        for parameter, state in zip(own, saved, strict=True):
-            for key in ("skipped", "mean_square", *(["step"] if "mean_square" in state else [])):
-                if key in state:
-                    # torch casts them to the parameter's type, and bfloat16 counts no further than 256.
-                    device = self.state[parameter]["skipped" if key == "skipped" else "mean_square"].device
-                    self.state[parameter][key] = state[key].to(device, copy=True)
+        restore_numbers(self.state, self.param_groups, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # Of copies and pickles; what they are shared over is found again, but for a group given, which stays here.

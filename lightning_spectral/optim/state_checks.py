@@ -1,4 +1,4 @@
-"""Refuse the state of another optimizer, which torch loads wherever groups have the same sizes."""
+"""Refuse the state of another optimizer, which torch loads wherever groups have the same sizes, and mend its types."""
 
 from __future__ import annotations
 
@@ -53,3 +53,19 @@ def check_parts(states: Mapping[Tensor, Mapping[str, Any]], name: str) -> None:
                     f"{tuple(value.shape)}); save and load with get_optimizer_state_dict and set_optimizer_state_dict "
                     "of torch.distributed.checkpoint.state_dict, which split and join them"
                 )
+
+
+def restore_numbers(
+    states: Mapping[Tensor, dict[str, Any]], own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> None:
+    """Put counts and mean squares back as they were saved.
+
+    torch casts them to the parameter's type on loading, and bfloat16 counts no further than 256.
+    """
+    saved = (state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"])
+    own = (parameter for group in own_groups for parameter in group["params"])
+    for parameter, state in zip(own, saved, strict=True):
+        for key in ("skipped", "mean_square", *(["step"] if "mean_square" in state else [])):
+            if key in state:
+                device = states[parameter]["skipped" if key == "skipped" else "mean_square"].device
+                states[parameter][key] = state[key].to(device, copy=True)

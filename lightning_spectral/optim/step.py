@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -62,6 +62,14 @@ class ParameterStep:
         buffer = torch.zeros_like(self.parameter, memory_format=torch.preserve_format)
         sizes = size_state(self.parameter, self.group["layouts"][self.i]) if needs_size(self.group) else {}
         return {"momentum_buffer": buffer, "skipped": skipped, **sizes}
+
+
+def complete_states(steps: Iterable[ParameterStep], states: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """Give each parameter what its state lacks: at the first step, or since an option was changed."""
+    for step in steps:
+        state = states[step.parameter]
+        if not state or (needs_size(step.group) and "mean_square" not in state):
+            states[step.parameter] = step.initial_state() | state
 
 
 def update(steps: Iterable[ParameterStep], states: Mapping[Tensor, dict[str, Any]]) -> None:
