@@ -13,7 +13,7 @@ FUZZ_EXAMPLES ?= 500
 # A worker per core, each with one thread: the tests' tensors are small. Tests that share a world of ranks share a worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --durations=20
 
-.PHONY: demo test test-fast test-oldest fuzz lint docs dist ablation paper baselines clean
+.PHONY: demo test test-fast test-oldest fuzz lint docs dist ablation paper benchmarks baselines clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -58,6 +58,10 @@ ablation: $(READY)
 paper: $(READY)
 	$(BIN)/python examples/paper/run.py
 
+# Every benchmark, one after the other, into examples/benchmarks/results: hours. CONTRIBUTING.md says how long each takes.
+benchmarks: $(READY)
+	$(BIN)/python examples/benchmarks/run.py
+
 # The pictures that tests/unit/report/test_figure_images.py compares with. Look at them before committing them.
 baselines: $(READY)
 	$(BIN)/python tests/unit/report/test_figure_images.py
@@ -68,4 +72,4 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest demo-runs ablation-runs paper-runs site dist
+	rm -rf $(VENV) .venv-oldest demo-runs ablation-runs paper-runs benchmark-runs site dist

@@ -1,6 +1,6 @@
 """What a step of SpectralNewton costs when processes share its matrices, beside every process computing all of them.
 
-    python examples/benchmarks/shared_step.py [--output shared_step.json] [--repeats 15] [--processes 2]
+    python examples/benchmarks/shared_step.py [--output shared_step.json] [--repeats 15] [--only gpt ...]
 
 Processes of one thread each on one machine, which talk by gloo. Rounds are interleaved; given are medians of the times
 between two barriers and of their ratios. "share" is the part of r^2 n that the busiest process has: the ratio that
@@ -80,8 +80,8 @@ def work(rank: int, options: argparse.Namespace, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=options.processes)
     told = environment(processes=options.processes, repeats=options.repeats)
     figures: dict[str, Any] = {}
-    for name, shapes in TASKS.items():
-        figures[name] = run(shapes, options.repeats)
+    for name in options.only:
+        figures[name] = run(TASKS[name], options.repeats)
         if rank == 0:
             print(name, {key: f"{value:.2f}" for key, value in figures[name].items()}, flush=True)
     if rank == 0:
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--output", default="shared_step.json")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS), help="of the lists of matrices")
     options = parser.parse_args()
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
