@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 NAMES_SHOWN = 6
 """How many layers a message names."""
@@ -21,6 +22,16 @@ def unpickling_refusal(error: BaseException) -> str:
         return ""
     code = re.search(r"\bGLOBAL (\S+)", str(error))
     return f"it holds {code[1]}, which is code" if code else "its bytes are not those of a checkpoint"
+
+
+def did_you_mean(name: str, candidates: Iterable[str], most: int = 1) -> str:
+    """Return a question with the names nearest to one that there is not; nothing where none is near.
+
+    >>> did_you_mean("every_n_step", ["every_n_steps", "top_k"]), did_you_mean("colour", ["top_k"])
+    ('did you mean every_n_steps?', '')
+    """
+    close = difflib.get_close_matches(name, list(candidates), most)
+    return f"did you mean {' or '.join(close)}?" if close else ""
 
 
 def group_by_reason(failed: Mapping[str, str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 # Not exported by torch, and documented in its notes on extending it.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def private(module: str, name: str) -> Any:
@@ -82,6 +84,12 @@ def log_softmax_result(node: Any) -> tuple[Tensor, int] | None:
 def uncompiled(function: Any) -> Any:
     """Return the function that torch.compile was given, None for one that was not compiled."""
     return getattr(function, "_torchdynamo_orig_callable", None)
+
+
+def not_compiled(function: Function) -> Function:
+    """Return a function that torch.compile runs as it is; the public decorator loads the compiler at once."""
+    lazily: Callable[[Function], Function] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    return lazily(function)
 
 
 COMPILED = "_orig_mod"

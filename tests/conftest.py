@@ -1,3 +1,4 @@
+import inspect
 import os
 import sys
 
@@ -79,8 +80,8 @@ def plain_probes(request, monkeypatch):
     Else the clock would decide how many probes there are, and noise how many batches they take.
     """
     if "integration" in request.path.parts or "unit" in request.path.parts:
-        defaults = SpectralProbe.__init__.__kwdefaults__ | {"gradient_samples": None, "min_probes": 0}
-        monkeypatch.setattr(SpectralProbe.__init__, "__kwdefaults__", defaults)
+        init = inspect.unwrap(SpectralProbe.__init__)
+        monkeypatch.setattr(init, "__kwdefaults__", init.__kwdefaults__ | {"gradient_samples": None, "min_probes": 0})
 
 
 @pytest.fixture

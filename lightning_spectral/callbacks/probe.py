@@ -17,7 +17,7 @@ from lightning_spectral.callbacks.probe_log import ProbeCounts, ProbeLog
 from lightning_spectral.callbacks.probe_trigger import ProbeTrigger
 from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
-from lightning_spectral.callbacks.run_config import from_arguments, run_config
+from lightning_spectral.callbacks.run_config import from_arguments, known_keywords, run_config
 from lightning_spectral.callbacks.safe_measurement import SafeMeasurement
 from lightning_spectral.callbacks.step_probe import StepProbe, step_parts
 from lightning_spectral.callbacks.swap import SwapOptimizer
@@ -117,6 +117,7 @@ class SpectralProbe(AnyCallback):
     (True, False, None)
     """
 
+    @known_keywords
     def __init__(
         self,
         every_n_steps: int | None = None,

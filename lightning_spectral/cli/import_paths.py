@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_spectral._messages import first_line
+from lightning_spectral._messages import did_you_mean, first_line
 from lightning_spectral._validation import positive_int
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 from lightning_spectral.measurement.loader_batches import count_samples, first_batches
@@ -44,9 +43,8 @@ def import_object(path: str, option: str) -> Any:
         raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
     for part in name.split("."):
         if not hasattr(value, part):
-            close = difflib.get_close_matches(part, dir(value), 3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise SourceError(f"{option} {path}: {module} has no {name!r}{hint}")
+            hint = did_you_mean(part, dir(value), 3)
+            raise SourceError("; ".join(filter(None, (f"{option} {path}: {module} has no {name!r}", hint))))
         value = getattr(value, part)
     return value
 

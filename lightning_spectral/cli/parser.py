@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from lightning_spectral._messages import did_you_mean
 
 PYTHON_TO_OPTIONS = {
     r"pass loss_fn\(model, batch\) -> scalar": "pass --loss, cross_entropy or pkg.module:function of (model, batch)",
@@ -41,8 +42,7 @@ def _unknown(word: str, options: Sequence[str]) -> str:
     if not word.startswith("-"):
         return f"{word!r} is not an argument"
     name = word.partition("=")[0]
-    close = difflib.get_close_matches(name, options, 1)
-    return f"there is no option {name}" + (f", did you mean {close[0]}?" if close else "")
+    return ", ".join(filter(None, (f"there is no option {name}", did_you_mean(name, options))))
 
 
 def in_options(text: str, names: Sequence[str]) -> str:

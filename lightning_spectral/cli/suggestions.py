@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from lightning_spectral._messages import did_you_mean
 
 CLASS = re.compile(r"(?:Expected a dot import path string: |Problem with given class_path ')([\w.]+)")
 OPTION = re.compile(r"Option '(\w+)' is not accepted")
@@ -32,8 +33,8 @@ def suggestion(message: str) -> str:
         subtypes = message.partition("Subtypes:")[2].partition("\n")[0]
         bases = [_named(path) for match in BASE.findall(subtypes) for path in match if path]
         candidates = {cls.__name__ for base in bases if isinstance(base, type) for cls in _subclasses(base)}
-    close = difflib.get_close_matches(name, sorted(candidates), 2)
-    return f"\ndid you mean {' or '.join(close)}?" if close else ""
+    hint = did_you_mean(name, sorted(candidates), 2)
+    return f"\n{hint}" if hint else ""
 
 
 def _module(path: str) -> Any:

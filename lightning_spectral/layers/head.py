@@ -18,7 +18,8 @@ def find_heads(
     """Return the names of heads among the linear layers that have no other kind.
 
     One is known by its own name, by being the last of a module with a head's name, or else, where no such layer is
-    trained, as the last one whose output no later layer takes, with those beside it that read the same.
+    trained, as the last one whose output no later layer takes, with those beside it that read the same. Where all are
+    frozen, and none has such a name, those with adapters take the place of the trained ones.
 
     Args:
         unnamed: linear layers without a kind, in the network's order.
@@ -28,7 +29,7 @@ def find_heads(
     heads = {p.name for p in unnamed if is_named_head(p, modules)} | _towers(unnamed)
     heads |= {p.name for p in unnamed if LAST.fullmatch(p.own_name) and not _is_taken(p, inputs)}
     heads |= _ends_of_parts(unnamed, heads, inputs)
-    trained = [p for p in unnamed if p.trained]
+    trained = [p for p in unnamed if p.trained] or [p for p in unnamed if p.adapted and not heads]
     return heads if any(p.name in heads for p in trained) else heads | _by_place(trained, unnamed, inputs)
 
 
@@ -73,7 +74,9 @@ def _by_place(trained: Sequence[Place], places: Sequence[Place], inputs: Sequenc
             continue
         if not _is_taken(last, inputs):
             place = last.parent, last.ins
-            return {p.name for p in trained if (p.parent, p.ins) == place and not _is_taken(p, inputs)}
+            beside = [p for p in trained if (p.parent, p.ins) == place and not _is_taken(p, inputs)]
+            # What is twice as wide as the head's input is its shift and scale (DiT).
+            return {p.name for p in beside if p is last or p.outs != 2 * last.ins}
     return set()
 
 

@@ -11,6 +11,7 @@ from lightning_spectral.layers.head import find_heads, is_named_head
 from lightning_spectral.layers.matrix_places import (
     Path,
     Place,
+    adapted_parameter,
     adapted_path,
     owner_of,
     place_of,
@@ -67,7 +68,7 @@ class _KindInference:
         adapted = {path for name, _ in self.matrices if (path := adapted_path(name)) is not None}
         for name, parameter in self.matrices:
             if (path := adapted_path(name)) is not None:
-                self.followers[name] = path
+                self.followers[name] = path + adapted_parameter(model, name)
                 continue
             owner_name, owner = owner_of(model, name)
             above = model.get_submodule(owner_name.rpartition(".")[0])
@@ -89,9 +90,11 @@ class _KindInference:
             elif isinstance(above, nn.MultiheadAttention):
                 self.kinds[name] = "attention_out"
             elif isinstance(owner, nn.Linear) or name.endswith("weight"):
-                self._add(place_of(name, parameter, path, owner))
+                self._add(place_of(name, parameter, path, owner, path in adapted))
             else:
-                self._add_own(place_of(name, parameter, (*path, name.rpartition(".")[2]), owner), parameter)
+                own_path = (*path, name.rpartition(".")[2])
+                self._add_own(place_of(name, parameter, own_path, owner), parameter)
+                self.of_path[own_path] = name
             self.of_path.setdefault(path, name)
 
     def _add_own(self, place: Place, parameter: nn.Parameter) -> None:

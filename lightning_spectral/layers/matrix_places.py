@@ -20,6 +20,7 @@ class Place:
         path: of the layer among the modules, without wrappers; that of a parameter of its own ends with its name.
         outs, ins: of the matrix; of a parameter of its own the order is not known.
         trained: whether it is.
+        adapted: whether it has an adapter.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Place:
     outs: int
     ins: int
     trained: bool
+    adapted: bool = False
 
     @property
     def own_name(self) -> str:
@@ -75,6 +77,14 @@ def adapted_path(name: str) -> Path | None:
     return None if first is None else without_wrappers(parts[:first])
 
 
+def adapted_parameter(model: nn.Module, name: str) -> Path:
+    """Return the name of what an adapter's parameter adapts, where that is no layer's weight but a stack of experts."""
+    parts = name.split(".")
+    first = next(i for i, part in enumerate(parts) if i and ADAPTER.fullmatch(part))
+    parameter = getattr(model.get_submodule(".".join(parts[:first])), "parameter_name", None)
+    return (parameter,) if isinstance(parameter, str) and parameter != "weight" else ()
+
+
 def without_wrappers(parts: list[str]) -> Path:
     """Return a path without the modules that compile, shard, adapt or copy what they wrap."""
     path: list[str] = []
@@ -86,7 +96,7 @@ def without_wrappers(parts: list[str]) -> Path:
     return tuple(path)
 
 
-def place_of(name: str, parameter: Tensor, path: Path, owner: nn.Module) -> Place:
+def place_of(name: str, parameter: Tensor, path: Path, owner: nn.Module, adapted: bool = False) -> Place:
     """Return the place of a parameter of two or more dimensions."""
     outs, ins = parameter.shape[-2:]
     if isinstance(owner, nn.Linear):
@@ -94,4 +104,4 @@ def place_of(name: str, parameter: Tensor, path: Path, owner: nn.Module) -> Plac
         outs, ins = owner.out_features, owner.in_features
     elif is_transposed_linear(owner):
         outs, ins = ins, outs
-    return Place(name, path, outs, ins, parameter.requires_grad)
+    return Place(name, path, outs, ins, parameter.requires_grad, adapted)

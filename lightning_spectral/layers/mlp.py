@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from lightning_spectral.layers.matrix_places import Path, Place
-from lightning_spectral.layers.usual_names import DOWN, MLP, ROUTER, UP
+from lightning_spectral.layers.usual_names import DOWN, EMBEDDER, MLP, ROUTER, UP
 
 STATE_SPACE = "A_log"
 """A parameter of Mamba's layers, which widen and narrow as an MLP's do."""
@@ -33,7 +33,7 @@ def find_mlps(places: Sequence[Place], modules: Mapping[Path, nn.Module], blocks
         if _is_router(place, modules) or hasattr(modules.get(place.parent), STATE_SPACE):
             continue
         block, has_attention = _block_of(place, blocks)
-        if block is not None:
+        if block is not None and not any(EMBEDDER.fullmatch(part.lower()) for part in place.path[len(block) : -1]):
             groups.setdefault((block, has_attention), []).append(place)
     for (_, has_attention), members in groups.items():
         parts: dict[Path | None, list[Place]] = {}

@@ -39,7 +39,7 @@ DOWN = _pattern(
 ROUTER = re.compile(r"gate|gating|w_?g|classifier|router|\w+_gate")
 
 HEAD = re.compile(
-    r"(\w+_)?(head|classifier)s?|score|(to_)?logits|embed_out|qa_outputs|seq_relationship|vocab_proj(ector)?|readout"
+    r"(\w+_)?(head|classifier)s?(_?\d+|_aux|_dist)?|score|(to_)?logits|embed_out|qa_outputs|seq_relationship|vocab_proj(ector)?|readout"
 )
 LAST = re.compile(r"(output|final)_(layer|projection)")
 """A head, unless other layers follow."""
@@ -55,6 +55,9 @@ POOLER = re.compile(r"\w*pooler")
 ATTENTION = re.compile(r"(\w+_)?(self|cross|encdec)?(attn|attention|mha)\d*")
 ATTENTION_CLASS = re.compile(r"\w*(attention|attn|mha)")
 MLP = re.compile(r"\w*(mlp|ffn|ffwd|feed_?forward|dense_?relu_?dense|experts?|channel_?mix|token_?mix)\w*|ff\d*")
+
+EMBEDDER = re.compile(r"(\w+_)?emb(ed(d(ing|er))?)?s?")
+"""What makes a vector of a position, a time step or a class, by layers of its own."""
 
 ADAPTER = re.compile(r"(lora|dora|vera|hada|lokr|oft|boft|ia3)(_\w+)?")
 WRAPPER = re.compile(r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module")

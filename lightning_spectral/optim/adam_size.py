@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.optim.matrix_layout import STACK, Layout
 from lightning_spectral.optim.placement import Sharding
 from lightning_spectral.optim.transfer import SMALLEST_DAMPING
@@ -54,7 +55,7 @@ def part_sizes(shape: Sequence[int], layout: Layout) -> tuple[int, list[int]]:
     return dim, rows or [shape[dim]]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@not_compiled
 def size_units(
     grads: Sequence[Tensor],
     shapes: Sequence[torch.Size],

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral._torch_private import may_step_alone
+from lightning_spectral._torch_private import may_step_alone, not_compiled
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.optim.matrix_layout import row_counts
@@ -106,7 +106,7 @@ def balanced_rounds(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
         yield part
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@not_compiled
 def shared_step(matrices: Sequence[MatrixBlock], group: ProcessGroup) -> None:
     """Step matrices that every rank of the group has, with the same momentum, as `spectral_step` does."""
     kinds: dict[Any, list[MatrixBlock]] = {}
@@ -186,7 +186,7 @@ class Sharing:
             return SINGLE_RANK
         return Scope((self._group,), self._group)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    @not_compiled
     def _find(self, groups: Sequence[Mapping[str, Any]]) -> ProcessGroup | None:
         """Return a group of several ranks, or None."""
         if self.process_group is None or not (dist.is_available() and dist.is_initialized()):

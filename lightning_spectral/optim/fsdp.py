@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.optim.ddp import assign_by_cost, balanced_rounds
 from lightning_spectral.optim.matrix_layout import row_counts
 from lightning_spectral.optim.matrix_update import compute_dtype, compute_updates, descend, matrix_blocks, matrix_cost
@@ -42,7 +43,7 @@ class ShardedMatrix:
         return sum(matrix_cost(m, self.numel * m // sum(rows)) for m in rows)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@not_compiled
 def sharded_step(matrices: Sequence[ShardedMatrix]) -> None:
     """Step matrices of which each rank holds a part, as `spectral_step` does."""
     kinds: dict[Any, list[ShardedMatrix]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.numerics.matmul_precision import exact_products
 from lightning_spectral.optim.adam_size import ADAM, NOISE, adam_rms, needs_size, noise_damping
 from lightning_spectral.optim.matrix_layout import blocks
@@ -102,7 +103,7 @@ def matrix_blocks(
     ]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@not_compiled
 def spectral_step(matrices: Iterable[MatrixBlock]) -> None:
     """Set W <- W - lr c U T(sigma_hat) V^T of M, matrices of one shape in one batch.
 

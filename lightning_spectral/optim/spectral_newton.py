@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind
@@ -289,7 +290,7 @@ class SpectralNewton(Optimizer):
         update(taken, self.state)
         return loss
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    @not_compiled
     def _warn_of_missing_alpha(self) -> None:
         self.expect_alpha()
         warnings.warn(

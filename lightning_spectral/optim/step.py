@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.optim.adam_size import needs_size, size_state, size_units
 from lightning_spectral.optim.adamw import adamw_state, adamw_step
 from lightning_spectral.optim.ddp import GradientState, Scope, agree, shared_step
@@ -119,7 +120,7 @@ def are_finite(grads: Sequence[Tensor]) -> list[bool]:
     return finite
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+@not_compiled
 def agree_on_steps(steps: Sequence[ParameterStep]) -> tuple[list[ParameterStep], list[ParameterStep]]:
     """Return the steps to take and those to skip, the same on all ranks.
 

@@ -1,8 +1,11 @@
 """Networks as trees of named linear layers, and the kinds of their layers."""
 
+import re
+
 import torch
 from torch import nn
 
+from lightning_spectral.layers.kinds import infer_kinds
 from lightning_spectral.layers.matrices import find_layers
 
 
@@ -32,3 +35,16 @@ def kinds_of(model, **options):
     """Kinds of all but embeddings, of whatever rank."""
     layers = find_layers(model, layers=lambda layer: layer.kind != "embedding", **options).layers
     return {name: layer.kind for name, layer in layers.items()}
+
+
+def wrong_kinds(model, expected):
+    """Return the parameters with another kind than the first pattern in their names says, and how many there are."""
+    wrong, count = {}, 0
+    for name, kind in infer_kinds(model).items():
+        pattern = next((pattern for pattern in expected if re.search(pattern, name)), "")
+        if pattern and expected[pattern] is None:
+            continue
+        count += 1
+        if kind != expected.get(pattern):
+            wrong[name] = kind
+    return wrong, count

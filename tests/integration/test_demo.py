@@ -1,5 +1,6 @@
 """The demo in small, its data, its tables, and the command line."""
 
+import inspect
 import json
 import math
 import re
@@ -43,7 +44,7 @@ def wandb_summary(run):
 @pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 def test_demo_trains_measures_logs_and_prints(tmp_path, capsys, monkeypatch):
     # As it is by default: the last probe is that of the final weights.
-    monkeypatch.setitem(SpectralProbe.__init__.__kwdefaults__, "min_probes", 8)
+    monkeypatch.setitem(inspect.unwrap(SpectralProbe.__init__).__kwdefaults__, "min_probes", 8)
     threads, real = [], demo.print_report
     monkeypatch.setattr(demo, "print_report", lambda *args: (threads.append(torch.get_num_threads()), real(*args)))
     before = torch.get_num_threads()

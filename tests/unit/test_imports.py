@@ -99,6 +99,31 @@ def test_public_names_are_there_and_lazy():
     assert done.stdout.strip() == "False"
 
 
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed.fsdp", "torch.distributed.tensor")
+
+
+def test_importing_loads_nothing_heavy_beyond_torch():
+    """Not what only compiling, exporting or sharding needs, nor another package; a plot loads its library."""
+    done = run_python(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import lightning_spectral\n"
+        "for name in lightning_spectral.__all__:\n"
+        "    if lightning_spectral._PUBLIC[name].partition('.')[0] not in ('callbacks', 'metrics'):\n"
+        "        getattr(lightning_spectral, name)\n"
+        "new = sorted(set(sys.modules) - before)\n"
+        "packages = {name.partition('.')[0] for name in new} - set(sys.stdlib_module_names)\n"
+        f"print(sorted(packages), [name for name in new if name.startswith({HEAVY})])\n"
+        "import pytorch_lightning\n"
+        "before = set(sys.modules)\n"
+        "lightning_spectral.SpectralProbe\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - set(sys.stdlib_module_names) - {'lightning', 'lightning_fabric', 'lightning_utilities'}))\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["['lightning_spectral'] []", "['lightning_spectral']"]
+
+
 def test_what_serves_shards_alone_is_not_loaded_without_them():
     done = run_python(
         "import sys, torch\n"

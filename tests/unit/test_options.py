@@ -146,6 +146,14 @@ def test_guards_say_the_option_the_rule_and_the_value(check, message):
         check()
 
 
+def test_a_probe_suggests_the_keyword_that_was_meant():
+    with pytest.raises(TypeError, match=r"^SpectralProbe has no option every_n_step; did you mean every_n_steps\?$"):
+        SpectralProbe(every_n_step=10)
+    with pytest.raises(TypeError, match=r"^SpectralProbe has no option colour; see help\(SpectralProbe\)$"):
+        SpectralProbe(colour="red")
+    assert next(iter(inspect.signature(SpectralProbe).parameters)) == "every_n_steps"
+
+
 def test_guards_return_what_they_checked():
     assert positive_int("n", 1) == 1
     assert optional_positive_int("n", 0, 0) == 0

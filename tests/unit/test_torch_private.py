@@ -82,6 +82,19 @@ def test_what_was_compiled_is_found():
     assert private.uncompiled(function) is None
 
 
+def test_what_is_not_compiled_runs_as_it_is():
+    compiling = []
+
+    @private.not_compiled
+    def plain(x):
+        compiling.append(torch.compiler.is_compiling())
+        return x + 1
+
+    compiled = torch.compile(lambda x: plain(2 * x) * 3, backend="eager")
+    assert [compiled(torch.tensor(float(i))).item() for i in range(2)] == [3.0, 9.0]
+    assert compiling == [False, False]
+
+
 def test_composable_state_is_recognised():
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, "fully_shard"):

@@ -224,6 +224,30 @@ def test_an_adapter_has_the_kind_of_the_layer_that_it_adapts(names, wrapped):
         assert kind == expected[f"{layer}.weight"], name
 
 
+def test_adapters_of_stacks_of_experts_and_of_a_head_without_a_name():
+    """One module per parameter that is adapted, the second around the first; all that is adapted is frozen."""
+    model = Tree({"body": (8, 6), "experts": {}, "out": {"base_layer": (5, 8), **shapes("lora_A:2,8 lora_B:5,2")}})
+    experts = nn.Module()
+    experts.up_proj, experts.down_proj = nn.Parameter(torch.zeros(3, 24, 8)), nn.Parameter(torch.zeros(3, 8, 24))
+    for parameter in ("up_proj", "down_proj"):
+        adapter = Tree(shapes("lora_A:6,8 lora_B:24,6"))
+        adapter.parameter_name, adapter.base_layer = parameter, experts
+        experts = adapter
+    model.experts = nn.ModuleDict({"0": nn.ModuleDict({"experts": experts})})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    kinds = infer_kinds(model)
+    down, up = (f"experts.0.experts.{name}lora_A.weight" for name in ("", "base_layer."))
+    assert (kinds[up], kinds[down]) == ("mlp_up", "mlp_down")
+    assert {kinds[f"out.{name}.weight"] for name in ("base_layer", "lora_A", "lora_B")} == {"head"}
+
+
+def test_what_embeds_a_time_step_in_a_block_is_no_mlp():
+    tree = block("q_proj:d,d k_proj:d,d v_proj:d,d o_proj:d,d", PLAIN_MLP)
+    tree["layers"]["0"]["norm"] = {"timestep_embedder": shapes("linear_1:8,16 linear_2:8,8")}
+    assert list(kinds_of(Tree(tree)).values()) == [*QKV, *UP_DOWN, "dense", "dense", "head"]
+
+
 def test_adapters_held_as_parameters():
     model = Tree({"layers": {"0": {"attn": shapes("q_proj:8,8 k_proj:8,8 v_proj:8,8 o_proj:8,8")}}, "head": (5, 8)})
     layer = model.layers.get_submodule("0.attn.o_proj")
@@ -267,6 +291,8 @@ def heads(model):
         (nn.ModuleDict({"body": nn.Linear(6, 8), "heads": nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 2)])}),
          ["heads.0", "heads.1"]),
         (nn.ModuleDict({"fc": nn.Linear(8, 3), "conv": nn.Conv1d(6, 8, 3)}), ["fc"]),
+        (Tree({"body": (8, 6), "shift_and_scale": (16, 8), "out": (4, 8)}), ["out"]),
+        (Tree({"body": (8, 6), "head1": (8, 8), "head_aux": (3, 8)}), ["head1", "head_aux"]),
     ],
 )  # fmt: skip
 def test_a_head_is_what_no_other_layer_takes(model, expected):

@@ -1,11 +1,8 @@
 """Kinds of the layers of small copies of public architectures, by the patterns of their names."""
 
-import re
-
 import pytest
 import torch
-
-from lightning_spectral.layers.kinds import infer_kinds
+from trees import wrong_kinds
 
 transformers = pytest.importorskip("transformers", reason="the architectures are those of transformers")
 
@@ -202,19 +199,6 @@ def build(name, options):
     options = {key: value() if callable(value) else value for key, value in options.items()}
     with torch.device("meta"):
         return made(made.config_class(**options))
-
-
-def wrong_kinds(model, expected):
-    """Return the parameters with another kind than the first pattern in their names says, and how many there are."""
-    wrong, count = {}, 0
-    for name, kind in infer_kinds(model).items():
-        pattern = next((pattern for pattern in expected if re.search(pattern, name)), "")
-        if pattern and expected[pattern] is None:
-            continue
-        count += 1
-        if kind != expected.get(pattern):
-            wrong[name] = kind
-    return wrong, count
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), ARCHITECTURES)
