@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch.multiprocessing as mp
 from manual import PAGES, flat
+from world import forkserver
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -17,9 +20,12 @@ from examples.benchmarks import shards  # noqa: E402
 KEPT = json.loads((ROOT / "examples/benchmarks/results/shards_cpu.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.xdist_group("world_of_two")  # where the server of processes is
 def test_shards_and_whole_weights_give_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["shards.py", "--layers=3", "--width=24", f"--output={tmp_path / 'found.json'}"])
     monkeypatch.setattr(shards, "METHODS", ("ggn",))
+    forkserver()
+    monkeypatch.setattr(shards.mp, "spawn", partial(mp.start_processes, start_method="forkserver"))
     for name, value in shards.OWN_PAGES.items():
         monkeypatch.setenv(name, value)
     shards.main()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from modules import NEEDS_MUON
 from torch import nn
+from world import forkserver
 
 from lightning_spectral import SpectralNewton
 
@@ -47,7 +48,10 @@ def test_quick_runs_through_and_resumes(tmp_path, capsys, monkeypatch):
 
 
 @NEEDS_MUON
-def test_runs_in_processes_give_the_same_losses():
+@pytest.mark.xdist_group("world_of_two")  # where the server of processes is
+def test_runs_in_processes_give_the_same_losses(monkeypatch):
+    context = forkserver()
+    monkeypatch.setattr(train.multiprocessing, "get_context", lambda _: context)
     arm = train_runs.ARMS["muon"]
     runs = {Run("wrong_labels", "muon", 0.01, seed, 3): arm for seed in (0, 1)}
     apart = {r.run: (r.val, r.test) for r in train.train_all(runs, jobs=2, quick=True)}

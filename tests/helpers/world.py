@@ -43,8 +43,7 @@ class World:
         self.n, self.ranks, self.pipes = n, [], []
 
     def start(self):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = forkserver()
         port = free_port()
         for rank in range(self.n):
             pipe, of_rank = context.Pipe()
@@ -93,6 +92,13 @@ class World:
         for process in self.ranks:
             process.join(20)
         self.kill()
+
+
+def forkserver():
+    """Return the context whose processes are forks of one that has imported all that takes time to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def receive(pipe):
