@@ -47,20 +47,10 @@ class Finding:
     figure: Figure
     records: Sequence[Mapping[str, Any]] = ()
 
-    def markdown(self, picture: str) -> str:
-        """A section.
-
-        Args:
-            picture: path of the figure, as seen from the page.
-        """
-        lines = [f"## {self.title}", "", self.question, "", f"**The paper.** {self.paper}", ""]
-        lines += ["**Here.** " + " ".join(self.found), ""]
-        lines += [_row(self.columns), _row(["---"] * len(self.columns)), *map(_row, self.rows), ""]
-        return "\n".join([*lines, f"![{self.title}]({picture})", ""])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    def record(self) -> dict[str, Any]:
+        """What the pages are made of: all but the figure and the records."""
+        kept = ("title", "question", "paper", "agrees", "found", "columns", "rows")
+        return {name: getattr(self, name) for name in kept}
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:

@@ -1,4 +1,4 @@
-"""Reproduce the paper's experiments, all or those named, and write a page with a table and a figure of each.
+"""Reproduce the paper's experiments, all or those named, and write RESULTS.md, with a table and a figure of each.
 
     python examples/paper/run.py [architectures dynamics ...] [--config full --data FOLDER] [--seeds 2]
 
@@ -31,6 +31,7 @@ from examples.paper.archives import FOLDER_VARIABLE, ArchiveError  # noqa: E402
 from examples.paper.experiments import EXPERIMENTS  # noqa: E402
 from examples.paper.finding import Finding  # noqa: E402
 from examples.paper.outcome import OldOutcomeError, Outcome, Training, outcome  # noqa: E402
+from examples.paper.page import write  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -113,60 +114,45 @@ def findings(plan: Plan, outcomes: Mapping[str, list[Outcome]]) -> dict[str, Fin
 
 
 def write_page(plan: Plan, found: Mapping[str, Finding], folder: Path, command: str, seconds: float) -> Path:
-    """RESULTS.md, figures/ and, of what is recorded, results/ in the folder."""
+    """RESULTS.md, figures/ and results/ in the folder."""
     import torch
 
-    figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    sections = []
+    figures, results = folder / "figures", folder / "results"
+    for made in (figures, results):
+        made.mkdir(parents=True, exist_ok=True)
     for name, finding in found.items():
         finding.figure.savefig(figures / f"{name}.png", dpi=110)
-        sections.append(finding.markdown(f"figures/{name}.png"))
         if finding.records:
-            _write_records(folder / "results" / f"{name}.json", finding.records)
+            text = "[\n" + ",\n".join(map(json.dumps, finding.records)) + "\n]\n"
+            (results / f"{name}.json").write_text(text, encoding="utf-8")
     where = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
     where += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", CPU"
-    head = [
-        "# The paper's experiments",
-        "",
-        "A. Calvo, *Spectral Asymptotics of Neural Network Loss Landscapes*, arXiv 2606.02596, beside what "
-        f"`{command}` gave, with {len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}: mean ± standard deviation over "
-        f"seeds unless said otherwise. {where}; the runs took {seconds / 60:.0f} minutes in all, several at a time.",
-        "",
-        *_verdicts(found),
-        "",
-        "Medians are over all layers; those that a probe logs are over fits to trust alone. Alphas with an r2 below "
-        "0.9, most heads' among them, are slopes of clouds; the tables give the r2. "
-        "[TRANSFORMERS.md](TRANSFORMERS.md) is on what decides alpha of a small GPT.",
-        "",
-        *_trainings(plan),
-        "",
-    ]
-    path = folder / "RESULTS.md"
-    path.write_text("\n".join([*head, *sections]), encoding="utf-8")
-    return path
+    record = {
+        "command": command,
+        "seeds": len(plan.seeds),
+        "where": where,
+        "minutes": round(seconds / 60),
+        "trainings": _trainings(plan),
+        "experiments": {name: finding.record() for name, finding in found.items()},
+    }
+    (results / "experiments.json").write_text(encoded(record), encoding="utf-8")
+    return write(folder)
 
 
-def _write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """A JSON array, a line per record."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n", encoding="utf-8")
+def encoded(record: Mapping[str, Any]) -> str:
+    """JSON with a row of a table per line."""
+    return json.dumps(record, ensure_ascii=False).replace(', ["', ',\n["').replace('}, "', '},\n"') + "\n"
 
 
-def _verdicts(found: Mapping[str, Finding]) -> list[str]:
-    rows = ["| experiment | as in the paper? |", "|---|---|"]
-    return [*rows, *(f"| {finding.title} | {finding.agrees} |" for finding in found.values())]
-
-
-def _trainings(plan: Plan) -> list[str]:
-    rows = ["| training | data | network | steps | batch | lr | measured on |", "|---|---|---|---|---|---|---|"]
+def _trainings(plan: Plan) -> list[list[str]]:
+    rows = []
     for training in dict.fromkeys(training.name for training, _ in plan.runs):
         made = plan.trainings[training]
         rate = f"{made.lr:g}" + ("" if made.cosine else ", constant")
         cells = [_named(made.data), _named(made.network), str(made.steps), str(made.batch_size), rate]
         gradients = made.gradient_samples
         more = f", gradients of {min(gradients)} to {max(gradients)}" if gradients else ""
-        rows.append("| " + " | ".join([made.name, *cells, f"{made.samples} samples{more}"]) + " |")
+        rows.append([made.name, *cells, f"{made.samples} samples{more}"])
     return rows
 
 

@@ -3,8 +3,9 @@
     python examples/paper/transformers.py [--jobs 2] [--quick] [--group path] [--output transformer-runs]
 
 Every run is one JSON file in the output folder, and a run whose file is there is not repeated. With all of them the
-script writes results/transformers.json and the figures of TRANSFORMERS.md, and prints its tables; with some of them
-it does so in the output folder. --quick runs one seed of the path, with 20 steps, into its own folder.
+script writes results/transformers.json, its tables beside it and the figures of TRANSFORMERS.md, and prints that page's
+tables; with some of them it does so in the output folder. --quick runs one seed of the path, with 20 steps, into its
+own folder.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from examples.paper.small_gpt import Batch, Setting, Tokens, all_positions, last
 from examples.paper.transformers_design import BASE, design_matrix, setting_of  # noqa: E402
 from examples.paper.transformers_figures import plot_path, plot_spectra, save  # noqa: E402
 from examples.paper.transformers_results import collect, encoded  # noqa: E402
-from examples.paper.transformers_tables import tables  # noqa: E402
+from examples.paper.transformers_tables import page_tables, tables  # noqa: E402
 from lightning_spectral import (  # noqa: E402
     LayerSpectrum,
     MeasurementError,
@@ -251,7 +252,8 @@ def write(folder: Path, results: Path, jobs: Sequence[Job], paper: str | None) -
     if all(f"{label}/blocks.1.down.weight" in record["spectra"] for label in PATH):
         save(plot_spectra(record), results / "transformers_spectra.png")
         save(plot_path(record, TICKS), results / "transformers_path.png")
-    print(tables(record))
+    (results / "transformers.md").write_text(tables(record), encoding="utf-8")
+    print(*page_tables(record), sep="\n\n")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The tables of TRANSFORMERS.md, from the record of transformers_results."""
+"""The tables of TRANSFORMERS.md and of results/transformers.md, from the record of transformers_results."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from examples.paper.transformers_design import FACTORS
-from examples.paper.transformers_results import KINDS, Run, field_of, mean_and_deviation, over_seeds
+from examples.paper.transformers_results import KINDS, PUBLISHED, Run, field_of, mean_and_deviation, over_seeds
 
 COLUMNS = ("qkv", "out", "up", "down", "head")
 """Of the tables, in the order of `KINDS`."""
+
+UNITS = (
+    "Mean ± standard deviation over seeds of medians over layers; pr is PR_h, alpha_upper and alpha_lower are of k = 1 "
+    "to 10 and 11 to 20, sigma_1_2 is sigma_1 / sigma_2, sigma_2_K is sigma_2 / sigma_20, and signal is the share of "
+    "the gradient that a fresh batch confirms."
+)
 
 PATH_TABLES = (
     "alpha",
@@ -114,11 +120,38 @@ def learned_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def path_table(record: Mapping[str, Any]) -> str:
+    """The path: alpha, mean ± standard deviation over seeds, and in brackets PR_h, beside the paper, as Markdown."""
+    lines = ["| alpha (PR_h) | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    ratios = over_seeds(record["runs"], "path", "pr")
+    for label, kinds in over_seeds(record["runs"], "path", "alpha").items():
+        cells = ["{:.2f} ± {:.2f}".format(*kinds[kind]) + f" ({ratios[label][kind][0]:.1f})" for kind in KINDS]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "| *paper* | " + " | ".join(f"*{alpha:.2f}*" for alpha in PUBLISHED) + " |"])
+
+
+def page_tables(record: Mapping[str, Any]) -> list[str]:
+    """The tables of TRANSFORMERS.md."""
+    tokens = cells_table(record, "tokens", "sequences", ("alpha", "pr", "signal"))
+    return [path_table(record), tokens, learned_table(record)]
+
+
 def tables(record: Mapping[str, Any]) -> str:
-    """All tables of TRANSFORMERS.md."""
-    parts = [paper_table(record)] if record["paper"] else []
-    parts += [group_table(record, "path", key) for key in PATH_TABLES]
-    parts += [cells_table(record, "tokens", "sequences", ("alpha", "pr", "signal", "r2"))]
-    parts += [cells_table(record, "steps", "steps", ("alpha", "pr"))]
-    parts += [group_table(record, "one by one", key) for key in ("alpha", "pr")]
-    return "\n\n".join([*parts, exact_table(record), learned_table(record), effects_table(record)])
+    """results/transformers.md: every table, under what it is of."""
+    parts: dict[str, list[str]] = {}
+    if record["paper"]:
+        parts["The paper's layers, fitted again with all points and without k = 1"] = [paper_table(record)]
+    parts["The path, one change at a time"] = [group_table(record, "path", key) for key in PATH_TABLES]
+    parts["Sequences measured, with the data's labels and with labels drawn from the model"] = [
+        cells_table(record, "tokens", "sequences", ("alpha", "pr", "signal", "r2"))
+    ]
+    parts["Over training, medians of the blocks' layers"] = [cells_table(record, "steps", "steps", ("alpha", "pr"))]
+    parts["Single changes at batch 16"] = [group_table(record, "one by one", key) for key in ("alpha", "pr")]
+    parts["Sketch and exact products of the same networks"] = [exact_table(record)]
+    parts["The design: runs on uniform tokens by what was learned, and main effects"] = [
+        learned_table(record), effects_table(record)
+    ]  # fmt: skip
+    lines = ["# The tables of a small GPT's alpha", "", "[The page to read](../TRANSFORMERS.md). " + UNITS, ""]
+    for title, found in parts.items():
+        lines += [f"## {title}", "", *(line for part in found for line in (part, ""))]
+    return "\n".join(lines)

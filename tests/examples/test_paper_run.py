@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from manual import PAGES
 
 pytest.importorskip("sklearn", reason="the reproduction's digits are scikit-learn's")
 pytest.importorskip("matplotlib", reason="every experiment makes a figure")
@@ -18,6 +22,7 @@ from examples.paper.experiments import EXPERIMENTS
 from examples.paper.finding import body, correlation, signals, spread
 from examples.paper.modules import Trained
 from examples.paper.outcome import OldOutcomeError, Outcome, Training, outcome
+from examples.paper.page import ASKED, anchor, noise_change, write
 from examples.paper.plots import curves
 from examples.paper.tasks import DATA, NETWORKS, digit_pairs, python_modules, without_layer_norm
 from lightning_spectral.numerics.statistics import median
@@ -83,12 +88,45 @@ def test_all_experiments_end_to_end(tmp_path: Path) -> None:
     }
     given = ["--config", str(config(tmp_path, trainings, experiments)), "--output", str(tmp_path), "--jobs", "1"]
     assert paper.main(given) == 0
-    page = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    page, tables = ((tmp_path / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "results/experiments.md"))
     for name in EXPERIMENTS:
-        assert f"](figures/{name}.png)" in page
+        assert f"](../figures/{name}.png)" in tables
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 3000
     assert len(list(tmp_path.glob("*.json"))) == 8
-    assert " nan" not in page
+    assert " nan" not in page + tables
+    # Every link of the page leads to a heading of the tables.
+    headings = {anchor(line[3:]) for line in tables.splitlines() if line.startswith("## ")}
+    assert set(re.findall(r"experiments\.md#([\w-]+)", page)) == headings
+    assert ASKED.keys() == EXPERIMENTS.keys()
+
+
+def test_the_committed_pages_are_made_of_the_committed_records(tmp_path: Path) -> None:
+    shutil.copytree(paper.HERE / "results", tmp_path / "results")
+    (tmp_path / "results" / "experiments.md").unlink()
+    assert write(tmp_path) == tmp_path / "RESULTS.md"
+    for name in ("RESULTS.md", "results/experiments.md"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (paper.HERE / name).read_text(encoding="utf-8"), name
+
+
+def test_the_manual_s_figures_are_the_records_() -> None:
+    record = json.loads((paper.HERE / "results" / "experiments.json").read_text(encoding="utf-8"))
+    experiments = record["experiments"]
+    cells = {name: {cell for row in of["rows"] for cell in row} for name, of in experiments.items()}
+    told = {name: " ".join([*of["found"], of["agrees"]]) for name, of in experiments.items()}
+    shown = PAGES["paper.md"]
+    in_tables = {"architectures": ["2.29 ± 0.05", "2.00 ± 0.08", "1.69 ± 0.06"]}
+    in_words = {
+        "architectures": ["1.73 ± 0.04", "2.33 ± 0.20"],
+        "transfer_identity": ["1.4 %", "190 of 195 layers"],
+        "participation": ["8 of 20 layers", "14 of 20"],
+        "concentration": ["0.16", "225 layers"],
+        "kronecker": ["0.99"],
+        "rank_models": ["wins 60"],
+    }
+    for name, figures in in_tables.items():
+        assert all(figure in cells[name] and figure in shown for figure in figures), name
+    for name, figures in in_words.items():
+        assert all(figure in told[name] and figure in shown for figure in figures), name
 
 
 def test_a_run_is_read_back_and_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,3 +345,14 @@ def test_sampling_noise_tells_alpha_and_signal_by_samples(tmp_path: Path) -> Non
     # More samples leave less noise.
     few, _, many = (signals([report.layers.values()]) for report in seeds[0].reports[3:])
     assert few < many
+
+
+def test_noise_is_told_where_a_trained_network_has_signal() -> None:
+    def one(samples: int, alpha: float, signal: float, network: str = "a") -> dict[str, object]:
+        figures = {"gradient_samples": samples, "alpha": alpha, "signal": signal}
+        return {"network": network, "kind": "dense", "step": 3, **figures}
+
+    learned = [one(8, 2.0, 0.1, "b"), one(64, 3.0, -1.0, "b")]
+    assert noise_change(learned) == ""
+    told = noise_change([*learned, one(8, 2.0, 0.3), one(64, 1.7, 0.9), one(64, 1.5, 0.9)])
+    assert "move alpha by -0.40 to -0.40" in told

@@ -39,11 +39,6 @@ def sampling_noise(outcomes: Outcomes) -> Finding:
         for step, by_samples in steps.items()
         for kind in kinds[name]
     ]
-    found = []
-    for name, steps in measured.items():
-        at = "; ".join(f"step {step}, {_ends(by_samples)}" for step, by_samples in steps.items())
-        last = steps[max(steps)]
-        found.append(f"{name}, {_kinds(last[max(last)])}: {at}.")
     own = _of_networks(measured)
     return Finding(
         "Sampling noise",
@@ -55,7 +50,6 @@ def sampling_noise(outcomes: Outcomes) -> Finding:
         own,
         [
             f"With the most samples: {own}.",
-            *found,
             BELOW_ZERO,
             f"In the table: alpha, median over layers, of {_seeds(outcomes)}; in brackets the median S.",
         ],
@@ -103,16 +97,6 @@ def _fit(by_samples: AtStep, kind: str) -> str:
     return _number(median([layer.alpha.r2 for report in reports for layer in by_kind(report, kind)]))
 
 
-def _ends(by_samples: AtStep) -> str:
-    """Alpha and S of the fewest and of the most samples."""
-    said = [
-        f"{spread(alphas(body(report)) for report in by_samples[n])} "
-        f"(S {_number(signals(body(report) for report in by_samples[n]))}) of {n:,}"
-        for n in (min(by_samples), max(by_samples))
-    ]
-    return " and ".join(said) + " samples"
-
-
 def _of_networks(measured: Mapping[str, Mapping[int, AtStep]]) -> str:
     """What alpha is of the most samples, where little of their gradient is noise."""
     found: dict[str, list[float]] = {}
@@ -133,12 +117,6 @@ def _family(layers: Sequence[LayerSpectrum]) -> str:
     if kinds == {"conv"}:
         return "interior convolutions"
     return "transformers' blocks" if "attention_qkv" in kinds else "dense layers"
-
-
-def _kinds(reports: Sequence[SpectralReport]) -> str:
-    """Kinds of layers that `body` holds, in words."""
-    kinds = list(dict.fromkeys(layer.kind for layer in body(reports[0])))
-    return "interior convolutions" if kinds == ["conv"] else ", ".join(kind.replace("_", " ") for kind in kinds)
 
 
 def _number(value: float) -> str:
