@@ -2,9 +2,7 @@
 
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
-from lightning_spectral.curvature.layer_taps import Tap, single_calls
 from lightning_spectral.curvature.loss_value import LossValue, loss_value
-from lightning_spectral.curvature.ports import groups_of
 from lightning_spectral.curvature.problem import (
     Curvature,
     Curvatures,
@@ -38,13 +36,10 @@ __all__ = [
     "SampleRange",
     "StepProducts",
     "Structure",
-    "Tap",
     "accumulation_dtype",
     "cause_of",
     "check_method",
-    "groups_of",
     "loss_value",
     "not_matrices",
-    "single_calls",
     "structure",
 ]

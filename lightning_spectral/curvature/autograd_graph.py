@@ -170,7 +170,6 @@ class Dependence:
         self.bits = {leaf: 1 << i for i, leaf in enumerate(leaves)}
         self.stops = {node: 1 << (len(self.bits) + i) for i, node in enumerate(stops)}
         self.masks: dict[Node, int] = {}
-        self.calls: dict[int, int] = dict.fromkeys(self.bits, 0)
         self._walk(root)
 
     def inputs(self, node: Node) -> list[int]:
@@ -215,8 +214,6 @@ class Dependence:
                 mask |= self.bits.get(id(node.variable), 0)
             for n in following:
                 mask |= self.masks[n]
-                if hasattr(n, "variable") and id(n.variable) in self.calls:
-                    self.calls[id(n.variable)] += 1
             self.masks[node] = mask
 
     def leaves_in(self, mask: int) -> set[int]:

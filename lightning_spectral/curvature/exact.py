@@ -69,3 +69,22 @@ def _bilinear(u: Tensor, matrix: Tensor, v: Tensor) -> Tensor:
 
 def _nothing(triplets: SingularTriplets) -> Tensor:
     return torch.full((len(triplets),), float("nan"), dtype=torch.float64)
+
+
+def measured_exactly(
+    problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets], why: Mapping[str, str]
+) -> Curvatures:
+    """Measure the layers in ``why`` by double backward, on a forward pass whose gradients keep their graph."""
+    if not why:
+        return Curvatures({}, "exact")
+    layers = {name: problem.layers[name] for name in why}
+    parameters = {name: problem.parameters[name] for name in why}
+    exact = ExactCurvature()(
+        DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples),
+        {name: directions[name] for name in why},
+    )
+    singly = {
+        name: f"measured by double backward, since {reason}" for name, reason in why.items() if name not in exact.failed
+    }
+    notes = tuple(group_by_reason(singly))
+    return Curvatures(exact.h, "exact", exact.failed, {}, dict.fromkeys(why, "exact"), notes)

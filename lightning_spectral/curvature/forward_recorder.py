@@ -65,17 +65,13 @@ class Recorder(TorchFunctionMode):
 
     Args:
         parameters: ids of the parameters in question.
-        add_zeros: add a leaf of zeros to the output of each product, to differentiate in.
         move: adds to the outputs.
         cheap: give activations their twins with a cheap second derivative.
     """
 
-    def __init__(
-        self, parameters: set[int], *, add_zeros: bool = False, move: Move | None = None, cheap: bool = False
-    ) -> None:
+    def __init__(self, parameters: set[int], *, move: Move | None = None, cheap: bool = False) -> None:
         super().__init__()
         self.parameters = parameters
-        self.add_zeros = add_zeros
         self.move = move
         self.cheap = cheap
         self.trace = Trace()
@@ -124,17 +120,16 @@ class Recorder(TorchFunctionMode):
         output = as_non_view(output)
         calls = self.trace.calls.setdefault(id(product.parameter), [])
         call = LayerCall(
-            product.function, product.input.detach(), output, None, product.options, time_first, None, product.input,
+            product.function, product.input.detach(), output, None, product.options, time_first, product.input,
             product.input.grad_fn, product.block, product.to_rows, product.from_rows, product.scale,
         )  # fmt: skip
-        zero = torch.zeros_like(output, requires_grad=True) if self.add_zeros else None
-        moved = self.move(id(product.parameter), call, len(calls)) if self.move is not None else zero
+        moved = None if self.move is None else self.move(id(product.parameter), call, len(calls))
         output = output if moved is None else output + moved
         # Taken now: after an operation in place, the tensor stands for what that made of it.
         edge = get_gradient_edge(output) if output.requires_grad else None
         if output.grad_fn is not None:
             self.trace.products.append(output.grad_fn)
-        calls.append(replace(call, output=output, edge=edge, zero=zero, attached=None))
+        calls.append(replace(call, output=output, edge=edge, attached=None))
         return output
 
     def _note_other_product(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.curvature.draws import PRIOR_COUNT, is_precise
+from lightning_spectral.curvature.exact import measured_exactly
 from lightning_spectral.curvature.head import Column
-from lightning_spectral.curvature.layer_taps import measured_exactly
 from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, naming_what_stops_it
 from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_spectral._messages import group_by_reason
 from lightning_spectral.curvature.custom_functions import custom_functions
+from lightning_spectral.curvature.direction_graph import DirectionGraph
 from lightning_spectral.curvature.head import half_of
-from lightning_spectral.curvature.layer_taps import Tap, check_samples_apart, tapped
-from lightning_spectral.curvature.output_perturbations import add_output_perturbations
+from lightning_spectral.curvature.ports import move_by_sample
 from lightning_spectral.curvature.problem import (
     Curvatures,
     DifferentiableLoss,
@@ -33,7 +33,9 @@ from lightning_spectral.curvature.problem import (
     cause_of,
     unverified,
 )
-from lightning_spectral.errors import is_out_of_memory
+from lightning_spectral.curvature.sample_search import INTERACT, move_network
+from lightning_spectral.curvature.seen_layers import see_layers
+from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
 
@@ -42,8 +44,8 @@ from lightning_spectral.numerics.svd import SingularTriplets
 class HutchinsonTrace:
     """Estimates z_l^T (H z)_l of each layer's trace, for each of some draws of z, in the place of curvatures.
 
-    They are linear in the loss, so those of micro-batches add up. Layers that are not applied exactly once as a linear
-    layer or convolution, and all where samples interact, have one z for all samples.
+    They are linear in the loss, so those of micro-batches add up. Layers whose samples cannot be told apart, and those
+    that are applied to what they gave before, have one z for all samples.
 
     Args:
         draws: N.
@@ -61,11 +63,10 @@ class HutchinsonTrace:
     def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Return (N,) draws for each layer in ``directions``."""
         problem.run()
-        taps, _ = tapped(problem, directions)
         draws: dict[str, Tensor] = {}
         if not custom_functions(problem.value):
             try:
-                draws = self._per_sample_draws(problem, taps)
+                draws = self._per_sample_draws(problem, directions)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -75,30 +76,27 @@ class HutchinsonTrace:
         h = {name: (draws | of_batch).get(name, nothing) for name in directions}
         return Curvatures(h, self.name, failed, notes=notes)
 
-    def _per_sample_draws(self, problem: DifferentiableLoss, taps: Mapping[str, Tap]) -> dict[str, Tensor]:
+    def _per_sample_draws(
+        self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]
+    ) -> dict[str, Tensor]:
         """Draw signs for each sample, with products in the layers' outputs."""
-        if not taps:
+        seen = see_layers(problem, directions)
+        # What a layer does to its own input again is no move of its outputs alone.
+        seen = replace(seen, calls={name: calls for name, calls in seen.calls.items() if name not in seen.nested})
+        if not seen.calls:
             return {}
-        taps, zeros, gradients = add_output_perturbations(problem, taps)
-
-        def product(moves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            products = torch.autograd.grad(gradients, zeros, list(moves.values()), retain_graph=True, allow_unused=True)
-            return {
-                name: torch.zeros_like(zero) if part is None else part
-                for name, zero, part in zip(taps, zeros, products, strict=True)
-            }
-
-        generator = _generator(self.seed, problem)
-        half = {name: half_of(tap.samples)[:, None] * self._scale(name) for name, tap in taps.items()}
-        check_samples_apart(taps, product(_moves(taps, generator, half)))
-        scales = {name: torch.tensor(self._scale(name)) for name in taps}
+        # Any direction shows where the samples are.
+        leading = {name: directions[name].first(1) for name in seen.calls}
+        moves = _Moves(move_network(problem, seen, leading, nearest=False).graph, _generator(self.seed, problem))
+        half = half_of(moves.graph.samples)
+        scale = {name: self._scale(name) for name in moves.graph.names}
+        moves.check_samples_apart({name: half * scale[name] for name in scale}, ~half)
         draws = []
         for _ in range(self.draws):
-            moves = _moves(taps, generator, scales)
-            moved = product(moves)
-            draws.append([_dot(moves[name], moved[name]) / self._scale(name) ** 2 for name in taps])
+            along = moves.along_signs({name: torch.tensor(scale[name]) for name in scale})
+            draws.append([along[name] / scale[name] ** 2 for name in scale])
         drawn = torch.tensor(draws, dtype=torch.float64)
-        return {name: drawn[:, i] for i, name in enumerate(taps)}
+        return {name: drawn[:, i] for i, name in enumerate(scale)}
 
     def _scale(self, name: str) -> float:
         """Return about 1 / sqrt(sum_k h_k), a power of 2, by which signs are multiplied without rounding."""
@@ -156,13 +154,47 @@ def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape, dtype=torch.float32).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
-def _moves(taps: Mapping[str, Tap], generator: torch.Generator, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return moves of the layers' outputs along random signs u_b v_b^T, times a scale or one for each sample (B, 1)."""
-    moves = {}
-    for name, tap in taps.items():
-        u, v = (_random_signs((tap.samples, size), generator) for size in tap.layer.shape)
-        moves[name] = tap.moved_by_sample(u * scales[name], v)
-    return moves
+class _Moves:
+    """Moves of the layers' outputs along random signs u_b v_b^T, and what the gradients in them change by.
+
+    Args:
+        graph: of the layers, with the samples of their rows.
+        generator: of the signs.
+    """
+
+    def __init__(self, graph: DirectionGraph, generator: torch.Generator) -> None:
+        self.graph, self.generator = graph, generator
+        self.edges = [call.edge for name in graph.names for call in graph.calls[name] if call.edge is not None]
+        self.gradients = torch.autograd.grad(graph.loss, self.edges, create_graph=True)
+
+    def along_signs(self, scales: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return z^T H z of each layer, of signs times a scale."""
+        drawn = self._draw(scales)
+        return {name: sum(_dot(move, product) for move, product in pairs) for name, pairs in drawn.items()}
+
+    def check_samples_apart(self, scales: Mapping[str, Tensor], others: Tensor) -> None:
+        """Raise MeasurementError unless what is done to the samples that have a scale shows at none of the others."""
+        for name, pairs in self._draw(scales).items():
+            for (_, product), call, layout in zip(pairs, self.graph.calls[name], self.graph.layouts[name], strict=True):
+                rows = product if call.is_convolution else call.to_rows(product)
+                rows = rows.reshape(call.lead.numel(), -1)
+                if bool(rows[layout.spread(others[:, None]).squeeze(1).to(rows.device)].any()):
+                    raise MeasurementError(INTERACT)
+
+    def _draw(self, scales: Mapping[str, Tensor]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Return each layer's moves at its calls, times a scale or one for each sample (B,), and the products."""
+        graph, moves = self.graph, []
+        for name in graph.names:
+            layer, shape = graph.problem.layers[name], graph.problem.parameters[name].shape
+            u, v = (_random_signs((graph.samples, size), self.generator).T for size in layer.shape)
+            for call, layout in zip(graph.calls[name], graph.layouts[name], strict=True):
+                moves.append(move_by_sample(layer, call, shape, u * scales[name], v, layout))
+        products = torch.autograd.grad(self.gradients, self.edges, moves, retain_graph=True, allow_unused=True)
+        pairs = iter(
+            (move, torch.zeros_like(move) if product is None else product)
+            for move, product in zip(moves, products, strict=True)
+        )
+        return {name: [next(pairs) for _ in graph.calls[name]] for name in graph.names}
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -103,7 +103,7 @@ class Port:
             self.y = triplets.u.to(dtype)
             self.c = convolved(call, a, layer, shape, triplets.v, groups_of(layer, triplets))
             return
-        x, y = _vectors(layer, call, shape, triplets)
+        x, y = _vectors(layer, call, shape, triplets.u, triplets.v)
         self.y = y.to(dtype)
         if y.ndim == 2 and layer.rows is not None and call.block is None:
             self.rows, self.y = layer.rows, self.y[slice(*layer.rows)]
@@ -154,6 +154,14 @@ class Port:
             return read
         return read.new_zeros(len(read), self.y.shape[-1]).index_copy(1, self.active, read)
 
+    def sides(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u_k^T r and v_k^T a of each row, (..., K); of a convolution (N, K, P)."""
+        if self.call.is_convolution:
+            r = r.flatten(2)
+            return self.y.mT @ (r if self.rows is None else r[:, slice(*self.rows)]), self.c.flatten(2)
+        rows = self._by_matrix(self.call.to_rows(r))
+        return (rows if self.rows is None else rows[..., slice(*self.rows)]) @ self.y, self.c
+
     def _by_matrix(self, rows: Tensor) -> Tensor:
         """Return rows (..., n); (E, rows, n) where each of a stack has vectors of its own."""
         is_stack = self.layer.stack and (self.call.block is None or self.call.block.expert is None)
@@ -166,6 +174,37 @@ class Port:
         if self.call.is_convolution:
             return self.y[:, self.active], self.c[:, self.active]
         return self.y[..., self.active], self.c[..., self.active]
+
+
+def move_by_sample(
+    layer: MatrixLayer, call: LayerCall, shape: torch.Size, u: Tensor, v: Tensor, layout: SampleLayout
+) -> Tensor:
+    """Return u_b (v_b^T a_b) in the layout of z, each sample with a direction of its own: u (m, B), v (n, B)."""
+    a = call.input
+    sample = layout.spread(torch.arange(u.shape[1], device=a.device)[:, None]).squeeze(1)
+    if call.is_convolution:
+        # Of each image, every group of channels is convolved with the same v.
+        images, g, kernel = a.shape[0], layer.groups, shape[2:]
+        whole = u if layer.rows is None else _padded(u, 0, layer.rows, call.output.shape[1])
+        filters = v.T[sample].to(a).reshape(images, 1, -1, *kernel).repeat(1, g, *[1] * (1 + len(kernel))).flatten(0, 1)
+        if call.function in TRANSPOSED:
+            filters = filters.flatten(0, 1).unsqueeze(1)
+        options = {**call.options, "groups": images * g}
+        c_bgp = call.function(a.flatten(0, 1).unsqueeze(0), filters, None, **options).reshape(images, g, 1, -1)
+        return (whole.T[sample].to(a).reshape(images, g, -1, 1) * c_bgp).reshape(call.output.shape)  # type: ignore[no-any-return]
+    x, y = (side.mT.to(call.output) for side in _vectors(layer, call, shape, u, v))
+    row = torch.arange(len(sample), device=a.device)
+
+    def of_rows(side: Tensor) -> Tensor:
+        return side[sample] if side.ndim == 2 else side[row * len(side) // len(row), sample]
+
+    if call.function is torch.nn.functional.embedding:
+        c = x[sample, a.flatten()]
+        if (padding := call.options.get("padding")) is not None:
+            c = c * (a.flatten() != padding)
+    else:
+        c = (a.reshape(len(sample), -1) * of_rows(x)).sum(1)
+    return call.from_rows(((c * call.scale)[:, None] * of_rows(y)).reshape(*call.lead, -1))
 
 
 class _Move(Function):
@@ -199,15 +238,13 @@ def _read_images(y: Tensor, c: Tensor, r: Tensor) -> Tensor:
     return ((y.mT @ r) * c).sum(2, dtype=accumulation_dtype(r))
 
 
-def _vectors(
-    layer: MatrixLayer, call: LayerCall, shape: torch.Size, triplets: SingularTriplets
-) -> tuple[Tensor, Tensor]:
+def _vectors(layer: MatrixLayer, call: LayerCall, shape: torch.Size, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return x (n, K), with which the rows of a are contracted, and y (m, K); of a stack (E, ., K) where they differ.
 
     With P the parameter's matrix, W = P or P^T as `MatrixLayer.to_matrix` takes it: the direction is p q^T in P's rows
     and columns.
     """
-    u, v, block = triplets.u, triplets.v, call.block
+    block = call.block
     if layer.rows is not None:
         whole = shape[-1] if layer.transposed else shape[0]
         u = _padded(u, 0, layer.rows, whole)

@@ -138,7 +138,7 @@ class DifferentiableLoss:
     def _differentiate(
         self, leaves: Mapping[int, Tensor], keep_graph: bool, outputs: bool
     ) -> tuple[dict[int, Tensor | None], dict[int, str]]:
-        calls = [calls[0] for calls in self.trace.calls.values() if len(calls) == 1] if outputs else []
+        calls = [call for of_leaf in self.trace.calls.values() for call in of_leaf] if outputs else []
         edges = {id(call): call.edge for call in calls if call.edge is not None}
         options: dict[str, Any] = {"create_graph": keep_graph, "retain_graph": True, "allow_unused": True}
         try:

@@ -74,7 +74,6 @@ class LayerCall:
         options: stride, padding and the like of a convolution.
         time_first: how many samples there are where rows run over time first, as inside `nn.MultiheadAttention`;
             None where they run over samples first.
-        zero: the leaf of zeros that was added to z; None where none was.
         block: the part of the parameter that takes part; None: all of it, as a convolution or a linear layer.
         to_rows: z -> (..., m), its rows in the order of a's.
         from_rows: the inverse.
@@ -87,7 +86,6 @@ class LayerCall:
     edge: GradientEdge | None
     options: Mapping[str, Any] = field(default_factory=dict)
     time_first: int | None = None
-    zero: Tensor | None = None
     attached: Tensor | None = None
     source: Node | None = None
     block: Block | None = None
@@ -99,11 +97,6 @@ class LayerCall:
     def is_convolution(self) -> bool:
         """Whether it has a convolution's layout, (N, channels, ...)."""
         return self.function in CONVOLUTIONS or self.function in TRANSPOSED
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is a linear layer or convolution on all of its parameter."""
-        return self.is_convolution or (self.function is LINEAR and self.block is None)
 
     @property
     def width(self) -> int:

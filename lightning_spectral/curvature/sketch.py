@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.draws import Draw, is_precise, mean_and_error
-from lightning_spectral.curvature.layer_taps import measured_exactly
+from lightning_spectral.curvature.exact import measured_exactly
 from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange, naming_what_stops_it
 from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_spectral.curvature import TRANSPOSED, LayerCall, Tap, accumulation_dtype, groups_of
+from lightning_spectral.curvature import TRANSPOSED, LayerCall, accumulation_dtype
+from lightning_spectral.curvature.ports import Port, SampleLayout, groups_of
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.conv_patches import Patches
 from lightning_spectral.numerics.participation import entropy_rank
@@ -26,25 +26,22 @@ class InputMoment:
 
     def __init__(self, k: int) -> None:
         self.moment = SecondMoment(k)
-        self._last: LayerCall | None = None
+        self._added: list[LayerCall] = []
         self._eigenvalues: Eigenvalues | None = None
 
     def release(self) -> None:
-        """Let go of the last call, whose output holds the graph of its micro-batch."""
-        self._last = None
+        """Let go of the calls, whose outputs hold the graph of their micro-batch."""
+        self._added = []
 
-    def add(self, call: LayerCall, tap: Tap) -> None:
-        """Add the inputs of one call, once."""
-        if call is self._last:
+    def add(self, call: LayerCall, a: Tensor, kernel: torch.Size, groups: int) -> None:
+        """Add the inputs a of one call, once."""
+        if any(call is added for added in self._added):
             return
-        self._last = call
-        if call.function is F.linear:
-            self.moment.add(tap.call.input.reshape(1, -1, tap.call.input.shape[-1]))
+        self._added.append(call)
+        if not call.is_convolution:
+            self.moment.add(a.reshape(1, -1, a.shape[-1]))
             return
-        patches = Patches.of(
-            tap.call.input, tap.shape[2:], call.options, groups=tap.layer.groups,
-            transposed=call.function in TRANSPOSED,
-        )  # fmt: skip
+        patches = Patches.of(a, kernel, call.options, groups=groups, transposed=call.function in TRANSPOSED)
         if patches.length <= MAX_DENSE and patches.rows > patches.length and patches.correlates():
             self.moment.add_gram(patches.correlation(), patches.rows)
         else:
@@ -69,22 +66,22 @@ class FactorSums:
 
     def add(self, call: LayerCall, delta: Tensor, scale: float, shape: torch.Size) -> None:
         """Add one call and the gradient in its output, times ``scale``."""
-        linear = call.function is F.linear
-        if not linear and call.input.ndim != len(shape):
+        if call.is_convolution and call.input.ndim != len(shape):
             raise ValueError("a convolution without a dimension for samples")
-        delta = _at_least_float32(delta) * scale
+        delta = _at_least_float32(delta) * (scale * call.scale)
         # Which rows are of which sample does not matter here.
-        raised = replace(call, input=_at_least_float32(call.input), time_first=None)
-        tap = Tap(self.layer, raised, 1 if linear else delta.shape[0], shape)
-        left = tap.left(delta, self.triplets.u).square_()
-        right = tap.right(self.triplets.v, self.groups).square_()
-        wide = accumulation_dtype(left)
-        self.delta += left.sum(2).sum(0, dtype=wide).cpu()
-        self.a += right.sum(2).sum(0, dtype=wide).cpu()
-        self.both += left.mul_(right).sum(2).sum(0, dtype=wide).cpu()
+        raised = replace(call, input=_at_least_float32(call.input), scale=1.0)
+        left, right = Port(self.layer, raised, shape, self.triplets, SampleLayout((1, 1, 1))).sides(delta)
+        left, right = left.square_(), right.square_()
+        wide, over = accumulation_dtype(left), (0, 2) if call.is_convolution else tuple(range(left.ndim - 1))
+        self.delta += left.sum(over, dtype=wide).cpu()
+        self.a += right.sum(over, dtype=wide).cpu()
+        self.both += left.mul_(right).sum(over, dtype=wide).cpu()
         del left, right
-        self.inputs.add(call, tap)
-        rows_bmp, g = tap.rows(delta), self.layer.groups
+        self.inputs.add(call, raised.input, shape[2:], self.layer.groups)
+        rows_bmp, g = call.to_rows(delta), self.layer.groups
+        rows_bmp = rows_bmp.flatten(2) if call.is_convolution else rows_bmp.reshape(1, -1, call.width).mT
+        rows_bmp = rows_bmp if self.layer.rows is None else rows_bmp[:, slice(*self.layer.rows)]
         _, m, p = rows_bmp.shape
         # Some samples at a time, whose copy stays in a CPU's cache, but enough that n x n sums are few.
         for part in torch.split(rows_bmp, max(1, max(CACHED // m, 4 * m) // p)):

@@ -1,4 +1,4 @@
-"""Kronecker factors of every layer that is applied once, from one more backward pass to the layers' outputs."""
+"""Kronecker factors of every layer, from one more backward pass to the outputs of its calls."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_spectral.curvature import DifferentiableLoss, LayerCall, Recorder, cause_of, single_calls
+from lightning_spectral.curvature import DifferentiableLoss, LayerCall, Recorder, cause_of
+from lightning_spectral.curvature.products import Block
+from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.isolation.devices import release_memory
@@ -29,6 +32,8 @@ TOO_LARGE = (
     "matrices of its width, whatever top_k"
 )
 """Reason why there are no Kronecker factors after `TRIES`."""
+
+OTHER_CALL = "one of its uses is a look-up, takes a part of it, is of a stack, or does not reach the loss"
 
 UNKNOWN_SAMPLES = "the batch does not tell how many samples it holds, so the gradient of one sample's loss is not known"
 
@@ -166,12 +171,12 @@ def _add(
     factor, let go before those of the next.
     """
     factors = {}
-    for name, call, delta in _calls(loss, micro_batch, list(sums), notes):
-        # Of a micro-batch without weight a layer may come more than once.
+    for name, calls in _calls(loss, micro_batch, list(sums), notes):
         complete = last and micro_batch.weight > 0
         of_layer = sums.pop(name) if complete else sums[name]
         try:
-            of_layer.add(call, delta, scale, loss.parameters[name].shape)
+            for call, delta in calls:
+                of_layer.add(call, delta, scale, loss.parameters[name].shape)
             if complete:
                 factors[name] = of_layer.factors()
         except Exception as error:
@@ -221,42 +226,59 @@ def _samples_without_weight(objective: Objective, micro_batches: Sequence[MicroB
 
 def _calls(
     loss: DifferentiableLoss, micro_batch: MicroBatch, names: Sequence[str], notes: dict[str, str]
-) -> Iterator[tuple[str, LayerCall, Tensor]]:
-    """Yield each layer's call and the gradient of the loss in its output; add to ``notes`` why a layer has none."""
+) -> Iterator[tuple[str, list[tuple[LayerCall, Tensor]]]]:
+    """Yield each layer's calls and the gradients of the loss in their outputs; note why a layer has none."""
     if not micro_batch.weight:
         with torch.no_grad(), Recorder({id(leaf) for leaf in loss.parameters.values()}) as recorder:
             loss.evaluate()
         for name in names:
-            for call in recorder.trace.calls.get(id(loss.parameters[name]), []):
-                yield name, call, torch.zeros_like(call.output)
+            calls = recorder.trace.calls.get(id(loss.parameters[name]), [])
+            yield name, [(call, torch.zeros_like(call.output)) for call in calls]
         return
     loss.run()
-    calls, reasons = single_calls(loss, names)
-    notes |= reasons
-    deltas = _output_gradients(loss, calls, notes)
-    last = {id(call): name for name, call in calls.items()}
-    for name, call in calls.items():
-        # Parts of a fused projection share one output; after the last of them it is let go.
-        delta = deltas.pop(id(call), None) if last[id(call)] == name else deltas.get(id(call))
-        if delta is not None:
-            yield name, call, delta
-        elif name not in notes:
-            notes[name] = "the loss does not depend on its output"
+    seen = see_layers(loss, names)
+    notes |= seen.unseen
+    alike = {name: calls for name, calls in seen.calls.items() if _are_alike(loss, name, calls)}
+    notes |= dict.fromkeys(seen.calls.keys() - alike.keys(), OTHER_CALL)
+    deltas = _output_gradients(loss, alike, notes)
+    last = {id(call): name for name, calls in alike.items() for call in calls}
+    for name, calls in alike.items():
+        # Parts of a fused projection share their outputs; after the last of them one is let go.
+        of_calls = [deltas.pop(id(c), None) if last[id(c)] == name else deltas.get(id(c)) for c in calls]
+        pairs = [(call, delta) for call, delta in zip(calls, of_calls, strict=True) if delta is not None]
+        if name not in notes:
+            yield name, pairs
+
+
+def _are_alike(loss: DifferentiableLoss, name: str, calls: Sequence[LayerCall]) -> bool:
+    """Return whether all that a layer is used for are products of rows with all of its matrix, from the same side."""
+    layer, leaf = loss.layers[name], loss.parameters[name]
+    if len(calls) != len(loss.trace.calls[id(leaf)]):
+        return False
+    if all(call.is_convolution or call.block is None for call in calls):
+        return True
+    if leaf.ndim != 2 or any(call.function is F.embedding for call in calls):
+        return False
+    # A linear layer is a product with the transposed matrix.
+    shape = (0, leaf.shape[0]), (0, leaf.shape[1])
+    blocks = {Block(*shape, transposed=True) if call.block is None else call.block for call in calls}
+    sides = [True, False] if layer.rows is None else [not layer.transposed]
+    return len(blocks) == 1 and blocks <= {Block(*shape, transposed=side) for side in sides}
 
 
 def _output_gradients(
-    loss: DifferentiableLoss, calls: Mapping[str, LayerCall], notes: dict[str, str]
+    loss: DifferentiableLoss, calls: Mapping[str, Sequence[LayerCall]], notes: dict[str, str]
 ) -> dict[int, Tensor | None]:
-    """Return the gradients in these outputs; one at a time where all together fail, and then add to ``notes`` why."""
+    """Return the gradients in these outputs; layer by layer where all together fail, and then note why."""
     try:
-        return loss.output_gradients(calls.values())
+        return loss.output_gradients(call for of_layer in calls.values() for call in of_layer)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
     gradients: dict[int, Tensor | None] = {}
-    for name, call in calls.items():
+    for name, of_layer in calls.items():
         try:
-            gradients |= loss.output_gradients([call])
+            gradients |= loss.output_gradients(of_layer)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

@@ -25,6 +25,7 @@ from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measurement import factor_sums
 from lightning_spectral.measurement import kronecker_factors as factors_module
 from lightning_spectral.measurement.factor_sums import FactorSums
+from lightning_spectral.measurement.kronecker_factors import OTHER_CALL
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.numerics import second_moment as moments_module
 from lightning_spectral.numerics.participation import entropy_rank
@@ -39,7 +40,7 @@ ALIGNMENT_KEYS = [key for key in LAYER_KEYS if key.part == "alignment"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
-TIED = "it is used 2 times"
+TIED = OTHER_CALL
 
 
 class SequenceFirst(nn.Module):
@@ -326,32 +327,68 @@ def test_without_the_number_of_samples_there_is_none_and_a_warning():
 
 
 class Odd(nn.Module):
-    """A matrix that no linear layer applies, one used twice, and one that the loss does not depend on."""
+    """A matrix that no linear layer applies, one used twice, two of odd uses, and one that the loss does not see."""
 
     def __init__(self):
         super().__init__()
-        self.matrix = nn.Parameter(torch.randn(6, 6))
+        self.matrix, self.part = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6, 6))
+        self.scaled = nn.Parameter(torch.randn(6, 6))
         self.twice, self.last, self.dead = nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(6, 5)
 
     def forward(self, x):
         self.dead(x)
-        return self.last(torch.tanh(self.twice(torch.tanh(self.twice(x @ self.matrix)))))
+        y = torch.tanh(self.twice(torch.tanh(self.twice(x @ self.matrix))))
+        return self.last(y + x[:, :3] @ self.part[:3] + self.scaled.square())
 
 
 def test_layers_without_alignment_say_why():
-    model, batch = Case("", Odd, vectors, cross_entropy).build()
-    with pytest.warns(UserWarning, match="twice.weight: no alignment: it is used 2 times"):
+    model, batch = Case("", Odd, lambda: (torch.randn(6, 6), torch.randint(0, 5, (6,))), cross_entropy).build()
+    with pytest.warns(UserWarning, match="part: no alignment: one of its uses is a look-up, takes a part of it"):
         report = aligned(model, batch, cross_entropy)
     notes = {name: layer.alignment_note for name, layer in report.layers.items() if layer.alignment_note}
     assert notes.pop("dead.weight").startswith("the loss of loss_fn does not depend on it")
-    assert notes == {
-        "matrix": "it is not applied by linear or a convolution",
-        "twice.weight": "it is used 2 times",
-    }
-    adds_up(report.layers["last.weight"])
+    assert notes == {"part": OTHER_CALL, "scaled": "no product of it with activations was seen"}
+    for name in ("matrix", "twice.weight", "last.weight"):
+        adds_up(report.layers[name])
     silent = measure_spectra(model, batch, lambda m, b: cross_entropy(m, b) + 0 * m.dead(b[0]).sum(), alignment=True)
     assert silent.layers["dead.weight"].alignment_note == "no direction above the noise floor"
     assert sum("dead.weight" in text for text in report.problems()) == 1
+
+
+class Shared(nn.Module):
+    """A matrix of two views, applied from the right by a product, and one that a linear layer takes as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.head = nn.Parameter(torch.randn(6, 4)), nn.Linear(8, 5)
+
+    def views(self, x):
+        return x, x.flip(1).square()
+
+    def forward(self, x):
+        # The second with the factors the other way round.
+        one, two = self.views(x)
+        return self.head(torch.cat([one @ self.matrix, torch.einsum("io,bi->bo", self.matrix, two)], 1).tanh())
+
+
+def test_a_matrix_used_twice_has_the_factors_of_all_its_rows():
+    model, (x, y) = Case("", Shared, vectors, cross_entropy).build()
+    split = aligned(model, (x, y), cross_entropy, top_k=3).layers["matrix"].alignment
+    a = torch.cat(model.views(x))
+    z = torch.cat([view @ model.matrix for view in model.views(x)]).detach().requires_grad_()
+    F.cross_entropy(model.head(torch.cat(z.chunk(2), 1).tanh()), y).backward()
+    delta = z.grad * len(x)
+    c_a, c_delta = second_moment(a), second_moment(delta)
+    u, _, vh = torch.linalg.svd(gradient(model, (x, y), cross_entropy, "matrix").view(6, 4), full_matrices=False)
+    torch.testing.assert_close(a.T @ delta / len(x), gradient(model, (x, y), cross_entropy, "matrix").view(6, 4))
+    for k in range(3):
+        energy_a, energy_delta = u[:, k] @ c_a @ u[:, k], vh[k] @ c_delta @ vh[k]
+        joint = ((a @ u[:, k]) ** 2 * (delta @ vh[k]) ** 2).mean()
+        assert float(split.h_kron[k]) == pytest.approx(float(energy_a * energy_delta))
+        assert float(split.concentration[k]) == pytest.approx(float(joint / (energy_a * energy_delta)))
+        assert float(split.lambda_a[k]) == pytest.approx(float(torch.linalg.eigvalsh(c_a).flip(0)[k]))
+        assert float(split.lambda_delta[k]) == pytest.approx(float(torch.linalg.eigvalsh(c_delta).flip(0)[k]))
+    assert split.rows == 2 * len(x)
 
 
 class Unbatched(nn.Module):
