@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_spectral.layers.display_names import brief
+from lightning_spectral.layers.names import brief
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.fit_quality import DOUBTFUL, TRUSTED, FitQuality
 from lightning_spectral.records.layer_spectrum import LayerSpectrum

@@ -13,7 +13,7 @@ from lightning_spectral.distributed.process_group import SINGLE_PROCESS, Distrib
 from lightning_spectral.errors import SecondDerivativeError, SpectralWarning
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers, matrix_parameters
-from lightning_spectral.layers.wrappers import unwrapped
+from lightning_spectral.layers.names import unwrapped
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature
 from lightning_spectral.measurement.gradient_samples import batches_to_measure
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.demo.networks import GPTBlock
 from lightning_spectral.plan import Plan, plan_spectra
-from lightning_spectral.plan.meta_init import weightless
+from lightning_spectral.plan.fake_run import weightless
 
 GPUS = 8
 FEW = {"max_samples": 64 // GPUS, "micro_batch_size": 1}

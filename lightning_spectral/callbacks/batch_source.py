@@ -12,9 +12,15 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_spectral._validation import optional_positive_int, positive_int
 from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.isolation.batch_tree import batch_size, take_samples
-from lightning_spectral.measurement.cpu_batches import CpuBatches
 from lightning_spectral.measurement.gradient_samples import samples_for_aim
-from lightning_spectral.measurement.loader_batches import ALL, Share, count_samples, first_batches, length_of
+from lightning_spectral.measurement.loader_batches import (
+    ALL,
+    CpuBatches,
+    Share,
+    count_samples,
+    first_batches,
+    length_of,
+)
 
 BatchChoice = Literal["train", "fixed"] | DataLoader[Any]
 CHOICES = ("train", "fixed")

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from lightning_spectral._validation import flag, positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, process_group_of
+from lightning_spectral.callbacks.alerts import WarnOnce
 from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, transfer_alphas, warn_of_unmeasured
 from lightning_spectral.callbacks.batch_source import BatchChoice, BatchSource
-from lightning_spectral.callbacks.callback_metrics import CallbackMetrics
 from lightning_spectral.callbacks.log_selection import LogSelection
-from lightning_spectral.callbacks.probe_log import ProbeCounts, ProbeLog
+from lightning_spectral.callbacks.probe_log import CallbackMetrics, ProbeCounts, ProbeLog
 from lightning_spectral.callbacks.probe_trigger import ProbeTrigger
 from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
@@ -22,7 +22,6 @@ from lightning_spectral.callbacks.safe_measurement import SafeMeasurement
 from lightning_spectral.callbacks.step_probe import StepProbe, step_parts
 from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, MIN_PROBES, TimeBudget
-from lightning_spectral.callbacks.warn_once import WarnOnce
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import FirstSamples
 from lightning_spectral.layers.kinds import Kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_spectral.callbacks.callback_metrics import CallbackMetrics
+import torch
+
 from lightning_spectral.callbacks.log_selection import LogSelection
 from lightning_spectral.callbacks.progress_bar import log_above_bar
 from lightning_spectral.callbacks.report_writer import ReportWriter
@@ -18,6 +20,27 @@ from lightning_spectral.records.log_keys import former_key
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report.terminal.formatting import duration, fixed, percent
+
+
+class CallbackMetrics:
+    """Keep the last value of each key, and publish it in `trainer.callback_metrics`.
+
+    A NaN does not replace the value before it: EarlyStopping ends training at a NaN, and a probe that fails must not.
+    A key that never had a value is absent.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def write(self, trainer: Any, scalars: Mapping[str, float]) -> None:
+        """Keep and publish the scalars of a probe."""
+        self.values |= {key: value for key, value in scalars.items() if math.isfinite(value)}
+        self.publish(trainer)
+
+    def publish(self, trainer: Any) -> None:
+        """Publish the values, also in a resumed run that has yet to probe."""
+        # `LightningModule.log` raises before the first batch of a resumed run.
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self.values.items()})
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from lightning_spectral.callbacks._lightning import (
     total_steps,
 )
 from lightning_spectral.callbacks.batch_source import FIRST_BATCHES, BatchSource
-from lightning_spectral.callbacks.budget_advice import BudgetAdvice
-from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, TimeBudget
+from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, BudgetAdvice, TimeBudget
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.isolation.batch_tree import batch_size
 from lightning_spectral.isolation.devices import synchronize

@@ -5,14 +5,33 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning_spectral.callbacks.attempt import attempt
 from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.pipeline import measure_noise_scale, run_measurement
 from lightning_spectral.options import Options
 from lightning_spectral.records.report import SpectralReport
+
+T = TypeVar("T")
+
+
+def attempt(measure: Callable[[], T], warn: Callable[[str], None], failure: str) -> T | None:
+    """Return what ``measure`` returns; None after an error, of which it warns, ``failure`` first.
+
+    Raises:
+        BaseException: KeyboardInterrupt, SystemExit and the like, also where they surfaced as another error.
+    """
+    try:
+        return measure()
+    except Exception as error:
+        # A failed probe must not end training; an interrupt that surfaced as another error must.
+        if end := interruption(error):
+            raise end from error
+        warn(f"{failure}: {type(error).__name__}: {error}")
+        return None
+
 
 logger = logging.getLogger(__name__)
 

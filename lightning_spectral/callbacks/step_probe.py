@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 
 from lightning_spectral._validation import flag
-from lightning_spectral.callbacks.attempt import attempt
 from lightning_spectral.callbacks.probe_log import ProbeLog
+from lightning_spectral.callbacks.safe_measurement import attempt
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.isolation.batch_tree import FirstSamples
 from lightning_spectral.isolation.devices import synchronize
 from lightning_spectral.isolation.sandbox import copy_batch
-from lightning_spectral.measurement.cpu_batches import CpuBatches
+from lightning_spectral.measurement.loader_batches import CpuBatches
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.step import Weights, measure_step
 from lightning_spectral.options import Options

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_spectral._version import __version__
-from lightning_spectral.cli.arguments import OPTION_NAMES, add_options, add_sources
-from lightning_spectral.cli.parser import Parser, in_options, print_note
+from lightning_spectral.cli.arguments import OPTION_NAMES, Parser, add_options, add_sources, in_options, print_note
 
 LIGHTNING_COMMANDS = {
     "fit": "train a LightningModule from a configuration (a LightningCLI with this package's parts)",
@@ -197,10 +196,10 @@ def _report(options: argparse.Namespace) -> int:
 
 def _workspace(options: argparse.Namespace) -> int:
     from lightning_spectral._messages import first_line
-    from lightning_spectral.cli.workspace_command import run
+    from lightning_spectral.cli.report_command import save_workspace
 
     try:
-        run(options)
+        save_workspace(options)
     except (ValueError, ImportError) as error:
         return _fail("workspace", error)
     except Exception as error:

@@ -13,7 +13,7 @@ from lightning_spectral.cli.arguments import options_of
 from lightning_spectral.cli.checkpoints import Checkpoint, build_model
 from lightning_spectral.cli.import_paths import SourceError, named_loss, read_batches
 from lightning_spectral.options import Options
-from lightning_spectral.plan.meta_init import weightless
+from lightning_spectral.plan.fake_run import weightless
 from lightning_spectral.plan.planner import Plan, plan_quietly
 from lightning_spectral.report.terminal.plan_tables import print_plan
 

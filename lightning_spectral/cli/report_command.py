@@ -1,17 +1,18 @@
-"""`lightning-spectral report`: the page of a run, or of several runs laid over each other."""
+"""`lightning-spectral report`, the page of runs, and `workspace`, a saved view of a W&B project's workspace."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_spectral.cli.parser import print_note
+from lightning_spectral.cli.arguments import print_note
 from lightning_spectral.report.page.build import is_page, write_page
-from lightning_spectral.report.runs.compare import differences
 from lightning_spectral.report.runs.run import RunError
-from lightning_spectral.report.runs.several import named_path, read_runs
+from lightning_spectral.report.runs.several import differences, named_path, read_runs
+from lightning_spectral.report.trackers.wandb_tracker import wandb_workspace
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -65,3 +66,30 @@ def default_target(paths: Sequence[Path]) -> Path:
     folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
     common, current = Path(os.path.commonpath(folders)), Path.cwd()
     return (common.relative_to(current) if common.is_relative_to(current) else common) / "report.html"
+
+
+def save_workspace(arguments: argparse.Namespace) -> None:
+    """Make the view in W&B, which prints its address.
+
+    Raises:
+        ValueError: for a project that is not ENTITY/PROJECT.
+        ImportError: without wandb-workspaces.
+        Exception: of W&B, without a login, a network or the right to write there.
+    """
+    entity, project = project_of(arguments.project)
+    wandb_workspace(entity, project, name=arguments.name, prefix=arguments.prefix).save()
+
+
+def project_of(path: str) -> tuple[str, str]:
+    """Return entity and project of a path, or of a project's address in the browser.
+
+    >>> project_of("team/nets"), project_of("https://wandb.ai/team/nets/workspace")
+    (('team', 'nets'), ('team', 'nets'))
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    match = re.fullmatch(r"([^/\s]+)/([^/\s]+)", re.sub(r"^https?://[^/]+/([^/]+/[^/?]+).*", r"\1", path))
+    if match is None:
+        raise ValueError(f"{path!r} is no ENTITY/PROJECT; give what stands in https://wandb.ai/ENTITY/PROJECT")
+    return match[1], match[2]

@@ -22,9 +22,8 @@ from lightning_spectral.curvature.graph_cut import (
     outer_cut,
 )
 from lightning_spectral.curvature.ports import Port, SampleLayout
-from lightning_spectral.curvature.problem import DifferentiableLoss, accumulation_dtype
+from lightning_spectral.curvature.problem import DifferentiableLoss, accumulation_dtype, scalar_loss
 from lightning_spectral.curvature.products import LayerCall
-from lightning_spectral.curvature.scalar_loss import scalar_loss
 from lightning_spectral.curvature.seen_layers import SeenLayers
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets

@@ -14,10 +14,33 @@ from torch import Tensor
 from lightning_spectral.curvature.custom_functions import leaves_behind, watch_custom_functions
 from lightning_spectral.curvature.forward_recorder import Recorder, Trace
 from lightning_spectral.curvature.products import LayerCall
-from lightning_spectral.curvature.scalar_loss import checked_loss
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
+
+
+def checked_loss(value: Any) -> Tensor:
+    """Return the loss, if curvature can be measured of it.
+
+    Raises:
+        MeasurementError: if it is no scalar tensor, is NaN or infinite, or does not depend on any parameter.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not bool(torch.isfinite(value)):
+        raise MeasurementError(f"the loss is {value.item()}, so its gradient and curvature mean nothing")
+    return scalar_loss(value)
+
+
+def scalar_loss(value: Any) -> Tensor:
+    """Return the loss, if it is a scalar with a gradient, whatever its value.
+
+    Raises:
+        MeasurementError: if not.
+    """
+    if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise MeasurementError(f"the loss must be a scalar tensor with a gradient, got {found}")
+    return value.reshape(())
+
 
 T = TypeVar("T")
 

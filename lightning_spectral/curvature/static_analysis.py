@@ -10,9 +10,8 @@ from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.ports import sample_layouts
-from lightning_spectral.curvature.problem import DifferentiableLoss
+from lightning_spectral.curvature.problem import DifferentiableLoss, scalar_loss
 from lightning_spectral.curvature.sample_search import ROWS_UNKNOWN
-from lightning_spectral.curvature.scalar_loss import scalar_loss
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.curvature.selection import LossProperties, choose
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lightning_spectral._messages import first_line
 from lightning_spectral.errors import MeasurementError, is_out_of_memory, text_of
 from lightning_spectral.isolation.batch_tree import batch_size
+from lightning_spectral.isolation.devices import RandomStates
 from lightning_spectral.isolation.held_state import UNINITIALIZED, Held, HeldState
 from lightning_spectral.isolation.operations import MeasuredOperations
-from lightning_spectral.isolation.rng import RandomStates
 
 
 class InitialState:

@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_spectral._torch_private import no_autocast_inside
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.isolation.batch_tree import map_leaves
+from lightning_spectral.isolation.devices import random_states_restored
 from lightning_spectral.isolation.held_state import UNINITIALIZED
 from lightning_spectral.isolation.interrupts import HeldInterrupts
 from lightning_spectral.isolation.module_copy import Copier, ModuleCopy, copied_module
-from lightning_spectral.isolation.rng import random_states_restored
 from lightning_spectral.numerics.matmul_precision import PRECISIONS, at_least, full_float32
 from lightning_spectral.options import Mode, Precision
 

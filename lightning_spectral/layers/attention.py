@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_spectral.layers.matrix_places import Path, Place
-from lightning_spectral.layers.usual_names import (
+from lightning_spectral.layers.matrix_places import (
     ATTENTION,
     ATTENTION_CLASS,
     DOWN,
@@ -16,6 +15,8 @@ from lightning_spectral.layers.usual_names import (
     OUT,
     UP,
     WITHIN,
+    Path,
+    Place,
     parts_of,
 )
 

@@ -15,10 +15,9 @@ from lightning_spectral.layers.kinds import (
     Kind,
     infer_kinds,
 )
-from lightning_spectral.layers.matrix_places import is_transposed_linear, owner_of
+from lightning_spectral.layers.matrix_places import ELEMENTWISE, is_transposed_linear, owner_of
+from lightning_spectral.layers.names import plain_names
 from lightning_spectral.layers.selection import QKV, as_patterns, check_matches, match_pattern, parameter_names, select
-from lightning_spectral.layers.usual_names import ELEMENTWISE
-from lightning_spectral.layers.wrappers import plain_names
 
 
 @dataclass(frozen=True)

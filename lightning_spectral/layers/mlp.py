@@ -7,8 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_spectral.layers.matrix_places import Path, Place
-from lightning_spectral.layers.usual_names import DOWN, EMBEDDER, MLP, ROUTER, UP
+from lightning_spectral.layers.matrix_places import DOWN, EMBEDDER, MLP, ROUTER, UP, Path, Place
 
 STATE_SPACE = "A_log"
 """A parameter of Mamba's layers, which widen and narrow as an MLP's do."""

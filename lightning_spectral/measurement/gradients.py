@@ -1,8 +1,8 @@
-"""Gradients of an objective, summed over micro-batches."""
+"""Gradients of an objective and of disjoint parts of its samples, which differ by sampling noise."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,60 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import DifferentiableLoss, not_matrices
-from lightning_spectral.measurement.micro_batches import MicroBatch
+from lightning_spectral.curvature import DifferentiableLoss, LossValue, accumulation_dtype, not_matrices
+from lightning_spectral.errors import is_out_of_memory, text_of
+from lightning_spectral.isolation.interrupts import interruption
+from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
 from lightning_spectral.measurement.objective import Objective, add_weighted
-from lightning_spectral.measurement.part_norms import PartNorms, SquaredNorms
 
 if TYPE_CHECKING:
     from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
+
+
+@dataclass(frozen=True)
+class SquaredNorms:
+    """Share of all samples that a part is of, and |c|^2 of its term of the gradient, by layer."""
+
+    share: float
+    of_layers: Mapping[str, float]
+
+
+class PartNorms:
+    """Squared norms of the gradients of one micro-batch, left on their device until all are computed.
+
+    Args:
+        share: of all samples that the micro-batch holds.
+        layers: matrices to differentiate in.
+        parameters: layer name -> the leaf that holds its matrix.
+    """
+
+    def __init__(self, share: float, layers: Mapping[str, MatrixLayer], parameters: Mapping[str, Tensor]) -> None:
+        self._share, self._layers, self._parameters = share, layers, parameters
+        self._norms: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Tensor | None, weight: float = 1.0) -> None:
+        """Take weight times a layer's gradient, in its parameter's shape; None is zero."""
+        if gradient is not None:
+            matrix = self._layers[name].to_matrix(gradient)
+            self._norms[name] = weight * torch.linalg.vector_norm(matrix, dtype=accumulation_dtype(matrix))
+
+    def add_leaf(self, leaf: Tensor, gradient: Tensor) -> None:
+        """Take the gradient in a leaf, of every layer that it holds."""
+        for name, parameter in self._parameters.items():
+            if parameter is leaf:
+                self.add(name, gradient)
+
+    def squared_norms(self, weight: float = 1.0) -> SquaredNorms:
+        """Return the squared norms of weight times the gradients."""
+        by_device: dict[torch.device, list[str]] = {}
+        for name, norm in self._norms.items():
+            by_device.setdefault(norm.device, []).append(name)
+        values: dict[str, float] = {}
+        for names in by_device.values():
+            norms = torch.stack([self._norms[name] for name in names]).tolist()
+            values |= {name: (weight * norm) ** 2 for name, norm in zip(names, norms, strict=True)}
+        return SquaredNorms(self._share, {name: values.get(name, 0.0) for name in self._layers})
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,3 +180,71 @@ def sum_gradients(
 
 def _reducing(reducer: GradientReducer | None, weight: float, norms: PartNorms) -> AbstractContextManager[Any]:
     return nullcontext() if reducer is None else reducer.reducing(weight, norms.add_leaf)
+
+
+PARTS = 8
+"""Number of parts that a single batch is cut into."""
+
+
+@dataclass(frozen=True)
+class GradientParts:
+    """Disjoint parts of the gradients of an objective, over all ranks.
+
+    Attributes:
+        norms: of each part.
+        note: why there are none to compare; empty where there are.
+    """
+
+    norms: Sequence[SquaredNorms]
+    note: str = ""
+
+
+def gradient_parts(
+    objective: Objective, gradients: ObjectiveGradients, micro_batches: Sequence[MicroBatch]
+) -> GradientParts:
+    """Return the parts that the gradients were summed from; those of a single one are computed in one more pass.
+
+    Args:
+        objective: whose gradients they are.
+        gradients: summed over all ranks' micro-batches.
+        micro_batches: of this rank.
+    """
+    if len(gradients.parts) > 1:
+        return GradientParts(gradients.parts)
+    with objective.group.step(watched=True) as step:
+        step.send(_cut(objective, gradients, micro_batches[0]) if micro_batches else None)
+    of_ranks: list[GradientParts] = [parts for parts in step.received if parts is not None]
+    return of_ranks[0]
+
+
+def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch) -> GradientParts:
+    """Return the parts of a batch that is all there is."""
+    size = objective.samples_of(full)
+    if not objective.has_tensors(full):
+        # A loss of the weights alone has no sampling noise.
+        return GradientParts([])
+    if objective.reducer is not None or not objective.divisible or size is None or size < 2:
+        return GradientParts([], "the gradient is that of one batch, which cannot be cut")
+    micro_batches = cut_evenly(full.batch, size, min(size, PARTS))
+    gradients_of_parts: list[PartNorms] = []
+    losses: list[LossValue] = []
+    for micro_batch in micro_batches:
+        loss = objective.differentiable(micro_batch)
+        try:
+            values = loss.gradients(keep_graph=False).values
+        except Exception as error:
+            if is_out_of_memory(error) or interruption(error):
+                raise
+            return GradientParts([], f"the loss fails on a part of the batch alone ({text_of(error)})")
+        losses.append(LossValue.of(loss.value, loss.trace))
+        norms = PartNorms(objective.share_of(micro_batch), objective.layers, objective.parameters)
+        for name, value in values.items():
+            norms.add(name, value)
+        gradients_of_parts.append(norms)
+        loss.release()
+    dtypes = {dtype for loss in losses for dtype in (loss.dtype, *loss.casts)}
+    try:
+        weights = infer_weights(gradients.loss, micro_batches, losses, objective.compute_dtype(dtypes))
+    except NoSumError:
+        return GradientParts([], "the loss of the batch is no sum of those of its parts")
+    return GradientParts([part.squared_norms(w) for part, w in zip(gradients_of_parts, weights, strict=True)])

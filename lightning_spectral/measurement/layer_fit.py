@@ -24,10 +24,8 @@ from lightning_spectral.numerics.power_law import (
     with_ordinate_errors,
 )
 from lightning_spectral.records.alignment import KroneckerFactors, LayerAlignment
-from lightning_spectral.records.curvature_fraction import CurvatureFraction
-from lightning_spectral.records.layer_measurement import LayerMeasurement
-from lightning_spectral.records.layer_spectrum import LayerSpectrum
-from lightning_spectral.records.weight_spectrum import WeightSpectrum
+from lightning_spectral.records.layer_spectrum import LayerMeasurement, LayerSpectrum
+from lightning_spectral.records.on_request import CurvatureFraction, WeightSpectrum
 
 NOISE, EQUAL = "below the noise floor", "sigma equal to all others"
 """Reasons for leaving a point out of a fit."""

@@ -14,15 +14,13 @@ from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleP
 from lightning_spectral.layers.matrices import LayerSet
 from lightning_spectral.measurement.directions import leading_directions, noise_of_layers
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature, estimate_trace, wants_graph
-from lightning_spectral.measurement.fitting import fit_layers, omission_notes
-from lightning_spectral.measurement.gradient_parts import gradient_parts
-from lightning_spectral.measurement.gradients import ObjectiveGradients, sum_gradients
+from lightning_spectral.measurement.fitting import RawMeasurement, fit_layers, omission_notes
+from lightning_spectral.measurement.gradients import ObjectiveGradients, gradient_parts, sum_gradients
 from lightning_spectral.measurement.kronecker_factors import kronecker_factors
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.measurement.memory import attempts
 from lightning_spectral.measurement.micro_batches import MicroBatch
 from lightning_spectral.measurement.objective import Objective
-from lightning_spectral.measurement.raw import RawMeasurement
 from lightning_spectral.measurement.setup import NetworkCopy, isolated_copy, select_layers, set_up_objective
 from lightning_spectral.measurement.train_mode import other_loss_in_training
 from lightning_spectral.measurement.watch import Watch

@@ -20,7 +20,7 @@ from lightning_spectral.isolation.muting import silence_logging, silent_trainers
 from lightning_spectral.isolation.replay import InitialState
 from lightning_spectral.isolation.sandbox import copy_batch, isolated
 from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
-from lightning_spectral.layers.wrappers import inside, unwrapped
+from lightning_spectral.layers.names import inside, unwrapped
 from lightning_spectral.measurement.loss import LossFunction, NamedLoss
 from lightning_spectral.measurement.objective import Objective, batch_sizes
 from lightning_spectral.numerics.matmul_precision import PRECISIONS

@@ -19,7 +19,7 @@ from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.held_state import UNINITIALIZED
-from lightning_spectral.layers.wrappers import unwrapped
+from lightning_spectral.layers.names import unwrapped
 from lightning_spectral.measurement.estimation import SMALL_BYTES, Evaluation
 from lightning_spectral.measurement.gradients import sum_gradients
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind, infer_kinds
 from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
-from lightning_spectral.layers.wrappers import plain_names
+from lightning_spectral.layers.names import plain_names
 from lightning_spectral.optim.matrix_layout import STACK, Layout, whole_layout
 
 ALPHA_BY_KIND: dict[str, float] = {

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_spectral._messages import first_line
@@ -24,6 +31,7 @@ from lightning_spectral._torch_private import (
     TorchDispatchMode,
     fake_tensor_mode,
     fake_tensor_refusals,
+    is_fake,
     reads_a_value,
     storage_key,
 )
@@ -38,7 +46,63 @@ from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.numerics.matmul_precision import PRECISIONS, at_least
 from lightning_spectral.options import Mode, Precision
-from lightning_spectral.plan.meta_init import IgnoreDeviceMoves
+
+LARGE_BUFFER = 2**16
+"""Entries from which on a buffer goes to the meta device, too: an attention mask, whose values no factory reads."""
+
+MOVES = (Tensor.to, Tensor.cpu, Tensor.cuda)
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Have modules hold their parameters and large buffers on the meta device.
+
+    A parameter is made as ever and let go when a module takes it in, so that at most one has memory at a time. What
+    reads the values of weights fails.
+    """
+    # One that two modules share stays one.
+    substitutes: dict[int, tuple[weakref.ref[Tensor], nn.Parameter]] = {}
+
+    def parameter_on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.is_meta or isinstance(parameter, nn.UninitializedParameter):
+            return parameter
+        original, substitute = substitutes.get(id(parameter), (lambda: None, None))
+        if substitute is None or original() is not parameter:
+            empty = torch.empty_like(parameter, device="meta")
+            substitute = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            substitute.__dict__.update(vars(parameter))
+            substitutes[id(parameter)] = weakref.ref(parameter), substitute
+        return substitute
+
+    def buffer_on_meta(module: nn.Module, name: str, buffer: Tensor) -> Tensor:
+        large = not isinstance(buffer, UNINITIALIZED) and buffer.numel() >= LARGE_BUFFER
+        return buffer.to("meta") if large else buffer
+
+    with ExitStack() as stack:
+        # Typed by torch as returning nothing, and documented to return what is registered.
+        stack.callback(register_module_parameter_registration_hook(parameter_on_meta).remove)  # type: ignore[arg-type]
+        stack.callback(register_module_buffer_registration_hook(buffer_on_meta).remove)  # type: ignore[arg-type]
+        stack.enter_context(IgnoreDeviceMoves())
+        stack.enter_context(warnings.catch_warnings())
+        # Weights that a factory loads are let go like those that it draws.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        yield
+
+
+class IgnoreDeviceMoves(TorchFunctionMode):
+    """Leave tensors without values where they are, whatever device they are moved to; a change of type is made."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function as it is, moves of such tensors without the device."""
+        kwargs = kwargs or {}
+        if func not in MOVES or not is_fake(args[0]):
+            return func(*args, **kwargs)
+        values = [*args[1:], *kwargs.values()]
+        dtypes = [value.dtype if isinstance(value, Tensor) else value for value in values]
+        dtype = next((value for value in dtypes if isinstance(value, torch.dtype)), None)
+        return args[0] if dtype is None else func(args[0], dtype=dtype)
 
 
 class NeedsValuesError(MeasurementError):

@@ -16,7 +16,7 @@ from lightning_spectral._validation import positive_int
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer
-from lightning_spectral.layers.wrappers import unwrapped
+from lightning_spectral.layers.names import unwrapped
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.setup import select_layers
 from lightning_spectral.options import Mode, Options, Precision

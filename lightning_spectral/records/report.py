@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -12,16 +13,30 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_spectral._messages import group_by_reason, join_names
 from lightning_spectral._serialization import decode, to_jsonable
-from lightning_spectral.layers.display_names import brief, shortened
+from lightning_spectral.layers.names import brief, shortened
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.log_keys import LAYER_KEYS, RANK_MODELS, layer_key, median_key
-from lightning_spectral.records.views import view
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+
+
+VIEWS = {
+    "summary": "lightning_spectral.summary:summary",
+    "html": "lightning_spectral.report.notebook:report_html",
+    "figure": "lightning_spectral.report.notebook:report_figure",
+}
+"""Name of a view -> module and function of a report."""
+
+
+def view(name: str) -> Any:
+    """Return the function of one of `VIEWS`."""
+    module, _, function = VIEWS[name].partition(":")
+    return getattr(importlib.import_module(module), function)
+
 
 FORMAT, FORMAT_VERSION = "lightning-spectral-report", 3
 

@@ -14,8 +14,7 @@ from torch import nn
 from lightning_spectral import measure_spectra
 from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.records.alignment import KroneckerFactors
-from lightning_spectral.records.curvature_fraction import CurvatureFraction
-from lightning_spectral.records.weight_spectrum import WeightSpectrum
+from lightning_spectral.records.on_request import CurvatureFraction, WeightSpectrum
 from lightning_spectral.report import read_run, run_of, write_page
 from lightning_spectral.report.page import build
 from lightning_spectral.report.page.data import page_data

@@ -4,7 +4,7 @@ import torch
 
 from lightning_spectral.measurement.layer_fit import alignment_part, fit_layer, intervals_part
 from lightning_spectral.numerics.power_law import noise_floor
-from lightning_spectral.records.layer_measurement import LayerMeasurement
+from lightning_spectral.records.layer_spectrum import LayerMeasurement
 
 FLOAT32 = torch.finfo(torch.float32).eps
 

@@ -13,8 +13,7 @@ import yaml
 from lightning_spectral import SpectralNewton, SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import PACKAGES, lightning_cli, package_of
 from lightning_spectral.cli.commands import main
-from lightning_spectral.cli.lightning import named_model
-from lightning_spectral.cli.suggestions import suggestion
+from lightning_spectral.cli.lightning import named_model, suggestion
 from lightning_spectral.lightning_cli import NamedGroups, spectral_cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")

@@ -23,8 +23,7 @@ from lightning_spectral.cli import main
 from lightning_spectral.demo import run as demo
 from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
 from lightning_spectral.records.alignment import KroneckerFactors
-from lightning_spectral.records.curvature_fraction import CurvatureFraction
-from lightning_spectral.records.weight_spectrum import WeightSpectrum
+from lightning_spectral.records.on_request import CurvatureFraction, WeightSpectrum
 from lightning_spectral.report import kind_table, layer_table, print_report, run_of
 from lightning_spectral.report.runs.spectra_file import read_reports
 from lightning_spectral.report.terminal.formatting import WHOLE_WIDTH, width_for

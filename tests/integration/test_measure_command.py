@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_spectral import SpectralReport, measure_spectra
-from lightning_spectral.callbacks.budget_advice import FEW_SAMPLES
+from lightning_spectral.callbacks.time_budget import FEW_SAMPLES
 from lightning_spectral.cli.arguments import LOSS_EXAMPLES
 from lightning_spectral.cli.checkpoints import Checkpoint, build_model
 from lightning_spectral.cli.commands import main

@@ -11,7 +11,7 @@ import re, torch
 from pathlib import Path
 import torch.nn.functional as F
 from torch import nn
-from lightning_spectral.plan.meta_init import weightless
+from lightning_spectral.plan.fake_run import weightless
 from lightning_spectral.plan.planner import plan_spectra
 
 class Block(nn.Module):

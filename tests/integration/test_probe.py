@@ -22,8 +22,8 @@ from torch import nn
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
 from lightning_spectral.callbacks._lightning import optimizer_steps
+from lightning_spectral.callbacks.alerts import MAX_CAUSES, WarnOnce
 from lightning_spectral.callbacks.log_selection import BY_KIND, LOGGED_LAYERS, PER_LAYER
-from lightning_spectral.callbacks.warn_once import MAX_CAUSES, WarnOnce
 from lightning_spectral.records.log_keys import LAYER_KEYS, PROBE_KEYS, REPORT_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")

@@ -17,8 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_spectral import SpectralProbe, SpectralWarning, measure_spectra
-from lightning_spectral.callbacks.budget_advice import BudgetAdvice
-from lightning_spectral.callbacks.time_budget import TimeBudget
+from lightning_spectral.callbacks.time_budget import BudgetAdvice, TimeBudget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

@@ -64,7 +64,7 @@ def test_modules_loaded_by_name_are_those_of_two_tables():
         for name, path in modules()
         if name not in LIGHTNING and "importlib" in path.read_text() and "import_module(" in path.read_text()
     }
-    assert by_name == {"__init__.py", "records/views.py", "_torch_private.py"}
+    assert by_name == {"__init__.py", "records/report.py", "_torch_private.py"}
 
 
 def run_python(code):

@@ -18,8 +18,7 @@ from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.distributed.dtensor import gathered_together, is_within
 from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.isolation.interrupts import function_mode
-from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
-from lightning_spectral.measurement.sharded.request_rounds import RequestRounds
+from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer, RequestRounds
 from lightning_spectral.numerics.matmul_precision import at_least
 
 RESIDENT = 2**28

@@ -23,19 +23,18 @@ Hollow markers are fits not to be trusted (`lightning_spectral.analysis.trusted`
 are single directions that are left out of the fit.
 """
 
+from lightning_spectral.report.figures.by_direction import plot_spectrum_heatmap, plot_transfer_functions
 from lightning_spectral.report.figures.by_layer import (
     plot_alpha_by_depth,
     plot_participation_ratio,
     plot_transfer_identity,
 )
-from lightning_spectral.report.figures.heatmap import plot_spectrum_heatmap
 from lightning_spectral.report.figures.over_training import (
     plot_alpha_over_training,
     plot_rank_models_over_training,
     plot_scale_over_training,
 )
 from lightning_spectral.report.figures.panels import plot_power_law, plot_rank_profiles
-from lightning_spectral.report.figures.transfer_functions import plot_transfer_functions
 
 __all__ = [
     "plot_alpha_by_depth",

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
-from lightning_spectral.layers.display_names import shortened
+from lightning_spectral.layers.names import shortened
 from lightning_spectral.numerics.participation import zeta_bound
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.fit_quality import LEAST_SIGNAL
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.canvas import canvas, room
-from lightning_spectral.report.figures.legends import kind_handles, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
     EDGE,
     QUIET,
@@ -26,8 +25,12 @@ from lightning_spectral.report.figures.style import (
     all_reports,
     ground,
     ink,
+    kind_handles,
     kind_style,
+    line_handle,
+    mark_handle,
     one_report,
+    patch_handle,
     say,
 )
 from lightning_spectral.report.figures.ticks import NAME_LENGTH, log_ticks, name_ticks

@@ -11,8 +11,7 @@ from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.by_layer import draw_alpha_band, hollow_handle
 from lightning_spectral.report.figures.canvas import canvas
-from lightning_spectral.report.figures.legends import kind_handles, patch_handle
-from lightning_spectral.report.figures.series import (
+from lightning_spectral.report.figures.side_by_side import (
     Series,
     alpha_limits,
     alpha_of,
@@ -20,15 +19,17 @@ from lightning_spectral.report.figures.series import (
     finite,
     kind_medians,
     layer_series,
+    plot_runs_side_by_side,
 )
-from lightning_spectral.report.figures.side_by_side import plot_runs_side_by_side
 from lightning_spectral.report.figures.style import (
     WIDTH,
     Reports,
     all_reports,
     ground,
+    kind_handles,
     kind_style,
     model_colour,
+    patch_handle,
     positions,
     say,
 )

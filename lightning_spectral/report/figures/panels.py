@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from lightning_spectral.layers.display_names import brief, shortened
+from lightning_spectral.layers.names import brief, shortened
 from lightning_spectral.layers.selection import check_matches, layer_names, select
 from lightning_spectral.numerics.power_law import RankModel
 from lightning_spectral.numerics.statistics import evenly
@@ -17,15 +17,18 @@ from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.canvas import Canvas, canvas
 from lightning_spectral.report.figures.confidence_band import fitted_points, line_and_band
-from lightning_spectral.report.figures.legends import kind_handles, line_handle, mark_handle, patch_handle
 from lightning_spectral.report.figures.style import (
     EDGE,
     WIDTH,
     ground,
     ink,
+    kind_handles,
     kind_style,
+    line_handle,
+    mark_handle,
     model_colour,
     one_report,
+    patch_handle,
 )
 from lightning_spectral.report.figures.ticks import literal, log_ticks
 from lightning_spectral.report.palette import MODEL_STYLE

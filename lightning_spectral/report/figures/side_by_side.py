@@ -1,29 +1,23 @@
-"""Figure of several runs laid over each other."""
+"""Values of layers over several reports, and the figure of several runs laid over each other."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_spectral.analysis import ALPHA_BAND, trusted
 from lightning_spectral.layers.kinds import KINDS
+from lightning_spectral.numerics.statistics import median
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.figures.by_layer import draw_alpha_band
+from lightning_spectral.report.figures.by_layer import draw_alpha_band, padded
 from lightning_spectral.report.figures.canvas import canvas
-from lightning_spectral.report.figures.legends import line_handle
-from lightning_spectral.report.figures.series import (
-    Series,
-    alpha_limits,
-    alpha_of,
-    alpha_to_trust,
-    finite,
-    kind_medians,
-    layer_series,
-)
 from lightning_spectral.report.figures.style import (
     WIDTH,
     Reports,
     all_reports,
+    line_handle,
     positions,
     run_style,
     say,
@@ -34,6 +28,54 @@ from lightning_spectral.report.palette import MOST_RUNS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+Series = dict[tuple[str, str], list[float]]
+
+
+def layer_series(reports: Sequence[SpectralReport], read: Callable[[LayerSpectrum], float]) -> Series:
+    """Return (name, kind) of each layer -> its value at each report, NaN where the layer is not in it."""
+    keys = dict.fromkeys((layer.name, layer.kind) for report in reports for layer in report.layers.values())
+    return {
+        (name, kind): [read(r.layers[name]) if name in r.layers else math.nan for r in reports] for name, kind in keys
+    }
+
+
+def kind_medians(series: Series) -> dict[str, list[float]]:
+    """Return kind -> median of its layers at each report, NaN left out."""
+    kinds: dict[str, list[list[float]]] = {}
+    for (_, kind), values in series.items():
+        kinds.setdefault(kind, []).append(values)
+    return {kind: [median(at) for at in zip(*of_kind, strict=True)] for kind, of_kind in kinds.items()}
+
+
+def alpha_of(layer: LayerSpectrum) -> float:
+    """Return alpha, NaN without a fit."""
+    return layer.alpha.exponent
+
+
+def alpha_to_trust(layer: LayerSpectrum) -> float:
+    """Return alpha, NaN without a fit to trust."""
+    return layer.alpha.exponent if trusted(layer) else math.nan
+
+
+def finite(series: Iterable[Sequence[float]]) -> list[float]:
+    """Return all finite values of several series."""
+    return [value for values in series for value in values if math.isfinite(value)]
+
+
+def _inner(values: Sequence[float], share: float) -> list[float]:
+    """Return the ends of the inner values, less this share of them on each side."""
+    tail = int(share * len(values))
+    ordered = sorted(values)
+    return [ordered[tail], ordered[-1 - tail]] if ordered else []
+
+
+def alpha_limits(axes: Axes, layers: Sequence[float], of_trust: Sequence[float], medians: Sequence[float]) -> None:
+    """Set limits that show all medians, 98 % of the fits to trust and 90 % of all; none without a layer."""
+    if layers:
+        axes.set_ylim(*padded([*ALPHA_BAND, *medians, *_inner(of_trust, 0.01), *_inner(layers, 0.05)]))
+
 
 COLUMN, ROW = 1.7, 1.55
 """Inches that a panel takes at least, and is high."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_spectral.layers.display_names import shortened
+from lightning_spectral.layers.names import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

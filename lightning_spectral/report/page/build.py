@@ -14,8 +14,7 @@ from typing import Any
 from lightning_spectral._messages import join_names
 from lightning_spectral._version import __version__
 from lightning_spectral.analysis import DOUBTFUL, TRUSTED
-from lightning_spectral.report.page.data import page_data, script_json
-from lightning_spectral.report.page.runs_data import runs_data
+from lightning_spectral.report.page.data import page_data, runs_data, script_json
 from lightning_spectral.report.palette import MOST_RUNS
 from lightning_spectral.report.runs.run import Run, RunError
 

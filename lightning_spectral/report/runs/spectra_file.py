@@ -25,8 +25,7 @@ from torch import Tensor
 from lightning_spectral._serialization import UNREADABLE, decode, to_jsonable
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.measurement.layer_fit import fit_layer
-from lightning_spectral.records.layer_measurement import LayerMeasurement
-from lightning_spectral.records.layer_spectrum import PARTS, LayerSpectrum
+from lightning_spectral.records.layer_spectrum import PARTS, LayerMeasurement, LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report.runs.run import RunError, explain

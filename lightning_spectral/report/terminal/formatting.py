@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_spectral.layers.display_names import brief, shortened
+from lightning_spectral.layers.names import brief, shortened
 
 WHOLE_WIDTH = 122
 """Width that the table of layers needs with names of 16 characters."""

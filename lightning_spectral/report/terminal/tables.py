@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lightning_spectral._messages import group_by_reason
 from lightning_spectral.analysis import DOUBTFUL, compare_kinds, trusted
-from lightning_spectral.layers.display_names import brief
+from lightning_spectral.layers.names import brief
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.terminal.formatting import (

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_spectral.report.trackers.loggers import CSVTracker, MLFlowTracker, TensorBoardTracker
-from lightning_spectral.report.trackers.tracker import Row, Tracker
+from lightning_spectral.report.trackers.tracker import CSVTracker, MLFlowTracker, Row, TensorBoardTracker, Tracker
 from lightning_spectral.report.trackers.wandb_tracker import WandbTracker, offline_wandb_run
 
 __all__ = ["Row", "Tracker", "offline_wandb_run", "tracker_of"]

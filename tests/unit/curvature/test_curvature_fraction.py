@@ -15,7 +15,7 @@ from lightning_spectral import SpectralProbe, measure_spectra
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measurement import estimation
-from lightning_spectral.records.curvature_fraction import CurvatureFraction
+from lightning_spectral.records.on_request import CurvatureFraction
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

@@ -45,8 +45,7 @@ from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measure import directional_curvature
 from lightning_spectral.measurement import estimation
 from lightning_spectral.measurement.directions import leading_directions
-from lightning_spectral.measurement.gradient_parts import PARTS
-from lightning_spectral.measurement.gradients import sum_gradients
+from lightning_spectral.measurement.gradients import PARTS, sum_gradients
 from lightning_spectral.measurement.setup import isolated_copy, set_up_objective
 from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
 from lightning_spectral.numerics.svd import SingularTriplets

@@ -14,8 +14,8 @@ from lightning_spectral.errors import MeasurementError
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.numerics.svd import singular_values, top_singular_triplets
 from lightning_spectral.records.log_keys import RANK_MODELS
+from lightning_spectral.records.on_request import WeightSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.records.weight_spectrum import WeightSpectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -231,7 +231,7 @@ def test_a_solver_that_fails_on_equal_values_is_asked_again_on_the_cpu(monkeypat
 def test_weights_whose_singular_values_fail_are_noted_and_the_rest_is_measured(monkeypatch, broken):
     case = CASES[0]
     model, batch = case.build()
-    monkeypatch.setattr("lightning_spectral.records.weight_spectrum.singular_values", broken)
+    monkeypatch.setattr("lightning_spectral.records.on_request.singular_values", broken)
     report = measure_spectra(model, batch, case.loss, top_k=4, weight_spectra=True)
     for layer in report.layers.values():
         assert "no singular values" in layer.weights.note

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_spectral import directional_curvature, measure_spectra, top_singular_triplets
 from lightning_spectral.layers import find_layers
-from lightning_spectral.layers.wrappers import plain_names, unwrapped
+from lightning_spectral.layers.names import plain_names, unwrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 

@@ -21,10 +21,10 @@ from lightning_spectral.curvature.sketch import SketchCurvature
 from lightning_spectral.isolation.replay import InitialState
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measurement import estimation
-from lightning_spectral.measurement.cpu_batches import CpuBatches
 from lightning_spectral.measurement.directions import leading_directions
 from lightning_spectral.measurement.estimation import Evaluation, weighted_sum
 from lightning_spectral.measurement.gradients import sum_gradients
+from lightning_spectral.measurement.loader_batches import CpuBatches
 from lightning_spectral.measurement.memory import TRIES
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.options import Options

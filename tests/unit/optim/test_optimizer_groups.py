@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_spectral import SpectralNewton, SpectralWarning
 from lightning_spectral.layers.matrices import matrix_parameters
-from lightning_spectral.layers.wrappers import unwrapped
+from lightning_spectral.layers.names import unwrapped
 from lightning_spectral.optim.matrix_layout import Layout, blocks
 from lightning_spectral.optim.model_groups import ADAMW_KINDS, ALPHA_BY_KIND
 

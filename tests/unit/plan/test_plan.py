@@ -23,8 +23,7 @@ from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.layers.matrices import MatrixLayer, find_layers
 from lightning_spectral.measurement import estimation
 from lightning_spectral.plan.cost_model import OVERHEAD, STEP_FLOPS, direction_count, part_count, sketch_products
-from lightning_spectral.plan.fake_run import trace_loss
-from lightning_spectral.plan.meta_init import LARGE_BUFFER, weightless
+from lightning_spectral.plan.fake_run import LARGE_BUFFER, trace_loss, weightless
 from lightning_spectral.plan.planner import plan_spectra
 from lightning_spectral.report.terminal.plan_tables import print_plan
 

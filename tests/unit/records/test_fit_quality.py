@@ -12,7 +12,7 @@ from lightning_spectral.measurement.layer_fit import fit_layer
 from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.numerics.power_law import log_points, theil_sen_slope
 from lightning_spectral.records.fit_quality import FitQuality
-from lightning_spectral.records.layer_measurement import LayerMeasurement
+from lightning_spectral.records.layer_spectrum import LayerMeasurement
 from lightning_spectral.summary import summary, summary_over_training
 
 GOOD = FitQuality(2.0, stderr=0.1, r2=0.97, points=20, theil_sen=2.1, signal=0.95)

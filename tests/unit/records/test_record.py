@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_spectral import LayerSpectrum, SpectralReport, measure_spectra
 from lightning_spectral.analysis import compare_kinds
-from lightning_spectral.layers.display_names import shortened
+from lightning_spectral.layers.names import shortened
 from lightning_spectral.records.layer_spectrum import PARTS
 from lightning_spectral.records.log_keys import (
     LAYER_KEYS,

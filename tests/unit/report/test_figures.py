@@ -18,15 +18,14 @@ import torch
 
 from lightning_spectral import fit_rank_models, spectral_transfer, zeta_bound
 from lightning_spectral.analysis import trusted
-from lightning_spectral.layers.display_names import shortened
 from lightning_spectral.layers.kinds import KINDS
+from lightning_spectral.layers.names import shortened
 from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.report import figures
+from lightning_spectral.report.figures.by_direction import MISSING, NEGATIVE, heat, sigma_hat
 from lightning_spectral.report.figures.confidence_band import line_and_band, student_quantile
-from lightning_spectral.report.figures.heatmap import MISSING, NEGATIVE, heat
 from lightning_spectral.report.figures.panels import MAX_PANELS, choose_layers, model_curve, rank_values
 from lightning_spectral.report.figures.ticks import NAME_LENGTH, log_ticks
-from lightning_spectral.report.figures.transfer_functions import sigma_hat
 from lightning_spectral.report.palette import KIND_STYLE, MODEL_STYLE, MOST_RUNS, OTHER_STYLE, RUN_DASHES, RUN_STYLE
 
 matplotlib = pytest.importorskip("matplotlib")

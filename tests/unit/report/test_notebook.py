@@ -7,7 +7,7 @@ import pytest
 import synthetic
 from reports import dead, layer, report
 
-from lightning_spectral.records.views import VIEWS, view
+from lightning_spectral.records.report import VIEWS, view
 from lightning_spectral.report import figures
 from lightning_spectral.report.notebook import FIGURES
 from lightning_spectral.summary import summary

@@ -11,11 +11,10 @@ from lightning_spectral.cli.commands import main
 from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report import RunError, read_runs, run_of, write_page
 from lightning_spectral.report.page.build import runs_page
-from lightning_spectral.report.page.data import script_json
-from lightning_spectral.report.page.runs_data import runs_data
+from lightning_spectral.report.page.data import runs_data, script_json
 from lightning_spectral.report.palette import MOST_RUNS
-from lightning_spectral.report.runs.compare import comparison, differences, options_of
 from lightning_spectral.report.runs.run import Run
+from lightning_spectral.report.runs.several import comparison, differences, options_of
 from lightning_spectral.report.runs.spectra_file import append_report, append_step
 
 

@@ -9,10 +9,10 @@ from reports import layer, report
 from lightning_spectral import cli
 from lightning_spectral.callbacks.log_selection import LogSelection
 from lightning_spectral.callbacks.report_writer import FIGURES
-from lightning_spectral.cli.workspace_command import project_of
+from lightning_spectral.cli.report_command import project_of
 from lightning_spectral.layers.kinds import KINDS
 from lightning_spectral.records.log_keys import PROBE_KEYS, STEP_CURVATURE, STEP_KEYS, layer_key
-from lightning_spectral.report.trackers.wandb_workspace import PICTURES, wandb_workspace
+from lightning_spectral.report.trackers.wandb_tracker import PICTURES, wandb_workspace
 
 pytest.importorskip("wandb_workspaces")
 
