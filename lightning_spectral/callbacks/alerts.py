@@ -19,11 +19,7 @@ IN_A_ROW = 3
 
 
 class Alerts:
-    """Tell failed probes, and steps that are too long, once each until it gets better.
-
-    Args:
-        prefix: first part of the probe's keys.
-    """
+    """Tell failed probes, and steps that are too long, once each until it gets better."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix

@@ -79,12 +79,7 @@ class BatchSource:
         self._is_loaded = False
 
     def read(self, batches: Iterable[Any], most: float) -> None:
-        """Take the next probe's batches from these, of a further pass over the training data, up to `reset`.
-
-        Args:
-            batches: of this rank.
-            most: number of batches that there are.
-        """
+        """Take the next probe's batches from these, of a further pass over the training data, up to `reset`."""
         self.reset()
         self.samples = self._asked_samples
         self._loader, self._least = batches, int(min(self.n_batches, most))
@@ -162,12 +157,6 @@ class BatchSource:
         """Return the batches to measure; None until there are enough.
 
         Where a loader gives all ranks the same batches, each rank takes its share of them.
-
-        Args:
-            batch: batch about to be trained on.
-            module: module whose random states stay as they are while a loader is read.
-            to_device: moves a batch of the loader to the module's device.
-            group: ranks that measure together.
         """
         self.ranks = group.size
         if self._loader is not None:

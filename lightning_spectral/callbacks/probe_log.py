@@ -52,14 +52,7 @@ class ProbeCounts:
 
 
 class ProbeLog:
-    """Write scalars to loggers, the run's folder, the terminal and `trainer.callback_metrics`.
-
-    Args:
-        budget: time budget, in which logging counts.
-        selection: which scalars.
-        outputs: loggers, folder and terminal.
-        monitored: `trainer.callback_metrics`.
-    """
+    """Write scalars to loggers, the run's folder, the terminal and `trainer.callback_metrics`."""
 
     def __init__(
         self, budget: TimeBudget, selection: LogSelection, outputs: ReportWriter, monitored: CallbackMetrics
@@ -77,16 +70,7 @@ class ProbeLog:
         alphas: dict[str, float],
         later: Sequence[str],
     ) -> None:
-        """Write a probe.
-
-        Args:
-            trainer: Trainer with the loggers.
-            step: optimizer steps before the probe.
-            history, counts: last reports and number of probes.
-            report: report of the probe; None if it failed.
-            alphas: logged key -> exponent that an optimizer steps with.
-            later: keys without a prefix that `write_later` adds.
-        """
+        """Write a probe."""
         started = self.budget.clock()
         scalars = self.selection.scalars(report) | {
             "failed_probes": float(counts.failed_probes),
@@ -107,13 +91,7 @@ class ProbeLog:
         self._publish(trainer, scalars)
 
     def close(self, trainer: Any, step: int, report: SpectralReport | None) -> None:
-        """Write what there was when training has ended: the share of the whole run, a line, a table where wanted.
-
-        Args:
-            trainer: Trainer with the loggers.
-            step: optimizer steps that were taken.
-            report: last report; None without one.
-        """
+        """Write what there was when training has ended: the share of the whole run, a line, a table where wanted."""
         if self.budget.probes and self.budget.last_step != step:
             # The last probe's row has the share up to that step.
             self.write_later(trainer, step, {"probe_overhead": self.budget.overhead})
@@ -128,15 +106,7 @@ class ProbeLog:
 
 
 def closing_line(prefix: str, budget: TimeBudget, step: int, report: SpectralReport | None, path: Path | None) -> str:
-    """Return one line on a run that has ended: its probes, their share of time, alpha at its end, the page's command.
-
-    Args:
-        prefix: of the probe's keys.
-        budget: of the run.
-        step: optimizer steps that were taken.
-        report: the last; None without one.
-        path: of the run's spectra; None without them.
-    """
+    """Return one line on a run that has ended: its probes, their share of time, alpha at its end, the page's command."""
     probes = f"{budget.probes} probe{'s' * (budget.probes != 1)}"
     name = "SpectralProbe" if prefix == "spectral" else f"SpectralProbe, {prefix}"
     if budget.last_step != step:

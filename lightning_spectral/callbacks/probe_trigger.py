@@ -28,12 +28,6 @@ from lightning_spectral.records.report import SpectralReport
 class ProbeTrigger:
     """Give the batches of a probe when it is due and they are complete, on all ranks at the same step.
 
-    Args:
-        every_n_steps: probe at these steps; None: as the budget allows.
-        budget: time budget of the probes.
-        source: batches to measure.
-        warn: warns once per cause.
-
     Attributes:
         off: reason why there are no probes in this run; empty while there are.
         group: ranks that measure together.
@@ -151,14 +145,7 @@ class ProbeTrigger:
     def batches(
         self, trainer: Any, module: Any, batch: Any, noise_scale: Callable[[Sequence[Any]], float]
     ) -> Sequence[Any] | None:
-        """Return the batches of the probe that is due; None while none is, or its batches are incomplete.
-
-        Args:
-            trainer: Trainer of the run.
-            module: module in training.
-            batch: batch about to be trained on.
-            noise_scale: measures the noise scale, in samples, of the gradient of batches.
-        """
+        """Return the batches of the probe that is due; None while none is, or its batches are incomplete."""
         if not (self.is_pending or self.source.collects):
             return None
         synchronize(module.parameters())
@@ -177,9 +164,6 @@ class ProbeTrigger:
         """Return the batches of the probe of the final weights, when training ends; None if there is to be none.
 
         In place of the batches that training would go on with, they are the first of a further pass over its data.
-
-        Args:
-            trainer, module, noise_scale: as in `batches`.
         """
         step = optimizer_steps(trainer)
         if self.off or step <= self._first_step:

@@ -16,14 +16,7 @@ from lightning_spectral.report.terminal.tables import print_report
 
 
 def print_above_bar(trainer: Any, report: SpectralReport, title: str, layers: Sequence[str]) -> None:
-    """Print a report above the Trainer's progress bar without breaking the bar; without one, just print it.
-
-    Args:
-        trainer: Trainer with the bar.
-        report: report to print.
-        title: title of the table.
-        layers: names of the layers that get a row.
-    """
+    """Print a report above the Trainer's progress bar without breaking the bar; without one, just print it."""
     bar, live = trainer.progress_bar_callback, _live_console(trainer)
     terminal = live or Console()
     text = io.StringIO()

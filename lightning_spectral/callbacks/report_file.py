@@ -24,7 +24,6 @@ class ReportFile:
 
     Args:
         prefix: prefix of the probe's keys, which names the file: each probe of a Trainer has its own.
-        warn: warns once per cause.
 
     Attributes:
         path: of the file; None before a report is in it.

@@ -77,11 +77,7 @@ class ReportWriter:
     """Write each report to the loggers of a Trainer, the run's folder and the terminal, on rank 0.
 
     Args:
-        prefix: first part of the keys.
-        options: outputs to write.
-        config: options of the probe, for the configuration of a run.
         layers: names of all layers -> those shown one by one.
-        warn: warns once per cause.
 
     Raises:
         ValueError: for a prefix that is no path below a folder.
@@ -143,12 +139,7 @@ class ReportWriter:
         """Write a probe's results.
 
         Args:
-            trainer: Trainer with the loggers and the terminal.
-            step: optimizer steps before the probe.
-            scalars: keys without a prefix -> values.
             extra: full keys -> values, with charts if any are left.
-            report: report of the probe; None if it failed.
-            history, probes: last reports and number of probes so far, with this one.
             later: keys without a prefix that `write_later` adds, with which these share the charts.
         """
         if not trainer.is_global_zero:
@@ -177,10 +168,7 @@ class ReportWriter:
         """Write what is known of the last probe only now, in a row of its own at the probe's step.
 
         Args:
-            trainer: Trainer with the loggers.
             step: optimizer steps before the probe, so that no logger's axis goes back.
-            scalars: keys without a prefix -> values.
-            measurement: of the optimizer's step after the probe, for the run's folder.
         """
         if not trainer.is_global_zero:
             return

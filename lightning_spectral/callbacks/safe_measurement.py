@@ -37,13 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class SafeMeasurement:
-    """Measure a module; what fails is warned of and missing, and only an interrupt goes on.
-
-    Args:
-        options: what to measure and how.
-        loss_fn: as in `SpectralProbe`.
-        warn: warns once per cause.
-    """
+    """Measure a module; what fails is warned of and missing, and only an interrupt goes on."""
 
     def __init__(self, options: Options, loss_fn: LossFunction | None, warn: Callable[[str], None]) -> None:
         self.options, self.loss_fn, self.warn = options, loss_fn, warn
@@ -61,14 +55,7 @@ class SafeMeasurement:
         n_batches: int,
         group: SingleProcess,
     ) -> SpectralReport | None:
-        """Return the report of a measurement before a step; None if it failed.
-
-        Args:
-            trainer: of the run.
-            module: in training.
-            batches, batch_idx, n_batches, group: as in `run_measurement`.
-            step: optimizer steps before it.
-        """
+        """Return the report of a measurement before a step; None if it failed."""
         where: dict[str, Any] = {"batch_idx": batch_idx, "n_batches": n_batches, "group": group}
         # Once is enough.
         where["compare_modes"] = not self._has_measured
@@ -85,12 +72,7 @@ class SafeMeasurement:
         return report
 
     def noise_scale(self, module: Any, batch_idx: int, group: SingleProcess, batches: Sequence[Any]) -> float:
-        """Return the noise scale of the gradient of batches; NaN where it cannot be told.
-
-        Args:
-            module: in training.
-            batch_idx, group, batches: as in `measure_noise_scale`.
-        """
+        """Return the noise scale of the gradient of batches; NaN where it cannot be told."""
         where: dict[str, Any] = {"batch_idx": batch_idx, "group": group}
         measure = partial(measure_noise_scale, module, batches, self.options, self.loss_fn, **where)
         # The measurement that follows says what is wrong.

@@ -52,9 +52,7 @@ class StepProbe:
 
     Args:
         wanted: True; False; or None, where it can be done.
-        options, loss_fn: of the probe.
         log: of the probe, with the time budget in which the measurement counts.
-        warn: warns once per cause.
 
     Attributes:
         off: why steps are not measured in this run; empty while they are.

@@ -156,7 +156,6 @@ class TimeBudget:
         """Return whether to probe before this step.
 
         Args:
-            step: optimizer step.
             broadcast: number of steps to wait -> rank 0's number. All ranks call it at the same steps.
         """
         if step < self.next_look:
@@ -258,10 +257,6 @@ STEPS_TO_JUDGE = 4
 
 class BudgetAdvice:
     """Warn if a run has room for one probe alone, as soon as that can be told, or when it has ended with one.
-
-    Args:
-        budget: time budget of the probes.
-        warn: warns once per cause.
 
     Attributes:
         report: of the last probe; None if it failed.

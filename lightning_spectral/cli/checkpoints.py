@@ -42,8 +42,6 @@ class Checkpoint:
     """Content of a checkpoint's file.
 
     Attributes:
-        path: of the file.
-        content: all of it.
         key: under which it holds the weights; None where it is a plain state dict.
     """
 

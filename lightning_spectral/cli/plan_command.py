@@ -51,15 +51,9 @@ def plan_model(
     """Return what the command `measure` would do and cost; the model is made without its weights.
 
     Args:
-        model: import path, see `lightning_spectral.cli.checkpoints.build_model`.
         data: import path of batches, of which the shapes of the first one count.
         shapes: of a batch in place of data, see `shaped_batch`.
-        loss: see `lightning_spectral.cli.import_paths.named_loss`.
         checkpoint: file whose hyper-parameters the model is made with.
-        options: of the measurement.
-        n_batches: batches averaged over.
-        world_size: ranks that share a batch.
-        sharded: whether parameters are shards over them.
 
     Raises:
         SourceError: if something named cannot be found or loaded, for data and shapes both, and for a model that reads

@@ -19,27 +19,7 @@ from lightning_spectral.curvature.static_analysis import FakeLoss, Structure, st
 from lightning_spectral.curvature.step_products import LOSS, STEP, StepProducts
 
 __all__ = [
-    "LOSS",
-    "METHODS",
-    "STEP",
-    "TRANSPOSED",
-    "Curvature",
-    "Curvatures",
-    "DifferentiableLoss",
-    "FakeLoss",
-    "Gradients",
-    "HutchinsonTrace",
-    "LayerCall",
-    "LossProperties",
-    "LossValue",
-    "Recorder",
-    "SampleRange",
-    "StepProducts",
-    "Structure",
-    "accumulation_dtype",
-    "cause_of",
-    "check_method",
-    "loss_value",
-    "not_matrices",
-    "structure",
-]
+    "LOSS", "METHODS", "STEP", "TRANSPOSED", "Curvature", "Curvatures", "DifferentiableLoss", "FakeLoss", "Gradients",
+    "HutchinsonTrace", "LayerCall", "LossProperties", "LossValue", "Recorder", "SampleRange", "StepProducts",
+    "Structure", "accumulation_dtype", "cause_of", "check_method", "loss_value", "not_matrices", "structure",
+]  # fmt: skip

@@ -10,150 +10,33 @@ from lightning_spectral._autograd import operation
 from lightning_spectral._torch_private import trained_on_batch_statistics
 
 # Linear in each input alone; piecewise so for the second group. Names as autograd gives them, without the version.
-LINEAR = frozenset(
-    [
-        "Add",
-        "Sub",
-        "Neg",
-        "Sum",
-        "Mean",
-        "View",
-        "Reshape",
-        "ReshapeAlias",
-        "UnsafeView",
-        "Permute",
-        "Transpose",
-        "T",
-        "Expand",
-        "Squeeze",
-        "Unsqueeze",
-        "Cat",
-        "Stack",
-        "Slice",
-        "Select",
-        "Split",
-        "SplitWithSizes",
-        "Unbind",
-        "Index",
-        "IndexSelect",
-        "Gather",
-        "ConstantPadNd",
-        "ReflectionPad2D",
-        "ReplicationPad2D",
-        "Clone",
-        "ToCopy",
-        "Alias",
-        "AsStrided",
-        "Repeat",
-        "Roll",
-        "Flip",
-        "Unfold",
-        "Im2Col",
-        "Chunk",
-        "Narrow",
-        "Diagonal",
-        "Contiguous",
-        "Cumsum",
-        "PixelShuffle",
-        "AvgPool1D",
-        "AvgPool2D",
-        "AvgPool3D",
-        "AdaptiveAvgPool2D",
-        "MkldnnAdaptiveAvgPool2D",
-        "AdaptiveAvgPool3D",
-        "UpsampleNearest1D",
-        "UpsampleNearest2D",
-        "UpsampleNearest3D",
-        "UpsampleBilinear2D",
-        "UpsampleBicubic2D",
-        "MaskedFill",
-        "MaskedSelect",
-        "Where",
-        "AccumulateGrad",
-        "Embedding",
-        "IndexAdd",
-        "IndexPut",
-        "NativeDropout",
-        "NllLoss",
-        "NllLoss2D",
-        "Scatter",
-        "ScatterAdd",
-        "SelectScatter",
-        "SliceScatter",
-        "Tril",
-        "Triu",
-        "UnsafeSplit",
-        "_Move",
-    ]
-)
-VIEWS = frozenset(
-    [
-        "Alias",
-        "AsStrided",
-        "Chunk",
-        "Clone",
-        "Contiguous",
-        "Expand",
-        "Narrow",
-        "Permute",
-        "Reshape",
-        "ReshapeAlias",
-        "Select",
-        "Slice",
-        "Split",
-        "SplitWithSizes",
-        "Squeeze",
-        "T",
-        "Transpose",
-        "Unbind",
-        "UnsafeSplit",
-        "UnsafeView",
-        "Unsqueeze",
-        "View",
-    ]
-)
+LINEAR = frozenset([
+    "Add", "Sub", "Neg", "Sum", "Mean", "View", "Reshape", "ReshapeAlias", "UnsafeView", "Permute", "Transpose", "T",
+    "Expand", "Squeeze", "Unsqueeze", "Cat", "Stack", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Index",
+    "IndexSelect", "Gather", "ConstantPadNd", "ReflectionPad2D", "ReplicationPad2D", "Clone", "ToCopy", "Alias",
+    "AsStrided", "Repeat", "Roll", "Flip", "Unfold", "Im2Col", "Chunk", "Narrow", "Diagonal", "Contiguous", "Cumsum",
+    "PixelShuffle", "AvgPool1D", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D",
+    "AdaptiveAvgPool3D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleBilinear2D",
+    "UpsampleBicubic2D", "MaskedFill", "MaskedSelect", "Where", "AccumulateGrad", "Embedding", "IndexAdd", "IndexPut",
+    "NativeDropout", "NllLoss", "NllLoss2D", "Scatter", "ScatterAdd", "SelectScatter", "SliceScatter", "Tril", "Triu",
+    "UnsafeSplit", "_Move",
+])  # fmt: skip
+VIEWS = frozenset([
+    "Alias", "AsStrided", "Chunk", "Clone", "Contiguous", "Expand", "Narrow", "Permute", "Reshape", "ReshapeAlias",
+    "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "T", "Transpose", "Unbind", "UnsafeSplit", "UnsafeView",
+    "Unsqueeze", "View",
+])  # fmt: skip
 """Operations that only show a tensor, or part of it, in another shape."""
 
-PIECEWISE = frozenset(
-    [
-        "Relu",
-        "Threshold",
-        "LeakyRelu",
-        "Hardtanh",
-        "Clamp",
-        "ClampMin",
-        "ClampMax",
-        "Abs",
-        "Maximum",
-        "Minimum",
-        "Max",
-        "Min",
-        "Amax",
-        "Amin",
-        "MaxPool2DWithIndices",
-        "MaxPool3DWithIndices",
-        "AdaptiveMaxPool2D",
-        "AdaptiveMaxPool3D",
-        "RreluWithNoise",
-    ]
-)
-PRODUCTS = frozenset(
-    [
-        "Mul",
-        "Mm",
-        "Bmm",
-        "Addmm",
-        "Baddbmm",
-        "Mv",
-        "Dot",
-        "Linear",
-        "Convolution",
-        "MkldnnConvolution",
-        "CudnnConvolution",
-        "PreluKernel",
-        "Einsum",
-    ]
-)
+PIECEWISE = frozenset([
+    "Relu", "Threshold", "LeakyRelu", "Hardtanh", "Clamp", "ClampMin", "ClampMax", "Abs", "Maximum", "Minimum", "Max",
+    "Min", "Amax", "Amin", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D",
+    "RreluWithNoise",
+])  # fmt: skip
+PRODUCTS = frozenset([
+    "Mul", "Mm", "Bmm", "Addmm", "Baddbmm", "Mv", "Dot", "Linear", "Convolution", "MkldnnConvolution",
+    "CudnnConvolution", "PreluKernel", "Einsum",
+])  # fmt: skip
 BATCH_NORM = frozenset(["NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "BatchNormWithUpdate"])
 
 
@@ -161,8 +44,6 @@ class Dependence:
     """Dependence of each node of a loss's graph on some leaves, as bit masks.
 
     Args:
-        root: where the graph starts.
-        leaves: ids of the leaves.
         stops: nodes not to look behind; each counts as a leaf of its own.
     """
 

@@ -35,14 +35,7 @@ NOT_THE_SAME = "the loss does not compute the same at each call; use curvature='
 
 
 class DirectionGraph:
-    """One forward pass with an amplitude for each direction and sample, all of them zero.
-
-    Args:
-        problem: that was run.
-        seen: its layers.
-        directions: layer name -> u_k, v_k.
-        layouts: of the layers to move.
-    """
+    """One forward pass with an amplitude for each direction and sample, all of them zero."""
 
     def __init__(
         self,

@@ -64,8 +64,6 @@ class Recorder(TorchFunctionMode):
     """While active, note products with given parameters and calls of known losses.
 
     Args:
-        parameters: ids of the parameters in question.
-        move: adds to the outputs.
         cheap: give activations their twins with a cheap second derivative.
     """
 

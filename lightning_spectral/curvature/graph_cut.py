@@ -45,7 +45,6 @@ def find_cut(dependence: Dependence, calls: Mapping[str, Iterable[Node]]) -> Gra
     """Return the cut of a loss's graph that is nearest to the loss.
 
     Args:
-        dependence: of the nodes of the graph on the layers' leaves.
         calls: layer name -> the nodes of its outputs.
     """
     below: dict[Node, bool] = {}
@@ -109,7 +108,6 @@ def outer_cut(dependence: Dependence, products: Iterable[Node]) -> GraphCut:
     """Return the cut above the last products with a parameter: z is the network's output, whatever is in the network.
 
     Args:
-        dependence: of the nodes of the graph on the layers' leaves.
         products: nodes of the outputs of all products with a parameter.
     """
     products = {node for node in products if node in dependence.masks}

@@ -48,9 +48,7 @@ class HutchinsonTrace:
     that are applied to what they gave before, have one z for all samples.
 
     Args:
-        draws: N.
         h: layer name -> (K,) curvatures, to scale by.
-        seed: of a generator of its own.
     """
 
     draws: int
@@ -155,12 +153,7 @@ def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 class _Moves:
-    """Moves of the layers' outputs along random signs u_b v_b^T, and what the gradients in them change by.
-
-    Args:
-        graph: of the layers, with the samples of their rows.
-        generator: of the signs.
-    """
+    """Moves of the layers' outputs along random signs u_b v_b^T, and what the gradients in them change by."""
 
     def __init__(self, graph: DirectionGraph, generator: torch.Generator) -> None:
         self.graph, self.generator = graph, generator

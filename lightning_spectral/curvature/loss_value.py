@@ -18,8 +18,6 @@ class LossValue:
     """A loss at one call.
 
     Attributes:
-        value: of the loss.
-        dtype: of the loss.
         casts: narrower types that the network goes down to by itself.
         normalizer: what its one call of a known loss divides by; None where that is not known.
     """
@@ -41,12 +39,7 @@ class LossValue:
 
 
 def loss_value(evaluate: Callable[[], Tensor], again: Callable[[Tensor], bool] = lambda loss: False) -> LossValue:
-    """Return the value of a loss, and what can be seen of how it came about.
-
-    Args:
-        evaluate: computes the loss.
-        again: as of `DifferentiableLoss`.
-    """
+    """Return the value of a loss, and what can be seen of how it came about."""
     with Recorder(set()) as recorder:
         loss = evaluate()
     if again(loss):

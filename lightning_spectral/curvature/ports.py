@@ -72,11 +72,6 @@ class Port:
     """One layer's directions at one of its calls.
 
     Args:
-        layer: the matrix.
-        call: of its parameter.
-        shape: of the parameter.
-        triplets: the directions.
-        layout: of the samples in the call's rows.
         attached: keep the graph of the input, which holds the same matrix already.
 
     Attributes:
@@ -270,10 +265,6 @@ def convolved(call: LayerCall, a: Tensor, layer: MatrixLayer, shape: torch.Size,
     """Return v_k^T a, (images, K, positions...), each with the group of channels in which its u_k lies.
 
     Args:
-        call: of a convolution.
-        a: its input.
-        layer: the matrix.
-        shape: of the parameter.
         v: (n, K).
         groups: (K,) as `groups_of`.
     """

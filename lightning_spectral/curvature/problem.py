@@ -76,7 +76,6 @@ class DifferentiableLoss:
 
     Args:
         evaluate: computes the loss.
-        layers: the matrices in question.
         parameters: layer name -> the leaf that holds its matrix; parts of a fused projection share one.
         samples: samples in the batch; None where the batch does not tell.
         place: where they stand if the batch is a part of what is measured; None if it is all.

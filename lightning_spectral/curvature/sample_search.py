@@ -60,9 +60,6 @@ def move_network(
     """Return the network with amplitudes at every layer of which the samples can be told apart.
 
     Args:
-        problem: that was run.
-        seen: its layers.
-        directions: of each.
         nearest: take the cut nearest to the loss, if the network is piecewise linear below it; else its output, behind
             the last product with a parameter.
 

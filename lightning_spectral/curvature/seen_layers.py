@@ -23,23 +23,10 @@ IN_CHECKPOINT = "it is applied to what it gave before, within a checkpoint"
 
 
 NO_MATRIX = "it is never multiplied with activations as a matrix"
-ELEMENTWISE = frozenset(
-    [
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Neg",
-        "Exp",
-        "Softplus",
-        "Sigmoid",
-        "Tanh",
-        "Index",
-        "IndexSelect",
-        "Gather",
-        "Repeat",
-    ]
-)
+ELEMENTWISE = frozenset([
+    "Add", "Sub", "Mul", "Div", "Neg", "Exp", "Softplus", "Sigmoid", "Tanh", "Index", "IndexSelect", "Gather",
+    "Repeat",
+])  # fmt: skip
 """What is done with a parameter that is no matrix."""
 
 

@@ -34,18 +34,7 @@ GRADIENT_SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Experiment:
-    """One training run of the demo.
-
-    Attributes:
-        name: name of its folder and W&B run.
-        title: title of its tables.
-        module: network to train.
-        data: training data.
-        batch_size: samples per step.
-        steps: optimizer steps.
-        every_n_steps: spacing of the probes.
-        max_samples: samples that a probe measures.
-    """
+    """One training run of the demo."""
 
     name: str
     title: str

@@ -24,7 +24,6 @@ class Held:
 
     Attributes:
         path: how it is reached.
-        value: the object.
         original: what it is a copy of.
     """
 
@@ -34,12 +33,7 @@ class Held:
 
 
 class HeldState:
-    """Snapshot of objects, restored in place.
-
-    Args:
-        held: the objects. Of a tensor the original, which nothing writes to meanwhile, is the snapshot.
-        left: ids of what others restore.
-    """
+    """Snapshot of objects, restored in place."""
 
     def __init__(self, held: Sequence[Held], left: Iterable[int] = ()) -> None:
         self._seen = set(left)

@@ -30,15 +30,8 @@ SHARED_TYPES = (Dataset, DataLoader, Optimizer, LRScheduler, types.ModuleType, t
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 TRACKERS = (
-    "aim",
-    "clearml",
-    "comet_ml",
-    "mlflow",
-    "neptune",
-    "tensorboardX",
-    "torch.utils.tensorboard.writer",
-    "wandb",
-)
+    "aim", "clearml", "comet_ml", "mlflow", "neptune", "tensorboardX", "torch.utils.tensorboard.writer", "wandb",
+)  # fmt: skip
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
 # What a class may define to take its copying into its own hands.

@@ -56,7 +56,6 @@ def find_attentions(places: Sequence[Place], modules: Mapping[Path, nn.Module], 
 
     Args:
         places: linear layers.
-        modules: path -> module.
         scopes: paths of the modules known to be attention (`nn.MultiheadAttention`).
     """
     found = Attentions(scopes=set(scopes))

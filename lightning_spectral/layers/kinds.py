@@ -41,7 +41,6 @@ def find_heads(
     Args:
         unnamed: linear layers without a kind, in the network's order.
         inputs: (parameter name, input width) of every matrix, in the network's order.
-        modules: path -> module.
     """
     heads = {p.name for p in unnamed if is_named_head(p, modules)} | _towers(unnamed)
     heads |= {p.name for p in unnamed if LAST.fullmatch(p.own_name) and not _is_taken(p, inputs)}

@@ -23,7 +23,6 @@ def find_mlps(places: Sequence[Place], modules: Mapping[Path, nn.Module], blocks
 
     Args:
         places: linear layers that have no kind yet.
-        modules: path -> module.
         blocks: paths of the blocks with attention.
     """
     kinds: dict[str, MlpKind] = {}

@@ -52,10 +52,7 @@ def leading_directions(
     """Return the leading singular triplets of the gradients summed over all ranks, each layer's taken by its owner.
 
     Args:
-        gradients: of all layers, as each rank has them.
         parts: of the gradients, which tell their sampling noise; none where they cannot.
-        objective: whose gradients they are.
-        options: numbers of singular values.
     """
     layers, group = objective.layers, objective.group
     # What a user names is measured, whatever it is.

@@ -44,8 +44,6 @@ class Evaluation:
     """An objective whose gradients are known, and by which micro-batches its curvature is measured.
 
     Attributes:
-        objective: to measure.
-        micro_batches: of this rank.
         first: loss of the first of them; None on a rank without samples.
         has_graph: whether the gradients of ``first`` can be differentiated again.
         narrow_dtypes: half-precision types that the network casts to.

@@ -34,8 +34,6 @@ class PartNorms:
 
     Args:
         share: of all samples that the micro-batch holds.
-        layers: matrices to differentiate in.
-        parameters: layer name -> the leaf that holds its matrix.
     """
 
     def __init__(self, share: float, layers: Mapping[str, MatrixLayer], parameters: Mapping[str, Tensor]) -> None:
@@ -110,8 +108,6 @@ def sum_gradients(
     """Return the gradients of an objective, summed over this rank's micro-batches.
 
     Args:
-        objective: the sum.
-        micro_batches: all of this rank.
         keep_graph: keep them differentiable, if there is one micro-batch alone.
         outputs: have the first loss hold its gradients in the layers' outputs, where that costs no backward pass.
         norms: take those of each micro-batch, for ``parts``; of layers alone, which the parameters must be of.
@@ -202,13 +198,7 @@ class GradientParts:
 def gradient_parts(
     objective: Objective, gradients: ObjectiveGradients, micro_batches: Sequence[MicroBatch]
 ) -> GradientParts:
-    """Return the parts that the gradients were summed from; those of a single one are computed in one more pass.
-
-    Args:
-        objective: whose gradients they are.
-        gradients: summed over all ranks' micro-batches.
-        micro_batches: of this rank.
-    """
+    """Return the parts that the gradients were summed from; those of a single one are computed in one more pass."""
     if len(gradients.parts) > 1:
         return GradientParts(gradients.parts)
     with objective.group.step(watched=True) as step:

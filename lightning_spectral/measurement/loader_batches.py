@@ -24,7 +24,6 @@ class CpuBatches(Sequence[Any]):
     Objects of classes that are no containers are copied where they are.
 
     Args:
-        batches: of any nesting of tensors.
         device: where to give them back; None: where each tensor was.
     """
 

@@ -46,7 +46,6 @@ def attempts(objective: Objective, max_size: int | None) -> Iterator[Attempt]:
     """Yield tries until one ends with memory left.
 
     Args:
-        objective: to measure.
         max_size: samples of the largest micro-batch in the first try; None: full batches.
 
     Raises:
@@ -74,7 +73,6 @@ def halve(objective: Objective, size: int | None) -> tuple[int | None, int | Non
     """Return the largest size that any rank used, and half of it; None for what is not known or cannot be cut.
 
     Args:
-        objective: whose batches are to be cut.
         size: samples of the largest micro-batch on this rank; None: not known.
     """
     sizes, divisible = zip(*objective.group.all_gather_object((size, objective.divisible)), strict=True)

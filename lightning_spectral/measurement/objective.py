@@ -47,12 +47,8 @@ class Objective:
 
     Args:
         loss: batch -> its loss; it is given a copy of the batch.
-        batches: of this rank, each fetched when it is needed.
-        layers: matrices to differentiate in.
         parameters: layer name -> the leaf that holds its matrix.
         initial_state: restored before each call of the loss.
-        copy_batch: batch -> its copy.
-        group: ranks that measure together.
         sizes: samples of each batch of each rank; None: those of this rank alone.
         reducer: sums gradients of weights in shards over the ranks as they are computed; None where there are none.
         in_use: notes the size of micro-batches; of the objective that this one is a part of.

@@ -48,11 +48,9 @@ def run_measurement(
         model, loss_fn: as in `measure_spectra`.
         batches: of this rank, which may have none; gradient and curvature are those of the mean of the losses of all
             ranks' batches, weighted by samples.
-        options: what to measure and how.
         batch_idx: what training_step is told.
         n_batches: of this rank's, with gradient_samples those that curvature is measured on; None: all.
         compare_modes: whether to compute the loss once in train mode, too, and say if it is another.
-        group: ranks that measure together.
     """
     started = time.perf_counter()
     with (
@@ -142,11 +140,8 @@ def measure(
     """Measure an objective.
 
     Args:
-        objective: whose gradient is taken.
-        options: what to measure and how.
         max_size: samples of the largest micro-batch; None: as memory asks for.
         n_batches: of each rank, with gradient_samples those that curvature is measured on; None: all.
-        watch: is told how long it should take.
     """
     started = time.perf_counter()
     few = objective if options.gradient_samples is None else objective.first(n_batches, options.max_samples)

@@ -37,13 +37,10 @@ class NetworkCopy:
     """Copy of a network that may be run and written to.
 
     Attributes:
-        original: the network.
-        module: its copy.
         precision: lowest precision to compute in.
         initial_state: of the copy, to begin each call of the loss with.
         notes: what of the network could not be copied, on any rank.
         sharded: weights that lie in shards, and are put together when they are read; None where there are none.
-        copier: by which the copy was made.
     """
 
     original: nn.Module
@@ -176,12 +173,8 @@ def set_up_objective(
     """Return the objective over the batches of all ranks.
 
     Args:
-        copy: to compute the loss on.
-        loss: (module, batch) -> scalar.
-        batches: of this rank.
         layers: to measure, the same on all ranks.
         options: settings that all ranks must have in common.
-        group: ranks that measure together.
         parameters: name -> leaf of the copy to differentiate in; None: those of the layers.
 
     Raises:

@@ -50,10 +50,6 @@ def other_loss_in_training(objective: Objective, module: nn.Module) -> str:
 
     Dropout is left out, and BatchNorm has its running statistics in both, so that what differs is something else:
     outputs that are rescaled or turned into probabilities, another branch.
-
-    Args:
-        objective: that was measured in eval mode.
-        module: the copy that it is computed on.
     """
     with objective.group.step(watched=True) as step:
         micro_batches = objective.full_batches()

@@ -33,11 +33,7 @@ _OURS, _TORCH, _PYTHON = Path(__file__).parents[1], Path(nn.__file__).parents[1]
 
 
 class Watch:
-    """Context of one measurement; what it says, it logs, once for each network.
-
-    Args:
-        model: that is measured.
-    """
+    """Context of one measurement; what it says, it logs, once for each network."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._thread, self._started = model, threading.get_ident(), time.perf_counter()

@@ -28,7 +28,6 @@ class RequestRounds:
     round until all are. What any rank requests, all take part in.
 
     Args:
-        group: ranks that measure together.
         device: from which they talk.
         room: raises if this rank has no memory to take part in an exchange. One that failed in the middle of it
             would leave the others waiting.
@@ -96,8 +95,6 @@ class GradientReducer:
     Args:
         leaves: parameters whose gradients are reduced.
         owners: id of each leaf measured -> the rank that is given the sum.
-        group: ranks that measure together.
-        rounds: in which the ranks meet.
     """
 
     def __init__(

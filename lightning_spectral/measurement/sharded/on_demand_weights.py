@@ -99,7 +99,6 @@ class OnDemandWeights(TorchDispatchMode):
     Args:
         shards: the parameters and buffers, DTensors, in the same order on all ranks.
         together: name of a submodule -> ids of the shards that its forward pass is to find whole.
-        group: ranks that measure together, with all that hold shards among them.
         dtype: the lowest floating type to hold them in.
     """
 

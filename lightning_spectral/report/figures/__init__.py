@@ -37,14 +37,7 @@ from lightning_spectral.report.figures.over_training import (
 from lightning_spectral.report.figures.panels import plot_power_law, plot_rank_profiles
 
 __all__ = [
-    "plot_alpha_by_depth",
-    "plot_alpha_over_training",
-    "plot_participation_ratio",
-    "plot_power_law",
-    "plot_rank_models_over_training",
-    "plot_rank_profiles",
-    "plot_scale_over_training",
-    "plot_spectrum_heatmap",
-    "plot_transfer_functions",
-    "plot_transfer_identity",
-]
+    "plot_alpha_by_depth", "plot_alpha_over_training", "plot_participation_ratio", "plot_power_law",
+    "plot_rank_models_over_training", "plot_rank_profiles", "plot_scale_over_training", "plot_spectrum_heatmap",
+    "plot_transfer_functions", "plot_transfer_identity",
+]  # fmt: skip

@@ -68,7 +68,6 @@ def plot_spectrum_heatmap(
     layer has fewer directions than others its row ends.
 
     Args:
-        report: what was measured.
         quantity: "sigma" or "h".
 
     Raises:
@@ -139,7 +138,6 @@ def plot_transfer_functions(
     is as measured, where `SpectralNewton` clamps it (`alpha_range`); layers without one are left out.
 
     Args:
-        report: what was measured.
         damping: d, above 0.
 
     Raises:

@@ -34,9 +34,7 @@ class Canvas:
     """A figure of its own, or the caller's axes within another.
 
     Attributes:
-        figure: that is drawn on.
         given: axes of the caller; none where the figure is its own.
-        titled: whether there is a title.
     """
 
     figure: Figure
@@ -110,9 +108,6 @@ def canvas(
 
     Args:
         width, height: in inches, of a figure of its own.
-        dark: light on dark.
-        title: whether there is one.
-        ax: the caller's, in place of a figure of its own.
         panels: how many of them there have to be.
 
     Raises:

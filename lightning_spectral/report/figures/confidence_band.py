@@ -27,7 +27,6 @@ def line_and_band(layer: LayerSpectrum, sigma: Tensor, *, level: float = 0.95) -
     degrees of freedom.
 
     Args:
-        layer: with a fit of alpha.
         sigma: (p,) where.
         level: probability that the band holds the line at one sigma.
 

@@ -91,7 +91,6 @@ def plot_power_law(
     is positive, else on the bottom edge, and as a triangle to the left where sigma, rounding noise, is off the scale.
 
     Args:
-        report: what was measured.
         layers: names or glob patterns, as of `measure_spectra`; None: all. Of more than 12, 12 evenly over depth.
 
     Raises:

@@ -32,8 +32,6 @@ def name_ticks(axis: Axis, names: Sequence[str], room: float) -> None:
     """Set ticks 0, 1, ... of an axis with the names of layers, every second, third, ... where all do not fit.
 
     Args:
-        axis: x or y.
-        names: one per position.
         room: inches that the axis is long, a low estimate.
     """
     every = max(1, math.ceil(len(names) * LINE / room))

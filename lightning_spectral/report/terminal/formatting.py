@@ -72,7 +72,6 @@ def fit_table(
         flexible: heading of the column that may be narrower than its cells: names of layers, which are shortened.
         least: characters that it is left, if it needs so many, before another column is taken.
         expendable: headings, the least needed first; each is taken that leaves room, from the last on.
-        title: above the table.
         left: headings of columns aligned to the left.
         wrap: break the flexible column's cells into lines instead of shortening them as names.
         dim: whether a row is dim, a flag per row; empty: none is.

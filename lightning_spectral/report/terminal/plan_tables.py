@@ -31,7 +31,6 @@ def print_plan(plan: Plan, *, every_layer: bool = False, console: Console | None
     """Print what would be measured, how, and at what cost.
 
     Args:
-        plan: of `plan_spectra`.
         every_layer: a row per layer in place of one per kind and shape.
         console: where to print; None: the terminal.
     """
