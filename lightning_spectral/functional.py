@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.measurement.loss import LossFunction
 
-OF_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": F.cross_entropy,
-    "nll_loss": F.nll_loss,
-}
+OF_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "nll_loss": F.nll_loss}
 """Losses of scores per class and the numbers of classes."""
 
 OF_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

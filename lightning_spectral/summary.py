@@ -6,13 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lightning_spectral._messages import join_names
-from lightning_spectral.analysis import (
-    PAPER_ALPHA,
-    Exponents,
-    deviating,
-    of_each_layer,
-    transfer_identity,
-)
+from lightning_spectral.analysis import PAPER_ALPHA, Exponents, deviating, of_each_layer, transfer_identity
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.fit_quality import GOOD_FIT, LEAST_SIGNAL, TRUSTED
 from lightning_spectral.records.report import SpectralReport

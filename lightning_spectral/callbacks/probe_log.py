@@ -106,7 +106,7 @@ class ProbeLog:
 
 
 def closing_line(prefix: str, budget: TimeBudget, step: int, report: SpectralReport | None, path: Path | None) -> str:
-    """Return one line on a run that has ended: its probes, their share of time, alpha at its end, the page's command."""
+    """Return one line on a run that has ended: its probes, their share of time, last alpha and page."""
     probes = f"{budget.probes} probe{'s' * (budget.probes != 1)}"
     name = "SpectralProbe" if prefix == "spectral" else f"SpectralProbe, {prefix}"
     if budget.last_step != step:

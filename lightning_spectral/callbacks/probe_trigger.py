@@ -8,13 +8,7 @@ from functools import partial
 from typing import Any
 
 from lightning_spectral._validation import positive_int
-from lightning_spectral.callbacks._lightning import (
-    TrainingPass,
-    optimizer_steps,
-    repeats_batch,
-    to_device,
-    total_steps,
-)
+from lightning_spectral.callbacks._lightning import TrainingPass, optimizer_steps, repeats_batch, to_device, total_steps
 from lightning_spectral.callbacks.batch_source import FIRST_BATCHES, BatchSource
 from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, BudgetAdvice, TimeBudget
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
@@ -246,11 +240,7 @@ class ProbeTrigger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule and its state."""
-        return {
-            "every_n_steps": self.every_n_steps,
-            "budget": self.budget.state_dict(),
-            "collecting": self.is_pending,
-        }
+        return {"every_n_steps": self.every_n_steps, "budget": self.budget.state_dict(), "collecting": self.is_pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state of a probe, and warn where its schedule is not this one's."""

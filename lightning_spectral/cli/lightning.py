@@ -145,11 +145,7 @@ def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
     cli = spectral_cli(package_of(import_object(path, "--model") if path and by_path else None))
     # Under `python -m` argparse would take the name of the file that is run.
     program = "lightning-spectral"
-    parser_kwargs = {
-        "prog": program,
-        "exit_on_error": False,
-        arguments[0]: {"usage": USAGE, "exit_on_error": False},
-    }
+    parser_kwargs = {"prog": program, "exit_on_error": False, arguments[0]: {"usage": USAGE, "exit_on_error": False}}
     try:
         # LightningCLI warns of arguments given beside those of the command line.
         cli(args=None if from_command_line else list(arguments), parser_kwargs=parser_kwargs)

@@ -16,11 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.forward_recorder import Recorder
-from lightning_spectral.curvature.graph_cut import (
-    GraphCut,
-    find_cut,
-    outer_cut,
-)
+from lightning_spectral.curvature.graph_cut import GraphCut, find_cut, outer_cut
 from lightning_spectral.curvature.ports import Port, SampleLayout
 from lightning_spectral.curvature.problem import DifferentiableLoss, accumulation_dtype, scalar_loss
 from lightning_spectral.curvature.products import LayerCall
@@ -125,12 +121,7 @@ class DirectionGraph:
             layout = self.layouts[name][numbers.index(number)]
             attached = name in self.seen.nested and number != numbers[0]
             port = Port(
-                self.problem.layers[name],
-                call,
-                parameter.shape,
-                self.triplets[name],
-                layout,
-                attached=attached,
+                self.problem.layers[name], call, parameter.shape, self.triplets[name], layout, attached=attached
             )
             self._ports[name].append(port)
             shift = port.shift(self.e[name])

@@ -205,11 +205,7 @@ def _product(gradients: Gradients, leaves: Mapping[str, Tensor], z: Mapping[int,
     if not outputs:
         return dict.fromkeys(inputs)
     products = torch.autograd.grad(
-        list(outputs.values()),
-        list(inputs.values()),
-        [z[key] for key in outputs],
-        retain_graph=True,
-        allow_unused=True,
+        list(outputs.values()), list(inputs.values()), [z[key] for key in outputs], retain_graph=True, allow_unused=True
     )
     return dict(zip(inputs, products, strict=True))
 

@@ -227,13 +227,7 @@ def _contraction(found: tuple[Tensor, Block], a: Tensor, own: str, of_a: str, ou
     z_order = [out.index(letter) for letter in (*stack, *rows, *produced)]
     back = [z_order.index(i) for i in range(len(out))]
     return Product(
-        parameter,
-        torch.matmul,
-        a.permute(a_order),
-        {},
-        block,
-        lambda z: z.permute(z_order),
-        lambda z: z.permute(back),
+        parameter, torch.matmul, a.permute(a_order), {}, block, lambda z: z.permute(z_order), lambda z: z.permute(back)
     )
 
 

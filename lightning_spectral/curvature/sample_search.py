@@ -51,11 +51,7 @@ class MovedNetwork:
 
 
 def move_network(
-    problem: DifferentiableLoss,
-    seen: SeenLayers,
-    directions: Mapping[str, SingularTriplets],
-    *,
-    nearest: bool = True,
+    problem: DifferentiableLoss, seen: SeenLayers, directions: Mapping[str, SingularTriplets], *, nearest: bool = True
 ) -> MovedNetwork:
     """Return the network with amplitudes at every layer of which the samples can be told apart.
 

@@ -92,11 +92,7 @@ class ReplayedLoss:
     """
 
     def __init__(
-        self,
-        loss: Callable[[Any], Any],
-        batch: Callable[[], Any],
-        initial_state: InitialState,
-        values: list[float],
+        self, loss: Callable[[Any], Any], batch: Callable[[], Any], initial_state: InitialState, values: list[float]
     ) -> None:
         self._loss, self._batch, self._initial_state, self._values = loss, batch, initial_state, values
 

@@ -44,7 +44,7 @@ def shortened(name: str, length: int) -> str:
 
 
 OF_CLASS: dict[str, tuple[type[nn.Module], ...]] = {
-    "module": (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel),
+    "module": (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 }
 """Attribute that holds a network -> the classes whose it is. Others have attributes of that name, too."""
 

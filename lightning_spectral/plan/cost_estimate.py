@@ -190,10 +190,7 @@ class Estimate:
         k, longest = self.options.top_k, self.options.spectrum_top_k or 0
         flops = sum(
             layer_flops(
-                layer,
-                k,
-                all_values=longest > k,
-                factor_rows=self._rows(name) if self.options.alignment else None,
+                layer, k, all_values=longest > k, factor_rows=self._rows(name) if self.options.alignment else None
             )
             for name, layer in self.layers.items()
         )

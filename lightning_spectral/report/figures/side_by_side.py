@@ -13,15 +13,7 @@ from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.by_layer import draw_alpha_band, padded
 from lightning_spectral.report.figures.canvas import canvas
-from lightning_spectral.report.figures.style import (
-    WIDTH,
-    Reports,
-    all_reports,
-    line_handle,
-    positions,
-    run_style,
-    say,
-)
+from lightning_spectral.report.figures.style import WIDTH, Reports, all_reports, line_handle, positions, run_style, say
 from lightning_spectral.report.figures.ticks import literal, whole_numbers
 from lightning_spectral.report.palette import MOST_RUNS
 

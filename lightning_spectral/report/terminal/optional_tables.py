@@ -11,13 +11,7 @@ from rich.table import Table
 from lightning_spectral.analysis import trusted
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.terminal.formatting import (
-    fit_table,
-    fixed,
-    percent,
-    printable,
-    short,
-)
+from lightning_spectral.report.terminal.formatting import fit_table, fixed, percent, printable, short
 
 NAME_LEAST = 12
 """Characters of a layer's name that are worth more than another column; the first table has more of it."""
