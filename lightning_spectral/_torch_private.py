@@ -24,11 +24,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def private(module: str, name: str) -> Any:
-    """Return a private name of torch.
-
-    Raises:
-        ImportError: if this torch does not have it.
-    """
+    """Return a private name of torch."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -270,11 +266,7 @@ def restored_function_modes(mode: TorchFunctionMode, release: Callable[[BaseExce
 
 @contextmanager
 def outside_all_modes() -> Iterator[None]:
-    """Run operations that are no part of a loss: unseen by autograd, torch.func and modes.
-
-    Raises:
-        ImportError: if this torch does not have the names it takes.
-    """
+    """Run operations that are no part of a loss: unseen by autograd, torch.func and modes."""
     entered: list[Callable[[], AbstractContextManager[Any]]] = [
         private("torch._functorch.pyfunctorch", "temporarily_clear_interpreter_stack"),
         torch.no_grad,
@@ -288,11 +280,7 @@ def outside_all_modes() -> Iterator[None]:
 
 
 def fake_tensor_mode() -> Any:
-    """Return a mode whose tensors have shapes and no values.
-
-    Raises:
-        ImportError: if this torch does not have it.
-    """
+    """Return a mode whose tensors have shapes and no values."""
     return private("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
 
 

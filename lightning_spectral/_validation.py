@@ -11,9 +11,6 @@ T = TypeVar("T")
 def positive_int(option: str, value: int, at_least: int = 1, *, reason: str = "") -> int:
     """Return a whole number of at least `at_least`; the reason for the bound follows it in the message.
 
-    Raises:
-        ValueError: for any other value.
-
     >>> positive_int("n_batches", 2)
     2
     >>> positive_int("top_k", 2, 3, reason="the points that a fit needs")
@@ -27,11 +24,7 @@ def positive_int(option: str, value: int, at_least: int = 1, *, reason: str = ""
 
 
 def optional_positive_int(option: str, value: int | None, at_least: int = 1, *, reason: str = "") -> int | None:
-    """Return None, or a whole number of at least `at_least`.
-
-    Raises:
-        ValueError: for any other value.
-    """
+    """Return None, or a whole number of at least `at_least`."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < at_least):
         raise ValueError(f"{option} must be None or {_whole_number(at_least, reason)}, got {value!r}")
     return value
@@ -44,9 +37,6 @@ def _whole_number(at_least: int, reason: str) -> str:
 def one_of(option: str, value: T, choices: Iterable[T]) -> T:
     """Return a value that is among the choices.
 
-    Raises:
-        ValueError: for any other value.
-
     >>> one_of("mode", "test", ("eval", "train"))
     Traceback (most recent call last):
     ValueError: mode must be one of 'eval', 'train', got 'test'
@@ -58,11 +48,7 @@ def one_of(option: str, value: T, choices: Iterable[T]) -> T:
 
 
 def flag(option: str, value: bool | None, *, none: bool = False) -> bool | None:
-    """Return True or False; or None where `none` allows it.
-
-    Raises:
-        ValueError: for any other value, 0 and 1 among them.
-    """
+    """Return True or False; or None where `none` allows it."""
     if not isinstance(value, bool) and not (none and value is None):
         raise ValueError(f"{option} must be {'None, ' if none else ''}True or False, got {value!r}")
     return value

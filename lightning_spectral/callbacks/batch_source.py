@@ -40,9 +40,6 @@ class BatchSource:
         fixed_samples: with "fixed", keep as many batches as hold so many samples, the last one cut, instead.
         gradient_samples: as many batches as hold so many samples of all ranks; "auto": as many as `aim` is told.
         gradient_samples_max: samples of all ranks that "auto" takes at most.
-
-    Raises:
-        ValueError: for an option out of range, or options that exclude each other.
     """
 
     def __init__(
@@ -137,11 +134,7 @@ class BatchSource:
         self.samples = None if samples is None else max(1, int(min(samples, most)))
 
     def collect(self, batch: Any) -> None:
-        """Keep a copy of a training batch.
-
-        Raises:
-            MeasurementError: if an option asks for its samples and they cannot be counted.
-        """
+        """Keep a copy of a training batch."""
         if self.fixed_samples is not None:
             size = count_samples(batch, "fixed_samples")
             missing = self.fixed_samples - self._samples

@@ -55,11 +55,7 @@ class ProbeTrigger:
         self.warn(f"SpectralProbe is off: {reason}")
 
     def prepare(self, trainer: Any) -> None:
-        """Drop the last run's batches, and warn of options that contradict each other.
-
-        Raises:
-            ValueError: for a DataLoader that is too short.
-        """
+        """Drop the last run's batches, and warn of options that contradict each other."""
         if self.is_resumed and self.source.choice == "fixed":
             self.warn(
                 "batch='fixed' keeps the first batches after the resume, not those before it; "

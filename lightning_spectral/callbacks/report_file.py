@@ -82,9 +82,6 @@ def run_folder(trainer: Any) -> Path:
     """Return the folder of a run on this machine: the first logger's that has one, else default_root_dir.
 
     `Trainer.log_dir` is a collective: on rank 0 alone it would hang.
-
-    Raises:
-        ValueError: if all of them are URLs.
     """
     for folder in (*map(_logger_folder, trainer.loggers), trainer.default_root_dir):
         if folder and "://" not in str(folder):

@@ -44,12 +44,7 @@ FIGURES: dict[str, Callable[[SpectralReport, Sequence[SpectralReport]], Any]] = 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Options of a probe's output beside scalars, documented in `SpectralProbe`.
-
-    Raises:
-        ValueError: for an option out of range.
-        ImportError: for figures without matplotlib.
-    """
+    """Options of a probe's output beside scalars, documented in `SpectralProbe`."""
 
     log_figures_every: int | None = None
     log_tables: bool = False
@@ -78,9 +73,6 @@ class ReportWriter:
 
     Args:
         layers: names of all layers -> those shown one by one.
-
-    Raises:
-        ValueError: for a prefix that is no path below a folder.
     """
 
     def __init__(

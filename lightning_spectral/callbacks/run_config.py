@@ -21,9 +21,6 @@ def known_keywords(init: Callable[Arguments, None]) -> Callable[Arguments, None]
     """Return a constructor that refuses a keyword it does not take with the nearest one that it does.
 
     Its signature stays. Python itself suggests one from 3.13 on.
-
-    Raises:
-        TypeError: by what is returned, for any other keyword.
     """
     names = inspect.signature(init).parameters
 

@@ -133,11 +133,7 @@ def _help(option: Field[Any]) -> str:
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
-    """Return the options that a command line gives.
-
-    Raises:
-        ValueError: for one out of range, or kinds or rows of another form.
-    """
+    """Return the options that a command line gives."""
     values = {option.name: getattr(arguments, option.name) for option in fields(Options)}
     kinds, fused_qkv = _kinds(values.pop("kinds") or ()), _fused_qkv(values.pop("fused_qkv"))
     return Options(**values, kinds=kinds, fused_qkv=fused_qkv)

@@ -69,11 +69,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: str | Path) -> Checkpoint:
-        """Read a Lightning checkpoint or a state dict with ``weights_only=True``: nothing in it is executed.
-
-        Raises:
-            SourceError: if there is no such file, or it holds something else.
-        """
+        """Read a Lightning checkpoint or a state dict with ``weights_only=True``: nothing in it is executed."""
         path = Path(path)
         if not path.is_file():
             folder = "; of a sharded checkpoint, make one file first" if path.is_dir() else ""
@@ -99,9 +95,6 @@ class Checkpoint:
 
         Returns:
             Description of the names left out; empty if there are none.
-
-        Raises:
-            SourceError: if names or shapes do not match.
         """
         if self.key is not None and callable(hook := getattr(model, "on_load_checkpoint", None)):
             hook(self.content)
@@ -166,9 +159,6 @@ def build_model(path: str, checkpoint: Checkpoint | None = None) -> nn.Module:
 
     A class is given the checkpoint's hyper-parameters that it takes, as Lightning's ``load_from_checkpoint`` does;
     anything else is called without arguments. A LightningModule's ``configure_model`` is called.
-
-    Raises:
-        SourceError: if there is none, or making it fails.
     """
     made = import_object(path, "--model")
     arguments: dict[str, Any] = {}

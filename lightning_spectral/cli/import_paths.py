@@ -23,11 +23,7 @@ class SourceError(ValueError):
 
 
 def import_object(path: str, option: str) -> Any:
-    """Return the object that ``pkg.module:name`` names.
-
-    Raises:
-        SourceError: if there is no such module or name, or importing it fails.
-    """
+    """Return the object that ``pkg.module:name`` names."""
     module, colon, name = path.partition(":")
     if not colon:
         module, _, name = path.rpartition(".")
@@ -67,10 +63,6 @@ def batch_reader(path: str, n_batches: int, model: nn.Module) -> Callable[[int |
             tensor, tuple, list or mapping; or of something that returns one of these when called without arguments.
         n_batches: how many at least.
         model: whose random states are kept.
-
-    Raises:
-        ValueError: unless n_batches is at least 1.
-        SourceError: here or when it reads, if there is no such data, or not enough of it.
     """
     positive_int("--n-batches", n_batches)
     value = import_object(path, "--data")
@@ -126,9 +118,6 @@ def named_loss(name: str | None) -> LossFunction | None:
     """Return the loss of that name: of `torch.nn.functional`, or ``pkg.module:function`` of (model, batch).
 
     None stays None: the module's own loss.
-
-    Raises:
-        SourceError: if there is no such loss.
     """
     if name is None or name in FUNCTIONAL_LOSSES:
         return None if name is None else functional_loss(name)

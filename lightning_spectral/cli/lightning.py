@@ -133,12 +133,7 @@ def spectral_cli(package: str = "pytorch_lightning") -> type[_LightningCLI]:
 
 
 def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
-    """Run ``fit --config ...`` and the like with the LightningCLI of the package that the model is of.
-
-    Raises:
-        SourceError: if the model cannot be imported, or there is no data.
-        SystemExit: if LightningCLI refuses an argument.
-    """
+    """Run ``fit --config ...`` and the like with the LightningCLI of the package that the model is of."""
     path = named_model(arguments)
     # A short name is for LightningCLI to resolve, and so is a file of options.
     by_path = path is not None and "." in path and Path(path).suffix not in (".yaml", ".yml", ".json")

@@ -22,12 +22,7 @@ from lightning_spectral.report import print_report, run_of, write_page
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure a network; print the report, and write ``spectra.json`` and, with plotly, ``spectra.html`` to a folder.
-
-    Raises:
-        SourceError: if something named cannot be found, loaded or written.
-        ValueError, MeasurementError: as in `lightning_spectral.measure_spectra`.
-    """
+    """Measure a network; print the report, write ``spectra.json`` and, with plotly, ``spectra.html`` to a folder."""
     options = options_of(arguments)
     # Before measuring, so that a folder that cannot be made costs no measurement.
     folder = made_folder(arguments.output)
@@ -69,11 +64,7 @@ def measure_checkpoint(arguments: argparse.Namespace, options: Options) -> Spect
 
 
 def made_folder(folder: str) -> Path:
-    """Return a folder to write to, which is made if it is not there.
-
-    Raises:
-        SourceError: if it cannot be made.
-    """
+    """Return a folder to write to, which is made if it is not there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -54,11 +54,6 @@ def plan_model(
         data: import path of batches, of which the shapes of the first one count.
         shapes: of a batch in place of data, see `shaped_batch`.
         checkpoint: file whose hyper-parameters the model is made with.
-
-    Raises:
-        SourceError: if something named cannot be found or loaded, for data and shapes both, and for a model that reads
-            its weights when it is made.
-        ValueError, MeasurementError: as in `lightning_spectral.plan.planner.plan_spectra`.
     """
     if data is not None and shapes:
         raise SourceError("--data and --batch-shape: give one of them")
@@ -84,9 +79,6 @@ def shaped_batch(shapes: Sequence[str]) -> Any:
 
     Args:
         shapes: such as ``64x3x32x32``, with a type other than float32 after a colon.
-
-    Raises:
-        SourceError: for what is no shape or no type.
 
     >>> [(tuple(x.shape), x.dtype) for x in shaped_batch(["8x5", "8:int64"])]
     [((8, 5), torch.float32), ((8,), torch.int64)]

@@ -16,12 +16,7 @@ from lightning_spectral.report.trackers.wandb_tracker import wandb_workspace
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the page of a run, or of several, and print what it was made of.
-
-    Raises:
-        RunError: if there is no such run, or no page can be written there.
-        ImportError: without plotly.
-    """
+    """Write the page of a run, or of several, and print what it was made of."""
     inputs = [path for _, path in map(named_path, arguments.run)]
     target = default_target(inputs) if arguments.output is None else Path(arguments.output)
     is_there = target.is_file()
@@ -47,11 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check_target(path: Path) -> None:
-    """Refuse a file that is to hold a page and has no such name, or no folder to be in.
-
-    Raises:
-        RunError: naming what is wrong.
-    """
+    """Refuse a file that is to hold a page and has no such name, or no folder to be in."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise RunError(f"--output {path}: the name of a page ends in .html or .htm")
     if not path.parent.is_dir():
@@ -69,13 +60,7 @@ def default_target(paths: Sequence[Path]) -> Path:
 
 
 def save_workspace(arguments: argparse.Namespace) -> None:
-    """Make the view in W&B, which prints its address.
-
-    Raises:
-        ValueError: for a project that is not ENTITY/PROJECT.
-        ImportError: without wandb-workspaces.
-        Exception: of W&B, without a login, a network or the right to write there.
-    """
+    """Make the view in W&B, which prints its address."""
     entity, project = project_of(arguments.project)
     wandb_workspace(entity, project, name=arguments.name, prefix=arguments.prefix).save()
 
@@ -85,9 +70,6 @@ def project_of(path: str) -> tuple[str, str]:
 
     >>> project_of("team/nets"), project_of("https://wandb.ai/team/nets/workspace")
     (('team', 'nets'), ('team', 'nets'))
-
-    Raises:
-        ValueError: if it is neither.
     """
     match = re.fullmatch(r"([^/\s]+)/([^/\s]+)", re.sub(r"^https?://[^/]+/([^/]+/[^/?]+).*", r"\1", path))
     if match is None:

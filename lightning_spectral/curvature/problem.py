@@ -31,11 +31,7 @@ def checked_loss(value: Any) -> Tensor:
 
 
 def scalar_loss(value: Any) -> Tensor:
-    """Return the loss, if it is a scalar with a gradient, whatever its value.
-
-    Raises:
-        MeasurementError: if not.
-    """
+    """Return the loss, if it is a scalar with a gradient, whatever its value."""
     if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise MeasurementError(f"the loss must be a scalar tensor with a gradient, got {found}")

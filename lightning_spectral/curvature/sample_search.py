@@ -58,9 +58,6 @@ def move_network(
     Args:
         nearest: take the cut nearest to the loss, if the network is piecewise linear below it; else its output, behind
             the last product with a parameter.
-
-    Raises:
-        MeasurementError: if there is no such layer.
     """
     if problem.samples is None:
         raise MeasurementError(

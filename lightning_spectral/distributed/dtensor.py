@@ -16,11 +16,7 @@ COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
 
 
 def shards_of(model: nn.Module, group: SingleProcess) -> list[Any]:
-    """Return the parameters and buffers that are shards, in the model's order, resharded.
-
-    Raises:
-        ValueError: for shards that ranks beside these hold.
-    """
+    """Return the parameters and buffers that are shards, in the model's order, resharded."""
     for module in model.modules():
         if is_fully_sharded(type(module)):
             # After a validation the outermost weights are still gathered, in the precision of the forward pass.

@@ -123,9 +123,6 @@ class DistributedGroup(SingleProcess):
 
     Args:
         group: of torch.distributed, with a backend for the device of the tensors; None: all ranks.
-
-    Raises:
-        ValueError: if this process is not one of them.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:

@@ -36,9 +36,6 @@ def take_samples(batch: Any, stop: int, start: int = 0, *, option: str = "max_sa
 
     Tensors are cut along their leading dimension; so are lists and tuples with one entry per sample that hold no
     tensor, such as file names. Everything else is passed on. ``option`` is what an error names as its cause.
-
-    Raises:
-        MeasurementError: if the tensors do not share their leading dimension.
     """
     sizes = _leading_sizes(batch, "batch")
     if len(set(sizes.values())) != 1:

@@ -71,9 +71,6 @@ def copied_module(
         model: the original.
         stand_ins: id of an object -> what takes its place in the copy.
         lowest: type that floating and complex tensors below it are raised to; None: they stay as they are.
-
-    Raises:
-        MeasurementError: if a module cannot be copied.
     """
     copier = Copier(lowest)
     copier.memo.update(stand_ins or {})

@@ -50,10 +50,6 @@ def batches_to_measure(
         batch: of this rank, or its DataLoader.
         n_batches: to take at least.
         model, options, loss_fn, group: as in `measure_spectra`.
-
-    Raises:
-        ValueError: if n_batches is none, or there are not as many.
-        MeasurementError: if samples cannot be counted.
     """
 
     def read(samples: int | None) -> Sequence[Any]:

@@ -78,11 +78,7 @@ ALL = Share(0, 1)
 
 
 def count_samples(batch: Any, option: str) -> int:
-    """Return the samples of a batch.
-
-    Raises:
-        MeasurementError: naming the option that asks for them, if they cannot be counted.
-    """
+    """Return the samples of a batch."""
     size = batch_size(batch)
     if size is None:
         raise MeasurementError(
@@ -101,11 +97,7 @@ def length_of(loader: Any) -> int | None:
 
 
 def unused_copy(loader: Any) -> Any:
-    """Return a copy of a loader that may be in use: with its own samplers, and without the original's workers.
-
-    Raises:
-        MeasurementError: for an iterator, of which there is no copy.
-    """
+    """Return a copy of a loader that may be in use: with its own samplers, and without the original's workers."""
     if isinstance(loader, Iterator):
         raise MeasurementError(f"{type(loader).__name__} gives its batches once, to training alone")
     loader = copy.copy(loader)
@@ -142,10 +134,6 @@ def first_batches(
         share: which of them to keep.
         device: where to give them back; None: where they were.
         samples: read on until there are so many, of all shares, or the loader ends; None: n batches.
-
-    Raises:
-        ValueError: if the loader has fewer than n.
-        MeasurementError: if samples cannot be counted.
     """
     states = RandomStates(model)
     parts = getattr(loader, "loaders", [loader])

@@ -32,11 +32,7 @@ class NamedLoss:
     name: str = LOSS_FN
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
-        """Compute the loss.
-
-        Raises:
-            MeasurementError: if it is no scalar tensor with a gradient.
-        """
+        """Compute the loss."""
         loss: Any = self.function(module, batch)
         if loss is None:
             raise MeasurementError(f"{self.name} returned None, so there is no loss of this batch")
@@ -65,11 +61,7 @@ class NamedLoss:
 
 
 def checked_loss_fn(loss_fn: LossFunction | None) -> LossFunction | None:
-    """Return the user's loss.
-
-    Raises:
-        ValueError: if it cannot be called.
-    """
+    """Return the user's loss."""
     if loss_fn is not None and not callable(loss_fn):
         raise ValueError(f"loss_fn must be a callable (module, batch) -> scalar, got {loss_fn!r}")
     return loss_fn
@@ -80,9 +72,6 @@ def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int 
 
     training_step is given ``batch_idx``. It is taken for automatic optimization only: with manual optimization a call
     would step the optimizer.
-
-    Raises:
-        ValueError: if the module offers none of them.
     """
     if (function := checked_loss_fn(loss_fn)) is not None:
         return NamedLoss(function)

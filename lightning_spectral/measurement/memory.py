@@ -47,9 +47,6 @@ def attempts(objective: Objective, max_size: int | None) -> Iterator[Attempt]:
 
     Args:
         max_size: samples of the largest micro-batch in the first try; None: full batches.
-
-    Raises:
-        MeasurementError: if memory ran out at every try.
     """
     failures: list[str] = []
     while len(failures) < TRIES:

@@ -57,9 +57,6 @@ def infer_weights(
         micro_batches: all of one batch, in order.
         parts: L_i, with what was seen of how they came about.
         compute_dtype: the dtype whose rounding counts.
-
-    Raises:
-        NoSumError: if there are no such weights, or the losses are too equal to tell.
     """
     losses = [0.0 if part.normalizer == 0 else part.value for part in parts]
     tolerance = SUM_TOLERANCE[compute_dtype]

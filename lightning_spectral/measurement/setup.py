@@ -149,11 +149,7 @@ def first_buffers(module: nn.Module, buffers: Mapping[str, Tensor], group: Singl
 
 
 def select_layers(model: nn.Module, options: Options) -> LayerSet:
-    """Return the layers to measure, and those left out.
-
-    Raises:
-        ValueError: if none is left.
-    """
+    """Return the layers to measure, and those left out."""
     layers = find_layers(model, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)
     if not layers.layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(layers.skipped.items())[:4])
@@ -176,9 +172,6 @@ def set_up_objective(
         layers: to measure, the same on all ranks.
         options: settings that all ranks must have in common.
         parameters: name -> leaf of the copy to differentiate in; None: those of the layers.
-
-    Raises:
-        MeasurementError: if ranks are not to measure the same, or there is no sample on any.
     """
     with group.step() as step:
         if options.max_samples is not None and options.gradient_samples is None:

@@ -62,11 +62,7 @@ class Weights:
 
     @classmethod
     def copied(cls, model: nn.Module) -> Weights:
-        """Return a copy of the trained parameters and of all buffers, on their devices.
-
-        Raises:
-            MeasurementError: for a parameter of a lazy module that has not seen a batch.
-        """
+        """Return a copy of the trained parameters and of all buffers, on their devices."""
         trained = {name for name, parameter in unwrapped(model).named_parameters() if parameter.requires_grad}
         weights = cls.of(model)
         if lazy := sorted(trained - weights.parameters.keys()):

@@ -34,9 +34,6 @@ class LayerMeasurement:
         gradient_noise: signal and sampling noise of the gradient.
         note: reason for a missing h; empty where there is none.
         alignment_note: reason for a missing alignment that was asked for.
-
-    Raises:
-        ValueError: if sigma, h and h_stderr are not of one length.
     """
 
     name: str

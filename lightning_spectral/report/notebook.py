@@ -53,11 +53,7 @@ def table_html(table: Table) -> str:
 
 
 def report_figure(report: SpectralReport, name: str, **options: Any) -> Figure:
-    """Draw one of `FIGURES` of a report.
-
-    Raises:
-        ValueError: if there is no such figure.
-    """
+    """Draw one of `FIGURES` of a report."""
     if name not in FIGURES:
         raise ValueError(f"there is no figure {name!r} of one report; there are {', '.join(FIGURES)}")
     figure: Figure = getattr(figures, f"plot_{name}")(report, **options)

@@ -79,9 +79,6 @@ def plot_runs_side_by_side(
     """Draw alpha over the steps of several runs: a panel per kind of layer, a colour, marker and line per run.
 
     Thick lines are medians over the fits to trust, thin ones layers; limits are those of `plot_alpha_over_training`.
-
-    Raises:
-        ValueError: if there is no run, or more than can be told apart, or one of them has no report or no layers.
     """
     if not 1 <= len(runs) <= MOST_RUNS:
         raise ValueError(f"need 1 to {MOST_RUNS} runs, each a name and its reports, got {len(runs)}")

@@ -32,11 +32,7 @@ GENERATOR = b'<meta name="generator" content="lightning-spectral '
 
 
 def plotly_js() -> str:
-    """Return the source of plotly.js, from the Python package plotly.
-
-    Raises:
-        ImportError: if plotly is not installed; the message says how to install it.
-    """
+    """Return the source of plotly.js, from the Python package plotly."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -87,11 +83,7 @@ def page(run: Run, *, title: str | None = None) -> str:
 
 
 def runs_page(runs: Sequence[Run], *, title: str | None = None) -> str:
-    """Return the HTML of the page of several runs, which needs no network either.
-
-    Raises:
-        RunError: if there is no run, more than can be told apart, or one of them is empty.
-    """
+    """Return the HTML of the page of several runs, which needs no network either."""
     if not 1 <= len(runs) <= MOST_RUNS:
         raise RunError(f"need 1 to {MOST_RUNS} runs for one page, got {len(runs)}")
     for run in runs:

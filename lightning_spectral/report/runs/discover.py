@@ -41,9 +41,6 @@ def find_files(paths: Iterable[str | Path], prefix: str | None = None) -> list[R
         paths: files, or folders that hold a run: the newest ``spectra.jsonl`` in or below it (a W&B run's is in its
             ``files``), else checkpoints. JSON reports in a folder itself come before files below it.
         prefix: of the probe's keys, where a run holds the files of several probes.
-
-    Raises:
-        RunError: if a path is not there, or holds no run.
     """
     files: dict[Path, RunFile] = {}
     for path in map(Path, paths):

@@ -157,9 +157,6 @@ def _check_networks(inputs: Sequence[RunInput]) -> None:
 
     Layers may come and go in a training. Two inputs are of one network where most of the smaller one's layers are in
     both, with the same shape; a frozen layer's is unknown.
-
-    Raises:
-        RunError: naming two inputs that are not.
     """
     networks = [(item.name, shapes) for item in inputs if (shapes := _shapes(item.steps))]
     for (a, before), (b, after) in pairwise(networks):
@@ -180,11 +177,7 @@ def _shapes(steps: Sequence[RunStep]) -> dict[str, tuple[int, int] | None]:
 
 
 def _in_order(inputs: Sequence[RunInput]) -> tuple[RunStep, ...]:
-    """Return the steps of all inputs in the order of training, those outside training first.
-
-    Raises:
-        RunError: if two inputs hold different reports of one step.
-    """
+    """Return the steps of all inputs in the order of training, those outside training first."""
     outside: list[RunStep] = []
     by_step: dict[int, tuple[str, RunStep]] = {}
     for item in inputs:

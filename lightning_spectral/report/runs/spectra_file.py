@@ -77,19 +77,12 @@ def append_report(path: str | Path, report: SpectralReport) -> None:
 
     A last line without its end, of a killed run or a full disk, is cut off first: nothing can be read from it, and
     what follows it must begin a line.
-
-    Raises:
-        OSError: if the file cannot be written, or not in full.
     """
     _append(path, _line_of(report))
 
 
 def append_step(path: str | Path, measurement: StepMeasurement) -> None:
-    """Append the measurement of the optimizer's step after a probe, as `append_report` does a report.
-
-    Raises:
-        OSError: if the file cannot be written, or not in full.
-    """
+    """Append the measurement of the optimizer's step after a probe, as `append_report` does a report."""
     first = {"format": STEP_FORMAT, "version": FORMAT_VERSION, "step": measurement.step}
     _append(path, {**first, **to_jsonable(measurement)})
 
@@ -140,11 +133,7 @@ def _lines_with_warning(path: str | Path, *, of_step: bool) -> list[Line]:
 
 
 def index_lines(path: str | Path) -> tuple[list[Line], str]:
-    """Return where a file's reports and steps are, without decoding them, and what it says of a torn last line, if any.
-
-    Raises:
-        RunError: if the file cannot be read, or a line is neither.
-    """
+    """Return where a file's reports and steps are, without decoding them, and what there is to say of its end."""
     lines: list[Line] = []
     offset = 0
     for number, line in enumerate(_lines(path), start=1):
@@ -166,20 +155,12 @@ def _replaces(new: Line, old: Line) -> bool:
 
 
 def decode_reports(path: str | Path, lines: Iterable[Line]) -> Iterator[SpectralReport]:
-    """Yield the reports of these lines, each read, checked and fitted when it is asked for.
-
-    Raises:
-        RunError: if one cannot be read.
-    """
+    """Yield the reports of these lines, each read, checked and fitted when it is asked for."""
     return _decoded(path, lines, _report_of, "report")
 
 
 def decode_steps(path: str | Path, lines: Iterable[Line]) -> Iterator[StepMeasurement]:
-    """Yield the optimizer's steps of these lines.
-
-    Raises:
-        RunError: if one cannot be read.
-    """
+    """Yield the optimizer's steps of these lines."""
     return _decoded(path, lines, partial(decode, StepMeasurement), "step")
 
 
