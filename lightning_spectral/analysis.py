@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_spectral.layers.names import brief
 from lightning_spectral.numerics.statistics import median
-from lightning_spectral.records.fit_quality import DOUBTFUL, TRUSTED, FitQuality
+from lightning_spectral.records.fit_quality import DOUBTFUL, TRUSTED
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 
@@ -19,6 +18,8 @@ DEVIATES, DEVIATES_STDERR, SIBLINGS = 0.25, 3.0, 3
 
 ALPHA_BAND = (1.85, 2.15)
 """Band around alpha = 2, where curvature is the square of the gradient: the grey band of figures and pages."""
+
+Layers = SpectralReport | Sequence[LayerSpectrum]
 
 Reported = tuple[float, float, str]
 
@@ -95,89 +96,6 @@ def trusted(layer: LayerSpectrum) -> bool:
 
 
 @dataclass(frozen=True)
-class Exponents:
-    """Exponents of one layer, from its spectrum or from what was logged of it; NaN where unknown.
-
-    Attributes:
-        name: of the layer.
-        kind: of the layer; empty where a log does not tell.
-        alpha, stderr, r2: exponent of curvature in sigma, its standard error and the fit's r2.
-        gamma, s: decay of the gradient's and of the curvature's spectrum.
-        transfer_error: abs(s - alpha gamma) / abs(s).
-        pr_curvature: participation ratio of the positive curvatures.
-        negative: directions of negative curvature.
-        points: in the fit of alpha.
-        theil_sen: slope of alpha that no single point carries.
-        signal: share of the squared gradient that is no sampling noise.
-        note: why there is no alpha.
-    """
-
-    name: str
-    kind: str
-    alpha: float
-    stderr: float
-    r2: float
-    gamma: float
-    s: float
-    transfer_error: float
-    pr_curvature: float
-    negative: float
-    points: float
-    theil_sen: float
-    signal: float
-    note: str = ""
-
-    @property
-    def alpha_gamma(self) -> float:
-        """Return alpha * gamma, which the transfer relation says is s."""
-        return self.alpha * self.gamma
-
-    @property
-    def quality(self) -> FitQuality:
-        """What tells whether alpha is to be trusted."""
-        return FitQuality(self.alpha, self.stderr, self.r2, self.points, self.theil_sen, self.signal)
-
-    @property
-    def trusted(self) -> bool:
-        """Return whether alpha is to be trusted."""
-        return self.quality.trusted
-
-    @property
-    def short(self) -> str:
-        """Name as tables show it."""
-        return brief(self.name)
-
-    @classmethod
-    def of(cls, layer: LayerSpectrum) -> Exponents:
-        """Return the exponents of a layer's spectrum."""
-        return cls.logged(layer.name, layer.scalars(), kind=layer.kind, note=layer.note)
-
-    @classmethod
-    def logged(cls, name: str, scalars: Mapping[str, float], *, kind: str = "", note: str = "") -> Exponents:
-        """Return the exponents of a layer's logged quantities, of which any may be missing."""
-
-        def value(key: str) -> float:
-            return scalars.get(key, float("nan"))
-
-        return cls(
-            name=name,
-            kind=kind,
-            alpha=value("alpha"),
-            stderr=value("alpha_stderr"),
-            r2=value("r2_alpha"),
-            gamma=value("gamma"),
-            s=value("s"),
-            transfer_error=value("transfer_error"),
-            pr_curvature=value("pr_curvature"),
-            negative=value("negative_curvature"),
-            points=value("points"),
-            theil_sen=value("alpha_theil_sen"),
-            signal=value("signal"),
-            note=note,
-        )
-
-
-@dataclass(frozen=True)
 class TransferIdentity:
     """Result of comparing s with alpha gamma.
 
@@ -187,40 +105,38 @@ class TransferIdentity:
         worst: of those with a fit to trust, the one with the largest error; None where there is none.
     """
 
-    layers: tuple[Exponents, ...]
+    layers: tuple[LayerSpectrum, ...]
     median_error: float
-    worst: Exponents | None
+    worst: LayerSpectrum | None
 
     @property
-    def trusted(self) -> list[Exponents]:
+    def trusted(self) -> list[LayerSpectrum]:
         """Return the layers with a fit to trust."""
-        return [layer for layer in self.layers if layer.trusted]
+        return [layer for layer in self.layers if layer.fit_quality.trusted]
 
 
-def transfer_identity(report: SpectralReport | Sequence[Exponents]) -> TransferIdentity:
+def transfer_identity(report: Layers) -> TransferIdentity:
     """Compare s with alpha gamma per layer; return the median error over the fits to trust."""
-    layers = tuple(x for x in of_each_layer(report) if not math.isnan(x.transfer_error))
-    trusted = [x for x in layers if x.trusted]
-    worst = max(trusted, key=lambda x: x.transfer_error, default=None)
-    return TransferIdentity(layers, median([x.transfer_error for x in trusted]), worst)
+    layers = tuple(x for x in layers_of(report) if not math.isnan(x.transfer_error))
+    good = [x for x in layers if trusted(x)]
+    worst = max(good, key=lambda x: x.transfer_error, default=None)
+    return TransferIdentity(layers, median([x.transfer_error for x in good]), worst)
 
 
-def deviating(report: SpectralReport | Sequence[Exponents]) -> list[tuple[Exponents, float]]:
+def deviating(report: Layers) -> list[tuple[LayerSpectrum, float]]:
     """Return layers whose alpha is far from its kind's, each with the median of its kind; among fits to trust."""
-    kinds: dict[str, list[Exponents]] = {}
-    for layer in of_each_layer(report):
-        if layer.trusted:
+    kinds: dict[str, list[LayerSpectrum]] = {}
+    for layer in layers_of(report):
+        if trusted(layer):
             kinds.setdefault(layer.kind, []).append(layer)
     out = []
     for layers in kinds.values():
-        middle = median([x.alpha for x in layers])
-        far = [x for x in layers if abs(x.alpha - middle) > max(DEVIATES, DEVIATES_STDERR * x.stderr)]
+        middle = median([x.alpha.exponent for x in layers])
+        far = [x for x in layers if abs(x.alpha.exponent - middle) > max(DEVIATES, DEVIATES_STDERR * x.alpha.stderr)]
         out += [(x, middle) for x in far if len(layers) >= SIBLINGS]
     return out
 
 
-def of_each_layer(report: SpectralReport | Sequence[Exponents]) -> list[Exponents]:
-    """Return the exponents of a report's layers in the order of the network; a sequence of exponents as it is."""
-    if isinstance(report, SpectralReport):
-        return [Exponents.of(layer) for layer in report.layers.values()]
-    return list(report)
+def layers_of(report: Layers) -> list[LayerSpectrum]:
+    """Return the layers of a report in the order of the network."""
+    return list(report.layers.values() if isinstance(report, SpectralReport) else report)

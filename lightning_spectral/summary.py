@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 from lightning_spectral._messages import join_names
-from lightning_spectral.analysis import PAPER_ALPHA, Exponents, deviating, of_each_layer, transfer_identity
+from lightning_spectral.analysis import PAPER_ALPHA, Layers, deviating, layers_of, transfer_identity, trusted
+from lightning_spectral.layers.names import brief
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.fit_quality import GOOD_FIT, LEAST_SIGNAL, TRUSTED
-from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 IDENTITY_HOLDS, IDENTITY_ROUGH = 0.05, 0.15
 """Median transfer errors up to which s = alpha gamma holds, and holds roughly. The paper's are 0.010 to 0.019."""
@@ -21,16 +22,9 @@ SAYS_LITTLE = (
 """Where h is a power of sigma exactly, s = alpha gamma follows from the linearity of least squares."""
 
 
-def summary(report: SpectralReport | Sequence[Exponents]) -> list[str]:
-    """Return a measurement in sentences, one or two per entry: fits, exponents, deviating layers, the identity.
-
-    >>> flat = {"alpha": 2.0, "r2_alpha": 0.99, "gamma": 1.0, "s": 2.0, "transfer_error": 0.0}
-    >>> for sentence in summary([Exponents.logged("a", flat), Exponents.logged("b", flat | {"r2_alpha": 0.5})])[1:3]:
-    ...     print(sentence)
-    Not to be trusted: b (r2 0.50). There log h is no straight line in log sigma, and alpha is the slope of a cloud.
-    The median alpha of the fits to trust is 2.00: curvature grows about as the square of the gradient.
-    """
-    layers = of_each_layer(report)
+def summary(report: Layers) -> list[str]:
+    """Return a measurement in sentences, one or two per entry: fits, exponents, deviating layers, the identity."""
+    layers = layers_of(report)
     parts = (
         _trust,
         _clouds,
@@ -46,7 +40,7 @@ def summary(report: SpectralReport | Sequence[Exponents]) -> list[str]:
     return [sentence for part in parts if (sentence := part(layers))]
 
 
-def summary_over_training(probes: Sequence[tuple[int | None, Sequence[Exponents]]]) -> list[str]:
+def summary_over_training(probes: Sequence[tuple[int | None, Sequence[LayerSpectrum]]]) -> list[str]:
     """Say how alpha moved between the first and the last of several measurements of one run.
 
     Args:
@@ -67,14 +61,14 @@ def summary_over_training(probes: Sequence[tuple[int | None, Sequence[Exponents]
     return [f"{text}; {most} moved most, from {before[most]:.2f} to {after[most]:.2f}."]
 
 
-def _alphas(layers: Sequence[Exponents]) -> dict[str, float]:
-    return {x.short: x.alpha for x in layers if x.trusted}
+def _alphas(layers: Sequence[LayerSpectrum]) -> dict[str, float]:
+    return {brief(x.name): x.alpha.exponent for x in layers if trusted(x)}
 
 
-def _trust(layers: Sequence[Exponents]) -> str:
+def _trust(layers: Sequence[LayerSpectrum]) -> str:
     if not layers:
         return "No layer was measured."
-    good, n = sum(x.trusted for x in layers), len(layers)
+    good, n = sum(trusted(x) for x in layers), len(layers)
     if good == n:
         who = "The one layer has" if n == 1 else f"All {n} layers have"
     else:
@@ -82,43 +76,44 @@ def _trust(layers: Sequence[Exponents]) -> str:
     return f"{who} an alpha to trust ({TRUSTED})."
 
 
-def _clouds(layers: Sequence[Exponents]) -> str:
-    clouds = [x for x in layers if not x.trusted and not math.isnan(x.alpha)]
-    bad = [f"{x.short} ({x.quality.doubt})" for x in sorted(clouds, key=lambda x: x.r2)]
+def _clouds(layers: Sequence[LayerSpectrum]) -> str:
+    clouds = [x for x in layers if not trusted(x) and not math.isnan(x.alpha.exponent)]
+    bad = [f"{brief(x.name)} ({x.fit_quality.doubt})" for x in sorted(clouds, key=lambda x: x.alpha.r2)]
     if not bad:
         return ""
     why = "no straight line in log sigma, and alpha is the slope of a cloud"
-    if not all(x.r2 < GOOD_FIT for x in clouds):
+    if not all(x.alpha.r2 < GOOD_FIT for x in clouds):
         why = "no straight line in log sigma, or few points, one alone or noise make it one"
     return f"Not to be trusted: {join_names(bad)}. There log h is {why}."
 
 
-def _noise(layers: Sequence[Exponents]) -> str:
-    noisy = [x for x in layers if x.signal < LEAST_SIGNAL]
+def _noise(layers: Sequence[LayerSpectrum]) -> str:
+    noisy = [x for x in layers if x.gradient_noise.signal < LEAST_SIGNAL]
     if not noisy:
         return ""
-    lowest = min(noisy, key=lambda x: x.signal)
+    lowest = min(noisy, key=lambda x: x.gradient_noise.signal)
     return (
         f"Sampling noise is more than {1 - LEAST_SIGNAL:.0%} of the squared gradient in {len(noisy)} of {len(layers)} "
-        f"layers (signal {lowest.signal:.2f} in {lowest.short}); it pulls alpha towards 2: more gradient_samples."
+        f"layers (signal {lowest.gradient_noise.signal:.2f} in {brief(lowest.name)}); it pulls alpha towards 2: more "
+        "gradient_samples."
     )
 
 
-def _unmeasured(layers: Sequence[Exponents]) -> str:
-    missing = [x.short for x in layers if math.isnan(x.alpha)]
+def _unmeasured(layers: Sequence[LayerSpectrum]) -> str:
+    missing = [brief(x.name) for x in layers if math.isnan(x.alpha.exponent)]
     if not missing:
         return ""
-    why = sorted({x.note for x in layers if math.isnan(x.alpha) and x.note})
+    why = sorted({x.note for x in layers if math.isnan(x.alpha.exponent) and x.note})
     return f"No alpha: {join_names(missing)}" + (f" ({why[0]})." if len(why) == 1 else ".")
 
 
-def _exponent(layers: Sequence[Exponents]) -> str:
-    trusted = sorted((x for x in layers if x.trusted), key=lambda x: x.alpha)
-    if not trusted:
+def _exponent(layers: Sequence[LayerSpectrum]) -> str:
+    good = sorted((x for x in layers if trusted(x)), key=lambda x: x.alpha.exponent)
+    if not good:
         return ""
-    low, high = trusted[0], trusted[-1]
-    reach = f", from {low.alpha:.2f} ({low.short}) to {high.alpha:.2f} ({high.short})" if len(trusted) > 1 else ""
-    middle = median([x.alpha for x in trusted])
+    low, high = (f"{x.alpha.exponent:.2f} ({brief(x.name)})" for x in (good[0], good[-1]))
+    reach = f", from {low} to {high}" if len(good) > 1 else ""
+    middle = median([x.alpha.exponent for x in good])
     return f"The median alpha of the fits to trust is {middle:.2f}{reach}: {in_words(middle)}."
 
 
@@ -141,11 +136,11 @@ def in_words(alpha: float) -> str:
     return next(text for bound, text in bounds if alpha <= bound)
 
 
-def _by_kind(layers: Sequence[Exponents]) -> str:
+def _by_kind(layers: Sequence[LayerSpectrum]) -> str:
     kinds: dict[str, list[float]] = {}
     for x in layers:
-        if x.kind and x.trusted:
-            kinds.setdefault(x.kind, []).append(x.alpha)
+        if trusted(x):
+            kinds.setdefault(x.kind, []).append(x.alpha.exponent)
     if not kinds:
         return ""
     by_kind = "; ".join(f"{kind} {median(alphas):.2f}" for kind, alphas in kinds.items())
@@ -154,31 +149,26 @@ def _by_kind(layers: Sequence[Exponents]) -> str:
     return f"{said} In the paper: {paper}." if paper else said
 
 
-def _deviation(layers: Sequence[Exponents]) -> str:
-    far = [(x, f"{x.short} ({_with_error(x)}; {middle:.2f})") for x, middle in deviating(layers)]
-    if not far:
-        return ""
-    # A log tells no kinds, and then all layers are compared.
-    of = "their kind" if all(x.kind for x, _ in far) else "all layers"
-    return f"Far from the median of {of} (alpha; the median): {join_names([text for _, text in far])}."
+def _deviation(layers: Sequence[LayerSpectrum]) -> str:
+    far = [
+        f"{brief(x.name)} ({x.alpha.exponent:.2f} ± {x.alpha.stderr:.2f}; {middle:.2f})"
+        for x, middle in deviating(layers)
+    ]
+    return f"Far from the median of their kind (alpha; the median): {join_names(far)}." if far else ""
 
 
-def _with_error(x: Exponents) -> str:
-    return f"{x.alpha:.2f}" + ("" if math.isnan(x.stderr) else f" ± {x.stderr:.2f}")
-
-
-def _identity(layers: Sequence[Exponents]) -> str:
+def _identity(layers: Sequence[LayerSpectrum]) -> str:
     identity = transfer_identity(layers)
     n, error, worst = len(identity.trusted), identity.median_error, identity.worst
     if worst is None:
         return ""
     verdict = "holds" if error <= IDENTITY_HOLDS else "holds roughly" if error <= IDENTITY_ROUGH else "does not hold"
     text = f"s = alpha gamma {verdict}: median error {100 * error:.1f} % over {n} fit{'s' if n > 1 else ''} to trust"
-    text += f", {100 * worst.transfer_error:.1f} % at worst ({worst.short})." if n > 1 else "."
+    text += f", {100 * worst.transfer_error:.1f} % at worst ({brief(worst.name)})." if n > 1 else "."
     return text if error > IDENTITY_ROUGH else f"{text} {SAYS_LITTLE}"
 
 
-def _participation(layers: Sequence[Exponents]) -> str:
+def _participation(layers: Sequence[LayerSpectrum]) -> str:
     middle = median([x.pr_curvature for x in layers])
     if math.isnan(middle):
         return ""
@@ -186,12 +176,12 @@ def _participation(layers: Sequence[Exponents]) -> str:
     return f"The participation ratio of curvature is {middle:.1f} {of}."
 
 
-def _negative(layers: Sequence[Exponents]) -> str:
-    negative = [x for x in layers if x.negative > 0]
+def _negative(layers: Sequence[LayerSpectrum]) -> str:
+    negative = [x for x in layers if x.n_negative > 0]
     if not negative:
         return ""
-    total, most = sum(x.negative for x in negative), max(negative, key=lambda x: x.negative)
+    total, most = sum(x.n_negative for x in negative), max(negative, key=lambda x: x.n_negative)
     return (
-        f"{total:.0f} direction{'s' if total > 1 else ''} of negative curvature, left out of the fits, "
-        f"in {len(negative)} layer{'s' if len(negative) > 1 else ''}; most in {most.short} ({most.negative:.0f})."
+        f"{total} direction{'s' if total > 1 else ''} of negative curvature, left out of the fits, "
+        f"in {len(negative)} layer{'s' if len(negative) > 1 else ''}; most in {brief(most.name)} ({most.n_negative})."
     )

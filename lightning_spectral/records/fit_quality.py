@@ -33,7 +33,7 @@ DOUBTFUL = (
 class FitQuality:
     """What tells whether an alpha is the exponent of the network, and not the slope of a cloud or of noise.
 
-    What is not known, as in an older log, is NaN and not held against the fit; an r2 must be known.
+    What is not known is NaN and not held against the fit; an r2 must be known.
 
     Attributes:
         alpha, stderr, r2, points: of the least-squares fit.

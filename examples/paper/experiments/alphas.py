@@ -72,7 +72,7 @@ def transfer_identity(outcomes: Outcomes) -> Finding:
     """s against alpha gamma."""
     rows, every = [], []
     for name, seeds in outcomes.items():
-        layers = [layer for seed in seeds for layer in identity_of(seed.last).layers if straight(layer.r2)]
+        layers = [layer for seed in seeds for layer in identity_of(seed.last).layers if straight(layer.alpha.r2)]
         every += layers
         rows.append([name, str(len(layers)), *_errors([layer.transfer_error for layer in layers])])
     errors = [layer.transfer_error for layer in every]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_spectral._messages import group_by_reason
-from lightning_spectral.analysis import ALPHA_BAND, Exponents
+from lightning_spectral.analysis import ALPHA_BAND, layers_of
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
@@ -26,6 +26,7 @@ from lightning_spectral.report.palette import (
 )
 from lightning_spectral.report.runs.run import Run, RunStep
 from lightning_spectral.report.runs.several import comparison, differences, options_of
+from lightning_spectral.report.terminal.tables import method_of
 from lightning_spectral.summary import summary, summary_over_training
 
 DATA_BYTES = 3_000_000
@@ -51,18 +52,13 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
     layers = last_layers(reports)
     parts = {part for report in reports for layer in report.layers.values() for part in layer.parts}
     keys = [key for key in LAYER_KEYS if not key.part or key.part in parts]
-    first = run.steps[0].step, run.steps[0].exponents()
+    first = run.steps[0].step, layers_of(reports[0])
     rows = [_probe(step, list(layers), keys, first) for step in run.steps]
     spectra = [[_spectrum(report.layers.get(name)) for name in layers] for report in reports]
     shown, with_spectra = _thin(rows, spectra, limit)
     return {
-        "layers": list(layers),
-        "kinds": [layer.kind for layer in layers.values()],
+        **_of_layers(layers, keys),
         "shapes": [_shape(layer) for layer in layers.values()],
-        "keys": [key.name for key in keys],
-        "meanings": {key.name: key.meaning for key in keys},
-        "medians": {key.name: int(key.of_fit) for key in keys if key.median},
-        "band": ALPHA_BAND,
         "looks": {"kinds": kind_looks(layer.kind for layer in layers.values()), "models": MODEL_LOOKS},
         "notes": _notes(run, len(shown), len(with_spectra)),
         "probes": [rows[i] | {"spectra": spectra[i] if i in with_spectra else None} for i in shown],
@@ -118,31 +114,48 @@ def _notes(run: Run, shown: int, with_spectra: int) -> list[str]:
 
 
 def _probe(
-    step: RunStep, names: Sequence[str], keys: Sequence[LoggedKey], first: tuple[int | None, list[Exponents]]
+    step: RunStep, names: Sequence[str], keys: Sequence[LoggedKey], first: tuple[int | None, list[LayerSpectrum]]
 ) -> dict[str, Any]:
-    """Return what is shown of a probe; ``first`` is the step and the exponents of the run's first one."""
-    report, exponents = step.report, step.exponents()
-    sentences = [*summary(exponents), *summary_over_training([first, (step.step, exponents)])]
+    """Return what is shown of a probe; ``first`` is the step and the layers of the run's first one."""
+    report = step.report
     layers = [report.layers.get(name) for name in names]
-    doubts = {x.name: x.quality.doubt for x in exponents}
-    medians = report.medians()
+    return {
+        **_both(step, layers, keys),
+        "facts": _facts(report),
+        "summary": [*summary(report), *summary_over_training([first, (step.step, layers_of(report))])],
+        "problems": report.problems(),
+        "skipped": group_by_reason(report.skipped),
+        "quarters": [layer and shorten(fit.exponent for fit in layer.alpha_quartiles) for layer in layers],
+        "winners": [(layer.rank_models.winner or "") if layer else "" for layer in layers],
+        "notes": {name: note for name, layer in report.layers.items() if (note := _note(layer))},
+    }
+
+
+def _both(step: RunStep, layers: Sequence[LayerSpectrum | None], keys: Sequence[LoggedKey]) -> dict[str, Any]:
+    """Return what both pages show of a probe."""
+    report, medians = step.report, step.report.medians()
     return {
         "label": step.label,
         "step": step.step,
+        "loss": short(report.loss),
         "kinds": {
             kind: shorten(medians.get(median_key(key.name, kind), math.nan) for key in keys if key.median)
             for kind in report.by_kind()
         },
-        "loss": short(report.loss),
-        "facts": _facts(report),
-        "summary": sentences,
-        "problems": report.problems(),
-        "skipped": group_by_reason(report.skipped),
         "values": [layer_values(layer, keys) for layer in layers],
-        "doubts": [doubts.get(name) for name in names],
-        "quarters": [layer and shorten(fit.exponent for fit in layer.alpha_quartiles) for layer in layers],
-        "winners": [(layer.rank_models.winner or "") if layer else "" for layer in layers],
-        "notes": {name: note for name, layer in report.layers.items() if (note := _note(layer))},
+        "doubts": [layer and layer.fit_quality.doubt for layer in layers],
+    }
+
+
+def _of_layers(layers: Mapping[str, LayerSpectrum], keys: Sequence[LoggedKey]) -> dict[str, Any]:
+    """Return what both pages show of layers and quantities."""
+    return {
+        "layers": list(layers),
+        "kinds": [layer.kind for layer in layers.values()],
+        "keys": [key.name for key in keys],
+        "meanings": {key.name: key.meaning for key in keys},
+        "medians": {key.name: int(key.of_fit) for key in keys if key.median},
+        "band": ALPHA_BAND,
     }
 
 
@@ -198,11 +211,8 @@ def _split(alignment: LayerAlignment) -> list[Any]:
 
 
 def _facts(report: SpectralReport) -> str:
-    samples = _samples(report)
-    method = report.chosen.partition(":")[0] or report.curvature
-    return (
-        f"{samples}{report.mode} mode, {report.precision}, curvature by {method}, {report.top_k} directions per layer"
-    )
+    how = f"{report.mode} mode, {report.precision}, curvature by {method_of(report)}"
+    return f"{_samples(report)}{how}, {report.top_k} directions per layer"
 
 
 def _samples(report: SpectralReport) -> str:
@@ -254,12 +264,7 @@ def runs_data(runs: Sequence[Run], *, limit: int = DATA_BYTES) -> dict[str, Any]
     ]
     shown = [_run(i, run, list(layers), keys, limit // len(runs)) for i, run in enumerate(runs)]
     return {
-        "layers": list(layers),
-        "kinds": [layer.kind for layer in layers.values()],
-        "keys": [key.name for key in keys],
-        "meanings": {key.name: key.meaning for key in keys},
-        "medians": {key.name: int(key.of_fit) for key in keys if key.median},
-        "band": ALPHA_BAND,
+        **_of_layers(layers, keys),
         "looks": {"kinds": kind_looks(layer.kind for layer in layers.values())},
         "differences": differences(runs),
         "summary": comparison(runs),
@@ -283,19 +288,10 @@ def _run(i: int, run: Run, names: Sequence[str], keys: Sequence[LoggedKey], limi
 
 def _row(step: RunStep, names: Sequence[str], keys: Sequence[LoggedKey]) -> dict[str, Any]:
     report, medians = step.report, step.report.medians()
-    layers = [report.layers.get(name) for name in names]
     return {
-        "label": step.label,
-        "step": step.step,
-        "loss": short(report.loss),
+        **_both(step, [report.layers.get(name) for name in names], keys),
         "scale": short(step.update.scale) if step.update else None,
         "medians": {key.name: short(medians.get(median_key(key.name), math.nan)) for key in keys if key.median},
-        "kinds": {
-            kind: shorten(medians.get(median_key(key.name, kind), math.nan) for key in keys if key.median)
-            for kind in report.by_kind()
-        },
-        "values": [layer_values(layer, keys) for layer in layers],
-        "doubts": [layer and layer.fit_quality.doubt for layer in layers],
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_spectral.analysis import Exponents, of_each_layer
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
 
@@ -48,10 +47,6 @@ class RunStep:
     def step(self) -> int | None:
         """Optimizer steps before the report; None outside training."""
         return self.report.step
-
-    def exponents(self) -> list[Exponents]:
-        """Return the exponents of all layers."""
-        return of_each_layer(self.report)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,14 @@
 """Each sentence of the summary, and the analysis behind it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from fits import fit_numbers
 from reports import dead, layer, report
 
-from lightning_spectral.analysis import PAPER_ALPHA, PAPER_RANGES, Exponents, deviating, transfer_identity, trusted
+from lightning_spectral.analysis import PAPER_ALPHA, PAPER_RANGES, deviating, transfer_identity, trusted
+from lightning_spectral.records.fit_quality import FitQuality
 from lightning_spectral.summary import SAYS_LITTLE, in_words, summary, summary_over_training
 
 
@@ -54,9 +56,9 @@ def test_few_points_and_large_errors_are_not_to_be_trusted_whatever_their_r2():
     text = said("Not to be trusted", few, noisy, short)
     assert f"few (3 points), noisy (alpha 2.00 ± {noisy.alpha.stderr:.2f}). " in text
     assert "slope of a cloud" not in text
-    # A log may hold alpha and its r2 alone.
-    assert Exponents.logged("few", {"alpha": 2.0, "r2_alpha": 1.0}).trusted
-    assert not Exponents.logged("few", {"alpha": 2.0, "r2_alpha": 1.0, "points": 4.0}).trusted
+    # What is not known is not held against a fit.
+    assert FitQuality(2.0, r2=1.0).trusted
+    assert not FitQuality(2.0, r2=1.0, points=4.0).trusted
 
 
 def sampled(name, relative):
@@ -126,8 +128,8 @@ def test_layers_far_from_their_kind():
     assert said("Far from", *siblings, far, head) == (
         "Far from the median of their kind (alpha; the median): far (1.00 ± 0.00; 2.00)."
     )
-    logged = [Exponents.logged(f"{i}", {"alpha": 4.0 if i == 3 else 2.0, "r2_alpha": 1.0}) for i in range(4)]
-    assert "Far from the median of all layers (alpha; the median): 3 (4.00; 2.00)." in summary(logged)
+    layers = [layer(f"{i}", alpha=4.0 if i == 3 else 2.0) for i in range(4)]
+    assert "Far from the median of their kind (alpha; the median): 3 (4.00 ± 0.00; 2.00)." in summary(layers)
     assert said("Far from", *siblings, layer("near", alpha=2.2, kind="conv"), head) == ""
     assert said("Far from", siblings[0], far) == ""
     assert deviating(report(*siblings, cloud("noise", kind="conv"))) == []
@@ -135,11 +137,12 @@ def test_layers_far_from_their_kind():
 
 def test_a_layer_within_its_error_does_not_deviate():
     def one(name, alpha, stderr):
-        return Exponents.logged(name, {"alpha": alpha, "alpha_stderr": stderr, "r2_alpha": 0.95})
+        measured = layer(name)
+        return replace(measured, alpha=replace(measured.alpha, exponent=alpha, stderr=stderr), alpha_theil_sen=alpha)
 
     others = [one(name, 2.0, 0.01) for name in "abc"]
     assert [x.name for x, _ in deviating([*others, one("d", 2.6, 0.3), one("e", 2.6, 0.1)])] == ["e"]
-    assert any(text.startswith("Far from the median of all layers") for text in summary([*others, one("e", 2.6, 0.1)]))
+    assert any(text.startswith("Far from the median of their kind") for text in summary([*others, one("e", 2.6, 0.1)]))
 
 
 def test_transfer_identity():
@@ -148,7 +151,7 @@ def test_transfer_identity():
     assert "over 1 fit to trust. A small transfer error says little" in said("s = alpha gamma", layer("a"))
     assert said("s = alpha gamma", cloud("a")) == ""
     for error, verdict in ((0.03, "holds:"), (0.1, "holds roughly:"), (0.4, "does not hold:")):
-        one = Exponents.logged("a", {"alpha": 2.0, "r2_alpha": 0.99, "transfer_error": error})
+        one = replace(layer("a"), transfer_error=error)
         assert any(f"s = alpha gamma {verdict} median error {100 * error:.1f} %" in text for text in summary([one]))
 
 
@@ -176,7 +179,7 @@ def test_participation_and_negative_curvature():
 
 def test_summary_over_training():
     def at(**alphas):
-        return [Exponents.logged(name, {"alpha": alpha, "r2_alpha": 0.95}) for name, alpha in alphas.items()]
+        return [layer(name, alpha=alpha) for name, alpha in alphas.items()]
 
     assert summary_over_training([(0, at(a=1.0, b=1.5)), (9, at(a=1.1, b=2.5)), (5, [])]) == [
         "From step 0 to 9 the median alpha of the fits to trust went from 1.25 to 1.80; b moved most, from 1.50 to "
