@@ -124,11 +124,12 @@ def peer_version() -> str | None:
 
 
 def seconds(optimizer: Optimizer, steps: int) -> float:
-    """Time of one step, over that many."""
-    started = time.perf_counter()
+    """Time of one step, over that many: of one thread its own, which other work on the machine adds little to."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     for _ in range(steps):
         optimizer.step()
-    return (time.perf_counter() - started) / steps
+    return (clock() - started) / steps
 
 
 def flops(optimizer: Optimizer) -> int:

@@ -80,9 +80,19 @@ def _set(stack: ExitStack, holder: Any, name: str, value: Any) -> None:
 
 @contextmanager
 def exact_products(device_type: str) -> Iterator[None]:
-    """Apply `full_float32`, and no autocast on this type of device."""
+    """Keep TF32, bfloat16 and autocast on this type of device out of matrix products, but not out of convolutions."""
     with ExitStack() as stack:
-        stack.enter_context(full_float32())
-        if torch.amp.is_autocast_available(device_type):
+        if not _products_are_exact():
+            stack.enter_context(full_float32())
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
+
+
+def _products_are_exact() -> bool:
+    """Return whether no switch has to be set, which takes as long as twenty operations."""
+    backends: Any = torch.backends
+    if hasattr(backends, "fp32_precision"):
+        holders = (backends, backends.cuda.matmul, backends.mkldnn.matmul)
+        return all(holder.fp32_precision in ("none", "ieee") for holder in holders)
+    return _older_matmul_precision() == "highest"

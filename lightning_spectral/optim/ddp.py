@@ -80,6 +80,8 @@ def agree(states: Sequence[GradientState], scope: Scope, device: torch.device) -
         scope: ranks that agree.
         device: where they exchange numbers.
     """
+    if not scope.groups:
+        return [(state, state) for state in states]
     own = torch.tensor(states, dtype=torch.int32, device=device)
     extremes = torch.stack([own, -own])
     for group in scope.groups:

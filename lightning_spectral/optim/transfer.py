@@ -39,6 +39,10 @@ SMALLEST_DAMPING = 1e-2
 SMALLEST_ALPHA_OF_MANY = 0.5
 """Exponent from which on such a batch has a sum of inverses: below, its range would be lambda_1 / d^4 and more."""
 
+STRIPS, SMALLEST_IN_STRIPS = 4, 128
+"""Strips of rows that a Gram matrix is computed in on a CPU, and rows from which on: 5/8 of the flops, in 0.75 of the
+time from 128 x 1152 to 1024 x 1024, one thread."""
+
 MAX_EXPONENT = 126
 """Of the power of two that scales a matrix: its inverse is still normal in float32."""
 
@@ -212,9 +216,22 @@ def _inverse_rms(trace_b: Tensor, r: int) -> Tensor:
     return torch.where(trace_b > 0, math.sqrt(r) * trace_b.rsqrt(), 0.0)
 
 
+def _gram(x_brn: Tensor) -> Tensor:
+    """Return X X^T, of which a half is the other's mirror image."""
+    b, r, _ = x_brn.shape
+    if r < SMALLEST_IN_STRIPS or x_brn.device.type != "cpu":
+        return x_brn @ x_brn.mT
+    a_brr = x_brn.new_empty(b, r, r)
+    for i in range(STRIPS):
+        first, end = r * i // STRIPS, r * (i + 1) // STRIPS
+        a_brr[:, first:end, :end] = x_brn[:, first:end] @ x_brn[:, :end].mT
+        a_brr[:, :first, first:end] = a_brr[:, first:end, :first].mT
+    return a_brr
+
+
 def _normalised_gram(x_brn: Tensor, stretch: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return (stretch A, 1 / rms of sigma), with the Gram matrix A of X / rms, whose trace is r."""
-    a_brr = x_brn @ x_brn.mT
+    a_brr = _gram(x_brn)
     inverse_b = _inverse_rms(a_brr.diagonal(dim1=1, dim2=2).double().sum(1), x_brn.shape[1])
     scale_b = (inverse_b.square() * stretch).to(a_brr.dtype)
     return a_brr.mul_(scale_b[:, None, None]), inverse_b.to(a_brr.dtype)

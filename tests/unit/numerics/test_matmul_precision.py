@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_spectral import measure_spectra
-from lightning_spectral.numerics.matmul_precision import full_float32
+from lightning_spectral.numerics import matmul_precision
+from lightning_spectral.numerics.matmul_precision import exact_products, full_float32
 
 B = torch.backends
 pytestmark = pytest.mark.skipif(not hasattr(B, "fp32_precision"), reason="torch before 2.9 has one set of switches")
@@ -74,6 +75,19 @@ def test_both_sets_of_switches_can_be_used_inside_and_are_as_they_were_after(set
         assert not B.cuda.matmul.allow_tf32
         assert {getattr(*holder_of(f"{part}.fp32_precision")) for part in PARTS} == {"ieee"}
     assert switches() == before
+
+
+@pytest.mark.parametrize("settings", SETTINGS, indirect=True)
+def test_exact_products_need_no_switch_that_is_as_wanted(settings, monkeypatch):
+    before = switches()
+    entered = []
+    monkeypatch.setattr(matmul_precision, "full_float32", lambda: entered.append(1) or full_float32())
+    with torch.autocast("cpu", dtype=torch.bfloat16), exact_products("cpu"):
+        assert {B.cuda.matmul.fp32_precision, B.mkldnn.matmul.fp32_precision} <= {"ieee", "none"}
+        assert not B.cuda.matmul.allow_tf32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+    assert switches() == before
+    assert bool(entered) == any(x in ("tf32", "bf16") for x in (before[0], before[1], before[5]))
 
 
 def test_what_follows_the_common_switch_still_follows_it():

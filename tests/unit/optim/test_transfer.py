@@ -89,6 +89,12 @@ def test_batched_over_leading_dimensions(alpha, d):
             torch.testing.assert_close(found[i, j], spectral_transfer(x[i, j], alpha=alpha, damping=d))
 
 
+@pytest.mark.parametrize("shape", [(2, 128, 150), (1, 131, 131), (3, 261, 300), (2, 127, 200)])
+def test_a_gram_matrix_in_strips_is_the_product(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(module._gram(x), x @ x.mT)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_damping_for_each_matrix_of_a_batch(dtype, alpha, monkeypatch):
