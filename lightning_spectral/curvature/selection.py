@@ -130,7 +130,8 @@ def _obstacle(seen: SeenLayers, samples: int | None, outputs: int) -> str:
     if not seen.calls:
         return "no layer is multiplied with activations in a way that is seen"
     if len(seen.cut.inside) < len(seen.calls):
-        return f"{seen.cut.operations or seen.cut.name_head()} is not piecewise linear"
+        names = seen.cut.operations or seen.cut.name_head()
+        return f"{names} {'are' if ', ' in names else 'is'} not piecewise linear"
     if len(seen.cut.head) > seen.n_nodes // 2 and outputs > EXACT_COLUMNS:
         return "most of the network lies behind the layers"
     return ""

@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -43,8 +43,29 @@ class NullLogger:
     __add__ = __sub__ = __mul__ = __matmul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _itself
     __radd__ = __rsub__ = __rmul__ = __rmatmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _itself
     __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = __rand__ = __ror__ = __rxor__ = _itself
-    __iadd__ = __isub__ = __imul__ = __itruediv__ = __iand__ = __ior__ = _itself
-    __neg__ = __pos__ = __abs__ = __round__ = __copy__ = __deepcopy__ = _itself
+    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __copy__ = __deepcopy__ = _itself
+    # Else numpy would take it for an empty array.
+    __array_ufunc__ = None
+
+    def __divmod__(self, other: Any) -> tuple[NullLogger, NullLogger]:
+        return self, self
+
+    __rdivmod__ = __divmod__
+
+    def __await__(self) -> Generator[Any, None, NullLogger]:
+        yield from ()
+        return self
+
+    async def __aenter__(self) -> NullLogger:
+        return self
+
+    async def __aexit__(self, *args: Any) -> None:
+        return None
+
+    __aiter__ = _itself
+
+    async def __anext__(self) -> Any:
+        raise StopAsyncIteration
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
@@ -63,7 +84,7 @@ class NullLogger:
     def __len__(self) -> int:
         return 0
 
-    __int__ = __index__ = __len__
+    __int__ = __index__ = __trunc__ = __floor__ = __ceil__ = __len__
 
     def __float__(self) -> float:
         return 0.0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_spectral.curvature import accumulation_dtype
 from lightning_spectral.distributed.assignment import assign_owners
-from lightning_spectral.errors import is_out_of_memory
+from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.gradients import ObjectiveGradients, SquaredNorms
 from lightning_spectral.measurement.objective import Objective
@@ -142,7 +142,8 @@ def _of_rounding(
         if 0 < share <= eps and not noise[name].signal >= COMMON:
             reasons[name] = (
                 f"its gradient is rounding: its largest singular value is {share:.0e} of the largest layer's, below "
-                f"the {eps:.0e} of the dtype it was computed in; precision='float64' tells"
+                f"the {eps:.0e} of the dtype it was computed in"
+                + ("" if eps == torch.finfo(torch.float64).eps else "; precision='float64' tells")
             )
     return reasons
 
@@ -167,7 +168,10 @@ def _decompose(matrices: Mapping[str, Tensor], layers: Mapping[str, MatrixLayer]
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            owned.failed[name] = f"its gradient has no singular values: {error}"
+            cause = (
+                ", as of a root or a logarithm at zero, or of an overflow" if type(error) is MeasurementError else ""
+            )
+            owned.failed[name] = f"its gradient has no singular values: {error}{cause}"
             continue
         owned.triplets[name], owned.spectra[name] = triplets, triplets.sigma
         try:

@@ -78,9 +78,7 @@ def _values(
         return init_args.get(option) if own is None else own
 
     decays = [group.get("weight_decay", 0) for group in old.param_groups]
-    default = inspect.signature(type(old)).parameters.get("weight_decay")
-    is_configured = default is None or any(decay != default.default for decay in decays)
-    lr, decay = base_rate(before), before.get("weight_decay") if is_configured else None
+    lr, decay = base_rate(before), before.get("weight_decay")
     if given("lr") is not None:
         first = base_rate(old.param_groups[0])
         lr = given("lr") * (lr / first if first else 1.0)

@@ -77,7 +77,7 @@ def same(a, b):
 
 
 def adamw(p):
-    return AdamW(p, lr=0.02)
+    return AdamW(p, lr=0.02, weight_decay=0)
 
 
 def cosine(optimizer):
@@ -187,6 +187,16 @@ def test_what_was_configured_for_each_parameter_is_kept(at_step, optimizer, init
     module = Grouped()
     (new,) = fit(module, [SwapOptimizer(optimizer, init_args, at_step=at_step)], steps=4).optimizers
     assert rates(new, module) == expected
+
+
+def test_no_weight_decay_is_kept_as_it_is():
+    class Undecayed(Module):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    for init_args, decay in ({}, 0), ({"weight_decay": 0.2}, 0.2):
+        (new,) = fit(Undecayed(), [SwapOptimizer(init_args=init_args)], steps=1).optimizers
+        assert {group["weight_decay"] for group in new.param_groups} == {decay}
 
 
 def test_a_schedule_scales_the_rates_of_all_groups():
