@@ -837,6 +837,8 @@ GGN = "ggn: every operation after the layers is piecewise linear up to the head,
          "exact: 6 products, since sketch would take as long for so few layers or samples"),
         (AllNeighbours, cross_entropy, 48, {}, "exact: 15 products; no sketch: samples depend on each other"),
         (Neighbours, cross_entropy, 48, {}, "sketch: Gelu is not piecewise linear; about 4 joint products"),
+        (lambda: nn.Sequential(gelu_mlp(), nn.Tanh(), nn.Linear(5, 5)), cross_entropy, 48, {},
+         "sketch: Gelu, Tanh are not piecewise linear; about "),
     ],
 )  # fmt: skip
 def test_auto_chooses_and_says_why(model, loss, samples, options, chosen):
