@@ -616,7 +616,7 @@ def test_calls_without_a_cheap_twin_are_left_to_torch():
     assert cheap_twin(F.gelu, (x,), {"approximate": "other"}) is None
     assert cheap_twin(F.gelu, (), {"input": x}) is None
     assert cheap_twin(F.pad, (x,), {"pad": [1, 1]}) is None
-    with Recorder(set(), add_zeros=True):
+    with Recorder(set(), cheap=True):
         mapped = torch.func.vmap(F.gelu)(x[:, None])
         slopes = torch.func.vmap(torch.func.grad(F.gelu))(x)
     assert torch.equal(mapped, F.gelu(x)[:, None])
