@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch.autograd.graph import Node
 
 from lightning_spectral._autograd import operation
+from lightning_spectral._torch_private import output_shape
 from lightning_spectral.curvature.autograd_graph import VIEWS, Dependence
 from lightning_spectral.curvature.graph_cut import GraphCut, find_cut, outer_cut
 from lightning_spectral.curvature.problem import DifferentiableLoss
@@ -93,11 +95,13 @@ def see_layers(problem: DifferentiableLoss, names: Iterable[str]) -> SeenLayers:
 def not_matrices(problem: DifferentiableLoss) -> dict[str, str]:
     """Return layers of a loss that was run which are never multiplied as a matrix, with what is done with them.
 
-    Tables of positions, decay rates and the like: they are added, scaled with or looked up, entry by entry.
+    Tables of positions, decay rates and the like: they are added, scaled with or looked up, entry by entry. What a mask
+    or a scale makes of a matrix counts as the matrix.
     """
     root = problem.value.grad_fn
     assert root is not None
-    uses = _uses(Dependence(root, {id(leaf) for leaf in problem.parameters.values()}))
+    leaves = {id(leaf): leaf.shape for leaf in problem.parameters.values()}
+    uses = _uses(Dependence(root, set(leaves)), leaves)
     reasons = {}
     for name, leaf in problem.parameters.items():
         operations = {operation(node) for node in uses[id(leaf)]}
@@ -106,8 +110,11 @@ def not_matrices(problem: DifferentiableLoss) -> dict[str, str]:
     return reasons
 
 
-def _uses(dependence: Dependence) -> dict[int, set[Node]]:
-    """Return leaf -> the nodes that use it, or a view of it, for anything but another view."""
+def _uses(dependence: Dependence, shapes: Mapping[int, torch.Size] | None = None) -> dict[int, set[Node]]:
+    """Return leaf -> the nodes that use it, or a view of it, for anything but another view.
+
+    With the leaves' shapes, what is made of a leaf, entry by entry and from no activations, is a view of it, too.
+    """
     views: dict[Node, int] = {}
     uses: dict[int, set[Node]] = {leaf: set() for leaf in dependence.bits}
     for node, mask in dependence.masks.items():
@@ -120,8 +127,14 @@ def _uses(dependence: Dependence) -> dict[int, set[Node]]:
         if operation(node) in VIEWS and len(inputs) == 1 and inputs[0] in views:
             views[node] = views[inputs[0]]
             continue
+        made_of = None
+        if shapes and operation(node) in ELEMENTWISE and all(n in views or hasattr(n, "variable") for n in inputs):
+            sources = (views[n] for n in inputs if n in views)
+            made_of = next((leaf for leaf in sources if shapes[leaf] == output_shape(node, 0)), None)
+            if made_of is not None:
+                views[node] = made_of
         for n in inputs:
-            if n in views:
+            if n in views and views[n] != made_of:
                 uses[views[n]].add(node)
     return uses
 

@@ -133,3 +133,44 @@ def test_what_is_chosen_is_what_measured():
     assert report.chosen.startswith("exact")
     assert "use curvature='exact'" not in report.chosen
     assert report.check_error != report.check_error
+
+
+class Made(nn.Module):
+    """A matrix that is scaled, masked or added before it is multiplied, and a table that is only added."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.matrix, self.table = (
+            make,
+            nn.Parameter(torch.randn(10, 12) / 3),
+            nn.Parameter(torch.randn(4, 12)),
+        )
+        self.gain, self.head = nn.Parameter(torch.full((10, 1), 0.5)), nn.Linear(10, 6)
+
+    def forward(self, x):
+        return self.head(torch.tanh((x[:, None] + 2 * self.table) @ self.make(self).T)).mean(1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: m.matrix * 0.5,
+        lambda m: 0.5 * (m.matrix * (m.matrix.detach() < 9)),
+        lambda m: m.matrix * m.gain,
+        lambda m: m.matrix / 2 + torch.zeros(()),
+    ],
+    ids=["scale", "mask", "gain", "sum"],
+)
+def test_what_a_scale_or_a_mask_makes_of_a_matrix_is_the_matrix(make):
+    """With W = c V, sigma of V is c times that of W, and h c^2 times."""
+    batch = torch.randn(48, 12), torch.randint(0, 6, (48,))
+    options = {"top_k": 5, "precision": "float64", "curvature": "exact"}
+    loss = lambda m, b: F.cross_entropy(m(b[0]), b[1])  # noqa: E731
+    report = measure_spectra(Made(make), batch, loss, **options)
+    assert report.skipped["table"] == "it is never multiplied with activations as a matrix (Add)"
+    plain = Made(lambda m: m.matrix)
+    plain.matrix.data /= 2
+    expected = measure_spectra(plain, batch, loss, **options).layers["matrix"]
+    torch.testing.assert_close(report.layers["matrix"].sigma, expected.sigma / 2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(report.layers["matrix"].h, expected.h / 4, rtol=1e-6, atol=1e-12)
