@@ -10,7 +10,7 @@ from typing import Any
 STYLES = {
     "adamw": ("#000000", "AdamW at its best rate"),
     "swapped": ("#D55E00", "SpectralNewton at that rate"),
-    "swapped_noise": ("#009E73", 'the same, damping="noise"'),
+    "swapped_fixed": ("#009E73", "the same, damping=0.1"),
     "spectral_newton": ("#0072B2", "SpectralNewton at its best rate"),
 }
 """Colour, of Okabe and Ito's, and label."""

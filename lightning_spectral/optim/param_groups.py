@@ -134,7 +134,8 @@ def _fill_spectral(group: dict[str, Any], params: Iterable[Tensor]) -> None:
             )
         group["alpha"] = ALPHA_BY_KIND[kind]
     if group["damping"] == "auto":
-        group["damping"] = DAMPING_BY_KIND.get(kind or "", DAMPING)
+        by_size = NOISE if group["update_rms"] == ADAM else DAMPING
+        group["damping"] = DAMPING_BY_KIND.get(kind or "", by_size)
     check_options(group)
     names = group.get("param_names")
     for i, parameter in enumerate(params):

@@ -80,9 +80,10 @@ class SpectralNewton(Optimizer):
         lr: learning rate of the matrices, in units of AdamW's.
         alpha: exponent, at least 0; "auto": by kind of layer, 2 for convolutions and dense layers, 1 for
             transformer blocks (arXiv 2606.02596), for `SpectralNewton.groups` only; "probe": as measured, see above.
-        damping: d > 0, in units of the root mean square singular value to the power alpha; "auto": 0.03 for transformer
-            blocks known from `SpectralNewton.groups`, else 0.1; "noise": rms^2 above, of each matrix at each
-            step, for full batches and small data sets. Smaller values lift weak directions more, which those punish.
+        damping: d > 0, in units of the root mean square singular value to the power alpha; "noise": rms^2
+            above, of each matrix at each step, at least 0.01; "auto": 0.03 for transformer blocks known from
+            `SpectralNewton.groups`, else "noise", or 0.1 with another update_rms. Smaller values lift weak directions
+            more.
         momentum: mu. With a fixed update_rms, 0.95 in long runs.
         nesterov: whether M looks one step ahead.
         weight_decay: decoupled, times lr.

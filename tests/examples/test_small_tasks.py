@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from examples.benchmarks import small_task_images, small_task_sequences, small_tasks  # noqa: E402
 from examples.benchmarks.other_networks import cnn  # noqa: E402
 from examples.benchmarks.small_task_images import Rows, places_and_colours  # noqa: E402
-from examples.benchmarks.small_tasks import DEFAULT, NOISE, TASKS, excess, table  # noqa: E402
+from examples.benchmarks.small_tasks import DEFAULT, FIXED, TASKS, excess, table  # noqa: E402
 from examples.benchmarks.small_tasks_figure import figure  # noqa: E402
 from examples.benchmarks.train_results import Run  # noqa: E402
 from examples.benchmarks.train_runs import evaluate, recipe, train_task  # noqa: E402
@@ -85,8 +85,8 @@ def test_it_runs_through_and_resumes(tmp_path, capsys, monkeypatch):
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads(output.read_text())
     by_arm = {row["arm"]: row for row in kept["summary"]}
-    assert by_arm["adamw"]["lr"] == by_arm["swapped"]["lr"] == by_arm["swapped_noise"]["lr"]
-    assert "damping=noise" in by_arm["swapped_noise"]["recipe"]
+    assert by_arm["adamw"]["lr"] == by_arm["swapped"]["lr"] == by_arm["swapped_fixed"]["lr"]
+    assert "damping=0.1" in by_arm["swapped_fixed"]["recipe"]
     assert all(len(row["tests"]) == len(small_tasks.SEEDS) for row in kept["summary"])
 
     def fail(*args, **options):
@@ -107,10 +107,10 @@ def test_not_worse_is_at_most_a_standard_deviation_above():
     assert excess(row("swapped", 1.0, 0.0), row("adamw", 1.0, 0.0)) == 0
     assert excess(row("swapped", 1.1, 0.0), row("adamw", 1.0, 0.0)) == math.inf
     near, far = row("swapped", 1.02, 0.03), row("spectral_newton", 1.04, 0.03)
-    lines = table([adamw, near, row("swapped_noise", 0.9, 0.03), far]).splitlines()
+    lines = table([adamw, near, row("swapped_fixed", 0.9, 0.03), far]).splitlines()
     assert lines[2].startswith("| graph | 1.0000 ± 0.0300 (0.01) | 1.0200 ± 0.0300 (0.01), +0.7 sd | ")
     assert lines[3] == "swapped: not worse than AdamW on 1 of 1, with the lower mean on 0"
-    assert lines[4] == "swapped_noise: not worse than AdamW on 1 of 1, with the lower mean on 1"
+    assert lines[4] == "swapped_fixed: not worse than AdamW on 1 of 1, with the lower mean on 1"
     assert lines[5] == "spectral_newton: not worse than AdamW on 0 of 1, with the lower mean on 0"
 
 
@@ -123,7 +123,7 @@ def test_the_figure_needs_matplotlib(monkeypatch, tmp_path):
 def test_the_kept_results_are_of_the_tasks_and_defaults_as_they_are():
     kept = json.loads(KEPT.read_text())
     rows = {(row["task"], row["arm"]): row for row in kept["summary"]}
-    arms = {"adamw": small_tasks.ADAMW, "swapped": DEFAULT, "swapped_noise": NOISE, "spectral_newton": DEFAULT}
+    arms = {"adamw": small_tasks.ADAMW, "swapped": DEFAULT, "swapped_fixed": FIXED, "spectral_newton": DEFAULT}
     assert set(rows) == {(task, arm) for task in TASKS for arm in arms}
     for (task, arm), found in rows.items():
         assert found["recipe"] == recipe(TASKS[task], arms[arm])

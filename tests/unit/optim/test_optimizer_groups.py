@@ -181,9 +181,10 @@ def test_exponents_and_dampings_by_kind():
     groups = by_name(SpectralNewton(SpectralNewton.groups(TiedLM()), alpha="auto"))
     assert {(g["alpha"], g["damping"]) for g in groups.values() if g["update"] == "spectral"} == {(1.0, 0.03)}
     groups = by_name(SpectralNewton(SpectralNewton.groups(grouped()), alpha="auto"))
-    assert (groups["conv"]["alpha"], groups["conv"]["damping"]) == (2.0, 0.1)
-    groups = by_name(SpectralNewton(mlp().parameters()))
-    assert (groups["spectral"]["alpha"], groups["spectral"]["damping"]) == (2.0, 0.1)
+    assert (groups["conv"]["alpha"], groups["conv"]["damping"]) == (2.0, "noise")
+    for options, damping in (({}, "noise"), ({"update_rms": 0.2}, 0.1), ({"damping": 0.3}, 0.3)):
+        groups = by_name(SpectralNewton(mlp().parameters(), **options))
+        assert (groups["spectral"]["alpha"], groups["spectral"]["damping"]) == (2.0, damping)
     assert not set(ALPHA_BY_KIND) & set(ADAMW_KINDS)
     with pytest.raises(ValueError, match=r"alpha='auto' needs the kind of each layer.*has none.*SpectralNewton.groups"):
         SpectralNewton(mlp().parameters(), alpha="auto")
