@@ -23,6 +23,9 @@ DASHES = ("-", "--", "-.", ":")
 BAND = "#BBBBBB"
 """Of the paper's figures."""
 
+SORTS = {"depthwise": ("#E69F00", "v"), "pointwise": ("#009E73", "^")}
+"""(colour, marker) of convolutions that are told apart."""
+
 Ranges = Mapping[str, tuple[float, float]]
 
 
@@ -185,7 +188,7 @@ def _draw_panel(axes: Axes, panel: Panel, share: str, paper: Ranges) -> dict[str
     """Draw a panel, and return its lines by their labels."""
     handles: dict[str, Any] = {}
     for kind, points in panel.lines.items():
-        colour, marker = kind_style(kind)
+        colour, marker = SORTS.get(kind) or kind_style(kind)
         known = {x: [v for v in values if math.isfinite(v)] for x, values in points.items()}
         known = {x: values for x, values in known.items() if values}
         means = [fmean(values) for values in known.values()]
