@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 from torch.autograd.graph import Node
 
@@ -20,4 +21,9 @@ def reachable(roots: Iterable[Node | None]) -> Iterator[Node]:
 
 def operation(node: Node) -> str:
     """Return the operation of a node: ReluBackward0 is Relu."""
-    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+    return _operation(node.name())
+
+
+@cache
+def _operation(name: str) -> str:
+    return name.rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")

@@ -98,13 +98,13 @@ class DirectionGraph:
         """Have products within move along these directions of each layer alone, and read no other."""
         for name, k in indices.items():
             for port in self._ports[name]:
-                port.active = None if port.attached else k.to(self.e[name].device)
+                port.select(None if port.attached else k.to(self.e[name].device))
         try:
             yield
         finally:
             for ports in self._ports.values():
                 for port in ports:
-                    port.active = None
+                    port.select(None)
 
     def _amplitudes(self, name: str) -> Tensor:
         leaf = self.problem.parameters[name]

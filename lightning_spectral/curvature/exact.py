@@ -74,15 +74,10 @@ def _nothing(triplets: SingularTriplets) -> Tensor:
 def measured_exactly(
     problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets], why: Mapping[str, str]
 ) -> Curvatures:
-    """Measure the layers in ``why`` by double backward, on a forward pass whose gradients keep their graph."""
+    """Measure the layers in ``why`` by double backward."""
     if not why:
         return Curvatures({}, "exact")
-    layers = {name: problem.layers[name] for name in why}
-    parameters = {name: problem.parameters[name] for name in why}
-    exact = ExactCurvature()(
-        DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples),
-        {name: directions[name] for name in why},
-    )
+    exact = ExactCurvature()(problem.of(why), {name: directions[name] for name in why})
     singly = {
         name: f"measured by double backward, since {reason}" for name, reason in why.items() if name not in exact.failed
     }

@@ -107,9 +107,7 @@ class HutchinsonTrace:
         """Draw one z for all samples, with products in the weights; where those fail together, layer by layer."""
         if not names:
             return {}, {}, ()
-        layers = {name: problem.layers[name] for name in names}
-        parameters = {name: problem.parameters[name] for name in names}
-        alone = DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples, problem.place)
+        alone = problem.of(names)
         gradients = alone.gradients(keep_graph=True)
         failed = {name: gradients.failed[name] for name in names if name in gradients.failed}
         names = [name for name in names if name not in failed]

@@ -75,7 +75,7 @@ class Port:
         attached: keep the graph of the input, which holds the same matrix already.
 
     Attributes:
-        active: directions to move along and to read; None: all. A product of few of them is cheaper.
+        active: directions to move along and to read; None: all.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Port:
     ) -> None:
         self.layer, self.call, self.layout, self.attached = layer, call, layout, attached
         self.active: Tensor | None = None
+        self._selected: tuple[Tensor, Tensor] | None = None
         a = call.attached if attached and call.attached is not None else call.input
         self.z_shape, dtype = call.output.shape, call.output.dtype
         self.rows: tuple[int, int] | None = None
@@ -120,7 +121,7 @@ class Port:
 
     def move(self, e: Tensor) -> Tensor:
         """Return sum_k e_bk u_k (v_k^T a_b) in the layout of z, over the active directions."""
-        y, c = self._active()
+        y, c = self._selected or (self.y, self.c)
         spread = self.layout.spread((e if self.active is None else e[:, self.active]).to(c.dtype))
         if self.call.is_convolution:
             moved = _moved_images(y, c.flatten(2), spread.reshape(c.shape[:2]))
@@ -135,7 +136,7 @@ class Port:
 
     def read(self, r: Tensor) -> Tensor:
         """Return (B, K) sum_p (u_k^T r_bp)(v_k^T a_bp), zero for directions that are not active."""
-        y, c = self._active()
+        y, c = self._selected or (self.y, self.c)
         if self.call.is_convolution:
             r = r.flatten(2)
             r = r if self.rows is None else r[:, slice(*self.rows)]
@@ -162,13 +163,12 @@ class Port:
         is_stack = self.layer.stack and (self.call.block is None or self.call.block.expert is None)
         return rows.flatten(1, -2) if is_stack and rows.ndim > 3 else rows
 
-    def _active(self) -> tuple[Tensor, Tensor]:
-        """Return y and c of the active directions."""
-        if self.active is None:
-            return self.y, self.c
-        if self.call.is_convolution:
-            return self.y[:, self.active], self.c[:, self.active]
-        return self.y[..., self.active], self.c[..., self.active]
+    def select(self, active: Tensor | None) -> None:
+        """Move along these directions alone, and read them: a product of few is cheaper. None: all."""
+        self.active, self._selected = active, None
+        if active is not None:
+            dim = 1 if self.call.is_convolution else -1
+            self._selected = self.y.index_select(-1, active), self.c.index_select(dim, active)
 
 
 def move_by_sample(
@@ -208,13 +208,11 @@ class _Move(Function):
     Hooks on saved tensors, as of checkpointing, thus find what the program itself saves and nothing else.
     """
 
+    # A context set up apart from the forward pass costs three times as much at each call.
     @staticmethod
-    def forward(x: Tensor, port: Port, reads: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, port: Port, reads: bool) -> Tensor:
+        ctx.port, ctx.reads = port, reads
         return port.read(x) if reads else port.move(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Port, bool], output: Tensor) -> None:
-        _, ctx.port, ctx.reads = inputs
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> tuple[Tensor, None, None]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature.custom_functions import leaves_behind, watch_custom_functions
+from lightning_spectral.curvature.custom_functions import CustomFunctions, leaves_behind, watch_custom_functions
 from lightning_spectral.curvature.forward_recorder import Recorder, Trace
 from lightning_spectral.curvature.products import LayerCall
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError, is_out_of_memory
@@ -70,6 +71,9 @@ class SampleRange:
 class DifferentiableLoss:
     """One loss of one network on one batch, differentiated at most once.
 
+    Attributes:
+        seen: names of layers, and what the graph shows of them; None where that was not asked.
+
     Args:
         evaluate: computes the loss.
         parameters: layer name -> the leaf that holds its matrix; parts of a fused projection share one.
@@ -97,6 +101,7 @@ class DifferentiableLoss:
         self._gradients: Gradients | None = None
         self._loss: float | None = None
         self._outputs: dict[int, Tensor | None] = {}
+        self.seen: tuple[Sequence[str], Any] | None = None
 
     def gradients(self, *, keep_graph: bool, outputs: bool = False) -> Gradients:
         """Return the gradient in every layer's parameter; with keep_graph it can be differentiated again.
@@ -106,15 +111,14 @@ class DifferentiableLoss:
         if self._gradients is None:
             leaves = {id(leaf): leaf for leaf in self.parameters.values()}
             self.run()
-            with watch_custom_functions(self.value) as custom:
+            with watch_custom_functions(self.value) if keep_graph else nullcontext(CustomFunctions()) as custom:
                 values, failed = self._differentiate(leaves, keep_graph, outputs and not keep_graph)
             trusted: dict[int, str] = {}
-            if keep_graph:
-                for node, function in custom.cut.items():
-                    for leaf in leaves_behind(node) & leaves.keys():
-                        failed.setdefault(leaf, cut_by(function))
-                for node, function in custom.trusted.items():
-                    trusted |= dict.fromkeys(leaves_behind(node) & leaves.keys() - failed.keys(), function)
+            for node, function in custom.cut.items():
+                for leaf in leaves_behind(node) & leaves.keys():
+                    failed.setdefault(leaf, cut_by(function))
+            for node, function in custom.trusted.items():
+                trusted |= dict.fromkeys(leaves_behind(node) & leaves.keys() - failed.keys(), function)
             names = {name: id(leaf) for name, leaf in self.parameters.items()}
             gradients = Gradients(
                 {name: values.get(leaf) for name, leaf in names.items()},
@@ -125,6 +129,14 @@ class DifferentiableLoss:
                 return gradients
             self._gradients = gradients
         return self._gradients
+
+    def of(self, names: Iterable[str]) -> DifferentiableLoss:
+        """Return the loss as one of these layers alone, on the same graph if there is one."""
+        alone = copy.copy(self)
+        alone.layers = {name: self.layers[name] for name in names}
+        alone.parameters = {name: self.parameters[name] for name in alone.layers}
+        alone._gradients, alone._outputs, alone.seen = None, {}, None
+        return alone
 
     def gradient(self, name: str) -> Tensor | None:
         """Return the gradient in one layer's parameter alone, without a graph."""
@@ -181,7 +193,7 @@ class DifferentiableLoss:
 
     def release(self) -> None:
         """Let go of all graphs; the value of the loss stays known."""
-        self._trace = self._value = self._gradients = None
+        self._trace = self._value = self._gradients = self.seen = None
         self._outputs = {}
 
     @property

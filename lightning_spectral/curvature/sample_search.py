@@ -69,12 +69,12 @@ def move_network(
         if not layouts:
             break
         graph = DirectionGraph(problem, seen, directions, layouts)
-        cut, outer = graph.cut(), graph.outer_cut()
+        cut = graph.cut()
         is_exact = len(cut.inside) == len(layouts)
         head = Head(graph.loss, cut, problem.samples) if is_exact and cut.edges else None
-        if head is None or head.layouts is None or (not nearest and not outer.is_nested):
+        if head is None or head.layouts is None or (not nearest and not graph.outer_cut().is_nested):
             is_exact = is_exact and (not cut.edges or not nearest)
-            head = Head(graph.loss, outer, problem.samples)
+            head = Head(graph.loss, graph.outer_cut(), problem.samples)
         mixed = _mixed(graph, head)
         if not mixed:
             return MovedNetwork(graph, head, is_exact, seen.unseen | search.lost)

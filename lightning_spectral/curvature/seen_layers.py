@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.autograd.graph import Node
@@ -37,23 +38,44 @@ class SeenLayers:
         numbers: layer name -> which of all calls that were recorded these are; the others do not reach the loss.
         unseen: the other layers -> why they cannot be moved at their outputs.
         nested: layers with a call that depends on an earlier one.
-        cut: of the graph, at the layers in ``calls``.
-        outer_cut: behind the last products with parameters.
-        n_nodes: nodes of the graph that depend on a layer.
+        products: nodes of the outputs of all products with a parameter.
+        dependence: of the graph on the layers in ``calls``.
     """
 
     calls: dict[str, list[LayerCall]]
     numbers: dict[str, list[int]]
     unseen: dict[str, str]
     nested: frozenset[str]
-    cut: GraphCut
-    outer_cut: GraphCut
-    n_nodes: int
+    products: Sequence[Node]
+    dependence: Dependence
+
+    @cached_property
+    def cut(self) -> GraphCut:
+        """Cut of the graph, at the layers in ``calls``."""
+        nodes = {name: [call.edge.node for call in own if call.edge is not None] for name, own in self.calls.items()}
+        return find_cut(self.dependence, nodes)
+
+    @cached_property
+    def outer_cut(self) -> GraphCut:
+        """Cut behind the last products with parameters."""
+        return outer_cut(self.dependence, self.products)
+
+    @cached_property
+    def n_nodes(self) -> int:
+        """Nodes of the graph that depend on a layer."""
+        return sum(mask != 0 for mask in self.dependence.masks.values())
 
 
 def see_layers(problem: DifferentiableLoss, names: Iterable[str]) -> SeenLayers:
     """Read off the graph of a loss that was run at which calls each layer takes part."""
     names = list(names)
+    if problem.seen is None or problem.seen[0] != names:
+        problem.seen = names, _see_layers(problem, names)
+    seen: SeenLayers = problem.seen[1]
+    return seen
+
+
+def _see_layers(problem: DifferentiableLoss, names: Sequence[str]) -> SeenLayers:
     root = problem.value.grad_fn
     assert root is not None
     leaves = {id(problem.parameters[name]) for name in names}
@@ -81,15 +103,10 @@ def see_layers(problem: DifferentiableLoss, names: Iterable[str]) -> SeenLayers:
             calls[name], numbers[name] = own, list(numbered)
             if is_nested:
                 nested.add(name)
-    nodes = {name: [call.edge.node for call in own if call.edge is not None] for name, own in calls.items()}
     if unseen:
         # Layers that are measured one by one do not stand in the way of the others.
         dependence = Dependence(root, {id(problem.parameters[name]) for name in calls})
-    products = problem.trace.products
-    n_nodes = sum(mask != 0 for mask in dependence.masks.values())
-    return SeenLayers(
-        calls, numbers, unseen, frozenset(nested), find_cut(dependence, nodes), outer_cut(dependence, products), n_nodes
-    )
+    return SeenLayers(calls, numbers, unseen, frozenset(nested), problem.trace.products, dependence)
 
 
 def not_matrices(problem: DifferentiableLoss) -> dict[str, str]:

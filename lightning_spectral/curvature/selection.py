@@ -11,7 +11,7 @@ from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, GGNCurvature, is_piecewise_linear
 from lightning_spectral.curvature.problem import Curvature, Curvatures, DifferentiableLoss
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
-from lightning_spectral.curvature.sketch import FEWEST_SAMPLES, SketchCurvature
+from lightning_spectral.curvature.sketch import FEWEST_SAMPLES, SketchCurvature, sketch_products
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 
@@ -114,14 +114,14 @@ class LossProperties:
 
     @property
     def sketch_products(self) -> int:
-        """Joint products that a sketch takes for alpha to `ALPHA_ERROR`; two draws at least.
+        """Joint products that a sketch takes for alpha to `ALPHA_ERROR`, within what it takes at least and at most.
 
         Each of P products has a relative noise of `NOISE_PER_CHANNEL` * sqrt(layers * ranks / samples) and reads
         ranks of K directions, so that h's is `NOISE_PER_CHANNEL` * sqrt(layers * K / (samples * P)).
         """
-        k = max(self.windows, default=0)
         ratio = NOISE_PER_CHANNEL * ALPHA_PER_NOISE / ALPHA_ERROR
-        return max(4, round(ratio**2 * len(self.windows) / (self.samples or 1))) if k else 0
+        least, most = sketch_products(self.windows, self.samples)
+        return min(max(least, round(ratio**2 * len(self.windows) / (self.samples or 1))), most)
 
 
 def _obstacle(seen: SeenLayers, samples: int | None, outputs: int) -> str:
@@ -205,10 +205,7 @@ def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplet
     if not names:
         return float("nan")
     name = names[len(names) // 2]
-    layers, parameters = {name: problem.layers[name]}, {name: problem.parameters[name]}
-    alone = DifferentiableLoss(problem.evaluate, layers, parameters, problem.samples)
-    alone.run()
-    exact = ExactCurvature()(alone, {name: directions[name].first(1)}).h[name][0]
+    exact = ExactCurvature()(problem.of([name]), {name: directions[name].first(1)}).h[name][0]
     difference = float((curvatures.h[name][0] - exact).abs())
     if name in curvatures.stderr:
         difference = max(0.0, difference - 4 * float(curvatures.stderr[name][0]))

@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
+CONTAINERS = (dict, OrderedDict, list, deque, set)
 NOT_WRITTEN = (type, types.FunctionType, types.ModuleType, types.MethodType)
 
 
@@ -39,6 +40,7 @@ class HeldState:
         self._seen = set(left)
         self.tensors: list[Held] = []
         self._restore: list[Callable[[], Any]] = []
+        self._empty: list[Any] = []
         self.add(held)
 
     def add(self, held: Sequence[Held]) -> None:
@@ -52,10 +54,13 @@ class HeldState:
             for part in _parts(item, seen):
                 if isinstance(part.value, Tensor):
                     self.tensors.append(part)
-                self._restore += _restorers(part.value, part.original)
+                self._restore += _restorers(part.value, part.original, self._empty)
 
     def restore(self) -> None:
         """Restore everything."""
+        if any(self._empty):
+            for container in self._empty:
+                container.clear()
         for restore in self._restore:
             restore()
 
@@ -93,8 +98,12 @@ def _is_lazy(value: Any) -> bool:
     return isinstance(value, nn.Module) and any(isinstance(p, UNINITIALIZED) for p in value.parameters(recurse=False))
 
 
-def _restorers(value: Any, original: Any) -> list[Callable[[], Any]]:
-    """Return functions that put the state of one object back."""
+def _restorers(value: Any, original: Any, empty: list[Any]) -> list[Callable[[], Any]]:
+    """Return functions that put the state of one object back; an empty container is added to ``empty`` instead."""
+    if type(value) in CONTAINERS and not value:
+        # Most are: a module has a dozen for its hooks.
+        empty.append(value)
+        return []
     if isinstance(value, NOT_WRITTEN):
         return []
     if isinstance(value, Tensor):
@@ -154,15 +163,13 @@ def _tensor(tensor: Tensor, original: Tensor | None) -> Callable[[], None]:
 def _dict(value: dict[Any, Any]) -> Callable[[], None]:
     kind = OrderedDict if isinstance(value, OrderedDict) else dict
     items = list(kind.items(value))
+    # Ids of what the snapshot holds are of nothing else; in one list, since there are hundreds of these at each call.
+    same = [*map(id, kind.keys(value)), *map(id, kind.values(value))]
 
     def restore() -> None:
-        if len(value) == len(items) and all(
-            key is own_key and item is own_item
-            for (key, item), (own_key, own_item) in zip(kind.items(value), items, strict=True)
-        ):
-            return
-        kind.clear(value)
-        kind.update(value, items)
+        if [*map(id, kind.keys(value)), *map(id, kind.values(value))] != same:
+            kind.clear(value)
+            kind.update(value, items)
 
     return restore
 

@@ -219,7 +219,7 @@ def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch) 
     gradients_of_parts: list[PartNorms] = []
     losses: list[LossValue] = []
     for micro_batch in micro_batches:
-        loss = objective.differentiable(micro_batch)
+        loss = objective.differentiable(micro_batch, once=True)
         try:
             values = loss.gradients(keep_graph=False).values
         except Exception as error:

@@ -196,15 +196,16 @@ class Objective:
         """Samples of the largest micro-batch that is, or was last, in memory."""
         return self._in_use.samples
 
-    def differentiable(self, micro_batch: MicroBatch) -> DifferentiableLoss:
-        """Return the loss of one micro-batch, to be differentiated."""
+    def differentiable(self, micro_batch: MicroBatch, *, once: bool = False) -> DifferentiableLoss:
+        """Return the loss of one micro-batch, to be differentiated; once, by operations that may be wrong twice."""
         place = None
         if self.samples is not None:
             before = sum(size or 0 for size in self.sizes[: micro_batch.batch])
             place = SampleRange(self._first_sample + before + micro_batch.start, self.samples)
         loss = self._replayed(micro_batch)
         samples = self.samples_of(micro_batch)
-        return DifferentiableLoss(loss, self.layers, self.parameters, samples, place, loss.again)
+        again = {} if once else {"again": loss.again}
+        return DifferentiableLoss(loss, self.layers, self.parameters, samples, place, **again)
 
     def losses(
         self, micro_batches: Sequence[MicroBatch], first: DifferentiableLoss | None = None

@@ -110,12 +110,7 @@ def centred_sums(points: LogPoints) -> tuple[float, float, float]:
     The first is 0 where no line can be fitted: fewer than 3 points, or abscissae that differ by rounding alone. The
     last is 0 where the ordinates do.
     """
-    x, y = points.x, points.y
-    dx, dy = x - x.mean(), y - y.mean()
-    fits = len(x) >= MIN_POINTS and _differ(x, dx)
-    xx = float(dx.square().sum()) if fits else 0.0
-    yy = float(dy.square().sum()) if fits and _differ(y, dy) else 0.0
-    return xx, float(dx @ dy), yy
+    return _sums(_centred(points.x), _centred(points.y))
 
 
 def fit_power_law(x: Values, y: Values, *, exclude: Mapping[str, Tensor] | None = None) -> PowerLawFit:
@@ -259,27 +254,24 @@ def _usable(x: Tensor, y: Tensor, exclude: Mapping[str, Tensor]) -> tuple[Tensor
     reasons = dict(exclude)
     reasons["not finite"] = ~(x.isfinite() & y.isfinite())
     reasons["not positive"] = ~((x > 0) & (y > 0))
-    keep = torch.ones_like(x, dtype=torch.bool)
-    dropped = {}
-    for reason, mask in reasons.items():
-        hit = keep & mask
-        if count := int(hit.sum()):
-            dropped[reason] = count
-        keep &= ~hit
-    return keep, dropped
+    masks_rn = torch.stack(list(reasons.values()))
+    earlier_rn = masks_rn.cumsum(0)
+    counts = (masks_rn & (earlier_rn == 1)).sum(1).tolist()
+    return earlier_rn[-1] == 0, {reason: count for reason, count in zip(reasons, counts, strict=True) if count}
 
 
 def _least_squares(points: LogPoints) -> PowerLawFit:
-    x, y, dropped = points
-    n, n_dropped, nan = len(x), sum(dropped.values()), float("nan")
-    xx, xy, yy = centred_sums(points)
+    dropped, nan = points.dropped, float("nan")
+    x, y = _centred(points.x), _centred(points.y)
+    n, n_dropped = len(x.deviations), sum(dropped.values())
+    xx, xy, yy = _sums(x, y)
     if not xx:
         return PowerLawFit(nan, nan, nan, nan, n, n_dropped, dict(dropped))
     slope = xy / xx
-    rss = float((y - y.mean() - slope * (x - x.mean())).square().sum())
+    rss = math.fsum((dy - slope * dx) ** 2 for dx, dy in zip(x.deviations, y.deviations, strict=True))
     return PowerLawFit(
         exponent=slope,
-        intercept=float(y.mean()) - slope * float(x.mean()),
+        intercept=y.mean - slope * x.mean,
         stderr=math.sqrt(rss / (n - 2) / xx),
         r2=1 - rss / yy if yy else nan,
         n_used=n,
@@ -288,10 +280,28 @@ def _least_squares(points: LogPoints) -> PowerLawFit:
     )
 
 
-def _differ(values: Tensor, deviations: Tensor) -> bool:
-    """Return whether values differ from their mean by more than rounding."""
-    rounding = len(values) * torch.finfo(torch.float64).eps * float(values.abs().max().clamp(min=1))
-    return float(deviations.abs().max()) > rounding
+class _Centred(NamedTuple):
+    """Mean, deviations from it, and whether they are more than rounding."""
+
+    mean: float
+    deviations: list[float]
+    differ: bool
+
+
+def _centred(vector: Tensor) -> _Centred:
+    # Of the dozen fits of a layer, each of few points, an operation on a tensor costs more than all of a sum.
+    values = vector.tolist()
+    mean = math.fsum(values) / len(values) if values else 0.0
+    deviations = [value - mean for value in values]
+    rounding = len(values) * torch.finfo(torch.float64).eps * max(1.0, *map(abs, values), 0.0)
+    return _Centred(mean, deviations, any(abs(deviation) > rounding for deviation in deviations))
+
+
+def _sums(x: _Centred, y: _Centred) -> tuple[float, float, float]:
+    fits = len(x.deviations) >= MIN_POINTS and x.differ
+    xx = math.fsum(dx * dx for dx in x.deviations) if fits else 0.0
+    yy = math.fsum(dy * dy for dy in y.deviations) if fits and y.differ else 0.0
+    return xx, math.fsum(dx * dy for dx, dy in zip(x.deviations, y.deviations, strict=True)), yy
 
 
 def _rank_model(columns: list[Tensor], log_sigma: Tensor) -> RankModelFit:
