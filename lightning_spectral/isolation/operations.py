@@ -18,6 +18,7 @@ from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.isolation.batch_tree import map_leaves
 from lightning_spectral.isolation.compositions import RIGHT_SECOND, RIGHT_THIRD, takes_statistics, wrong_twice
 from lightning_spectral.isolation.interrupts import function_mode
+from lightning_spectral.isolation.recurrences import WRITTEN_OUT
 
 ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 GROUPED = grouped_products()
@@ -181,5 +182,5 @@ def grouped_product(
     return product if out_dtype is None else product.to(torch.promote_types(product.dtype, out_dtype))
 
 
-REPLACED: dict[Any, Callable[..., Tensor]] = {**RIGHT_SECOND, **dict.fromkeys(GROUPED, grouped_product)}
+REPLACED: dict[Any, Callable[..., Any]] = {**RIGHT_SECOND, **WRITTEN_OUT, **dict.fromkeys(GROUPED, grouped_product)}
 """Function of torch -> what takes its place in every measurement."""

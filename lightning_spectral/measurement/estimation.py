@@ -14,7 +14,7 @@ from lightning_spectral.curvature.draws import noisy_layers
 from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.selection import JOINT_PRODUCT, PRODUCT, CheckedGGN, check_method, choose
-from lightning_spectral.curvature.sketch import SketchCurvature
+from lightning_spectral.curvature.sketch import SketchCurvature, sketch_products
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.measurement.micro_batches import MicroBatch
 from lightning_spectral.measurement.objective import Objective, add_weighted
@@ -149,7 +149,7 @@ def _without_noise(
     """Measure layers again whose alpha would be noise, where they are few."""
     noisy = [name for name in noisy_layers(directions, curvatures) if name not in curvatures.methods]
     noisy = [name for name in noisy if bool(curvatures.h[name].isfinite().any())]
-    affordable = JOINT_PRODUCT * properties.sketch_products / PRODUCT / 2
+    affordable = JOINT_PRODUCT * sketch_products(properties.windows, properties.samples)[1] / PRODUCT / 2
     if not noisy or sum(len(directions[name]) for name in noisy) > affordable:
         return curvatures
     again = evaluation.measure(ExactCurvature(), {name: directions[name] for name in noisy})

@@ -20,6 +20,7 @@ from lightning_spectral.curvature.gauss_newton import GGNCurvature
 from lightning_spectral.curvature.problem import DifferentiableLoss
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.curvature.sketch import SketchCurvature
+from lightning_spectral.isolation.operations import MeasuredOperations
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.numerics.svd import top_singular_triplets
 
@@ -228,6 +229,21 @@ class Recurrent(nn.Module):
         return self.leave(h)
 
 
+class Fused(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.enter, self.rnn = nn.Linear(4, 5), kind(5, 6, batch_first=True, **options)
+        self.leave = nn.LazyLinear(3)
+        self(torch.zeros(1, 2, 4))
+
+    def forward(self, x):
+        return self.leave(self.rnn(self.enter(x))[0][:, -1])
+
+
+def written_out(model, batch):
+    return MeasuredOperations().run(lambda batch: cross_entropy(model, batch), batch)
+
+
 class Albert(nn.Module):
     """One block, three times."""
 
@@ -272,6 +288,9 @@ NESTED = [
     Case("rnn_tanh", lambda: Recurrent(torch.tanh), signals(16, 4, 4), cross_entropy),
     Case("rnn_relu", lambda: Recurrent(torch.relu), signals(16, 4, 4), cross_entropy),
     Case("albert", Albert, signals(16, 3, 8), cross_entropy),
+    Case("lstm", lambda: Fused(nn.LSTM, num_layers=2), signals(16, 4, 4), written_out),
+    Case("projected", lambda: Fused(nn.LSTM, proj_size=4), signals(16, 4, 4), written_out),
+    Case("gru", lambda: Fused(nn.GRU, bidirectional=True), signals(16, 3, 4), written_out),
 ]
 
 

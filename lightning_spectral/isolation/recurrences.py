@@ -1,0 +1,124 @@
+"""Recurrent layers written out, one step after the other: torch's own hide what their matrices are multiplied with.
+
+A product with `weight_ih` takes all steps at once; one with `weight_hh`, and with `weight_hr`, is a step's. Packed
+sequences keep torch's functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+"""Hidden state, and the cell of an LSTM."""
+
+Cell = Callable[[Tensor, State, Sequence[Tensor]], State]
+"""What a step makes of its part of the input's product, the state and the weights."""
+
+
+def _plain(
+    activation: Callable[[Tensor], Tensor], from_input: Tensor, state: State, weights: Sequence[Tensor]
+) -> State:
+    return (activation(from_input + _from_state(state[0], weights)),)
+
+
+def _gru(from_input: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+    h = state[0]
+    reset_in, update_in, new_in = from_input.chunk(3, -1)
+    reset_h, update_h, new_h = _from_state(h, weights).chunk(3, -1)
+    update = torch.sigmoid(update_in + update_h)
+    new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_h) * new_h)
+    return (new + update * (h - new),)
+
+
+def _lstm(from_input: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+    h, c = state
+    i, f, g, o = (from_input + _from_state(h, weights)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    # With proj_size the last of the weights makes a smaller h.
+    return (F.linear(h, weights[-1]) if len(weights) in (3, 5) else h), c
+
+
+def _from_state(h: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return F.linear(h, weights[1], weights[3] if len(weights) > 3 else None)
+
+
+def _from_input(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return F.linear(x, weights[0], weights[2] if len(weights) > 3 else None)
+
+
+def _written_out(cell: Cell, fused: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what takes the place of `torch.lstm` and the like, for sequences that are not packed."""
+
+    def run(x: Tensor, hx: Any, weights: Any, *options: Any, **named: Any) -> Any:
+        # Of a packed sequence the second argument is how many samples each step has.
+        if named or (isinstance(hx, Tensor) and not hx.is_floating_point()):
+            return fused(x, hx, weights, *options, **named)
+        _, n_layers, dropout, training, bidirectional, batch_first = options
+        states: State = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
+        x_tbn, directions = x.transpose(0, 1) if batch_first else x, 2 if bidirectional else 1
+        size = len(weights) // (n_layers * directions)
+        last: list[State] = []
+        for layer in range(n_layers):
+            outputs = []
+            for backward in range(directions):
+                number = layer * directions + backward
+                own = weights[number * size : (number + 1) * size]
+                output, state = _run(cell, x_tbn, tuple(s[number] for s in states), own, bool(backward))
+                outputs.append(output)
+                last.append(state)
+            x_tbn = torch.cat(outputs, -1) if bidirectional else outputs[0]
+            if dropout and training and layer < n_layers - 1:
+                x_tbn = F.dropout(x_tbn, dropout)
+        ends = tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+        return x_tbn.transpose(0, 1) if batch_first else x_tbn, *ends
+
+    return run
+
+
+def _run(cell: Cell, x_tbn: Tensor, state: State, weights: Sequence[Tensor], backward: bool) -> tuple[Tensor, State]:
+    """Return the hidden states of all steps, and the last state, of one layer in one direction."""
+    steps = list(_from_input(x_tbn, weights).unbind(0))
+    outputs = []
+    for from_input in reversed(steps) if backward else steps:
+        state = cell(from_input, state, weights)
+        outputs.append(state[0])
+    return torch.stack(outputs[::-1] if backward else outputs), state
+
+
+def _one_step(cell: Cell, fused: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what takes the place of `torch.lstm_cell` and the like."""
+
+    def run(x: Tensor, hx: Any, *weights: Tensor | None, **named: Any) -> Any:
+        if named:
+            return fused(x, hx, *weights, **named)
+        own = [weight for weight in weights if weight is not None]
+        states: State = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
+        state = cell(_from_input(x, own), states, own)
+        return state if len(state) > 1 else state[0]
+
+    return run
+
+
+_CELLS: dict[str, Cell] = {
+    "lstm": _lstm,
+    "gru": _gru,
+    "rnn_tanh": partial(_plain, torch.tanh),
+    "rnn_relu": partial(_plain, torch.relu),
+}
+
+
+def _pairs() -> Iterator[tuple[Any, Callable[..., Any]]]:
+    for name, cell in _CELLS.items():
+        for fused, replacement in ((getattr(torch, name), _written_out), (getattr(torch, f"{name}_cell"), _one_step)):
+            yield fused, replacement(cell, fused)
+
+
+WRITTEN_OUT: dict[Any, Callable[..., Any]] = dict(_pairs())
+"""Function of torch -> what takes its place in every measurement."""

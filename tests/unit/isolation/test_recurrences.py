@@ -1,0 +1,73 @@
+"""Recurrent layers written out beside torch's own, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from lightning_spectral.isolation.interrupts import function_mode
+from lightning_spectral.isolation.operations import MeasuredOperations
+
+OPTIONS = {
+    "one": {},
+    "two_ways": {"bidirectional": True},
+    "batch_first": {"num_layers": 2, "batch_first": True},
+    "dropout": {"num_layers": 3, "bidirectional": True, "bias": False, "dropout": 0.3},
+}
+KINDS = {
+    "lstm": nn.LSTM,
+    "projected": lambda *args, **options: nn.LSTM(*args, proj_size=3, **options),
+    "gru": nn.GRU,
+    "tanh": nn.RNN,
+    "relu": lambda *args, **options: nn.RNN(*args, nonlinearity="relu", **options),
+}
+
+
+def both(module, *inputs):
+    """Outputs, states and gradients by torch's function, and written out, with the same random numbers."""
+    results = []
+    for mode in (None, MeasuredOperations()):
+        torch.manual_seed(1)
+        if mode is None:
+            outputs = module(*inputs)
+        else:
+            with function_mode(mode):
+                outputs = module(*inputs)
+        tensors = leaves(outputs)
+        loss = sum((tensor * torch.linspace(1, 2, tensor.numel()).view_as(tensor)).sum() for tensor in tensors)
+        results.append([*tensors, *torch.autograd.grad(loss, list(module.parameters()))])
+    return results
+
+
+def leaves(outputs):
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [tensor for part in outputs if part is not None for tensor in leaves(part)]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_sequences(kind, options):
+    torch.manual_seed(0)
+    module = kind(4, 6, **options).double()
+    fused, written_out = both(module, torch.randn(5, 3, 4, dtype=torch.float64))
+    torch.testing.assert_close(written_out, fused, rtol=1e-10, atol=1e-12)
+    assert written_out[0].stride() == fused[0].stride()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cells(kind, bias):
+    torch.manual_seed(0)
+    fused, written_out = both(kind(4, 6, bias=bias).double(), torch.randn(3, 4, dtype=torch.float64))
+    torch.testing.assert_close(written_out, fused, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_packed_sequences_keep_what_torch_does(kind):
+    torch.manual_seed(0)
+    packed = pack_padded_sequence(torch.randn(5, 3, 4, dtype=torch.float64), torch.tensor([5, 3, 2]))
+    fused, kept = both(kind(4, 6).double(), packed)
+    assert all(torch.equal(a, b) for a, b in zip(fused, kept, strict=True))
