@@ -114,14 +114,14 @@ class LossProperties:
 
     @property
     def sketch_products(self) -> int:
-        """Joint products that a sketch takes for alpha to `ALPHA_ERROR`, within what it takes at least and at most.
+        """Joint products that a sketch takes for alpha to `ALPHA_ERROR`, two draws at least, all it makes at most.
 
         Each of P products has a relative noise of `NOISE_PER_CHANNEL` * sqrt(layers * ranks / samples) and reads
         ranks of K directions, so that h's is `NOISE_PER_CHANNEL` * sqrt(layers * K / (samples * P)).
         """
         ratio = NOISE_PER_CHANNEL * ALPHA_PER_NOISE / ALPHA_ERROR
-        least, most = sketch_products(self.windows, self.samples)
-        return min(max(least, round(ratio**2 * len(self.windows) / (self.samples or 1))), most)
+        most = sketch_products(self.windows, self.samples)[1]
+        return min(max(4, round(ratio**2 * len(self.windows) / (self.samples or 1))), most)
 
 
 def _obstacle(seen: SeenLayers, samples: int | None, outputs: int) -> str:
