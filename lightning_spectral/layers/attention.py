@@ -125,8 +125,12 @@ def _is_named_output(place: Place) -> bool:
 
 
 def _is_unnamed_attention(members: Sequence[Place]) -> bool:
-    """Return whether three layers with one input and a fourth are all there is, whatever their names."""
-    return len(members) == 4 and len({p.ins for p in members[:3]}) == 1 and members[3].outs == members[0].ins
+    """Return whether three layers with one input, or one of three times its width, and the output are all there is."""
+    inputs, outputs = members[:-1], members[-1:]
+    if not members or members[-1].outs != members[0].ins:
+        return False
+    fused = [p.outs for p in inputs] == [3 * p.ins for p in outputs]
+    return fused or (len(inputs) == 3 and len({p.ins for p in inputs}) == 1)
 
 
 def _is_output(place: Place, members: Sequence[Place], found: Attentions) -> bool:
