@@ -78,7 +78,7 @@ def check_model_parallel(rank, n, folder):
     _, resumed, _ = fit(sharded(), folder, ckpt_path=folder / "half.ckpt")
     assert largest_difference(wholes(whole), wholes(resumed)) == 0
     pl.seed_everything(0, verbose=False)
-    swap = {"lr": 1e-2}
+    swap = {"lr": 1e-2, "weight_decay": 1e-2}
     _, swapped, _ = fit(sharded(), folder, own=False, callbacks=[SwapOptimizer(init_args=swap)])
     assert largest_difference(wholes(whole), wholes(swapped)) == 0
 
