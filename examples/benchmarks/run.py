@@ -38,12 +38,9 @@ class Benchmark(NamedTuple):
         return [sys.executable, str(HERE / self.script), *self.arguments, f"--output={runs / f'{name}.json'}", *drawn]
 
 
-SIZES = ("--repeats=9", "--only", "spectral_newton", "spectral_newton_fixed_size", "adamw")
-
 BENCHMARKS: dict[str, Benchmark] = {
     "overhead_cpu": Benchmark("overhead.py", 2),
     "shared_step_cpu": Benchmark("shared_step.py", 3),
-    "optimizer_size_cpu": Benchmark("optimizer_step.py", 3, SIZES),
     "optimizer_step_cpu": Benchmark("optimizer_step.py", 5),
     "programs_cpu": Benchmark("programs.py", 5),
     "shards_cpu": Benchmark("shards.py", 5),
