@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_spectral.errors import is_out_of_memory
@@ -30,12 +30,24 @@ TOLERANCE = 1e-3
 """Relative difference of the losses from which on they are two."""
 
 
+DRAWS = (
+    *(torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.randint, torch.randperm, torch.bernoulli),
+    *(Tensor.uniform_, Tensor.normal_, Tensor.bernoulli, Tensor.bernoulli_),
+)
+"""Functions that a dropout or stochastic depth written by hand draws with."""
+
+
 class _WithoutDropout(TorchFunctionMode):
+    def __init__(self) -> None:
+        self.draws = 0
+        super().__init__()
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a function, but leave dropout out."""
+        """Run a function, but leave dropout out; count what is drawn."""
         kwargs = kwargs or {}
+        self.draws += func in DRAWS
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
@@ -49,7 +61,8 @@ def other_loss_in_training(objective: Objective, module: nn.Module) -> str:
     """Return what a network's loss in train mode is, where it is another than in eval mode; else nothing.
 
     Dropout is left out, and BatchNorm has its running statistics in both, so that what differs is something else:
-    outputs that are rescaled or turned into probabilities, another branch.
+    outputs that are rescaled or turned into probabilities, another branch. Nothing is said of a network that draws
+    more in train mode, as a stochastic depth written by hand does.
     """
     with objective.group.step(watched=True) as step:
         micro_batches = objective.full_batches()
@@ -63,7 +76,8 @@ def _difference(objective: Objective, module: nn.Module) -> str:
         with torch.no_grad(), _in_train_mode(module) as wrapped, warnings.catch_warnings():
             # What the user's code warns of, it does in eval mode, too.
             warnings.simplefilter("ignore")
-            with function_mode(_WithoutDropout()):
+            in_training = _WithoutDropout()
+            with function_mode(in_training):
                 trained = objective.value_of(micro_batch, wrapped)
         measured = objective.known_value(micro_batch)
     except Exception as error:
@@ -75,6 +89,12 @@ def _difference(objective: Objective, module: nn.Module) -> str:
         return ""
     if math.isclose(trained, measured, rel_tol=TOLERANCE, abs_tol=1e-6):
         return ""
+    if in_training.draws:
+        in_evaluation = _WithoutDropout()
+        with torch.no_grad(), function_mode(in_evaluation):
+            objective.value_of(micro_batch, lambda loss: loss)
+        if in_training.draws > in_evaluation.draws:
+            return ""
     return (
         f"the loss of the first batch is {measured:.4g} in eval mode and {trained:.4g} in train mode, without dropout "
         "and with BatchNorm's running statistics: the network computes another loss there, and that is trained; "

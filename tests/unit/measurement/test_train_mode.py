@@ -45,6 +45,25 @@ class DropPath(nn.Module):
         return z * (torch.rand(len(z), 1) > 0.5) if self.training else z
 
 
+class Depth(nn.Module):
+    """Stochastic depth by another name."""
+
+    def forward(self, z):
+        if not self.training:
+            return z
+        kept = 0.5
+        kept += torch.rand([len(z), 1], dtype=z.dtype)
+        return z / 0.5 * torch.floor(kept)
+
+
+class Noisy(nn.Module):
+    """Draws in both modes, and is another in evaluation."""
+
+    def forward(self, z):
+        z = z + 1e-3 * torch.randn_like(z)
+        return z if self.training else 25 * z + 100
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -72,6 +91,11 @@ def measured(model, batch=None, **options):
     return measure_spectra(model, batch, loss, top_k=3, **options)
 
 
+def test_a_network_that_draws_in_both_modes_is_told_of():
+    (text,) = texts(measured(network(Noisy())))
+    assert "in eval mode" in text
+
+
 @pytest.mark.parametrize("part", [Unscaled, Probabilities])
 def test_another_loss_in_training_is_told_with_both_numbers(part):
     model = network(part())
@@ -88,10 +112,10 @@ def test_another_loss_in_training_is_told_with_both_numbers(part):
 @pytest.mark.parametrize(
     "part",
     [
-        lambda: nn.Dropout(0.5), lambda: nn.AlphaDropout(0.5), FunctionalDropout, Attention, DropPath, Recurrent,
+        lambda: nn.Dropout(0.5), lambda: nn.AlphaDropout(0.5), FunctionalDropout, Attention, DropPath, Depth, Recurrent,
         lambda: nn.BatchNorm1d(8), lambda: nn.RReLU(),
     ],
-    ids=["dropout", "alpha", "functional", "attention", "droppath", "recurrent", "batchnorm", "rrelu"],
+    ids=["dropout", "alpha", "functional", "attention", "droppath", "depth", "recurrent", "batchnorm", "rrelu"],
 )  # fmt: skip
 def test_dropout_and_statistics_are_no_other_loss(part):
     model = network(part())
