@@ -24,7 +24,6 @@ def to_jsonable(value: Any, *, pack: bool = False) -> Any:
     """Return records, mappings, sequences and tensors as values that JSON holds.
 
     Args:
-        value: to convert.
         pack: write tensors as base64 of their little-endian float64, 11 characters a number and exact, not as lists.
     """
     if is_dataclass(value):

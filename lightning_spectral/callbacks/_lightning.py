@@ -83,7 +83,6 @@ def total_steps(trainer: Any, step_seconds: float = math.nan) -> float:
     """Return the optimizer steps of the whole run, by steps, epochs or time; infinity where they are not known.
 
     Args:
-        trainer: Trainer of the run.
         step_seconds: that a step takes; NaN: not known, so that a limit of time says nothing.
     """
     done = optimizer_steps(trainer)

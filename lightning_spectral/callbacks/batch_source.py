@@ -31,16 +31,7 @@ FIRST_BATCHES = 16
 
 
 class BatchSource:
-    """Batches of each probe, collected from training or kept for all probes.
-
-    Args:
-        choice: "train", the batches from the probe's step on; "fixed", the first batches of the run; or a DataLoader,
-            whose first batches are fetched once.
-        n_batches: number of batches at least.
-        fixed_samples: with "fixed", keep as many batches as hold so many samples, the last one cut, instead.
-        gradient_samples: as many batches as hold so many samples of all ranks; "auto": as many as `aim` is told.
-        gradient_samples_max: samples of all ranks that "auto" takes at most.
-    """
+    """Batches of each probe, collected from training or kept for all probes."""
 
     def __init__(
         self,

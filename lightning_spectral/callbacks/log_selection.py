@@ -41,8 +41,6 @@ class LogSelection:
     """Choose the scalars of a report that are logged.
 
     Args:
-        log_layers: "auto", up to `LOGGED_LAYERS` layers evenly over depth; "all"; "none"; or glob patterns.
-        log_quantities: quantities of each layer: "auto", `PER_LAYER` and those measured on request; "all"; or names.
         parts: parts of a `LayerSpectrum` that are measured on request, and "step" where steps may be.
     """
 

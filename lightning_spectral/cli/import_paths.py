@@ -50,19 +50,12 @@ def is_missing(error: Exception, module: str) -> TypeGuard[ModuleNotFoundError]:
     return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
 
 
-def read_batches(path: str, n_batches: int, model: nn.Module) -> list[Any]:
-    """Return the first batches of the data that an import path names; arguments and errors as of `batch_reader`."""
-    return batch_reader(path, n_batches, model)(None)
-
-
 def batch_reader(path: str, n_batches: int, model: nn.Module) -> Callable[[int | None], list[Any]]:
     """Return what reads the first batches of the data that an import path names, as many as hold so many samples.
 
     Args:
         path: of a DataLoader, a LightningDataModule (its training data), another iterable of batches, or one batch: a
             tensor, tuple, list or mapping; or of something that returns one of these when called without arguments.
-        n_batches: how many at least.
-        model: whose random states are kept.
     """
     positive_int("--n-batches", n_batches)
     value = import_object(path, "--data")

@@ -11,7 +11,7 @@ import torch
 
 from lightning_spectral.cli.arguments import options_of
 from lightning_spectral.cli.checkpoints import Checkpoint, build_model
-from lightning_spectral.cli.import_paths import SourceError, named_loss, read_batches
+from lightning_spectral.cli.import_paths import SourceError, batch_reader, named_loss
 from lightning_spectral.options import Options
 from lightning_spectral.plan.fake_run import weightless
 from lightning_spectral.plan.planner import Plan, plan_quietly
@@ -68,7 +68,7 @@ def plan_model(
         raise SourceError(
             f"{error}; a plan makes the model without its weights, whose values it seems to read"
         ) from error
-    batch = shaped_batch(shapes) if shapes else None if data is None else read_batches(data, 1, network)[0]
+    batch = shaped_batch(shapes) if shapes else None if data is None else batch_reader(data, 1, network)(None)[0]
     return plan_quietly(
         network, batch, loss_fn, options or Options(), n_batches=n_batches, world_size=world_size, sharded=sharded
     )

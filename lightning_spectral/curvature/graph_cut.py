@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_spectral._autograd import operation
+from lightning_spectral._autograd import operation, reachable
 from lightning_spectral.curvature.autograd_graph import LINEAR, PIECEWISE, Dependence, named
 
 ALLOWED = LINEAR | PIECEWISE
@@ -94,14 +94,7 @@ def _above_another(
 
 def _behind(nodes: Iterable[Node]) -> set[Node]:
     """Return the nodes that these are computed from."""
-    visited: set[Node] = set()
-    stack = [n for node in nodes for n, _ in node.next_functions if n is not None]
-    while stack:
-        node = stack.pop()
-        if node not in visited:
-            visited.add(node)
-            stack.extend(n for n, _ in node.next_functions if n is not None)
-    return visited
+    return set(reachable(n for node in nodes for n, _ in node.next_functions))
 
 
 def outer_cut(dependence: Dependence, products: Iterable[Node]) -> GraphCut:

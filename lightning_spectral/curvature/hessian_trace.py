@@ -29,8 +29,8 @@ from lightning_spectral.curvature.problem import (
     Curvatures,
     DifferentiableLoss,
     Gradients,
-    accumulation_dtype,
     cause_of,
+    dot,
     unverified,
 )
 from lightning_spectral.curvature.sample_search import INTERACT, move_network
@@ -161,7 +161,7 @@ class _Moves:
     def along_signs(self, scales: Mapping[str, Tensor]) -> dict[str, float]:
         """Return z^T H z of each layer, of signs times a scale."""
         drawn = self._draw(scales)
-        return {name: sum(_dot(move, product) for move, product in pairs) for name, pairs in drawn.items()}
+        return {name: sum(dot(move, product) for move, product in pairs) for name, pairs in drawn.items()}
 
     def check_samples_apart(self, scales: Mapping[str, Tensor], others: Tensor) -> None:
         """Raise MeasurementError unless what is done to the samples that have a scale shows at none of the others."""
@@ -186,10 +186,6 @@ class _Moves:
             for move, product in zip(moves, products, strict=True)
         )
         return {name: [next(pairs) for _ in graph.calls[name]] for name in graph.names}
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(dtype=accumulation_dtype(a)))
 
 
 def _product(gradients: Gradients, leaves: Mapping[str, Tensor], z: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
@@ -230,4 +226,4 @@ def _inner(layer: MatrixLayer, z: Tensor, product: Tensor | None) -> float:
     if product is None:
         return 0.0
     matrix = layer.to_matrix(product)
-    return _dot(matrix, z.to(matrix))
+    return dot(matrix, z.to(matrix))

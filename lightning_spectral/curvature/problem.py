@@ -271,6 +271,11 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
+def dot(a: Tensor, b: Tensor) -> float:
+    """Return the inner product of two tensors."""
+    return float((a * b).sum(dtype=accumulation_dtype(a)))
+
+
 def _known(value: T | None) -> T:
     if value is None:
         raise MeasurementError("this is known once the gradients are")

@@ -12,8 +12,8 @@ from lightning_spectral.curvature.problem import (
     REMEDY,
     Curvatures,
     DifferentiableLoss,
-    accumulation_dtype,
     cause_of,
+    dot,
     unverified,
 )
 from lightning_spectral.errors import is_out_of_memory
@@ -58,10 +58,10 @@ class StepProducts:
             nothing = torch.full((2 + len(self.layers),), float("nan"), dtype=torch.float64)
             return Curvatures({LOSS: loss, STEP: nothing}, self.name, {STEP: failed.removesuffix(f"; {REMEDY}")})
         values = {name: value.detach() for name, value in gradients.values.items() if value is not None}
-        slope = sum(_dot(value, self.delta[name]) for name, value in values.items())
-        total = sum(_dot(product, self.delta[name]) for name, product in products.items())
+        slope = sum(dot(value, self.delta[name]) for name, value in values.items())
+        total = sum(dot(product, self.delta[name]) for name, product in products.items())
         parts = [
-            _dot(layer.to_matrix(products[name]), layer.to_matrix(self.delta[name])) if name in products else 0.0
+            dot(layer.to_matrix(products[name]), layer.to_matrix(self.delta[name])) if name in products else 0.0
             for layer, name in self.layers
         ]
         step = torch.tensor([slope, total, *parts], dtype=torch.float64)
@@ -79,7 +79,3 @@ class StepProducts:
         products = torch.autograd.grad(list(outputs.values()), leaves, moves, allow_unused=True)
         named = zip(problem.parameters, products, strict=True)
         return {name: product for name, product in named if product is not None}
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(dtype=accumulation_dtype(a)))

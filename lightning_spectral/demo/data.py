@@ -25,12 +25,7 @@ def digits() -> TensorDataset:
 
 
 class PythonSource(Dataset[Tensor]):
-    """Windows of length + 1 characters of the standard library's top-level modules, as indices (length + 1,).
-
-    Args:
-        length: number of characters that a network sees at once.
-        limit: largest number of characters to read.
-    """
+    """Windows of length + 1 characters of the standard library's top-level modules, as indices (length + 1,)."""
 
     def __init__(self, length: int, limit: int = 2_000_000) -> None:
         index = {character: i for i, character in enumerate(CHARACTERS)}

@@ -29,12 +29,7 @@ class ResidualBlock(nn.Module):
 
 
 class DigitsResNet(pl.LightningModule):
-    """A ResNet for images (1, 8, 8) of 10 classes.
-
-    Args:
-        width: channels of the first stage; the second has twice as many.
-        lr: learning rate of SGD with momentum 0.9.
-    """
+    """A ResNet for images (1, 8, 8) of 10 classes."""
 
     def __init__(self, width: int = 16, lr: float = 0.05) -> None:
         super().__init__()
@@ -81,16 +76,7 @@ class GPTBlock(nn.Module):
 
 
 class CharacterGPT(pl.LightningModule):
-    """A GPT that predicts the next character.
-
-    Args:
-        vocabulary: number of characters.
-        length: number of characters it sees at once.
-        width: width of the residual stream.
-        heads: number of heads of each attention layer.
-        depth: number of blocks.
-        lr: learning rate of AdamW.
-    """
+    """A GPT that predicts the next character."""
 
     def __init__(
         self, vocabulary: int, length: int = 64, width: int = 64, heads: int = 4, depth: int = 2, lr: float = 3e-3

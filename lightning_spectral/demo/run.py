@@ -75,12 +75,7 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def run(folder: str | Path = "demo-runs", *, steps_factor: float = 1.0) -> dict[str, list[SpectralReport]]:
-    """Train, probe and print; return the reports of each run by its name.
-
-    Args:
-        folder: folder of the logs, the reports and the pages.
-        steps_factor: factor on the number of steps, for a test.
-    """
+    """Train, probe and print; return the reports of each run by its name."""
     folder = Path(folder)
     console = Console()
     _hush_lightning()

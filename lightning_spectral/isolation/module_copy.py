@@ -68,7 +68,6 @@ def copied_module(
     forward hooks of tracking packages, such as W&B's ``watch`` sets, which look at modules and change nothing.
 
     Args:
-        model: the original.
         stand_ins: id of an object -> what takes its place in the copy.
         lowest: type that floating and complex tensors below it are raised to; None: they stay as they are.
     """

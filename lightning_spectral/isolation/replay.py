@@ -85,9 +85,6 @@ class ReplayedLoss:
     """Loss of one batch that starts from the same state at each call, and must have the same value.
 
     Args:
-        loss: batch -> its loss.
-        batch: gives the batch, anew for each call.
-        initial_state: restored before each call.
         values: of the loss, so far; each call adds one.
     """
 

@@ -105,7 +105,6 @@ class Place:
         name: of the parameter.
         path: of the layer among the modules, without wrappers; that of a parameter of its own ends with its name.
         outs, ins: of the matrix; of a parameter of its own the order is not known.
-        trained: whether it is.
         adapted: whether it has an adapter.
     """
 

@@ -43,7 +43,6 @@ class KroneckerResult:
     """Kronecker factors of the layers that have them.
 
     Attributes:
-        factors: layer name -> its factors.
         notes: layer name -> why it has none.
         per_sample: factor from the curvature of the measured loss to that of the mean of the samples' losses: 1, or for
             a loss that sums over samples one over their number.
@@ -64,8 +63,6 @@ def kronecker_factors(evaluation: Evaluation, directions: Window, *, wanted: boo
 
     Args:
         evaluation: what to measure. If the graph of its first loss is there, it is used, and kept.
-        directions: layer name -> triplets u_k, v_k.
-        wanted: False gives none.
     """
     objective = evaluation.objective
     if not wanted:

@@ -53,7 +53,6 @@ def infer_weights(
     """Return w_i with L = sum_i w_i L_i.
 
     Args:
-        total: L.
         micro_batches: all of one batch, in order.
         parts: L_i, with what was seen of how they came about.
         compute_dtype: the dtype whose rounding counts.

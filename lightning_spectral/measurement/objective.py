@@ -213,7 +213,6 @@ class Objective:
         """Yield each micro-batch with its loss, to be differentiated before the next.
 
         Args:
-            micro_batches: in the order to take them in.
             first: loss of the first of them, where its graph is there.
         """
         self._in_use.samples = self.largest(micro_batches)

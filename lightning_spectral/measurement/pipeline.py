@@ -102,11 +102,7 @@ def measure_noise_scale(
     batch_idx: int = 0,
     group: SingleProcess = SINGLE_PROCESS,
 ) -> float:
-    """Return the noise scale, in samples, of the median layer's gradient; NaN where it cannot be told.
-
-    Args:
-        model, batches, options, loss_fn, batch_idx, group: as in `run_measurement`.
-    """
+    """Return the noise scale, in samples, of the median layer's gradient; NaN where it cannot be told."""
     with _prepared(model, batches, options, loss_fn, batch_idx, group) as (_, _, objective):
         for attempt in attempts(objective, options.micro_batch_size):
             with attempt:

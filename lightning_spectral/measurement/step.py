@@ -41,12 +41,7 @@ REMEDY = "give a loss_fn without it, or set step=False"
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Parameters and buffers of a network, by name.
-
-    Attributes:
-        parameters: name -> value.
-        buffers: name -> value.
-    """
+    """Parameters and buffers of a network, by name."""
 
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]

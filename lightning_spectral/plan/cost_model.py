@@ -165,10 +165,8 @@ def count_passes(
     """Count the passes of gradient and curvature by kind.
 
     Args:
-        method: "exact", "ggn" or "sketch".
         directions: layer name -> K, for those that the loss depends on.
         structure: of the loss; None: not known, and taken as that of layers that are all seen through their outputs.
-        samples: in all.
         parts: micro-batches per batch, whose weights take a forward pass.
         micro_batches_given: whether ``micro_batch_size`` is set; then the loss of the whole batch takes one, too.
         reuses_graph: whether the curvature is taken on the graph of the gradient.

@@ -177,12 +177,7 @@ def trace_loss(
 
 
 class _Shapes(Copier):
-    """Copier to tensors that have shapes and no values.
-
-    Args:
-        fakes: the mode that their tensors belong to.
-        dtype: the lowest floating type.
-    """
+    """Copier to tensors that have shapes and no values."""
 
     def __init__(self, fakes: Any, dtype: torch.dtype) -> None:
         super().__init__()

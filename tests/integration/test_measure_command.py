@@ -12,7 +12,7 @@ from lightning_spectral.callbacks.time_budget import FEW_SAMPLES
 from lightning_spectral.cli.arguments import LOSS_EXAMPLES
 from lightning_spectral.cli.checkpoints import Checkpoint, build_model
 from lightning_spectral.cli.commands import main
-from lightning_spectral.cli.import_paths import SourceError, import_object, named_loss, read_batches
+from lightning_spectral.cli.import_paths import SourceError, batch_reader, import_object, named_loss
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 
 NETS = """
@@ -220,7 +220,7 @@ def test_losses_in_the_help_are_those_of_the_code():
 @pytest.mark.parametrize("name", ["loader", "Module", "batches", "pair", "data_loader"])
 def test_data_of_every_kind(nets, name):
     sys.modules["nets_here"].data_loader = nets["loader"]()
-    first = read_batches(f"nets_here:{name}", 1, nets["small"]())[0]
+    first = batch_reader(f"nets_here:{name}", 1, nets["small"]())(None)[0]
     assert all(a.equal(b) for a, b in zip(first, nets["data"]()[:48], strict=True))
 
 

@@ -136,7 +136,6 @@ def plot_rank_profiles(
     Values at or below the noise floor, which no model is fitted to, are hollow.
 
     Args:
-        report: what was measured.
         layers: as of `plot_power_law`.
 
     Raises:

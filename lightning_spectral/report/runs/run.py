@@ -54,7 +54,6 @@ class Run:
     """Reports of one run in the order of training.
 
     Attributes:
-        name: of the run.
         sources: files that it was read from.
         steps: the reports, those outside training first.
         omissions: parts of the files that are not among the steps, and why.

@@ -117,6 +117,11 @@ def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f} %"
 
 
+def dimensions(shape: tuple[int, int], groups: int) -> str:
+    """Write the shape of a matrix, and its groups where there are several."""
+    return f"{shape[0]}x{shape[1]}" + (f" /{groups}" if groups > 1 else "")
+
+
 def duration(seconds: float) -> str:
     """Write a time as people do.
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from lightning_spectral._messages import group_by_reason, join_names, size_of
 from lightning_spectral.plan.cost_model import FACTOR, Cost
 from lightning_spectral.plan.planner import Plan
-from lightning_spectral.report.terminal.formatting import literal
+from lightning_spectral.report.terminal.formatting import dimensions, literal
 
 PLAN_WIDTH = 100
 """Width that the tables need."""
@@ -69,7 +69,7 @@ def _groups(plan: Plan) -> Table:
     table = _table(("kind", "shape"), ("layers", "directions each"))
     groups: dict[tuple[str, str, int], int] = {}
     for name, layer in plan.layers.items():
-        key = (layer.kind, _shape(layer.shape, layer.groups), plan.directions.get(name, 0))
+        key = (layer.kind, dimensions(layer.shape, layer.groups), plan.directions.get(name, 0))
         groups[key] = groups.get(key, 0) + 1
     for (kind, shape, directions), count in groups.items():
         table.add_row(kind, shape, str(count), str(directions))
@@ -79,13 +79,9 @@ def _groups(plan: Plan) -> Table:
 def _layers(plan: Plan) -> Table:
     table = _table(("layer", "kind", "shape"), ("directions",))
     for name, layer in plan.layers.items():
-        shape = _shape(layer.shape, layer.groups)
+        shape = dimensions(layer.shape, layer.groups)
         table.add_row(literal(name), layer.kind, shape, str(plan.directions.get(name, 0)))
     return table
-
-
-def _shape(shape: tuple[int, int], groups: int) -> str:
-    return f"{shape[0]}x{shape[1]}" + (f" /{groups}" if groups > 1 else "")
 
 
 def _costs(plan: Plan) -> Table:

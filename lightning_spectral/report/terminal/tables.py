@@ -16,6 +16,7 @@ from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.terminal.formatting import (
     WHOLE_WIDTH,
+    dimensions,
     fit_table,
     fixed,
     literal,
@@ -111,13 +112,7 @@ def method_of(report: SpectralReport) -> str:
 
 
 def layer_table(report: SpectralReport, title: str = "", *, width: int | None = None) -> Table:
-    """Return a row per layer: exponents, fits and participation ratio. Fits not to be trusted are dim and have a "?".
-
-    Args:
-        report: what was measured.
-        title: above the table.
-        width: characters that the table may take; None: as many as it needs.
-    """
+    """Return a row per layer: exponents, fits and participation ratio. Fits not to be trusted are dim, with a "?"."""
     return _layer_table(report, title, width)[0]
 
 
@@ -171,12 +166,11 @@ def _mark(layer: LayerSpectrum) -> str:
 
 
 def _cells(layer: LayerSpectrum) -> dict[str, str]:
-    m, n = layer.shape
     used, all_points = layer.alpha.n_used, len(layer.sigma)
     cells = (
         layer.name,
         layer.kind,
-        f"{m}x{n}" + (f" /{layer.groups}" if layer.groups > 1 else ""),
+        dimensions(layer.shape, layer.groups),
         f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)} {_mark(layer)}",
         fixed(layer.alpha.r2),
         fixed(layer.gradient_noise.signal),

@@ -27,14 +27,11 @@ class Row:
     """One probe, as loggers get it.
 
     Attributes:
-        prefix: first part of its keys.
-        step: optimizer steps before it.
         scalars: full keys -> values.
         charted: keys that get a chart of their own in W&B.
         summarized: keys whose minimum and maximum over the run W&B keeps beside the last value.
         table: a row per layer: column -> value, the step first.
         lines: a chart of several lines, label -> (abscissas, ordinates); in W&B, with the table.
-        figures: name -> figure.
     """
 
     prefix: str
@@ -59,7 +56,6 @@ class Tracker:
     """Any logger: it gets the scalars.
 
     Args:
-        logger: of a Trainer.
         warn: function that warns once of what a logger could not do; training goes on.
 
     Attributes:
