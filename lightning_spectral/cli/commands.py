@@ -169,11 +169,10 @@ def _measure_or_plan(options: argparse.Namespace) -> int:
     """Run a command on the user's model, data and loss, which may raise anything; an error is one line."""
     _import_from_here()
     from lightning_spectral._messages import first_line
-    from lightning_spectral.cli import measure_command, plan_command
+    from lightning_spectral.cli.measure_command import run_measure, run_plan
 
-    command = measure_command if options.command == "measure" else plan_command
     try:
-        command.run(options)
+        (run_measure if options.command == "measure" else run_plan)(options)
     except Exception as error:
         if options.traceback:
             raise

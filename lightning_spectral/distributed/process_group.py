@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral._torch_private import TorchDispatchMode
-from lightning_spectral.distributed.packing import as_bytes, flat_by_dtype, local_device, split_bytes
+from lightning_spectral.distributed.assignment import as_bytes, flat_by_dtype, local_device, split_bytes
 from lightning_spectral.errors import MeasurementError, ProcessError, is_out_of_memory, text_of
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.cli.commands import main
 from lightning_spectral.cli.import_paths import SourceError
-from lightning_spectral.cli.plan_command import plan_model, shaped_batch
+from lightning_spectral.cli.measure_command import plan_model, shaped_batch
 from lightning_spectral.curvature import direction_graph, exact, sketch
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.layers.matrices import MatrixLayer, find_layers
