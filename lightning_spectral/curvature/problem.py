@@ -116,7 +116,8 @@ class DifferentiableLoss:
             trusted: dict[int, str] = {}
             for node, function in custom.cut.items():
                 for leaf in leaves_behind(node) & leaves.keys():
-                    failed.setdefault(leaf, cut_by(function))
+                    why = f"the custom autograd function {function} has no second derivative; {REMEDY}"
+                    failed.setdefault(leaf, why)
             for node, function in custom.trusted.items():
                 trusted |= dict.fromkeys(leaves_behind(node) & leaves.keys() - failed.keys(), function)
             names = {name: id(leaf) for name, leaf in self.parameters.items()}
@@ -316,8 +317,3 @@ def unverified(function: str) -> str:
         f"its curvature passes the custom autograd function {function} and holds only if that function's backward can "
         "itself be differentiated, which was not checked"
     )
-
-
-def cut_by(function: str) -> str:
-    """Return what an opaque custom function does to a second derivative, and what to do about it."""
-    return f"the custom autograd function {function} has no second derivative; {REMEDY}"

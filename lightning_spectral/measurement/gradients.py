@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError,
 from lightning_spectral.measurement.objective import Objective, add_weighted
 
 if TYPE_CHECKING:
-    from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
+    pass
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def sum_gradients(
         # The first comes last, since its graph is kept.
         for micro_batch, first in objective.losses(micro_batches[::-1]):
             part_norms = PartNorms(objective.share_of(micro_batch), objective.layers, objective.parameters)
-            with _reducing(None if keep_graph else reducer, micro_batch.weight, part_norms):
+            observe = part_norms.add_leaf
+            with nullcontext() if reducer is None or keep_graph else reducer.reducing(micro_batch.weight, observe):
                 part = first.gradients(keep_graph=keep_graph, outputs=outputs and micro_batch is micro_batches[0])
             narrow |= first.trace.casts
             total += micro_batch.weight * first.loss
@@ -172,10 +173,6 @@ def sum_gradients(
         parts=[of_part for of_rank in squared_norms for of_part in of_rank],
         notes=tuple(dict.fromkeys(note for of_rank in notes_of_ranks for note in of_rank)),
     )
-
-
-def _reducing(reducer: GradientReducer | None, weight: float, norms: PartNorms) -> AbstractContextManager[Any]:
-    return nullcontext() if reducer is None else reducer.reducing(weight, norms.add_leaf)
 
 
 PARTS = 8

@@ -213,17 +213,18 @@ def fit_rank_models(sigma: Values) -> RankModels:
     log_sigma = values[keep].sort(descending=True).values.log()
     n = len(log_sigma)
     k = torch.arange(1, n + 1, dtype=torch.float64)
-    one = torch.ones_like(k)
-    designs: dict[RankModel, list[Tensor]] = {
-        "power_law": [one, k.log()],
-        "exponential": [one, k],
-        "lognormal": [one, k.log(), k.log().square()],
-    }
+    designs = rank_designs(k)
     fits = {name: _rank_model(columns, log_sigma) for name, columns in designs.items()}
     bic = {name: fit.bic for name, fit in fits.items()}
     ranking: list[RankModel] = sorted((name for name in designs if not math.isnan(bic[name])), key=bic.__getitem__)
     winner = ranking[0] if ranking else None
     return RankModels(winner, bic, fits, n, sum(dropped.values()))
+
+
+def rank_designs(k: Tensor) -> dict[RankModel, list[Tensor]]:
+    """Return what the coefficients of each rank model multiply, at ranks k."""
+    one = torch.ones_like(k)
+    return {"power_law": [one, k.log()], "exponential": [one, k], "lognormal": [one, k.log(), k.log().square()]}
 
 
 def noise_floor(sigma: Tensor, shape: tuple[int, int], groups: int, eps: float) -> float:

@@ -37,7 +37,6 @@ from lightning_spectral.report.figures.ticks import log_ticks, whole_numbers
 from lightning_spectral.report.palette import MODEL_STYLE
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -165,7 +164,8 @@ def plot_rank_models_over_training(
         axes.set(xlabel=label, ylabel="fraction of layers", xlim=(edges[0], edges[-1]), ylim=(0, 1))
         whole_numbers(axes, x)
         drawing.title("Rank models of the gradient spectra, by BIC", history)
-        drawing.legend(_band_handles(bands))
+        look = {"edgecolor": ground()}
+        drawing.legend([patch_handle(name, facecolor=c, hatch=hatch, **look) for name, c, hatch, _ in bands])
     return drawing.figure if ax is None else ax
 
 
@@ -259,7 +259,3 @@ def _cells(x: Sequence[int]) -> list[float]:
     inner = [(a + b) / 2 for a, b in itertools.pairwise(x)]
     beyond = max(0.5, 0.02 * (x[-1] - x[0]))
     return [x[0] - beyond, *inner, x[-1] + beyond]
-
-
-def _band_handles(bands: Sequence[Band]) -> list[Artist]:
-    return [patch_handle(name, facecolor=c, edgecolor=ground(), hatch=hatch) for name, c, hatch, _ in bands]

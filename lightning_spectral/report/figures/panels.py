@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_spectral.layers.names import brief, shortened
 from lightning_spectral.layers.selection import check_matches, layer_names, select
-from lightning_spectral.numerics.power_law import RankModel
+from lightning_spectral.numerics.power_law import RankModel, rank_designs
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
@@ -34,7 +34,6 @@ from lightning_spectral.report.figures.ticks import literal, log_ticks
 from lightning_spectral.report.palette import MODEL_STYLE
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -105,7 +104,8 @@ def plot_power_law(
             marks |= _power_law(axes, layer, headed=drawing.headed)
         drawing.ordinate("curvature h (loss per squared unit of weight)")
         drawing.title(r"Power law $h\propto\sigma^\alpha$ of curvature", [report], note)
-        keys = [*kind_handles(layer.kind for layer in selected), *_mark_handles(marks)]
+        keys = kind_handles(layer.kind for layer in selected)
+        keys += [mark_handle(m, text, hollow=key != "negative") for key, (m, text) in MARKS.items() if key in marks]
         drawn = {artist.get_label() for axes in panels for artist in (*axes.lines, *axes.collections)}
         keys += [line_handle("-", "fit")] if "fit" in drawn else []
         keys += [patch_handle("95 % band", color=ink(), alpha=0.15)] if "band" in drawn else []
@@ -248,10 +248,6 @@ def _edge_marks(axes: Axes, layer: LayerSpectrum) -> set[str]:
     return {key for key, mask in masks.items() if bool(mask.any())}
 
 
-def _mark_handles(marks: Collection[str]) -> list[Artist]:
-    return [mark_handle(m, text, hollow=key != "negative") for key, (m, text) in MARKS.items() if key in marks]
-
-
 def _frame(axes: Axes, x: Tensor, y: Tensor) -> None:
     """Set limits and ticks of logarithmic axes around points, with room at the bottom for marks on the edge."""
     sides = ((x, axes.xaxis, axes.set_xlim, 0.06, 0.06, 0.3), (y, axes.yaxis, axes.set_ylim, 0.12, 0.08, 0.18))
@@ -302,12 +298,9 @@ def _rank_profile(axes: Axes, layer: LayerSpectrum, *, headed: bool) -> None:
 
 def model_curve(model: RankModel, coefficients: Sequence[float], k: Tensor) -> Tensor:
     """Return sigma at ranks k by a rank model: exp(a + b log k), exp(a + b k) or exp(a + b log k + c (log k)^2)."""
-    columns = {
-        "power_law": [torch.ones_like(k), k.log()],
-        "exponential": [torch.ones_like(k), k],
-        "lognormal": [torch.ones_like(k), k.log(), k.log().square()],
-    }
-    return torch.stack([c * column for c, column in zip(coefficients, columns[model], strict=True)]).sum(0).exp()
+    return (
+        torch.stack([c * column for c, column in zip(coefficients, rank_designs(k)[model], strict=True)]).sum(0).exp()
+    )
 
 
 def _winner_text(layer: LayerSpectrum) -> str:

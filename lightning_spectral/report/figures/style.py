@@ -128,14 +128,11 @@ def positions(reports: Sequence[SpectralReport]) -> tuple[list[int], str]:
     return (steps, "optimizer step") if len(steps) == len(reports) else (list(range(len(reports))), "measurement")
 
 
-def backing() -> dict[str, Any]:
-    """Return a patch behind text, through which what it covers can still be seen."""
-    return {"facecolor": ground(), "edgecolor": "none", "alpha": 0.7, "pad": 1.0}
-
-
 def say(axes: Axes, text: str) -> None:
     """Write in the middle of axes that have nothing to show why that is so."""
-    axes.text(0.5, 0.5, literal(text), transform=axes.transAxes, ha="center", va="center", wrap=True, bbox=backing())
+    # What the text covers can still be seen.
+    behind = {"facecolor": ground(), "edgecolor": "none", "alpha": 0.7, "pad": 1.0}
+    axes.text(0.5, 0.5, literal(text), transform=axes.transAxes, ha="center", va="center", wrap=True, bbox=behind)
 
 
 def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:

@@ -161,17 +161,14 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def _mark(layer: LayerSpectrum) -> str:
-    return " " if trusted(layer) or math.isnan(layer.alpha.exponent) else "?"
-
-
 def _cells(layer: LayerSpectrum) -> dict[str, str]:
+    mark = " " if trusted(layer) or math.isnan(layer.alpha.exponent) else "?"
     used, all_points = layer.alpha.n_used, len(layer.sigma)
     cells = (
         layer.name,
         layer.kind,
         dimensions(layer.shape, layer.groups),
-        f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)} {_mark(layer)}",
+        f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)} {mark}",
         fixed(layer.alpha.r2),
         fixed(layer.gradient_noise.signal),
         fixed(layer.gamma.exponent),
