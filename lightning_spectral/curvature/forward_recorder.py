@@ -117,10 +117,9 @@ class Recorder(TorchFunctionMode):
         # Of a linear layer on tokens torch gives a view, of what nothing else can reach.
         output = as_non_view(output)
         calls = self.trace.calls.setdefault(id(product.parameter), [])
-        call = LayerCall(
-            product.function, product.input.detach(), output, None, product.options, time_first, product.input,
-            product.input.grad_fn, product.block, product.to_rows, product.from_rows, product.scale,
-        )  # fmt: skip
+        a = product.input
+        of_product = {**vars(product), "input": a.detach()}
+        call = LayerCall(**of_product, output=output, attached=a, source=a.grad_fn, time_first=time_first)
         moved = None if self.move is None else self.move(id(product.parameter), call, len(calls))
         output = output if moved is None else output + moved
         # Taken now: after an operation in place, the tensor stands for what that made of it.

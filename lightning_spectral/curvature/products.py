@@ -61,37 +61,47 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerCall:
-    """One product of a parameter with an activation: z = a M.
+class Product:
+    """A product of a parameter with an activation, z = a M, before z is known.
 
     Attributes:
         function: F.linear, a convolution, F.embedding, torch.matmul for all other products.
-        input: a, detached; of a product of matrices (..., n), with the contracted dimension last; indices of a look-up.
-        attached: the same with its graph; kept for the moment of the call alone.
-        source: the node of the graph that gave a; None where it depends on no parameter.
-        output: z, for its shape: what comes after may have written over its entries.
-        edge: z in the graph, to differentiate in; None where it has none.
+        input: a; of a product of matrices (..., n), with the contracted dimension last; indices of a look-up.
         options: stride, padding and the like of a convolution.
-        time_first: how many samples there are where rows run over time first, as inside `nn.MultiheadAttention`;
-            None where they run over samples first.
         block: the part of the parameter that takes part; None: all of it, as a convolution or a linear layer.
         to_rows: z -> (..., m), its rows in the order of a's.
         from_rows: the inverse.
         scale: factor of the product, of `torch.addmm`.
     """
 
+    parameter: Tensor
     function: Function
     input: Tensor
-    output: Tensor
-    edge: GradientEdge | None
     options: Mapping[str, Any] = field(default_factory=dict)
-    time_first: int | None = None
-    attached: Tensor | None = None
-    source: Node | None = None
     block: Block | None = None
     to_rows: Callable[[Tensor], Tensor] = lambda z: z
     from_rows: Callable[[Tensor], Tensor] = lambda rows: rows
     scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerCall(Product):
+    """A product whose output is known; its input is detached.
+
+    Attributes:
+        output: z, for its shape: what comes after may have written over its entries.
+        edge: z in the graph, to differentiate in; None where it has none.
+        attached: the input with its graph; kept for the moment of the call alone.
+        source: the node of the graph that gave a; None where it depends on no parameter.
+        time_first: how many samples there are where rows run over time first, as inside `nn.MultiheadAttention`;
+            None where they run over samples first.
+    """
+
+    output: Tensor
+    edge: GradientEdge | None = None
+    attached: Tensor | None = None
+    source: Node | None = None
+    time_first: int | None = None
 
     @property
     def is_convolution(self) -> bool:
@@ -109,20 +119,6 @@ class LayerCall:
         if self.is_convolution:
             return self.output.shape[:1]
         return self.input.shape if self.function is F.embedding else self.input.shape[:-1]
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """A product before its output is known: the factors, and how their rows lie. Attributes as in `LayerCall`."""
-
-    parameter: Tensor
-    function: Function
-    input: Tensor
-    options: Mapping[str, Any] = field(default_factory=dict)
-    block: Block | None = None
-    to_rows: Callable[[Tensor], Tensor] = lambda z: z
-    from_rows: Callable[[Tensor], Tensor] = lambda rows: rows
-    scale: float = 1.0
 
 
 def as_product(
