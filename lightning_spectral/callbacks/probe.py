@@ -13,7 +13,7 @@ from lightning_spectral.callbacks.alerts import WarnOnce
 from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, transfer_alphas, warn_of_unmeasured
 from lightning_spectral.callbacks.batch_source import BatchChoice, BatchSource
 from lightning_spectral.callbacks.log_selection import LogSelection
-from lightning_spectral.callbacks.probe_log import CallbackMetrics, ProbeCounts, ProbeLog
+from lightning_spectral.callbacks.probe_log import CallbackMetrics, ProbeLog
 from lightning_spectral.callbacks.probe_trigger import ProbeTrigger
 from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
@@ -312,7 +312,7 @@ class SpectralProbe(AnyCallback):
     def _finish(self, trainer: Any, module: Any, report: SpectralReport | None, alphas: dict[str, float]) -> None:
         self.probes += 1
         self.failed_probes += report is None
-        step, counts = optimizer_steps(trainer), ProbeCounts(self.probes, self.failed_probes)
+        step, counts = optimizer_steps(trainer), (self.probes, self.failed_probes)
         self.trigger.finish(module, step, report)
         # The final weights, which no step follows, share the charts of the others.
         later = self.step_probe.keys(report)

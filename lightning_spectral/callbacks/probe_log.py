@@ -6,7 +6,6 @@ import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +42,6 @@ class CallbackMetrics:
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self.values.items()})
 
 
-@dataclass(frozen=True)
-class ProbeCounts:
-    """Number of probes since the start with this one, and of those that failed."""
-
-    probes: int
-    failed_probes: int
-
-
 class ProbeLog:
     """Write scalars to loggers, the run's folder, the terminal and `trainer.callback_metrics`."""
 
@@ -64,22 +55,21 @@ class ProbeLog:
         trainer: Any,
         step: int,
         history: Sequence[SpectralReport],
-        counts: ProbeCounts,
+        counts: tuple[int, int],
         *,
         report: SpectralReport | None,
         alphas: dict[str, float],
         later: Sequence[str],
     ) -> None:
-        """Write a probe."""
+        """Write a probe; ``counts`` are those since the start, with this one: of all, and of those that failed."""
+        probes, failed_probes = counts
         started = self.budget.clock()
         scalars = self.selection.scalars(report) | {
-            "failed_probes": float(counts.failed_probes),
+            "failed_probes": float(failed_probes),
             "probe_seconds": self.budget.last_seconds,
             "probe_overhead": self.budget.overhead,
         }
-        self.outputs.write(
-            trainer, step, scalars, alphas, report=report, history=history, probes=counts.probes, later=later
-        )
+        self.outputs.write(trainer, step, scalars, alphas, report=report, history=history, probes=probes, later=later)
         self._publish(trainer, scalars)
         self.budget.record_logging(self.budget.clock() - started)
 
