@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,15 +31,6 @@ MAX_REPORTS, MAX_FITS = 200, 10_000
 """Limits of what is read of one file: its reports, and their layers, each of which is fitted again in 3 ms."""
 
 
-@dataclass(frozen=True, eq=False)
-class RunInput:
-    """Contents of one file: its name, its steps, and what of it is not among them."""
-
-    name: str
-    steps: Sequence[RunStep]
-    omissions: tuple[str, ...] = ()
-
-
 def run_of(reports: Iterable[SpectralReport], name: str) -> Run:
     """Return reports, such as a probe's `history`, as a run.
 
@@ -47,7 +38,7 @@ def run_of(reports: Iterable[SpectralReport], name: str) -> Run:
         RunError: if two reports are of the same step and not the same.
     """
     labelled = [(f"report {i}", report) for i, report in enumerate(reports, start=1)]
-    inputs = [RunInput(label, [RunStep.of(report, label)]) for label, report in labelled]
+    inputs = [Run(label, (), (RunStep.of(report, label),)) for label, report in labelled]
     return Run(name, (f"{len(inputs)} report{'s' if len(inputs) != 1 else ''}",), _in_order(inputs))
 
 
@@ -79,13 +70,13 @@ def read_run(paths: Sequence[str | Path], *, prefix: str | None = None) -> Run:
     return Run(_name(paths, files), _sources(files), steps, tuple(omissions))
 
 
-def _read(file: RunFile, prefix: str | None) -> RunInput:
+def _read(file: RunFile, prefix: str | None) -> Run:
     if file.kind == CHECKPOINT:
         return _read_checkpoint(file.path, prefix)
     return {SPECTRA: _read_spectra, REPORT: _read_json}[file.kind](file.path)
 
 
-def _read_spectra(path: Path) -> RunInput:
+def _read_spectra(path: Path) -> Run:
     lines, torn = index_lines(path)
     all_reports = [line for line in lines if not line.of_step]
     layers = max((len(report.layers) for report in decode_reports(path, all_reports[-1:])), default=0)
@@ -100,17 +91,17 @@ def _read_spectra(path: Path) -> RunInput:
     updates = {update.step: update for update in decode_steps(path, of_steps)}
     reports = enumerate(decode_reports(path, shown), start=1)
     steps = [RunStep.of(report, f"probe {i}", updates.get(report.step)) for i, report in reports]
-    return RunInput(str(path), steps, tuple(omissions))
+    return Run(str(path), (str(path),), tuple(steps), tuple(omissions))
 
 
-def _read_json(path: Path) -> RunInput:
+def _read_json(path: Path) -> Run:
     try:
-        return RunInput(str(path), [RunStep.of(SpectralReport.from_json(path), path.stem)])
+        return Run(str(path), (str(path),), (RunStep.of(SpectralReport.from_json(path), path.stem),))
     except (*UNREADABLE, OSError) as error:
         raise RunError(f"{path}: no report that can be read ({explain(error)})") from error
 
 
-def _read_checkpoint(path: Path, prefix: str | None) -> RunInput:
+def _read_checkpoint(path: Path, prefix: str | None) -> Run:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
@@ -129,9 +120,9 @@ def _read_checkpoint(path: Path, prefix: str | None) -> RunInput:
     }
     saved = by_prefix[_choose(path, list(by_prefix), prefix)].get("last_report")
     if saved is None:
-        return RunInput(str(path), [])
+        return Run(str(path), (str(path),), ())
     try:
-        return RunInput(str(path), [RunStep.of(SpectralReport.from_dict(saved), path.stem)])
+        return Run(str(path), (str(path),), (RunStep.of(SpectralReport.from_dict(saved), path.stem),))
     except UNREADABLE as error:
         raise RunError(f"{path}: its report cannot be read ({explain(error)})") from error
 
@@ -152,7 +143,7 @@ def _choose(path: Path, prefixes: Sequence[str], prefix: str | None) -> str:
     return prefixes[0] if prefix is None else prefix
 
 
-def _check_networks(inputs: Sequence[RunInput]) -> None:
+def _check_networks(inputs: Sequence[Run]) -> None:
     """Refuse inputs of different networks.
 
     Layers may come and go in a training. Two inputs are of one network where most of the smaller one's layers are in
@@ -176,7 +167,7 @@ def _shapes(steps: Sequence[RunStep]) -> dict[str, tuple[int, int] | None]:
     return shapes | {name: layer.shape for step in steps for name, layer in step.report.layers.items()}
 
 
-def _in_order(inputs: Sequence[RunInput]) -> tuple[RunStep, ...]:
+def _in_order(inputs: Sequence[Run]) -> tuple[RunStep, ...]:
     """Return the steps of all inputs in the order of training, those outside training first."""
     outside: list[RunStep] = []
     by_step: dict[int, tuple[str, RunStep]] = {}
@@ -194,12 +185,12 @@ def _in_order(inputs: Sequence[RunInput]) -> tuple[RunStep, ...]:
     return (*outside, *(by_step[step][1] for step in sorted(by_step)))
 
 
-def _named(inputs: Sequence[RunInput], files: Sequence[Path]) -> list[RunInput]:
+def _named(inputs: Sequence[Run], files: Sequence[Path]) -> list[Run]:
     """Label reports outside training, where there are several files, by the files' names."""
     if len(files) == 1:
         return list(inputs)
     return [
-        replace(item, steps=[replace(step, label=name) if step.step is None else step for step in item.steps])
+        replace(item, steps=tuple(replace(x, label=name) if x.step is None else x for x in item.steps))
         for item, name in zip(inputs, short_names(files), strict=True)
     ]
 
