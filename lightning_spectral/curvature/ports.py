@@ -176,18 +176,20 @@ def move_by_sample(
 ) -> Tensor:
     """Return u_b (v_b^T a_b) in the layout of z, each sample with a direction of its own: u (m, B), v (n, B)."""
     a = call.input
+    u, v = u.to(call.output), v.to(call.output)
     sample = layout.spread(torch.arange(u.shape[1], device=a.device)[:, None]).squeeze(1)
     if call.is_convolution:
         # Of each image, every group of channels is convolved with the same v.
         images, g, kernel = a.shape[0], layer.groups, shape[2:]
-        whole = u if layer.rows is None else _padded(u, 0, layer.rows, call.output.shape[1])
-        filters = v.T[sample].to(a).reshape(images, 1, -1, *kernel).repeat(1, g, *[1] * (1 + len(kernel))).flatten(0, 1)
+        u = u if layer.rows is None else _padded(u, 0, layer.rows, call.output.shape[1])
+        filters = v.T[sample].reshape(images, 1, -1, *kernel).repeat(1, g, *[1] * (1 + len(kernel))).flatten(0, 1)
         if call.function in TRANSPOSED:
             filters = filters.flatten(0, 1).unsqueeze(1)
         options = {**call.options, "groups": images * g}
         c_bgp = call.function(a.flatten(0, 1).unsqueeze(0), filters, None, **options).reshape(images, g, 1, -1)
-        return (whole.T[sample].to(a).reshape(images, g, -1, 1) * c_bgp).reshape(call.output.shape)  # type: ignore[no-any-return]
-    x, y = (side.mT.to(call.output) for side in _vectors(layer, call, shape, u, v))
+        moved: Tensor = u.T[sample].reshape(images, g, -1, 1) * c_bgp
+        return moved.reshape(call.output.shape)
+    x, y = (side.mT for side in _vectors(layer, call, shape, u, v))
     row = torch.arange(len(sample), device=a.device)
 
     def of_rows(side: Tensor) -> Tensor:
