@@ -46,10 +46,10 @@ _PUBLIC = {
     "fit_rank_decay": "numerics.power_law",
     "fit_rank_models": "numerics.power_law",
     "measure_spectra": "measure",
-    "participation_ratio": "numerics.participation",
+    "participation_ratio": "numerics.statistics",
     "spectral_transfer": "optim.transfer",
     "top_singular_triplets": "numerics.svd",
-    "zeta_bound": "numerics.participation",
+    "zeta_bound": "numerics.statistics",
 }
 
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -67,12 +67,12 @@ if TYPE_CHECKING:
     from lightning_spectral.metrics import CurvatureExponent as CurvatureExponent
     from lightning_spectral.metrics import ParticipationRatio as ParticipationRatio
     from lightning_spectral.metrics import RankDecay as RankDecay
-    from lightning_spectral.numerics.participation import participation_ratio as participation_ratio
-    from lightning_spectral.numerics.participation import zeta_bound as zeta_bound
     from lightning_spectral.numerics.power_law import PowerLawFit as PowerLawFit
     from lightning_spectral.numerics.power_law import fit_power_law as fit_power_law
     from lightning_spectral.numerics.power_law import fit_rank_decay as fit_rank_decay
     from lightning_spectral.numerics.power_law import fit_rank_models as fit_rank_models
+    from lightning_spectral.numerics.statistics import participation_ratio as participation_ratio
+    from lightning_spectral.numerics.statistics import zeta_bound as zeta_bound
     from lightning_spectral.numerics.svd import SingularTriplets as SingularTriplets
     from lightning_spectral.numerics.svd import top_singular_triplets as top_singular_triplets
     from lightning_spectral.optim.spectral_newton import SpectralNewton as SpectralNewton

@@ -20,8 +20,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_spectral.errors import SpectralWarning
-from lightning_spectral.numerics.participation import participation_ratio
 from lightning_spectral.numerics.power_law import MIN_POINTS, LogPoints, Values, centred_sums, log_points, rank_points
+from lightning_spectral.numerics.statistics import participation_ratio
 
 Quantity = Literal["exponent", "stderr", "r2"]
 QUANTITIES: tuple[Quantity, ...] = ("exponent", "stderr", "r2")

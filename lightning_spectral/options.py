@@ -169,7 +169,7 @@ class Options:
     def _check_patterns(self) -> None:
         # Loads torch.
         from lightning_spectral.layers.matrices import check_kinds
-        from lightning_spectral.layers.selection import check_selection
+        from lightning_spectral.layers.names import check_selection
 
         check_selection("layers", self.layers)
         check_selection("fused_qkv", self.fused_qkv, only_patterns=True)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
-from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
+from lightning_spectral.demo.networks import CHARACTERS, CharacterGPT, DigitsResNet, PythonSource, digits
 
 
 class Digits(DigitsResNet):

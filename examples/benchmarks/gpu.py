@@ -27,8 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_spectral import SpectralNewton, measure_spectra
-from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
-from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
+from lightning_spectral.demo.networks import CHARACTERS, CharacterGPT, DigitsResNet, PythonSource, digits
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.benchmarks.other_networks import ROWS, Batch, Network, cross_entropy, digit_images, fitted, teacher
-from lightning_spectral.demo.data import CHARACTERS, PythonSource
-from lightning_spectral.demo.networks import CharacterGPT, GPTBlock
+from lightning_spectral.demo.networks import CHARACTERS, CharacterGPT, GPTBlock, PythonSource
 
 LENGTH, WIDTH, HEADS = 32, 64, 4
 MASK = len(CHARACTERS)

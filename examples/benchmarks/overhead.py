@@ -20,8 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_spectral import SpectralProbe
-from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
-from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
+from lightning_spectral.demo.networks import CHARACTERS, CharacterGPT, DigitsResNet, PythonSource, digits
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

@@ -31,8 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_spectral import SpectralReport, measure_spectra, top_singular_triplets
-from lightning_spectral.demo.data import CHARACTERS, PythonSource
-from lightning_spectral.demo.networks import CharacterGPT, ResidualBlock
+from lightning_spectral.demo.networks import CHARACTERS, CharacterGPT, PythonSource, ResidualBlock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

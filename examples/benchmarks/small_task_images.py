@@ -16,7 +16,7 @@ from examples.benchmarks.other_networks import Batch, UNet, cnn, mlp
 from examples.benchmarks.other_pairs import VAE
 from examples.benchmarks.other_sequences import ViT
 from examples.benchmarks.train_runs import Task, classification
-from lightning_spectral.demo.data import digits
+from lightning_spectral.demo.networks import digits
 
 
 class Rows(ThreeParts):

@@ -15,8 +15,7 @@ from examples.benchmarks.other_networks import Batch, LowRank, mlp
 from examples.benchmarks.other_sequences import ExpertBlock, Language, text
 from examples.benchmarks.small_task_images import Rows, squared_error
 from examples.benchmarks.train_runs import Task, classification
-from lightning_spectral.demo.data import CHARACTERS
-from lightning_spectral.demo.networks import CharacterGPT, GPTBlock
+from lightning_spectral.demo.networks import CHARACTERS, CharacterGPT, GPTBlock
 
 LENGTH = 32
 """Characters that a network sees at once."""

@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralProbe, SpectralReport
-from lightning_spectral.demo.data import CHARACTERS, PythonSource
-from lightning_spectral.demo.networks import CharacterGPT
+from lightning_spectral.demo.networks import CHARACTERS, CharacterGPT, PythonSource
 from lightning_spectral.report import figures
 from lightning_spectral.report.figures.canvas import canvas
 from lightning_spectral.report.figures.style import QUIET, ink, run_style

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.paper.archives import Archive, fetch, read_batch, tar_members
-from lightning_spectral.demo.data import digits
+from lightning_spectral.demo.networks import digits
 
 # Digests: the CIFAR page, https://www.cs.toronto.edu/~kriz/cifar.html.
 CIFAR10 = Archive(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_spectral.demo.data import CHARACTERS, PythonSource
+from lightning_spectral.demo.networks import CHARACTERS, PythonSource
 
 Batch = tuple[Tensor, Tensor]
 """Tokens (B, T) and the tokens that follow them (B, T)."""

@@ -16,7 +16,7 @@ from examples.paper.data import Images, Parts, cifar10, cifar100, digits_parts, 
 from examples.paper.imagenet import imagenet_batch, synthetic_batch, tiny_imagenet
 from examples.paper.networks import VGG11, mlp, pretrained_resnet50, resnet18, resnet50
 from examples.paper.text import python_source, text_file, token_file
-from lightning_spectral.demo.data import CHARACTERS, digits
+from lightning_spectral.demo.networks import CHARACTERS, digits
 
 PAIRS = 4000
 MODULES = 10

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from examples.paper.archives import CHUNK, ArchiveError
 from examples.paper.data import Parts
-from lightning_spectral.demo.data import CHARACTERS, PythonSource
+from lightning_spectral.demo.networks import CHARACTERS, PythonSource
 
 Tokenizer = Literal["bytes", "gpt2"]
 GPT2_VOCABULARY = 50257

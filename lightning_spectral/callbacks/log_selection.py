@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from lightning_spectral.layers.selection import check_matches, check_selection, layer_names, select
+from lightning_spectral.layers.names import check_matches, check_selection, layer_names, select
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS, STEP_CURVATURE
 from lightning_spectral.records.report import SpectralReport

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_spectral.callbacks import SpectralProbe
-from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
-from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
+from lightning_spectral.demo.networks import CHARACTERS, CharacterGPT, DigitsResNet, PythonSource, digits
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import print_report, run_of, write_page
 from lightning_spectral.report.runs.run import Run

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from lightning_spectral.layers.kinds import CONVOLUTIONS, KINDS, TRANSPOSED, Kind, infer_kinds
 from lightning_spectral.layers.matrix_places import ELEMENTWISE, is_transposed_linear, owner_of
-from lightning_spectral.layers.names import plain_names
-from lightning_spectral.layers.selection import QKV, as_patterns, check_matches, match_pattern, parameter_names, select
+from lightning_spectral.layers.names import (
+    QKV,
+    as_patterns,
+    check_matches,
+    match_pattern,
+    parameter_names,
+    plain_names,
+    select,
+)
 
 
 @dataclass(frozen=True)

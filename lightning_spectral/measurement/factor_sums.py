@@ -12,8 +12,8 @@ from lightning_spectral.curvature import TRANSPOSED, LayerCall, accumulation_dty
 from lightning_spectral.curvature.ports import Port, SampleLayout, groups_of
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.conv_patches import Patches
-from lightning_spectral.numerics.participation import entropy_rank
 from lightning_spectral.numerics.second_moment import MAX_DENSE, Eigenvalues, SecondMoment
+from lightning_spectral.numerics.statistics import entropy_rank
 from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.records.alignment import KroneckerFactors
 

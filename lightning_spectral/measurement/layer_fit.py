@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_spectral.numerics.bootstrap import exponent_intervals
 from lightning_spectral.numerics.gradient_noise import noise_bias
-from lightning_spectral.numerics.participation import directions_holding, entropy_rank, participation_ratio, zeta_bound
 from lightning_spectral.numerics.power_law import (
     MIN_POINTS,
     PowerLawFit,
@@ -23,6 +22,7 @@ from lightning_spectral.numerics.power_law import (
     with_bias,
     with_ordinate_errors,
 )
+from lightning_spectral.numerics.statistics import directions_holding, entropy_rank, participation_ratio, zeta_bound
 from lightning_spectral.records.alignment import KroneckerFactors, LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerMeasurement, LayerSpectrum
 from lightning_spectral.records.on_request import CurvatureFraction, WeightSpectrum

@@ -21,7 +21,7 @@ from lightning_spectral import SpectralProbe, SpectralReport
 from lightning_spectral.cli import commands as cli
 from lightning_spectral.cli import main
 from lightning_spectral.demo import run as demo
-from lightning_spectral.demo.data import CHARACTERS, PythonSource, digits
+from lightning_spectral.demo.networks import CHARACTERS, PythonSource, digits
 from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.on_request import CurvatureFraction, WeightSpectrum
 from lightning_spectral.report import kind_table, layer_table, print_report, run_of

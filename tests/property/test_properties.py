@@ -19,7 +19,7 @@ from lightning_spectral import (
     top_singular_triplets,
     zeta_bound,
 )
-from lightning_spectral.numerics.participation import directions_holding, entropy_rank
+from lightning_spectral.numerics.statistics import directions_holding, entropy_rank
 
 pytest.importorskip("hypothesis")
 

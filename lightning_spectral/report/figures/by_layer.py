@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
 from lightning_spectral.layers.names import shortened
-from lightning_spectral.numerics.participation import zeta_bound
-from lightning_spectral.numerics.statistics import median
+from lightning_spectral.numerics.statistics import median, zeta_bound
 from lightning_spectral.records.fit_quality import LEAST_SIGNAL
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport

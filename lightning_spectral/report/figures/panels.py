@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from lightning_spectral.layers.names import brief, shortened
-from lightning_spectral.layers.selection import check_matches, layer_names, select
+from lightning_spectral.layers.names import brief, check_matches, layer_names, select, shortened
 from lightning_spectral.numerics.power_law import RankModel, rank_designs
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.layer_spectrum import LayerSpectrum

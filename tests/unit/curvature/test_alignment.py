@@ -28,9 +28,9 @@ from lightning_spectral.measurement.factor_sums import FactorSums
 from lightning_spectral.measurement.kronecker_factors import OTHER_CALL
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.numerics import second_moment as moments_module
-from lightning_spectral.numerics.participation import entropy_rank
 from lightning_spectral.numerics.power_law import fit_power_law
 from lightning_spectral.numerics.second_moment import SecondMoment
+from lightning_spectral.numerics.statistics import entropy_rank
 from lightning_spectral.options import Options
 from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.log_keys import LAYER_KEYS

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_spectral.callbacks.log_selection import LogSelection
 from lightning_spectral.layers.matrices import find_layers
-from lightning_spectral.layers.selection import check_matches, layer_names, match_pattern, select
+from lightning_spectral.layers.names import check_matches, layer_names, match_pattern, select
 from lightning_spectral.report.figures.panels import choose_layers
 
 

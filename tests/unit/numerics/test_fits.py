@@ -8,7 +8,7 @@ from fits import fit_numbers
 from paper import needs_paper, paper_layers
 
 from lightning_spectral import fit_power_law, fit_rank_decay, fit_rank_models, participation_ratio, zeta_bound
-from lightning_spectral.numerics.participation import directions_holding, entropy_rank
+from lightning_spectral.numerics.statistics import directions_holding, entropy_rank
 
 
 @needs_paper
