@@ -76,6 +76,10 @@ def move_network(
             is_exact = is_exact and (not cut.edges or not nearest)
             head = Head(graph.loss, graph.outer_cut(), problem.samples)
         mixed = _mixed(graph, head)
+        if mixed and head.cut is cut:
+            # There samples may be in another order, as those of packed sequences are.
+            head, is_exact = Head(graph.loss, graph.outer_cut(), problem.samples), False
+            mixed = _mixed(graph, head)
         if not mixed:
             return MovedNetwork(graph, head, is_exact, seen.unseen | search.lost)
         search.reject(mixed)

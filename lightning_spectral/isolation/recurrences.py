@@ -1,7 +1,6 @@
 """Recurrent layers written out, one step after the other: torch's own hide what their matrices are multiplied with.
 
-A product with `weight_ih` takes all steps at once; one with `weight_hh`, and with `weight_hr`, is a step's. Packed
-sequences keep torch's functions.
+A product with `weight_ih` takes all steps at once; one with `weight_hh`, and with `weight_hr`, is a step's.
 """
 
 from __future__ import annotations
@@ -54,13 +53,17 @@ def _from_input(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def _written_out(cell: Cell, fused: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what takes the place of `torch.lstm` and the like, for sequences that are not packed."""
+    """Return what takes the place of `torch.lstm` and the like."""
 
-    def run(x: Tensor, hx: Any, weights: Any, *options: Any, **named: Any) -> Any:
+    def run(x: Tensor, *args: Any, **named: Any) -> Any:
+        if named:
+            return fused(x, *args, **named)
+        sizes, batch_first = None, False
         # Of a packed sequence the second argument is how many samples each step has.
-        if named or (isinstance(hx, Tensor) and not hx.is_floating_point()):
-            return fused(x, hx, weights, *options, **named)
-        _, n_layers, dropout, training, bidirectional, batch_first = options
+        if isinstance(args[0], Tensor) and not args[0].is_floating_point():
+            sizes, (hx, weights, _, n_layers, dropout, training, bidirectional) = args[0].tolist(), args[1:]
+        else:
+            hx, weights, _, n_layers, dropout, training, bidirectional, batch_first = args
         states: State = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
         x_tbn, directions = x.transpose(0, 1) if batch_first else x, 2 if bidirectional else 1
         size = len(weights) // (n_layers * directions)
@@ -70,7 +73,7 @@ def _written_out(cell: Cell, fused: Callable[..., Any]) -> Callable[..., Any]:
             for backward in range(directions):
                 number = layer * directions + backward
                 own = weights[number * size : (number + 1) * size]
-                output, state = _run(cell, x_tbn, tuple(s[number] for s in states), own, bool(backward))
+                output, state = _run(cell, x_tbn, tuple(s[number] for s in states), own, sizes, bool(backward))
                 outputs.append(output)
                 last.append(state)
             x_tbn = torch.cat(outputs, -1) if bidirectional else outputs[0]
@@ -82,14 +85,29 @@ def _written_out(cell: Cell, fused: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _run(cell: Cell, x_tbn: Tensor, state: State, weights: Sequence[Tensor], backward: bool) -> tuple[Tensor, State]:
-    """Return the hidden states of all steps, and the last state, of one layer in one direction."""
-    steps = list(_from_input(x_tbn, weights).unbind(0))
-    outputs = []
+def _run(
+    cell: Cell, x: Tensor, first: State, weights: Sequence[Tensor], sizes: list[int] | None, backward: bool
+) -> tuple[Tensor, State]:
+    """Return the hidden states of all steps, and each sample's last state, of one layer in one direction.
+
+    With sizes, those of the steps, step t has the first sizes[t] samples.
+    """
+    product = _from_input(x, weights)
+    steps = list(product.unbind(0) if sizes is None else torch.split(product, sizes))
+    outputs: list[Tensor] = []
+    ended: list[State] = []
+    state = tuple(s[:0] for s in first) if backward else first
     for from_input in reversed(steps) if backward else steps:
+        n, before = len(from_input), len(state[0])
+        if n > before:
+            state = tuple(torch.cat([s, start[before:n]]) for s, start in zip(state, first, strict=True))
+        elif n < before:
+            ended.insert(0, tuple(s[n:] for s in state))
+            state = tuple(s[:n] for s in state)
         state = cell(from_input, state, weights)
         outputs.append(state[0])
-    return torch.stack(outputs[::-1] if backward else outputs), state
+    last = tuple(torch.cat(parts) for parts in zip(state, *ended, strict=True)) if ended else state
+    return (torch.stack if sizes is None else torch.cat)(outputs[::-1] if backward else outputs), last
 
 
 def _one_step(cell: Cell, fused: Callable[..., Any]) -> Callable[..., Any]:

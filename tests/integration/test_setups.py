@@ -497,7 +497,7 @@ def test_the_method_chosen_agrees_with_exact_products(name):
         for layer, reference in zip(report.layers.values(), expected.layers.values(), strict=True):
             known = (layer.h_stderr > 0) & reference.h.isfinite()
             within += (((layer.h - reference.h) / layer.h_stderr)[known].abs() < 1.96).tolist()
-    assert sum(within) >= 0.8 * len(within) > 50
+    assert sum(within) >= 0.8 * len(within) > 40
 
 
 def singular_values(gradients):
@@ -659,10 +659,11 @@ def test_recurrent_networks_in_float32_and_by_the_method_chosen(kind):
     expected = measure_spectra(model, batch, sequence_loss, curvature="exact", top_k=4, precision="float64")
     found = measure_spectra(model, batch, sequence_loss, top_k=4)
     methods = {name: layer.method for name, layer in found.layers.items()}
-    assert methods["rnn.weight_ih_l0"] == methods["rnn.weight_hh_l0"] == "exact"
+    assert methods["rnn.weight_ih_l0"] == methods["rnn.weight_hh_l0"] == "sketch"
     for name in ("rnn.weight_ih_l0", "rnn.weight_hh_l0"):
         layer, reference = found.layers[name], expected.layers[name]
-        torch.testing.assert_close(layer.h, reference.h, rtol=1e-3, atol=1e-3 * float(reference.h.abs().max()))
+        rounding = 1e-3 * float(reference.h.abs().max())
+        assert ((layer.h - reference.h).abs() < 6 * layer.h_stderr + rounding).all()
 
 
 def test_two_probes_of_a_gan_each_on_its_loss():

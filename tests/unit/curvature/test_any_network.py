@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from cases import Case, cross_entropy, mse
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.curvature.exact import ExactCurvature
@@ -244,6 +245,15 @@ def written_out(model, batch):
     return MeasuredOperations().run(lambda batch: cross_entropy(model, batch), batch)
 
 
+class Packed(Fused):
+    """Sequences of several lengths."""
+
+    def forward(self, x):
+        lengths = 1 + torch.arange(len(x)) % x.shape[1]
+        packed = pack_padded_sequence(self.enter(x), lengths, batch_first=True, enforce_sorted=False)
+        return self.leave(pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0].sum(1))
+
+
 class Albert(nn.Module):
     """One block, three times."""
 
@@ -291,6 +301,7 @@ NESTED = [
     Case("lstm", lambda: Fused(nn.LSTM, num_layers=2), signals(16, 4, 4), written_out),
     Case("projected", lambda: Fused(nn.LSTM, proj_size=4), signals(16, 4, 4), written_out),
     Case("gru", lambda: Fused(nn.GRU, bidirectional=True), signals(16, 3, 4), written_out),
+    Case("packed", lambda: Packed(nn.LSTM, bidirectional=True), signals(15, 4, 4), written_out),
 ]
 
 
