@@ -63,6 +63,8 @@ def _called(node):
 
 
 KNOWN = {
+    # Runs the benchmarks beside it, each in a process of its own.
+    "examples/benchmarks/run.py": {"import subprocess"},
     # Downloads what it is asked for, checked, and reads CIFAR's pickles by an unpickler that calls nothing.
     "examples/paper/archives.py": {"import urllib", "import http", "import pickle"},
     # Reads the pickles that were published: it checks their digest first.
