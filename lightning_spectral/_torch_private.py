@@ -199,7 +199,9 @@ def recomputed_inside(context: Callable[[], AbstractContextManager[Any]]) -> Ite
 
     It is what the forward pass was computed inside of, which is over by then. Without the private name nothing changes.
     """
-    name = "_checkpoint_without_reentrant_generator"
+    older = "_checkpoint_without_reentrant_generator"
+    # From torch 2.14 on the older name calls this one, which `checkpoint` calls itself.
+    name = f"{older}_impl" if hasattr(torch.utils.checkpoint, f"{older}_impl") else older
     generator = getattr(torch.utils.checkpoint, name, None)
 
     def in_context(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -86,7 +86,13 @@ def is_right(function, arguments, order):
 
     one, two = before(STEP) - before(-STEP), before(2 * STEP) - before(-2 * STEP)
     expected = (8 * one - two) / (12 * STEP)
-    return derivatives(function, arguments, order)[-1] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    try:
+        found = derivatives(function, arguments, order)[-1]
+    except RuntimeError as error:
+        # torch 2.14 refuses what was wrong before.
+        assert "does not support 3rd+ order derivatives" in str(error)
+        return False
+    return found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def composed(function):
