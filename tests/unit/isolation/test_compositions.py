@@ -90,7 +90,8 @@ def is_right(function, arguments, order):
         found = derivatives(function, arguments, order)[-1]
     except RuntimeError as error:
         # torch 2.14 refuses what was wrong before.
-        assert "does not support 3rd+ order derivatives" in str(error)
+        if "does not support 3rd+ order derivatives" not in str(error):
+            raise
         return False
     return found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
