@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from lightning_spectral._torch_private import output_shape
 from lightning_spectral._validation import one_of
 from lightning_spectral.curvature.exact import ExactCurvature
-from lightning_spectral.curvature.gauss_newton import EXACT_COLUMNS, GGNCurvature, is_piecewise_linear
+from lightning_spectral.curvature.gauss_newton import COUPLED_OUTPUTS, EXACT_COLUMNS, GGNCurvature, is_piecewise_linear
 from lightning_spectral.curvature.problem import Curvature, Curvatures, DifferentiableLoss
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.curvature.sketch import FEWEST_SAMPLES, SketchCurvature, sketch_products
@@ -147,11 +147,14 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
     rest = PRODUCT * properties.unseen
     if not properties.obstacle:
         n = properties.column_count
-        kind = "" if properties.outputs <= EXACT_COLUMNS else "about "
+        passes = str(n)
+        if properties.outputs > EXACT_COLUMNS:
+            all_passes = f", or {properties.outputs} if the loss couples samples,"
+            passes = f"about {n}{all_passes if properties.outputs <= COUPLED_OUTPUTS else ''}"
         text = (
             "no pass, the loss is piecewise linear and its Hessian zero"
             if properties.is_linear
-            else f"{kind}{n} backward passes for all layers"
+            else f"{passes} backward passes for all layers"
         )
         why = f"ggn: every operation after the layers is piecewise linear up to the head, {text}{unseen}"
         choices.append((COLUMN * n + 1 + rest, "ggn", f"{why}; exact would take {exact_why}"))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +14,7 @@ from lightning_spectral.errors import is_out_of_memory, text_of
 from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
-from lightning_spectral.measurement.objective import Objective, add_weighted
-
-if TYPE_CHECKING:
-    pass
+from lightning_spectral.measurement.objective import PARTS, Objective, add_weighted, part_size
 
 
 @dataclass(frozen=True)
@@ -175,8 +171,21 @@ def sum_gradients(
     )
 
 
-PARTS = 8
-"""Number of parts that a single batch is cut into."""
+def cut_for_gradient(objective: Objective, few: Objective, max_size: int | None) -> list[MicroBatch]:
+    """Return the micro-batches that the gradient is summed over.
+
+    A single batch that holds more samples than curvature is measured on is cut, so that the gradient takes no more
+    memory than the curvature, and its micro-batches tell its noise.
+
+    Args:
+        few: what curvature is measured on.
+        max_size: samples of the largest micro-batch; None: as memory asks for.
+    """
+    largest = few.largest(few.full_batches())
+    if max_size is None and few is not objective and largest and objective.samples and len(objective.all_sizes) == 1:
+        with suppress(NoSumError):
+            return objective.cut(part_size(objective.samples, largest))
+    return objective.cut(max_size)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ CURVATURE_SAMPLES = 64
 With the directions of 2,048 samples, the curvature of 32 to 64 gave alpha within 0.03.
 """
 
+PARTS = 8
+"""Number of parts that a single batch is cut into for the noise of its gradient, at least."""
+
 
 Loss = Callable[[Any], Any]
 """Function of a batch."""
@@ -81,6 +84,7 @@ class Objective:
         self._first_sample = sum(size or 0 for of_rank in self._sizes_by_rank[: group.rank] for size in of_rank)
         self.unreached = unreached
         self._values: dict[MicroBatch, list[float]] = defaultdict(list)
+        self._parts: dict[MicroBatch, LossValue] = {}
         self._in_use = SizeInUse() if in_use is None else in_use
 
     def first(self, n_batches: int | None, max_samples: int | None) -> Objective:
@@ -122,7 +126,7 @@ class Objective:
         if size is None or not self.divisible:
             return False
         try:
-            self._weights(cut_evenly(0, size, 2))
+            self._weights(cut_evenly(0, size, math.ceil(size / part_size(size, CURVATURE_SAMPLES))))
         except NoSumError:
             return False
         return True
@@ -268,11 +272,11 @@ class Objective:
         total = self._values[full][0]
         if not math.isfinite(total):
             raise MeasurementError(f"the loss is {total}, so its gradient and curvature mean nothing")
-        losses: list[LossValue] = []
         for part in parts:
             try:
-                replayed = self._replayed(part)
-                losses.append(loss_value(replayed, replayed.again))
+                if part not in self._parts:
+                    replayed = self._replayed(part)
+                    self._parts[part] = loss_value(replayed, replayed.again)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -280,8 +284,14 @@ class Objective:
                     f"micro_batch_size: the loss fails on samples {part.start} to {part.stop} of the batch alone "
                     f"({type(error).__name__}: {error}); measure the batch whole"
                 ) from error
+        losses = [self._parts[part] for part in parts]
         dtypes = {dtype for loss in losses for dtype in (loss.dtype, *loss.casts)}
         return infer_weights(total, parts, losses, self.compute_dtype(dtypes))
+
+
+def part_size(samples: int, largest: int) -> int:
+    """Return how many samples a part of a single batch holds: of so many at most, and of `PARTS` parts at least."""
+    return min(largest, math.ceil(samples / PARTS))
 
 
 def _place(micro_batch: MicroBatch) -> MicroBatch:

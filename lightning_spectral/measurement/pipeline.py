@@ -15,7 +15,7 @@ from lightning_spectral.layers.matrices import LayerSet
 from lightning_spectral.measurement.directions import leading_directions, noise_of_layers
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature, estimate_trace, wants_graph
 from lightning_spectral.measurement.fitting import RawMeasurement, fit_layers, omission_notes
-from lightning_spectral.measurement.gradients import ObjectiveGradients, gradient_parts, sum_gradients
+from lightning_spectral.measurement.gradients import ObjectiveGradients, cut_for_gradient, gradient_parts, sum_gradients
 from lightning_spectral.measurement.kronecker_factors import kronecker_factors
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.measurement.memory import attempts
@@ -141,7 +141,7 @@ def measure(
     """
     started = time.perf_counter()
     few = objective if options.gradient_samples is None else objective.first(n_batches, options.max_samples)
-    micro_batches = objective.cut(max_size)
+    micro_batches = cut_for_gradient(objective, few, max_size)
     gradients = _gradients(objective, micro_batches, options, max_size, for_curvature=few is objective)
     parts = gradient_parts(objective, gradients, micro_batches)
     gradient_seconds = time.perf_counter() - started

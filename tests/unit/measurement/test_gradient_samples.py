@@ -48,6 +48,31 @@ def test_directions_are_of_many_samples_and_curvature_of_the_first(make, samples
     assert report.loss == pytest.approx(float(cross_entropy(model, first(batch, samples))))
 
 
+@pytest.mark.parametrize(
+    ("samples", "curvature", "largest"), [(400, 16, 16), (400, None, 50), (1600, None, 64), (96, 64, 12)]
+)
+def test_a_large_batch_takes_no_more_memory_than_its_curvature(samples, curvature, largest):
+    """With a graph, the loss is computed of so many samples at most, and each part once."""
+    graphs = []
+
+    def seen(model, batch):
+        loss = cross_entropy(model, batch)
+        if loss.requires_grad:
+            graphs.append(len(batch[0]))
+        return loss
+
+    model, batch = gelu_mlp().double(), batch_of(samples)
+    options = {"gradient_samples": samples, "max_samples": curvature, "top_k": 3}
+    report = measure_spectra(model, batch, seen, curvature="exact", **options)
+    assert report.curvature_samples == (curvature or CURVATURE_SAMPLES)
+    # Once to tell the parts' weights and once for the gradient; then the curvature.
+    parts = math.ceil(samples / largest)
+    assert [sum(graphs[:parts]), sum(graphs[parts : 2 * parts])] == [samples, samples]
+    assert max(graphs[: 2 * parts]) == largest
+    assert set(graphs[2 * parts :]) == {report.curvature_samples}
+    assert all(math.isfinite(layer.gradient_noise.signal) for layer in report.layers.values())
+
+
 def test_batches_of_a_loader_are_read_until_there_are_enough():
     model, (x, y) = relu_mlp().double(), batch_of(240)
     loader = DataLoader(TensorDataset(x, y), 48)
@@ -103,6 +128,9 @@ def test_a_loss_across_samples_keeps_its_batch_for_the_curvature():
     assert (report.n_samples, report.curvature_samples) == (150, 150)
     assert all(math.isnan(layer.gradient_noise.signal) for layer in report.layers.values())
     assert any(text.startswith("signal: the loss of the batch is no sum") for text in report.warnings)
+    few = measure_spectra(model, batch, contrastive, curvature="exact", top_k=3, gradient_samples=150, max_samples=64)
+    assert few.loss == report.loss
+    assert few.curvature_samples == 64
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, summed])
