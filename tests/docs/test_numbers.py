@@ -113,10 +113,20 @@ def test_losses_with_a_fixed_damping_are_the_benchmarks():
 
 
 def test_losses_of_long_runs_are_the_benchmarks():
-    found = {row["arm"]: f"{row['test']:.3f} ± {row['std']:.3f}" for row in benchmark("train")["long"]}
+    results = benchmark("train")
+    rows = {(row["task"], row["arm"]): row for row in results["long"]}
+    found = {key: f"{row['test']:.3f} ± {row['std']:.3f}" for key, row in rows.items()}
+    adamw, muon, ours = (found["language", arm] for arm in ("adamw", "muon_momentum_0.85", "spectral_newton"))
     page = flat(PAGES["optimizer.md"])
-    assert f"the defaults keep {found['spectral_newton']}, while AdamW ({found['adamw']}) and Muon" in page
-    assert f"momentum 0.85 ({found['muon_momentum_0.85']}) learn the wrong labels" in page
+    assert f"AdamW reaches {adamw}, Muon with momentum 0.85 {muon}, SpectralNewton {ours}" in page
+    short = {row["arm"]: row["test"] for row in results["summary"] if row["task"] == "language"}
+    gains = [losses["adamw"] - losses["spectral_newton"] for losses in (
+        short, {arm: row["test"] for (task, arm), row in rows.items() if task == "language"}
+    )]  # fmt: skip
+    assert f"the gain over AdamW shrinks from {gains[0]:.2f} to {gains[1]:.2f}" in page
+    adamw, muon, ours = (found["wrong_labels", arm] for arm in ("adamw", "muon_momentum_0.85", "spectral_newton"))
+    assert f"the defaults keep {ours}, while AdamW ({adamw}) and Muon" in page
+    assert f"momentum 0.85 ({muon}) learn the wrong labels" in page
 
 
 def test_losses_of_small_tasks_are_the_benchmarks():
