@@ -16,17 +16,26 @@ from torch import Tensor
 State = tuple[Tensor, ...]
 """Hidden state, and the cell of an LSTM."""
 
-Cell = Callable[[Tensor, State, Sequence[Tensor]], State]
+Weights = Sequence[Any]
+"""Tensors: of the input and the state, their biases or None, and with proj_size that of the output."""
+
+Cell = Callable[[Tensor, State, Weights], State]
 """What a step makes of its part of the input's product, the state and the weights."""
 
+NAMED = (
+    *("input", "data", "batch_sizes", "hx", "params", "has_biases"),
+    *("num_layers", "dropout", "train", "bidirectional", "batch_first"),
+)
+"""Names of the arguments of `torch.lstm` and the like, in their order."""
 
-def _plain(
-    activation: Callable[[Tensor], Tensor], from_input: Tensor, state: State, weights: Sequence[Tensor]
-) -> State:
+NAMED_OF_CELLS = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
+
+
+def _plain(activation: Callable[[Tensor], Tensor], from_input: Tensor, state: State, weights: Weights) -> State:
     return (activation(from_input + _from_state(state[0], weights)),)
 
 
-def _gru(from_input: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+def _gru(from_input: Tensor, state: State, weights: Weights) -> State:
     h = state[0]
     reset_in, update_in, new_in = from_input.chunk(3, -1)
     reset_h, update_h, new_h = _from_state(h, weights).chunk(3, -1)
@@ -35,7 +44,7 @@ def _gru(from_input: Tensor, state: State, weights: Sequence[Tensor]) -> State:
     return (new + update * (h - new),)
 
 
-def _lstm(from_input: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+def _lstm(from_input: Tensor, state: State, weights: Weights) -> State:
     h, c = state
     i, f, g, o = (from_input + _from_state(h, weights)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -44,20 +53,19 @@ def _lstm(from_input: Tensor, state: State, weights: Sequence[Tensor]) -> State:
     return (F.linear(h, weights[-1]) if len(weights) in (3, 5) else h), c
 
 
-def _from_state(h: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def _from_state(h: Tensor, weights: Weights) -> Tensor:
     return F.linear(h, weights[1], weights[3] if len(weights) > 3 else None)
 
 
-def _from_input(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def _from_input(x: Tensor, weights: Weights) -> Tensor:
     return F.linear(x, weights[0], weights[2] if len(weights) > 3 else None)
 
 
-def _written_out(cell: Cell, fused: Callable[..., Any]) -> Callable[..., Any]:
+def _written_out(cell: Cell) -> Callable[..., Any]:
     """Return what takes the place of `torch.lstm` and the like."""
 
-    def run(x: Tensor, *args: Any, **named: Any) -> Any:
-        if named:
-            return fused(x, *args, **named)
+    def run(*positional: Any, **named: Any) -> Any:
+        x, *args = *positional, *(named[name] for name in NAMED if name in named)
         sizes, batch_first = None, False
         # Of a packed sequence the second argument is how many samples each step has.
         if isinstance(args[0], Tensor) and not args[0].is_floating_point():
@@ -86,7 +94,7 @@ def _written_out(cell: Cell, fused: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run(
-    cell: Cell, x: Tensor, first: State, weights: Sequence[Tensor], sizes: list[int] | None, backward: bool
+    cell: Cell, x: Tensor, first: State, weights: Weights, sizes: list[int] | None, backward: bool
 ) -> tuple[Tensor, State]:
     """Return the hidden states of all steps, and each sample's last state, of one layer in one direction.
 
@@ -110,15 +118,13 @@ def _run(
     return (torch.stack if sizes is None else torch.cat)(outputs[::-1] if backward else outputs), last
 
 
-def _one_step(cell: Cell, fused: Callable[..., Any]) -> Callable[..., Any]:
+def _one_step(cell: Cell) -> Callable[..., Any]:
     """Return what takes the place of `torch.lstm_cell` and the like."""
 
-    def run(x: Tensor, hx: Any, *weights: Tensor | None, **named: Any) -> Any:
-        if named:
-            return fused(x, hx, *weights, **named)
-        own = [weight for weight in weights if weight is not None]
+    def run(*positional: Any, **named: Any) -> Any:
+        x, hx, *weights = [*positional, *map(named.get, NAMED_OF_CELLS[len(positional) :])]
         states: State = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
-        state = cell(_from_input(x, own), states, own)
+        state = cell(_from_input(x, weights), states, weights)
         return state if len(state) > 1 else state[0]
 
     return run
@@ -135,7 +141,7 @@ _CELLS: dict[str, Cell] = {
 def _pairs() -> Iterator[tuple[Any, Callable[..., Any]]]:
     for name, cell in _CELLS.items():
         for fused, replacement in ((getattr(torch, name), _written_out), (getattr(torch, f"{name}_cell"), _one_step)):
-            yield fused, replacement(cell, fused)
+            yield fused, replacement(cell)
 
 
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = dict(_pairs())

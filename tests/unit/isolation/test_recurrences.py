@@ -73,3 +73,28 @@ def test_packed_sequences(kind, options):
     packed = pack_padded_sequence(x, torch.tensor([3, 5, 2, 3]), enforce_sorted=False)
     fused, written_out = both(kind(4, 6, **options).double(), packed)
     torch.testing.assert_close(written_out, fused, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["lstm_cell", "gru_cell", "rnn_tanh_cell"])
+@pytest.mark.parametrize("bias", ["b_ih", "b_hh"])
+def test_functions_are_called_with_one_bias_and_by_name(name, bias):
+    torch.manual_seed(0)
+    module = {"l": nn.LSTMCell, "g": nn.GRUCell, "r": nn.RNNCell}[name[0]](4, 6).double()
+    h = torch.randn(3, 6, dtype=torch.float64)
+    hx = (h, h) if name == "lstm_cell" else h
+    weights = {"w_ih": module.weight_ih, "w_hh": module.weight_hh, bias: module.bias_ih}
+    x = torch.randn(3, 4, dtype=torch.float64)
+    fused = getattr(torch, name)(input=x, hx=hx, **weights)
+    with function_mode(MeasuredOperations()):
+        written_out = getattr(torch, name)(input=x, hx=hx, **weights)
+    torch.testing.assert_close(written_out, fused, rtol=1e-10, atol=1e-12)
+
+
+def test_a_sequence_is_given_by_name():
+    torch.manual_seed(0)
+    module, x, h = nn.GRU(4, 6).double(), torch.randn(5, 3, 4, dtype=torch.float64), torch.zeros(1, 3, 6).double()
+    settings = {"has_biases": True, "num_layers": 1, "dropout": 0.0, "train": False, "bidirectional": False}
+    weights = list(module.parameters())
+    with function_mode(MeasuredOperations()):
+        output, _ = torch.gru(batch_first=False, params=weights, input=x, hx=h, **settings)
+    torch.testing.assert_close(output, module(x)[0], rtol=1e-10, atol=1e-12)
