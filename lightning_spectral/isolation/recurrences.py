@@ -122,7 +122,8 @@ def _one_step(cell: Cell) -> Callable[..., Any]:
     """Return what takes the place of `torch.lstm_cell` and the like."""
 
     def run(*positional: Any, **named: Any) -> Any:
-        x, hx, *weights = [*positional, *map(named.get, NAMED_OF_CELLS[len(positional) :])]
+        call = [*positional, *(named.get(name) for name in NAMED_OF_CELLS[len(positional) :])]
+        x, hx, weights = call[0], call[1], call[2:]
         states: State = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
         state = cell(_from_input(x, weights), states, weights)
         return state if len(state) > 1 else state[0]
