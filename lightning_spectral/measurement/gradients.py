@@ -181,10 +181,11 @@ def cut_for_gradient(objective: Objective, few: Objective, max_size: int | None)
         few: what curvature is measured on.
         max_size: samples of the largest micro-batch; None: as memory asks for.
     """
-    largest = few.largest(few.full_batches())
-    if max_size is None and few is not objective and largest and objective.samples and len(objective.all_sizes) == 1:
+    # By numbers that all ranks have, one without a batch too, since they cut together.
+    is_single = few is not objective and len(objective.all_sizes) == 1
+    if max_size is None and is_single and objective.samples and few.samples:
         with suppress(NoSumError):
-            return objective.cut(part_size(objective.samples, largest))
+            return objective.cut(part_size(objective.samples, few.samples))
     return objective.cut(max_size)
 
 

@@ -253,6 +253,16 @@ def test_a_group_of_some_processes(results, alone):
     assert "this process is not in the group" in results[2]["two of them"]
 
 
+def test_a_batch_of_one_process_whose_loss_is_no_sum_is_measured_by_all(results):
+    model, batch = joint.network("smooth")
+    expected = measure_spectra(model, batch, joint.coupled, curvature="exact", **joint.FEW_OF_ONE)
+    for of_rank in results:
+        found = SpectralReport.from_dict(of_rank["batch of one"])
+        assert (found.n_samples, found.curvature_samples) == (sum(joint.SIZES), joint.FEW)
+        for name, layer in found.layers.items():
+            torch.testing.assert_close(layer.sigma, expected.layers[name].sigma, rtol=1e-10, atol=1e-14)
+
+
 def test_owners_share_evenly():
     costs = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 3.0}
     owners = assign_owners(costs, 2)

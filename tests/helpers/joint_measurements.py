@@ -17,8 +17,10 @@ from lightning_spectral.distributed import process_group as processes
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement import directions
 from lightning_spectral.measurement.factor_sums import FactorSums
+from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.measurement.sharded import on_demand_weights as gathering
 from lightning_spectral.numerics.second_moment import SecondMoment
+from lightning_spectral.options import Options
 
 SIZES = (30, 18, 0)
 """Samples of each rank: unequal, and of the last one none."""
@@ -76,8 +78,13 @@ def part(batch, rank):
     return tuple(tensor[start : start + SIZES[rank]] for tensor in batch)
 
 
+OPTIONS = {"top_k": 5, "precision": "float64"}
+
 FEW = 8
 """Samples of each rank that curvature is measured on, of fewer than the gradient's."""
+
+FEW_OF_ONE = {"gradient_samples": sum(SIZES), "max_samples": FEW, **OPTIONS}
+"""Of a batch that one rank alone has."""
 
 EVERYTHING = {"alignment": True, "weight_spectra": True, "curvature_fraction": 4, "spectrum_top_k": 8}
 MEASURED = {
@@ -88,7 +95,6 @@ MEASURED = {
     "conv everything": ("conv", {"curvature": "ggn", **EVERYTHING}),
     "conv everything in pieces": ("conv", {"curvature": "ggn", "micro_batch_size": 7, **EVERYTHING}),
 }
-OPTIONS = {"top_k": 5, "precision": "float64"}
 
 
 class Fails:
@@ -103,6 +109,11 @@ class Fails:
             if self.at <= self.calls < self.at + self.often:
                 raise self.error
         return loss(model, batch)
+
+
+def coupled(model, batch):
+    """No sum over samples."""
+    return model(batch[0]).logsumexp((0, 1))
 
 
 def talks(model, batch):
@@ -291,6 +302,11 @@ def measure_odd_groups(rank, n):
             grown, part(batch, rank), loss, process_group=dist.group.WORLD, curvature="exact", **OPTIONS
         )
     )
+    model, batch = network("smooth")
+    result["batch of one"] = attempt(lambda: run_measurement(
+        model, [batch] if rank == 1 else [], Options(curvature="exact", **FEW_OF_ONE), coupled,
+        group=processes.DistributedGroup(),
+    ))  # fmt: skip
     pair = dist.new_group([0, 1])
     model, batch = network("conv")
     result["two of them"] = attempt(
