@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from lightning_spectral.callbacks.log_selection import LogSelection
-from lightning_spectral.callbacks.progress_bar import log_above_bar
-from lightning_spectral.callbacks.report_writer import ReportWriter
+from lightning_spectral.callbacks.report_writer import ReportWriter, log_above_bar
 from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.records.log_keys import former_key
 from lightning_spectral.records.report import SpectralReport

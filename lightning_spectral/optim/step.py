@@ -1,4 +1,4 @@
-"""Parameters of one step with their gradients and states, each as far as this rank holds it."""
+"""Parameters of one step with gradients and states, as far as this rank holds them, and AdamW for all but matrices."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.optim.adam_size import needs_size, size_state, size_units
-from lightning_spectral.optim.adamw import adamw_state, adamw_step
 from lightning_spectral.optim.ddp import GradientState, Scope, agree, shared_step
 from lightning_spectral.optim.fsdp import ShardedMatrix, sharded_step
 from lightning_spectral.optim.matrix_update import MatrixBlock, matrix_blocks, momentum_step, spectral_step
@@ -153,3 +153,34 @@ def mesh_scope(parameter: Any) -> Scope:
     """Return all ranks of a DTensor's mesh."""
     groups = tuple(parameter.device_mesh.get_all_groups())
     return Scope(groups, groups[0] if len(groups) == 1 and sharding_of(parameter) is None else None)
+
+
+def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Return the state of AdamW as `torch.optim.AdamW` starts it."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }
+
+
+def adamw_step(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any]
+) -> None:
+    """Step as `torch.optim.AdamW` does, with the group's lr, betas, eps and weight_decay."""
+    beta1, beta2 = group["betas"]
+    adamw(
+        list(parameters),
+        list(grads),
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )

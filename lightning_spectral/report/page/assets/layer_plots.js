@@ -250,17 +250,7 @@ function layerTrainingFigure(data, state, c) {
     {
       xaxis: axis,
       yaxis: { title: { text: "exponent" } },
-      shapes: [
-        {
-          type: "line",
-          yref: "paper",
-          y0: 0,
-          y1: 1,
-          x0: x[state.probe],
-          x1: x[state.probe],
-          line: { color: c.quiet, width: 1, dash: "dot" },
-        },
-      ],
+      shapes: [upright(x[state.probe], c)],
     },
   ];
 }

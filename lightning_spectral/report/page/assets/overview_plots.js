@@ -64,8 +64,6 @@ function depthFigure(data, state, c, wide) {
     data,
     limits(data, (probe, layer) => value(data, probe, layer, "alpha")),
   );
-  const edge = Math.max(0.6, 0.015 * data.layers.length);
-  const named = wide && data.layers.length <= 30;
   return [
     points(
       data,
@@ -76,11 +74,7 @@ function depthFigure(data, state, c, wide) {
       (layer) => value(data, state.probe, layer, "alpha_stderr"),
     ),
     {
-      xaxis: {
-        range: [-edge, data.layers.length - 1 + edge],
-        title: named ? undefined : { text: "layer, from the input to the output" },
-        ...(named ? layerTicks(data) : {}),
-      },
+      xaxis: layersAxis(data, wide),
       yaxis: { title: { text: "alpha" }, range },
       annotations: outside(data.layers.filter((_, layer) => beyond(read(layer), range)).length, c),
       shapes: [bandAroundTwo(data, c)],
@@ -106,17 +100,7 @@ function transferFigure(data, state, c) {
         data.layers.filter((_, layer) => beyond(x(layer), range) || beyond(y(layer), range)).length,
         c,
       ),
-      shapes: [
-        {
-          type: "line",
-          x0: range[0],
-          x1: range[1],
-          y0: range[0],
-          y1: range[1],
-          line: { color: c.quiet, width: 1, dash: "dot" },
-          layer: "below",
-        },
-      ],
+      shapes: [dotted(c, { x0: range[0], x1: range[1], y0: range[0], y1: range[1], layer: "below" })],
     },
   ];
 }
@@ -223,18 +207,7 @@ function trainingFigure(data, state, c) {
         ? { ...logAxis(key, drawn.filter((v) => known(v) && !beyond(scale(v), range))), range }
         : { title: { text: key }, range },
       annotations: outside(drawn.filter((v) => beyond(scale(v), range)).length, c),
-      shapes: [
-        ...(key === "alpha" ? [bandAroundTwo(data, c)] : []),
-        {
-          type: "line",
-          yref: "paper",
-          y0: 0,
-          y1: 1,
-          x0: x[state.probe],
-          x1: x[state.probe],
-          line: { color: c.quiet, width: 1, dash: "dot" },
-        },
-      ],
+      shapes: [...(key === "alpha" ? [bandAroundTwo(data, c)] : []), upright(x[state.probe], c)],
     },
   ];
 }

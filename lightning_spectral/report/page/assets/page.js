@@ -10,28 +10,32 @@ const interval = (key, i) =>
 const withError = (key, show) => (i) =>
   show(of(key)(i)) + (known(of(`${key}_stderr`)(i)) ? ` ± ${show(of(`${key}_stderr`)(i))}` : "");
 
-// What is measured on request, of which the data hold what was asked for.
-const REQUESTED = [
-  ["s_weight", "s_weight"],
-  ["gamma_weight", "gamma_weight"],
-  ["hessian_trace", "tr H ± se", withError("hessian_trace", brief)],
-  ["curvature_fraction", "fraction ± se", withError("curvature_fraction", percent)],
-  ["curvature_over_random", "over random", (i) => brief(of("curvature_over_random")(i))],
-  ["beta", "beta"],
-  ["phi", "phi"],
-  ["chi_slope", "chi_slope"],
-  ["chi", "chi", (i) => brief(of("chi")(i))],
-  ["concentration_ratio", "ratio"],
-  ["effective_rank_a", "rank a", (i) => brief(of("effective_rank_a")(i))],
-  ["effective_rank_delta", "rank delta", (i) => brief(of("effective_rank_delta")(i))],
-].map(([key, head, text]) => ({
+const inDigits = (key) => (i) => brief(of(key)(i));
+
+// A column of a logged quantity.
+const measured = (key, head = key, text = (i) => fixed(of(key)(i)), meaning = data.meanings[key]) => ({
   key,
   head,
   sort: of(key),
-  text: text ?? ((i) => fixed(of(key)(i))),
-  meaning: data.meanings[key],
-  requested: true,
-}));
+  text,
+  meaning,
+});
+
+// What is measured on request, of which the data hold what was asked for.
+const REQUESTED = [
+  measured("s_weight"),
+  measured("gamma_weight"),
+  measured("hessian_trace", "tr H ± se", withError("hessian_trace", brief)),
+  measured("curvature_fraction", "fraction ± se", withError("curvature_fraction", percent)),
+  measured("curvature_over_random", "over random", inDigits("curvature_over_random")),
+  measured("beta"),
+  measured("phi"),
+  measured("chi_slope"),
+  measured("chi", "chi", inDigits("chi")),
+  measured("concentration_ratio", "ratio"),
+  measured("effective_rank_a", "rank a", inDigits("effective_rank_a")),
+  measured("effective_rank_delta", "rank delta", inDigits("effective_rank_delta")),
+].map((column) => ({ ...column, requested: true }));
 
 // head, what a cell says, what it sorts by, what the column means
 const COLUMNS = [
@@ -51,34 +55,15 @@ const COLUMNS = [
     text: (i) => data.shapes[i],
     meaning: "of the matrix; sorts by its entries",
   },
-  {
-    key: "alpha",
-    head: "alpha ± se",
-    sort: of("alpha"),
-    text: withError("alpha", fixed),
-    meaning: data.meanings.alpha,
-  },
-  {
-    key: "alpha_low",
-    head: "alpha 95 %",
-    sort: of("alpha_low"),
-    text: (i) => interval("alpha", i),
-    meaning: "95 % of the slopes of bootstrap draws; sorts by the lower end",
-  },
-  {
-    key: "r2_alpha",
-    head: "r2",
-    sort: of("r2_alpha"),
-    text: (i) => fixed(of("r2_alpha")(i)),
-    meaning: data.meanings.r2_alpha,
-  },
-  {
-    key: "signal",
-    head: "signal",
-    sort: of("signal"),
-    text: (i) => fixed(of("signal")(i)),
-    meaning: data.meanings.signal,
-  },
+  measured("alpha", "alpha ± se", withError("alpha", fixed)),
+  measured(
+    "alpha_low",
+    "alpha 95 %",
+    (i) => interval("alpha", i),
+    "95 % of the slopes of bootstrap draws; sorts by the lower end",
+  ),
+  measured("r2_alpha", "r2"),
+  measured("signal"),
   {
     key: "doubt",
     head: "doubt",
@@ -87,8 +72,8 @@ const COLUMNS = [
     meaning: "why the fit is not to be trusted; empty where it is",
     words: true,
   },
-  { key: "gamma", head: "gamma", sort: of("gamma"), text: (i) => fixed(of("gamma")(i)), meaning: data.meanings.gamma },
-  { key: "s", head: "s", sort: of("s"), text: (i) => fixed(of("s")(i)), meaning: data.meanings.s },
+  measured("gamma"),
+  measured("s"),
   {
     key: "product",
     head: "alpha·gamma",
@@ -96,42 +81,13 @@ const COLUMNS = [
     text: (i) => fixed(product(data, state.probe, i)),
     meaning: "alpha times gamma, which the transfer identity says is s",
   },
-  {
-    key: "transfer_error",
-    head: "error",
-    sort: of("transfer_error"),
-    text: (i) => percent(of("transfer_error")(i)),
-    meaning: data.meanings.transfer_error,
-  },
-  {
-    key: "pr_curvature",
-    head: "PR_h",
-    sort: of("pr_curvature"),
-    text: (i) => fixed(of("pr_curvature")(i)),
-    meaning: data.meanings.pr_curvature,
-  },
-  {
-    key: "zeta_bound",
-    head: "zeta",
-    sort: of("zeta_bound"),
-    text: (i) => fixed(of("zeta_bound")(i)),
-    meaning: data.meanings.zeta_bound,
-  },
-  {
-    key: "points",
-    head: "points",
-    sort: of("points"),
-    text: (i) =>
-      known(of("points")(i)) ? String(of("points")(i)) + (spectraOf(i) ? `/${spectraOf(i).sigma.length}` : "") : "–",
-    meaning: data.meanings.points,
-  },
-  {
-    key: "negative_curvature",
-    head: "h < 0",
-    sort: of("negative_curvature"),
-    text: (i) => fixed(of("negative_curvature")(i), 0),
-    meaning: data.meanings.negative_curvature,
-  },
+  measured("transfer_error", "error", (i) => percent(of("transfer_error")(i))),
+  measured("pr_curvature", "PR_h"),
+  measured("zeta_bound", "zeta"),
+  measured("points", "points", (i) =>
+    known(of("points")(i)) ? String(of("points")(i)) + (spectraOf(i) ? `/${spectraOf(i).sigma.length}` : "") : "–",
+  ),
+  measured("negative_curvature", "h < 0", (i) => fixed(of("negative_curvature")(i), 0)),
   ...["strongest", "second", "third", "weakest"].map((which, quarter) => ({
     key: `alpha_q${quarter + 1}`,
     head: `q${quarter + 1}`,

@@ -27,19 +27,9 @@ const clipped = (name) => plain(name.length > 24 ? `${name.slice(0, 11)}…${nam
 
 function colours() {
   const style = getComputedStyle(document.documentElement);
-  const of = (name) => style.getPropertyValue(`--${name}`).trim();
-  const dark = style.colorScheme === "dark";
-  return {
-    ink: of("ink"),
-    quiet: of("quiet"),
-    grid: of("grid"),
-    line: of("line"),
-    card: of("card"),
-    select: of("select"),
-    sigma: of("sigma"),
-    curvature: of("curvature"),
-    dark,
-  };
+  const names = ["ink", "quiet", "grid", "line", "card", "select", "sigma", "curvature"];
+  const pairs = names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]);
+  return { ...Object.fromEntries(pairs), dark: style.colorScheme === "dark" };
 }
 
 function kindsOf(data) {
@@ -130,6 +120,14 @@ const layerTicks = (data) => ({
   ticklabeloverflow: "allow",
 });
 
+// An axis of the layers, with their names where there is room.
+function layersAxis(data, wide) {
+  const n = data.layers.length;
+  const edge = Math.max(0.6, 0.015 * n);
+  const text = wide && n <= 30 ? layerTicks(data) : { title: { text: "layer, from the input to the output" } };
+  return { range: [-edge, n - 1 + edge], ...text };
+}
+
 // Quantities that go over decades, and are never shown on a linear axis.
 const LOGARITHMIC = new Set(["noise_scale", "sigma_max", "h_max"]);
 
@@ -207,6 +205,10 @@ function bandAroundTwo(data, c) {
     showlegend: true,
   };
 }
+
+const dotted = (c, ends) => ({ type: "line", line: { color: c.quiet, width: 1, dash: "dot" }, ...ends });
+const across = (y, c) => dotted(c, { xref: "paper", x0: 0, x1: 1, y0: y, y1: y, layer: "below" });
+const upright = (x, c) => dotted(c, { yref: "paper", y0: 0, y1: 1, x0: x, x1: x });
 
 // Pixels that the axes of a plot are high at least, however large its legend.
 const LEAST_HEIGHT = 220;

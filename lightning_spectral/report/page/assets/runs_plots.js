@@ -58,17 +58,6 @@ function curvesFigure(data, state, c, read, text, { log, at: level } = {}) {
   ];
 }
 
-const across = (y, c) => ({
-  type: "line",
-  xref: "paper",
-  x0: 0,
-  x1: 1,
-  y0: y,
-  y1: y,
-  line: { color: c.quiet, width: 1, dash: "dot" },
-  layer: "below",
-});
-
 // A quantity of the layers of a kind, thin, with their median, thick, in each run.
 function kindFigure(data, state, c, kind) {
   const { at, axis } = runsAxis(data);
@@ -177,15 +166,10 @@ function pairsFigure(data, state, c, wide) {
       },
     };
   });
-  const named = wide && data.layers.length <= 30;
-  const edge = Math.max(0.6, 0.015 * data.layers.length);
   return [
     [joined, ...traces],
     {
-      xaxis: {
-        range: [-edge, data.layers.length - 1 + edge],
-        ...(named ? layerTicks(data) : { title: { text: "layer, from the input to the output" } }),
-      },
+      xaxis: layersAxis(data, wide),
       yaxis: { title: { text: "alpha" }, range },
       annotations: outside(values.filter((v) => beyond(v, range)).length, c),
       shapes: [{ ...bandAroundTwo(data, c), showlegend: false }],
