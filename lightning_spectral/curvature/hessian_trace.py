@@ -163,13 +163,13 @@ class _Moves:
         drawn = self._draw(scales)
         return {name: sum(dot(move, product) for move, product in pairs) for name, pairs in drawn.items()}
 
-    def check_samples_apart(self, scales: Mapping[str, Tensor], others: Tensor) -> None:
-        """Raise MeasurementError unless what is done to the samples that have a scale shows at none of the others."""
+    def check_samples_apart(self, scales: Mapping[str, Tensor], rest: Tensor) -> None:
+        """Raise MeasurementError unless what is done to the samples that have a scale shows at none of the rest."""
         for name, pairs in self._draw(scales).items():
             for (_, product), call, layout in zip(pairs, self.graph.calls[name], self.graph.layouts[name], strict=True):
                 rows = product if call.is_convolution else call.to_rows(product)
                 rows = rows.reshape(call.lead.numel(), -1)
-                if bool(rows[layout.spread(others[:, None]).squeeze(1).to(rows.device)].any()):
+                if bool(rows[layout.spread(rest[:, None]).squeeze(1).to(rows.device)].any()):
                     raise MeasurementError(INTERACT)
 
     def _draw(self, scales: Mapping[str, Tensor]) -> dict[str, list[tuple[Tensor, Tensor]]]:

@@ -120,8 +120,8 @@ class LossProperties:
         ranks of K directions, so that h's is `NOISE_PER_CHANNEL` * sqrt(layers * K / (samples * P)).
         """
         ratio = NOISE_PER_CHANNEL * ALPHA_PER_NOISE / ALPHA_ERROR
-        most = sketch_products(self.windows, self.samples)[1]
-        return min(max(4, round(ratio**2 * len(self.windows) / (self.samples or 1))), most)
+        largest = sketch_products(self.windows, self.samples)[1]
+        return min(max(4, round(ratio**2 * len(self.windows) / (self.samples or 1))), largest)
 
 
 def _obstacle(seen: SeenLayers, samples: int | None, outputs: int) -> str:

@@ -38,6 +38,7 @@ def participation_ratio(values: Values) -> float:
     """Return (sum v)^2 / sum v^2 over the positive values: how many directions hold the total.
 
     1 for one direction, n for n equal ones; NaN where no value is positive. For a gradient, pass sigma^2.
+    Source: arXiv 2606.02596.
 
     >>> participation_ratio([2.0, 2.0, 2.0, -1.0])
     3.0

@@ -1,7 +1,7 @@
-"""The loss of a network traced on tensors that have shapes and no values.
+"""Networks made without their weights, and a loss traced on tensors that have shapes and no values.
 
-They are fake tensors, which say that they lie on the CPU: a network that creates tensors there works, as it would not
-with meta ones.
+The latter are fake tensors, which say that they lie on the CPU: a network that creates tensors there works, as it would
+not with meta ones.
 """
 
 from __future__ import annotations

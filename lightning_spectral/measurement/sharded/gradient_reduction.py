@@ -1,4 +1,4 @@
-"""Gradients of weights in shards, of which no rank has room for all."""
+"""Gradients of weights in shards, of which no rank has room for all, and the rounds in which ranks exchange them."""
 
 from __future__ import annotations
 
