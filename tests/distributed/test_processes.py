@@ -253,6 +253,7 @@ def test_a_group_of_some_processes(results, alone):
     assert "this process is not in the group" in results[2]["two of them"]
 
 
+@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 def test_a_batch_of_one_process_whose_loss_is_no_sum_is_measured_by_all(results):
     model, batch = joint.network("smooth")
     expected = measure_spectra(model, batch, joint.coupled, curvature="exact", **joint.FEW_OF_ONE)
