@@ -1,6 +1,7 @@
 """Directional curvatures h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T), H the Hessian block of one layer."""
 
 from lightning_spectral.curvature.forward_recorder import Recorder
+from lightning_spectral.curvature.graph_kinds import graph_kinds
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
 from lightning_spectral.curvature.loss_value import LossValue, loss_value
 from lightning_spectral.curvature.problem import (
@@ -21,5 +22,6 @@ from lightning_spectral.curvature.step_products import LOSS, STEP, StepProducts
 __all__ = [
     "LOSS", "METHODS", "STEP", "TRANSPOSED", "Curvature", "Curvatures", "DifferentiableLoss", "FakeLoss", "Gradients",
     "HutchinsonTrace", "LayerCall", "LossProperties", "LossValue", "Recorder", "SampleRange", "StepProducts",
-    "Structure", "accumulation_dtype", "cause_of", "check_method", "loss_value", "not_matrices", "structure",
+    "Structure", "accumulation_dtype", "cause_of", "check_method", "graph_kinds", "loss_value", "not_matrices",
+    "structure",
 ]  # fmt: skip

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.forward_recorder import Recorder
+from lightning_spectral.curvature.graph_kinds import graph_kinds
 from lightning_spectral.curvature.ports import sample_layouts
 from lightning_spectral.curvature.problem import DifferentiableLoss, scalar_loss
 from lightning_spectral.curvature.sample_search import ROWS_UNKNOWN
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.curvature.selection import LossProperties, choose
+from lightning_spectral.layers.kinds import Kind
 
 
 class FakeLoss(DifferentiableLoss):
@@ -38,6 +40,7 @@ class Structure:
         traced_bytes: bytes of the layers' outputs, in the dtype of the copy.
         loss: its properties, of one direction per layer.
         custom: custom autograd functions, which stand in the way of a sketch.
+        kinds: layer name -> its kind by the graph, of those that nothing else tells.
     """
 
     unreached: tuple[str, ...]
@@ -46,6 +49,7 @@ class Structure:
     traced_bytes: int
     loss: LossProperties
     custom: tuple[str, ...]
+    kinds: Mapping[str, Kind]
 
     def properties(self, directions: Mapping[str, int], samples: int | None) -> LossProperties:
         """Return the loss's properties for so many directions of each layer, and samples in all."""
@@ -82,4 +86,5 @@ def structure(problem: DifferentiableLoss) -> Structure:
         problem.traced_bytes,
         LossProperties.seen(seen, dict.fromkeys(names, 1), problem),
         tuple(custom_functions(problem.value)),
+        graph_kinds(problem),
     )

@@ -255,6 +255,14 @@ def _with_kinds(
     }
 
 
+def with_seen_kinds(
+    layers: Mapping[str, MatrixLayer], seen: Mapping[str, Kind], given: Mapping[str, Kind] | None
+) -> dict[str, MatrixLayer]:
+    """Return layers with the kinds that a loss showed them to have, but for those whose kind was given by pattern."""
+    own = select(layers, given or {}, _names_of)
+    return {**layers, **{name: replace(layers[name], kind=kind) for name, kind in seen.items() if name not in own}}
+
+
 def check_kinds(kinds: Mapping[str, Kind]) -> None:
     """Raise ValueError for a kind that does not exist."""
     for pattern, kind in kinds.items():

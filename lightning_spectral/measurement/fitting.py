@@ -12,6 +12,7 @@ from lightning_spectral._messages import group_by_reason
 from lightning_spectral.curvature import Curvatures
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.errors import MeasurementError, SecondDerivativeError
+from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.directions import Directions
 from lightning_spectral.measurement.kronecker_factors import KroneckerResult
 from lightning_spectral.measurement.layer_fit import (
@@ -39,6 +40,7 @@ class RawMeasurement:
         curvatures: along the triplets above the noise floor.
         traces: draws of the trace of each layer's Hessian block; empty where none were asked for.
         factors: Kronecker factors; empty where they were not asked for.
+        layers: of the objective, with the kinds that its graph shows.
         narrow_dtypes: half-precision types that the network casts to by itself.
         micro_batch_sizes: samples of the largest micro-batch of this rank, for the curvatures and for the traces.
         curvature_samples: samples that the curvatures are of; None where they cannot be counted.
@@ -52,6 +54,7 @@ class RawMeasurement:
     curvatures: Curvatures
     traces: Curvatures
     factors: KroneckerResult
+    layers: Mapping[str, MatrixLayer]
     narrow_dtypes: frozenset[torch.dtype]
     micro_batch_sizes: tuple[int | None, ...]
     curvature_samples: int | None
@@ -84,7 +87,7 @@ def fit_layers(
 ) -> tuple[dict[str, LayerSpectrum], int | None]:
     """Return the fitted spectra of all layers, each rank fitting its share, and the largest micro-batch of any rank."""
     group = objective.group
-    layers = {name: layer for name, layer in objective.layers.items() if name not in raw.directions.skipped}
+    layers = {name: layer for name, layer in raw.layers.items() if name not in raw.directions.skipped}
     owners = assign_owners({name: layer.decomposition_cost for name, layer in layers.items()}, group.size)
     own = [name for name, owner in owners.items() if owner == group.rank]
     with group.step() as step:
@@ -121,7 +124,7 @@ def omission_notes(
 def _fit(
     objective: Objective, name: str, raw: RawMeasurement, options: Options, weights: Tensor | None
 ) -> LayerSpectrum:
-    layer, eps = objective.layers[name], objective.eps(name, raw.narrow_dtypes)
+    layer, eps = raw.layers[name], objective.eps(name, raw.narrow_dtypes)
     curvatures, factors, failed = raw.curvatures, raw.factors, raw.failed
     triplets, nothing = raw.directions.triplets.get(name), torch.zeros(0, dtype=torch.float64)
     sigma = nothing if triplets is None else triplets.sigma

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import DifferentiableLoss, LossValue, accumulation_dtype, not_matrices
+from lightning_spectral.curvature import DifferentiableLoss, LossValue, accumulation_dtype, graph_kinds, not_matrices
 from lightning_spectral.errors import is_out_of_memory, text_of
 from lightning_spectral.isolation.interrupts import interruption
+from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
 from lightning_spectral.measurement.objective import PARTS, Objective, add_weighted, part_size
@@ -74,6 +75,7 @@ class ObjectiveGradients:
         first: loss of this rank's first micro-batch, with its graph; None on a rank without samples.
         has_graph: whether the gradients of ``first`` can be differentiated again.
         not_matrices: layer name -> how it is used on some rank, of those that are never multiplied as a matrix.
+        kinds: layer name -> its kind by the graph on some rank, of those that nothing else tells.
         smallest: layer with the smallest tensor among ``values`` that is not zero, and that tensor.
         parts: squared norms of the micro-batches' gradients, of all ranks.
         notes: what a reader of the report should know of how they were computed.
@@ -89,6 +91,7 @@ class ObjectiveGradients:
     has_graph: bool
     smallest: tuple[str, Tensor] | None
     not_matrices: dict[str, str]
+    kinds: dict[str, Kind]
     parts: Sequence[SquaredNorms]
     notes: tuple[str, ...]
 
@@ -106,7 +109,7 @@ def sum_gradients(
     Args:
         keep_graph: keep them differentiable, if there is one micro-batch alone.
         outputs: have the first loss hold its gradients in the layers' outputs, where that costs no backward pass.
-        norms: take those of each micro-batch, for ``parts``; of layers alone, which the parameters must be of.
+        norms: take those of each micro-batch, for ``parts``, and kinds; the parameters must be those of layers.
     """
     reducer = objective.reducer
 
@@ -144,11 +147,12 @@ def sum_gradients(
         reduced = {name for name in values if is_reduced(name)}
         nonzero = {name: value for name, value in values.items() if name not in reduced and value.any()}
         unfit = {} if first is None else not_matrices(first)
+        kinds = {} if first is None or not norms else graph_kinds(first)
         squared = [part.squared_norms() for part in parts] if norms else []
         notes = tuple(objective.notes)
-        step.send((values.keys() - reduced, reduced, failed, narrow, total, unfit, squared, notes))
-    unreduced, all_reduced, failures, dtypes, losses, unfit_of_ranks, squared_norms, notes_of_ranks = zip(
-        *step.received, strict=True
+        step.send((values.keys() - reduced, reduced, failed, narrow, total, unfit, kinds, squared, notes))
+    unreduced, all_reduced, failures, dtypes, losses, unfit_of_ranks, kinds_of_ranks, squared_norms, notes_of_ranks = (
+        zip(*step.received, strict=True)
     )
     return ObjectiveGradients(
         values={name: value for name, value in values.items() if name not in reduced},
@@ -166,6 +170,7 @@ def sum_gradients(
         has_graph=keep_graph,
         smallest=min(nonzero.items(), key=lambda item: item[1].numel(), default=None),
         not_matrices={name: why for of_rank in unfit_of_ranks for name, why in of_rank.items()},
+        kinds={name: kind for of_rank in kinds_of_ranks for name, kind in of_rank.items()},
         parts=[of_part for of_rank in squared_norms for of_part in of_rank],
         notes=tuple(dict.fromkeys(note for of_rank in notes_of_ranks for note in of_rank)),
     )

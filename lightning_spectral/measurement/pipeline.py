@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_spectral.curvature.selection import PRODUCT
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
-from lightning_spectral.layers.matrices import LayerSet
+from lightning_spectral.layers.matrices import LayerSet, with_seen_kinds
 from lightning_spectral.measurement.directions import leading_directions, noise_of_layers
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature, estimate_trace, wants_graph
 from lightning_spectral.measurement.fitting import RawMeasurement, fit_layers, omission_notes
@@ -163,7 +163,7 @@ def measure(
         narrow_dtypes=gradients.narrow_dtypes,
         reference=gradients.smallest if max_size is None else None,
     )
-    notes = gradients.notes
+    notes, kinds = gradients.notes, gradients.kinds
     del gradients
     factors = kronecker_factors(evaluation, directions.usable, wanted=options.alignment)
     curvatures = estimate_curvature(evaluation, directions.usable, options.curvature)
@@ -175,6 +175,7 @@ def measure(
         curvatures=curvatures,
         traces=traces,
         factors=factors,
+        layers=with_seen_kinds(objective.layers, kinds, options.kinds),
         narrow_dtypes=evaluation.narrow_dtypes,
         micro_batch_sizes=(size, objective.size_in_use),
         curvature_samples=few.samples,

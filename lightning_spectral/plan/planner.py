@@ -15,7 +15,7 @@ from lightning_spectral._messages import size_of
 from lightning_spectral._validation import positive_int
 from lightning_spectral.curvature import METHODS
 from lightning_spectral.layers.kinds import Kind
-from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer
+from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, with_seen_kinds
 from lightning_spectral.layers.names import unwrapped
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.setup import select_layers
@@ -221,7 +221,7 @@ def plan_quietly(
     return Plan(
         model=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=layers.layers,
+        layers=with_seen_kinds(layers.layers, {} if trace is None else trace.structure.kinds, options.kinds),
         directions=estimate.directions,
         skipped=layers.skipped,
         unreached=() if trace is None else trace.structure.unreached,

@@ -59,10 +59,17 @@ def test_processes_together_measure_what_one_does_on_all_their_samples(results, 
     assert list(found.layers) == list(expected.layers)
     for name, layer in found.layers.items():
         other = expected.layers[name]
+        assert layer.kind == other.kind
         torch.testing.assert_close(layer.sigma, other.sigma, rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(layer.h, other.h, rtol=1e-8, atol=1e-8 * float(other.h.abs().max()))
         torch.testing.assert_close(layer.spectrum, other.spectrum, rtol=1e-10, atol=1e-14)
         assert layer.alpha.exponent == pytest.approx(other.alpha.exponent, rel=1e-6, nan_ok=True)
+
+
+def test_a_process_without_a_sample_knows_the_kinds_that_the_graph_of_the_others_shows(results):
+    report = SpectralReport.from_dict(results[-1]["blend exact"])
+    expected = ["attention_qkv", "attention_out", "mlp_up", "mlp_down", "head"]
+    assert [layer.kind for layer in report.layers.values()] == expected
 
 
 def test_the_gradient_is_of_all_samples_and_the_curvature_of_the_first_of_each_process(results):

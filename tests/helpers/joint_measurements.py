@@ -43,6 +43,19 @@ class Routed(nn.Module):
         return self.head(hidden.relu())
 
 
+class Blend(nn.Module):
+    """Attention and an MLP whose layers have no names."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.d, self.p, self.q = nn.Linear(12, 36), nn.Linear(12, 12), nn.Linear(12, 20), nn.Linear(20, 12)
+        self.z = nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = x + self.d(F.scaled_dot_product_attention(*self.w(x).chunk(3, dim=-1)))
+        return self.z((x + self.q(F.gelu(self.p(x)))).mean(1))
+
+
 def conv():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(),
@@ -55,7 +68,7 @@ def smooth():
     return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
 
 
-NETWORKS = {"conv": (conv, (3, 6, 6)), "smooth": (smooth, (12,)), "routed": (Routed, (12,))}
+NETWORKS = {"conv": (conv, (3, 6, 6)), "smooth": (smooth, (12,)), "routed": (Routed, (12,)), "blend": (Blend, (4, 12))}
 
 
 def loss(model, batch):
@@ -87,8 +100,10 @@ FEW_OF_ONE = {"gradient_samples": sum(SIZES), "max_samples": FEW, **OPTIONS}
 """Of a batch that one rank alone has."""
 
 EVERYTHING = {"alignment": True, "weight_spectra": True, "curvature_fraction": 4, "spectrum_top_k": 8}
+METHODS = ("exact", "ggn", "auto")
 MEASURED = {
-    **{f"{name} {method}": (name, {"curvature": method}) for name in NETWORKS for method in ("exact", "ggn", "auto")},
+    **{f"{name} {m}": (name, {"curvature": m}) for name in ("conv", "smooth", "routed") for m in METHODS},
+    "blend exact": ("blend", {"curvature": "exact"}),
     "smooth sketch": ("smooth", {"curvature": "sketch"}),
     "smooth of many and few": ("smooth", {"curvature": "exact", "gradient_samples": 90, "max_samples": FEW}),
     "conv in pieces": ("conv", {"curvature": "exact", "micro_batch_size": 7}),
