@@ -146,8 +146,8 @@ def test_a_layer_within_its_error_does_not_deviate():
 
 
 def test_transfer_identity():
-    text = said("s = alpha gamma", layer("a"), layer("b", alpha=1.5))
-    assert text == "s = alpha gamma holds: median error 0.0 % over 2 fits to trust, 0.0 % at worst (a). " + SAYS_LITTLE
+    text = said("s = alpha gamma", replace(layer("a"), transfer_error=0.02), replace(layer("b"), transfer_error=0.01))
+    assert text == "s = alpha gamma holds: median error 1.5 % over 2 fits to trust, 2.0 % at worst (a). " + SAYS_LITTLE
     assert "over 1 fit to trust. A small transfer error says little" in said("s = alpha gamma", layer("a"))
     assert said("s = alpha gamma", cloud("a")) == ""
     for error, verdict in ((0.03, "holds:"), (0.1, "holds roughly:"), (0.4, "does not hold:")):
