@@ -11,6 +11,8 @@ from lightning_spectral.callbacks.log_selection import STEP_SCALE
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.report.trackers import Row
 
+logger = logging.getLogger(__name__)
+
 TOO_LONG = 0.5
 """Best factor on a step below which the step raises the loss of its batch, to second order."""
 
@@ -54,8 +56,6 @@ class Alerts:
                 found.append((f"{self.prefix}: steps are too long", text))
         return found
 
-
-logger = logging.getLogger(__name__)
 
 MAX_CAUSES = 100
 """Number of warnings of one probe: a text that differs each time would fill the terminal, and memory."""

@@ -14,6 +14,8 @@ from lightning_spectral.measurement.pipeline import measure_noise_scale, run_mea
 from lightning_spectral.options import Options
 from lightning_spectral.records.report import SpectralReport
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
@@ -31,9 +33,6 @@ def attempt(measure: Callable[[], T], warn: Callable[[str], None], failure: str)
             raise end from error
         warn(f"{failure}: {type(error).__name__}: {error}")
         return None
-
-
-logger = logging.getLogger(__name__)
 
 
 class SafeMeasurement:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from manual import PAGES
+from manual import PAGES, flat
 
 pytest.importorskip("sklearn", reason="the reproduction's digits are scikit-learn's")
 pytest.importorskip("matplotlib", reason="every experiment makes a figure")
@@ -127,6 +127,11 @@ def test_the_manual_s_figures_are_the_records_() -> None:
         assert all(figure in cells[name] and figure in shown for figure in figures), name
     for name, figures in in_words.items():
         assert all(figure in told[name] and figure in shown for figure in figures), name
+    noise = {tuple(row[:3]): [cell.split()[0] for cell in row[3:9]] for row in experiments["sampling_noise"]["rows"]}
+    vgg, resnet = noise["vgg", "conv", "30"], noise["resnet", "conv", "300"]
+    reading = flat(PAGES["reading.md"])
+    assert f"({vgg[0]} with 64 samples, {vgg[-1]} with all)" in reading
+    assert f"in a trained ResNet it belongs to the noise ({resnet[0]}, and {resnet[-1]})" in reading
 
 
 def test_a_run_is_read_back_and_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
