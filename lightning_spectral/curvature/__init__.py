@@ -1,5 +1,6 @@
 """Directional curvatures h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T), H the Hessian block of one layer."""
 
+from lightning_spectral.curvature.exact import LOSS, STEP, StepProducts
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.graph_kinds import graph_kinds
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
@@ -17,7 +18,6 @@ from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
 from lightning_spectral.curvature.seen_layers import not_matrices
 from lightning_spectral.curvature.selection import METHODS, LossProperties, check_method
 from lightning_spectral.curvature.static_analysis import FakeLoss, Structure, structure
-from lightning_spectral.curvature.step_products import LOSS, STEP, StepProducts
 
 __all__ = [
     "LOSS", "METHODS", "STEP", "TRANSPOSED", "Curvature", "Curvatures", "DifferentiableLoss", "FakeLoss", "Gradients",

@@ -3,12 +3,16 @@
 Of layer norm, batch norm by the statistics of the batch and instance norm the third derivative is wrong, and the second
 of one in forward mode: mean and variance are taken for constants. A loss that holds gradients of its own needs it for a
 Hessian. Of weight norm, and of a linear cross-entropy in chunks, the second derivative is.
+
+Recurrent layers are written out, one step after the other: torch's own hide what their matrices are multiplied with. A
+product with `weight_ih` takes all steps at once; one with `weight_hh`, and with `weight_hr`, is a step's.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,3 +153,139 @@ def takes_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     call = inspect.signature(RIGHT_THIRD[func]).bind(*args, **kwargs)
     call.apply_defaults()
     return bool(call.arguments.get("training", call.arguments.get("use_input_stats", True)))
+
+
+State = tuple[Tensor, ...]
+"""Hidden state, and the cell of an LSTM."""
+
+Weights = Sequence[Any]
+"""Tensors: of the input and the state, their biases or None, and with proj_size that of the output."""
+
+Cell = Callable[[Tensor, State, Weights], State]
+"""What a step makes of its part of the input's product, the state and the weights."""
+
+NAMED = (
+    *("input", "data", "batch_sizes", "hx", "params", "has_biases"),
+    *("num_layers", "dropout", "train", "bidirectional", "batch_first"),
+)
+"""Names of the arguments of `torch.lstm` and the like, in their order."""
+
+NAMED_OF_CELLS = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
+
+
+def _plain(activation: Callable[[Tensor], Tensor], from_input: Tensor, state: State, weights: Weights) -> State:
+    return (activation(from_input + _from_state(state[0], weights)),)
+
+
+def _gru(from_input: Tensor, state: State, weights: Weights) -> State:
+    h = state[0]
+    reset_in, update_in, new_in = from_input.chunk(3, -1)
+    reset_h, update_h, new_h = _from_state(h, weights).chunk(3, -1)
+    update = torch.sigmoid(update_in + update_h)
+    new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_h) * new_h)
+    return (new + update * (h - new),)
+
+
+def _lstm(from_input: Tensor, state: State, weights: Weights) -> State:
+    h, c = state
+    i, f, g, o = (from_input + _from_state(h, weights)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    # With proj_size the last of the weights makes a smaller h.
+    return (F.linear(h, weights[-1]) if len(weights) in (3, 5) else h), c
+
+
+def _from_state(h: Tensor, weights: Weights) -> Tensor:
+    return F.linear(h, weights[1], weights[3] if len(weights) > 3 else None)
+
+
+def _from_input(x: Tensor, weights: Weights) -> Tensor:
+    return F.linear(x, weights[0], weights[2] if len(weights) > 3 else None)
+
+
+def _written_out(cell: Cell) -> Callable[..., Any]:
+    """Return what takes the place of `torch.lstm` and the like."""
+
+    def run(*positional: Any, **named: Any) -> Any:
+        x, *args = *positional, *(named[name] for name in NAMED if name in named)
+        sizes, batch_first = None, False
+        # Of a packed sequence the second argument is how many samples each step has.
+        if isinstance(args[0], Tensor) and not args[0].is_floating_point():
+            sizes, (hx, weights, _, n_layers, dropout, training, bidirectional) = args[0].tolist(), args[1:]
+        else:
+            hx, weights, _, n_layers, dropout, training, bidirectional, batch_first = args
+        states: State = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
+        x_tbn, directions = x.transpose(0, 1) if batch_first else x, 2 if bidirectional else 1
+        size = len(weights) // (n_layers * directions)
+        last: list[State] = []
+        for layer in range(n_layers):
+            outputs = []
+            for backward in range(directions):
+                number = layer * directions + backward
+                own = weights[number * size : (number + 1) * size]
+                output, state = _run(cell, x_tbn, tuple(s[number] for s in states), own, sizes, bool(backward))
+                outputs.append(output)
+                last.append(state)
+            x_tbn = torch.cat(outputs, -1) if bidirectional else outputs[0]
+            if dropout and training and layer < n_layers - 1:
+                x_tbn = F.dropout(x_tbn, dropout)
+        ends = tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+        return x_tbn.transpose(0, 1) if batch_first else x_tbn, *ends
+
+    return run
+
+
+def _run(
+    cell: Cell, x: Tensor, first: State, weights: Weights, sizes: list[int] | None, backward: bool
+) -> tuple[Tensor, State]:
+    """Return the hidden states of all steps, and each sample's last state, of one layer in one direction.
+
+    With sizes, those of the steps, step t has the first sizes[t] samples.
+    """
+    product = _from_input(x, weights)
+    steps = list(product.unbind(0) if sizes is None else torch.split(product, sizes))
+    outputs: list[Tensor] = []
+    ended: list[State] = []
+    state = tuple(s[:0] for s in first) if backward else first
+    for from_input in reversed(steps) if backward else steps:
+        n, before = len(from_input), len(state[0])
+        if n > before:
+            state = tuple(torch.cat([s, start[before:n]]) for s, start in zip(state, first, strict=True))
+        elif n < before:
+            ended.insert(0, tuple(s[n:] for s in state))
+            state = tuple(s[:n] for s in state)
+        state = cell(from_input, state, weights)
+        outputs.append(state[0])
+    last = tuple(torch.cat(parts) for parts in zip(state, *ended, strict=True)) if ended else state
+    return (torch.stack if sizes is None else torch.cat)(outputs[::-1] if backward else outputs), last
+
+
+def _one_step(cell: Cell) -> Callable[..., Any]:
+    """Return what takes the place of `torch.lstm_cell` and the like."""
+
+    def run(*positional: Any, **named: Any) -> Any:
+        call = [*positional, *(named.get(name) for name in NAMED_OF_CELLS[len(positional) :])]
+        x, hx, weights = call[0], call[1], call[2:]
+        states: State = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
+        state = cell(_from_input(x, weights), states, weights)
+        return state if len(state) > 1 else state[0]
+
+    return run
+
+
+_CELLS: dict[str, Cell] = {
+    "lstm": _lstm,
+    "gru": _gru,
+    "rnn_tanh": partial(_plain, torch.tanh),
+    "rnn_relu": partial(_plain, torch.relu),
+}
+
+
+def _pairs() -> Iterator[tuple[Any, Callable[..., Any]]]:
+    for name, cell in _CELLS.items():
+        for fused, replacement in ((getattr(torch, name), _written_out), (getattr(torch, f"{name}_cell"), _one_step)):
+            yield fused, replacement(cell)
+
+
+WRITTEN_OUT: dict[Any, Callable[..., Any]] = dict(_pairs())
+"""Function of torch -> what takes its place in every measurement."""

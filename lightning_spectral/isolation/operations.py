@@ -16,9 +16,14 @@ from torch.overrides import TorchFunctionMode
 from lightning_spectral._torch_private import grouped_products, in_forward_mode, recomputed_inside
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.isolation.batch_tree import map_leaves
-from lightning_spectral.isolation.compositions import RIGHT_SECOND, RIGHT_THIRD, takes_statistics, wrong_twice
+from lightning_spectral.isolation.compositions import (
+    RIGHT_SECOND,
+    RIGHT_THIRD,
+    WRITTEN_OUT,
+    takes_statistics,
+    wrong_twice,
+)
 from lightning_spectral.isolation.interrupts import function_mode
-from lightning_spectral.isolation.recurrences import WRITTEN_OUT
 
 ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 GROUPED = grouped_products()

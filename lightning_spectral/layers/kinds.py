@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from lightning_spectral.layers.attention import find_attentions
+from lightning_spectral.layers.blocks import find_attentions, find_mlps
 from lightning_spectral.layers.matrix_places import (
     ATTENTION,
     HEAD,
@@ -24,7 +24,6 @@ from lightning_spectral.layers.matrix_places import (
     place_of,
     without_wrappers,
 )
-from lightning_spectral.layers.mlp import find_mlps
 
 LISTS = (nn.ModuleList, nn.ModuleDict)
 

@@ -27,7 +27,7 @@ from lightning_spectral.records.on_request import CurvatureFraction, WeightSpect
 from lightning_spectral.report import kind_table, layer_table, print_report, run_of
 from lightning_spectral.report.runs.spectra_file import read_reports
 from lightning_spectral.report.terminal.formatting import WHOLE_WIDTH, width_for
-from lightning_spectral.report.terminal.optional_tables import REQUESTED
+from lightning_spectral.report.terminal.tables import REQUESTED
 
 
 def wandb_summary(run):

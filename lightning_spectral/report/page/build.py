@@ -22,8 +22,8 @@ PAGE_BYTES = 6_000_000
 """Largest size of a page that can be sent by mail. plotly.js takes 2 MB of it, compressed."""
 
 SCRIPTS = {
-    "page": ("plot_base", "frame", "overview_plots", "layer_plots", "page"),
-    "runs": ("plot_base", "frame", "runs_plots", "runs"),
+    "page": ("frame", "plots", "page"),
+    "runs": ("frame", "runs"),
 }
 """Scripts of a run's page and of that of several runs, in the order in which they are read."""
 
