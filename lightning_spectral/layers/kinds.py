@@ -164,7 +164,7 @@ class _KindInference:
                 self.followers[name] = path + adapted_parameter(model, name)
                 continue
             owner_name, owner = owner_of(model, name)
-            above = model.get_submodule(owner_name.rpartition(".")[0])
+            above = nn.Module.get_submodule(model, owner_name.rpartition(".")[0])
             path = without_wrappers(owner_name.split(".") if owner_name else [])
             # What is inside an adapted layer goes by that layer's name.
             path = next((path[:end] for end in range(1, len(path) + 1) if path[:end] in adapted), path)

@@ -143,7 +143,7 @@ def owner_of(model: nn.Module, parameter: str) -> tuple[str, nn.Module]:
     """Return (qualified name, module) of the owner; for a parametrized weight, of the module whose weight it makes."""
     path = parameter.rpartition(".")[0].partition(".parametrizations.")[0]
     path = "" if path.startswith("parametrizations.") else path
-    return path, model.get_submodule(path)
+    return path, nn.Module.get_submodule(model, path)
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -166,7 +166,7 @@ def adapted_parameter(model: nn.Module, name: str) -> Path:
     """Return the name of what an adapter's parameter adapts, where that is no layer's weight but a stack of experts."""
     parts = name.split(".")
     first = next(i for i, part in enumerate(parts) if i and ADAPTER.fullmatch(part))
-    parameter = getattr(model.get_submodule(".".join(parts[:first])), "parameter_name", None)
+    parameter = getattr(nn.Module.get_submodule(model, ".".join(parts[:first])), "parameter_name", None)
     return (parameter,) if isinstance(parameter, str) and parameter != "weight" else ()
 
 

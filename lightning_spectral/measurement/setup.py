@@ -87,7 +87,13 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
                 if not hasattr(copy.module, attribute):
                     copy.module.__dict__[attribute] = copy.module
             step.send(
-                [f"{path} cannot be copied and is shared with the probe ({why})" for path, why in copy.shared.items()]
+                [
+                    *(
+                        f"{path} cannot be copied and is shared with the probe ({why})"
+                        for path, why in copy.shared.items()
+                    ),
+                    *_compiled_by_jit(original),
+                ]
             )
         notes = tuple(dict.fromkeys(note for of_rank in step.received for note in of_rank))
         shared = first_buffers(copy.module, dict(copy.module.named_buffers()), group)
@@ -105,6 +111,17 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
                 _dtypes_of(original) - _dtypes_of(copy.module),
             )
         yield NetworkCopy(original, copy.module, precision, state, notes, sharded, copy.copier)
+
+
+def _compiled_by_jit(model: nn.Module) -> list[str]:
+    """Return what a reader should know of a module whose second derivatives nothing can replace."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return [
+                f"{name or 'the network'} is compiled by torch.jit, whose second derivatives are wrong, without an "
+                "error, where a BatchNorm stands before other operations: measure it as it was before compilation"
+            ]
+    return []
 
 
 def _dtypes_of(module: nn.Module) -> set[torch.dtype]:
