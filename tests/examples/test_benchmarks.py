@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import re
 import sys
 from contextlib import nullcontext
@@ -56,6 +57,7 @@ def test_a_script_knows_its_command_line(name, monkeypatch, tmp_path):
     _, script, *arguments = run.BENCHMARKS[name].command(name, tmp_path)
     module = importlib.import_module(f"examples.benchmarks.{Path(script).stem}")
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(Parsed) as parsed:
         module.main()
