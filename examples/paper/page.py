@@ -67,12 +67,13 @@ TRAINED_TEXT = (
 
 TRAINED_FOUND = (
     "On random labels the gradient of 512 samples is all signal already: pointwise convolutions have an alpha of "
-    "1.88, each a fit to trust, and the head of 2.05. On crops the same weights give 2.58 and 2.70 with S of 0.53 and "
-    "0.64, and 2.59 and 2.87 where all is noise; the network is sure of most crops, so that few of them carry the gradient,"
-    " and no fit is one to trust even of 2,048. So what a trained network is measured on moves alpha by more than a "
-    "half. Its depthwise convolutions, a matrix of rank 1 per channel, are nearest to clouds. As noise goes, alpha of"
-    " CREPE's convolutions falls to 1.60, and its head's stays near 1.3. Of the steps below the gradients of 2,048 "
-    "samples, which are 32 such steps, take {gradient}: a pass that tells a mean from a sum reads all samples, too."
+    "1.88, each a fit to trust, and the head of 2.05. On crops the same weights give 2.58 and 2.70 with S of 0.53"
+    " and 0.64, and 2.59 and 2.87 where all is noise; the network is sure of most crops, so that few of them "
+    "carry the gradient, and no fit is one to trust even of 2,048. So what a trained network is measured on moves"
+    " alpha by more than a half. Its depthwise convolutions, a matrix of rank 1 per channel, are nearest to "
+    "clouds. As noise goes, alpha of CREPE's convolutions falls to 1.60, and its head's stays near 1.3. Of the "
+    "steps below the gradients of 2,048 samples, which are 32 such steps, take {gradient}: a pass that tells a "
+    "mean from a sum reads all samples, too."
 )
 
 
