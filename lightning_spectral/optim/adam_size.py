@@ -82,8 +82,10 @@ def size_units(
     _sum_over_ranks(squares, shardings)
     for square, shape, layout in zip(squares, shapes, layouts, strict=True):
         dim, sizes = part_sizes(shape, layout)
-        entries = shape.numel() // shape[dim]
-        square.div_(torch.tensor([size * entries for size in sizes], dtype=square.dtype, device=square.device))
+        counts = [size * (shape.numel() // shape[dim]) for size in sizes]
+        # Only parts of different sizes take a copy to the device.
+        alike = len(set(counts)) == 1
+        square.div_(counts[0] if alike else torch.tensor(counts, dtype=square.dtype, device=square.device))
         square.clamp_(max=LARGEST)
     averages, steps = ([state[key] for state in states] for key in ("mean_square", "step"))
     torch._foreach_lerp_(averages, squares, 1 - BETA2)

@@ -122,7 +122,7 @@ def compute_updates(matrices: Iterable[MatrixBlock]) -> Iterator[tuple[MatrixBlo
     for matrix in matrices:
         batches.setdefault(matrix.key, []).append(matrix)
     for batch in batches.values():
-        numel = min(MAX_BATCH_NUMEL, CACHED_NUMEL) if batch[0].target.device.type == "cpu" else MAX_BATCH_NUMEL
+        numel = CACHED_NUMEL if batch[0].target.device.type == "cpu" else MAX_BATCH_NUMEL
         limit = max(1, numel // batch[0].numel)
         for first in range(0, len(batch), limit):
             part = batch[first : first + limit]

@@ -379,8 +379,8 @@ def test_a_norm_that_overflows_is_finite():
 
 def test_large_batches_are_done_in_parts(monkeypatch):
     results = []
-    for limit in (2**24, 100):
-        monkeypatch.setattr("lightning_spectral.optim.matrix_update.MAX_BATCH_NUMEL", limit)
+    for limit in (2**20, 100):
+        monkeypatch.setattr("lightning_spectral.optim.matrix_update.CACHED_NUMEL", limit)
         torch.manual_seed(1)
         weights = weights_of([(8, 12)] * 5)
         optimizer = SpectralNewton(weights)
