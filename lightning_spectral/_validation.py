@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -32,6 +33,18 @@ def optional_positive_int(option: str, value: int | None, at_least: int = 1, *, 
 
 def _whole_number(at_least: int, reason: str) -> str:
     return f"a whole number of at least {at_least}" + (f", {reason}" if reason else "")
+
+
+def number(option: str, value: Any, holds: Callable[[Any], bool], rule: str, *, remedy: str = "") -> Any:
+    """Return a real number that a rule holds for.
+
+    >>> number("lr", "1e-3", lambda x: x >= 0, "be at least 0")
+    Traceback (most recent call last):
+    ValueError: lr must be at least 0, got '1e-3'
+    """
+    if not isinstance(value, Real) or not holds(value):
+        raise ValueError(f"{option} must {rule}, got {value!r}{remedy}")
+    return value
 
 
 def one_of(option: str, value: T, choices: Iterable[T]) -> T:

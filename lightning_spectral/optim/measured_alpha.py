@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from lightning_spectral._validation import number
 from lightning_spectral.optim.matrix_layout import Layout, row_counts
 
 INITIAL_ALPHA = 2.0
@@ -112,7 +114,6 @@ def by_rows(measured: Sequence[MeasuredAlpha], counts: Sequence[int]) -> list[li
 def check_probe_options(group: Mapping[str, Any]) -> None:
     """Raise ValueError for an option of alpha="probe" that is out of range."""
     bounds = group["alpha_range"]
-    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < math.inf:
+    if len(bounds) != 2 or not all(isinstance(x, Real) for x in bounds) or not 0 <= bounds[0] <= bounds[1] < math.inf:
         raise ValueError(f"alpha_range must be two exponents, 0 <= low <= high, got {bounds}")
-    if not 0 <= group["alpha_momentum"] < 1:
-        raise ValueError(f"alpha_momentum must lie in [0, 1), got {group['alpha_momentum']}")
+    number("alpha_momentum", group["alpha_momentum"], lambda x: 0 <= x < 1, "lie in [0, 1)")

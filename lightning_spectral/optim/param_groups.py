@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_spectral._torch_private import not_compiled
+from lightning_spectral._validation import flag, number, one_of
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.optim import measured_alpha as alphas
 from lightning_spectral.optim.adam_size import ADAM, NOISE
@@ -93,7 +97,7 @@ def fill_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     return group
 
 
-def drop_foreign_options(group: dict[str, Any]) -> None:
+def drop_foreign(group: dict[str, Any]) -> None:
     """Delete the options of the other update, and the arguments that were resolved into the group's own."""
     foreign = [*ADAMW.values(), "adamw_names"]
     if group["update"] == "adamw":
@@ -104,7 +108,7 @@ def drop_foreign_options(group: dict[str, Any]) -> None:
         group.pop(key, None)
 
 
-def add_missing_options(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+def add_missing(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """Add options that a state of an earlier version does not have."""
     own = ("lr", "weight_decay", *(SPECTRAL if group.get("update") == "spectral" else ()))
     for key in own:
@@ -116,11 +120,7 @@ def _fill_adamw(group: dict[str, Any]) -> None:
     for key, argument in ADAMW.items():
         if group[argument] is not None:
             group[key] = group[argument]
-    check_at_least_zero("adamw_lr", group["lr"])
-    check_at_least_zero("adamw_weight_decay", group["weight_decay"])
-    check_at_least_zero("adamw_eps", group["eps"])
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"adamw_betas must be two numbers in [0, 1), got {group['betas']}")
+    _check_adamw(group, ADAMW)
     group["betas"] = tuple(group["betas"])
 
 
@@ -136,7 +136,7 @@ def _fill_spectral(group: dict[str, Any], params: Iterable[Tensor]) -> None:
     if group["damping"] == "auto":
         by_size = NOISE if group["update_rms"] == ADAM else DAMPING
         group["damping"] = DAMPING_BY_KIND.get(kind or "", by_size)
-    check_options(group)
+    _check_spectral(group)
     names = group.get("param_names")
     for i, parameter in enumerate(params):
         if not is_matrix(parameter):
@@ -149,29 +149,62 @@ def _fill_spectral(group: dict[str, Any], params: Iterable[Tensor]) -> None:
         group.setdefault("alphas", alphas.unmeasured(params, group["layouts"]))
 
 
-def check_options(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option of the matrix update that is out of range."""
-    check_at_least_zero("lr", group["lr"])
-    check_at_least_zero("weight_decay", group["weight_decay"])
+@not_compiled
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the group's name, for an option that was edited out of range or deleted since."""
+    try:
+        update = one_of("update", group.get("update"), ("spectral", "adamw"))
+        probe = ("alphas", *alphas.OPTIONS) if group.get("alpha") == "probe" else ()
+        own = ("layouts", *SPECTRAL, *probe) if update == "spectral" else ("betas", "eps")
+        for key in ("lr", "weight_decay", *own):
+            if key not in group:
+                raise ValueError(f"there is no {key!r}, which is set when a group is added")
+        if update == "spectral" and len(group["layouts"]) != len(group["params"]):
+            raise ValueError("params were edited; add_param_group adds parameters")
+        if update == "spectral":
+            _check_spectral(group)
+        else:
+            _check_adamw(group, {})
+    except ValueError as error:
+        raise ValueError(f"group {group.get('name')!r}: {error}") from None
+
+
+def _check_adamw(group: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    for key in ("lr", "weight_decay", "eps"):
+        _check_at_least_zero(names.get(key, key), group[key])
+    betas = group["betas"]
+    if not (isinstance(betas, Sequence) and len(betas) == 2 and all(_is_rate(beta) for beta in betas)):
+        raise ValueError(f"{names.get('betas', 'betas')} must be two numbers in [0, 1), got {betas!r}")
+
+
+def _check_spectral(group: Mapping[str, Any]) -> None:
+    _check_at_least_zero("lr", group["lr"])
+    _check_at_least_zero("weight_decay", group["weight_decay"])
+    flag("nesterov", group["nesterov"])
     probe = group["alpha"] == "probe"
     for name, words in {"alpha": ", 'auto' or 'probe'", "damping": ", 'noise' or 'auto'"}.items():
-        if not isinstance(group[name], (int, float)) and (name, group[name]) not in WORDS:
-            raise ValueError(f"{name} must be a number{words}, got {group[name]!r}")
+        value = group[name]
+        if not isinstance(value, Real) and (name, value) not in WORDS:
+            # A group that is complete has the number that it stands for.
+            words = " here" if value == "auto" else words
+            raise ValueError(f"{name} must be a number{words}, got {value!r}")
     if probe:
         alphas.check_probe_options(group)
     damping = 1.0 if group["damping"] == NOISE else group["damping"]
     check_transfer(alphas.INITIAL_ALPHA if probe else group["alpha"], damping)
     check_tolerance(group["tolerance"])
-    if not 0 <= group["momentum"] < 1:
-        raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']}")
+    number("momentum", group["momentum"], _is_rate, "lie in [0, 1)")
     rms = group["update_rms"]
-    if rms not in (None, ADAM) and not (isinstance(rms, (int, float)) and rms > 0):
-        raise ValueError(f"update_rms must be 'adam', a number above 0, or None for no rescaling, got {rms!r}")
-    if not group["max_gain"] >= 1:
-        raise ValueError(f"max_gain must be at least 1, got {group['max_gain']}")
+    if rms not in (None, ADAM):
+        number("update_rms", rms, lambda x: x > 0, "be 'adam', a number above 0, or None for no rescaling")
+    number("max_gain", group["max_gain"], lambda x: x >= 1, "be at least 1")
 
 
-def check_at_least_zero(name: str, value: Any) -> None:
-    """Raise ValueError for a negative number, and for one that is none."""
-    if not value >= 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
+def _check_at_least_zero(name: str, value: Any) -> None:
+    # One on a device would be waited for.
+    if not isinstance(value, Tensor):
+        number(name, value, lambda x: 0 <= x < math.inf, "be at least 0")
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, Real) and 0 <= float(value) < 1

@@ -18,7 +18,7 @@ from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.optim.ddp import Sharing, check_process_group
 from lightning_spectral.optim.measured_alpha import INITIAL_ALPHA, MeasuredAlpha, mean_alpha_used, update_averages
 from lightning_spectral.optim.model_groups import ADAMW_NAMES, model_groups, warn_of_look_ups
-from lightning_spectral.optim.param_groups import add_missing_options, drop_foreign_options, fill_group, split_group
+from lightning_spectral.optim.param_groups import add_missing, check_group, drop_foreign, fill_group, split_group
 from lightning_spectral.optim.state_checks import check_own_state, check_parts, restore_numbers
 from lightning_spectral.optim.step import ParameterStep, agree_on_steps, complete_states, mesh_scope, update
 
@@ -107,6 +107,7 @@ class SpectralNewton(Optimizer):
     Raises:
         ValueError: if an option is out of range; or a parameter is complex, not initialised, flattened (FSDP1,
             DeepSpeed), or split in two dimensions of a mesh.
+        ValueError: at a step, if an option of a group was edited out of range meanwhile.
         RuntimeError: at a step, if a gradient is sparse, or a matrix was flattened meanwhile.
 
     Source: arXiv 2606.02596 (T and its use), 2602.17080 (a scalar for AdamW's size); the normaliser, the cap and the
@@ -255,7 +256,7 @@ class SpectralNewton(Optimizer):
             group = fill_group(part, self.defaults)
             group["name"] = self._unused_name(group.get("name", group["update"]))
             super().add_param_group(group)
-            drop_foreign_options(group)
+            drop_foreign(group)
         self._sharing.forget()
 
     def _unused_name(self, name: str) -> str:
@@ -275,6 +276,8 @@ class SpectralNewton(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            check_group(group)
         if not self._alpha_expected and self.takes_alpha:
             self._warn_of_missing_alpha()
         full_scope = self._sharing.scope(self.param_groups)
@@ -321,4 +324,4 @@ class SpectralNewton(Optimizer):
         for group in self.param_groups:
             # An option of states saved before it was dropped.
             group.pop("capturable", None)
-            add_missing_options(group, self.defaults)
+            add_missing(group, self.defaults)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_spectral._validation import number
 from lightning_spectral.numerics.matmul_precision import exact_products
 from lightning_spectral.optim.rational_fit import ShiftedInverses, fit_poles
 
@@ -127,16 +128,14 @@ def spectral_transfer(
 
 def check_transfer(alpha: float, damping: float) -> None:
     """Raise ValueError for an exponent or a damping out of range."""
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha must be a finite number of at least 0, got {alpha}")
-    if not 0 < damping < math.inf:
-        raise ValueError(f"damping must be a finite number above 0, got {damping}; alpha=1 with 1e-6 is U V^T")
+    number("alpha", alpha, lambda x: 0 <= x < math.inf, "be a finite number of at least 0")
+    remedy = "; alpha=1 with 1e-6 is U V^T"
+    number("damping", damping, lambda x: 0 < x < math.inf, "be a finite number above 0", remedy=remedy)
 
 
 def check_tolerance(tolerance: float) -> None:
     """Raise ValueError for a tolerance that no path can keep or that is none."""
-    if not 1e-7 <= tolerance <= 0.1:
-        raise ValueError(f"tolerance must lie in [1e-7, 0.1], got {tolerance}")
+    number("tolerance", tolerance, lambda x: 1e-7 <= x <= 0.1, "lie in [1e-7, 0.1]")
 
 
 def transfer_batch(x_brn: Tensor, *, alpha: float, damping: float | Tensor, tolerance: float) -> Tensor:

@@ -1,7 +1,9 @@
 """What gets which update: groups of a network, flat parameters, names, options, layouts."""
 
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from cases import Attention, TiedLM, grouped, mlp, signals
@@ -240,6 +242,12 @@ MATRIX = nn.Parameter(torch.ones(3, 3))
     ("params", "options", "error", "message"),
     [
         ([MATRIX], {"lr": -1.0}, ValueError, "lr must be at least 0, got -1.0"),
+        ([MATRIX], {"lr": "1e-3"}, ValueError, "lr must be at least 0, got '1e-3'"),
+        ([MATRIX], {"lr": None}, ValueError, "lr must be at least 0, got None"),
+        ([MATRIX], {"lr": math.nan}, ValueError, "lr must be at least 0, got nan"),
+        ([MATRIX], {"nesterov": "yes"}, ValueError, "nesterov must be True or False, got 'yes'"),
+        ([MATRIX], {"alpha": "probe", "alpha_range": "ab"}, ValueError, "alpha_range must be two exponents"),
+        ([MATRIX], {"alpha": "probe", "alpha_momentum": 1}, ValueError, r"alpha_momentum must lie in \[0, 1\), got 1"),
         ([MATRIX], {"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0"),
         ([MATRIX], {"alpha": -1.0}, ValueError, "alpha must be a finite number of at least 0, got -1.0"),
         ([MATRIX], {"alpha": "newton"}, ValueError, "alpha must be a number, 'auto' or 'probe', got 'newton'"),
@@ -283,6 +291,55 @@ MATRIX = nn.Parameter(torch.ones(3, 3))
 def test_bad_options(params, options, error, message):
     with pytest.raises(error, match=message):
         SpectralNewton(params, **options)
+
+
+@pytest.mark.parametrize(
+    ("group", "option", "value", "message"),
+    [
+        (0, "lr", "x", "lr must be at least 0, got 'x'"),
+        (0, "lr", math.nan, "lr must be at least 0, got nan"),
+        (0, "weight_decay", -0.1, "weight_decay must be at least 0, got -0.1"),
+        (0, "alpha", -1, "alpha must be a finite number of at least 0, got -1"),
+        (0, "alpha", "auto", "alpha must be a number here, got 'auto'"),
+        (0, "alpha", "probe", "there is no 'alphas', which is set when a group is added"),
+        (0, "damping", 0, "damping must be a finite number above 0, got 0"),
+        (0, "momentum", 2, r"momentum must lie in \[0, 1\), got 2"),
+        (0, "nesterov", None, "nesterov must be True or False, got None"),
+        (0, "update_rms", "adamw", "update_rms must be 'adam', a number above 0, or None"),
+        (0, "max_gain", 0.5, "max_gain must be at least 1, got 0.5"),
+        (0, "tolerance", None, r"tolerance must lie in \[1e-7, 0.1\], got None"),
+        (0, "update", "adamw", "there is no 'betas', which is set when a group is added"),
+        (0, "update", "sgd", "update must be one of 'spectral', 'adamw', got 'sgd'"),
+        (0, "params", [], "params were edited; add_param_group adds parameters"),
+        (1, "lr", -1.0, "lr must be at least 0, got -1.0"),
+        (1, "betas", (0.9,), r"betas must be two numbers in \[0, 1\), got \(0.9,\)"),
+        (1, "eps", "x", "eps must be at least 0, got 'x'"),
+    ],
+)
+def test_an_option_that_was_edited_out_of_range_is_told_at_the_next_step_which_changes_nothing(
+    group, option, value, message
+):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = SpectralNewton(SpectralNewton.groups(model))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    edited = optimizer.param_groups[group]
+    edited[option] = value
+    with pytest.raises(ValueError, match=f"group '{edited['name']}': {message}"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_an_option_that_was_edited_within_its_range_counts():
+    weights = [nn.Parameter(torch.eye(4)) for _ in range(2)]
+    for weight, lr in zip(weights, (0.1, np.float32(0.1)), strict=True):
+        optimizer = SpectralNewton([weight], lr=1.0)
+        optimizer.param_groups[0] |= {"lr": lr, "alpha": np.float64(1.5), "damping": 1}
+        weight.grad = torch.ones(4, 4)
+        optimizer.step()
+    torch.testing.assert_close(*weights)
 
 
 def test_a_group_is_a_dict():
