@@ -200,7 +200,7 @@ def _init_args(options: Any) -> dict[str, Any]:
 
 
 CLASS = re.compile(r"(?:Expected a dot import path string: |Problem with given class_path ')([\w.]+)")
-OPTION = re.compile(r"Option '(\w+)' is not accepted")
+OPTION = re.compile(r"""(?:Option|[Kk]ey) ['"](\w+)['"] (?:is not|to check)""")
 BASE = re.compile(r"<?class '?([\w.]+\.[A-Z]\w*)|\b((?:[a-z_]\w*\.)+[A-Z]\w*)")
 
 

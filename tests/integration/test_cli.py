@@ -5,10 +5,12 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import PACKAGES, lightning_cli, package_of
@@ -337,12 +339,17 @@ def test_what_lightning_cli_refuses_comes_with_a_short_usage(monkeypatch, capsys
     assert len(printed.splitlines()) < 16
 
 
+LISTED = pytest.mark.skipif(
+    Version(version("jsonargparse")) < Version("4.33"), reason="errors do not say what an optimizer may be"
+)
+
+
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [
-        ("--optimizer=SpectralNewtn", "SpectralNewton"),
+        pytest.param("--optimizer=SpectralNewtn", "SpectralNewton", marks=LISTED),
         ("--optimizer=lightning_spectral.SpectralNewtn", "SpectralNewton"),
-        ("--optimizer=AdmW", "AdamW"),
+        pytest.param("--optimizer=AdmW", "AdamW", marks=LISTED),
         ("--lr_scheduler=CosineAnealingLR", "CosineAnnealingLR"),
         ("--trainer.callbacks=SpectralProb", "SpectralProbe"),
         ("--trainer.callbacks+=SwapOptimiser", "SwapOptimizer"),
@@ -356,6 +363,19 @@ def test_a_name_with_a_typo_is_answered_with_the_right_one(package, capsys, wron
     assert stop.value.code == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert re.match(rf"did you mean {meant}\b", last)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "Option 'alhpa' is not accepted",
+        "Key 'alhpa' is not expected",
+        'key "optimizer.init_args": No action for key "alhpa" to check its value.',
+    ],
+)
+def test_an_option_is_known_in_the_words_of_each_jsonargparse(refusal):
+    message = f"Problem with given class_path 'lightning_spectral.SpectralNewton':\n  Validation failed: {refusal}"
+    assert suggestion(message).startswith("\ndid you mean alpha")
 
 
 def test_what_nothing_resembles_is_answered_with_nothing():

@@ -93,6 +93,7 @@ def test_public_names_are_there_and_lazy():
     for name in lightning_spectral.__all__:
         assert getattr(lightning_spectral, name).__doc__
     assert set(lightning_spectral.__all__) <= set(dir(lightning_spectral))
+    assert len(set(dir(lightning_spectral))) == len(dir(lightning_spectral))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         lightning_spectral.nothing  # noqa: B018
     done = run_python("import sys, lightning_spectral; print('torch' in sys.modules)")
