@@ -44,8 +44,9 @@ def test_the_quickstart_runs_and_figures_show_themselves_once(tmp_path):
         data = shown(cells[name])
         assert data["text/html"].count("<tr") == 6
         assert data["text/plain"].startswith("SpectralReport(5 layers")
-    (printed,) = cells["print(report.summary())"].outputs
-    assert "layers have an alpha to trust" in printed.text
+    # Older kernels send what is printed in several parts.
+    printed = "".join(output.text for output in cells["print(report.summary())"].outputs)
+    assert "layers have an alpha to trust" in printed
     assert shown(cells['report.layers["net.4"]'])["text/plain"].startswith("LayerSpectrum(net.4.weight, conv 32x288, ")
 
     drawn = ["report.plot()", "figures.plot_alpha_over_training(probe.history)", 'figure.savefig("digits.pdf")']

@@ -269,6 +269,7 @@ class Squeeze(nn.Module):
         super().__init__()
         self.f, self.g = nn.Conv1d(D, D, 3, padding=1), nn.Conv1d(D, D, 3, padding=1)
         self.h, self.i = nn.Linear(D, 4), nn.Linear(4, D)
+        nn.init.ones_(self.h.bias)  # of four units with random biases all may be dead
 
     def forward(self, x):
         y = self.g(F.relu(self.f(x.mT)))

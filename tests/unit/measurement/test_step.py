@@ -368,8 +368,8 @@ class Once(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("activation", "says"),
     [
-        (lambda x: Once.apply(x), "custom autograd function Once has no second derivative"),
-        (lambda x: torch.cdist(x[None], x[None].detach())[0], "_?cdist.* has no second derivative"),
+        (lambda x: Once.apply(x), "custom autograd function Once"),
+        (lambda x: torch.segment_reduce(x, "sum", lengths=torch.ones(len(x)).long()), "segment_reduce"),
     ],
 )
 def test_without_a_second_derivative_the_losses_are_still_known(activation, says):
@@ -388,7 +388,7 @@ def test_without_a_second_derivative_the_losses_are_still_known(activation, says
     assert measured.actual_change < 0
     assert set(measured.layer_curvatures) == {"first.weight", "second.weight"}
     assert all(math.isnan(value) for value in measured.layer_curvatures.values())
-    assert re.search(says, measured.failed)
+    assert f"{says} has no second derivative" in measured.failed
     assert measured.failed.endswith("give a loss_fn without it, or set step=False")
     assert "layers=" not in measured.failed
 
