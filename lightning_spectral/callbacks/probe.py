@@ -93,7 +93,8 @@ class SpectralProbe(AnyCallback):
         loss_fn: (module, batch) -> scalar. None: the module's `spectral_loss(batch)`, else its `training_step`, with
             automatic optimization.
         log_layers: "auto", up to 24 layers evenly over depth; "all"; "none"; or glob patterns.
-        log_quantities: of each of these layers: "auto", alpha, its r2 and what is measured on request; "all"; or names.
+        log_quantities: of each of these layers: "auto", alpha, its r2, the largest sigma and h, and what is measured on
+            request; "all"; or names.
         log_figures_every: log figures with the first probe and every so many from it on; None: never.
         log_tables: log a table of all layers with each probe.
         wandb_charts: keys that W&B makes a chart of; the others are logged, and hidden. None: all.

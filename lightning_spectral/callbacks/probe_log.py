@@ -102,7 +102,9 @@ def closing_line(prefix: str, budget: TimeBudget, step: int, report: SpectralRep
         # Without one of the final weights: the report is of a network that went on training.
         probes += f", the last at step {budget.last_step} of {step}"
     parts = [f"{name}: {probes}, {percent(budget.overhead)} of {duration(budget.wall_seconds)}"]
-    if report is not None:
+    if report is None:
+        parts.append("nothing was measured")
+    else:
         trusted, layers = len(report.trusted), f"{len(report.layers)} layer{'s' * (len(report.layers) != 1)}"
         alpha = f"median alpha {fixed(report.medians()['alpha_median'])} of {trusted} of {layers} to trust"
         parts.append(alpha if trusted else f"no alpha to trust in {layers} at the last probe")

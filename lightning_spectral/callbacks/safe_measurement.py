@@ -31,7 +31,7 @@ def attempt(measure: Callable[[], T], warn: Callable[[str], None], failure: str)
         # A failed probe must not end training; an interrupt that surfaced as another error must.
         if end := interruption(error):
             raise end from error
-        warn(f"{failure}: {type(error).__name__}: {error}")
+        warn("; ".join([f"{failure}: {type(error).__name__}: {error}", *getattr(error, "__notes__", ())]))
         return None
 
 

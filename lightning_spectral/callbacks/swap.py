@@ -216,7 +216,8 @@ def _optimizer_class(path: str | type[Optimizer]) -> type[Optimizer]:
 
 def _checked_class(target: Any, option: Any) -> type[Optimizer]:
     if not (isinstance(target, type) and issubclass(target, Optimizer)):
-        raise ValueError(f"optimizer must be a class of optimizers, got {option!r}, which is {target!r}")
+        got = f"an object of {type(target).__name__}" if isinstance(target, Optimizer) else repr(option)
+        raise ValueError(f"optimizer must be a class of optimizers, got {got}")
     return target
 
 

@@ -117,11 +117,12 @@ def _value(option: Field[Any]) -> dict[str, Any]:
         return {"choices": choices, "default": option.default}
     kind: dict[str, Any] = {"type": int} if str(option.type).startswith("int") else {"nargs": "+"}
     if "auto" in str(option.type):
-        kind["type"] = _int_or_auto
+        kind["type"] = int_or_auto
     return {"metavar": option.metadata["metavar"], "default": option.default, **kind}
 
 
-def _int_or_auto(text: str) -> int | str:
+def int_or_auto(text: str) -> int | str:
+    """Return "auto" or a whole number; an error names this function."""
     return text if text == "auto" else int(text)
 
 

@@ -59,7 +59,14 @@ OF_PEFT = ("base_model", "model", "base_layer")
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the network inside DataParallel, DistributedDataParallel, torch.compile, Fabric or AveragedModel."""
+    check_module(model)
     return next((module for _, module in reversed(list(inside(model)))), model)
+
+
+def check_module(model: Any) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def inside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

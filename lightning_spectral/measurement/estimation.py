@@ -160,7 +160,7 @@ def _without_noise(
         failed=curvatures.failed | again.failed,
         methods=curvatures.methods | dict.fromkeys(again.h, ExactCurvature.name),
         notes=(*curvatures.notes, *again.notes),
-        chosen=f"{curvatures.chosen}; {len(noisy)} layers again by exact, whose alpha was noise",
+        chosen=f"{curvatures.chosen}; layers again by exact, whose alpha was noise: {len(noisy)}",
     )
 
 

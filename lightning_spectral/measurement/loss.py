@@ -33,7 +33,14 @@ class NamedLoss:
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """Compute the loss."""
-        loss: Any = self.function(module, batch)
+        try:
+            loss: Any = self.function(module, batch)
+        except Exception as error:
+            if self.name == LOSS_FN:
+                note = f"loss_fn(model, batch) got a {type(module).__name__} and a {type(batch).__name__}"
+                # Python 3.10 has no add_note.
+                vars(error).setdefault("__notes__", []).append(note)
+            raise
         if loss is None:
             raise MeasurementError(f"{self.name} returned None, so there is no loss of this batch")
         if not isinstance(loss, Tensor):

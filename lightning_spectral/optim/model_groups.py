@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind, infer_kinds
 from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
-from lightning_spectral.layers.names import plain_names
+from lightning_spectral.layers.names import check_module, plain_names
 from lightning_spectral.optim.matrix_layout import STACK, Layout, whole_layout
 
 ALPHA_BY_KIND: dict[str, float] = {
@@ -106,6 +106,7 @@ def model_groups(
     fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
     """Return named groups by kind of layer; see `SpectralNewton.groups`."""
+    check_module(model)
     matrices: dict[str, list[MatrixLayer]] = {}
     for layer in _layers(model, kinds, fused_qkv):
         matrices.setdefault(layer.parameter, []).append(layer)

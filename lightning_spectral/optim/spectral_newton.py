@@ -160,6 +160,8 @@ class SpectralNewton(Optimizer):
             "alpha_range": tuple(alpha_range),
             "alpha_momentum": alpha_momentum,
         }
+        if isinstance(params, nn.Module):
+            raise TypeError("params is a module; pass SpectralNewton.groups(model)")
         check_process_group(process_group)
         self._sharing = Sharing(process_group)
         super().__init__(params, defaults)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_spectral._messages import size_of
 from lightning_spectral._validation import positive_int
@@ -17,6 +18,7 @@ from lightning_spectral.curvature import METHODS
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, with_seen_kinds
 from lightning_spectral.layers.names import unwrapped
+from lightning_spectral.measurement.loader_batches import first_batches
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.setup import select_layers
 from lightning_spectral.options import Mode, Options, Precision
@@ -155,7 +157,8 @@ def plan_spectra(
 
     Args:
         model: on any device, the meta device included. Nothing of it is read but names, shapes and types.
-        batch: what the loss takes, of which shapes and types count alone; None: what follows from the network alone.
+        batch: what the loss takes, or a DataLoader, of which shapes and types count alone; None: what follows from the
+            network alone.
         loss_fn, n_batches: as in `measure_spectra`.
         top_k, curvature, layers, kinds, fused_qkv, mode: as in `measure_spectra`.
         max_samples, gradient_samples, gradient_samples_max, micro_batch_size: as in `measure_spectra`: of each process,
@@ -211,6 +214,8 @@ def plan_quietly(
     model = unwrapped(model)
     layers = select_layers(model, options)
     trace, hidden = None, list[str]()
+    if isinstance(batch, DataLoader):
+        batch = first_batches(batch, 1, model)[0]
     if batch is not None:
         try:
             trace = trace_loss(model, batch, loss_fn, layers.layers, mode=options.mode, precision=options.precision)

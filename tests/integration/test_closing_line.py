@@ -54,7 +54,9 @@ def test_a_line_has_probes_time_alpha_and_the_command():
 
 def test_a_line_of_less():
     one = budget_of(1, 60.0, 600.0)
-    assert closing_line("spectral", one, 0, None, None) == "SpectralProbe: 1 probe, 10.0 % of 10 minutes"
+    assert closing_line("spectral", one, 0, None, None) == (
+        "SpectralProbe: 1 probe, 10.0 % of 10 minutes; nothing was measured"
+    )
     assert closing_line("held", one, 0, None, None).startswith("SpectralProbe, held: 1 probe, ")
     noisy = report(layer("a", noise=3.0))
     assert closing_line("held", one, 0, noisy, None).endswith("; no alpha to trust in 1 layer at the last probe")

@@ -408,6 +408,10 @@ def test_a_swap_that_never_came_is_told():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"optimizer": torch.optim.SGD([torch.zeros(2)])},
+            "optimizer must be a class of optimizers, got an object of SGD$",
+        ),
         ({"optimizer": nn.Linear}, "optimizer must be a class of optimizers, got <class 'torch.nn"),
         (
             {"optimizer": "torch.optim.Nothing"},

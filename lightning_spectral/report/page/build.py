@@ -54,7 +54,9 @@ def write_page(run: Run | Sequence[Run], path: str | Path, *, title: str | None 
         RunError: if a run is empty, or the file cannot be written.
     """
     path = Path(path)
-    runs = [run] if isinstance(run, Run) else list(run)
+    runs = list(run) if isinstance(run, Sequence) else [run]
+    if not all(isinstance(each, Run) for each in runs):
+        raise TypeError("run must be a run or several, as of read_run(path), or run_of(reports, name)")
     text = page(runs[0], title=title) if len(runs) == 1 else runs_page(runs, title=title)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

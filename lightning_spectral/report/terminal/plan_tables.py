@@ -101,7 +101,8 @@ def _range(low: float, high: float) -> str:
 
 def _time(plan: Plan) -> Iterator[str]:
     share = next(iter(plan.costs.values())).share
-    measured = "" if plan.samples is None else f" ({plan.samples} of {plan.batch_samples} samples, {plan.n_batches} x)"
+    batches = f", {plan.n_batches} batches" * (plan.n_batches > 1)
+    measured = "" if plan.samples is None else f" ({plan.samples} of {plan.batch_samples} samples{batches})"
     yield (
         f"time = {share:.3g}{measured} x passes + singular triplets, in training steps (forward and backward in "
         f"float32; one in half precision is shorter), within a factor of about {FACTOR:g}"

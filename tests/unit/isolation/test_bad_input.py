@@ -17,10 +17,12 @@ from torch.utils.data import TensorDataset
 from lightning_spectral import (
     MeasurementError,
     SecondDerivativeError,
+    SpectralNewton,
     SpectralProbe,
     SpectralWarning,
     measure_spectra,
 )
+from lightning_spectral.plan import plan_spectra
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 
@@ -460,6 +462,31 @@ def test_curvature_that_relies_on_a_custom_backward_is_told():
     with pytest.warns(SpectralWarning, match="first.weight: its curvature passes the custom autograd function Saved"):
         report = measure_spectra(Residual(SavedIntermediate), X, square)
     assert any("which was not checked" in text for text in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "batch"),
+    [(F.cross_entropy, X), (nn.MSELoss(), (X, X)), (lambda m, x, y: m(x).sum(), X), (lambda m, b: m(b.x).sum(), [])],
+)
+def test_a_loss_that_fails_says_what_it_was_given(loss_fn, batch):
+    with pytest.raises((TypeError, AttributeError)) as caught:
+        measure_spectra(net(), batch, loss_fn)
+    assert caught.value.__notes__ == [f"loss_fn(model, batch) got a Sequential and a {type(batch).__name__}"]
+
+
+def test_a_probe_whose_loss_fails_says_what_it_was_given():
+    probe = SpectralProbe(every_n_steps=1, loss_fn=F.cross_entropy)
+    with pytest.warns(
+        SpectralWarning, match=r"must be Tensor, not Wrapped; loss_fn\(model, batch\) got a Wrapped and a"
+    ):
+        trainer = fit(Wrapped(net()), [probe], steps=2, data=Whole(X), batch_size=None)
+    assert (trainer.global_step, probe.failed_probes) == (2, 2)
+
+
+@pytest.mark.parametrize("function", [measure_spectra, plan_spectra, lambda model, *_: SpectralNewton.groups(model)])
+def test_what_is_no_module_is_named(function):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        function([X], net(), square)
 
 
 def test_probe_of_a_module_without_matrices():

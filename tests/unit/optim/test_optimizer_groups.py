@@ -272,6 +272,7 @@ MATRIX = nn.Parameter(torch.ones(3, 3))
         ([flattened("ds_id")], {}, ValueError, "was flattened by FSDP1 or DeepSpeed, and Spectral Newton"),
         ([("a", MATRIX), nn.Parameter(torch.ones(3, 3))], {}, ValueError, "all of a group's parameters have names"),
         ([{"params": {MATRIX}}], {}, TypeError, "params is a set"),
+        (nn.Linear(2, 2), {}, TypeError, r"params is a module; pass SpectralNewton.groups\(model\)"),
         ([{"params": [3]}], {}, TypeError, "parameter number 0 is a int, not a tensor"),
         ([{"params": [MATRIX], "update": "muon"}], {}, ValueError, "update must be 'spectral' or 'adamw', got 'muon'"),
         (

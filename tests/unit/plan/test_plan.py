@@ -435,3 +435,10 @@ def test_an_exception_leaves_no_hook_and_no_mode_behind(nets):
     assert torch.equal(Large().mask, torch.ones(LARGE_BUFFER))
     with pytest.raises(NotImplementedError):
         torch.ones(2, device="meta").to("cpu")
+
+
+def test_a_loader_is_planned_by_its_first_batch():
+    x, y = torch.randn(50, 5), torch.randint(0, 3, (50,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert plan_spectra(model, loader, cross_entropy) == plan_spectra(model, (x[:16], y[:16]), cross_entropy)

@@ -194,6 +194,12 @@ def test_empty_run(tmp_path):
         write_page(Run("empty", (), ()), tmp_path / "p.html")
 
 
+@pytest.mark.parametrize("reports", [report(layer("a")), [report(layer("a"))]])
+def test_reports_are_no_run(reports, tmp_path):
+    with pytest.raises(TypeError, match=r"run_of\(reports, name\)"):
+        write_page(reports, tmp_path / "page.html")
+
+
 def test_every_place_in_the_template_is_filled_and_every_element_is_there():
     folder = files("lightning_spectral.report.page") / "assets"
     scripts_there = {file.name for file in folder.iterdir() if file.name.endswith(".js")}
