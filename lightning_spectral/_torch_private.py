@@ -65,7 +65,12 @@ def trained_on_batch_statistics(node: Any) -> bool:
 def output_shape(node: Any, number: int) -> torch.Size | None:
     """Return the shape of an output of a node of the graph; None where it does not tell."""
     outputs = getattr(node, "_input_metadata", ())
-    return torch.Size(outputs[number].shape) if number < len(outputs) else None
+    try:
+        shape = outputs[number].shape
+    except (IndexError, RuntimeError):
+        # A nested tensor has none, or one in which a size is no number.
+        return None
+    return torch.Size(shape) if all(isinstance(size, int) for size in shape) else None
 
 
 def log_softmax_result(node: Any) -> tuple[Tensor, int] | None:

@@ -40,3 +40,11 @@ def text_of(error: BaseException) -> str:
         return str(error)
     except Exception:
         return ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the class of an error and the first line of it that says something; of this package's own, all of it."""
+    text = text_of(error).strip()
+    if not isinstance(error, MeasurementError):
+        text = text.partition("\n")[0][:500]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

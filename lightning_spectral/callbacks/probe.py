@@ -18,7 +18,7 @@ from lightning_spectral.callbacks.probe_trigger import ProbeTrigger
 from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
 from lightning_spectral.callbacks.run_config import from_arguments, known_keywords, run_config
-from lightning_spectral.callbacks.safe_measurement import SafeMeasurement
+from lightning_spectral.callbacks.safe_measurement import SafeMeasurement, attempt
 from lightning_spectral.callbacks.step_probe import StepProbe, step_parts
 from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, MIN_PROBES, TimeBudget
@@ -266,8 +266,9 @@ class SpectralProbe(AnyCallback):
         if self.trigger.off:
             return
         step, optimizers = optimizer_steps(trainer), probe_alpha_optimizers(trainer)
-        if self.trigger.enter_step(trainer):
-            self.trigger.is_pending = self.trigger.is_pending or self.should_measure(step)
+        if self.trigger.enter_step(trainer) and not self.trigger.is_pending:
+            asked = attempt(partial(self.should_measure, step), self._warn_once, "no probe: should_measure failed")
+            self.trigger.is_pending = bool(asked)
         noise_scale = partial(self.measurement.noise_scale, pl_module, batch_idx, self.trigger.group)
         if (batches := self.trigger.batches(trainer, pl_module, batch, noise_scale)) is None:
             return

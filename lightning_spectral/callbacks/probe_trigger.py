@@ -12,6 +12,7 @@ from lightning_spectral.callbacks._lightning import TrainingPass, optimizer_step
 from lightning_spectral.callbacks.batch_source import FIRST_BATCHES, BatchSource
 from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, BudgetAdvice, TimeBudget
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
+from lightning_spectral.errors import text_of
 from lightning_spectral.isolation.batch_tree import batch_size
 from lightning_spectral.isolation.devices import synchronize
 from lightning_spectral.measurement.gradient_samples import samples_for_aim
@@ -261,7 +262,7 @@ class ProbeTrigger:
                 return None
             return self.source.batches(batch, module, partial(to_device, trainer, module), self.group)
         except Exception as error:
-            self._batch_error = str(error)
+            self._batch_error = text_of(error) or type(error).__name__
             return None
 
     def _all_have(self, batches: Sequence[Any] | None) -> bool:

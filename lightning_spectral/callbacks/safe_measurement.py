@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.errors import first_line
 from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.pipeline import measure_noise_scale, run_measurement
@@ -31,7 +32,7 @@ def attempt(measure: Callable[[], T], warn: Callable[[str], None], failure: str)
         # A failed probe must not end training; an interrupt that surfaced as another error must.
         if end := interruption(error):
             raise end from error
-        warn("; ".join([f"{failure}: {type(error).__name__}: {error}", *getattr(error, "__notes__", ())]))
+        warn("; ".join([f"{failure}: {first_line(error)}", *getattr(error, "__notes__", ())]))
         return None
 
 

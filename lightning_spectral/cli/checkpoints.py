@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_spectral._messages import first_line, join_names, unpickling_refusal
+from lightning_spectral._messages import join_names, unpickling_refusal
 from lightning_spectral.cli.import_paths import SourceError, import_object
+from lightning_spectral.errors import first_line
 
 STATES = ("state_dict", "model_state_dict", "model")
 """Keys under which a checkpoint that holds more than weights keeps them."""

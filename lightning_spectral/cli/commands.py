@@ -168,8 +168,8 @@ def _add_workspace(commands: Any) -> None:
 def _measure_or_plan(options: argparse.Namespace) -> int:
     """Run a command on the user's model, data and loss, which may raise anything; an error is one line."""
     _import_from_here()
-    from lightning_spectral._messages import first_line
     from lightning_spectral.cli.measure_command import run_measure, run_plan
+    from lightning_spectral.errors import first_line
 
     try:
         (run_measure if options.command == "measure" else run_plan)(options)
@@ -194,8 +194,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _workspace(options: argparse.Namespace) -> int:
-    from lightning_spectral._messages import first_line
     from lightning_spectral.cli.report_command import save_workspace
+    from lightning_spectral.errors import first_line
 
     try:
         save_workspace(options)

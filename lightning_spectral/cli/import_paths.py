@@ -11,8 +11,9 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_spectral._messages import did_you_mean, first_line
+from lightning_spectral._messages import did_you_mean
 from lightning_spectral._validation import positive_int
+from lightning_spectral.errors import first_line
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
 from lightning_spectral.measurement.loader_batches import count_samples, first_batches
 from lightning_spectral.measurement.loss import LossFunction

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_spectral._messages import first_line
 from lightning_spectral.cli.arguments import options_of, print_note
 from lightning_spectral.cli.checkpoints import Checkpoint, build_model
 from lightning_spectral.cli.import_paths import SourceError, batch_reader, named_loss
+from lightning_spectral.errors import first_line
 from lightning_spectral.measurement.gradient_samples import enough_batches
 from lightning_spectral.measurement.loader_batches import CpuBatches
 from lightning_spectral.measurement.pipeline import run_measurement

@@ -102,7 +102,8 @@ class Recorder(TorchFunctionMode):
             return twin
         output = func(*args, **kwargs)
         product = as_product(func, args, kwargs, self.parameters)
-        if product is not None:
+        # Samples of a nested tensor lie in no dimension that a part of it could be moved along.
+        if product is not None and not output.is_nested:
             return self._note_product(product, output)
         self._note_other_product(func, args, kwargs, output)
         if func in CASTS and isinstance(output, Tensor) and output.requires_grad and _is_narrower(output, args[0]):

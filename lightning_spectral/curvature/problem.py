@@ -20,14 +20,16 @@ from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.svd import SingularTriplets
 
 
-def checked_loss(value: Any) -> Tensor:
-    """Return the loss, if curvature can be measured of it.
+def checked_loss(value: Any, first: int | None = None) -> Tensor:
+    """Return the loss, if curvature can be measured of it; ``first`` is how many samples a batch was cut to.
 
     Raises:
         MeasurementError: if it is no scalar tensor, is NaN or infinite, or does not depend on any parameter.
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not bool(torch.isfinite(value)):
-        raise MeasurementError(f"the loss is {value.item()}, so its gradient and curvature mean nothing")
+        of = f" of a batch's first {first} samples" if first else ""
+        remedy = "; raise max_samples if others have the targets" if first else ""
+        raise MeasurementError(f"the loss{of} is {value.item()}, so its gradient and curvature mean nothing{remedy}")
     return scalar_loss(value)
 
 
@@ -80,6 +82,7 @@ class DifferentiableLoss:
         samples: samples in the batch; None where the batch does not tell.
         place: where they stand if the batch is a part of what is measured; None if it is all.
         again: whether a loss that was computed must be so again, by operations that have the derivatives it needs.
+        first: samples that max_samples has cut the batch to; None where it has not.
     """
 
     def __init__(
@@ -90,8 +93,9 @@ class DifferentiableLoss:
         samples: int | None = None,
         place: SampleRange | None = None,
         again: Callable[[Tensor], bool] = lambda loss: False,
+        first: int | None = None,
     ) -> None:
-        self.evaluate, self.again = evaluate, again
+        self.evaluate, self.again, self._first = evaluate, again, first
         self.layers = layers
         self.parameters = parameters
         self.samples = samples
@@ -160,7 +164,7 @@ class DifferentiableLoss:
         """Compute the loss, if it is not known with its graph."""
         if self._value is None:
             with Recorder({id(leaf) for leaf in self.parameters.values()}) as recorder:
-                loss = checked_loss(self.evaluate())
+                loss = checked_loss(self.evaluate(), self._first)
             if self.again(loss):
                 self.run()
                 return
@@ -288,6 +292,8 @@ def cause_of(error: RuntimeError) -> str:
     text = " ".join(str(error).split())
     if "checkpoint" in text.lower():
         return "reentrant checkpointing works with .backward() alone; use torch.utils.checkpoint(use_reentrant=False)"
+    if "nested" in text.lower():
+        return "nested tensors have no second derivative; pad them first (torch.nested.to_padded_tensor)"
     match = re.search(r"derivative for '?(?:aten::)?(\w+)'?", text)
     if not match:
         return f"its backward pass failed: {text[:200]}"

@@ -8,6 +8,7 @@ from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -99,7 +100,8 @@ def _children(value: Any) -> dict[Any, Any] | None:
 
 def _leading_sizes(value: Any, path: str) -> dict[str, int]:
     if isinstance(value, Tensor):
-        return {path: value.shape[0]} if value.ndim else {}
+        # A nested tensor may have no shape.
+        return {path: value.size(0)} if value.ndim else {}
     out: dict[str, int] = {}
     for key, child in (_children(value) or {}).items():
         out |= _leading_sizes(child, f"{path}[{key!r}]")
@@ -119,13 +121,23 @@ def map_leaves(value: Any, function: Callable[[Any], Any], whole: type | tuple[t
 
 def _cut(value: Any, size: int, part: slice) -> Any:
     if isinstance(value, Tensor):
-        return value[part] if value.ndim else value
+        return _rows(value, part) if value.ndim else value
     children = _children(value)
     if children is None:
         return value
     if isinstance(value, (list, tuple)) and len(value) == size and not _leading_sizes(value, ""):
         return value[part]
     return _rebuilt(value, {key: _cut(child, size, part) for key, child in children.items()})
+
+
+def _rows(value: Tensor, part: slice) -> Tensor:
+    """Return a part of a tensor along its leading dimension; nested and sparse ones cannot be sliced."""
+    if value.is_nested:
+        return torch.nested.as_nested_tensor(list(value.unbind()[part]), layout=value.layout)
+    if value.layout is torch.strided:
+        return value[part]
+    rows = torch.arange(value.shape[0], device=value.device)[part]
+    return value.to_sparse(layout=torch.sparse_coo).index_select(0, rows).to_sparse(layout=value.layout)
 
 
 def _rebuilt(value: Any, children: dict[Any, Any]) -> Any:

@@ -160,6 +160,14 @@ def _tensor(tensor: Tensor, original: Tensor | None) -> Callable[[], None]:
     return restore
 
 
+def put_back(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor its values, and its shape, through .data, so that graphs of earlier calls stay valid."""
+    if tensor.shape == values.shape:
+        tensor.data.copy_(values)
+    else:
+        tensor.data = values.clone()
+
+
 def _dict(value: dict[Any, Any]) -> Callable[[], None]:
     kind = OrderedDict if isinstance(value, OrderedDict) else dict
     items = list(kind.items(value))

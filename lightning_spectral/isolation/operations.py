@@ -187,5 +187,15 @@ def grouped_product(
     return product if out_dtype is None else product.to(torch.promote_types(product.dtype, out_dtype))
 
 
-REPLACED: dict[Any, Callable[..., Any]] = {**RIGHT_SECOND, **WRITTEN_OUT, **dict.fromkeys(GROUPED, grouped_product)}
+def dense_embedding(*args: Any, sparse: bool = False, **kwargs: Any) -> Tensor:
+    """Return what `torch.nn.functional.embedding` does; of a gradient that is sparse there is no norm."""
+    return F.embedding(*args[:6], **kwargs)
+
+
+REPLACED: dict[Any, Callable[..., Any]] = {
+    **RIGHT_SECOND,
+    **WRITTEN_OUT,
+    **dict.fromkeys(GROUPED, grouped_product),
+    F.embedding: dense_embedding,
+}
 """Function of torch -> what takes its place in every measurement."""

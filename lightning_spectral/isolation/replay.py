@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral._messages import first_line
-from lightning_spectral.errors import MeasurementError, is_out_of_memory, text_of
+from lightning_spectral.errors import MeasurementError, first_line, is_out_of_memory, text_of
 from lightning_spectral.isolation.batch_tree import batch_size
 from lightning_spectral.isolation.devices import RandomStates
-from lightning_spectral.isolation.held_state import UNINITIALIZED, Held, HeldState
+from lightning_spectral.isolation.held_state import UNINITIALIZED, Held, HeldState, put_back
 from lightning_spectral.isolation.operations import MeasuredOperations
 
 
@@ -65,7 +64,7 @@ class InitialState:
             for tensor, value in zip(self._tensors, self._values, strict=True):
                 if not tensor.is_leaf and not isinstance(tensor, nn.Parameter):
                     tensor.detach_()
-                tensor.data.copy_(value)
+                put_back(tensor, value)
         self._called = True
 
     def replaced(self, values: Mapping[int, Tensor]) -> InitialState:

@@ -19,7 +19,7 @@ from lightning_spectral._torch_private import no_autocast_inside
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.isolation.batch_tree import map_leaves
 from lightning_spectral.isolation.devices import random_states_restored
-from lightning_spectral.isolation.held_state import UNINITIALIZED
+from lightning_spectral.isolation.held_state import UNINITIALIZED, put_back
 from lightning_spectral.isolation.interrupts import HeldInterrupts
 from lightning_spectral.isolation.module_copy import Copier, ModuleCopy, copied_module
 from lightning_spectral.numerics.matmul_precision import PRECISIONS, at_least, full_float32
@@ -126,7 +126,7 @@ def _buffers_and_flags(model: nn.Module) -> Iterator[None]:
             # buffer cannot be written to, by the loss as little as by us.
             with suppress(RuntimeError):
                 if not torch.equal(buffer, value):
-                    buffer.data.copy_(value)
+                    put_back(buffer, value)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.selection import JOINT_PRODUCT, PRODUCT, CheckedGGN, check_method, choose
 from lightning_spectral.curvature.sketch import SketchCurvature, sketch_products
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.measurement.micro_batches import MicroBatch
-from lightning_spectral.measurement.objective import Objective, add_weighted
+from lightning_spectral.measurement.micro_batches import MicroBatch, add_weighted
+from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.numerics.svd import SingularTriplets
 
 MEMORY = 3.0

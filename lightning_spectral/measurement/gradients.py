@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.curvature import DifferentiableLoss, LossValue, accumulation_dtype, graph_kinds, not_matrices
-from lightning_spectral.errors import is_out_of_memory, text_of
+from lightning_spectral.errors import first_line, is_out_of_memory
 from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
-from lightning_spectral.measurement.objective import PARTS, Objective, add_weighted, part_size
+from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, add_weighted, cut_evenly, infer_weights
+from lightning_spectral.measurement.objective import PARTS, Objective, part_size
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch) 
         except Exception as error:
             if is_out_of_memory(error) or interruption(error):
                 raise
-            return GradientParts([], f"the loss fails on a part of the batch alone ({text_of(error)})")
+            return GradientParts([], f"the loss fails on a part of the batch alone ({first_line(error)})")
         losses.append(LossValue.of(loss.value, loss.trace))
         norms = PartNorms(objective.share_of(micro_batch), objective.layers, objective.parameters)
         for name, value in values.items():

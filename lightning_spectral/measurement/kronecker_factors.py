@@ -19,8 +19,7 @@ from lightning_spectral.isolation.devices import release_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.estimation import Evaluation, Window
 from lightning_spectral.measurement.factor_sums import FactorSums, InputMoment
-from lightning_spectral.measurement.memory import TRIES, halve
-from lightning_spectral.measurement.micro_batches import MicroBatch
+from lightning_spectral.measurement.micro_batches import TRIES, MicroBatch, halve
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.records.alignment import KroneckerFactors
 

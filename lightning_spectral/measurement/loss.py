@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.errors import MeasurementError
+from lightning_spectral.errors import MeasurementError, first_line
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -110,7 +110,7 @@ def _training_step_loss(module: nn.Module, batch: Any, batch_idx: int) -> Tensor
         if module.training:
             raise
         raise MeasurementError(
-            f"training_step failed in eval mode ({type(error).__name__}: {error}); "
+            f"training_step failed in eval mode ({first_line(error)}); "
             "if the mode is the cause, as with some detection models, measure with mode='train'"
         ) from error
     return cast(Tensor, output.get("loss") if isinstance(output, Mapping) else output)

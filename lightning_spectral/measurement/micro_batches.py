@@ -1,4 +1,4 @@
-"""Micro-batches of a batch, and the weights with which their losses add up to the loss of the batch.
+"""Micro-batches of a batch, the weights with which their losses add up to its own, and smaller ones for little memory.
 
 With L the loss of a batch and L_i those of its micro-batches, L = sum_i w_i L_i for a mean over samples (w_i the share
 of the samples), a mean over targets that count (w_i their share) and a sum (w_i = 1). Which of them holds is inferred
@@ -7,14 +7,22 @@ from the values of the losses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lightning_spectral.curvature import LossValue
-from lightning_spectral.errors import MeasurementError
+from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.isolation.devices import release_memory
+
+if TYPE_CHECKING:
+    from lightning_spectral.measurement.objective import Objective
 
 SUM_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Relative tolerance for sum_i w_i L_i = L, by compute dtype.
@@ -25,6 +33,9 @@ curvature may be much larger than its share of the loss.
 
 SPREAD = 1e-2
 """Relative spread of the losses of micro-batches from which on they tell their weights to about 1e-3."""
+
+TRIES = 3
+"""Number of tries where memory runs out, each with micro-batches half as large."""
 
 
 class NoSumError(MeasurementError):
@@ -86,3 +97,80 @@ def _candidates(parts: Sequence[LossValue], micro_batches: Sequence[MicroBatch],
         size = micro_batches[-1].stop or 1
         candidates.append([((part.stop or 0) - part.start) / size for part in micro_batches])
     return candidates
+
+
+class Attempt:
+    """One try: a context that ends without an error where memory runs out inside.
+
+    Args:
+        max_size: samples of the largest micro-batch to measure by; None: full batches.
+        failures: what earlier tries used.
+    """
+
+    def __init__(self, max_size: int | None, failures: Sequence[str]) -> None:
+        self.max_size, self.out_of_memory = max_size, False
+        self._failures = failures
+
+    def __enter__(self) -> Attempt:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        """Note that memory ran out; let other errors pass, with the reason for smaller micro-batches."""
+        self.out_of_memory = error is not None and is_out_of_memory(error)
+        if self._failures and isinstance(error, MeasurementError) and not self.out_of_memory:
+            raise MeasurementError(
+                f"out of memory with {self._failures[0]}, and no smaller micro-batches: {error}"
+            ) from None
+        return self.out_of_memory
+
+
+def attempts(objective: Objective, max_size: int | None) -> Iterator[Attempt]:
+    """Yield tries until one ends with memory left.
+
+    Args:
+        max_size: samples of the largest micro-batch in the first try; None: full batches.
+    """
+    failures: list[str] = []
+    while len(failures) < TRIES:
+        attempt = Attempt(max_size, failures)
+        yield attempt
+        if not attempt.out_of_memory:
+            return
+        largest, smaller = halve(objective, objective.size_in_use if objective.full_batches() else 0)
+        failures.append(f"{largest or 'all'} samples at once")
+        release_memory(objective.parameters.values())
+        if smaller is None:
+            break
+        max_size = smaller
+    raise MeasurementError(
+        f"out of memory with {', with '.join(failures)}; measure fewer samples (max_samples), fewer layers (layers), "
+        "or set micro_batch_size"
+    )
+
+
+def halve(objective: Objective, size: int | None) -> tuple[int | None, int | None]:
+    """Return the largest size that any rank used, and half of it; None for what is not known or cannot be cut.
+
+    Args:
+        size: samples of the largest micro-batch on this rank; None: not known.
+    """
+    sizes, divisible = zip(*objective.group.all_gather_object((size, objective.divisible)), strict=True)
+    largest = largest_size(sizes)
+    return largest, math.ceil(largest / 2) if largest is not None and largest > 1 and all(divisible) else None
+
+
+def largest_size(sizes: Sequence[int | None]) -> int | None:
+    """Return the largest of these sizes; None where one is not known."""
+    counts = [size for size in sizes if size is not None]
+    return max(counts) if len(counts) == len(sizes) else None
+
+
+def add_weighted(total: Tensor | None, value: Tensor | None, weight: float) -> Tensor | None:
+    """Return total + weight * value; None stands for zero."""
+    if value is None:
+        return total
+    value = value if weight == 1 else weight * value
+    return value if total is None else total + value

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lightning_spectral.curvature import DifferentiableLoss, LossValue, SampleRange, loss_value
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
-from lightning_spectral.errors import MeasurementError, is_out_of_memory
+from lightning_spectral.errors import MeasurementError, first_line, is_out_of_memory
 from lightning_spectral.isolation.batch_tree import FirstSamples, batch_size, divisible, has_tensors, take_samples
 from lightning_spectral.isolation.replay import InitialState, ReplayedLoss
 from lightning_spectral.layers.matrices import MatrixLayer
-from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights
+from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, cut_evenly, infer_weights, largest_size
 
 if TYPE_CHECKING:
     from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer
@@ -209,7 +209,9 @@ class Objective:
         loss = self._replayed(micro_batch)
         samples = self.samples_of(micro_batch)
         again = {} if once else {"again": loss.again}
-        return DifferentiableLoss(loss, self.layers, self.parameters, samples, place, **again)
+        limit = self._batches.n if isinstance(self._batches, FirstSamples) else None
+        first = limit if self.sizes[micro_batch.batch] == limit else None
+        return DifferentiableLoss(loss, self.layers, self.parameters, samples, place, first=first, **again)
 
     def losses(
         self, micro_batches: Sequence[MicroBatch], first: DifferentiableLoss | None = None
@@ -282,7 +284,7 @@ class Objective:
                     raise
                 raise NoSumError(
                     f"micro_batch_size: the loss fails on samples {part.start} to {part.stop} of the batch alone "
-                    f"({type(error).__name__}: {error}); measure the batch whole"
+                    f"({first_line(error)}); measure the batch whole"
                 ) from error
         losses = [self._parts[part] for part in parts]
         dtypes = {dtype for loss in losses for dtype in (loss.dtype, *loss.casts)}
@@ -302,17 +304,3 @@ def _place(micro_batch: MicroBatch) -> MicroBatch:
 def batch_sizes(batches: Sequence[Any]) -> list[int | None]:
     """Return the samples of each batch, None for one that does not tell."""
     return [batch_size(batch) for batch in batches]
-
-
-def largest_size(sizes: Sequence[int | None]) -> int | None:
-    """Return the largest of these sizes; None where one is not known."""
-    counts = [size for size in sizes if size is not None]
-    return max(counts) if len(counts) == len(sizes) else None
-
-
-def add_weighted(total: Tensor | None, value: Tensor | None, weight: float) -> Tensor | None:
-    """Return total + weight * value; None stands for zero."""
-    if value is None:
-        return total
-    value = value if weight == 1 else weight * value
-    return value if total is None else total + value

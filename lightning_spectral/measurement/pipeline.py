@@ -18,8 +18,7 @@ from lightning_spectral.measurement.fitting import RawMeasurement, fit_layers, o
 from lightning_spectral.measurement.gradients import ObjectiveGradients, cut_for_gradient, gradient_parts, sum_gradients
 from lightning_spectral.measurement.kronecker_factors import kronecker_factors
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
-from lightning_spectral.measurement.memory import attempts
-from lightning_spectral.measurement.micro_batches import MicroBatch
+from lightning_spectral.measurement.micro_batches import MicroBatch, attempts
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.setup import NetworkCopy, isolated_copy, select_layers, set_up_objective
 from lightning_spectral.measurement.train_mode import other_loss_in_training

@@ -23,8 +23,7 @@ from lightning_spectral.layers.names import unwrapped
 from lightning_spectral.measurement.estimation import SMALL_BYTES, Evaluation
 from lightning_spectral.measurement.gradients import sum_gradients
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
-from lightning_spectral.measurement.memory import attempts
-from lightning_spectral.measurement.micro_batches import MicroBatch
+from lightning_spectral.measurement.micro_batches import MicroBatch, attempts
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.setup import (
     NetworkCopy,

@@ -25,7 +25,6 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_spectral._messages import first_line
 from lightning_spectral._torch_private import (
     FAKE_TENSOR_LOGGER,
     TorchDispatchMode,
@@ -36,7 +35,7 @@ from lightning_spectral._torch_private import (
     storage_key,
 )
 from lightning_spectral.curvature import DifferentiableLoss, FakeLoss, Structure, structure
-from lightning_spectral.errors import MeasurementError
+from lightning_spectral.errors import MeasurementError, first_line
 from lightning_spectral.isolation.batch_tree import batch_size, divisible, map_leaves
 from lightning_spectral.isolation.held_state import UNINITIALIZED
 from lightning_spectral.isolation.module_copy import Copier

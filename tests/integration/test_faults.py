@@ -73,6 +73,42 @@ def test_a_loss_that_is_nan_at_a_probe_is_told_once_and_the_next_probe_measures(
     assert [report.step for report in probe.history] == [0, 3, 4]
 
 
+class TextlessError(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def unprintable(module, batch):
+    raise TextlessError
+
+
+class Undecided(SpectralProbe):
+    def should_measure(self, step):
+        raise KeyError("no schedule")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            lambda: SpectralProbe(every_n_steps=1, loss_fn=unprintable),
+            "nothing was measured at step 0: TextlessError",
+        ),
+        (lambda: Undecided(every_n_steps=1, min_probes=0), "no probe: should_measure failed: KeyError: 'no schedule'"),
+    ],
+)
+def test_an_error_without_a_text_and_one_of_a_schedule_end_no_training(make, told, recwarn):
+    states = []
+    for probes in ([], [probe := make()]):
+        torch.manual_seed(0)
+        module = Small()
+        trainer = fit_small(module, *probes, steps=4)
+        states.append(module.state_dict())
+    assert_identical(*states)
+    assert (trainer.global_step, probe.history) == (4, [])
+    assert [str(w.message) for w in recwarn if w.category is SpectralWarning] == [told]
+
+
 class Newton(Small):
     def configure_optimizers(self):
         return SpectralNewton([p for p in self.parameters() if p.requires_grad], lr=1e-3, alpha="probe")
@@ -186,6 +222,30 @@ def test_batches_that_change_shape_type_and_device(options, probes):
         states.append(dict(module.state_dict()))
     assert_identical(*states)
     assert (trainer.global_step, probe.probes, probe.failed_probes) == (7, probes, 0)
+
+
+class OfAnyLayout(Tolerant):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        x = torch.nested.to_padded_tensor(x, 0.0)[:, 0] if x.is_nested else x.to_dense()
+        return super().training_step((x, y), batch_idx)
+
+
+@pytest.mark.parametrize("kind", ["nested", "jagged", "sparse_coo", "sparse_csr"])
+def test_batches_of_nested_and_sparse_tensors(kind):
+    x, y = torch.randn(16, 6), torch.arange(16) % 5
+    if kind.startswith("sparse"):
+        x = x.to_sparse(layout=getattr(torch, kind))
+    else:
+        x = torch.nested.as_nested_tensor(list(x[:, None]), layout=torch.jagged if kind == "jagged" else torch.strided)
+    states = []
+    for callbacks in ([], [probe := SpectralProbe(every_n_steps=1)]):
+        torch.manual_seed(0)
+        module = OfAnyLayout()
+        trainer = fit_small(module, *callbacks, steps=3, data=[(x, y)] * 3, batch_size=None)
+        states.append(dict(module.state_dict()))
+    assert_identical(*states)
+    assert (trainer.global_step, probe.failed_probes, len(probe.history)) == (3, 0, probe.probes)
 
 
 class Lines(DummyLogger):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_spectral.errors import first_line
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
 
@@ -20,8 +21,7 @@ def explain(error: BaseException) -> str:
     """
     if isinstance(error, KeyError):
         return f"no {error.args[0]!r}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    return first_line(error).removeprefix(f"{type(error).__name__}: ")
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,58 @@ pytestmark = [
 TOLERANCE = 1e-8
 
 
+class LookUp(nn.Module):
+    def __init__(self, embed):
+        super().__init__()
+        self.embed, self.head = embed, nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.embed(x)))
+
+
+@pytest.mark.parametrize("curvature", ["exact", "sketch"])
+def test_an_embedding_with_sparse_gradients_is_measured_as_one_with_dense_ones(curvature):
+    batch = torch.arange(24).reshape(6, 4) % 9, torch.arange(6) % 5
+    sparse = LookUp(nn.Embedding(9, 6, padding_idx=0, sparse=True)).double()
+    dense = LookUp(nn.Embedding.from_pretrained(sparse.embed.weight, freeze=False, padding_idx=0))
+    dense.head = sparse.head
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]).mean(1), batch[1])
+
+    reports = []
+    for model in (sparse, dense):
+        torch.manual_seed(0)
+        reports.append(measure_spectra(model, batch, loss, layers="*", top_k=4, curvature=curvature))
+    assert list(reports[0].layers) == ["embed.weight", "head.weight"]
+    for name, layer in reports[0].layers.items():
+        torch.testing.assert_close(layer.sigma, reports[1].layers[name].sigma)
+        torch.testing.assert_close(layer.h, reports[1].layers[name].h)
+
+
+def ragged(layout):
+    samples = [torch.randn(length, 6) for length in (4, 6, 5, 4, 6, 5)]
+    return torch.nested.as_nested_tensor(samples, layout=layout), torch.arange(6) % 5
+
+
+@pytest.mark.parametrize("curvature", ["auto", "exact"])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_layers_on_nested_tensors_have_no_second_derivative_and_on_padded_ones_they_have(layout, curvature):
+    net, batch = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)), ragged(layout)
+
+    def of_nested(net, batch):
+        rows = [sample.mean(0) for sample in net[0](batch[0]).unbind()]
+        return F.cross_entropy(net[1:](torch.stack(rows)), batch[1])
+
+    def of_padded(net, batch):
+        return F.cross_entropy(net(torch.nested.to_padded_tensor(batch[0], 0.0)).mean(1), batch[1])
+
+    report = measure_spectra(net, batch, of_nested, top_k=3, curvature=curvature)
+    assert list(report.failed) == ["0.weight"]
+    assert report.layers["2.weight"].h.isfinite().all()
+    assert not measure_spectra(net, batch, of_padded, top_k=3, curvature=curvature).failed
+
+
 @pytest.fixture(autouse=True)
 def attention_with_two_derivatives():
     with sdpa_kernel([SDPBackend.MATH]):

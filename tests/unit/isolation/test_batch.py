@@ -69,6 +69,27 @@ def test_first_samples(name):
     assert take_samples(batch, 6) is batch
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_first_samples_of_sparse_tensors(layout):
+    batch = X.to_sparse(layout=layout), Y
+    assert batch_size(batch) == 6
+    cut, labels = take_samples(batch, 5, 1)
+    assert cut.layout is layout
+    assert torch.equal(cut.to_dense(), X[1:5])
+    assert torch.equal(labels, Y[1:5])
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_first_samples_of_nested_tensors(layout):
+    samples = [torch.full((length, 2), float(length)) for length in (1, 3, 2)]
+    batch = torch.nested.as_nested_tensor(samples, layout=layout)
+    assert batch_size((batch, Y[:3])) == 3
+    cut = take_samples(batch, 3, 1)
+    assert cut.is_nested
+    assert cut.layout is layout
+    assert all(torch.equal(a, b) for a, b in zip(cut.unbind(), samples[1:], strict=True))
+
+
 def test_what_stands_beside_the_tensors_is_kept():
     assert take_samples(BATCHES["encoding"], 2).encodings == "kept"
     assert take_samples(BATCHES["dict"], 2)["scale"] == 2.0

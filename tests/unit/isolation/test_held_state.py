@@ -42,6 +42,7 @@ class Stateful(Tiny):
         self.settings, self.seen, self.ordered = {"weight": 1.0}, set(), OrderedDict(a=1.0, b=2.0)
         self.memory, self.array, self.hidden = torch.ones(4), np.ones(3), None
         self.register_buffer("average", torch.zeros(8))
+        self.register_buffer("ranges", torch.zeros(0))
         self.generator, self.python, self.numpy = (
             torch.Generator().manual_seed(1),
             random.Random(2),
@@ -86,6 +87,9 @@ class Stateful(Tiny):
         if self.kind == "buffer_replaced":
             self.average = 0.9 * self.average + 0.1 * (1 + features.detach().mean(0))
             return 1 + self.average.sum()
+        if self.kind == "buffer_resized":
+            self.ranges.resize_(len(self.ranges) + 1).fill_(2.0)
+            return self.ranges.sum()
         if self.kind == "generators":
             return 1 + torch.rand(1, generator=self.generator) + self.python.random() + self.numpy.random()
         before = 0 if self.hidden is None else self.hidden.mean()
@@ -98,7 +102,7 @@ class Stateful(Tiny):
 
 KINDS = (
     "number", "schedule", "closure", "queue", "containers", "memory", "memory_with_a_graph", "array", "buffer_replaced",
-    "generators", "hidden",
+    "buffer_resized", "generators", "hidden",
 )  # fmt: skip
 
 

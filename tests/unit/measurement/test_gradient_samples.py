@@ -254,6 +254,18 @@ def test_a_small_gradient_that_all_samples_share_is_measured():
     assert "rounding" not in first.note
 
 
+@pytest.mark.parametrize("options", [{"max_samples": 16}, {"max_samples": 16, "gradient_samples": 128}])
+def test_a_loss_of_first_samples_without_targets_is_told_with_the_option_that_cuts_them(options):
+    model, (x, y) = relu_mlp().double(), batch_of(128)
+    batch = x, y, torch.where(torch.arange(128) < 20, -100, y)
+    with pytest.raises(MeasurementError, match=r"the loss of a batch's first 16 samples is nan.*raise max_samples if"):
+        measure_spectra(model, batch, ignoring, **options)
+    assert measure_spectra(model, batch, ignoring, max_samples=64).curvature_samples == 64
+    model[0].weight.data.fill_(math.nan)
+    with pytest.raises(MeasurementError, match=r"^the loss is nan, so its gradient and curvature mean nothing$"):
+        measure_spectra(model, batch, ignoring)
+
+
 def test_the_number_of_samples_that_noise_asks_for():
     for scale in (1.0, 37.5, 200.0):
         samples = samples_for_aim(scale, 10**9)

@@ -25,7 +25,7 @@ from lightning_spectral.measurement.directions import leading_directions
 from lightning_spectral.measurement.estimation import Evaluation, weighted_sum
 from lightning_spectral.measurement.gradients import sum_gradients
 from lightning_spectral.measurement.loader_batches import CpuBatches
-from lightning_spectral.measurement.memory import TRIES
+from lightning_spectral.measurement.micro_batches import TRIES
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.options import Options
 
