@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from lightning_spectral._validation import optional_positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps
 from lightning_spectral.errors import SpectralWarning
-from lightning_spectral.optim.carry_over import carried_groups, describe_rates, lost_options
-from lightning_spectral.optim.rebind_scheduler import rebind_scheduler
+from lightning_spectral.optim.carry_over import carried_groups, describe_rates, lost_options, rebind_scheduler
 
 logger = logging.getLogger(__name__)
 

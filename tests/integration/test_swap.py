@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning, SwapOptimizer
-from lightning_spectral.optim.rebind_scheduler import rebind_scheduler
+from lightning_spectral.optim.carry_over import rebind_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
