@@ -109,16 +109,18 @@ def closing_line(prefix: str, budget: TimeBudget, step: int, report: SpectralRep
         alpha = f"median alpha {fixed(report.medians()['alpha_median'])} of {trusted} of {layers} to trust"
         parts.append(alpha if trusted else f"no alpha to trust in {layers} at the last probe")
     if path is not None:
-        parts.append(f"lightning-spectral report {_shown(path.parent)} makes its page")
+        # In a folder of several probes the command asks for the file of one.
+        only = len(list(path.parent.glob("spectra*.jsonl"))) < 2
+        parts.append(f"lightning-spectral report {_shown(path.parent if only else path)} makes its page")
     return "; ".join(parts)
 
 
-def _shown(folder: Path) -> str:
-    """Return a folder as a word of a command: relative to the current one if it lies below."""
+def _shown(path: Path) -> str:
+    """Return a path as a word of a command: relative to the current one if it lies below."""
     try:
         # Without following links, as the user sees it.
-        relative = os.path.relpath(folder)
+        relative = os.path.relpath(path)
     except (ValueError, OSError):
         # Another drive, or the current folder is gone.
         relative = ".."
-    return shlex.quote(str(folder) if relative.startswith("..") else relative)
+    return shlex.quote(str(path) if relative.startswith("..") else relative)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_spectral import SpectralProbe
 from lightning_spectral.callbacks.probe_log import closing_line
 from lightning_spectral.callbacks.time_budget import TimeBudget
+from lightning_spectral.report import read_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -86,6 +87,20 @@ def test_a_run_logs_it_once_with_the_folder_that_the_command_takes(lines, tmp_pa
     (folder,) = re.findall("lightning-spectral report (.*) makes its page$", line)
     assert Path(folder).resolve() == Path(logger.log_dir).resolve()
     assert (Path(folder) / "spectra.jsonl").is_file()
+
+
+def test_of_several_probes_each_line_names_its_file(lines, tmp_path):
+    probes = [SpectralProbe(every_n_steps=2, top_k=3, prefix=prefix) for prefix in ("spectral", "b")]
+    logger = CSVLogger(tmp_path)
+    trainer = pl.Trainer(
+        max_steps=2, callbacks=probes, logger=logger, accelerator="cpu", enable_checkpointing=False,
+        enable_model_summary=False, enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(Tiny(), DataLoader(Repeated(batch_of()), batch_size=None))
+    named = [re.findall("lightning-spectral report (.*) makes its page$", line)[0] for line in lines]
+    assert [Path(file).name for file in named] == ["spectra.jsonl", "spectra-b.jsonl"]
+    for file in named:
+        assert read_run([file]).steps
 
 
 def test_lightning_logs_it_as_its_own(caplog):
