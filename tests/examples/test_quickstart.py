@@ -49,8 +49,11 @@ def test_the_quickstart_runs_and_figures_show_themselves_once(tmp_path):
     assert "layers have an alpha to trust" in printed
     assert shown(cells['report.layers["net.4"]'])["text/plain"].startswith("LayerSpectrum(net.4.weight, conv 32x288, ")
 
-    drawn = ["report.plot()", "figures.plot_alpha_over_training(probe.history)", 'figure.savefig("digits.pdf")']
+    drawn = ["report.plot()", "figures.plot_alpha_over_training(probe.history)"]
     drawn += [INLINE[1], INLINE[2].splitlines()[-1]]
     assert {source: pictures(cells[source]) for source in drawn} == dict.fromkeys(drawn, 1)
-    assert sum(map(pictures, cells.values())) == len(drawn)
+    # Older versions of matplotlib show the first figure of pyplot below the cell that follows.
+    saved = list(cells).index('figure.savefig("digits.pdf")')
+    assert sum(map(pictures, [*cells.values()][saved : saved + 2])) == 1
+    assert sum(map(pictures, cells.values())) == len(drawn) + 1
     assert {"digits.pdf", "untrained.json"} <= {path.name for path in tmp_path.iterdir()}
