@@ -70,6 +70,11 @@ def _is_installed(package: str) -> bool:
     return find_spec(package.partition(".")[0]) is not None
 
 
+def overrides(module: Any, hook: str) -> bool:
+    """Return whether a module has a hook of its own in place of Lightning's, which does nothing."""
+    return not str(getattr(getattr(module, hook, None), "__module__", ".core.hooks")).endswith(".core.hooks")
+
+
 def optimizer_steps(trainer: Any) -> int:
     """Return the optimizer steps taken, once per batch with any number of optimizers: the axis of Lightning's loggers.
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning_spectral._validation import flag, positive_int
-from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, process_group_of
+from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, overrides, process_group_of
 from lightning_spectral.callbacks.alerts import WarnOnce
 from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, transfer_alphas, warn_of_unmeasured
 from lightning_spectral.callbacks.batch_source import BatchChoice, BatchSource
@@ -228,10 +228,15 @@ class SpectralProbe(AnyCallback):
         self.trigger.prepare(trainer)
         try:
             self.trigger.group = process_group_of(trainer)
-            resolve_loss(pl_module, self.loss_fn)
+            loss = resolve_loss(pl_module, self.loss_fn)
         except (ValueError, MeasurementError) as error:
             self.trigger.turn_off(str(error))
             return
+        if loss.name.endswith(".training_step") and overrides(pl_module, "on_train_batch_start"):
+            self._warn_once(
+                f"{type(pl_module).__name__}.on_train_batch_start runs after the probe, which sees what it set for the "
+                "batch before; if the loss depends on that, give loss_fn or spectral_loss"
+            )
         try:
             options = self.options
             layers = find_layers(pl_module, layers=options.layers, kinds=options.kinds, fused_qkv=options.fused_qkv)

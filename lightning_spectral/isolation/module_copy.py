@@ -9,6 +9,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import IOBase
 from typing import Any
 
 import torch
@@ -91,6 +92,20 @@ def copied_module(
             created.__dict__.clear()
 
 
+class SpentIterator(Iterator[Any]):
+    """Stands for one that cannot be copied, whose items training would lack if a measurement took them."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __next__(self) -> Any:
+        """Refuse."""
+        raise MeasurementError(
+            f"{self.path} gives its items once, to training alone: pass a loss_fn, or a method spectral_loss(batch), "
+            "that does not read it"
+        )
+
+
 class Copier:
     """copy.deepcopy that shares what cannot be copied, and says so, and that follows functions into their closures.
 
@@ -123,8 +138,11 @@ class Copier:
                     f"{path}, a {type(value).__name__}, cannot be copied ({error}), and a measurement on the original "
                     "would leave traces; pass a loss_fn for a module without it"
                 ) from error
-            self.shared[path] = f"{type(value).__name__}: {error}"
-            new = value
+            if isinstance(value, Iterator) and not isinstance(value, IOBase):
+                new = SpentIterator(path)
+            else:
+                self.shared[path] = f"{type(value).__name__}: {error}"
+                new = value
         self._note(value, new)
         if new is not value:
             # Containers and plain objects hold nothing but what is noted by itself.

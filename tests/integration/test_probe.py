@@ -14,11 +14,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from identical import assert_identical
 from modules import GPT, ConvNet, ProbeRows, fit
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 from tiny import Repeated, Tiny, batch_of, fit_tiny
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralProbe, SpectralReport, SpectralWarning, measure_spectra
 from lightning_spectral.callbacks._lightning import optimizer_steps
@@ -394,6 +396,52 @@ def test_an_attribute_that_cannot_be_copied_is_told():
     assert len(told) == 1
     assert told[0].startswith("Tiny.lock cannot be copied and is shared with the probe")
     assert probe.failed_probes == 0
+
+
+class Unlabelled(Tiny):
+    """Takes a second batch from an iterator of its own, which cannot be copied."""
+
+    def __init__(self, make, reads):
+        super().__init__()
+        self.reads, self.unlabelled = reads, make(DataLoader(torch.randn(96, 6), 8))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.net(next(self.unlabelled)).square().mean() if self.reads else loss
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("make", [iter, lambda loader: (batch for batch in loader)])
+def test_an_iterator_that_cannot_be_copied_is_left_to_training(make, reads, recwarn):
+    states = []
+    for probes in ([], [probe := SpectralProbe(every_n_steps=1, top_k=3)]):
+        torch.manual_seed(0)
+        module = Unlabelled(make, reads)
+        fit(module, probes, data=Repeated(batch_of()), batch_size=None, steps=4)
+        states.append((module.state_dict(), next(module.unlabelled)))
+    assert_identical(*states)
+    assert probe.failed_probes == (probe.probes if reads else 0)
+    told = [str(w.message) for w in recwarn if w.category is SpectralWarning and "unlabelled" in str(w.message)]
+    assert len(told) == reads
+    assert all("Unlabelled.unlabelled gives its items once, to training alone: pass a loss_fn" in text for text in told)
+
+
+@pytest.mark.parametrize("loss", [None, "loss_fn", "spectral_loss"])
+def test_a_hook_that_runs_after_the_probe_is_told_where_the_loss_may_depend_on_it(loss, recwarn):
+    class Weighted(Tiny):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.weight = 1.0 + batch_idx
+
+    def plain(module, batch):
+        return F.cross_entropy(module.net(batch[0]), batch[1])
+
+    if loss == "spectral_loss":
+        Weighted.spectral_loss = plain
+    fit_tiny(SpectralProbe(every_n_steps=1, loss_fn=plain if loss == "loss_fn" else None), Weighted(), steps=2)
+    told = [w for w in recwarn if "Weighted.on_train_batch_start runs after the probe" in str(w.message)]
+    assert len(told) == (loss is None)
+    fit_tiny(SpectralProbe(every_n_steps=1), Tiny(), steps=1)
+    assert len([w for w in recwarn if "runs after the probe" in str(w.message)]) == len(told)
 
 
 def test_layers_frozen_and_thawed_during_training():
