@@ -141,7 +141,20 @@ WEIGHT_NORM: Any = getattr(torch, "_weight_norm", None)
 
 
 @contextmanager
-def no_autocast_inside() -> Iterator[None]:
+def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
+    """Replace attributes inside, (holder, name, value); one that is not there stays missing."""
+    present = [(holder, name, value) for holder, name, value in replacements if hasattr(holder, name)]
+    before = [(holder, name, getattr(holder, name)) for holder, name, _ in present]
+    try:
+        for holder, name, value in present:
+            setattr(holder, name, value)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+def no_autocast_inside() -> AbstractContextManager[None]:
     """Have every `torch.autocast` that is entered inside do nothing."""
     enter = torch.autocast.__enter__
 
@@ -153,37 +166,22 @@ def no_autocast_inside() -> Iterator[None]:
             # The object may be the caller's own, to be entered again in training.
             self._enabled = before
 
-    torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+    return _replaced((torch.autocast, "__enter__", enter_disabled))
 
 
-@contextmanager
-def inert_cudnn_tf32() -> Iterator[None]:
+def inert_cudnn_tf32() -> AbstractContextManager[None]:
     """Have torch's older switch of TF32 in cuDNN read False inside, and do nothing when it is set.
 
     Set once it overrules `torch.backends.fp32_precision` for good, so it cannot be set and put back. Without the
     private names it works as usual.
     """
     switch: Any = vars(type(torch.backends.cudnn)).get("allow_tf32")
-    getter, setter = "_get_cudnn_allow_tf32", "_set_cudnn_allow_tf32"
-    replaced = [(torch._C, getter, lambda: False), (torch._C, setter, lambda value: None)]
-    replaced += [(switch, "getter", lambda: False), (switch, "setter", lambda value: None)]
-    replaced = [(holder, name, value) for holder, name, value in replaced if hasattr(holder, name)]
-    before = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
-    try:
-        for holder, name, value in replaced:
-            setattr(holder, name, value)
-        yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)
+    names = ((torch._C, "_get_cudnn_allow_tf32", "_set_cudnn_allow_tf32"), (switch, "getter", "setter"))
+    getters = [(holder, getter, lambda: False) for holder, getter, _ in names]
+    return _replaced(*getters, *((holder, setter, lambda value: None) for holder, _, setter in names))
 
 
-@contextmanager
-def on_saved_tensors_hooks(callback: Callable[[], None]) -> Iterator[None]:
+def on_saved_tensors_hooks(callback: Callable[[], None]) -> AbstractContextManager[None]:
     """Call back whenever hooks on saved tensors are entered inside."""
     enter = saved_tensors_hooks.__enter__
 
@@ -191,15 +189,10 @@ def on_saved_tensors_hooks(callback: Callable[[], None]) -> Iterator[None]:
         callback()
         enter(hooks)
 
-    saved_tensors_hooks.__enter__ = enter_and_call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+    return _replaced((saved_tensors_hooks, "__enter__", enter_and_call))
 
 
-@contextmanager
-def recomputed_inside(context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+def recomputed_inside(context: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:
     """Have `torch.utils.checkpoint` compute activations again, in a backward pass, inside a context of its own.
 
     It is what the forward pass was computed inside of, which is over by then. Without the private name nothing changes.
@@ -207,34 +200,21 @@ def recomputed_inside(context: Callable[[], AbstractContextManager[Any]]) -> Ite
     older = "_checkpoint_without_reentrant_generator"
     # From torch 2.14 on the older name calls this one, which `checkpoint` calls itself.
     name = f"{older}_impl" if hasattr(torch.utils.checkpoint, f"{older}_impl") else older
-    generator = getattr(torch.utils.checkpoint, name, None)
+    generator: Any = getattr(torch.utils.checkpoint, name, None)
 
     def in_context(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def recompute(*inputs: Any, **options: Any) -> Any:
             with context():
                 return function(*inputs, **options)
 
-        return generator(recompute, *args, **kwargs)  # type: ignore[misc]
+        return generator(recompute, *args, **kwargs)
 
-    if generator is None:
-        yield
-        return
-    setattr(torch.utils.checkpoint, name, in_context)
-    try:
-        yield
-    finally:
-        setattr(torch.utils.checkpoint, name, generator)
+    return _replaced((torch.utils.checkpoint, name, in_context))
 
 
-@contextmanager
-def patched_linear(replace: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+def patched_linear(replace: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> AbstractContextManager[None]:
     """Replace `torch.nn.functional.linear`, as `nn.MultiheadAttention` calls it, by ``replace(linear)``."""
-    linear = F.linear
-    F.linear = replace(linear)
-    try:
-        yield
-    finally:
-        F.linear = linear
+    return _replaced((F, "linear", replace(F.linear)))
 
 
 FUNCTION_MODES: Any = torch.overrides

@@ -18,21 +18,19 @@ def positive_int(option: str, value: int, at_least: int = 1, *, reason: str = ""
     Traceback (most recent call last):
     ValueError: top_k must be a whole number of at least 3, the points that a fit needs, got 2
     """
-    # True is an int, too.
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{option} must be {_whole_number(at_least, reason)}, got {value!r}")
-    return value
+    return _whole_number(f"{option} must be", value, at_least, reason)
 
 
 def optional_positive_int(option: str, value: int | None, at_least: int = 1, *, reason: str = "") -> int | None:
     """Return None, or a whole number of at least `at_least`."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < at_least):
-        raise ValueError(f"{option} must be None or {_whole_number(at_least, reason)}, got {value!r}")
+    return None if value is None else _whole_number(f"{option} must be None or", value, at_least, reason)
+
+
+def _whole_number(rule: str, value: int, at_least: int, reason: str) -> int:
+    # True is an int, too.
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{rule} a whole number of at least {at_least}{reason and f', {reason}'}, got {value!r}")
     return value
-
-
-def _whole_number(at_least: int, reason: str) -> str:
-    return f"a whole number of at least {at_least}" + (f", {reason}" if reason else "")
 
 
 def number(option: str, value: Any, holds: Callable[[Any], bool], rule: str, *, remedy: str = "") -> Any:

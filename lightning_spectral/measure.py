@@ -20,7 +20,7 @@ from lightning_spectral.measurement.loss import LossFunction, resolve_loss
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.measurement.setup import isolated_copy, set_up_objective
 from lightning_spectral.numerics.svd import SingularTriplets
-from lightning_spectral.options import Mode, Options, Precision
+from lightning_spectral.options import Mode, Options, Precision, from_arguments
 from lightning_spectral.records.report import SpectralReport
 
 if TYPE_CHECKING:
@@ -110,24 +110,7 @@ def measure_spectra(
     >>> report.layers["0.weight"].h.shape
     torch.Size([5])
     """
-    options = Options(
-        top_k=top_k,
-        curvature=curvature,
-        layers=layers,
-        kinds=kinds,
-        fused_qkv=fused_qkv,
-        mode=mode,
-        max_samples=max_samples,
-        gradient_samples=gradient_samples,
-        gradient_samples_max=gradient_samples_max,
-        micro_batch_size=micro_batch_size,
-        precision=precision,
-        spectrum_top_k=spectrum_top_k,
-        weight_spectra=weight_spectra,
-        bootstrap=bootstrap,
-        curvature_fraction=curvature_fraction,
-        alignment=alignment,
-    )
+    options = from_arguments(Options, locals())
     group = SINGLE_PROCESS if process_group is None else DistributedGroup(process_group)
     batches = batches_to_measure(batch, n_batches, model, options, loss_fn, group)
     report = run_measurement(model, batches, options, loss_fn, n_batches=n_batches, group=group)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from lightning_spectral._validation import flag, one_of, optional_positive_int, positive_int
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 METHODS = ("auto", "exact", "ggn", "sketch")
 Mode = Literal["eval", "train"]
 Precision = Literal["float32", "float64"]
+
+OptionsT = TypeVar("OptionsT")
 
 MIN_TOP_K = 3
 """Points that a fit needs, `numerics.power_law.MIN_POINTS`, whose import loads torch."""
@@ -35,6 +37,12 @@ def _about(
         by_rank: ranks that measure together may differ in it.
     """
     return {"help": text, "metavar": metavar, "choices": choices, "by_rank": by_rank}
+
+
+def from_arguments(options_class: type[OptionsT], arguments: Mapping[str, Any]) -> OptionsT:
+    """Return a dataclass of options, each the argument of its name, if there is one, else its default."""
+    names = (option.name for option in fields(options_class))  # type: ignore[arg-type]
+    return options_class(**{name: arguments[name] for name in names if name in arguments})
 
 
 @dataclass(frozen=True)

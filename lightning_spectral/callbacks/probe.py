@@ -17,7 +17,7 @@ from lightning_spectral.callbacks.probe_log import CallbackMetrics, ProbeLog
 from lightning_spectral.callbacks.probe_trigger import ProbeTrigger
 from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
-from lightning_spectral.callbacks.run_config import from_arguments, known_keywords, run_config
+from lightning_spectral.callbacks.run_config import known_keywords, run_config
 from lightning_spectral.callbacks.safe_measurement import SafeMeasurement, attempt
 from lightning_spectral.callbacks.step_probe import StepProbe, step_parts
 from lightning_spectral.callbacks.swap import SwapOptimizer
@@ -27,7 +27,7 @@ from lightning_spectral.isolation.batch_tree import FirstSamples
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, NoMatrixError, find_layers
 from lightning_spectral.measurement.loss import LossFunction, checked_loss_fn, resolve_loss
-from lightning_spectral.options import Mode, Options, Precision
+from lightning_spectral.options import Mode, Options, Precision, from_arguments
 from lightning_spectral.records.report import SpectralReport
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec
 
 from torch.utils.data import DataLoader
 
@@ -14,7 +13,6 @@ from lightning_spectral._messages import did_you_mean
 from lightning_spectral._version import __version__
 
 Arguments = ParamSpec("Arguments")
-OptionsT = TypeVar("OptionsT")
 
 
 def known_keywords(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
@@ -33,11 +31,6 @@ def known_keywords(init: Callable[Arguments, None]) -> Callable[Arguments, None]
         init(*args, **kwargs)
 
     return checked
-
-
-def from_arguments(options_class: type[OptionsT], arguments: Mapping[str, Any]) -> OptionsT:
-    """Return a dataclass of options, each the argument of its name."""
-    return options_class(**{option.name: arguments[option.name] for option in fields(options_class)})  # type: ignore[arg-type]
 
 
 def run_config(arguments: Mapping[str, Any]) -> dict[str, Any]:

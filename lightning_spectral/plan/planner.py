@@ -21,7 +21,7 @@ from lightning_spectral.layers.names import unwrapped
 from lightning_spectral.measurement.loader_batches import first_batches
 from lightning_spectral.measurement.loss import LossFunction
 from lightning_spectral.measurement.setup import select_layers
-from lightning_spectral.options import Mode, Options, Precision
+from lightning_spectral.options import Mode, Options, Precision, from_arguments
 from lightning_spectral.plan.cost_estimate import Estimate
 from lightning_spectral.plan.cost_model import FACTOR, Cost
 from lightning_spectral.plan.fake_run import NeedsValuesError, trace_loss
@@ -177,22 +177,7 @@ def plan_spectra(
     >>> plan.method, plan.costs["ggn"].columns, plan.costs["exact"].products
     ('ggn', (9, 9), (10, 10))
     """
-    options = Options(
-        top_k=top_k,
-        curvature=curvature,
-        layers=layers,
-        kinds=kinds,
-        fused_qkv=fused_qkv,
-        mode=mode,
-        max_samples=max_samples,
-        gradient_samples=gradient_samples,
-        gradient_samples_max=gradient_samples_max,
-        micro_batch_size=micro_batch_size,
-        precision=precision,
-        spectrum_top_k=spectrum_top_k,
-        curvature_fraction=curvature_fraction,
-        alignment=alignment,
-    )
+    options = from_arguments(Options, locals())
     return plan_quietly(model, batch, loss_fn, options, n_batches=n_batches, world_size=world_size, sharded=sharded)
 
 

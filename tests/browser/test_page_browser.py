@@ -378,7 +378,7 @@ def test_why_a_fit_is_not_trusted_is_shown_and_its_points_are_hollow(browser, tm
     rows = "[...document.querySelectorAll('#rows tr')].map(row => [row.className, row.title])"
     assert browser.evaluate(rows) == [["", ""], ["doubtful", "not to be trusted: noise"]]
     facts = "document.getElementById('facts').textContent"
-    assert browser.evaluate(facts).startswith("gradient of 8 samples, curvature of 2 of them, eval mode")
+    assert browser.evaluate(facts).startswith("gradient of 8 samples, curvature of 2, eval mode")
     hollow = "document.getElementById('training').data.filter(t => t.mode === 'markers' && t.marker.symbol === '{}')"
     points = ".flatMap(t => [...t.x].map((x, i) => [x, t.customdata[i]]))"
     assert browser.evaluate(hollow.format("circle-open") + points) == [[5, 1], [9, 1]]

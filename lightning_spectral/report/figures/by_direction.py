@@ -12,18 +12,9 @@ from torch import Tensor
 from lightning_spectral.optim.transfer import check_transfer, transfer
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.figures import style
 from lightning_spectral.report.figures.canvas import canvas
-from lightning_spectral.report.figures.style import (
-    WIDTH,
-    ground,
-    ink,
-    kind_handles,
-    kind_style,
-    line_handle,
-    one_report,
-    patch_handle,
-    say,
-)
+from lightning_spectral.report.figures.style import WIDTH
 from lightning_spectral.report.figures.ticks import LINE, log_ticks, name_ticks, whole_numbers
 
 if TYPE_CHECKING:
@@ -75,7 +66,7 @@ def plot_spectrum_heatmap(
     """
     if quantity not in LABELS:
         raise ValueError(f"quantity must be 'sigma' or 'h', got {quantity!r}")
-    layers = list(one_report(report).layers.values())
+    layers = list(style.one_report(report).layers.values())
     heading, label = LABELS[quantity]
     rows = min(max(len(layers) * LINE * 1.15, 1.2), 6.0)
     values_lk, classes_lk = heat(report, quantity)
@@ -85,7 +76,7 @@ def plot_spectrum_heatmap(
         (axes,) = drawing.panels()
         cells: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
         cells["extent"] = (0.5, values_lk.shape[1] + 0.5, len(layers) - 0.5, -0.5)
-        colours = ListedColormap([ground(), MISSING, NEGATIVE])
+        colours = ListedColormap([style.ground(), MISSING, NEGATIVE])
         axes.imshow(classes_lk.numpy(), cmap=colours, vmin=0, vmax=2, **cells)
         image = axes.imshow(values_lk.numpy(), cmap="viridis", **cells)
         if bool(values_lk.isfinite().any()):
@@ -95,7 +86,9 @@ def plot_spectrum_heatmap(
         name_ticks(axes.yaxis, [layer.name for layer in layers], rows)
         drawing.title(heading, [report])
         keys = ((1, MISSING, "not measured, or rounding noise"), (2, NEGATIVE, "h < 0"))
-        drawing.legend([patch_handle(text, color=c) for number, c, text in keys if bool((classes_lk == number).any())])
+        drawing.legend(
+            [style.patch_handle(text, color=c) for number, c, text in keys if bool((classes_lk == number).any())]
+        )
     return drawing.figure if ax is None else ax
 
 
@@ -144,7 +137,7 @@ def plot_transfer_functions(
         ValueError: if the damping is not above 0.
     """
     check_transfer(0.0, damping)
-    layers = [x for x in one_report(report).layers.values() if not math.isnan(x.alpha.exponent)]
+    layers = [x for x in style.one_report(report).layers.values() if not math.isnan(x.alpha.exponent)]
     with canvas(width, 3.1, dark=dark, title=title, ax=ax) as drawing:
         (axes,) = drawing.panels()
         norm = r"\Vert G\Vert_F"
@@ -154,8 +147,8 @@ def plot_transfer_functions(
         n_missing = len(report.layers) - len(layers)
         note = f"layers without a fit: {n_missing}" if n_missing else ""
         drawing.title(f"Transfer functions, d = {damping:g}", [report], note)
-        keys = kind_handles((layer.kind for layer in layers), line=True)
-        drawing.legend([*keys, line_handle(":", "α = 1, d = 0")])
+        keys = style.kind_handles((layer.kind for layer in layers), line=True)
+        drawing.legend([*keys, style.line_handle(":", "α = 1, d = 0")])
     return drawing.figure if ax is None else ax
 
 
@@ -168,15 +161,15 @@ def sigma_hat(layer: LayerSpectrum) -> Tensor:
 
 
 def _transfer_curves(axes: Axes, layers: Sequence[LayerSpectrum], damping: float) -> None:
-    axes.axhline(1.0, color=ink(), linestyle=":", linewidth=0.8, label="flat")
+    axes.axhline(1.0, color=style.ink(), linestyle=":", linewidth=0.8, label="flat")
     if not layers:
-        say(axes, "no layer has a fit of α")
+        style.say(axes, "no layer has a fit of α")
         return
     marks = torch.cat([sigma_hat(layer) for layer in layers])
     low, high = min(float(marks.min()), 0.1) / 1.5, float(marks.max()) * 1.5
     x = torch.logspace(math.log10(low), math.log10(high), 300, dtype=torch.float64)
     for layer in layers:
-        colour, marker = kind_style(layer.kind)
+        colour, marker = style.kind_style(layer.kind)
         look: dict[str, Any] = {"color": colour, "alpha": 0.9 if len(layers) <= 24 else 0.5, "label": layer.name}
         options = {"alpha": layer.alpha.exponent, "damping": damping}
         points = sigma_hat(layer)

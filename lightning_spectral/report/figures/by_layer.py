@@ -15,23 +15,9 @@ from lightning_spectral.numerics.statistics import median, zeta_bound
 from lightning_spectral.records.fit_quality import LEAST_SIGNAL
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.figures import style
 from lightning_spectral.report.figures.canvas import canvas, room
-from lightning_spectral.report.figures.style import (
-    EDGE,
-    QUIET,
-    WIDTH,
-    Reports,
-    all_reports,
-    ground,
-    ink,
-    kind_handles,
-    kind_style,
-    line_handle,
-    mark_handle,
-    one_report,
-    patch_handle,
-    say,
-)
+from lightning_spectral.report.figures.style import WIDTH, Reports
 from lightning_spectral.report.figures.ticks import NAME_LENGTH, log_ticks, name_ticks
 
 if TYPE_CHECKING:
@@ -63,7 +49,7 @@ def plot_alpha_by_depth(
     sampling noise, held within 0 and 1; below the dotted mark at 0.8 no fit is trusted. They are left out where no
     signal is known.
     """
-    layers = list(one_report(report).layers.values())
+    layers = list(style.one_report(report).layers.values())
     names = [layer.name for layer in layers]
     height = 2.4 + 0.055 * max(len(shortened(name, NAME_LENGTH)) for name in names)
     with canvas(width, height, dark=dark, title=title, ax=ax) as drawing:
@@ -77,16 +63,20 @@ def plot_alpha_by_depth(
         # An empty line that is not clipped would upset the layout.
         if missing:
             edge = axes.get_xaxis_transform()
-            axes.plot(missing, [0.0] * len(missing), "x", color=ink(), transform=edge, label="no fit", **EDGE)
+            axes.plot(
+                missing, [0.0] * len(missing), "x", color=style.ink(), transform=edge, label="no fit", **style.EDGE
+            )
         axes.set(xlim=(-0.6, len(layers) - 0.4), ylim=_alpha_limits(layers), ylabel="α ± standard error")
         name_ticks(axes.xaxis, names, room(ax, width))
         axes.tick_params(axis="x", which="major", labelrotation=90)
         if len(missing) == len(layers):
-            say(axes, f"no layer has a fit of α\n({layers[0].note or 'too few usable directions'})")
+            style.say(axes, f"no layer has a fit of α\n({layers[0].note or 'too few usable directions'})")
         drawing.title("Curvature exponent α by depth", [report])
-        marks = [mark_handle("x", "no fit")] if missing else []
+        marks = [style.mark_handle("x", "no fit")] if missing else []
         fitted = [layer for layer in layers if not math.isnan(layer.alpha.exponent)]
-        drawing.legend([*kind_handles(layer.kind for layer in fitted), *hollow_handle(fitted), *marks, band, *signal])
+        drawing.legend(
+            [*style.kind_handles(layer.kind for layer in fitted), *hollow_handle(fitted), *marks, band, *signal]
+        )
     return drawing.figure if ax is None else ax
 
 
@@ -103,7 +93,7 @@ def plot_transfer_identity(
     where alpha's fit is not to be trusted; the median error in the title is over the others. Of several reports, the
     layers of all but the last are pale.
     """
-    history = all_reports(reports)
+    history = style.all_reports(reports)
     with canvas(width, 0.9 * width, dark=dark, title=title, ax=ax) as drawing:
         (axes,) = drawing.panels()
         points = _points(history, lambda layer: layer.s.exponent)
@@ -115,10 +105,10 @@ def plot_transfer_identity(
         axes.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="α γ", ylabel="decay s of the curvature")
         axes.locator_params(nbins=7)
         if not points:
-            say(axes, "no layer has fits of α, γ and s")
+            style.say(axes, "no layer has fits of α, γ and s")
         drawing.title("Transfer relation s = α γ", history, _transfer_note([layer for _, _, layer, _ in points]))
-        band = patch_handle("error up to 10 %", color=ink(), alpha=0.12)
-        drawing.legend([*_keys(history, points), line_handle("-", "s = α γ"), band])
+        band = style.patch_handle("error up to 10 %", color=style.ink(), alpha=0.12)
+        drawing.legend([*_keys(history, points), style.line_handle("-", "s = α γ"), band])
     return drawing.figure if ax is None else ax
 
 
@@ -137,7 +127,7 @@ def plot_participation_ratio(
     a pure power law of n directions has, n the number of positive h that most layers have. Both are bounds for exact
     power laws: a spectrum that bends can lie above them.
     """
-    history = all_reports(reports)
+    history = style.all_reports(reports)
     with canvas(width, 2.9, dark=dark, title=title, ax=ax) as drawing:
         (axes,) = drawing.panels()
         points = _points(history, lambda layer: layer.pr_curvature)
@@ -150,7 +140,7 @@ def plot_participation_ratio(
         axes.set_ylabel("PR of curvature (directions)")
         log_ticks(axes.yaxis, 0.9, top, gap=0.1)
         if not points:
-            say(axes, "no layer has a fit of α and γ")
+            style.say(axes, "no layer has a fit of α and γ")
         drawing.title("Participation ratio of curvature, zeta bound", history)
         drawing.legend([*_keys(history, points), *curves])
     return drawing.figure if ax is None else ax
@@ -158,8 +148,8 @@ def plot_participation_ratio(
 
 def draw_alpha_band(axes: Axes) -> Artist:
     """Draw the band around alpha = 2; returns its key."""
-    axes.axhspan(*ALPHA_BAND, color=ink(), alpha=0.12, linewidth=0, label="band")
-    return patch_handle(f"α from {ALPHA_BAND[0]} to {ALPHA_BAND[1]}", color=ink(), alpha=0.12)
+    axes.axhspan(*ALPHA_BAND, color=style.ink(), alpha=0.12, linewidth=0, label="band")
+    return style.patch_handle(f"α from {ALPHA_BAND[0]} to {ALPHA_BAND[1]}", color=style.ink(), alpha=0.12)
 
 
 def _draw_signal(axes: Axes, signals: Sequence[float]) -> list[Artist]:
@@ -171,17 +161,19 @@ def _draw_signal(axes: Axes, signals: Sequence[float]) -> list[Artist]:
     axes.patch.set_visible(False)
     # Steps as wide as a layer, so that the signal between two layers is that of one of them.
     edges = [i - 0.5 for i in range(len(signals) + 1)]
-    right.stairs([min(max(s, 0.0), 1.0) for s in signals], edges, baseline=None, color=QUIET, linewidth=0.7, alpha=0.6)
-    right.axhline(LEAST_SIGNAL, color=QUIET, linestyle=":", linewidth=0.6, alpha=0.6)
+    right.stairs(
+        [min(max(s, 0.0), 1.0) for s in signals], edges, baseline=None, color=style.QUIET, linewidth=0.7, alpha=0.6
+    )
+    right.axhline(LEAST_SIGNAL, color=style.QUIET, linestyle=":", linewidth=0.6, alpha=0.6)
     right.set(ylim=(0, 1.02), yticks=[0, 0.5, LEAST_SIGNAL, 1], yticklabels=["0", "0.5", f"{LEAST_SIGNAL:g}", "1"])
-    right.set_ylabel("signal S", color=QUIET)
-    right.tick_params(axis="y", color=QUIET, labelcolor=QUIET)
-    return [line_handle("-", "signal S, right", QUIET)]
+    right.set_ylabel("signal S", color=style.QUIET)
+    right.tick_params(axis="y", color=style.QUIET, labelcolor=style.QUIET)
+    return [style.line_handle("-", "signal S, right", style.QUIET)]
 
 
 def _alpha_point(axes: Axes, i: int, layer: LayerSpectrum, size: float) -> None:
-    colour, marker = kind_style(layer.kind)
-    face = colour if trusted(layer) else ground()
+    colour, marker = style.kind_style(layer.kind)
+    face = colour if trusted(layer) else style.ground()
     axes.errorbar(
         i, layer.alpha.exponent, layer.alpha.stderr, fmt=marker, color=colour, markerfacecolor=face,
         markersize=size, elinewidth=0.8, label=layer.name,
@@ -219,8 +211,8 @@ def _points(reports: Sequence[SpectralReport], ordinate: Callable[[LayerSpectrum
 
 
 def _point(axes: Axes, x: float, y: float, layer: LayerSpectrum, opacity: float) -> None:
-    colour, marker = kind_style(layer.kind)
-    face = colour if trusted(layer) else ground()
+    colour, marker = style.kind_style(layer.kind)
+    face = colour if trusted(layer) else style.ground()
     axes.plot(x, y, marker, color=colour, markerfacecolor=face, alpha=opacity, label=layer.name)
 
 
@@ -236,30 +228,30 @@ def _transfer_note(layers: Sequence[LayerSpectrum]) -> str:
 
 
 def _identity_band(axes: Axes, x: Tensor) -> None:
-    axes.plot(x.numpy(), x.numpy(), color=ink(), linewidth=0.8, label="s = αγ")
+    axes.plot(x.numpy(), x.numpy(), color=style.ink(), linewidth=0.8, label="s = αγ")
     limits = (x / (1 + TRANSFER_BAND)).numpy(), (x / (1 - TRANSFER_BAND)).numpy()
-    axes.fill_between(x.numpy(), *limits, color=ink(), alpha=0.12, linewidth=0, label="10 %")
+    axes.fill_between(x.numpy(), *limits, color=style.ink(), alpha=0.12, linewidth=0, label="10 %")
 
 
 def _bounds(axes: Axes, windows: Sequence[int], low: float, high: float) -> list[Artist]:
     """Draw both bounds; returns their keys."""
     x = torch.linspace(low, high, 300).tolist()
     infinite = [value for value in x if value > 1.001]
-    axes.plot(infinite, [zeta_bound(value) for value in infinite], color=ink(), linewidth=1.0, label="zeta bound")
-    keys = [line_handle("-", "zeta bound")]
+    axes.plot(infinite, [zeta_bound(value) for value in infinite], color=style.ink(), linewidth=1.0, label="zeta bound")
+    keys = [style.line_handle("-", "zeta bound")]
     if windows:
         n = max(set(windows), key=lambda window: (windows.count(window), window))
-        axes.plot(x, [zeta_bound(v, n) for v in x], "--", color=ink(), linewidth=1.0, label="window")
-        keys.append(line_handle("--", f"bound for {n} directions"))
+        axes.plot(x, [zeta_bound(v, n) for v in x], "--", color=style.ink(), linewidth=1.0, label="window")
+        keys.append(style.line_handle("--", f"bound for {n} directions"))
     return keys
 
 
 def _keys(reports: Sequence[SpectralReport], points: Sequence[Point]) -> list[Artist]:
-    keys = kind_handles(layer.kind for _, _, layer, _ in points)
+    keys = style.kind_handles(layer.kind for _, _, layer, _ in points)
     keys += hollow_handle(layer for _, _, layer, _ in points)
-    return [*keys, mark_handle("o", "earlier, pale", opacity=EARLIER)] if len(reports) > 1 else keys
+    return [*keys, style.mark_handle("o", "earlier, pale", opacity=EARLIER)] if len(reports) > 1 else keys
 
 
 def hollow_handle(layers: Iterable[LayerSpectrum]) -> list[Artist]:
     """Return the key to hollow markers if one of the layers has a fit not to be trusted."""
-    return [mark_handle("o", "fit not to be trusted", hollow=True)] if not all(map(trusted, layers)) else []
+    return [style.mark_handle("o", "fit not to be trusted", hollow=True)] if not all(map(trusted, layers)) else []

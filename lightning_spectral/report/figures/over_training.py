@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.figures import style
 from lightning_spectral.report.figures.by_layer import draw_alpha_band, hollow_handle
 from lightning_spectral.report.figures.canvas import canvas
 from lightning_spectral.report.figures.side_by_side import (
@@ -21,18 +22,7 @@ from lightning_spectral.report.figures.side_by_side import (
     layer_series,
     plot_runs_side_by_side,
 )
-from lightning_spectral.report.figures.style import (
-    WIDTH,
-    Reports,
-    all_reports,
-    ground,
-    kind_handles,
-    kind_style,
-    model_colour,
-    patch_handle,
-    positions,
-    say,
-)
+from lightning_spectral.report.figures.style import WIDTH, Reports
 from lightning_spectral.report.figures.ticks import log_ticks, whole_numbers
 from lightning_spectral.report.palette import MODEL_STYLE
 
@@ -80,8 +70,8 @@ def plot_alpha_over_training(
         if ax is not None:
             raise ValueError("several runs take a panel per kind of layer, and ax is one; leave it out")
         return plot_runs_side_by_side(reports, width=width, dark=dark, title=title)
-    history = all_reports(reports)
-    x, label = positions(history)
+    history = style.all_reports(reports)
+    x, label = style.positions(history)
     with canvas(width, 2.8, dark=dark, title=title, ax=ax) as drawing:
         (axes,) = drawing.panels()
         band = draw_alpha_band(axes)
@@ -89,7 +79,7 @@ def plot_alpha_over_training(
         size = _point_size(len(x) * len(by_layer))
         for (name, kind), values in by_layer.items():
             _thin(axes, x, values, kind)
-            _points(axes, x, values, of_trust[name, kind], label=name, color=kind_style(kind)[0], markersize=size)
+            _points(axes, x, values, of_trust[name, kind], label=name, color=style.kind_style(kind)[0], markersize=size)
         by_kind = kind_medians(of_trust)
         for kind, values in by_kind.items():
             _thick(axes, x, values, kind)
@@ -97,11 +87,11 @@ def plot_alpha_over_training(
         axes.set(xlabel=label, ylabel="exponent α")
         whole_numbers(axes, x)
         if not finite(by_layer.values()):
-            say(axes, "no layer has a fit of α")
+            style.say(axes, "no layer has a fit of α")
         drawing.title("Curvature exponent α over training, medians by kind of the fits to trust", history)
         fitted = [layer for r in history for layer in r.layers.values() if not math.isnan(layer.alpha.exponent)]
         kinds = [layer.kind for layer in fitted]
-        drawing.legend([*kind_handles(kinds, line=True), *hollow_handle(fitted), band])
+        drawing.legend([*style.kind_handles(kinds, line=True), *hollow_handle(fitted), band])
     return drawing.figure if ax is None else ax
 
 
@@ -121,8 +111,8 @@ def plot_scale_over_training(
     An exponent does not tell how sharp the loss is: this does. A thin line per layer, and the median of each kind
     thick. A line breaks where a value is missing or not above 0.
     """
-    history = all_reports(reports)
-    x, label = positions(history)
+    history = style.all_reports(reports)
+    x, label = style.positions(history)
     with canvas(width, 3.9, dark=dark, title=title, ax=ax, panels=2) as drawing:
         kinds: list[str] = []
         for axes, (read, name) in zip(drawing.panels(2, sharex=True), SCALES, strict=True):
@@ -131,7 +121,7 @@ def plot_scale_over_training(
             whole_numbers(axes, x)
         axes.set_xlabel(label)
         drawing.title("Largest curvature and singular value over training, medians by kind", history)
-        drawing.legend(kind_handles(kinds, line=True))
+        drawing.legend(style.kind_handles(kinds, line=True))
     return drawing.figure if ax is None else ax
 
 
@@ -149,8 +139,8 @@ def plot_rank_models_over_training(
     The model of a layer is that with the lowest BIC (`fit_rank_models`); the fractions are of all layers of the
     report. arXiv 2606.02596 calls their change in training the spectral phase transition.
     """
-    history = all_reports(reports)
-    x, label = positions(history)
+    history = style.all_reports(reports)
+    x, label = style.positions(history)
     with canvas(width, 2.3, dark=dark, title=title, ax=ax) as drawing:
         (axes,) = drawing.panels()
         bands = model_bands(history)
@@ -158,14 +148,14 @@ def plot_rank_models_over_training(
         for name, colour, hatch, shares in bands:
             axes.stairs(
                 [b + s for b, s in zip(bottoms, shares, strict=True)], edges, baseline=bottoms, fill=True, label=name,
-                facecolor=colour, edgecolor=ground(), hatch=hatch, linewidth=0,
+                facecolor=colour, edgecolor=style.ground(), hatch=hatch, linewidth=0,
             )  # fmt: skip
             bottoms = [b + s for b, s in zip(bottoms, shares, strict=True)]
         axes.set(xlabel=label, ylabel="fraction of layers", xlim=(edges[0], edges[-1]), ylim=(0, 1))
         whole_numbers(axes, x)
         drawing.title("Rank models of the gradient spectra, by BIC", history)
-        look = {"edgecolor": ground()}
-        drawing.legend([patch_handle(name, facecolor=c, hatch=hatch, **look) for name, c, hatch, _ in bands])
+        look = {"edgecolor": style.ground()}
+        drawing.legend([style.patch_handle(name, facecolor=c, hatch=hatch, **look) for name, c, hatch, _ in bands])
     return drawing.figure if ax is None else ax
 
 
@@ -176,8 +166,8 @@ def model_bands(reports: Sequence[SpectralReport]) -> list[Band]:
     """Return (name, colour, hatch, fraction of layers at each report) per model; layers without a model last."""
     winners = [[layer.rank_models.winner for layer in report.layers.values()] for report in reports]
     bands = [
-        (style.name, model_colour(style), style.hatch, [of.count(model) / len(of) for of in winners])
-        for model, style in MODEL_STYLE.items()
+        (look.name, style.model_colour(look), look.hatch, [of.count(model) / len(of) for of in winners])
+        for model, look in MODEL_STYLE.items()
     ]
     missing = [of.count(None) / len(of) for of in winners]
     return [*bands, ("too few values", NO_MODEL, "", missing)] if any(missing) else bands
@@ -192,12 +182,12 @@ SCALES: tuple[tuple[Callable[[LayerSpectrum], float], str], ...] = (
 
 def _thin(axes: Axes, x: Sequence[int], values: Sequence[float], kind: str) -> None:
     """Draw the line of a layer."""
-    axes.plot(x, values, color=kind_style(kind)[0], linewidth=0.6, alpha=0.45, label=kind)
+    axes.plot(x, values, color=style.kind_style(kind)[0], linewidth=0.6, alpha=0.45, label=kind)
 
 
 def _thick(axes: Axes, x: Sequence[int], values: Sequence[float], kind: str) -> None:
     """Draw the medians of a kind; of many, markers stand at some, and at those without a neighbour for a line."""
-    colour, marker = kind_style(kind)
+    colour, marker = style.kind_style(kind)
     every = math.ceil(len(x) / MOST_MARKERS)
     gaps = list(map(math.isnan, [math.nan, *values, math.nan]))
     alone = [i for i in range(len(x)) if gaps[i] and not gaps[i + 1] and gaps[i + 2]]
@@ -208,7 +198,7 @@ def _thick(axes: Axes, x: Sequence[int], values: Sequence[float], kind: str) -> 
 def _points(axes: Axes, x: Sequence[int], values: Sequence[float], of_trust: Sequence[float], **look: Any) -> None:
     """Draw the points of a layer, filled where its fit is to be trusted and hollow where it is not."""
     doubtful = [value if math.isnan(good) else math.nan for value, good in zip(values, of_trust, strict=True)]
-    for series, face in ((of_trust, look["color"]), (doubtful, ground())):
+    for series, face in ((of_trust, look["color"]), (doubtful, style.ground())):
         if finite([series]):
             edge = look["markersize"] / 5
             axes.plot(x, series, "o", markerfacecolor=face, markeredgewidth=edge, alpha=0.7, **look)
@@ -234,7 +224,7 @@ def _scale_panel(axes: Axes, x: Sequence[int], by_layer: Series) -> list[str]:
     shown = finite(values for _, values in layers)
     if not shown:
         axes.set_yticks([])
-        say(axes, "no layer has a value above 0")
+        style.say(axes, "no layer has a value above 0")
         return []
     axes.set_yscale("log")
     _log_limits(axes, shown)

@@ -14,21 +14,10 @@ from lightning_spectral.numerics.power_law import RankModel, rank_designs
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.figures import style
 from lightning_spectral.report.figures.canvas import Canvas, canvas
 from lightning_spectral.report.figures.confidence_band import fitted_points, line_and_band
-from lightning_spectral.report.figures.style import (
-    EDGE,
-    WIDTH,
-    ground,
-    ink,
-    kind_handles,
-    kind_style,
-    line_handle,
-    mark_handle,
-    model_colour,
-    one_report,
-    patch_handle,
-)
+from lightning_spectral.report.figures.style import WIDTH
 from lightning_spectral.report.figures.ticks import literal, log_ticks
 from lightning_spectral.report.palette import MODEL_STYLE
 
@@ -103,11 +92,13 @@ def plot_power_law(
             marks |= _power_law(axes, layer, headed=drawing.headed)
         drawing.ordinate("curvature h (loss per squared unit of weight)")
         drawing.title(r"Power law $h\propto\sigma^\alpha$ of curvature", [report], note)
-        keys = kind_handles(layer.kind for layer in selected)
-        keys += [mark_handle(m, text, hollow=key != "negative") for key, (m, text) in MARKS.items() if key in marks]
+        keys = style.kind_handles(layer.kind for layer in selected)
+        keys += [
+            style.mark_handle(m, text, hollow=key != "negative") for key, (m, text) in MARKS.items() if key in marks
+        ]
         drawn = {artist.get_label() for axes in panels for artist in (*axes.lines, *axes.collections)}
-        keys += [line_handle("-", "fit")] if "fit" in drawn else []
-        keys += [patch_handle("95 % band", color=ink(), alpha=0.15)] if "band" in drawn else []
+        keys += [style.line_handle("-", "fit")] if "fit" in drawn else []
+        keys += [style.patch_handle("95 % band", color=style.ink(), alpha=0.15)] if "band" in drawn else []
         drawing.legend(keys, abscissa="singular value σ (loss per unit of weight)")
     return drawing.figure if ax is None else ax
 
@@ -147,14 +138,14 @@ def plot_rank_profiles(
             _rank_profile(axes, layer, headed=drawing.headed)
         drawing.ordinate("singular value σ (loss per unit of weight)")
         drawing.title("Gradient spectra and rank models, by BIC", [report], note)
-        models = [line_handle(style.dash, style.name, model_colour(style)) for style in MODEL_STYLE.values()]
-        drawing.legend([*kind_handles(layer.kind for layer in selected), *models], abscissa="rank k")
+        models = [style.line_handle(look.dash, look.name, style.model_colour(look)) for look in MODEL_STYLE.values()]
+        drawing.legend([*style.kind_handles(layer.kind for layer in selected), *models], abscissa="rank k")
     return drawing.figure if ax is None else ax
 
 
 def choose_layers(report: SpectralReport, layers: Layers, *, one: bool = False) -> tuple[list[LayerSpectrum], str]:
     """Return the layers that a grid of panels, or one, shows, and a note if those are not all that were asked for."""
-    selected = list(one_report(report).layers.values())
+    selected = list(style.one_report(report).layers.values())
     if layers is not None:
         names = {name: name for name in report.layers}
         if not layers:
@@ -195,7 +186,7 @@ def _panels(drawing: Canvas, rows: int, columns: int, count: int) -> list[Axes]:
 
 def _power_law(axes: Axes, layer: LayerSpectrum, *, headed: bool) -> set[str]:
     """Draw one layer; returns which of `MARKS` it has."""
-    colour, marker = kind_style(layer.kind)
+    colour, marker = style.kind_style(layer.kind)
     used, sigma, h = fitted_points(layer), layer.sigma, layer.h
     positive = (h > 0) & (sigma > 0)
     axes.set(xscale="log", yscale="log")
@@ -210,7 +201,7 @@ def _power_law(axes: Axes, layer: LayerSpectrum, *, headed: bool) -> set[str]:
     axes.plot(sigma[used].numpy(), h[used].numpy(), label="fitted", **points)
     unused = positive & ~used
     if bool(unused.any()):
-        axes.plot(sigma[unused].numpy(), h[unused].numpy(), label="left out", **points | {"mfc": ground()})
+        axes.plot(sigma[unused].numpy(), h[unused].numpy(), label="left out", **points | {"mfc": style.ground()})
     marks = _edge_marks(axes, layer)
     if headed:
         axes.set_title("\n".join(heading), fontsize=6.5)
@@ -222,28 +213,30 @@ def _fit_line(axes: Axes, layer: LayerSpectrum, fitted: Tensor) -> bool:
     low, high = (float(end.log10()) for end in fitted.aminmax())
     x = torch.logspace(low, high, 100, dtype=torch.float64)
     line, lower, upper = line_and_band(layer, x)
-    axes.plot(x.numpy(), line.numpy(), color=ink(), linewidth=0.9, label="fit")
+    axes.plot(x.numpy(), line.numpy(), color=style.ink(), linewidth=0.9, label="fit")
     bottom, top = axes.get_ylim()
     heights = (upper.clamp(bottom, top) / lower.clamp(bottom, top)).log() / math.log(top / bottom)
     drawn = bool(heights.mean() <= BAND_MOST)
     if drawn:
-        axes.fill_between(x.numpy(), lower.numpy(), upper.numpy(), color=ink(), alpha=0.15, linewidth=0, label="band")
+        axes.fill_between(
+            x.numpy(), lower.numpy(), upper.numpy(), color=style.ink(), alpha=0.15, linewidth=0, label="band"
+        )
     return drawn
 
 
 def _edge_marks(axes: Axes, layer: LayerSpectrum) -> set[str]:
     """Mark on the bottom edge the directions that a logarithmic ordinate cannot hold; returns which of `MARKS`."""
-    colour, _ = kind_style(layer.kind)
+    colour, _ = style.kind_style(layer.kind)
     left = axes.get_xlim()[0]
     off = ~(layer.sigma > left)
     masks = {"negative": layer.h < 0, "left out": ~(layer.h < 0) & ~(layer.h > 0) & ~off, "off": ~(layer.h < 0) & off}
     for key, mask in masks.items():
         x = layer.sigma[mask].clamp_min(left).numpy()
-        face = colour if key == "negative" else ground()
+        face = colour if key == "negative" else style.ground()
         edge = axes.get_xaxis_transform()
         # An empty line that is not clipped would upset the layout.
         if len(x):
-            axes.plot(x, 0 * x, MARKS[key][0], color=colour, mfc=face, transform=edge, label=key, **EDGE)
+            axes.plot(x, 0 * x, MARKS[key][0], color=colour, mfc=face, transform=edge, label=key, **style.EDGE)
     return {key for key, mask in masks.items() if bool(mask.any())}
 
 
@@ -273,7 +266,7 @@ def _heading(layer: LayerSpectrum) -> list[str]:
 
 
 def _rank_profile(axes: Axes, layer: LayerSpectrum, *, headed: bool) -> None:
-    colour, marker = kind_style(layer.kind)
+    colour, marker = style.kind_style(layer.kind)
     values = rank_values(layer)
     noise = layer.spectrum[(layer.spectrum <= layer.noise_floor) & (layer.spectrum > 0)]
     axes.set(xscale="log", yscale="log")
@@ -282,15 +275,15 @@ def _rank_profile(axes: Axes, layer: LayerSpectrum, *, headed: bool) -> None:
     points: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 3.5}
     axes.plot(range(1, len(values) + 1), values.numpy(), label="sigma", **points)
     ranks = range(len(values) + 1, len(values) + len(noise) + 1)
-    axes.plot(ranks, noise.numpy(), label="noise", **points | {"mfc": ground()})
+    axes.plot(ranks, noise.numpy(), label="noise", **points | {"mfc": style.ground()})
     _frame(axes, torch.arange(1, max(2, len(values) + len(noise)) + 1), values)
     k = torch.linspace(1, max(1, len(values)), 100, dtype=torch.float64)
     for model, fit in layer.rank_models.fits.items():
         if math.isnan(fit.bic):
             continue
-        style, line = MODEL_STYLE[model], model_curve(model, fit.coefficients, k)
+        look, line = MODEL_STYLE[model], model_curve(model, fit.coefficients, k)
         width = 1.8 if model == layer.rank_models.winner else 0.9
-        stroke: dict[str, Any] = {"color": model_colour(style), "linestyle": style.dash, "linewidth": width}
+        stroke: dict[str, Any] = {"color": style.model_colour(look), "linestyle": look.dash, "linewidth": width}
         axes.plot(k.numpy(), line.numpy(), zorder=1, label=model, **stroke)
     axes.text(0.04, 0.04, _winner_text(layer), transform=axes.transAxes, ha="left", va="bottom", **NOTE)
 

@@ -26,7 +26,7 @@ from lightning_spectral.report.palette import (
 )
 from lightning_spectral.report.runs.run import Run, RunStep
 from lightning_spectral.report.runs.several import comparison, differences, options_of
-from lightning_spectral.report.terminal.tables import method_of
+from lightning_spectral.report.terminal.tables import method_of, samples_of
 from lightning_spectral.summary import summary, summary_over_training
 
 DATA_BYTES = 3_000_000
@@ -80,7 +80,7 @@ MODEL_LOOKS = {
 
 
 def last_layers(reports: Sequence[SpectralReport]) -> dict[str, LayerSpectrum]:
-    """Return each layer of a run as it was measured last, in the order of the last report."""
+    """Return each layer as it was measured last, in the order of the last report."""
     layers: dict[str, LayerSpectrum] = {}
     for report in reversed(reports):
         layers = {**layers, **{name: layer for name, layer in report.layers.items() if name not in layers}}
@@ -99,13 +99,12 @@ def _thin(rows: Sequence[Any], spectra: Sequence[Any], limit: int) -> tuple[list
     return shown, {shown[i] for i in with_spectra}
 
 
-def _notes(run: Run, shown: int, with_spectra: int) -> list[str]:
-    """Return what the page lacks and how to get it."""
-    n = len(run.steps)
-    notes = []
+def _notes(run: Run, shown: int, with_spectra: int | None = None, of: str = "") -> list[str]:
+    """Return what the page lacks of a run and how to get it."""
+    n, notes = len(run.steps), []
     if shown < n:
-        notes.append(f"{shown} of {n} probes are shown, evenly, to keep this page small.")
-    if with_spectra < shown:
+        notes.append(f"{of}{shown} of {n} probes are shown, evenly, to keep this page small.")
+    if with_spectra is not None and with_spectra < shown:
         notes.append(
             f"sigma_k and h_k are shown at {with_spectra} of {n} probes, evenly, to keep this page small; a page of "
             "fewer probes shows them all."
@@ -119,9 +118,11 @@ def _probe(
     """Return what is shown of a probe; ``first`` is the step and the layers of the run's first one."""
     report = step.report
     layers = [report.layers.get(name) for name in names]
+    how = f"{report.mode} mode, {report.precision}, curvature by {method_of(report)}"
+    samples = "" if report.n_samples is None else f"{samples_of(report)}, "
     return {
         **_both(step, layers, keys),
-        "facts": _facts(report),
+        "facts": f"{samples}{how}, {report.top_k} directions per layer",
         "summary": [*summary(report), *summary_over_training([first, (step.step, layers_of(report))])],
         "problems": report.problems(),
         "skipped": group_by_reason(report.skipped),
@@ -142,7 +143,7 @@ def _both(step: RunStep, layers: Sequence[LayerSpectrum | None], keys: Sequence[
             kind: shorten(medians.get(median_key(key.name, kind), math.nan) for key in keys if key.median)
             for kind in report.by_kind()
         },
-        "values": [layer_values(layer, keys) for layer in layers],
+        "values": [layer and _values(layer.scalars(), keys) for layer in layers],
         "doubts": [layer and layer.fit_quality.doubt for layer in layers],
     }
 
@@ -159,11 +160,7 @@ def _of_layers(layers: Mapping[str, LayerSpectrum], keys: Sequence[LoggedKey]) -
     }
 
 
-def layer_values(layer: LayerSpectrum | None, keys: Sequence[LoggedKey]) -> list[Any] | None:
-    """Return the quantities of a layer, rounded; None without one."""
-    if layer is None:
-        return None
-    scalars = layer.scalars()
+def _values(scalars: Mapping[str, float], keys: Sequence[LoggedKey]) -> list[Any]:
     return shorten(scalars.get(key.name, math.nan) for key in keys)
 
 
@@ -210,21 +207,6 @@ def _split(alignment: LayerAlignment) -> list[Any]:
     return [[key, shorten(values.tolist()), short(fit.intercept)] for key, (values, fit) in factors.items()]
 
 
-def _facts(report: SpectralReport) -> str:
-    how = f"{report.mode} mode, {report.precision}, curvature by {method_of(report)}"
-    return f"{_samples(report)}{how}, {report.top_k} directions per layer"
-
-
-def _samples(report: SpectralReport) -> str:
-    """Return the samples that the gradient is of, and those of the curvature where they differ, as facts."""
-    gradient, curvature = report.n_samples, report.curvature_samples
-    if gradient is None:
-        return ""
-    if curvature in (None, gradient):
-        return f"{gradient} samples, "
-    return f"gradient of {gradient} samples, curvature of {curvature} of them, "
-
-
 def _shape(layer: LayerSpectrum) -> str:
     m, n = layer.shape
     return f"{m} × {n}" + (f" / {layer.groups}" if layer.groups > 1 else "")
@@ -251,13 +233,8 @@ BESIDE_MEDIANS = ("alpha_stderr",)
 
 def runs_data(runs: Sequence[Run], *, limit: int = DATA_BYTES) -> dict[str, Any]:
     """Return what the scripts of the page of several runs show, thinned to about ``limit`` bytes of JSON."""
-    layers: dict[str, LayerSpectrum] = {}
-    for run in runs:
-        layers = layers | {
-            name: layer
-            for name, layer in last_layers([step.report for step in run.steps]).items()
-            if name not in layers
-        }
+    # A layer of several runs is as the first of them measured it last.
+    layers = last_layers([step.report for run in reversed(runs) for step in run.steps])
     parts = {part for layer in layers.values() for part in layer.parts}
     keys = [
         key for key in LAYER_KEYS if (key.median or key.name in BESIDE_MEDIANS) and (not key.part or key.part in parts)
@@ -268,7 +245,11 @@ def runs_data(runs: Sequence[Run], *, limit: int = DATA_BYTES) -> dict[str, Any]
         "looks": {"kinds": kind_looks(layer.kind for layer in layers.values())},
         "differences": differences(runs),
         "summary": comparison(runs),
-        "notes": [note for run, data in zip(runs, shown, strict=True) for note in _run_notes(run, len(data["probes"]))],
+        "notes": [
+            note
+            for run, data in zip(runs, shown, strict=True)
+            for note in _notes(run, len(data["probes"]), of=f"{run.name}: ")
+        ],
         "runs": shown,
     }
 
@@ -293,10 +274,3 @@ def _row(step: RunStep, names: Sequence[str], keys: Sequence[LoggedKey]) -> dict
         "scale": short(step.update.scale) if step.update else None,
         "medians": {key.name: short(medians.get(median_key(key.name), math.nan)) for key in keys if key.median},
     }
-
-
-def _run_notes(run: Run, shown: int) -> list[str]:
-    """Return what the page lacks of a run."""
-    n = len(run.steps)
-    thinned = [f"{run.name}: {shown} of {n} probes are shown, evenly, to keep this page small."] if shown < n else []
-    return [*thinned, *(f"Left out: {what}." for what in run.omissions)]

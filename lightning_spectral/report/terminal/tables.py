@@ -26,21 +26,16 @@ from lightning_spectral.report.terminal.formatting import (
     width_for,
 )
 
-NAME_LEAST = 12
-"""Characters of a layer's name that are worth more than another column; the first table has more of it."""
+NAME_LEAST, REQUESTED_NAME_LEAST, PAPER_LEAST = 24, 12, 20
+"""Characters worth more than another column: of a layer's name, in the first table and in those of options, and
+of a line of what the paper has."""
 
 Cell = Callable[[LayerSpectrum], str]
 
 
 @dataclass(frozen=True)
 class Requested:
-    """Table of what one option measures.
-
-    Attributes:
-        title, caption: above and below it.
-        measured: tells whether a layer was measured with the option.
-        columns: heading -> a layer's cell.
-    """
+    """Table of what one option measures, of the layers that were ``measured`` with it: heading -> a layer's cell."""
 
     title: str
     caption: str
@@ -53,15 +48,10 @@ class Requested:
         columns = {"layer": [printable(layer.name) for layer in shown]}
         columns |= {heading: [cell(layer) for layer in shown] for heading, cell in self.columns.items()}
         table, omitted = fit_table(
-            columns, width, flexible="layer", least=NAME_LEAST, expendable=list(self.columns)[:0:-1],
+            columns, width, flexible="layer", least=REQUESTED_NAME_LEAST, expendable=list(self.columns)[:0:-1],
             left=("layer",), dim=[not trusted(layer) for layer in shown],
         )  # fmt: skip
         return table, self.caption + omitted
-
-
-def requested_of(report: SpectralReport) -> list[Requested]:
-    """Return the tables of the options that a report was measured with."""
-    return [requested for requested in REQUESTED if any(map(requested.measured, report.layers.values()))]
 
 
 def _part(name: str) -> Callable[[LayerSpectrum], bool]:
@@ -85,14 +75,6 @@ def _value(layer: LayerSpectrum, key: str) -> float:
     return layer.scalars().get(key, math.nan)
 
 
-def _quarters(layer: LayerSpectrum) -> str:
-    return "  ".join(fixed(fit.exponent) for fit in layer.alpha_quartiles)
-
-
-def _model(layer: LayerSpectrum) -> str:
-    return (layer.rank_models.winner or "-").replace("_", " ")
-
-
 REQUESTED = (
     Requested(
         "bootstrap: what the exponents owe to single points",
@@ -102,7 +84,7 @@ REQUESTED = (
             "alpha 95 %": _interval("alpha"),
             "gamma 95 %": _interval("gamma"),
             "s 95 %": _interval("s"),
-            "alpha by quarter": _quarters,
+            "alpha by quarter": lambda layer: "  ".join(fixed(fit.exponent) for fit in layer.alpha_quartiles),
         },
     ),
     Requested(
@@ -149,7 +131,7 @@ REQUESTED = (
         lambda layer: len(layer.spectrum) > len(layer.sigma),
         {
             "values": lambda layer: f"{layer.rank_models.n_used}/{len(layer.spectrum)}",
-            "model": _model,
+            "model": lambda layer: (layer.rank_models.winner or "-").replace("_", " "),
             "ΔBIC": _of("rank_margin"),
         },
     ),
@@ -164,9 +146,6 @@ CAPTION = (
 """Meaning of the columns of the table of layers, in a line."""
 
 PAPER = "alpha in the paper"
-
-NAME_LEAST, PAPER_LEAST = 24, 20
-"""Characters of a layer's name, and of a line of what the paper has, that are worth more than another column."""
 
 LEAST_NEEDED = ("zeta", "shape", "α·γ", "PR_h", "kind", "s", "gamma", "error", "signal")
 """Columns that a narrow terminal may go without, the first ones first; alpha and r2 are always shown."""
@@ -201,7 +180,9 @@ def print_report(
     shown = report if layers is None else replace(report, layers={n: report.layers[n] for n in layers})
     if shown.layers or not report.layers:
         _print_table(console, *_layer_table(shown, text, console.width))
-        for requested in requested_of(shown):
+        for requested in REQUESTED:
+            if not any(map(requested.measured, shown.layers.values())):
+                continue
             # A title of its own would be broken to the width of the table.
             console.print(requested.title, style="italic", soft_wrap=_wide(console), highlight=False)
             _print_table(console, *requested.table(shown.layers.values(), console.width))
@@ -217,10 +198,11 @@ def heading(report: SpectralReport) -> str:
     """Return when, on what and how a report was measured, in a line."""
     where = "" if report.step is None else f"step {report.step}, "
     how = f"{report.mode} mode, curvature by {method_of(report)}"
-    return f"{where}loss {report.loss:.3f}, {_samples(report)}, {how}"
+    return f"{where}loss {report.loss:.3f}, {samples_of(report)}, {how}"
 
 
-def _samples(report: SpectralReport) -> str:
+def samples_of(report: SpectralReport) -> str:
+    """Return the samples that gradient and curvature are of."""
     if report.curvature_samples in (None, report.n_samples):
         return f"{report.n_samples} samples"
     return f"gradient of {report.n_samples} samples, curvature of {report.curvature_samples}"

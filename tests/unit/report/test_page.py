@@ -248,7 +248,7 @@ def test_facts_tell_the_samples_of_gradient_and_curvature_apart():
     for curvature, said in (
         (8, "8 samples, "),
         (None, "8 samples, "),
-        (2, "gradient of 8 samples, curvature of 2 of them, "),
+        (2, "gradient of 8 samples, curvature of 2, "),
     ):
         made = report(layer("a"), curvature_samples=curvature)
         assert page_data(run_of([made], "mine"))["probes"][0]["facts"].startswith(said + "eval mode")
