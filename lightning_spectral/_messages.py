@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 NAMES_SHOWN = 6
 """How many layers a message names."""
-
-
-def unpickling_refusal(error: BaseException) -> str:
-    """Return what torch.load with weights_only=True would not read, without its advice to execute it; else nothing.
-
-    >>> unpickling_refusal(ValueError("WeightsUnpickler error: Unsupported global: GLOBAL os.system was not allowed"))
-    'it holds os.system, which is code'
-    >>> unpickling_refusal(ValueError("no such file"))
-    ''
-    """
-    if "WeightsUnpickler error" not in str(error) and type(error).__name__ != "UnpicklingError":
-        return ""
-    code = re.search(r"\bGLOBAL (\S+)", str(error))
-    return f"it holds {code[1]}, which is code" if code else "its bytes are not those of a checkpoint"
 
 
 def did_you_mean(name: str, candidates: Iterable[str], most: int = 1) -> str:

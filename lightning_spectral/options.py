@@ -156,7 +156,6 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        """Check each option."""
         positive_int("top_k", self.top_k, MIN_TOP_K, reason="the points that a fit needs")
         one_of("curvature", self.curvature, METHODS)
         one_of("mode", self.mode, get_args(Mode))

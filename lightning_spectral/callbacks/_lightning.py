@@ -63,11 +63,8 @@ def package_of(module_class: object) -> str:
     """Return the package whose LightningModule a class is; the first one installed if it is of neither."""
     bases = [base.__module__ for base in getattr(module_class, "__mro__", ())]
     matches = [package for package in PACKAGES if any(f"{base}.".startswith(f"{package}.") for base in bases)]
-    return next(iter(matches), next(filter(_is_installed, PACKAGES)))
-
-
-def _is_installed(package: str) -> bool:
-    return find_spec(package.partition(".")[0]) is not None
+    installed = (package for package in PACKAGES if find_spec(package.partition(".")[0]) is not None)
+    return next(iter(matches), next(installed))
 
 
 def overrides(module: Any, hook: str) -> bool:

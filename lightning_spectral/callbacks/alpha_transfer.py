@@ -47,7 +47,12 @@ def transfer_alphas(
     layers = _measured_layers(module, options)
     alphas = {} if report is None else {name: report.layers[name].alpha.exponent for name in report.trusted}
     write_alphas(optimizers, module, layers, alphas)
-    return alphas_in_use(optimizers, module, {name: layers[name] for name in logged(list(layers))})
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    exponents: dict[str, float] = {}
+    for name in logged(list(layers)):
+        used = [optimizer.alpha_of(parameters[layers[name].parameter], layers[name].rows) for optimizer in optimizers]
+        exponents |= {ALPHA_KEY.replace("<layer>", name): alpha for alpha in used if alpha is not None}
+    return exponents
 
 
 def warn_of_unmeasured(
@@ -83,18 +88,6 @@ def write_alphas(
             measured.setdefault(parameters[layer.parameter], []).append(MeasuredAlpha(alpha, layer.rows))
     for optimizer in optimizers:
         optimizer.set_alpha(measured)
-
-
-def alphas_in_use(
-    optimizers: Sequence[SpectralNewton], module: nn.Module, layers: Mapping[str, MatrixLayer]
-) -> dict[str, float]:
-    """Return logged key -> exponent of each layer that an optimizer steps."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    exponents: dict[str, float] = {}
-    for name, layer in layers.items():
-        alphas = [optimizer.alpha_of(parameters[layer.parameter], layer.rows) for optimizer in optimizers]
-        exponents |= {ALPHA_KEY.replace("<layer>", name): alpha for alpha in alphas if alpha is not None}
-    return exponents
 
 
 def unmeasured_parameters(

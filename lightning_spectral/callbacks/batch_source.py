@@ -147,7 +147,8 @@ class BatchSource:
             if not self._is_loaded or self._loaded_for != self.samples:
                 self._read(self._loader, module, to_device, group)
         elif self.choice == "train":
-            if not len(self._batches) and self._suffices_alone(batch):
+            # A batch that is all that a probe takes need not be copied.
+            if not len(self._batches) and self._suffice(1, 0 if self.samples is None else self._count(batch)):
                 return [batch]
             self.collect(batch)
         return self._batches if self._is_loaded or self._is_full else None
@@ -163,10 +164,6 @@ class BatchSource:
         samples = None if self.samples is None else math.ceil(self.samples / (group.size if is_split else 1))
         self._batches = first_batches(loader, self._least, module, prepare=to_device, share=share, samples=samples)
         self._loaded_for, self._is_loaded = self.samples, True
-
-    def _suffices_alone(self, batch: Any) -> bool:
-        """Return whether a batch is all that a probe takes, so that it need not be copied."""
-        return self._suffice(1, 0 if self.samples is None else self._count(batch))
 
     def _count(self, batch: Any) -> int:
         """Return the samples of a batch; of one that does not tell, 0 where none were asked for."""

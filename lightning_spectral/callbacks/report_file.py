@@ -22,11 +22,7 @@ class ReportFile:
 
     An error of writing is warned about once and costs that line; training goes on.
 
-    Args:
-        prefix: prefix of the probe's keys, which names the file: each probe of a Trainer has its own.
-
-    Attributes:
-        path: of the file; None before a report is in it.
+    The prefix of the probe's keys names it: each probe of a Trainer has its own.
     """
 
     def __init__(self, prefix: str, warn: Callable[[str], None]) -> None:

@@ -62,7 +62,6 @@ class OutputOptions:
     keep_reports: bool = True
 
     def __post_init__(self) -> None:
-        """Check each option."""
         for option in ("log_figures_every", "print_every", "wandb_charts"):
             optional_positive_int(option, getattr(self, option))
         for option in ("log_tables", "wandb_alerts", "wandb_artifact", "keep_reports"):

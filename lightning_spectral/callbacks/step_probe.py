@@ -30,10 +30,6 @@ class _Pending:
 
     Attributes:
         weights: before it; None where they could not be kept.
-        batches: of the probe.
-        batch_idx: what the probe's training_step was told.
-        report: of the probe.
-        step: optimizer steps before it.
         global_step: Lightning's count of them, which is another number once the step is taken.
     """
 
@@ -145,7 +141,10 @@ class StepProbe:
         if pending.weights is None or not all(kept):
             self.warn(f"{_failure(pending.step)}: rank {kept.index(False)} could not keep the weights before it")
             return None
-        options = replace(self.options, micro_batch_size=_micro_batch_size(pending.report, self.options))
+        # Where the probe cut its batches, memory was enough for micro-batches of that size.
+        size, samples = pending.report.micro_batch_size, pending.report.n_samples
+        was_cut = size is not None and samples is not None and size * pending.report.n_batches < samples
+        options = replace(self.options, micro_batch_size=size) if was_cut else self.options
         where: dict[str, Any] = {"before": pending.weights, "batch_idx": pending.batch_idx, "group": self._group}
         measure = partial(measure_step, module, pending.batches, options, self.loss_fn, **where)
         measurement = attempt(measure, self.warn, _failure(pending.step))
@@ -189,13 +188,6 @@ def obstacle(trainer: Any, module: Any) -> str:
             "whole update; train with DDP, or leave step out"
         )
     return ""
-
-
-def _micro_batch_size(report: SpectralReport, options: Options) -> int | None:
-    """Return the size of micro-batches that memory was enough for, where the probe cut its batches."""
-    size, samples = report.micro_batch_size, report.n_samples
-    was_cut = size is not None and samples is not None and size * report.n_batches < samples
-    return size if was_cut else options.micro_batch_size
 
 
 def _failure(step: int) -> str:

@@ -198,15 +198,8 @@ class TimeBudget:
         """Expect the next probe to take so much longer than the last."""
         self.next_seconds = max(0.0, self.next_seconds + seconds)
 
-    def record_logging(self, seconds: float) -> None:
-        """Record that logging the last probe took so long and has just ended."""
-        self.probe_seconds += seconds
-        self.last_seconds += seconds
-        self.next_seconds += seconds
-        self._probe_ended = self.clock()
-
     def extend_probe(self, seconds: float) -> None:
-        """Record that the last probe took so much longer, in steps after it, until now."""
+        """Record that the last probe took so much longer, until now: for its logs, or in steps after it."""
         self.probe_seconds += seconds
         self.last_seconds += seconds
         self.next_seconds += seconds
@@ -256,11 +249,7 @@ STEPS_TO_JUDGE = 4
 
 
 class BudgetAdvice:
-    """Warn if a run has room for one probe alone, as soon as that can be told, or when it has ended with one.
-
-    Attributes:
-        report: of the last probe; None if it failed.
-    """
+    """Warn if a run has room for one probe alone, as soon as that can be told, or when it has ended with one."""
 
     def __init__(self, budget: TimeBudget, warn: Callable[[str], None]) -> None:
         self.budget, self.warn = budget, warn

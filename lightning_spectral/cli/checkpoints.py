@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_spectral._messages import join_names, unpickling_refusal
+from lightning_spectral._messages import join_names
+from lightning_spectral._serialization import load_plain
 from lightning_spectral.cli.import_paths import SourceError, import_object
 from lightning_spectral.errors import first_line
 
@@ -22,20 +21,12 @@ STATES = ("state_dict", "model_state_dict", "model")
 """Keys under which a checkpoint that holds more than weights keeps them."""
 
 
-def load_plain(path: Path, option: str, remedy: str) -> Any:
-    """Return the content of a checkpoint's file: tensors and plain values alone, so that nothing is executed.
-
-    Raises:
-        SourceError: if it holds anything else; the message ends in the remedy.
-    """
+def load_option(path: Path, option: str, remedy: str) -> Any:
+    """Return the content of a checkpoint's file, as `load_plain` does; the error of another ends in the remedy."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        # Whatever bytes may raise in torch.load.
-        why = unpickling_refusal(error) or first_line(error)
-        raise SourceError(
-            f"{option} {path}: no checkpoint that loads with weights_only=True ({why}); {remedy}"
-        ) from error
+        return load_plain(path)
+    except ValueError as error:
+        raise SourceError(f"{option} {path}: {error}; {remedy}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +66,7 @@ class Checkpoint:
         if not path.is_file():
             folder = "; of a sharded checkpoint, make one file first" if path.is_dir() else ""
             raise SourceError(f"--checkpoint {path}: no such file{folder}")
-        content = load_plain(path, "--checkpoint", "a file of torch.save(model.state_dict()) does")
+        content = load_option(path, "--checkpoint", "a file of torch.save(model.state_dict()) does")
         if not isinstance(content, Mapping):
             raise SourceError(f"--checkpoint {path}: a {type(content).__name__}, and no state dict or checkpoint")
         key = next((key for key in STATES if _is_state(content.get(key))), None)
@@ -108,7 +99,8 @@ class Checkpoint:
         if wrong := _wrong_shapes(own, state):
             raise SourceError(f"--checkpoint {self.path}: {join_names(wrong)}; is the model of the same size?")
         missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
-        what = _unmatched(missing, unexpected)
+        parts = {"it lacks": missing, "the model lacks": unexpected}
+        what = ", and ".join(f"{who} {join_names(names)}" for who, names in parts.items() if names)
         if what and (strict or len(missing) == len(own)):
             raise SourceError(f"--checkpoint {self.path}: {what}; {_remedy(own, self.state, missing)}")
         model.load_state_dict(state, strict=False)
@@ -120,18 +112,13 @@ def _is_state(value: Any) -> bool:
 
 
 def _wrong_shapes(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    both = {k: (own[k], state[k]) for k in own if k in state}
-    tensors = {k: (a, b) for k, (a, b) in both.items() if isinstance(a, Tensor) and isinstance(b, Tensor)}
+    pairs = ((name, own[name], state[name]) for name in own if name in state)
     return [
         f"{name} is {tuple(saved.shape)} in the checkpoint and {tuple(parameter.shape)} in the model"
-        for name, (parameter, saved) in tensors.items()
+        for name, parameter, saved in pairs
+        if isinstance(parameter, Tensor) and isinstance(saved, Tensor)
         if not is_lazy(parameter) and parameter.shape != saved.shape
     ]
-
-
-def _unmatched(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    parts = {"it lacks": missing, "the model lacks": unexpected}
-    return ", and ".join(f"{what} {join_names(names)}" for what, names in parts.items() if names)
 
 
 def _remedy(own: Mapping[str, Any], state: Mapping[str, Any], missing: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from lightning_spectral._messages import did_you_mean
 # LightningCLI resolves short names of imported classes alone.
 from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import lightning_cli, package_of
-from lightning_spectral.cli.checkpoints import load_plain
+from lightning_spectral.cli.checkpoints import load_option
 from lightning_spectral.cli.import_paths import SourceError, import_object, is_missing
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 
@@ -118,7 +118,7 @@ class _Checked(NamedGroups):
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if path and Path(path).is_file():
-            load_plain(
+            load_option(
                 Path(path), "--ckpt_path", "Trainer.fit(ckpt_path=...) in a program of your own loads one you trust"
             )
 
@@ -215,7 +215,8 @@ def suggestion(message: str) -> str:
     module, _, name = found[1].rpartition(".")
     candidates: Iterable[str]
     if option := OPTION.search(message):
-        name, candidates = option[1], _options(_named(found[1]))
+        cls = _named(found[1])
+        name, candidates = option[1], list(inspect.signature(cls).parameters) if callable(cls) else []
     elif module:
         candidates = dir(_module(module))
     else:
@@ -236,10 +237,6 @@ def _module(path: str) -> Any:
 def _named(path: str) -> Any:
     module, _, name = path.rpartition(".")
     return getattr(_module(module), name, None)
-
-
-def _options(cls: Any) -> list[str]:
-    return list(inspect.signature(cls).parameters) if callable(cls) else []
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

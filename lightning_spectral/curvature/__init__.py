@@ -12,7 +12,7 @@ from lightning_spectral.curvature.problem import (
     Gradients,
     SampleRange,
     accumulation_dtype,
-    cause_of,
+    together_or_alone,
 )
 from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
 from lightning_spectral.curvature.seen_layers import not_matrices
@@ -22,6 +22,6 @@ from lightning_spectral.curvature.static_analysis import FakeLoss, Structure, st
 __all__ = [
     "LOSS", "METHODS", "STEP", "TRANSPOSED", "Curvature", "Curvatures", "DifferentiableLoss", "FakeLoss", "Gradients",
     "HutchinsonTrace", "LayerCall", "LossProperties", "LossValue", "Recorder", "SampleRange", "StepProducts",
-    "Structure", "accumulation_dtype", "cause_of", "check_method", "graph_kinds", "loss_value", "not_matrices",
-    "structure",
+    "Structure", "accumulation_dtype", "check_method", "graph_kinds", "loss_value", "not_matrices",
+    "structure", "together_or_alone",
 ]  # fmt: skip

@@ -97,10 +97,6 @@ class Dependence:
                 mask |= self.masks[n]
             self.masks[node] = mask
 
-    def leaves_in(self, mask: int) -> set[int]:
-        """Return the leaves of a mask."""
-        return {leaf for leaf, bit in self.bits.items() if mask & bit}
-
 
 def _disjoint(masks: Iterable[int]) -> bool:
     union = 0

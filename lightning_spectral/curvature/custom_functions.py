@@ -38,8 +38,7 @@ class CustomFunctions:
 def watch_custom_functions(loss: Tensor) -> Iterator[CustomFunctions]:
     """Yield a record that a backward pass with create_graph fills."""
     functions = CustomFunctions()
-    custom = [node for node in reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction)]
-    handles = [node.register_hook(_watcher(node, functions)) for node in custom]
+    handles = [node.register_hook(_watcher(node, functions)) for node in _custom_nodes(loss)]
     try:
         yield functions
     finally:
@@ -49,8 +48,15 @@ def watch_custom_functions(loss: Tensor) -> Iterator[CustomFunctions]:
 
 def custom_functions(loss: Tensor) -> list[str]:
     """Return the names of the custom autograd functions behind a loss."""
-    nodes = (node for node in reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction))
-    return sorted({type(node).__name__.removesuffix("Backward") for node in nodes})
+    return sorted({_name_of(node) for node in _custom_nodes(loss)})
+
+
+def _custom_nodes(loss: Tensor) -> list[Any]:
+    return [node for node in reachable([loss.grad_fn]) if isinstance(node, BackwardCFunction)]
+
+
+def _name_of(node: Node) -> str:
+    return type(node).__name__.removesuffix("Backward")
 
 
 def leaves_behind(node: Node) -> set[int]:
@@ -59,20 +65,15 @@ def leaves_behind(node: Node) -> set[int]:
 
 
 def _watcher(node: Node, functions: CustomFunctions) -> Any:
-    name = type(node).__name__.removesuffix("Backward")
-
     def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]) -> None:
         inputs = [grad for grad in grad_inputs if grad is not None]
         outputs = [grad for grad in grad_outputs if grad is not None]
-        is_cut = any(_is_delayed(grad) or (not grad.requires_grad and not _scales(grad, outputs)) for grad in inputs)
-        (functions.cut if is_cut else functions.trusted)[node] = name
+        # A node of that name is what once_differentiable hangs into the graph of the gradient.
+        delayed = any(grad.grad_fn is not None and grad.grad_fn.name().endswith("Error") for grad in inputs)
+        is_cut = delayed or any(not grad.requires_grad and not _scales(grad, outputs) for grad in inputs)
+        (functions.cut if is_cut else functions.trusted)[node] = _name_of(node)
 
     return hook
-
-
-def _is_delayed(grad: Tensor) -> bool:
-    """Return whether this is what once_differentiable hangs into the graph of the gradient."""
-    return grad.grad_fn is not None and grad.grad_fn.name().endswith("Error")
 
 
 def _scales(grad: Tensor, outputs: list[Tensor]) -> bool:

@@ -44,7 +44,10 @@ class DirectionGraph:
         self.problem, self.seen, self.layouts, self.samples = problem, seen, layouts, problem.samples
         self.names = list(layouts)
         self.triplets = {name: directions[name] for name in self.names}
-        self.e = {name: self._amplitudes(name) for name in self.names}
+        self.e: dict[str, Tensor] = {}
+        for name in self.names:
+            leaf, shape = problem.parameters[name], (self.samples, len(self.triplets[name]))
+            self.e[name] = torch.zeros(shape, dtype=accumulation_dtype(leaf), device=leaf.device, requires_grad=True)
         self._ports: dict[str, list[Port]] = {name: [] for name in self.names}
         self.by_leaf: dict[int, list[str]] = {}
         for name in self.names:
@@ -105,11 +108,6 @@ class DirectionGraph:
             for ports in self._ports.values():
                 for port in ports:
                     port.select(None)
-
-    def _amplitudes(self, name: str) -> Tensor:
-        leaf = self.problem.parameters[name]
-        shape = self.samples, len(self.triplets[name])
-        return torch.zeros(shape, dtype=accumulation_dtype(leaf), device=leaf.device, requires_grad=True)
 
     def _move(self, leaf: int, call: LayerCall, number: int) -> Tensor | None:
         """Return what moves the output of one call along the directions of all layers of its parameter."""

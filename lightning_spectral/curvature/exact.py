@@ -58,16 +58,14 @@ def _layer(layer: MatrixLayer, leaf: Tensor, gradient: Tensor | None, triplets: 
     for u, v in zip(triplets.u.T, triplets.v.T, strict=True):
         direction = matrix_direction(layer, u, v, leaf)
         (product,) = torch.autograd.grad(gradient, leaf, direction, retain_graph=True, allow_unused=True)
-        h_k.append(
-            torch.zeros((), device=leaf.device) if product is None else _bilinear(u, layer.to_matrix(product), v)
-        )
+        if product is None:
+            h_k.append(torch.zeros((), device=leaf.device))
+            continue
+        # u^T M v, the last sum in float64 where the device has it.
+        matrix = layer.to_matrix(product)
+        wide = accumulation_dtype(matrix)
+        h_k.append((u.to(matrix.dtype) @ matrix).to(wide) @ v.to(wide))
     return torch.stack(h_k).cpu().double() if h_k else torch.zeros(0, dtype=torch.float64)
-
-
-def _bilinear(u: Tensor, matrix: Tensor, v: Tensor) -> Tensor:
-    """Return u^T M v, the inner product with u v^T, the last sum in float64 where the device has it."""
-    wide = accumulation_dtype(matrix)
-    return (u.to(matrix.dtype) @ matrix).to(wide) @ v.to(wide)
 
 
 def _nothing(triplets: SingularTriplets) -> Tensor:
@@ -81,11 +79,9 @@ def measured_exactly(
     if not why:
         return Curvatures({}, "exact")
     exact = ExactCurvature()(problem.of(why), {name: directions[name] for name in why})
-    singly = {
-        name: f"measured by double backward, since {reason}" for name, reason in why.items() if name not in exact.failed
-    }
-    notes = tuple(group_by_reason(singly))
-    return Curvatures(exact.h, "exact", exact.failed, {}, dict.fromkeys(why, "exact"), notes)
+    measured = {n: f"measured by double backward, since {reason}" for n, reason in why.items() if n not in exact.failed}
+    methods, notes = dict.fromkeys(why, "exact"), tuple(group_by_reason(measured))
+    return Curvatures(exact.h, "exact", exact.failed, {}, methods, notes)
 
 
 LOSS, STEP = "loss", "step"

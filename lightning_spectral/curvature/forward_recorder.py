@@ -76,23 +76,17 @@ class Recorder(TorchFunctionMode):
         self._undo = ExitStack()
 
     def __enter__(self) -> Recorder:
-        """Start to note."""
-        self._undo.enter_context(on_saved_tensors_hooks(self._note_hooks))
+        self._undo.enter_context(on_saved_tensors_hooks(lambda: setattr(self.trace, "hooked", True)))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Stop."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._undo.close()
-
-    def _note_hooks(self) -> None:
-        self.trace.hooked = True
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a function; note what it did."""
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self._inside_attention(args[0]):

@@ -81,7 +81,7 @@ class GGNCurvature:
             return measured_exactly(problem, directions, seen.unseen)
         if is_piecewise_linear(seen):
             exact = measured_exactly(problem, directions, seen.unseen)
-            zero = {name: torch.zeros(len(directions[name]), dtype=torch.float64) for name in seen.calls}
+            zero = _zeros({name: directions[name] for name in seen.calls})
             return Curvatures(zero | exact.h, self.name, exact.failed, {}, exact.methods, exact.notes)
         moved = move_network(problem, seen, directions, nearest=self.as_hessian)
         exact = measured_exactly(problem, directions, moved.unseen)
@@ -96,7 +96,7 @@ class GGNCurvature:
         if head.cut.is_nested:
             raise MeasurementError(f"the loss depends on what is inside the network, beside its output; {REMEDY}")
         if head.is_flat:
-            return {name: torch.zeros(len(t), dtype=torch.float64) for name, t in graph.triplets.items()}, {}
+            return _zeros(graph.triplets), {}
         if not head.keeps_samples_apart():
             return self._coupled(moved), {}
         moments = {name: _Moments() for name in graph.names}
@@ -104,8 +104,7 @@ class GGNCurvature:
             for column in head.exact_columns():
                 _add(moments, moved, column)
             # Of a head without curvature there is no column.
-            zeros = {name: torch.zeros(len(t), dtype=torch.float64) for name, t in graph.triplets.items()}
-            return {n: of_layer.total().cpu() if of_layer.count else zeros[n] for n, of_layer in moments.items()}, {}
+            return _zeros(graph.triplets) | {n: x.total().cpu() for n, x in moments.items() if x.count}, {}
         # Micro-batches of a batch draw signs of their own, so that their errors average out.
         first, total = (problem.place.first, problem.place.total) if problem.place else (0, graph.samples)
         columns = head.random_columns(torch.Generator().manual_seed(self.seed + first))
@@ -141,6 +140,10 @@ class GGNCurvature:
                 values.append((y_bck[:, :, k] * bent.to(y_bck)).sum())
             h[name] = torch.stack(values).cpu().double()
         return h
+
+
+def _zeros(directions: Mapping[str, SingularTriplets]) -> dict[str, Tensor]:
+    return {name: torch.zeros(len(triplets), dtype=torch.float64) for name, triplets in directions.items()}
 
 
 def is_piecewise_linear(seen: SeenLayers) -> bool:

@@ -66,14 +66,19 @@ def graph_kinds(problem: DifferentiableLoss) -> dict[str, Kind]:
     What attention or an MLP goes on from is no head either, as it seems to be where no layer takes its width.
     """
     kinds = {name: layer.kind for name, layer in problem.layers.items()}
-    return _GraphKinds(problem, kinds).refined() if "dense" in kinds.values() else {}
+    if "dense" not in kinds.values():
+        return {}
+    walk = _GraphKinds(problem, kinds)
+    walk.add_attention()
+    walk.add_mlps()
+    return {name: kind for name, kind in walk.kinds.items() if kind != kinds[name]}
 
 
 class _GraphKinds:
     """One walk, in which attention calls and sums are noted."""
 
     def __init__(self, problem: DifferentiableLoss, kinds: dict[str, Kind]) -> None:
-        self.layers, self.kinds, self.before = problem.layers, dict(kinds), kinds
+        self.layers, self.kinds = problem.layers, dict(kinds)
         self.made: dict[Node, Made] = {}
         self.sums: dict[Node, list[Made]] = {}
         self.scores: dict[Node, list[Made]] = {}
@@ -88,13 +93,8 @@ class _GraphKinds:
         self.layer_of = {node: name for name, node, _ in self.calls}
         self.read = {node: made for _, node, made in self.calls}
 
-    def refined(self) -> dict[str, Kind]:
-        """Return the kinds of dense layers that are others."""
-        self._add_attention()
-        self._add_mlps()
-        return {name: kind for name, kind in self.kinds.items() if kind != self.before[name]}
-
-    def _add_attention(self) -> None:
+    def add_attention(self) -> None:
+        """Refine the kinds of layers that attention reads, or that read it."""
         # What another layer reads, or a sum, is a stream that attention reads without a projection.
         streams = {node for _, _, made in self.calls if made.form is Form.PLAIN for node in made.origins}
         streams |= {node for terms in self.sums.values() for made in terms for node in made.origins}
@@ -110,7 +110,8 @@ class _GraphKinds:
             if made.form is Form.PLAIN and made.origins <= self.attentions.keys():
                 self._refine(name, "attention_out")
 
-    def _add_mlps(self) -> None:
+    def add_mlps(self) -> None:
+        """Refine the kinds of layers with an activation between them."""
         branches = {node: ups for name, node, made in self.calls if (ups := self._ups(name, made))}
         residual = set[Node]()
         for node in self.sums:
@@ -119,7 +120,8 @@ class _GraphKinds:
             residual |= {down for down in added if self.read[branches[down][0]] in terms}
         mixed = self.attentions.keys() | {n for n, name in self.layer_of.items() if self.kinds[name] == "attention_out"}
         for down, ups in branches.items():
-            if down in residual or (self._leads_back(ups[0], down) and self._is_behind(self.read[ups[0]], mixed)):
+            is_behind = any(term.origins & mixed for term in self._terms(self.read[ups[0]]))
+            if down in residual or (self._leads_back(ups[0], down) and is_behind):
                 self._refine(self.layer_of[down], "mlp_down")
                 for up in ups:
                     self._refine(self.layer_of[up], "mlp_up")
@@ -142,9 +144,6 @@ class _GraphKinds:
     def _shape(self, node: Node) -> tuple[int, int]:
         layer = self.layers[self.layer_of[node]]
         return layer.shape[0] // layer.groups, layer.shape[1]
-
-    def _is_behind(self, made: Made, mixed: set[Node]) -> bool:
-        return any(term.origins & mixed for term in self._terms(made))
 
     def _terms(self, made: Made) -> dict[Made, None]:
         """Return a tensor, and the terms of the sum that it is, the outermost first."""

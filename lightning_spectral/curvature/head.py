@@ -47,13 +47,7 @@ class Column:
 
 
 class Head:
-    """Head of a loss, differentiated once.
-
-    Args:
-        loss: with its graph.
-        cut: of it.
-        samples: B.
-    """
+    """Head of a loss, differentiated once."""
 
     def __init__(self, loss: Tensor, cut: GraphCut, samples: int) -> None:
         self.loss, self.cut, self.samples = loss, cut, samples

@@ -14,7 +14,7 @@ Source: M. Hutchinson, Communications in Statistics 18 (1989), 1059.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,8 +29,8 @@ from lightning_spectral.curvature.problem import (
     Curvatures,
     DifferentiableLoss,
     Gradients,
-    cause_of,
     dot,
+    together_or_alone,
     unverified,
 )
 from lightning_spectral.curvature.sample_search import INTERACT, move_network
@@ -91,7 +91,8 @@ class HutchinsonTrace:
         moves.check_samples_apart({name: half * scale[name] for name in scale}, ~half)
         draws = []
         for _ in range(self.draws):
-            along = moves.along_signs({name: torch.tensor(scale[name]) for name in scale})
+            pairs = moves.draw({name: torch.tensor(scale[name]) for name in scale})
+            along = {name: sum(dot(move, product) for move, product in pairs[name]) for name in scale}
             draws.append([along[name] / scale[name] ** 2 for name in scale])
         drawn = torch.tensor(draws, dtype=torch.float64)
         return {name: drawn[:, i] for i, name in enumerate(scale)}
@@ -110,28 +111,17 @@ class HutchinsonTrace:
         alone = problem.of(names)
         gradients = alone.gradients(keep_graph=True)
         failed = {name: gradients.failed[name] for name in names if name in gradients.failed}
-        names = [name for name in names if name not in failed]
-        try:
-            found = self._draw(alone, gradients, names)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            found = {}
-            for name in names:
-                try:
-                    found |= self._draw(alone, gradients, [name])
-                except RuntimeError as failure:
-                    if is_out_of_memory(failure):
-                        raise
-                    failed[name] = cause_of(failure)
+        left = [name for name in names if name not in failed]
+        found, others = together_or_alone(left, lambda some: self._draw(alone, gradients, some))
         trusted = {name: unverified(gradients.trusted[name]) for name in found if name in gradients.trusted}
-        return found, failed, tuple(group_by_reason(trusted))
+        return found, failed | others, tuple(group_by_reason(trusted))
 
-    def _draw(self, problem: DifferentiableLoss, gradients: Gradients, names: list[str]) -> dict[str, Tensor]:
+    def _draw(self, problem: DifferentiableLoss, gradients: Gradients, names: Sequence[str]) -> dict[str, Tensor]:
         layers = {name: problem.layers[name] for name in names}
         leaves = {name: problem.parameters[name] for name in names}
-        draws = []
-        for z in _signs(layers, self.draws, _generator(self.seed, problem)):
+        draws, generator = [], _generator(self.seed, problem)
+        for _ in range(self.draws):
+            z = {name: _random_signs(layer.shape, generator) for name, layer in layers.items()}
             scaled = {name: z[name] * self._scale(name) for name in names}
             product = _product(gradients, leaves, _by_leaf(layers, leaves, scaled))
             draws.append(
@@ -158,21 +148,16 @@ class _Moves:
         self.edges = [call.edge for name in graph.names for call in graph.calls[name] if call.edge is not None]
         self.gradients = torch.autograd.grad(graph.loss, self.edges, create_graph=True)
 
-    def along_signs(self, scales: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return z^T H z of each layer, of signs times a scale."""
-        drawn = self._draw(scales)
-        return {name: sum(dot(move, product) for move, product in pairs) for name, pairs in drawn.items()}
-
     def check_samples_apart(self, scales: Mapping[str, Tensor], rest: Tensor) -> None:
         """Raise MeasurementError unless what is done to the samples that have a scale shows at none of the rest."""
-        for name, pairs in self._draw(scales).items():
+        for name, pairs in self.draw(scales).items():
             for (_, product), call, layout in zip(pairs, self.graph.calls[name], self.graph.layouts[name], strict=True):
                 rows = product if call.is_convolution else call.to_rows(product)
                 rows = rows.reshape(call.lead.numel(), -1)
                 if bool(rows[layout.spread(rest[:, None]).squeeze(1).to(rows.device)].any()):
                     raise MeasurementError(INTERACT)
 
-    def _draw(self, scales: Mapping[str, Tensor]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    def draw(self, scales: Mapping[str, Tensor]) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """Return each layer's moves at its calls, times a scale or one for each sample (B,), and the products."""
         graph, moves = self.graph, []
         for name in graph.names:
@@ -202,12 +187,6 @@ def _product(gradients: Gradients, leaves: Mapping[str, Tensor], z: Mapping[int,
         list(outputs.values()), list(inputs.values()), [z[key] for key in outputs], retain_graph=True, allow_unused=True
     )
     return dict(zip(inputs, products, strict=True))
-
-
-def _signs(layers: Mapping[str, MatrixLayer], draws: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Yield per draw, signs (m, n) for each layer."""
-    for _ in range(draws):
-        yield {name: _random_signs(layer.shape, generator) for name, layer in layers.items()}
 
 
 def _by_leaf(

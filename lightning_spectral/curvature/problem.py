@@ -42,6 +42,8 @@ def scalar_loss(value: Any) -> Tensor:
 
 
 T = TypeVar("T")
+Name = TypeVar("Name")
+Key = TypeVar("Key")
 
 REMEDY = "measure layers whose gradient does not pass it (layers=...), or give a loss_fn without it"
 
@@ -103,9 +105,13 @@ class DifferentiableLoss:
         self._trace: Trace | None = None
         self._value: Tensor | None = None
         self._gradients: Gradients | None = None
-        self._loss: float | None = None
+        self._loss: Tensor | None = None
         self._outputs: dict[int, Tensor | None] = {}
         self.seen: tuple[Sequence[str], Any] | None = None
+
+    def checked(self, value: Any) -> Tensor:
+        """Return what was computed as the loss, or raise MeasurementError."""
+        return checked_loss(value, self._first)
 
     def gradients(self, *, keep_graph: bool, outputs: bool = False) -> Gradients:
         """Return the gradient in every layer's parameter; with keep_graph it can be differentiated again.
@@ -164,11 +170,11 @@ class DifferentiableLoss:
         """Compute the loss, if it is not known with its graph."""
         if self._value is None:
             with Recorder({id(leaf) for leaf in self.parameters.values()}) as recorder:
-                loss = checked_loss(self.evaluate(), self._first)
+                loss = self.checked(self.evaluate())
             if self.again(loss):
                 self.run()
                 return
-            self._trace, self._value, self._loss = recorder.trace, loss, float(loss.detach())
+            self._trace, self._value, self._loss = recorder.trace, loss, loss.detach()
 
     def _differentiate(
         self, leaves: Mapping[int, Tensor], keep_graph: bool, outputs: bool
@@ -176,25 +182,15 @@ class DifferentiableLoss:
         calls = [call for of_leaf in self.trace.calls.values() for call in of_leaf] if outputs else []
         edges = {id(call): call.edge for call in calls if call.edge is not None}
         options: dict[str, Any] = {"create_graph": keep_graph, "retain_graph": True, "allow_unused": True}
-        try:
-            places: Any = [*leaves.values(), *edges.values()]
+
+        def differentiate(keys: Sequence[int]) -> dict[int, Tensor | None]:
+            beside = edges if len(keys) == len(leaves) else {}
+            places: Any = [*(leaves[key] for key in keys), *beside.values()]
             values = torch.autograd.grad(self.value, places, **options)
-            self._outputs = dict(zip(edges, values[len(leaves) :], strict=True))
-            return dict(zip(leaves, values[: len(leaves)], strict=True)), {}
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            # One at a time, so that what stands in the way of some layers does not stop the others.
-            gradients: dict[int, Tensor | None] = {}
-            failed = {}
-            for key, leaf in leaves.items():
-                try:
-                    gradients[key] = torch.autograd.grad(self.value, leaf, **options)[0]
-                except RuntimeError as failure:
-                    if is_out_of_memory(failure):
-                        raise
-                    failed[key] = cause_of(failure)
-            return gradients, failed
+            self._outputs = dict(zip(beside, values[len(keys) :], strict=True))
+            return dict(zip(keys, values, strict=False))
+
+        return together_or_alone(leaves, differentiate)
 
     def release(self) -> None:
         """Let go of all graphs; the value of the loss stays known."""
@@ -220,7 +216,7 @@ class DifferentiableLoss:
     @property
     def loss(self) -> float:
         """The value of the loss."""
-        return _known(self._loss)
+        return float(_known(self._loss))
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,6 +281,31 @@ def _known(value: T | None) -> T:
     if value is None:
         raise MeasurementError("this is known once the gradients are")
     return value
+
+
+def together_or_alone(
+    names: Iterable[Name], compute: Callable[[Sequence[Name]], dict[Key, T]]
+) -> tuple[dict[Key, T], dict[Name, str]]:
+    """Return what is computed for all names together or, where that fails, for each alone, and why that fails for some.
+
+    So what stands in the way of some layers does not stop the others.
+    """
+    names = list(names)
+    try:
+        return compute(names), {}
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+    results: dict[Key, T] = {}
+    failed: dict[Name, str] = {}
+    for name in names:
+        try:
+            results |= compute([name])
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            failed[name] = cause_of(error)
+    return results, failed
 
 
 def cause_of(error: RuntimeError) -> str:

@@ -131,15 +131,12 @@ def _mixed(graph: DirectionGraph, head: Head) -> list[str]:
         head.layouts, number = guess, number + 1
         x = torch.rand(graph.samples, head.outputs, generator=torch.Generator().manual_seed(0)) + 1
         readings = graph.columns(head.edges, head.as_outputs(x.to(head.device) * half.to(head.device)[:, None]))
-        mixed = [name for name, t in readings.items() if _is_moved(t[~half.to(t.device)])]
+        others = {name: t[~half.to(t.device)] for name, t in readings.items()}
+        mixed = [name for name, t in others.items() if bool(t[t.isfinite()].any())]
         if len(mixed) < len(best):
             best, layouts = mixed, guess
     head.layouts = layouts
     return best
-
-
-def _is_moved(readings: Tensor) -> bool:
-    return bool(readings[readings.isfinite()].any())
 
 
 def _follow(

@@ -81,13 +81,7 @@ class LossProperties:
 
     @classmethod
     def seen(cls, seen: SeenLayers, windows: Mapping[str, int], problem: DifferentiableLoss) -> LossProperties:
-        """Return the properties of a loss by what its graph shows.
-
-        Args:
-            seen: the layers.
-            windows: layer name -> directions.
-            problem: that was run.
-        """
+        """Return the properties of a loss by what its graph shows."""
         samples = problem.samples if problem.place is None else problem.place.total
         cut = seen.cut if len(seen.cut.inside) == len(seen.calls) else seen.outer_cut
         shapes = [output_shape(edge.node, edge.output_nr) for edge in cut.edges]

@@ -111,7 +111,6 @@ class SketchCurvature:
     memory: float = 7.5
 
     def __post_init__(self) -> None:
-        """Check the options."""
         if self.draws < 2:
             raise ValueError(f"draws must be at least 2, whose difference gives the standard errors, got {self.draws}")
         if not self.target_error >= 0:

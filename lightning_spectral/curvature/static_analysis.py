@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.custom_functions import custom_functions
-from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.graph_kinds import graph_kinds
 from lightning_spectral.curvature.ports import sample_layouts
 from lightning_spectral.curvature.problem import DifferentiableLoss, scalar_loss
@@ -21,12 +19,9 @@ from lightning_spectral.layers.kinds import Kind
 class FakeLoss(DifferentiableLoss):
     """A problem whose loss has a graph and no value, as on fake tensors."""
 
-    def run(self) -> None:
-        """Compute the loss, if its graph is not known."""
-        if self._value is None:
-            with Recorder({id(leaf) for leaf in self.parameters.values()}) as recorder:
-                loss = scalar_loss(self.evaluate())
-            self._trace, self._value, self._loss = recorder.trace, loss, math.nan
+    def checked(self, value: Any) -> Tensor:
+        """Return it if it is a scalar with a gradient."""
+        return scalar_loss(value)
 
 
 @dataclass(frozen=True)
@@ -70,8 +65,8 @@ def structure(problem: DifferentiableLoss) -> Structure:
     root = problem.value.grad_fn
     assert root is not None
     dependence = Dependence(root, {id(leaf) for leaf in problem.parameters.values()})
-    reached = dependence.leaves_in(dependence.masks[root])
-    names = [name for name, leaf in problem.parameters.items() if id(leaf) in reached]
+    reached = dependence.masks[root]
+    names = [name for name, leaf in problem.parameters.items() if dependence.bits[id(leaf)] & reached]
     seen = see_layers(problem, names)
     apart = dict(seen.unseen)
     rows = {}

@@ -85,15 +85,15 @@ def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def without_communication(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a module's state without the hooks and records of its sharding, for a copy with full parameters."""
+
+    def communicates(hook: Any) -> bool:
+        function = hook.__func__ if isinstance(hook, types.MethodType) else hook
+        return str(getattr(function, "__module__", "")).startswith(COMMUNICATION)
+
     return {
-        name: type(value)((key, hook) for key, hook in value.items() if not _communicates(hook))
+        name: type(value)((key, hook) for key, hook in value.items() if not communicates(hook))
         if name.endswith("_hooks") and isinstance(value, dict)
         else value
         for name, value in state.items()
         if not is_composable_state(name)
     }
-
-
-def _communicates(hook: Any) -> bool:
-    function = hook.__func__ if isinstance(hook, types.MethodType) else hook
-    return str(getattr(function, "__module__", "")).startswith(COMMUNICATION)

@@ -46,13 +46,11 @@ class Step:
         self._value = value
 
     def __enter__(self) -> Step:
-        """Begin."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End, with what was sent."""
         self.received = [self._value]
 
 
@@ -295,7 +293,6 @@ class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation, unless it communicates."""
         if func.namespace in COMMUNICATION:
             raise MeasurementError(
                 f"the loss communicates with other ranks ({func.namespace}.{func.__name__}), so that it depends on "

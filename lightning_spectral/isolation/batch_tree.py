@@ -57,13 +57,7 @@ def take_samples(batch: Any, stop: int, start: int = 0, *, option: str = "max_sa
 
 
 class FirstSamples(Sequence[Any]):
-    """First batches of a sequence, cut to their first samples, each when it is fetched.
-
-    Args:
-        batches: to cut.
-        n: samples of each; None: all.
-        n_batches: how many; None: all.
-    """
+    """First batches of a sequence, cut to their first samples, each when it is fetched."""
 
     def __init__(self, batches: Sequence[Any], n: int | None, n_batches: int | None = None) -> None:
         self.batches, self.n = batches, n

@@ -48,7 +48,8 @@ class HeldState:
         seen = self._seen
         for item in held:
             # With its first batch a lazy module becomes one of another class, without the hook that makes it so.
-            if _is_lazy(item.value):
+            module = item.value if isinstance(item.value, nn.Module) else None
+            if module is not None and any(isinstance(p, UNINITIALIZED) for p in module.parameters(recurse=False)):
                 seen |= {id(item.value), *map(id, vars(item.value).values())}
         for item in held:
             for part in _parts(item, seen):
@@ -94,10 +95,6 @@ def _has_attributes(value: Any) -> bool:
     return isinstance(getattr(value, "__dict__", None), dict)
 
 
-def _is_lazy(value: Any) -> bool:
-    return isinstance(value, nn.Module) and any(isinstance(p, UNINITIALIZED) for p in value.parameters(recurse=False))
-
-
 def _restorers(value: Any, original: Any, empty: list[Any]) -> list[Callable[[], Any]]:
     """Return functions that put the state of one object back; an empty container is added to ``empty`` instead."""
     if type(value) in CONTAINERS and not value:
@@ -117,9 +114,9 @@ def _of_container(value: Any) -> list[Callable[[], Any]]:
     if isinstance(value, dict):
         return [_dict(value)]
     if isinstance(value, (list, deque)):
-        return [partial(_put_items, value, list(value))]
+        return [value.clear, partial(value.extend, list(value))]
     if isinstance(value, set):
-        return [partial(_put_members, value, set(value))]
+        return [value.clear, partial(value.update, set(value))]
     if isinstance(value, types.CellType):
         return [partial(setattr, value, "cell_contents", value.cell_contents)]
     return []
@@ -180,13 +177,3 @@ def _dict(value: dict[Any, Any]) -> Callable[[], None]:
             kind.update(value, items)
 
     return restore
-
-
-def _put_items(value: list[Any] | deque[Any], items: list[Any]) -> None:
-    value.clear()
-    value.extend(items)
-
-
-def _put_members(value: set[Any], members: set[Any]) -> None:
-    value.clear()
-    value.update(members)

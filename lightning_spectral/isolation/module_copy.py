@@ -107,11 +107,7 @@ class SpentIterator(Iterator[Any]):
 
 
 class Copier:
-    """copy.deepcopy that shares what cannot be copied, and says so, and that follows functions into their closures.
-
-    Args:
-        lowest: type that floating and complex tensors below it are raised to; None: they stay as they are.
-    """
+    """copy.deepcopy that shares what cannot be copied, and says so, and that follows functions into their closures."""
 
     def __init__(self, lowest: torch.dtype | None = None) -> None:
         self.memo: dict[int, Any] = {}

@@ -60,7 +60,6 @@ class MeasuredOperations(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a function."""
         kwargs = kwargs or {}
         if func in DIFFERENTIATE and not self.composed:
             self._note_differentiated(args, kwargs)
@@ -126,7 +125,9 @@ def in_one_precision(
     map_leaves((args, kwargs), note)
     if len(set(precisions)) < 2:
         return None
-    written = kwargs.get("out", args[0] if args and _writes_to_first(func) else None)
+    name = getattr(func, "__name__", "")
+    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    written = kwargs.get("out", args[0] if args and in_place else None)
     precision = _precision(written) if isinstance(written, Tensor) else None
     target = precision or reduce(torch.promote_types, precisions)
 
@@ -143,11 +144,6 @@ def _precision(tensor: Tensor) -> torch.dtype | None:
     """Return the type of a tensor's real numbers; None for whole numbers, and for those of a byte, with no products."""
     dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else None
-
-
-def _writes_to_first(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def grouped_product(

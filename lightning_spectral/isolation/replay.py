@@ -142,8 +142,9 @@ class ReplayedLoss:
         raised = self._initial_state.raised
         if raised and DTYPE_ERROR.search(text):
             found = _scripted_line(text) or first_line(error)
+            dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in raised))
             return (
-                f"the loss fails on the copy of the model, of which tensors in {_join(raised)} are raised to a higher "
+                f"the loss fails on the copy of the model, of which tensors in {dtypes} are raised to a higher "
                 f"precision ({found}); it holds or makes a tensor that this does not reach: write "
                 ".to(weight.dtype) or .type_as(x) where it is used, or register it as a buffer"
             )
@@ -169,7 +170,3 @@ def _scripted_line(text: str) -> str:
     places = re.findall(r'File "(.+?)", line (\d+), in (\w+)', text)
     where = [f", in {name} of {file}:{line}, which torch.jit.script has compiled" for file, line, name in places[-1:]]
     return "".join([text.strip().splitlines()[-1], *where])
-
-
-def _join(dtypes: Iterable[torch.dtype]) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -47,7 +47,11 @@ class Attentions:
     @property
     def blocks(self) -> set[Path]:
         """Paths of the modules that hold an attention and what stands beside it."""
-        return {block for scope in self.scopes for block in _blocks_around(scope)}
+        found: set[Path] = set()
+        for scope in self.scopes:
+            numbered = [scope[:end] for end in range(len(scope), 0, -1) if scope[end - 1].isdigit()]
+            found |= set(numbered[:BLOCK_LEVELS]) or {scope[:-1] or scope}
+        return found
 
     def holds(self, place: Place) -> bool:
         """Return whether a layer is inside an attention, as that of a bias by position is."""
@@ -86,7 +90,9 @@ def _add_inputs(found: Attentions, parent: Path, members: Sequence[Place]) -> No
     singles = [place for place in members if len(parts[place.name]) == 1]
     # One `value` alone may be a critic's head. A value that reads the key is an MLP, as in RWKV.
     pairs = any(
-        parts[a.name] != parts[b.name] and (a.ins == b.ins or a.outs == b.outs) and not _reads(a, b)
+        parts[a.name] != parts[b.name]
+        and (a.ins == b.ins or a.outs == b.outs)
+        and (a.outs == a.ins or (a.outs, a.ins) != (b.ins, b.outs))
         for a in singles
         for b in singles
     )
@@ -98,7 +104,7 @@ def _add_inputs(found: Attentions, parent: Path, members: Sequence[Place]) -> No
 def _add_scope(found: Attentions, scope: Path, members: Sequence[Place]) -> None:
     """Add the layers of a module that its name or class calls attention."""
     rest = [p for p in members if p.name not in found.inputs and not _is_of_mlp(p.leaf)]
-    named = [p for p in rest if _is_input(p.leaf)]
+    named = [p for p in rest if parts_of(p.leaf) or INNER_FUSED.fullmatch(p.leaf) or WITHIN & set(p.leaf.split("_"))]
     below = any(inner[: len(scope)] == scope for inner in found.scopes)
     if not named and not below and not _is_unnamed_attention(rest):
         return
@@ -113,10 +119,6 @@ def _add_scope(found: Attentions, scope: Path, members: Sequence[Place]) -> None
     if output is not None:
         found.outputs |= {p.name for p in rest if p is output or _is_named_output(p)}
         found.inputs |= {p.name for p in rest if p.name not in found.outputs and p.ins in widths and p.outs > 2}
-
-
-def _is_input(name: str) -> bool:
-    return bool(parts_of(name) or INNER_FUSED.fullmatch(name) or WITHIN & set(name.split("_")))
 
 
 def _is_of_mlp(name: str) -> bool:
@@ -144,11 +146,6 @@ def _is_output(place: Place, members: Sequence[Place], found: Attentions) -> boo
     return place in others and OUT.fullmatch(place.leaf) is not None and not paired
 
 
-def _reads(a: Place, b: Place) -> bool:
-    """Return whether one of two layers can only take the other's output, to lead back to its input."""
-    return a.outs != a.ins and (a.outs, a.ins) == (b.ins, b.outs)
-
-
 def _is_chain(place: Place, members: Sequence[Place], modules: Mapping[Path, nn.Module]) -> bool:
     """Return whether the layer is one of several in a row, as of a critic's `q_net.0`, `q_net.2`."""
     container = modules.get(place.named_path)
@@ -165,11 +162,6 @@ def attention_around(place: Place, modules: Mapping[Path, nn.Module]) -> Path | 
             scope = path
         path = path[:-1]
     return scope
-
-
-def _blocks_around(scope: Path) -> set[Path]:
-    numbered = [scope[:end] for end in range(len(scope), 0, -1) if scope[end - 1].isdigit()]
-    return set(numbered[:BLOCK_LEVELS]) or {scope[:-1] or scope}
 
 
 STATE_SPACE = "A_log"

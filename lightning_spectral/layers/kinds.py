@@ -41,7 +41,9 @@ def find_heads(
         unnamed: linear layers without a kind, in the network's order.
         inputs: (parameter name, input width) of every matrix, in the network's order.
     """
-    heads = {p.name for p in unnamed if is_named_head(p, modules)} | _towers(unnamed)
+    heads = {p.name for p in unnamed if is_named_head(p, modules)}
+    towers = [p for p in unnamed if TOWER_HEAD.fullmatch(p.own_name)]
+    heads |= {a.name for a in towers for b in towers if a is not b and (a.parent, a.outs) == (b.parent, b.outs)}
     heads |= {p.name for p in unnamed if LAST.fullmatch(p.own_name) and not _is_taken(p, inputs)}
     heads |= _ends_of_parts(unnamed, heads, inputs)
     trained = [p for p in unnamed if p.trained] or [p for p in unnamed if p.adapted and not heads]
@@ -55,11 +57,6 @@ def is_named_head(place: Place, modules: Mapping[Path, nn.Module]) -> bool:
         name = place.path[-2].lower()
     above = [part.lower() for part in place.path[:-1]]
     return HEAD.fullmatch(name) is not None and not any("router" in part or ATTENTION.fullmatch(part) for part in above)
-
-
-def _towers(places: Sequence[Place]) -> set[str]:
-    towers = [p for p in places if TOWER_HEAD.fullmatch(p.own_name)]
-    return {a.name for a in towers for b in towers if a is not b and (a.parent, a.outs) == (b.parent, b.outs)}
 
 
 def _ends_of_parts(places: Sequence[Place], named: Set[str], inputs: Sequence[tuple[str, int]]) -> set[str]:

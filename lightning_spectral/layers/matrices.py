@@ -143,9 +143,12 @@ def find_layers(
     """
     matrices, skipped = matrix_parameters(model)
     if not matrices:
+        found = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
+        count = sum(1 for _ in model.parameters())
+        found = found or (f"{count} parameters, none with two or more dimensions" if count else "no parameters")
         raise NoMatrixError(
             f"{type(model).__name__} has no matrix to measure: needed is a Linear, convolution, attention or other "
-            f"two-dimensional parameter that is trained; found {_summary(model, skipped)}"
+            f"two-dimensional parameter that is trained; found {found}"
         )
     matrices = _split_fused(matrices, fused_qkv, skipped)
     matrices = _with_kinds(matrices, kinds or {}, skipped)
@@ -291,13 +294,6 @@ def _select(
 
 def _names_of(layer: MatrixLayer) -> set[str]:
     return layer.names
-
-
-def _summary(model: nn.Module, skipped: Mapping[str, str]) -> str:
-    if skipped:
-        return "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:4])
-    count = sum(1 for _ in model.parameters())
-    return f"{count} parameters, none with two or more dimensions" if count else "no parameters"
 
 
 def matrix_direction(layer: MatrixLayer, u: Tensor, v: Tensor, like: Tensor) -> Tensor:

@@ -15,19 +15,13 @@ from lightning_spectral.errors import MeasurementError, SecondDerivativeError
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.directions import Directions
 from lightning_spectral.measurement.kronecker_factors import KroneckerResult
-from lightning_spectral.measurement.layer_fit import (
-    Part,
-    alignment_part,
-    fit_layer,
-    fraction_part,
-    intervals_part,
-    weights_part,
-)
+from lightning_spectral.measurement.layer_fit import Part, alignment_part, fit_layer, fraction_part, intervals_part
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.numerics.gradient_noise import UNKNOWN_NOISE
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.options import Options
 from lightning_spectral.records.layer_spectrum import LayerMeasurement, LayerSpectrum
+from lightning_spectral.records.on_request import WeightSpectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +145,8 @@ def _fit(
     )
     parts: dict[str, Part] = {}
     if weights is not None:
-        parts["weights"] = weights_part(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
+        spectrum = WeightSpectrum.of(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
+        parts["weights"] = lambda points: spectrum
     if options.bootstrap:
         parts["intervals"] = intervals_part(options.bootstrap)
     if options.curvature_fraction:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_spectral.curvature import DifferentiableLoss, LayerCall, Recorder, cause_of
+from lightning_spectral.curvature import DifferentiableLoss, LayerCall, Recorder, together_or_alone
 from lightning_spectral.curvature.products import Block
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.distributed.assignment import assign_owners
@@ -236,7 +236,8 @@ def _calls(
     notes |= seen.unseen
     alike = {name: calls for name, calls in seen.calls.items() if _are_alike(loss, name, calls)}
     notes |= dict.fromkeys(seen.calls.keys() - alike.keys(), OTHER_CALL)
-    deltas = _output_gradients(loss, alike, notes)
+    deltas, failed = together_or_alone(alike, lambda some: loss.output_gradients(c for n in some for c in alike[n]))
+    notes |= failed
     last = {id(call): name for name, calls in alike.items() for call in calls}
     for name, calls in alike.items():
         # Parts of a fused projection share their outputs; after the last of them one is let go.
@@ -260,23 +261,3 @@ def _are_alike(loss: DifferentiableLoss, name: str, calls: Sequence[LayerCall]) 
     blocks = {Block(*shape, transposed=True) if call.block is None else call.block for call in calls}
     sides = [True, False] if layer.rows is None else [not layer.transposed]
     return len(blocks) == 1 and blocks <= {Block(*shape, transposed=side) for side in sides}
-
-
-def _output_gradients(
-    loss: DifferentiableLoss, calls: Mapping[str, Sequence[LayerCall]], notes: dict[str, str]
-) -> dict[int, Tensor | None]:
-    """Return the gradients in these outputs; layer by layer where all together fail, and then note why."""
-    try:
-        return loss.output_gradients(call for of_layer in calls.values() for call in of_layer)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-    gradients: dict[int, Tensor | None] = {}
-    for name, of_layer in calls.items():
-        try:
-            gradients |= loss.output_gradients(of_layer)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            notes[name] = cause_of(error)
-    return gradients

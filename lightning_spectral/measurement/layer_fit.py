@@ -25,7 +25,7 @@ from lightning_spectral.numerics.power_law import (
 from lightning_spectral.numerics.statistics import directions_holding, entropy_rank, participation_ratio, zeta_bound
 from lightning_spectral.records.alignment import KroneckerFactors, LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerMeasurement, LayerSpectrum
-from lightning_spectral.records.on_request import CurvatureFraction, WeightSpectrum
+from lightning_spectral.records.on_request import CurvatureFraction
 
 NOISE, EQUAL = "below the noise floor", "sigma equal to all others"
 """Reasons for leaving a point out of a fit."""
@@ -54,11 +54,6 @@ class LayerPoints:
 
 Part = Callable[[LayerPoints], Any]
 """Function from the points of a layer's fits to an optional part of its spectrum."""
-
-
-def weights_part(matrix: Tensor, *, top_k: int, groups: int, eps: float) -> Part:
-    """Return what computes ``weights`` of a matrix (m, n); options as of `WeightSpectrum.of`."""
-    return lambda points: WeightSpectrum.of(matrix, top_k=top_k, groups=groups, eps=eps)
 
 
 def intervals_part(draws: int) -> Part:

@@ -84,7 +84,7 @@ def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int 
         return NamedLoss(function)
     name = type(model).__name__
     if callable(getattr(model, "spectral_loss", None)):
-        return NamedLoss(_spectral_loss, f"{name}.spectral_loss")
+        return NamedLoss(lambda module, batch: cast(Any, module).spectral_loss(batch), f"{name}.spectral_loss")
     if not callable(getattr(model, "training_step", None)):
         raise ValueError(f"{name} has no training_step, so its loss is not known; {LOSS_REMEDY}")
     if not getattr(model, "automatic_optimization", True):
@@ -92,10 +92,6 @@ def resolve_loss(model: nn.Module, loss_fn: LossFunction | None, batch_idx: int 
     if "dataloader_iter" in inspect.signature(model.training_step).parameters:  # type: ignore[arg-type]
         raise ValueError(f"{name}.training_step takes dataloader_iter and would consume batches; {LOSS_REMEDY}")
     return NamedLoss(partial(_training_step_loss, batch_idx=batch_idx), f"{name}.training_step")
-
-
-def _spectral_loss(module: nn.Module, batch: Any) -> Tensor:
-    return module.spectral_loss(batch)  # type: ignore[operator, no-any-return]
 
 
 def _training_step_loss(module: nn.Module, batch: Any, batch_idx: int) -> Tensor:

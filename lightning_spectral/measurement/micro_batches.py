@@ -112,7 +112,6 @@ class Attempt:
         self._failures = failures
 
     def __enter__(self) -> Attempt:
-        """Begin."""
         return self
 
     def __exit__(

@@ -43,12 +43,10 @@ class Watch:
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Watch:
-        """Start."""
         self._wait(FIRST_SECONDS, "before its gradient was there")
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop."""
         if self._timer is not None:
             self._timer.cancel()
 

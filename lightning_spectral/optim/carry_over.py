@@ -37,10 +37,7 @@ def carried_groups(
     Where ``init_args`` gives a rate, the groups keep the ratios to their first; where a weight decay, to the largest.
 
     Args:
-        old: the optimizer that was configured.
         target: class of the new one; its function ``groups(model)``, if it has one, gives the groups to split.
-        init_args: what the new one is constructed with.
-        model: that holds the parameters.
     """
     accepted = inspect.signature(target).parameters
     source = {id(p): i for i, group in enumerate(old.param_groups) for p in group["params"]}
@@ -146,7 +143,8 @@ def rebind_scheduler(scheduler: Any, old: Optimizer, new: Optimizer) -> None:
         ValueError: if it also schedules a momentum that a group of ``new`` does not have.
     """
     sources = [_source(group, old) for group in new.param_groups]
-    factors = [_factor(group["lr"], old.param_groups[j]) for group, j in zip(new.param_groups, sources, strict=True)]
+    bases = [base_rate(old.param_groups[j]) for j in sources]
+    factors = [float(group["lr"] / b) if b else 1.0 for group, b in zip(new.param_groups, bases, strict=True)]
     _check_momentum(scheduler, new)
     # A scheduler wants to see that its optimizer steps; making one is how torch marks the optimizer.
     LambdaLR(new, lambda _: 1.0)
@@ -185,11 +183,6 @@ def _source(group: dict[str, Any], old: Optimizer) -> int:
 def base_rate(group: Mapping[str, Any]) -> float:
     """Return the learning rate that a schedule scales: ``max_lr`` of OneCycleLR, else ``initial_lr``, else ``lr``."""
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
-
-
-def _factor(lr: float, before: dict[str, Any]) -> float:
-    base = base_rate(before)
-    return float(lr / base) if base else 1.0
 
 
 def _check_momentum(scheduler: Any, new: Optimizer) -> None:

@@ -73,13 +73,7 @@ SINGLE_RANK = Scope()
 
 
 def agree(states: Sequence[GradientState], scope: Scope, device: torch.device) -> list[tuple[int, int]]:
-    """Return the lowest and the highest state of each gradient over the ranks of a scope; all of them take part.
-
-    Args:
-        states: of this rank's gradients.
-        scope: ranks that agree.
-        device: where they exchange numbers.
-    """
+    """Return the lowest and the highest state of each gradient over the ranks of a scope; all of them take part."""
     if not scope.groups:
         return [(state, state) for state in states]
     own = torch.tensor(states, dtype=torch.int32, device=device)

@@ -81,12 +81,6 @@ def averaged(
 
     a <- mu a + (1 - mu) x, a = x the first time, where x is the mean of the exponents that hold for rows of the matrix,
     clamped to ``alpha_range``. A matrix without one keeps its average.
-
-    Args:
-        averages: (parts,) before.
-        measured: exponents of rows of the parameter.
-        counts: rows of its matrices, which are stacked.
-        group: with the options.
     """
     (low, high), mu = group["alpha_range"], group["alpha_momentum"]
     good = [fit for fit in measured if math.isfinite(fit.alpha)]

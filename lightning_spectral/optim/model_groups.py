@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -132,34 +133,24 @@ def _no_group(name: str, update: str) -> dict[str, Any]:
 
 
 def _layers(
-    model: nn.Module,
-    kinds: Mapping[str, Kind] | None,
-    fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] | None,
+    model: nn.Module, kinds: Mapping[str, Kind] | None, fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] | None
 ) -> list[MatrixLayer]:
     """Return the matrices that are neither embeddings nor heads, under the first of the names of a tied parameter."""
-    everything = (
-        find_layers(model, layers=_no_embedding, kinds=kinds).layers if kinds is not None else _layers_or_none(model)
-    )
+    find = partial(find_layers, model, layers=lambda layer: layer.kind != "embedding", kinds=kinds)
+    try:
+        whole = find().layers
+    except NoMatrixError:
+        if kinds is not None:
+            raise
+        return []
     if fused_qkv is None:
-        fused_qkv = [layer.name for layer in everything.values() if _in_thirds(layer)]
-    layers = find_layers(model, layers=_no_embedding, kinds=kinds, fused_qkv=fused_qkv).layers if everything else {}
+        fused_qkv = [layer.name for layer in whole.values() if _in_thirds(layer)]
     by_name = infer_kinds(model)
     return [
         layer
-        for layer in layers.values()
+        for layer in (find(fused_qkv=fused_qkv).layers.values() if whole else ())
         if layer.kind not in ADAMW_KINDS and not any(by_name.get(alias) in ADAMW_KINDS for alias in layer.aliases)
     ]
-
-
-def _no_embedding(layer: MatrixLayer) -> bool:
-    return layer.kind != "embedding"
-
-
-def _layers_or_none(model: nn.Module) -> dict[str, MatrixLayer]:
-    try:
-        return find_layers(model, layers=_no_embedding).layers
-    except NoMatrixError:
-        return {}
 
 
 def _in_thirds(layer: MatrixLayer) -> bool:

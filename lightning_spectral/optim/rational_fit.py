@@ -32,9 +32,6 @@ class ShiftedInverses:
     """f(x) ~ constant + sum_j weights_j / (x + shifts_j), all terms positive.
 
     Attributes:
-        constant: c_0.
-        weights: c_j.
-        shifts: p_j.
         error: largest error of sigma f(sigma^2), in units of the larger of it and f(largest) / 2 (see `fit_poles`).
     """
 
@@ -63,12 +60,6 @@ def fit_poles(alpha: float, damping: float, largest: float, tolerance: float) ->
     |error| <= tolerance * max(T(sigma), f(largest) / 2). Among spectra of r singular values with root mean square 1 and
     r <= largest, a single nonzero one has the smallest ||T||_F >= sqrt(r) f(largest); so the error of a whole matrix
     is at most sqrt(1 + 1/4) tolerance in the Frobenius norm, relative, whatever its spectrum.
-
-    Args:
-        alpha: exponent, in (0, 2].
-        damping: d > 0.
-        largest: of x.
-        tolerance: of the error above.
 
     Returns:
         The sum, or None if `MAX_POLES` terms do not reach the tolerance.

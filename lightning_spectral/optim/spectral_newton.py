@@ -255,15 +255,13 @@ class SpectralNewton(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, got {type(param_group).__name__}")
         for part in split_group(param_group, param_group.get("adamw_names", self.defaults["adamw_names"])):
-            group = fill_group(part, self.defaults)
-            group["name"] = self._unused_name(group.get("name", group["update"]))
+            group, taken = fill_group(part, self.defaults), {group["name"] for group in self.param_groups}
+            name = group.get("name", group["update"])
+            names = chain([name], (f"{name}_{i}" for i in count(2)))
+            group["name"] = next(unused for unused in names if unused not in taken)
             super().add_param_group(group)
             drop_foreign(group)
         self._sharing.forget()
-
-    def _unused_name(self, name: str) -> str:
-        taken = {group["name"] for group in self.param_groups}
-        return next(unused for unused in chain([name], (f"{name}_{i}" for i in count(2))) if unused not in taken)
 
     @overload
     def step(self, closure: None = None) -> None: ...

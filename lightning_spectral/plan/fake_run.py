@@ -94,7 +94,6 @@ class IgnoreDeviceMoves(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a function as it is, moves of such tensors without the device."""
         kwargs = kwargs or {}
         if func not in MOVES or not is_fake(args[0]):
             return func(*args, **kwargs)
@@ -221,7 +220,6 @@ class _Zeros(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation as it is, but for reading."""
         if not reads_a_value(func):
             return func(*args, **(kwargs or {}))
         self.n_read += 1
@@ -237,19 +235,12 @@ def _silence_metrics(model: nn.Module) -> None:
     torchmetrics = sys.modules.get("torchmetrics")
     if torchmetrics is None:
         return
+    methods = ("forward", "update", "compute")
     for part in model.modules():
         if isinstance(part, torchmetrics.Metric):
-            part.__dict__.update(dict.fromkeys(("forward", "update", "compute"), _nothing))
+            part.__dict__.update(dict.fromkeys(methods, lambda *args, **kwargs: torch.zeros(())))
         elif isinstance(part, torchmetrics.MetricCollection):
-            part.__dict__.update(dict.fromkeys(("forward", "update", "compute"), _no_values))
-
-
-def _nothing(*args: Any, **kwargs: Any) -> Tensor:
-    return torch.zeros(())
-
-
-def _no_values(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    return {}
+            part.__dict__.update(dict.fromkeys(methods, lambda *args, **kwargs: {}))
 
 
 def _forward(fake_loss: DifferentiableLoss, weights: Iterable[Tensor]) -> tuple[int, int]:

@@ -39,10 +39,6 @@ class LoggedKey:
     part: str = ""
     of_fit: bool = True
 
-    def applies_to(self, layer: LayerSpectrum) -> bool:
-        """Return True if it was asked for, so that the layer holds it or says why not."""
-        return not self.part or self.part in layer.parts
-
 
 def _aligned(name: str, meaning: str, value: Callable[[LayerAlignment], float], *, of_fit: bool = True) -> LoggedKey:
     """Return a key that reads a layer's alignment; NaN where that was asked for and is not to be had."""

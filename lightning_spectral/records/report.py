@@ -273,7 +273,8 @@ def _medians(layers: Iterable[LayerSpectrum], kind: str = "") -> dict[str, float
     trusted = [layer for layer in layers if layer.fit_quality.trusted]
     out: dict[str, float] = {}
     for key in LAYER_KEYS:
-        if key.median and all(key.applies_to(layer) for layer in layers):
+        # Of a part that was asked for, a layer holds it or says why not.
+        if key.median and all(not key.part or key.part in layer.parts for layer in layers):
             of_all = median([key.value(layer) for layer in layers])
             if key.of_fit:
                 out[median_key(key.name, kind)] = median([key.value(layer) for layer in trusted])

@@ -200,7 +200,6 @@ class OnDemandWeights(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation on whole weights."""
         kwargs = kwargs or {}
         used = self._used((*args, *kwargs.values()))
         if used and not _is_unread(func):
@@ -262,7 +261,6 @@ class _ByPointer(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a function on whole weights."""
         if func in POINTERS:
             self._read(args[0])
         return func(*args, **(kwargs or {}))

@@ -31,11 +31,7 @@ LEGEND_COLUMN, LEGEND_LINE = 1.5, 0.16
 
 @dataclass(frozen=True)
 class Canvas:
-    """A figure of its own, or the caller's axes within another.
-
-    Attributes:
-        given: axes of the caller; none where the figure is its own.
-    """
+    """A figure of its own, or the caller's axes, ``given``, within another."""
 
     figure: Figure
     given: tuple[Axes, ...]
@@ -109,11 +105,6 @@ def canvas(
     Args:
         width, height: in inches, of a figure of its own.
         panels: how many of them there have to be.
-
-    Raises:
-        ImportError: without matplotlib.
-        TypeError: if ``ax`` is not so many axes.
-        ValueError: if the figure is too narrow to hold its labels.
     """
     try:
         from matplotlib import style

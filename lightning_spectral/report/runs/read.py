@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
-from lightning_spectral._messages import join_names, unpickling_refusal
-from lightning_spectral._serialization import UNREADABLE
+from lightning_spectral._messages import join_names
+from lightning_spectral._serialization import UNREADABLE, load_plain
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.discover import (
@@ -103,14 +100,10 @@ def _read_json(path: Path) -> Run:
 
 def _read_checkpoint(path: Path, prefix: str | None) -> Run:
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        # Whatever bytes may raise in torch.load.
-        why = unpickling_refusal(error) or explain(error)
-        raise RunError(
-            f"{path}: no checkpoint that loads with weights_only=True ({why}); the run's spectra.jsonl, or JSON of "
-            "probe.last_report, can be read instead"
-        ) from error
+        data = load_plain(path)
+    except ValueError as error:
+        remedy = "the run's spectra.jsonl, or JSON of probe.last_report, can be read instead"
+        raise RunError(f"{path}: {error}; {remedy}") from error
     callbacks = data.get("callbacks") if isinstance(data, dict) else None
     states = callbacks.items() if isinstance(callbacks, dict) else ()
     by_prefix = {

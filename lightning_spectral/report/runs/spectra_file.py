@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -44,14 +45,7 @@ _HEAD_BYTES = 200
 
 @dataclass(frozen=True)
 class Line:
-    """Place of a report, or of an optimizer's step, in a file.
-
-    Attributes:
-        number: of the line, from 1.
-        offset: bytes before it.
-        step: of the report; None outside training.
-        of_step: whether it holds an optimizer's step.
-    """
+    """Place of a report, or of an optimizer's step, in a file: the line's number, from 1, and the bytes before it."""
 
     number: int
     offset: int
@@ -68,8 +62,7 @@ def spectra_file_name(prefix: str = "spectral") -> str:
     if prefix == "spectral":
         return "spectra.jsonl"
     # As in a URL: no two prefixes have one name.
-    escaped = re.sub(rb"[^A-Za-z0-9_.-]", lambda match: b"%%%02X" % match[0][0], prefix.encode())
-    return f"spectra-{escaped.decode()}.jsonl"
+    return f"spectra-{quote(prefix, safe='')}.jsonl"
 
 
 def append_report(path: str | Path, report: SpectralReport) -> None:
@@ -78,7 +71,9 @@ def append_report(path: str | Path, report: SpectralReport) -> None:
     A last line without its end, of a killed run or a full disk, is cut off first: nothing can be read from it, and
     what follows it must begin a line.
     """
-    _append(path, _line_of(report))
+    first = {"format": FORMAT, "version": FORMAT_VERSION, "step": report.step, "epoch": report.epoch}
+    layers = {name: _layer_of(layer) for name, layer in report.layers.items()}
+    _append(path, {**first, **to_jsonable(replace(report, layers={})), "layers": layers})
 
 
 def append_step(path: str | Path, measurement: StepMeasurement) -> None:
@@ -172,12 +167,6 @@ def _decoded(path: str | Path, lines: Iterable[Line], decoded: Callable[[Any], T
                 yield decoded(json.loads(file.readline()))
             except UNREADABLE as error:
                 raise RunError(f"{path}: line {line.number} holds no {what} ({explain(error)})") from error
-
-
-def _line_of(report: SpectralReport) -> dict[str, Any]:
-    first = {"format": FORMAT, "version": FORMAT_VERSION, "step": report.step, "epoch": report.epoch}
-    layers = {name: _layer_of(layer) for name, layer in report.layers.items()}
-    return {**first, **to_jsonable(replace(report, layers={})), "layers": layers}
 
 
 def _layer_of(layer: LayerSpectrum) -> dict[str, Any]:

@@ -165,12 +165,6 @@ PICTURES = ("power_law", "alpha_by_depth", "scale", "transfer_identity", "rank_m
 def wandb_workspace(entity: str, project: str, *, name: str = "lightning-spectral", prefix: str = "spectral") -> Any:
     """Return a workspace of a project, which its method ``save`` sends to W&B as a saved view.
 
-    Args:
-        entity: user or team.
-        project: project that the runs are in, or will be.
-        name: name of the view.
-        prefix: first part of the probe's keys.
-
     Raises:
         ImportError: without the package wandb-workspaces.
     """
