@@ -25,10 +25,10 @@ MIN_TOP_K = 3
 """Points that a fit needs, `numerics.power_law.MIN_POINTS`, whose import loads torch."""
 
 
-def _about(
-    text: str, *, metavar: str | None = None, choices: Sequence[str] | None = None, by_rank: bool = False
-) -> dict[str, Any]:
-    """Return the metadata of an option.
+def _option(
+    default: Any, text: str, *, metavar: str | None = None, choices: Sequence[str] | None = None, by_rank: bool = False
+) -> Any:
+    """Return the field of an option.
 
     Args:
         text: of the docstrings and of the command line's help.
@@ -36,7 +36,8 @@ def _about(
         choices: all values that are allowed.
         by_rank: ranks that measure together may differ in it.
     """
-    return {"help": text, "metavar": metavar, "choices": choices, "by_rank": by_rank}
+    about = {"help": text, "metavar": metavar, "choices": choices, "by_rank": by_rank}
+    return field(default=default, metadata=about)
 
 
 def from_arguments(options_class: type[OptionsT], arguments: Mapping[str, Any]) -> OptionsT:
@@ -53,106 +54,75 @@ class Options:
         ValueError: for an option out of range, with its name and what it may be.
     """
 
-    top_k: int = field(default=20, metadata=_about("directions per layer, K, 3 or more.", metavar="K"))
-    curvature: str = field(
-        default="auto",
-        metadata=_about(
-            '"exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at once; '
-            '"sketch", products for all layers and several directions of each, with standard errors; "auto", the '
-            "fastest of them that gives the Hessian's curvature.",
-            choices=METHODS,
-        ),
+    top_k: int = _option(20, "directions per layer, K, 3 or more.", metavar="K")
+    curvature: str = _option(
+        "auto",
+        '"exact", double backward, a product per layer and direction; "ggn", Gauss-Newton of all layers at once; '
+        '"sketch", products for all layers and several directions of each, with standard errors; "auto", the '
+        "fastest of them that gives the Hessian's curvature.",
+        choices=METHODS,
     )
-    layers: LayerSelection = field(
-        default=None,
-        metadata=_about(
-            "glob patterns on names, or a callable (`MatrixLayer` -> bool); None: all matrices but embeddings.",
-            metavar="GLOB",
-            by_rank=True,
-        ),
+    layers: LayerSelection = _option(
+        None,
+        "glob patterns on names, or a callable (`MatrixLayer` -> bool); None: all matrices but embeddings.",
+        metavar="GLOB",
+        by_rank=True,
     )
-    kinds: Mapping[str, Kind] | None = field(
-        default=None,
-        metadata=_about(
-            "glob pattern -> kind of layer, where the inferred one is wrong.", metavar="GLOB=KIND", by_rank=True
-        ),
+    kinds: Mapping[str, Kind] | None = _option(
+        None, "glob pattern -> kind of layer, where the inferred one is wrong.", metavar="GLOB=KIND", by_rank=True
     )
-    fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = field(
-        default=(),
-        metadata=_about(
-            "glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured "
-            "apart; or pattern -> their three numbers of rows. `nn.MultiheadAttention` is split by itself.",
-            metavar="GLOB[=ROWS,ROWS,ROWS]",
-            by_rank=True,
-        ),
+    fused_qkv: Sequence[str] | Mapping[str, Sequence[int]] = _option(
+        (),
+        "glob patterns of projections that hold query, key and value in equal blocks of rows, to be measured "
+        "apart; or pattern -> their three numbers of rows. `nn.MultiheadAttention` is split by itself.",
+        metavar="GLOB[=ROWS,ROWS,ROWS]",
+        by_rank=True,
     )
-    mode: Mode = field(
-        default="eval",
-        metadata=_about(
-            '"eval" or "train": BatchNorm\'s statistics and dropout in the measurement.', choices=get_args(Mode)
-        ),
+    mode: Mode = _option(
+        "eval", '"eval" or "train": BatchNorm\'s statistics and dropout in the measurement.', choices=get_args(Mode)
     )
-    max_samples: int | None = field(
-        default=None,
-        metadata=_about(
-            "measure on the first so many samples of each batch; None: on all, or with gradient_samples on 64 where "
-            "the loss is a mean or sum of parts. A sketch of fewer than 32 takes more passes the fewer there are.",
-            metavar="N",
-            by_rank=True,
-        ),
+    max_samples: int | None = _option(
+        None,
+        "measure on the first so many samples of each batch; None: on all, or with gradient_samples on 64 where "
+        "the loss is a mean or sum of parts. A sketch of fewer than 32 takes more passes the fewer there are.",
+        metavar="N",
+        by_rank=True,
     )
-    gradient_samples: int | Literal["auto"] | None = field(
-        default=None,
-        metadata=_about(
-            "samples whose mean gradient gives sigma, u and v, of which curvature is measured on the first "
-            'max_samples; "auto": as many as leave 5 % of sampling noise in the squared gradient of the median layer; '
-            "None: the same for both.",
-            metavar="N",
-        ),
+    gradient_samples: int | Literal["auto"] | None = _option(
+        None,
+        "samples whose mean gradient gives sigma, u and v, of which curvature is measured on the first "
+        'max_samples; "auto": as many as leave 5 % of sampling noise in the squared gradient of the median layer; '
+        "None: the same for both.",
+        metavar="N",
     )
-    gradient_samples_max: int = field(
-        default=4096, metadata=_about('most samples that gradient_samples="auto" takes.', metavar="N")
+    gradient_samples_max: int = _option(4096, 'most samples that gradient_samples="auto" takes.', metavar="N")
+    micro_batch_size: int | None = _option(
+        None,
+        "samples whose graph is in memory at once; None: as many as keep the peak within about three times a "
+        "training step's, if a batch's loss is a mean or sum of parts. Out of memory it is halved, twice.",
+        metavar="N",
+        by_rank=True,
     )
-    micro_batch_size: int | None = field(
-        default=None,
-        metadata=_about(
-            "samples whose graph is in memory at once; None: as many as keep the peak within about three times a "
-            "training step's, if a batch's loss is a mean or sum of parts. Out of memory it is halved, twice.",
-            metavar="N",
-            by_rank=True,
-        ),
+    precision: Precision = _option(
+        "float32",
+        '"float32" or "float64", the lowest precision to compute in, whatever the weights\' or the Trainer\'s.',
+        choices=get_args(Precision),
     )
-    precision: Precision = field(
-        default="float32",
-        metadata=_about(
-            '"float32" or "float64", the lowest precision to compute in, whatever the weights\' or the Trainer\'s.',
-            choices=get_args(Precision),
-        ),
+    spectrum_top_k: int | None = _option(
+        None, "singular values that the rank models are fitted to; None: top_k. They cost no curvature.", metavar="K"
     )
-    spectrum_top_k: int | None = field(
-        default=None,
-        metadata=_about(
-            "singular values that the rank models are fitted to; None: top_k. They cost no curvature.", metavar="K"
-        ),
+    weight_spectra: bool = _option(False, "take the singular values of each weight matrix, too (`WeightSpectrum`).")
+    bootstrap: int | None = _option(
+        None, "draws for 95 % intervals of alpha, gamma and s (`Intervals`); None or 0: none.", metavar="N"
     )
-    weight_spectra: bool = field(
-        default=False, metadata=_about("take the singular values of each weight matrix, too (`WeightSpectrum`).")
+    curvature_fraction: int | None = _option(
+        None,
+        'draws for the trace of each layer\'s Hessian block, with curvature="ggn" too, and its fraction along the '
+        "directions (`CurvatureFraction`), a Hessian-vector product each; None or 0: none.",
+        metavar="N",
     )
-    bootstrap: int | None = field(
-        default=None,
-        metadata=_about("draws for 95 % intervals of alpha, gamma and s (`Intervals`); None or 0: none.", metavar="N"),
-    )
-    curvature_fraction: int | None = field(
-        default=None,
-        metadata=_about(
-            'draws for the trace of each layer\'s Hessian block, with curvature="ggn" too, and its fraction along the '
-            "directions (`CurvatureFraction`), a Hessian-vector product each; None or 0: none.",
-            metavar="N",
-        ),
-    )
-    alignment: bool = field(
-        default=False,
-        metadata=_about("also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`)."),
+    alignment: bool = _option(
+        False, "also take the Kronecker factors of each layer, and split alpha by them (`LayerAlignment`)."
     )
 
     def __post_init__(self) -> None:

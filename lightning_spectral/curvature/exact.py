@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from lightning_spectral.curvature.problem import (
     accumulation_dtype,
     cause_of,
     dot,
+    naming_what_stops_it,
     unverified,
 )
 from lightning_spectral.errors import is_out_of_memory
@@ -82,6 +83,20 @@ def measured_exactly(
     measured = {n: f"measured by double backward, since {reason}" for n, reason in why.items() if n not in exact.failed}
     methods, notes = dict.fromkeys(why, "exact"), tuple(group_by_reason(measured))
     return Curvatures(exact.h, "exact", exact.failed, {}, methods, notes)
+
+
+def with_unseen(
+    problem: DifferentiableLoss,
+    directions: Mapping[str, SingularTriplets],
+    unseen: Mapping[str, str],
+    method: str,
+    measure: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]],
+) -> Curvatures:
+    """Return h and its standard errors, as a method measures them, and the layers that it does not see, exactly."""
+    exact = measured_exactly(problem, directions, unseen)
+    with naming_what_stops_it():
+        h, stderr = measure()
+    return Curvatures(h | exact.h, method, exact.failed, stderr, exact.methods, exact.notes)
 
 
 LOSS, STEP = "loss", "step"

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.curvature.draws import PRIOR_COUNT, is_precise
-from lightning_spectral.curvature.exact import measured_exactly
+from lightning_spectral.curvature.exact import measured_exactly, with_unseen
 from lightning_spectral.curvature.head import Column
 from lightning_spectral.curvature.ports import REMEDY
-from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, naming_what_stops_it
+from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
 from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.errors import MeasurementError
@@ -80,14 +80,10 @@ class GGNCurvature:
         if not seen.calls:
             return measured_exactly(problem, directions, seen.unseen)
         if is_piecewise_linear(seen):
-            exact = measured_exactly(problem, directions, seen.unseen)
-            zero = _zeros({name: directions[name] for name in seen.calls})
-            return Curvatures(zero | exact.h, self.name, exact.failed, {}, exact.methods, exact.notes)
+            zeros = _zeros({name: directions[name] for name in seen.calls})
+            return with_unseen(problem, directions, seen.unseen, self.name, lambda: (zeros, {}))
         moved = move_network(problem, seen, directions, nearest=self.as_hessian)
-        exact = measured_exactly(problem, directions, moved.unseen)
-        with naming_what_stops_it():
-            h, stderr = self._measure(moved, problem)
-        return Curvatures(h | exact.h, self.name, exact.failed, stderr, exact.methods, exact.notes)
+        return with_unseen(problem, directions, moved.unseen, self.name, lambda: self._measure(moved, problem))
 
     def _measure(self, moved: MovedNetwork, problem: DifferentiableLoss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         graph, head = moved.graph, moved.head

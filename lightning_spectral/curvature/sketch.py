@@ -29,9 +29,9 @@ from torch import Tensor
 
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.draws import Draw, is_precise, mean_and_error
-from lightning_spectral.curvature.exact import measured_exactly
+from lightning_spectral.curvature.exact import measured_exactly, with_unseen
 from lightning_spectral.curvature.ports import REMEDY
-from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange, naming_what_stops_it
+from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange
 from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.errors import MeasurementError
@@ -127,10 +127,7 @@ class SketchCurvature:
         if names := custom_functions(problem.value):
             raise MeasurementError(f"the network holds custom autograd functions ({', '.join(names)}); {REMEDY}")
         moved = move_network(problem, seen, directions)
-        exact = measured_exactly(problem, directions, moved.unseen)
-        with naming_what_stops_it():
-            h, stderr = self._measure(moved, problem)
-        return Curvatures(h | exact.h, self.name, exact.failed, stderr, exact.methods, exact.notes)
+        return with_unseen(problem, directions, moved.unseen, self.name, lambda: self._measure(moved, problem))
 
     def _measure(self, moved: MovedNetwork, problem: DifferentiableLoss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Draw as often as it takes."""

@@ -10,6 +10,7 @@ product with `weight_ih` takes all steps at once; one with `weight_hh`, and with
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -53,36 +54,34 @@ def layer_norm(
     return y if torch.is_autocast_enabled(input.device.type) else y.to(input.dtype)
 
 
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Return what `torch.nn.functional.batch_norm` does, and update the running statistics as it does."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not training):
-        fused = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _by_channel(input, (0, *range(2, input.ndim)), weight, bias, eps) if training else fused
+def _norm_of_statistics(fused: Callable[..., Tensor], flag: str, samples: Sequence[int]) -> Callable[..., Tensor]:
+    """Return what a norm does, and updates the running statistics as it does.
+
+    Args:
+        fused: function of torch.
+        flag: its argument that says whether the statistics are those of the input.
+        samples: dimensions that they are taken over, beside those behind the channels.
+    """
+    signature = inspect.signature(fused)
+
+    @functools.wraps(fused)
+    def norm(*args: Any, **kwargs: Any) -> Tensor:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not given[flag]):
+            y = fused(*args, **kwargs)
+        if not given[flag]:
+            return y
+        x, shape = given["input"], (-1, *[1] * (given["input"].ndim - 2))
+        weight, bias = (None if given[name] is None else given[name].view(shape) for name in ("weight", "bias"))
+        return _affine(_standardized(x, (*samples, *range(2, x.ndim)), given["eps"]), weight, bias).to(x.dtype)
+
+    return norm
 
 
-def instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Return what `torch.nn.functional.instance_norm` does, and update the running statistics as it does."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not use_input_stats):
-        fused = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return _by_channel(input, range(2, input.ndim), weight, bias, eps) if use_input_stats else fused
+batch_norm = _norm_of_statistics(F.batch_norm, "training", (0,))
+instance_norm = _norm_of_statistics(F.instance_norm, "use_input_stats", ())
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -121,13 +120,6 @@ def _standardized(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
-
-
-def _by_channel(x: Tensor, dims: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Return x normalized over some dimensions, with a weight and a bias for each channel."""
-    shape = (-1, *[1] * (x.ndim - 2))
-    of_channels = (None if value is None else value.view(shape) for value in (weight, bias))
-    return _affine(_standardized(x, dims, eps), *of_channels).to(x.dtype)
 
 
 LINEAR_CROSS_ENTROPY: Any = getattr(F, "linear_cross_entropy", None)

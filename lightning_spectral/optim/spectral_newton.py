@@ -142,23 +142,11 @@ class SpectralNewton(Optimizer):
         alpha_momentum: float = 0.5,
         process_group: Any = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "damping": damping,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "update_rms": update_rms,
-            "max_gain": max_gain,
-            "tolerance": tolerance,
-            "adamw_lr": adamw_lr,
+        others = ("self", "params", "process_group", "__class__")
+        defaults = {name: value for name, value in locals().items() if name not in others} | {
             "adamw_betas": tuple(adamw_betas),
-            "adamw_eps": adamw_eps,
-            "adamw_weight_decay": adamw_weight_decay,
             "adamw_names": ADAMW_NAMES if adamw_names is None else tuple(adamw_names),
             "alpha_range": tuple(alpha_range),
-            "alpha_momentum": alpha_momentum,
         }
         if isinstance(params, nn.Module):
             raise TypeError("params is a module; pass SpectralNewton.groups(model)")

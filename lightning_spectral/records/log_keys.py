@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.numerics.power_law import RankModel
@@ -49,62 +50,51 @@ def _aligned(name: str, meaning: str, value: Callable[[LayerAlignment], float], 
     return LoggedKey(name, meaning, read, median=True, part="alignment", of_fit=of_fit)
 
 
+_of_trusted = partial(LoggedKey, median=True)
+_of_all = partial(LoggedKey, median=True, of_fit=False)
+
 LAYER_KEYS: tuple[LoggedKey, ...] = (
-    LoggedKey("alpha", "slope of log h on log sigma", lambda x: x.alpha.exponent, median=True),
+    _of_trusted("alpha", "slope of log h on log sigma", lambda x: x.alpha.exponent),
     LoggedKey("alpha_stderr", "standard error of alpha", lambda x: x.alpha.stderr),
-    LoggedKey("r2_alpha", "r2 of the fit of alpha", lambda x: x.alpha.r2, median=True, of_fit=False),
+    _of_all("r2_alpha", "r2 of the fit of alpha", lambda x: x.alpha.r2),
     LoggedKey("alpha_theil_sen", "median slope of log h on log sigma", lambda x: x.alpha_theil_sen),
     LoggedKey("alpha_bias", "what sampling noise adds to alpha, estimated", lambda x: x.alpha_bias),
-    LoggedKey(
-        "signal",
-        "share of the squared gradient that is no sampling noise",
-        lambda x: x.gradient_noise.signal,
-        median=True,
-        of_fit=False,
-    ),
+    _of_all("signal", "share of the squared gradient that is no sampling noise", lambda x: x.gradient_noise.signal),
     LoggedKey("signal_stderr", "standard error of signal", lambda x: x.gradient_noise.signal_stderr),
-    LoggedKey(
-        "noise_scale",
-        "samples at which half of the squared gradient is noise",
-        lambda x: x.gradient_noise.noise_scale,
-        median=True,
-        of_fit=False,
+    _of_all(
+        "noise_scale", "samples at which half of the squared gradient is noise", lambda x: x.gradient_noise.noise_scale
     ),
     LoggedKey("noise_scale_stderr", "standard error of noise_scale", lambda x: x.gradient_noise.noise_scale_stderr),
-    LoggedKey("sigma_max", "largest sigma", lambda x: x.sigma_max, median=True, of_fit=False),
-    LoggedKey("h_max", "largest h", lambda x: x.h_max, median=True, of_fit=False),
-    LoggedKey("gamma", "minus the slope of log sigma_k on log k", lambda x: x.gamma.exponent, median=True),
+    _of_all("sigma_max", "largest sigma", lambda x: x.sigma_max),
+    _of_all("h_max", "largest h", lambda x: x.h_max),
+    _of_trusted("gamma", "minus the slope of log sigma_k on log k", lambda x: x.gamma.exponent),
     LoggedKey("r2_gamma", "r2 of the fit of gamma", lambda x: x.gamma.r2),
-    LoggedKey("s", "minus the slope of log sorted positive h on log rank", lambda x: x.s.exponent, median=True),
+    _of_trusted("s", "minus the slope of log sorted positive h on log rank", lambda x: x.s.exponent),
     LoggedKey("r2_s", "r2 of the fit of s", lambda x: x.s.r2),
-    LoggedKey("transfer_error", "abs(s - alpha gamma) / abs(s)", lambda x: x.transfer_error, median=True),
-    LoggedKey("pr_curvature", "participation ratio of positive h", lambda x: x.pr_curvature, median=True),
-    LoggedKey("pr_gradient", "participation ratio of sigma^2", lambda x: x.pr_gradient, median=True),
-    LoggedKey("zeta_bound", "zeta(alpha gamma)^2 / zeta(2 alpha gamma)", lambda x: x.zeta_bound, median=True),
-    LoggedKey("zeta_bound_window", "zeta bound of the window", lambda x: x.zeta_bound_window, median=True),
+    _of_trusted("transfer_error", "abs(s - alpha gamma) / abs(s)", lambda x: x.transfer_error),
+    _of_trusted("pr_curvature", "participation ratio of positive h", lambda x: x.pr_curvature),
+    _of_trusted("pr_gradient", "participation ratio of sigma^2", lambda x: x.pr_gradient),
+    _of_trusted("zeta_bound", "zeta(alpha gamma)^2 / zeta(2 alpha gamma)", lambda x: x.zeta_bound),
+    _of_trusted("zeta_bound_window", "zeta bound of the window", lambda x: x.zeta_bound_window),
     LoggedKey("negative_curvature", "directions with h < 0", lambda x: x.n_negative),
     LoggedKey("points", "points in the fit of alpha", lambda x: x.alpha.n_used),
-    LoggedKey(
-        "rank_margin", "BIC of the runner-up minus the winner's", lambda x: x.rank_models.margin, True, of_fit=False
-    ),
+    _of_all("rank_margin", "BIC of the runner-up minus the winner's", lambda x: x.rank_models.margin),
     LoggedKey("alpha_low", "lower end of alpha's interval", lambda x: x.intervals.alpha.low, part="intervals"),
     LoggedKey("alpha_high", "upper end of alpha's interval", lambda x: x.intervals.alpha.high, part="intervals"),
     LoggedKey("gamma_low", "lower end of gamma's interval", lambda x: x.intervals.gamma.low, part="intervals"),
     LoggedKey("gamma_high", "upper end of gamma's interval", lambda x: x.intervals.gamma.high, part="intervals"),
     LoggedKey("s_low", "lower end of s's interval", lambda x: x.intervals.s.low, part="intervals"),
     LoggedKey("s_high", "upper end of s's interval", lambda x: x.intervals.s.high, part="intervals"),
-    LoggedKey("gamma_weight", "gamma of the weights", lambda x: x.weights.gamma.exponent, True, "weights", False),
-    LoggedKey("s_weight", "s of the weights", lambda x: x.weights.s.exponent, True, "weights", False),
+    _of_all("gamma_weight", "gamma of the weights", lambda x: x.weights.gamma.exponent, part="weights"),
+    _of_all("s_weight", "s of the weights", lambda x: x.weights.s.exponent, part="weights"),
     LoggedKey("r2_s_weight", "r2 of the fit of s_weight", lambda x: x.weights.s.r2, part="weights"),
     LoggedKey("hessian_trace", "trace of the Hessian block", lambda x: x.fraction.trace, part="fraction"),
     LoggedKey(
         "hessian_trace_stderr", "standard error of the trace", lambda x: x.fraction.trace_stderr, part="fraction"
     ),
-    LoggedKey("curvature_fraction", "sum of h over the trace", lambda x: x.fraction.value, True, "fraction", False),
+    _of_all("curvature_fraction", "sum of h over the trace", lambda x: x.fraction.value, part="fraction"),
     LoggedKey("curvature_fraction_stderr", "standard error of it", lambda x: x.fraction.stderr, part="fraction"),
-    LoggedKey(
-        "curvature_over_random", "mean h over tr H / (m n)", lambda x: x.fraction.over_random, True, "fraction", False
-    ),
+    _of_all("curvature_over_random", "mean h over tr H / (m n)", lambda x: x.fraction.over_random, part="fraction"),
     _aligned("beta", "slope of log(Lambda_delta_k Lambda_A_k) on log sigma", lambda x: x.beta.exponent),
     _aligned("phi", "slope of log Phi_k on log sigma", lambda x: x.phi.exponent),
     _aligned("chi_slope", "slope of log chi_k on log sigma", lambda x: x.chi_slope.exponent),

@@ -21,10 +21,7 @@ from lightning_spectral.report.runs.run import Run, RunError
 PAGE_BYTES = 6_000_000
 """Largest size of a page that can be sent by mail. plotly.js takes 2 MB of it, compressed."""
 
-SCRIPTS = {
-    "page": ("frame", "plots", "page"),
-    "runs": ("frame", "runs"),
-}
+SCRIPTS = {"page": ("frame", "plots", "page"), "runs": ("frame", "runs")}
 """Scripts of a run's page and of that of several runs, in the order in which they are read."""
 
 GENERATOR = b'<meta name="generator" content="lightning-spectral '
@@ -78,7 +75,8 @@ def is_page(path: Path) -> bool:
 
 def page(run: Run, *, title: str | None = None) -> str:
     """Return the page's HTML, which needs no network: its style, its scripts and its data are within it."""
-    _check(run)
+    if not run.steps:
+        raise RunError(f"{run.name}: no probe to show")
     data = page_data(run)
     parts = {"trusted": TRUSTED, "doubtful": DOUBTFUL}
     return _fill("page", title or run.name, run.sources, data, data["probes"][-1]["summary"], parts)
@@ -88,18 +86,13 @@ def runs_page(runs: Sequence[Run], *, title: str | None = None) -> str:
     """Return the HTML of the page of several runs, which needs no network either."""
     if not 1 <= len(runs) <= MOST_RUNS:
         raise RunError(f"need 1 to {MOST_RUNS} runs for one page, got {len(runs)}")
-    for run in runs:
-        _check(run)
+    if empty := [run.name for run in runs if not run.steps]:
+        raise RunError(f"{empty[0]}: no probe to show")
     data = runs_data(runs)
     sources = [f"{run.name}: {source}" for run in runs for source in run.sources]
     return _fill(
         "runs", title or join_names([run.name for run in runs]), sources, data, data["summary"], {"trusted": TRUSTED}
     )
-
-
-def _check(run: Run) -> None:
-    if not run.steps:
-        raise RunError(f"{run.name}: no probe to show")
 
 
 def _fill(
