@@ -70,7 +70,7 @@ class ProbeLog:
         }
         self.outputs.write(trainer, step, scalars, alphas, report=report, history=history, probes=probes, later=later)
         self._publish(trainer, scalars)
-        self.budget.extend_probe(self.budget.clock() - started)
+        self.budget.record_logging(self.budget.clock() - started)
 
     def write_later(
         self, trainer: Any, step: int, scalars: Mapping[str, float], measurement: StepMeasurement | None = None

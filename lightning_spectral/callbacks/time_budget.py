@@ -198,8 +198,15 @@ class TimeBudget:
         """Expect the next probe to take so much longer than the last."""
         self.next_seconds = max(0.0, self.next_seconds + seconds)
 
+    def record_logging(self, seconds: float) -> None:
+        """Record that logging the last probe took so long and has just ended."""
+        self.probe_seconds += seconds
+        self.last_seconds += seconds
+        self.next_seconds += seconds
+        self._probe_ended = self.clock()
+
     def extend_probe(self, seconds: float) -> None:
-        """Record that the last probe took so much longer, until now: for its logs, or in steps after it."""
+        """Record that the last probe took so much longer, in steps after it, until now."""
         self.probe_seconds += seconds
         self.last_seconds += seconds
         self.next_seconds += seconds
