@@ -111,11 +111,7 @@ def _is_timer(callback: Any) -> bool:
 
 
 class TrainingPass:
-    """Batches of a further pass over a Trainer's training data, of this rank, at most as many as an epoch has.
-
-    Attributes:
-        loaders: that the Trainer reads.
-    """
+    """Batches of a further pass over a Trainer's training data, of this rank, at most as many as an epoch has."""
 
     def __init__(self, trainer: Any) -> None:
         # The public train_dataloader does not tell how several loaders are combined.

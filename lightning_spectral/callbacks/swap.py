@@ -200,20 +200,16 @@ class SwapOptimizer(AnyCallback):
         logger.info("%s: %s", when, self._description)
 
 
-def _optimizer_class(path: str | type[Optimizer]) -> type[Optimizer]:
-    if not isinstance(path, str):
-        return _checked_class(path, path)
-    module, _, name = path.rpartition(".")
-    try:
-        target = getattr(importlib.import_module(module), name) if module else getattr(torch.optim, name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"optimizer must be the import path of a class, or a name in torch.optim; {path!r}: {error}"
-        ) from error
-    return _checked_class(target, path)
-
-
-def _checked_class(target: Any, option: Any) -> type[Optimizer]:
+def _optimizer_class(option: str | type[Optimizer]) -> type[Optimizer]:
+    target: Any = option
+    if isinstance(option, str):
+        module, _, name = option.rpartition(".")
+        try:
+            target = getattr(importlib.import_module(module) if module else torch.optim, name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"optimizer must be the import path of a class, or a name in torch.optim; {option!r}: {error}"
+            ) from error
     if not (isinstance(target, type) and issubclass(target, Optimizer)):
         got = f"an object of {type(target).__name__}" if isinstance(target, Optimizer) else repr(option)
         raise ValueError(f"optimizer must be a class of optimizers, got {got}")

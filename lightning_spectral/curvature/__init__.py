@@ -1,10 +1,9 @@
 """Directional curvatures h_k = vec(u_k v_k^T)^T H vec(u_k v_k^T), H the Hessian block of one layer."""
 
 from lightning_spectral.curvature.exact import LOSS, STEP, StepProducts
-from lightning_spectral.curvature.forward_recorder import Recorder
+from lightning_spectral.curvature.forward_recorder import LossValue, Recorder, loss_value
 from lightning_spectral.curvature.graph_kinds import graph_kinds
 from lightning_spectral.curvature.hessian_trace import HutchinsonTrace
-from lightning_spectral.curvature.loss_value import LossValue, loss_value
 from lightning_spectral.curvature.problem import (
     Curvature,
     Curvatures,

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_spectral.curvature.autograd_graph import Dependence
+from lightning_spectral.curvature.autograd_graph import Dependence, GraphCut, find_cut, outer_cut
 from lightning_spectral.curvature.forward_recorder import Recorder
-from lightning_spectral.curvature.graph_cut import GraphCut, find_cut, outer_cut
 from lightning_spectral.curvature.ports import Port, SampleLayout
 from lightning_spectral.curvature.problem import DifferentiableLoss, accumulation_dtype, scalar_loss
 from lightning_spectral.curvature.products import LayerCall

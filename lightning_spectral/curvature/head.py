@@ -16,8 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_spectral._autograd import operation
 from lightning_spectral._torch_private import log_softmax_result
-from lightning_spectral.curvature.autograd_graph import LINEAR, Dependence
-from lightning_spectral.curvature.graph_cut import GraphCut
+from lightning_spectral.curvature.autograd_graph import LINEAR, Dependence, GraphCut
 from lightning_spectral.curvature.ports import SampleLayout, sample_layouts
 from lightning_spectral.curvature.problem import accumulation_dtype
 

@@ -11,8 +11,7 @@ from torch.autograd.graph import Node
 
 from lightning_spectral._autograd import operation
 from lightning_spectral._torch_private import output_shape
-from lightning_spectral.curvature.autograd_graph import VIEWS, Dependence
-from lightning_spectral.curvature.graph_cut import GraphCut, find_cut, outer_cut
+from lightning_spectral.curvature.autograd_graph import VIEWS, Dependence, GraphCut, find_cut, outer_cut
 from lightning_spectral.curvature.problem import DifferentiableLoss
 from lightning_spectral.curvature.products import LayerCall
 

@@ -20,9 +20,6 @@ class Sharding:
     """Split of a tensor over ranks.
 
     Attributes:
-        group: of the ranks.
-        dim: of the tensor.
-        shape: of the whole.
         counts: rows, or whatever the dimension holds, of each rank.
     """
 

@@ -46,8 +46,6 @@ class Estimate:
     """A measurement before it is run, as far as it is known.
 
     Attributes:
-        model: without wrappers.
-        layers: to be measured.
         trace: of its loss on a batch; None without a batch.
         options, n_batches, world_size, sharded: as in `plan_spectra`.
     """

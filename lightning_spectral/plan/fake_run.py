@@ -112,8 +112,6 @@ class Traced:
     """Result of a forward and a backward pass without values.
 
     Attributes:
-        samples: in the batch; None where it does not tell.
-        divisible: whether the batch can be cut by samples.
         structure: what a curvature method can use.
         activations: bytes that the graph keeps for the backward pass, parameters aside.
         step_flops: of matrix products and convolutions, forward and backward to every parameter that is trained.

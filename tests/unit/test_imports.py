@@ -71,20 +71,24 @@ def run_python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_measuring_works_without_lightning_and_wandb():
+def test_measuring_works_without_lightning_and_wandb_and_loads_nothing_that_serves_shards_alone():
     done = run_python(
         "import sys\n"
         "for name in ('pytorch_lightning', 'lightning', 'wandb', 'torchmetrics', 'sklearn', 'pandas', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "import torch\n"
+        "before = set(sys.modules)\n"
         "from lightning_spectral import measure_spectra\n"
         "model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6))\n"
+        "report = measure_spectra(model, torch.randn(64, 6), lambda m, x: m(x).square().mean(), alignment=True)\n"
+        "shards = ('lightning_spectral.measurement.sharded', 'torch.distributed.fsdp', 'torch.distributed.tensor')\n"
+        "print(sorted(name for name in set(sys.modules) - before if name.startswith(shards)))\n"
         "import lightning_spectral.report.figures\n"
-        "report = measure_spectra(model, torch.randn(64, 6), lambda m, x: m(x).square().mean())\n"
         "print(report, len(report._repr_html_()) > 0)\n"
         "try:\n    from lightning_spectral import SpectralProbe\nexcept ImportError as error:\n    print(error)\n"
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "[]"
     assert "SpectralReport(2 layers" in done.stdout
     assert "SpectralProbe needs Lightning: pip install pytorch-lightning" in done.stdout
 
@@ -123,16 +127,3 @@ def test_importing_loads_nothing_heavy_beyond_torch():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["['lightning_spectral'] []", "['lightning_spectral']"]
-
-
-def test_what_serves_shards_alone_is_not_loaded_without_them():
-    done = run_python(
-        "import sys, torch\n"
-        "before = set(sys.modules)\n"
-        "from lightning_spectral import measure_spectra\n"
-        "model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6))\n"
-        "measure_spectra(model, torch.randn(64, 6), lambda m, x: m(x).square().mean(), alignment=True)\n"
-        "shards = ('lightning_spectral.measurement.sharded', 'torch.distributed.fsdp', 'torch.distributed.tensor')\n"
-        "print(sorted(name for name in set(sys.modules) - before if name.startswith(shards)))\n"
-    )
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -7,13 +7,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
-from lightning_spectral.layers.kinds import KINDS
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.by_layer import draw_alpha_band, padded
 from lightning_spectral.report.figures.canvas import canvas
-from lightning_spectral.report.figures.style import WIDTH, Reports, all_reports, line_handle, positions, run_style, say
+from lightning_spectral.report.figures.style import (
+    WIDTH,
+    Reports,
+    all_reports,
+    in_order,
+    line_handle,
+    positions,
+    run_style,
+    say,
+)
 from lightning_spectral.report.figures.ticks import literal, whole_numbers
 from lightning_spectral.report.palette import MOST_RUNS
 
@@ -88,7 +96,7 @@ def plot_runs_side_by_side(
     xs = [_abscissae(history, label) for history in histories.values()]
     fits = [layer_series(history, alpha_of) for history in histories.values()]
     of_trust = [layer_series(history, alpha_to_trust) for history in histories.values()]
-    kinds = _kinds(fits)
+    kinds = in_order(kind for series in fits for (_, kind), values in series.items() if finite([values]))
     columns = max(1, min(len(kinds), int(width / COLUMN)))
     rows = max(1, math.ceil(len(kinds) / columns))
     with canvas(width, 0.4 + ROW * rows, dark=dark, title=title) as drawing:
@@ -111,12 +119,6 @@ def plot_runs_side_by_side(
         drawing.title("Curvature exponent α over training, medians by kind of the fits to trust", everything, note)
         drawing.legend([*(_run_handle(i, name) for i, name in enumerate(histories)), *band], abscissa=label)
     return drawing.figure
-
-
-def _kinds(fits: Sequence[Series]) -> list[str]:
-    """Return the kinds that have a fit in any run, in the order of `KINDS`."""
-    fitted = dict.fromkeys(kind for series in fits for (_, kind), values in series.items() if finite([values]))
-    return [kind for kind in KINDS if kind in fitted] + [kind for kind in fitted if kind not in KINDS]
 
 
 def _of_kind(series: Series, kind: str) -> Series:

@@ -135,16 +135,20 @@ def say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, literal(text), transform=axes.transAxes, ha="center", va="center", wrap=True, bbox=behind)
 
 
+def in_order(kinds: Iterable[str]) -> list[str]:
+    """Return the kinds, each once, in the order of `KINDS`, others last."""
+    unique = list(dict.fromkeys(kinds))
+    return [kind for kind in KINDS if kind in unique] + [kind for kind in unique if kind not in KINDS]
+
+
 def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
     """Return keys to the kinds given, in the order of `KINDS`."""
     from matplotlib.lines import Line2D
 
-    unique = list(dict.fromkeys(kinds))
-    order = [kind for kind in KINDS if kind in unique] + [kind for kind in unique if kind not in KINDS]
     style: Dash = "-" if line else "none"
     return [
         Line2D([], [], color=colour, marker=marker, linestyle=style, label=literal(kind.replace("_", " ")))
-        for kind in order
+        for kind in in_order(kinds)
         for colour, marker in [kind_style(kind)]
     ]
 

@@ -30,7 +30,6 @@ class RunStep:
 
     Attributes:
         label: its name on the page, "step 60" or, outside training, that of a file.
-        report: what was measured.
         update: the optimizer's step after it; None where it was not measured.
     """
 

@@ -33,11 +33,10 @@ from lightning_spectral.curvature import head as head_module
 from lightning_spectral.curvature import selection as select
 from lightning_spectral.curvature import sketch as sketch_module
 from lightning_spectral.curvature.activations import cheap_twin
-from lightning_spectral.curvature.autograd_graph import Dependence
+from lightning_spectral.curvature.autograd_graph import Dependence, find_cut
 from lightning_spectral.curvature.draws import Draw, mean_and_error
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.gauss_newton import GGNCurvature
-from lightning_spectral.curvature.graph_cut import find_cut
 from lightning_spectral.curvature.head import Head
 from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS
