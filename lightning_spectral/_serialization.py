@@ -1,48 +1,23 @@
-"""Read checkpoints without executing them, and convert records to JSON and back.
-
-JSON knows neither NaN nor infinity: None stands for NaN, "inf" for infinity.
-"""
+"""Convert records to JSON and back. JSON knows neither NaN nor infinity: None stands for NaN, "inf" for infinity."""
 
 from __future__ import annotations
 
 import functools
 import math
-import re
 import struct
 import types
-import zipfile
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from lightning_spectral.errors import first_line
-
 Record = TypeVar("Record")
 
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 """Exceptions that reading a record from untrusted data may raise."""
-
-
-def load_plain(path: str | Path) -> Any:
-    """Return the content of a checkpoint's file: tensors and plain values alone, so that nothing is executed.
-
-    Raises:
-        ValueError: if it holds anything else.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        # Whatever bytes may raise in torch.load, whose advice is to execute them.
-        why = first_line(error)
-        if "WeightsUnpickler error" in str(error) or type(error).__name__ == "UnpicklingError":
-            code = re.search(r"\bGLOBAL (\S+)", str(error))
-            why = f"it holds {code[1]}, which is code" if code else "its bytes are not those of a checkpoint"
-        raise ValueError(f"no checkpoint that loads with weights_only=True ({why})") from error
 
 
 def to_jsonable(value: Any, *, pack: bool = False) -> Any:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_spectral._messages import join_names
-from lightning_spectral._serialization import load_plain
 from lightning_spectral.cli.import_paths import SourceError, import_object
 from lightning_spectral.errors import first_line
+from lightning_spectral.report.runs.read import load_plain
 
 STATES = ("state_dict", "model_state_dict", "model")
 """Keys under which a checkpoint that holds more than weights keeps them."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
 
 from lightning_spectral.curvature.autograd_graph import Dependence
 from lightning_spectral.curvature.custom_functions import custom_functions

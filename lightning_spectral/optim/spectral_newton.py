@@ -142,11 +142,23 @@ class SpectralNewton(Optimizer):
         alpha_momentum: float = 0.5,
         process_group: Any = "auto",
     ) -> None:
-        others = ("self", "params", "process_group", "__class__")
-        defaults = {name: value for name, value in locals().items() if name not in others} | {
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "damping": damping,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "update_rms": update_rms,
+            "max_gain": max_gain,
+            "tolerance": tolerance,
+            "adamw_lr": adamw_lr,
             "adamw_betas": tuple(adamw_betas),
+            "adamw_eps": adamw_eps,
+            "adamw_weight_decay": adamw_weight_decay,
             "adamw_names": ADAMW_NAMES if adamw_names is None else tuple(adamw_names),
             "alpha_range": tuple(alpha_range),
+            "alpha_momentum": alpha_momentum,
         }
         if isinstance(params, nn.Module):
             raise TypeError("params is a module; pass SpectralNewton.groups(model)")
@@ -243,13 +255,15 @@ class SpectralNewton(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, got {type(param_group).__name__}")
         for part in split_group(param_group, param_group.get("adamw_names", self.defaults["adamw_names"])):
-            group, taken = fill_group(part, self.defaults), {group["name"] for group in self.param_groups}
-            name = group.get("name", group["update"])
-            names = chain([name], (f"{name}_{i}" for i in count(2)))
-            group["name"] = next(unused for unused in names if unused not in taken)
+            group = fill_group(part, self.defaults)
+            group["name"] = self._unused_name(group.get("name", group["update"]))
             super().add_param_group(group)
             drop_foreign(group)
         self._sharing.forget()
+
+    def _unused_name(self, name: str) -> str:
+        taken = {group["name"] for group in self.param_groups}
+        return next(unused for unused in chain([name], (f"{name}_{i}" for i in count(2))) if unused not in taken)
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lightning_spectral._messages import join_names
-from lightning_spectral._serialization import UNREADABLE, load_plain
+from lightning_spectral._serialization import UNREADABLE
+from lightning_spectral.errors import first_line
 from lightning_spectral.numerics.statistics import evenly
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.runs.discover import (
@@ -96,6 +101,23 @@ def _read_json(path: Path) -> Run:
         return Run(str(path), (str(path),), (RunStep.of(SpectralReport.from_json(path), path.stem),))
     except (*UNREADABLE, OSError) as error:
         raise RunError(f"{path}: no report that can be read ({explain(error)})") from error
+
+
+def load_plain(path: str | Path) -> Any:
+    """Return the content of a checkpoint's file: tensors and plain values alone, so that nothing is executed.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        # Whatever bytes may raise in torch.load, whose advice is to execute them.
+        why = first_line(error)
+        if "WeightsUnpickler error" in str(error) or type(error).__name__ == "UnpicklingError":
+            code = re.search(r"\bGLOBAL (\S+)", str(error))
+            why = f"it holds {code[1]}, which is code" if code else "its bytes are not those of a checkpoint"
+        raise ValueError(f"no checkpoint that loads with weights_only=True ({why})") from error
 
 
 def _read_checkpoint(path: Path, prefix: str | None) -> Run:
