@@ -14,21 +14,16 @@ from lightning_spectral.numerics.gradient_noise import noise_bias
 from lightning_spectral.numerics.power_law import (
     MIN_POINTS,
     PowerLawFit,
-    fit_power_law,
     fit_rank_decay,
     fit_rank_models,
     log_points,
     theil_sen_slope,
     with_bias,
-    with_ordinate_errors,
 )
 from lightning_spectral.numerics.statistics import directions_holding, entropy_rank, participation_ratio, zeta_bound
 from lightning_spectral.records.alignment import KroneckerFactors, LayerAlignment
-from lightning_spectral.records.layer_spectrum import LayerMeasurement, LayerSpectrum
+from lightning_spectral.records.layer_spectrum import EQUAL, NOISE, LayerMeasurement, LayerSpectrum, fit_alpha
 from lightning_spectral.records.on_request import CurvatureFraction
-
-NOISE, EQUAL = "below the noise floor", "sigma equal to all others"
-"""Reasons for leaving a point out of a fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +90,7 @@ def fit_layer(measured: LayerMeasurement, parts: Mapping[str, Part] | None = Non
     positive = measured.h[usable & (measured.h > 0)]
     energy = sigma[usable].square()
     bias = noise_bias(measured.gradient_noise.signal)
-    alpha = with_bias(_fit_alpha(sigma, measured.h, h_stderr, floor), bias)
+    alpha = with_bias(fit_alpha(sigma, measured.h, h_stderr, floor), bias)
     used = usable & (measured.h > 0) & (EQUAL not in alpha.dropped)
     gamma = fit_rank_decay(sigma, exclude=noise)
     h = torch.where(usable, measured.h, torch.full_like(measured.h, float("nan")))
@@ -134,23 +129,11 @@ def fit_layer(measured: LayerMeasurement, parts: Mapping[str, Part] | None = Non
         n_repeated=_count_repeated(sigma[usable], floor),
         spectrum=spectrum,
         rank_models=fit_rank_models(spectrum[spectrum > floor]),
-        alpha_quartiles=tuple(
-            _fit_alpha(sigma[k], h[k], h_stderr[k], floor) for k in torch.arange(len(sigma)).tensor_split(4)
-        ),
         gradient_noise=measured.gradient_noise,
         note=note,
         alignment_note=measured.alignment_note,
         **{name: part(points) for name, part in (parts or {}).items()},
     )
-
-
-def _fit_alpha(sigma: Tensor, h: Tensor, h_stderr: Tensor, floor: float) -> PowerLawFit:
-    """Fit h ~ sigma^alpha over the points above the noise floor."""
-    usable = sigma > floor
-    # Where all sigma are equal to rounding, h against them has no slope.
-    flat = int(usable.sum()) > 1 and float(sigma[usable].max() - sigma[usable].min()) <= floor
-    fit = fit_power_law(sigma, h, exclude={NOISE: ~usable, EQUAL: usable & flat})
-    return with_ordinate_errors(fit, sigma, h, h_stderr, used=usable & (h > 0))
 
 
 def _explain(alpha: PowerLawFit, sigma: Tensor, h: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,11 +13,23 @@ from torch import Tensor
 from lightning_spectral._serialization import decode, to_jsonable
 from lightning_spectral.numerics.bootstrap import Intervals
 from lightning_spectral.numerics.gradient_noise import UNKNOWN_NOISE, GradientNoise
-from lightning_spectral.numerics.power_law import PowerLawFit, RankModels
+from lightning_spectral.numerics.power_law import PowerLawFit, RankModels, fit_power_law, with_ordinate_errors
 from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.fit_quality import FitQuality
 from lightning_spectral.records.log_keys import LAYER_KEYS
 from lightning_spectral.records.on_request import CurvatureFraction, WeightSpectrum
+
+NOISE, EQUAL = "below the noise floor", "sigma equal to all others"
+"""Reasons for leaving a point out of a fit."""
+
+
+def fit_alpha(sigma: Tensor, h: Tensor, h_stderr: Tensor, floor: float) -> PowerLawFit:
+    """Fit h ~ sigma^alpha over the points above the noise floor."""
+    usable = sigma > floor
+    # Where all sigma are equal to rounding, h against them has no slope.
+    flat = int(usable.sum()) > 1 and float(sigma[usable].max() - sigma[usable].min()) <= floor
+    fit = fit_power_law(sigma, h, exclude={NOISE: ~usable, EQUAL: usable & flat})
+    return with_ordinate_errors(fit, sigma, h, h_stderr, used=usable & (h > 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +113,6 @@ class LayerSpectrum:
             unique.
         spectrum: (K',) leading singular values of the gradient, K' >= K of them; the first K are sigma.
         rank_models: power law, exponential and log-normal in rank of those of ``spectrum`` above the noise floor.
-        alpha_quartiles: alpha within each quarter of the K directions, in the order of sigma.
         note: reason for a NaN; empty where all is well.
         gradient_noise: share of the squared gradient that is no sampling noise, and the noise scale.
         weights: spectrum of the weight matrix, on request.
@@ -140,7 +152,6 @@ class LayerSpectrum:
     n_repeated: int
     spectrum: Tensor
     rank_models: RankModels
-    alpha_quartiles: tuple[PowerLawFit, ...]
     gradient_noise: GradientNoise = UNKNOWN_NOISE
     note: str = ""
     weights: WeightSpectrum | None = None
@@ -148,6 +159,12 @@ class LayerSpectrum:
     fraction: CurvatureFraction | None = None
     alignment: LayerAlignment | None = None
     alignment_note: str = ""
+
+    @cached_property
+    def alpha_quartiles(self) -> tuple[PowerLawFit, ...]:
+        """Alpha within each quarter of the K directions, in the order of sigma."""
+        quarters = torch.arange(len(self.h)).tensor_split(4)
+        return tuple(fit_alpha(self.sigma[k], self.h[k], self.h_stderr[k], self.noise_floor) for k in quarters)
 
     @property
     def alpha_gamma(self) -> float:
