@@ -6,8 +6,9 @@ and `read` its adjoint: (read(r))_bk = sum over the positions p of sample b of (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ class SampleLayout:
             return zeros.index_add(0, self.index.to(rows.device), rows.to(wide))
         return rows.reshape(*self.shape, rows.shape[1]).sum((0, 2), dtype=wide)
 
+    def take(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """Return the rows of samples start to stop, of a layout without an index."""
+        return rows.reshape(*self.shape, *rows.shape[1:])[:, start:stop].flatten(0, 2)
+
 
 def sample_layouts(lead: torch.Size, samples: int, time_first: int | None = None) -> Iterator[SampleLayout]:
     """Yield where the samples may be among rows of this shape, the likeliest first.
@@ -66,6 +71,41 @@ def sample_layouts(lead: torch.Size, samples: int, time_first: int | None = None
     shapes += [(lead[:i].numel() * lead[i] // samples, samples, lead[i + 1 :].numel()) for i in fits]
     for shape in dict.fromkeys(shapes):
         yield SampleLayout(shape)
+
+
+def joint_layouts(calls: Sequence[LayerCall], samples: int) -> list[list[SampleLayout]]:
+    """Return guesses of where the samples are at each of a layer's calls; none where there is none for one."""
+    of_calls = [
+        [layout for layout in sample_layouts(c.lead, samples, c.time_first) if layout.shape[0] % c.matrices == 0]
+        for c in calls
+    ]
+    n = max(map(len, of_calls)) if all(of_calls) else 0
+    return [[of_call[min(i, len(of_call) - 1)] for of_call in of_calls] for i in range(n)]
+
+
+class CallRows:
+    """Inputs, and gradients in the outputs, of all calls of one parameter, by rows.
+
+    Args:
+        deltas: of each call, None where the loss does not depend on it.
+    """
+
+    def __init__(self, calls: Sequence[LayerCall], deltas: Sequence[Tensor | None], shape: torch.Size) -> None:
+        self.calls, self.shape = calls, shape
+        self.rows = [call.rows(delta) for call, delta in zip(calls, deltas, strict=True) if delta is not None]
+
+    def layouts(self, samples: int) -> list[list[SampleLayout]]:
+        """Return guesses of where the samples are; none where some rows are not known, or not of samples."""
+        apart = any(call.is_convolution and call.input.ndim != len(self.shape) for call in self.calls)
+        return [] if apart or len(self.rows) < len(self.calls) else joint_layouts(self.calls, samples)
+
+    def gradient(self, layouts: Sequence[SampleLayout], start: int, stop: int) -> Tensor:
+        """Return what samples start to stop add to the gradient: sum r a^T over their rows."""
+        terms = []
+        for call, rows, layout in zip(self.calls, self.rows, layouts, strict=True):
+            a, r = (layout.take(side, start, stop) for side in rows)
+            terms.append(call.weight_gradient(a, r, self.shape))
+        return reduce(torch.add, terms)
 
 
 class Port:

@@ -156,15 +156,16 @@ class DifferentiableLoss:
             return None if value is None else value.detach()
         return torch.autograd.grad(self.value, self.parameters[name], retain_graph=True, allow_unused=True)[0]
 
-    def output_gradients(self, calls: Iterable[LayerCall]) -> dict[int, Tensor | None]:
-        """Return id of a call -> gradient of the loss in its output, None where it has none. Given once."""
+    def output_gradients(self, calls: Iterable[LayerCall], *, keep: bool = False) -> dict[int, Tensor | None]:
+        """Return id of a call -> gradient of the loss in its output, None if it has none; given once, unless kept."""
         edges = {id(call): call.edge for call in calls if call.edge is not None}
         missing = {key: edge for key, edge in edges.items() if key not in self._outputs}
-        stored, self._outputs = {key: self._outputs[key] for key in edges.keys() - missing.keys()}, {}
-        if not missing:
-            return stored
-        computed = torch.autograd.grad(self.value, list(missing.values()), retain_graph=True, allow_unused=True)
-        return stored | dict(zip(missing, computed, strict=True))
+        found = {key: self._outputs[key] for key in edges.keys() - missing.keys()}
+        if missing:
+            computed = torch.autograd.grad(self.value, list(missing.values()), retain_graph=True, allow_unused=True)
+            found |= zip(missing, computed, strict=True)
+        self._outputs = dict(found) if keep else {}
+        return found
 
     def run(self) -> None:
         """Compute the loss, if it is not known with its graph."""

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_spectral.numerics.conv_patches import convolution_gradient
+
 Function = Callable[..., Any]
 
 LINEAR: Function = F.linear
@@ -119,6 +121,42 @@ class LayerCall(Product):
         if self.is_convolution:
             return self.output.shape[:1]
         return self.input.shape if self.function is F.embedding else self.input.shape[:-1]
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices of a stack the rows fall to, one after the other."""
+        return len(self.parameter) if self.block is not None and _is_stack(self.parameter, self.block) else 1
+
+    def rows(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs (rows, n), of a look-up (rows,), and a gradient in the output (rows, m); or images."""
+        if self.is_convolution:
+            return self.input, gradient
+        r, lead = self.to_rows(gradient), self.lead
+        r = r.reshape(lead.numel(), r.shape[-1])
+        return self.input.reshape(
+            lead.numel(), *self.input.shape[len(lead) :]
+        ), r if self.scale == 1 else r * self.scale
+
+    def weight_gradient(self, a: Tensor, r: Tensor, shape: torch.Size) -> Tensor:
+        """Return the gradient in the parameter, of this shape, that some of the `rows` give."""
+        if self.is_convolution:
+            return convolution_gradient(a, r, shape, self.options, transposed=self.function in TRANSPOSED)
+        block = self.block or Block((0, shape[0]), (0, shape[1]), transposed=True)
+        if self.function is F.embedding:
+            padding = self.options.get("padding")
+            product = r.new_zeros(block.rows[1] - block.rows[0], r.shape[1])
+            product.index_add_(0, a, r if padding is None else r * (a != padding)[:, None])
+        else:
+            if self.matrices > 1:
+                a, r = (side.reshape(self.matrices, -1, side.shape[1]) for side in (a, r))
+            product = r.mT @ a.to(r.dtype) if block.transposed else a.to(r.dtype).mT @ r
+        if product.shape == shape:
+            return product
+        total = r.new_zeros(shape)
+        matrix = total.flatten(1) if len(shape) > 3 else total
+        matrix = matrix if block.expert is None else matrix[block.expert]
+        matrix[..., slice(*block.rows), slice(*block.columns)] = product
+        return total
 
 
 def as_product(

@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_spectral.curvature.direction_graph import DirectionGraph
 from lightning_spectral.curvature.head import Head, half_of
-from lightning_spectral.curvature.ports import REMEDY, SampleLayout, sample_layouts
+from lightning_spectral.curvature.ports import REMEDY, SampleLayout, joint_layouts
 from lightning_spectral.curvature.problem import DifferentiableLoss
 from lightning_spectral.curvature.products import LayerCall
 from lightning_spectral.curvature.seen_layers import SeenLayers
@@ -93,11 +93,7 @@ class _Search:
         self.problem, self.seen, self.samples = problem, seen, samples
         self.lost: dict[str, str] = {}
         self.followed: dict[str, list[SampleLayout]] = {}
-        self.guesses: dict[str, list[list[SampleLayout]]] = {}
-        for name, calls in seen.calls.items():
-            of_calls = [list(sample_layouts(call.lead, samples, call.time_first)) for call in calls]
-            n = max(map(len, of_calls)) if all(of_calls) else 0
-            self.guesses[name] = [[of_call[min(i, len(of_call) - 1)] for of_call in of_calls] for i in range(n)]
+        self.guesses = {name: joint_layouts(calls, samples) for name, calls in seen.calls.items()}
 
     def layouts(self) -> dict[str, Sequence[SampleLayout]]:
         """Return the next guess of each layer; where there is none, its rows are followed, or it is lost."""

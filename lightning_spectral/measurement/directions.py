@@ -55,8 +55,7 @@ def leading_directions(
         parts: of the gradients, which tell their sampling noise; none where they cannot.
     """
     layers, group = objective.layers, objective.group
-    # What a user names is measured, whatever it is.
-    skipped = gradients.not_matrices if options.layers is None else {}
+    skipped = gradients.skipped(options)
     present = (gradients.unreduced | gradients.reduced) - gradients.failed.keys() - skipped.keys()
     matrices, owners = _reduced(gradients, objective, present)
     with group.step() as step:

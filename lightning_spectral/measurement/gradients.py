@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.curvature import DifferentiableLoss, LossValue, accumulation_dtype, graph_kinds, not_matrices
+from lightning_spectral.curvature.ports import CallRows
+from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.errors import first_line, is_out_of_memory
 from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.measurement.estimation import SAME_GRADIENT
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, add_weighted, cut_evenly, infer_weights
 from lightning_spectral.measurement.objective import PARTS, Objective, part_size
+from lightning_spectral.options import Options
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class ObjectiveGradients:
         has_graph: whether the gradients of ``first`` can be differentiated again.
         not_matrices: layer name -> how it is used on some rank, of those that are never multiplied as a matrix.
         kinds: layer name -> its kind by the graph on some rank, of those that nothing else tells.
+        keeps_outputs: whether ``first`` is to go on holding its gradients in the layers' outputs.
         smallest: layer with the smallest tensor among ``values`` that is not zero, and that tensor.
         parts: squared norms of the micro-batches' gradients, of all ranks.
         notes: what a reader of the report should know of how they were computed.
@@ -89,11 +95,16 @@ class ObjectiveGradients:
     narrow_dtypes: frozenset[torch.dtype]
     first: DifferentiableLoss | None
     has_graph: bool
+    keeps_outputs: bool
     smallest: tuple[str, Tensor] | None
     not_matrices: dict[str, str]
     kinds: dict[str, Kind]
     parts: Sequence[SquaredNorms]
     notes: tuple[str, ...]
+
+    def skipped(self, options: Options) -> dict[str, str]:
+        """Return the layers not to measure, with the reason: what a user names is measured, whatever it is."""
+        return self.not_matrices if options.layers is None else {}
 
 
 def sum_gradients(
@@ -117,6 +128,8 @@ def sum_gradients(
         return reducer is not None and id(objective.parameters[name]) in reducer.reduced_ids
 
     keep_graph = keep_graph and len(micro_batches) == 1
+    # Those of a single batch tell the noise of its gradient, too.
+    wants_outputs = outputs or (norms and reducer is None and len(objective.all_sizes) == len(micro_batches) == 1)
     sums: dict[str, Tensor | None] = {}
     failed: dict[str, str] = {}
     narrow: set[torch.dtype] = set()
@@ -130,7 +143,7 @@ def sum_gradients(
             part_norms = PartNorms(objective.share_of(micro_batch), objective.layers, objective.parameters)
             observe = part_norms.add_leaf
             with nullcontext() if reducer is None or keep_graph else reducer.reducing(micro_batch.weight, observe):
-                part = first.gradients(keep_graph=keep_graph, outputs=outputs and micro_batch is micro_batches[0])
+                part = first.gradients(keep_graph=keep_graph, outputs=wants_outputs and micro_batch is micro_batches[0])
             narrow |= first.trace.casts
             total += micro_batch.weight * first.loss
             failed |= part.failed
@@ -168,6 +181,7 @@ def sum_gradients(
         narrow_dtypes=frozenset().union(*dtypes),
         first=first,
         has_graph=keep_graph,
+        keeps_outputs=outputs,
         smallest=min(nonzero.items(), key=lambda item: item[1].numel(), default=None),
         not_matrices={name: why for of_rank in unfit_of_ranks for name, why in of_rank.items()},
         kinds={name: kind for of_rank in kinds_of_ranks for name, kind in of_rank.items()},
@@ -208,19 +222,19 @@ class GradientParts:
 
 
 def gradient_parts(
-    objective: Objective, gradients: ObjectiveGradients, micro_batches: Sequence[MicroBatch]
+    objective: Objective, gradients: ObjectiveGradients, micro_batches: Sequence[MicroBatch], options: Options
 ) -> GradientParts:
-    """Return the parts that the gradients were summed from; those of a single one are computed in one more pass."""
+    """Return the parts that the gradients were summed from; those of a single one are taken out of it."""
     if len(gradients.parts) > 1:
         return GradientParts(gradients.parts)
     with objective.group.step(watched=True) as step:
-        step.send(_cut(objective, gradients, micro_batches[0]) if micro_batches else None)
+        step.send(_cut(objective, gradients, micro_batches[0], options) if micro_batches else None)
     of_ranks: list[GradientParts] = [parts for parts in step.received if parts is not None]
     return of_ranks[0]
 
 
-def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch) -> GradientParts:
-    """Return the parts of a batch that is all there is."""
+def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch, options: Options) -> GradientParts:
+    """Return the parts of a batch that is all there is: by the rows of its one pass, else by a pass of each."""
     size = objective.samples_of(full)
     if not objective.has_tensors(full):
         # A loss of the weights alone has no sampling noise.
@@ -239,14 +253,72 @@ def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch) 
                 raise
             return GradientParts([], f"the loss fails on a part of the batch alone ({first_line(error)})")
         losses.append(LossValue.of(loss.value, loss.trace))
+        loss.release()
+        if micro_batch is micro_batches[0]:
+            names = [name for name in gradients.values if name not in gradients.skipped(options)]
+            if by_rows := _norms_by_rows(objective, gradients, micro_batches, names, values, losses[0]):
+                return GradientParts(by_rows)
         norms = PartNorms(objective.share_of(micro_batch), objective.layers, objective.parameters)
         for name, value in values.items():
             norms.add(name, value)
         gradients_of_parts.append(norms)
-        loss.release()
     dtypes = {dtype for loss in losses for dtype in (loss.dtype, *loss.casts)}
     try:
         weights = infer_weights(gradients.loss, micro_batches, losses, objective.compute_dtype(dtypes))
     except NoSumError:
         return GradientParts([], "the loss of the batch is no sum of those of its parts")
     return GradientParts([part.squared_norms(w) for part, w in zip(gradients_of_parts, weights, strict=True)])
+
+
+def _norms_by_rows(
+    objective: Objective,
+    gradients: ObjectiveGradients,
+    parts: Sequence[MicroBatch],
+    names: Sequence[str],
+    values: Mapping[str, Tensor | None],
+    loss: LossValue,
+) -> list[SquaredNorms]:
+    """Return the norms of the parts of a batch from what its one pass left at the layers' calls.
+
+    A part's term is sum r a^T over the rows of its samples, of inputs a and gradients r in the outputs. That of the
+    first must be its own gradient times its weight in the loss; else the rows lie elsewhere, or samples depend on each
+    other, and nothing is returned. Nor is it where a layer is used in another way than multiplied.
+
+    Args:
+        names: of the layers that are asked for.
+        values, loss: of the first part alone.
+    """
+    problem, samples = gradients.first, parts[-1].stop
+    assert problem is not None
+    assert samples is not None
+    seen = see_layers(problem, names)
+    calls_of_all = [call for of_layer in seen.calls.values() for call in of_layer]
+    try:
+        deltas = problem.output_gradients(calls_of_all, keep=gradients.keeps_outputs)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return []
+    if seen.unseen:
+        return []
+    whole = LossValue.of(problem.value, problem.trace)
+    tolerance = SAME_GRADIENT[objective.compute_dtype({loss.dtype, *loss.casts})]
+    weights = [1.0, objective.share_of(parts[0])]
+    if loss.normalizer is not None and whole.normalizer:
+        weights.append(loss.normalizer / whole.normalizer)
+    norms = [PartNorms(objective.share_of(part), objective.layers, objective.parameters) for part in parts]
+    for name in {id(objective.parameters[name]): name for name in names}.values():
+        calls, leaf, own = seen.calls[name], objective.parameters[name], values[name]
+        rows = CallRows(calls, [deltas.pop(id(call)) for call in calls], leaf.shape)
+        for layouts in rows.layouts(samples):
+            terms = (rows.gradient(layouts, part.start, part.stop or 0) for part in parts)
+            term = next(terms)
+            close = [w for w in weights if own is not None and (term - w * own).norm() <= tolerance * term.norm()]
+            if close:
+                break
+        else:
+            return []
+        weights = close
+        for of_part, gradient in zip(norms, chain([term], terms), strict=True):
+            of_part.add_leaf(leaf, gradient)
+    return [part.squared_norms() for part in norms]

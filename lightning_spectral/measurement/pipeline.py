@@ -107,7 +107,7 @@ def measure_noise_scale(
             with attempt:
                 micro_batches = objective.cut(attempt.max_size)
                 gradients = sum_gradients(objective, micro_batches)
-                parts = gradient_parts(objective, gradients, micro_batches)
+                parts = gradient_parts(objective, gradients, micro_batches, options)
                 noise = noise_of_layers(gradients, parts.norms, objective)
     return median(of_layer.noise_scale for of_layer in noise.values())
 
@@ -142,18 +142,18 @@ def measure(
     few = objective if options.gradient_samples is None else objective.first(n_batches, options.max_samples)
     micro_batches = cut_for_gradient(objective, few, max_size)
     gradients = _gradients(objective, micro_batches, options, max_size, for_curvature=few is objective)
-    parts = gradient_parts(objective, gradients, micro_batches)
+    parts = gradient_parts(objective, gradients, micro_batches, options)
     gradient_seconds = time.perf_counter() - started
     watch.expect(gradient_seconds, PRODUCT * options.top_k * len(objective.layers))
     directions = leading_directions(gradients, parts.norms, objective, options)
     n_products = sum(map(len, directions.usable.values())) + len(directions.usable) * (options.curvature_fraction or 0)
     watch.expect(time.perf_counter() - started, PRODUCT * n_products)
-    loss = gradients.loss
+    loss, kinds = gradients.loss, gradients.kinds
     if few is not objective:
         # As large as the network.
         del gradients
         micro_batches = few.cut(max_size)
-        gradients = _gradients(few, micro_batches, options, max_size)
+        gradients = _gradients(few, micro_batches, options, max_size, norms=False)
     evaluation = Evaluation(
         few,
         micro_batches,
@@ -162,7 +162,7 @@ def measure(
         narrow_dtypes=gradients.narrow_dtypes,
         reference=gradients.smallest if max_size is None else None,
     )
-    notes, kinds = gradients.notes, gradients.kinds
+    notes = gradients.notes
     del gradients
     factors = kronecker_factors(evaluation, directions.usable, wanted=options.alignment)
     curvatures = estimate_curvature(evaluation, directions.usable, options.curvature)
@@ -191,6 +191,7 @@ def _gradients(
     max_size: int | None,
     *,
     for_curvature: bool = True,
+    norms: bool = True,
 ) -> ObjectiveGradients:
     """Return the gradients of an objective, with what its curvature can go on from."""
     return sum_gradients(
@@ -200,4 +201,5 @@ def _gradients(
         and wants_graph(options.curvature)
         and (max_size is not None or not objective.divisible),
         outputs=for_curvature and options.alignment and objective.samples is not None,
+        norms=norms,
     )

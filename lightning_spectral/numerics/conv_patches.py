@@ -206,6 +206,20 @@ class _Term:
     places: tuple[int, ...]
 
 
+def convolution_gradient(
+    x: Tensor, r: Tensor, shape: torch.Size, options: Mapping[str, Any], *, transposed: bool
+) -> Tensor:
+    """Return the gradient in a convolution's weight, of this shape, of inputs x and gradients r in its output."""
+    # A transposed convolution is the adjoint of the convolution with the same weight.
+    large, small, padding = r, x, options.get("padding", 0)
+    if not transposed:
+        large, small, padding = Patches.of(x, shape[2:], options, groups=1, transposed=False).x, r, 0
+    stride, dilation, groups = (options.get(name, 1) for name in ("stride", "dilation", "groups"))
+    weight_gradient = WEIGHT_GRADIENTS[len(shape) - 2]
+    found: Tensor = weight_gradient(large, shape, small, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
+    return found
+
+
 def _part(x: Tensor, slices: Sequence[slice]) -> Tensor:
     """Slice the last dimensions."""
     index: tuple[Any, ...] = (..., *slices)

@@ -19,7 +19,6 @@ from lightning_spectral.plan.cost_model import (
     TRACE_GRAPH,
     Cost,
     Memory,
-    add_gradients,
     add_trace,
     count_passes,
     direction_count,
@@ -155,9 +154,6 @@ class Estimate:
             passes = add_trace(passes, self.options.curvature_fraction, self._parts(TRACE_GRAPH))
         batch_samples = None if self.trace is None else self.trace.samples
         share = self.n_batches * (self.samples or 1) / (batch_samples or 1)
-        if self.n_batches == parts == self.world_size == 1 and self.options.gradient_samples is None:
-            # Of parts of the one batch, whose differences tell the noise.
-            passes = add_gradients(passes, 1)
         extra = self._extra() + self._gradient_steps()
         return Cost(method, parts, passes, share, extra, self._memory(method, parts), batch_samples is not None)
 

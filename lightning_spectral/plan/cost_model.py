@@ -204,11 +204,6 @@ def add_trace(passes: Mapping[str, Count], draws: int, parts: int) -> dict[str, 
     return {kind: _add(passes.get(kind, (0, 0)), (extra.get(kind, 0),) * 2) for kind in {**passes, **extra}}
 
 
-def add_gradients(passes: Mapping[str, Count], n: int) -> dict[str, Count]:
-    """Add so many passes of gradients."""
-    return {**passes, "gradient": _add(passes.get("gradient", (0, 0)), (n, n))}
-
-
 def graph_memory(method: str) -> float:
     """Return the peak memory of a curvature method, in that of a training step on the same samples."""
     make = METHODS[method]

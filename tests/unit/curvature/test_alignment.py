@@ -426,11 +426,11 @@ def test_a_layer_that_fails_stops_no_other(monkeypatch):
 def test_a_backward_pass_that_fails_stops_no_other_layer(monkeypatch):
     real = DifferentiableLoss.output_gradients
 
-    def broken(self, uses):
+    def broken(self, uses, **options):
         uses = list(uses)
         if any(use.output.shape[-1] == 7 for use in uses):
             raise RuntimeError("no luck")
-        return real(self, uses)
+        return real(self, uses, **options)
 
     monkeypatch.setattr(DifferentiableLoss, "output_gradients", broken)
     report = aligned(*NAMED["mlp_cross_entropy"].build(), cross_entropy)
