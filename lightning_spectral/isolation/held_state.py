@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from lightning_spectral._torch_private import schedulers_in
+
 UNINITIALIZED = (nn.UninitializedParameter, nn.UninitializedBuffer)
 CONTAINERS = (dict, OrderedDict, list, deque, set)
 NOT_WRITTEN = (type, types.FunctionType, types.ModuleType, types.MethodType)
@@ -64,6 +66,13 @@ class HeldState:
                 container.clear()
         for restore in self._restore:
             restore()
+
+
+def shared_state(value: Any, path: str) -> list[Held]:
+    """Return what of an object that a copy shares is put back: attributes, groups of an optimizer, rates in tensors."""
+    parts = [value, *getattr(value, "param_groups", ()), *schedulers_in(value)]
+    rates = [rate for part in parts if isinstance(part, dict) for rate in part.values() if isinstance(rate, Tensor)]
+    return [*(Held(path, part, part) for part in parts), *(Held(path, rate, None) for rate in rates)]
 
 
 def _parts(held: Held, seen: set[int]) -> Iterator[Held]:

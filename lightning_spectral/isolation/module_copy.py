@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_spectral._torch_private import uncompiled
 from lightning_spectral.distributed.dtensor import is_communication, plain_class, without_communication
 from lightning_spectral.errors import MeasurementError
-from lightning_spectral.isolation.held_state import UNINITIALIZED, Held
+from lightning_spectral.isolation.held_state import UNINITIALIZED, Held, shared_state
 from lightning_spectral.isolation.muting import NullLogger
 from lightning_spectral.numerics.matmul_precision import at_least
 
-# Held by reference: large or bound to the outside, and nothing that computing a loss should write to.
-SHARED_TYPES = (Dataset, DataLoader, Optimizer, LRScheduler, types.ModuleType, type)
+# Held by reference: large or bound to the outside. What a loss writes on the first is put back.
+STATEFUL_TYPES = (Dataset, DataLoader, Optimizer, LRScheduler)
+SHARED_TYPES = (*STATEFUL_TYPES, types.ModuleType, type)
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 TRACKERS = (
@@ -114,6 +115,7 @@ class Copier:
         self.shared: dict[str, str] = {}
         self.modules: list[nn.Module] = []
         self.held: list[Held] = []
+        self.kept: list[Held] = []
         self.lowest = lowest
         # An id stands for an object only as long as that lives.
         self._originals: list[Any] = []
@@ -123,6 +125,8 @@ class Copier:
         if id(value) in self.memo:
             return self.memo[id(value)]
         if isinstance(value, SHARED_TYPES) or (is_communication(type(value)) and not isinstance(value, nn.Module)):
+            if isinstance(value, STATEFUL_TYPES):
+                self.kept += shared_state(value, path)
             return value
         try:
             new = self._copy(value, path)

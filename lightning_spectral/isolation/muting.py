@@ -6,10 +6,12 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+
+from lightning_spectral.isolation.held_state import Held, shared_state
 
 
 class NullLogger:
@@ -115,6 +117,19 @@ def silent_trainers(model: nn.Module) -> dict[int, Any]:
             silent.loggers = [NullLogger() for _ in trainer.loggers]
             trainers[id(trainer)] = silent
     return trainers
+
+
+def schedules_of(trainers: Iterable[Any]) -> list[Held]:
+    """Return the optimizers' groups and the schedulers of Trainers: a training_step that writes to them is undone."""
+    shared = [
+        part
+        for trainer in trainers
+        for part in (
+            *getattr(trainer, "optimizers", ()),
+            *(config.scheduler for config in getattr(trainer, "lr_scheduler_configs", ())),
+        )
+    ]
+    return [held for part in shared for held in shared_state(part, type(part).__name__)]
 
 
 def silence_logging(copied: nn.Module, original: nn.Module, replaced: Mapping[int, Any]) -> None:

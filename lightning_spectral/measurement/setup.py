@@ -15,8 +15,9 @@ from lightning_spectral.distributed.dtensor import shards_of
 from lightning_spectral.distributed.process_group import SingleProcess
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import FirstSamples
+from lightning_spectral.isolation.held_state import HeldState
 from lightning_spectral.isolation.module_copy import Copier
-from lightning_spectral.isolation.muting import silence_logging, silent_trainers
+from lightning_spectral.isolation.muting import schedules_of, silence_logging, silent_trainers
 from lightning_spectral.isolation.replay import InitialState
 from lightning_spectral.isolation.sandbox import copy_batch, isolated
 from lightning_spectral.layers.matrices import LayerSet, MatrixLayer, find_layers
@@ -79,6 +80,8 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
             trainers = silent_trainers(original)
             substitutes = trainers if sharded is None else trainers | sharded.stand_ins
             copy = stack.enter_context(isolated(original, mode=mode, precision=precision, stand_ins=substitutes))
+            kept = [*copy.copier.kept, *schedules_of(trainers.values())]
+            stack.callback(HeldState(kept).restore)
             if sharded is not None:
                 sharded.hold_together(copy.module)
             silence_logging(copy.module, original, trainers)
@@ -107,7 +110,7 @@ def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Sin
                 copy.module,
                 originals,
                 sharded.restore if sharded else None,
-                copy.held,
+                (*copy.held, *kept),
                 _dtypes_of(original) - _dtypes_of(copy.module),
             )
         yield NetworkCopy(original, copy.module, precision, state, notes, sharded, copy.copier)
