@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_spectral import SpectralNewton, SpectralProbe
-from lightning_spectral.optim.matrix_layout import blocks
+from lightning_spectral.optim.placement import blocks
 
 
 class MuonWithAdamW(Optimizer):

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral._torch_private import not_compiled
-from lightning_spectral.optim.matrix_layout import STACK, Layout
-from lightning_spectral.optim.placement import Sharding
+from lightning_spectral.optim.placement import STACK, Layout, Sharding
 from lightning_spectral.optim.transfer import SMALLEST_DAMPING
 
 ADAM = "adam"

@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_spectral._torch_private import may_step_alone, not_compiled
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.distributed.dtensor import is_dtensor
-from lightning_spectral.optim.matrix_layout import row_counts
 from lightning_spectral.optim.matrix_update import (
     MAX_BATCH_NUMEL,
     MatrixBlock,
@@ -26,6 +25,7 @@ from lightning_spectral.optim.matrix_update import (
     descend,
     spectral_step,
 )
+from lightning_spectral.optim.placement import row_counts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

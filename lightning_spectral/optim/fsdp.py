@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.optim.ddp import assign_by_cost, balanced_rounds
-from lightning_spectral.optim.matrix_layout import row_counts
 from lightning_spectral.optim.matrix_update import compute_dtype, compute_updates, descend, matrix_blocks, matrix_cost
-from lightning_spectral.optim.placement import Sharding
+from lightning_spectral.optim.placement import Sharding, row_counts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

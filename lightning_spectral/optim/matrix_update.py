@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.numerics.matmul_precision import exact_products
 from lightning_spectral.optim.adam_size import ADAM, NOISE, adam_rms, needs_size, noise_damping
-from lightning_spectral.optim.matrix_layout import blocks
 from lightning_spectral.optim.measured_alpha import alpha_used
+from lightning_spectral.optim.placement import blocks
 from lightning_spectral.optim.transfer import transfer_batch
 
 MAX_BATCH_NUMEL = 2**24

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_spectral._validation import number
-from lightning_spectral.optim.matrix_layout import Layout, row_counts
+from lightning_spectral.optim.placement import Layout, row_counts
 
 INITIAL_ALPHA = 2.0
 """The exponent of a matrix before its first measurement: the default of ``alpha``, and the cheapest."""

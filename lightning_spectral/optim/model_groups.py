@@ -15,7 +15,7 @@ from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind, infer_kinds
 from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
 from lightning_spectral.layers.names import check_module, plain_names
-from lightning_spectral.optim.matrix_layout import STACK, Layout, whole_layout
+from lightning_spectral.optim.placement import STACK, Layout, whole_layout
 
 ALPHA_BY_KIND: dict[str, float] = {
     "conv": 2.0,

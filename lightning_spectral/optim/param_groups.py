@@ -14,9 +14,8 @@ from lightning_spectral._validation import flag, number, one_of
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.optim import measured_alpha as alphas
 from lightning_spectral.optim.adam_size import ADAM, NOISE
-from lightning_spectral.optim.matrix_layout import whole_layout
 from lightning_spectral.optim.model_groups import ALPHA_BY_KIND, DAMPING, DAMPING_BY_KIND, has_adamw_name, is_matrix
-from lightning_spectral.optim.placement import check_dtensor
+from lightning_spectral.optim.placement import check_dtensor, whole_layout
 from lightning_spectral.optim.transfer import check_tolerance, check_transfer
 
 WORDS = (("alpha", "probe"), ("damping", NOISE))

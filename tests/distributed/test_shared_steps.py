@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_spectral import SpectralNewton
 from lightning_spectral.optim.ddp import SMALLEST, assign_by_cost, balanced_rounds, is_shared
-from lightning_spectral.optim.matrix_layout import Layout, blocks, row_counts
+from lightning_spectral.optim.placement import Layout, blocks, row_counts
 
 BY_ANY = [*optimizer_ddp.BY_ANY, *optimizer_fsdp.BY_ANY]
 BY_TWO = [*BY_ANY, *optimizer_ddp.BY_TWO, *optimizer_fsdp.BY_TWO, *optimizer_trainers.BY_TWO]

@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_spectral import SpectralNewton, SpectralWarning
 from lightning_spectral.layers.matrices import matrix_parameters
 from lightning_spectral.layers.names import unwrapped
-from lightning_spectral.optim.matrix_layout import Layout, blocks
 from lightning_spectral.optim.model_groups import ADAMW_KINDS, ALPHA_BY_KIND
+from lightning_spectral.optim.placement import Layout, blocks
 
 
 def by_name(optimizer):
