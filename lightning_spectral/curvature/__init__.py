@@ -10,7 +10,6 @@ from lightning_spectral.curvature.problem import (
     DifferentiableLoss,
     Gradients,
     SampleRange,
-    accumulation_dtype,
     together_or_alone,
 )
 from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
@@ -21,6 +20,6 @@ from lightning_spectral.curvature.static_analysis import FakeLoss, Structure, st
 __all__ = [
     "LOSS", "METHODS", "STEP", "TRANSPOSED", "Curvature", "Curvatures", "DifferentiableLoss", "FakeLoss", "Gradients",
     "HutchinsonTrace", "LayerCall", "LossProperties", "LossValue", "Recorder", "SampleRange", "StepProducts",
-    "Structure", "accumulation_dtype", "check_method", "graph_kinds", "loss_value", "not_matrices",
+    "Structure", "check_method", "graph_kinds", "loss_value", "not_matrices",
     "structure", "together_or_alone",
 ]  # fmt: skip

@@ -86,3 +86,11 @@ def _scales(grad: Tensor, outputs: list[Tensor]) -> bool:
         return True
     same = [output for output in outputs if output.shape == grad.shape and not output.requires_grad]
     return any(torch.equal(grad * output.flatten()[0], grad.flatten()[0] * output) for output in same)
+
+
+def unverified(function: str) -> str:
+    """Return what is not known of a second derivative that passes a custom function."""
+    return (
+        f"its curvature passes the custom autograd function {function} and holds only if that function's backward can "
+        "itself be differentiated, which was not checked"
+    )

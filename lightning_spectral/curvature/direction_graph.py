@@ -17,10 +17,11 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_spectral.curvature.autograd_graph import Dependence, GraphCut, find_cut, outer_cut
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.ports import Port, SampleLayout
-from lightning_spectral.curvature.problem import DifferentiableLoss, accumulation_dtype, scalar_loss
+from lightning_spectral.curvature.problem import DifferentiableLoss, scalar_loss
 from lightning_spectral.curvature.products import LayerCall
 from lightning_spectral.curvature.seen_layers import SeenLayers
 from lightning_spectral.errors import MeasurementError
+from lightning_spectral.numerics.matmul_precision import accumulation_dtype
 from lightning_spectral.numerics.svd import SingularTriplets
 
 Layouts = Mapping[str, Sequence[SampleLayout]]

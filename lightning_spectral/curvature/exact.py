@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from lightning_spectral._messages import group_by_reason
+from lightning_spectral.curvature.custom_functions import unverified
 from lightning_spectral.curvature.problem import (
     REMEDY,
     Curvatures,
     DifferentiableLoss,
-    accumulation_dtype,
     cause_of,
-    dot,
     naming_what_stops_it,
-    unverified,
 )
 from lightning_spectral.errors import is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer, matrix_direction
+from lightning_spectral.numerics.matmul_precision import accumulation_dtype, dot
 from lightning_spectral.numerics.svd import SingularTriplets
 
 

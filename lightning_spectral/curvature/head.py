@@ -18,7 +18,7 @@ from lightning_spectral._autograd import operation
 from lightning_spectral._torch_private import log_softmax_result
 from lightning_spectral.curvature.autograd_graph import LINEAR, Dependence, GraphCut
 from lightning_spectral.curvature.ports import SampleLayout, sample_layouts
-from lightning_spectral.curvature.problem import accumulation_dtype
+from lightning_spectral.numerics.matmul_precision import accumulation_dtype
 
 DENSE = 2**26
 """Up to how many B C^3 the eigenvectors of the head's Hessian are taken for random columns."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral._messages import group_by_reason
-from lightning_spectral.curvature.custom_functions import custom_functions
+from lightning_spectral.curvature.custom_functions import custom_functions, unverified
 from lightning_spectral.curvature.direction_graph import DirectionGraph
 from lightning_spectral.curvature.head import half_of
 from lightning_spectral.curvature.ports import move_by_sample
@@ -29,14 +29,13 @@ from lightning_spectral.curvature.problem import (
     Curvatures,
     DifferentiableLoss,
     Gradients,
-    dot,
     together_or_alone,
-    unverified,
 )
 from lightning_spectral.curvature.sample_search import INTERACT, move_network
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.numerics.matmul_precision import dot
 from lightning_spectral.numerics.svd import SingularTriplets
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_spectral.curvature.problem import accumulation_dtype
 from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
 from lightning_spectral.layers.matrices import MatrixLayer
+from lightning_spectral.numerics.matmul_precision import accumulation_dtype
 from lightning_spectral.numerics.svd import SingularTriplets
 
 REMEDY = "use curvature='exact'"

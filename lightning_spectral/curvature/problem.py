@@ -268,16 +268,6 @@ class Curvature(Protocol):
         ...
 
 
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Return what to sum in: float64, which Apple's GPUs do not have."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
-def dot(a: Tensor, b: Tensor) -> float:
-    """Return the inner product of two tensors."""
-    return float((a * b).sum(dtype=accumulation_dtype(a)))
-
-
 def _known(value: T | None) -> T:
     if value is None:
         raise MeasurementError("this is known once the gradients are")
@@ -337,11 +327,3 @@ def naming_what_stops_it() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise SecondDerivativeError(cause_of(error)) from error
-
-
-def unverified(function: str) -> str:
-    """Return what is not known of a second derivative that passes a custom function."""
-    return (
-        f"its curvature passes the custom autograd function {function} and holds only if that function's backward can "
-        "itself be differentiated, which was not checked"
-    )

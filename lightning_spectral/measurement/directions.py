@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import accumulation_dtype
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.gradients import ObjectiveGradients, SquaredNorms
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.numerics.gradient_noise import GradientNoise, GradientPart, gradient_noise
+from lightning_spectral.numerics.matmul_precision import accumulation_dtype
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.numerics.svd import SingularTriplets, singular_values, top_singular_triplets
 from lightning_spectral.options import Options

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import TRANSPOSED, LayerCall, accumulation_dtype
+from lightning_spectral.curvature import TRANSPOSED, LayerCall
 from lightning_spectral.curvature.ports import Port, SampleLayout, groups_of
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.conv_patches import Patches
+from lightning_spectral.numerics.matmul_precision import accumulation_dtype
 from lightning_spectral.numerics.second_moment import MAX_DENSE, Eigenvalues, SecondMoment
 from lightning_spectral.numerics.statistics import entropy_rank
 from lightning_spectral.numerics.svd import SingularTriplets

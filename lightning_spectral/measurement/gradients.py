@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_spectral.curvature import DifferentiableLoss, LossValue, accumulation_dtype, graph_kinds, not_matrices
+from lightning_spectral.curvature import DifferentiableLoss, LossValue, graph_kinds, not_matrices
 from lightning_spectral.curvature.ports import CallRows
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.errors import first_line, is_out_of_memory
@@ -20,6 +20,7 @@ from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.estimation import SAME_GRADIENT
 from lightning_spectral.measurement.micro_batches import MicroBatch, NoSumError, add_weighted, cut_evenly, infer_weights
 from lightning_spectral.measurement.objective import PARTS, Objective, part_size
+from lightning_spectral.numerics.matmul_precision import accumulation_dtype
 from lightning_spectral.options import Options
 
 

@@ -1,4 +1,4 @@
-"""Float32 matrix products that are float32, whatever the user allows for the network."""
+"""The types that are computed and summed in, and float32 products that are float32, whatever the user allows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_spectral._torch_private import inert_cudnn_tf32
 
@@ -24,6 +25,16 @@ def at_least(dtype: torch.dtype, lowest: torch.dtype) -> torch.dtype:
     """
     is_raised = (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
     return torch.promote_types(dtype, lowest) if is_raised else dtype
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Return what to sum in: float64, which Apple's GPUs do not have."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Return the inner product of two tensors."""
+    return float((a * b).sum(dtype=accumulation_dtype(a)))
 
 
 @contextmanager
