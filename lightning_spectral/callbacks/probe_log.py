@@ -106,7 +106,7 @@ def closing_line(prefix: str, budget: TimeBudget, step: int, report: SpectralRep
         parts.append("nothing was measured")
     else:
         trusted, layers = len(report.trusted), f"{len(report.layers)} layer{'s' * (len(report.layers) != 1)}"
-        alpha = f"median alpha {fixed(report.medians()['alpha_median'])} of {trusted} of {layers} to trust"
+        alpha = f"median alpha {fixed(report.medians()['alpha_median'])}, trusted in {trusted} of {layers}"
         parts.append(alpha if trusted else f"no alpha to trust in {layers} at the last probe")
     if path is not None:
         # In a folder of several probes the command asks for the file of one.

@@ -48,7 +48,7 @@ def test_a_line_has_probes_time_alpha_and_the_command():
     line = closing_line("spectral", budget_of(9, 0.282, 62.0), 0, measured, Path("logs/version 0/spectra.jsonl"))
     alpha = measured.medians()["alpha_median"]
     assert line == (
-        f"SpectralProbe: 9 probes, 4.1 % of 62 s; median alpha {alpha:.2f} of 2 of 2 layers to trust; "
+        f"SpectralProbe: 9 probes, 4.1 % of 62 s; median alpha {alpha:.2f}, trusted in 2 of 2 layers; "
         "lightning-spectral report 'logs/version 0' makes its page"
     )
 
