@@ -20,6 +20,6 @@ from lightning_spectral.curvature.static_analysis import FakeLoss, Structure, st
 __all__ = [
     "LOSS", "METHODS", "STEP", "TRANSPOSED", "Curvature", "Curvatures", "DifferentiableLoss", "FakeLoss", "Gradients",
     "HutchinsonTrace", "LayerCall", "LossProperties", "LossValue", "Recorder", "SampleRange", "StepProducts",
-    "Structure", "check_method", "graph_kinds", "loss_value", "not_matrices",
-    "structure", "together_or_alone",
+    "Structure", "check_method", "graph_kinds", "loss_value", "not_matrices", "structure",
+    "together_or_alone",
 ]  # fmt: skip

@@ -25,12 +25,7 @@ from lightning_spectral.curvature.custom_functions import custom_functions, unve
 from lightning_spectral.curvature.direction_graph import DirectionGraph
 from lightning_spectral.curvature.head import half_of
 from lightning_spectral.curvature.ports import move_by_sample
-from lightning_spectral.curvature.problem import (
-    Curvatures,
-    DifferentiableLoss,
-    Gradients,
-    together_or_alone,
-)
+from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, Gradients, together_or_alone
 from lightning_spectral.curvature.sample_search import INTERACT, move_network
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
