@@ -201,18 +201,18 @@ def _behind(nodes: Iterable[Node]) -> set[Node]:
     return set(reachable(n for node in nodes for n, _ in node.next_functions))
 
 
-def outer_cut(dependence: Dependence, products: Iterable[Node]) -> GraphCut:
+def outer_cut(dependence: Dependence, products: Iterable[Node], *, grow: bool = True) -> GraphCut:
     """Return the cut above the last products with a parameter: z is the network's output, whatever is in the network.
 
     Args:
         products: nodes of the outputs of all products with a parameter.
+        grow: have sums and shapes after the last products below the cut, as long as not all of the loss is.
     """
     products = {node for node in products if node in dependence.masks}
     inside = products | _behind(products)
     below = {node: not mask or node in inside for node, mask in dependence.masks.items()}
     grown = dict(below)
-    for node in below:
-        # Sums and shapes after the last products are below the cut, as long as not all of the loss is.
+    for node in below if grow else ():
         inputs = _inputs(node, dependence)
         grown[node] |= bool(inputs) and dependence.is_linear(node, ALLOWED) and all(grown[n] for n, _ in inputs)
     below = below if all(grown.values()) else grown

@@ -39,9 +39,9 @@ class DirectionGraph:
         seen: SeenLayers,
         directions: Mapping[str, SingularTriplets],
         layouts: Layouts,
+        samples: int,
     ) -> None:
-        assert problem.samples is not None
-        self.problem, self.seen, self.layouts, self.samples = problem, seen, layouts, problem.samples
+        self.problem, self.seen, self.layouts, self.samples = problem, seen, layouts, samples
         self.names = list(layouts)
         self.triplets = {name: directions[name] for name in self.names}
         self.e: dict[str, Tensor] = {}
@@ -75,9 +75,9 @@ class DirectionGraph:
         """Return the cut of this graph that is nearest to the loss."""
         return find_cut(self._dependence, self._nodes)
 
-    def outer_cut(self) -> GraphCut:
-        """Return the cut behind the last products with parameters."""
-        return outer_cut(self._dependence, self._products)
+    def outer_cut(self, *, grow: bool = True) -> GraphCut:
+        """Return the cut behind the last products with parameters, and what is linear after them."""
+        return outer_cut(self._dependence, self._products, grow=grow)
 
     @cached_property
     def _dependence(self) -> Dependence:

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_spectral.curvature.direction_graph import DirectionGraph
 from lightning_spectral.curvature.draws import PRIOR_COUNT, is_precise
 from lightning_spectral.curvature.exact import measured_exactly, with_unseen
-from lightning_spectral.curvature.head import Column
+from lightning_spectral.curvature.head import Column, Head
 from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
-from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
+from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network, split_samples
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -33,6 +34,9 @@ EXACT_COLUMNS = 20
 
 SIGNED_COLUMNS = 64
 """The same where some eigenvalues are negative: random columns take two passes each, and are noisier."""
+
+SPLIT_COLUMNS = 4
+"""What it costs to tell the views of a sample apart, in backward passes."""
 
 COUPLED_OUTPUTS = 128
 """Up to how many outputs per sample a head that couples samples is measured: a backward pass of each."""
@@ -93,18 +97,15 @@ class GGNCurvature:
             raise MeasurementError(f"the loss depends on what is inside the network, beside its output; {REMEDY}")
         if head.is_flat:
             return _zeros(graph.triplets), {}
-        if not head.keeps_samples_apart():
-            return self._coupled(moved), {}
+        apart = head.keeps_samples_apart()
+        few = head.outputs <= self.exact_columns or (head.outputs <= SIGNED_COLUMNS and head.is_indefinite())
+        if few or not apart:
+            return self._by_all_outputs(moved, apart), {}
         moments = {name: _Moments() for name in graph.names}
-        if head.outputs <= self.exact_columns or (head.outputs <= SIGNED_COLUMNS and head.is_indefinite()):
-            for column in head.exact_columns():
-                _add(moments, moved, column)
-            # Of a head without curvature there is no column.
-            return _zeros(graph.triplets) | {n: x.total().cpu() for n, x in moments.items() if x.count}, {}
         # Micro-batches of a batch draw signs of their own, so that their errors average out.
         first, total = (problem.place.first, problem.place.total) if problem.place else (0, graph.samples)
-        columns = head.random_columns(torch.Generator().manual_seed(self.seed + first))
-        for n, column in enumerate(columns, 1):
+        random = head.random_columns(torch.Generator().manual_seed(self.seed + first))
+        for n, column in enumerate(random, 1):
             _add(moments, moved, column)
             if n < min(LEAST_COLUMNS, self.random_columns):
                 continue
@@ -116,26 +117,39 @@ class GGNCurvature:
                 break
         return h, stderr
 
-    def _coupled(self, moved: MovedNetwork) -> dict[str, Tensor]:
-        """Return h of a head that couples samples: y is read off exactly, and y^T H y taken through the head."""
+    def _by_all_outputs(self, moved: MovedNetwork, apart: bool) -> dict[str, Tensor]:
+        """Return h by the head's eigenvectors; if it couples samples, or if that is cheaper, by its outputs."""
         graph, head = moved.graph, moved.head
-        if head.outputs > COUPLED_OUTPUTS:
-            raise MeasurementError(f"the loss couples samples, over {head.outputs} outputs of each; {INTERACT}")
-        y: dict[str, list[Tensor]] = {name: [] for name in graph.names}
-        for c in range(head.outputs):
-            one = torch.zeros(graph.samples, head.outputs, device=head.device)
-            one[:, c] = 1
-            for name, t_bk in graph.columns(head.edges, head.as_outputs(one)).items():
-                y[name].append(t_bk)
-        h = {}
-        for name in graph.names:
-            y_bck = torch.stack(y.pop(name), 1)
-            values = []
-            for k in range(y_bck.shape[2]):
-                bent = head.by_sample(head.product(head.as_outputs(y_bck[:, :, k])))
-                values.append((y_bck[:, :, k] * bent.to(y_bck)).sum())
-            h[name] = torch.stack(values).cpu().double()
-        return h
+        columns = head.exact_columns() if apart else []
+        split = split_samples(moved, (len(columns) if apart else head.outputs) - SPLIT_COLUMNS)
+        if split is not None or not apart:
+            return _through_head(*(split or (graph, head)))
+        moments = {name: _Moments() for name in graph.names}
+        for column in columns:
+            _add(moments, moved, column)
+        # Of a head without curvature there is no column.
+        return _zeros(graph.triplets) | {name: x.total().cpu() for name, x in moments.items() if x.count}
+
+
+def _through_head(graph: DirectionGraph, head: Head) -> dict[str, Tensor]:
+    """Return h with y read off at each output, and y^T H y taken through the head, which may couple samples."""
+    if head.outputs > COUPLED_OUTPUTS:
+        raise MeasurementError(f"the loss couples samples, over {head.outputs} outputs of each; {INTERACT}")
+    y: dict[str, list[Tensor]] = {name: [] for name in graph.names}
+    for c in range(head.outputs):
+        one = torch.zeros(graph.samples, head.outputs, device=head.device)
+        one[:, c] = 1
+        for name, t_bk in graph.columns(head.edges, head.as_outputs(one)).items():
+            y[name].append(t_bk)
+    h = {}
+    for name in graph.names:
+        y_bck = torch.stack(y.pop(name), 1)
+        values = []
+        for k in range(y_bck.shape[2]):
+            bent = head.by_sample(head.product(head.as_outputs(y_bck[:, :, k])))
+            values.append((y_bck[:, :, k] * bent.to(y_bck)).sum())
+        h[name] = torch.stack(values).cpu().double()
+    return h
 
 
 def _zeros(directions: Mapping[str, SingularTriplets]) -> dict[str, Tensor]:

@@ -46,16 +46,21 @@ class Column:
 
 
 class Head:
-    """Head of a loss, differentiated once."""
+    """Head of a loss, differentiated once.
 
-    def __init__(self, loss: Tensor, cut: GraphCut, samples: int) -> None:
-        self.loss, self.cut, self.samples = loss, cut, samples
+    Args:
+        apart: whether no two tensors at the cut are of the same samples.
+    """
+
+    def __init__(self, loss: Tensor, cut: GraphCut, samples: int, *, apart: bool = False) -> None:
+        self.loss, self.cut, self.samples, self.apart = loss, cut, samples, apart
         # A loss that is itself a product with a parameter is its own output.
         self.edges: Sequence[GradientEdge] = cut.edges or [get_gradient_edge(loss)]
         gradients = torch.autograd.grad(loss, list(self.edges), create_graph=True)
         self.gradients = list(gradients)
         self.shapes = [g.shape for g in gradients]
-        self._guesses = [list(sample_layouts(shape, samples)) for shape in self.shapes]
+        of_each = samples // len(self.shapes) if apart else samples
+        self._guesses = [list(sample_layouts(shape, of_each)) for shape in self.shapes]
         self.layouts = self.guessed_layouts(0)
         self.outputs = sum(shape.numel() for shape in self.shapes) // samples
 
@@ -97,20 +102,20 @@ class Head:
         """Return (B, C) of tensors in the shapes of z."""
         assert self.layouts is not None
         parts = [
-            x_i.reshape(layout.shape).permute(1, 0, 2).reshape(self.samples, -1)
+            x_i.reshape(layout.shape).permute(1, 0, 2).reshape(layout.shape[1], -1)
             for x_i, layout in zip(x, self.layouts, strict=True)
         ]
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 0 if self.apart else 1)
 
     def as_outputs(self, flat: Tensor) -> list[Tensor]:
         """Return tensors in the shapes of z of (B, C)."""
         assert self.layouts is not None
-        x, first = [], 0
-        for gradient, layout in zip(self.gradients, self.layouts, strict=True):
+        sizes = [layout.shape[1] if self.apart else layout.shape[0] * layout.shape[2] for layout in self.layouts]
+        parts = torch.split(flat, sizes, 0 if self.apart else 1)
+        x = []
+        for part, g, layout in zip(parts, self.gradients, self.layouts, strict=True):
             before, samples, after = layout.shape
-            part = flat[:, first : first + before * after]
-            first += before * after
-            x.append(part.reshape(samples, before, after).permute(1, 0, 2).reshape(gradient.shape).to(gradient.dtype))
+            x.append(part.reshape(samples, before, after).permute(1, 0, 2).reshape(g.shape).to(g.dtype))
         return x
 
     def random_signs(self, generator: torch.Generator) -> list[Tensor]:
@@ -261,6 +266,12 @@ class _Softmax:
         s = (torch.randint(0, 2, self.p.shape, generator=generator) * 2 - 1).to(self.p)
         q = self.p.sqrt()
         return self.a.sqrt() * q * (s - q * (q * s).sum(self.dim, keepdim=True))
+
+
+def parts_of(shapes: Sequence[torch.Size | None], samples: int) -> int:
+    """Return how many outputs of one shape each sample has, as of its views: in tensors of their own, or in one."""
+    first = shapes[0] if len(set(shapes)) == 1 else None
+    return len(shapes) * max(first[0] // samples, 1) if first else 1
 
 
 def half_of(samples: int) -> Tensor:

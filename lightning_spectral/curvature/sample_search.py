@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
+from lightning_spectral._torch_private import output_shape
 from lightning_spectral.curvature.direction_graph import DirectionGraph
-from lightning_spectral.curvature.head import Head, half_of
+from lightning_spectral.curvature.head import Head, half_of, parts_of
 from lightning_spectral.curvature.ports import REMEDY, SampleLayout, joint_layouts
 from lightning_spectral.curvature.problem import DifferentiableLoss
 from lightning_spectral.curvature.products import LayerCall
@@ -68,7 +68,7 @@ def move_network(
         layouts = search.layouts()
         if not layouts:
             break
-        graph = DirectionGraph(problem, seen, directions, layouts)
+        graph = DirectionGraph(problem, seen, directions, layouts, search.samples)
         cut = graph.cut()
         is_exact = len(cut.inside) == len(layouts)
         head = Head(graph.loss, cut, problem.samples) if is_exact and cut.edges else None
@@ -86,6 +86,29 @@ def move_network(
     raise MeasurementError(INTERACT)
 
 
+def split_samples(moved: MovedNetwork, most: int) -> tuple[DirectionGraph, Head] | None:
+    """Return a moved network, and its head, in which every part of a sample's outputs is a sample.
+
+    The views of a sample, be they rows of one call or calls of their own, share no row at any layer: a backward pass of
+    one output each then serves all of them. None where no cut has parts of up to ``most`` outputs, or they share rows.
+    """
+    graph = moved.graph
+    for grow in (False, True):
+        cut = graph.outer_cut(grow=grow)
+        parts = parts_of([output_shape(edge.node, edge.output_nr) for edge in cut.edges], graph.samples)
+        head = Head(graph.loss, cut, parts * graph.samples, apart=True)
+        if parts > 1 and not cut.is_nested and head.outputs <= most:
+            break
+    else:
+        return None
+    layouts = _follow(head, graph.calls)
+    if len(layouts) < len(graph.calls):
+        return None
+    finer = DirectionGraph(graph.problem, graph.seen, graph.triplets, layouts, head.samples)
+    finer_head = Head(finer.loss, finer.outer_cut(grow=grow), head.samples, apart=True)
+    return None if finer_head.shapes != head.shapes or _mixed(finer, finer_head) else (finer, finer_head)
+
+
 class _Search:
     """Guesses of where the samples are, by layer, and which of them is next."""
 
@@ -100,7 +123,8 @@ class _Search:
         left = [name for name, guesses in self.guesses.items() if not guesses and name not in self.followed]
         left = [name for name in left if name not in self.lost]
         if left:
-            self.followed |= _follow(self.problem, self.seen, left, self.samples)
+            head = Head(self.problem.value, self.seen.outer_cut, self.samples)
+            self.followed |= _follow(head, {name: self.seen.calls[name] for name in left})
             self.lost |= {name: ROWS_UNKNOWN for name in left if name not in self.followed}
         return {
             name: self.followed[name] if name in self.followed else guesses[0]
@@ -135,28 +159,26 @@ def _mixed(graph: DirectionGraph, head: Head) -> list[str]:
     return best
 
 
-def _follow(
-    problem: DifferentiableLoss, seen: SeenLayers, names: Sequence[str], samples: int
-) -> dict[str, list[SampleLayout]]:
+def _follow(head: Head, calls: Mapping[str, Sequence[LayerCall]]) -> dict[str, list[SampleLayout]]:
     """Return the sample of each row of these layers' calls, from two backward passes of the output.
 
     In the second, the output of sample b is b + 1 times that of the first; so is what comes back at its rows.
     """
-    head = Head(problem.value, seen.outer_cut, samples)
     if head.layouts is None:
         return {}
+    samples = head.samples
     x = torch.rand(samples, head.outputs, generator=torch.Generator().manual_seed(0)).to(head.device) + 1
     scale = torch.arange(1, samples + 1, dtype=x.dtype, device=x.device)[:, None]
-    edges: list[GradientEdge] = [call.edge for name in names for call in seen.calls[name] if call.edge is not None]
+    edges = [call.edge for own in calls.values() for call in own if call.edge is not None]
     passes = [
         torch.autograd.grad(head.edges, edges, head.as_outputs(seed), retain_graph=True, allow_unused=True)
         for seed in (x, x * scale)
     ]
     found = dict(zip(((e.node, e.output_nr) for e in edges), zip(*passes, strict=True), strict=True))
     layouts = {}
-    for name in names:
+    for name, own in calls.items():
         of_calls = []
-        for call in seen.calls[name]:
+        for call in own:
             assert call.edge is not None
             once, scaled = found[call.edge.node, call.edge.output_nr]
             index = None if once is None or scaled is None else _sample_of_rows(call, once, scaled, samples)

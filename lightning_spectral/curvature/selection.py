@@ -9,6 +9,7 @@ from lightning_spectral._torch_private import output_shape
 from lightning_spectral._validation import one_of
 from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.gauss_newton import COUPLED_OUTPUTS, EXACT_COLUMNS, GGNCurvature, is_piecewise_linear
+from lightning_spectral.curvature.head import parts_of
 from lightning_spectral.curvature.problem import Curvature, Curvatures, DifferentiableLoss
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.curvature.sketch import FEWEST_SAMPLES, SketchCurvature, sketch_products
@@ -60,6 +61,7 @@ class LossProperties:
         obstacle: why the columns method does not give the Hessian; empty if it does.
         is_linear: whether the loss is piecewise linear in each layer, so that its Hessian is zero.
         outputs: per sample, at the cut; 0 where they are not known.
+        parts: of the outputs, as of a sample's views, which one backward pass may serve.
         windows: directions of each layer that can be moved at its output.
         unseen: directions of all other layers together.
         samples: in all; None where the batch does not tell.
@@ -68,6 +70,7 @@ class LossProperties:
     obstacle: str
     is_linear: bool
     outputs: int
+    parts: int
     windows: tuple[int, ...]
     unseen: int
     samples: int | None
@@ -91,6 +94,7 @@ class LossProperties:
             obstacle=_obstacle(seen, problem.samples, outputs),
             is_linear=is_piecewise_linear(seen),
             outputs=outputs,
+            parts=parts_of(shapes, problem.samples or 1),
             windows=tuple(windows[name] for name in seen.calls),
             unseen=sum(windows[name] for name in seen.unseen),
             samples=samples,
@@ -143,8 +147,9 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
         n = properties.column_count
         passes = str(n)
         if properties.outputs > EXACT_COLUMNS:
-            all_passes = f", or {properties.outputs} if the loss couples samples,"
-            passes = f"about {n}{all_passes if properties.outputs <= COUPLED_OUTPUTS else ''}"
+            coupled = properties.outputs // properties.parts
+            all_passes = f", or {coupled} if the loss couples samples,"
+            passes = f"about {n}{all_passes if coupled <= COUPLED_OUTPUTS else ''}"
         text = (
             "no pass, the loss is piecewise linear and its Hessian zero"
             if properties.is_linear

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_spectral import MeasurementError, measure_spectra
+from lightning_spectral.curvature.direction_graph import DirectionGraph
 from lightning_spectral.curvature.exact import ExactCurvature
 from lightning_spectral.curvature.gauss_newton import GGNCurvature
 from lightning_spectral.curvature.problem import DifferentiableLoss
@@ -250,6 +251,72 @@ def test_losses_across_samples(case):
     twin.check_columns()
     with pytest.raises(MeasurementError, match=r"samples; samples depend on each other .*use curvature='exact'"):
         SketchCurvature(ranks=1)(twin.problem(), twin.directions)
+
+
+# --- views of a sample, of which one backward pass serves all
+
+
+def contrast(a, b):
+    """InfoNCE of two views."""
+    scores = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / 0.3
+    return F.cross_entropy(scores, torch.arange(len(scores)))
+
+
+def in_turn(model, batch):
+    """Rows of a sample's views next to each other."""
+    z = model(torch.stack(batch, 1).flatten(0, 1))
+    return contrast(z[::2], z[1::2])
+
+
+def joined(model, batch):
+    """Views of calls of their own, joined above them."""
+    z = torch.cat([model(x) for x in batch])
+    return contrast(*z.chunk(2))
+
+
+class Towers(nn.Module):
+    """An encoder for each side of a pair, one of them with a layer more."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = relu_net(n_out=6), nn.Sequential(relu_net(n_out=7), nn.ReLU(), nn.Linear(7, 6))
+
+
+class Trunk(nn.Module):
+    """A layer whose rows are part of both outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.one, self.other = nn.Linear(8, 12), nn.Linear(12, 6), nn.Linear(12, 6)
+
+
+def of_trunk(model, batch):
+    x = F.relu(model.trunk(batch[0]))
+    return contrast(model.one(x), model.other(x))
+
+
+# loss, network, outputs of each view, views, whether the views share no row
+VIEWS = {
+    "rows": (info_nce, lambda: relu_net(n_out=9), 9, 2, True),
+    "in_turn": (in_turn, lambda: relu_net(n_out=9), 9, 2, True),
+    "calls": (barlow_twins, lambda: relu_net(n_out=9), 9, 2, True),
+    "joined": (joined, lambda: relu_net(n_out=9), 9, 2, True),
+    "three": (lambda m, b: triplet(m, b), lambda: relu_net(n_out=9), 9, 3, True),
+    "wide": (joined, lambda: relu_net(n_out=70), 70, 2, True),
+    "towers": (lambda m, b: contrast(m.one(b[0]), m.other(b[1])), Towers, 6, 2, True),
+    "trunk": (of_trunk, Trunk, 6, 2, False),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_pass_of_one_output_serves_all_views_that_share_no_row(name, monkeypatch):
+    loss, net, outputs, views, apart = VIEWS[name]
+    twin, passes = Twin(Case(name, net, two_views(), loss)), []
+    columns = DirectionGraph.columns
+    monkeypatch.setattr(DirectionGraph, "columns", lambda graph, *args: passes.append(1) or columns(graph, *args))
+    twin.check_columns()
+    # Those that find, and check, which row is of which sample come beside.
+    assert 0 <= len(passes) - (outputs if apart else outputs * views) <= 3
 
 
 # --- layers that are used several times
