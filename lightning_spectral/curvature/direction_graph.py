@@ -75,9 +75,15 @@ class DirectionGraph:
         """Return the cut of this graph that is nearest to the loss."""
         return find_cut(self._dependence, self._nodes)
 
-    def outer_cut(self, *, grow: bool = True) -> GraphCut:
-        """Return the cut behind the last products with parameters, and what is linear after them."""
-        return outer_cut(self._dependence, self._products, grow=grow)
+    @cached_property
+    def outer_cut(self) -> GraphCut:
+        """Cut behind the last products with parameters, and what is linear after them."""
+        return outer_cut(self._dependence, self._products)
+
+    @cached_property
+    def product_cut(self) -> GraphCut:
+        """Cut behind the last products with parameters alone."""
+        return outer_cut(self._dependence, self._products, grow=False)
 
     @cached_property
     def _dependence(self) -> Dependence:

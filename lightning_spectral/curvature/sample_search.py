@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral._torch_private import output_shape
+from lightning_spectral.curvature.autograd_graph import GraphCut
 from lightning_spectral.curvature.direction_graph import DirectionGraph
 from lightning_spectral.curvature.head import Head, half_of, parts_of
 from lightning_spectral.curvature.ports import REMEDY, SampleLayout, joint_layouts
@@ -64,21 +65,24 @@ def move_network(
             f"the tensors of the batch share no leading dimension, so samples cannot be told apart; {REMEDY}"
         )
     search = _Search(problem, seen, problem.samples)
+    is_linear = len(seen.cut.inside) == len(seen.calls)
     for _ in range(TRIES + 1):
         layouts = search.layouts()
         if not layouts:
             break
         graph = DirectionGraph(problem, seen, directions, layouts, search.samples)
-        cut = graph.cut()
-        is_exact = len(cut.inside) == len(layouts)
-        head = Head(graph.loss, cut, problem.samples) if is_exact and cut.edges else None
-        if head is None or head.layouts is None or (not nearest and not graph.outer_cut().is_nested):
-            is_exact = is_exact and (not cut.edges or not nearest)
-            head = Head(graph.loss, graph.outer_cut(), problem.samples)
+        cut = graph.cut() if is_linear else None
+        cut = cut if cut is not None and len(cut.inside) == len(layouts) else None
+        is_exact, head = cut is not None, None
+        if cut is not None and cut.edges:
+            head = Head(graph.loss, cut, problem.samples)
+        if head is None or head.layouts is None or (not nearest and not graph.outer_cut.is_nested):
+            is_exact = cut is not None and (not cut.edges or not nearest)
+            head = Head(graph.loss, graph.outer_cut, problem.samples)
         mixed = _mixed(graph, head)
         if mixed and head.cut is cut:
             # There samples may be in another order, as those of packed sequences are.
-            head, is_exact = Head(graph.loss, graph.outer_cut(), problem.samples), False
+            head, is_exact = Head(graph.loss, graph.outer_cut, problem.samples), False
             mixed = _mixed(graph, head)
         if not mixed:
             return MovedNetwork(graph, head, is_exact, seen.unseen | search.lost)
@@ -93,8 +97,8 @@ def split_samples(moved: MovedNetwork, most: int) -> tuple[DirectionGraph, Head]
     one output each then serves all of them. None where no cut has parts of up to ``most`` outputs, or they share rows.
     """
     graph = moved.graph
-    for grow in (False, True):
-        cut = graph.outer_cut(grow=grow)
+    for kind in ("product_cut", "outer_cut"):
+        cut: GraphCut = getattr(graph, kind)
         parts = parts_of([output_shape(edge.node, edge.output_nr) for edge in cut.edges], graph.samples)
         head = Head(graph.loss, cut, parts * graph.samples, apart=True)
         if parts > 1 and not cut.is_nested and head.outputs <= most:
@@ -105,7 +109,7 @@ def split_samples(moved: MovedNetwork, most: int) -> tuple[DirectionGraph, Head]
     if len(layouts) < len(graph.calls):
         return None
     finer = DirectionGraph(graph.problem, graph.seen, graph.triplets, layouts, head.samples)
-    finer_head = Head(finer.loss, finer.outer_cut(grow=grow), head.samples, apart=True)
+    finer_head = Head(finer.loss, getattr(finer, kind), head.samples, apart=True)
     return None if finer_head.shapes != head.shapes or _mixed(finer, finer_head) else (finer, finer_head)
 
 
