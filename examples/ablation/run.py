@@ -4,7 +4,7 @@
     python examples/ablation/run.py --seed 0 --probe.max_samples 64 --probe.curvature sketch   # options of the probe
 
 A run is `lightning-spectral fit` with base.yaml, a task's file and an optimizer's, at the learning rate that rates.yaml
-gives the two; a file laid into optimizers/ with rates in rates.yaml takes part. The folder receives results.json,
+gives the two; a file laid into optimizers/ with rates in rates.yaml takes part. The folder receives ablation_cpu.json,
 table.txt, ablation.png, a CSV log per run, and per task a page of the first seed's runs laid over each other, each of
 which a SpectralProbe measures.
 """

@@ -25,17 +25,22 @@ HERE = Path(__file__).resolve().parent
 
 
 class Benchmark(NamedTuple):
-    """A script of this folder, its arguments, and about how many minutes it takes on two cores without other work."""
+    """A script (from this folder), its arguments, and about how many minutes two cores without other work take."""
 
     script: str
     minutes: int
     arguments: tuple[str, ...] = ()
     figure: bool = False
+    folder: bool = False
 
     def command(self, name: str, runs: Path) -> list[str]:
-        """Return what to run; ``figure`` is for scripts that draw only where they are told to."""
+        """Return what to run.
+
+        ``figure``: the script draws only where it is told to; ``folder``: it writes more than NAME.json, to a folder.
+        """
         drawn = [f"--figure={runs / f'{name}.png'}"] if self.figure else []
-        return [sys.executable, str(HERE / self.script), *self.arguments, f"--output={runs / f'{name}.json'}", *drawn]
+        output = runs if self.folder else runs / f"{name}.json"
+        return [sys.executable, str(HERE / self.script), *self.arguments, f"--output={output}", *drawn]
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -46,9 +51,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "shards_cpu": Benchmark("shards.py", 5),
     "gpu": Benchmark("gpu.py", 8),
     "others_cpu": Benchmark("others.py", 10),
-    "probe_cpu": Benchmark("probe.py", 10),
+    "probe_cpu": Benchmark("probe.py", 15),
     "scaling_cpu": Benchmark("scaling.py", 15),
-    "noise_cpu": Benchmark("noise.py", 20, figure=True),
+    "ablation_cpu": Benchmark("../ablation/run.py", 20, folder=True),
+    "noise_cpu": Benchmark("noise.py", 22, figure=True),
     "long_run_cpu": Benchmark("long_run.py", 25, figure=True),
     "small_tasks_cpu": Benchmark("small_tasks.py", 50),
     "train_cpu": Benchmark("train.py", 120, ("--study", "--long")),

@@ -6,7 +6,7 @@ import re
 import statistics
 
 import pytest
-from manual import MANUAL, PAGES, README, benchmark, cells_of, flat
+from manual import MANUAL, PAGES, README, benchmark, cells_of, flat, results_of
 from reports import layer, report
 
 from lightning_spectral import SpectralProbe
@@ -153,6 +153,32 @@ def test_losses_of_small_tasks_are_the_benchmarks():
     same, higher, below = factors.count(1), sum(x > 1 for x in factors), sum(x < 1 for x in factors)
     told = f"the same rate on {same} of {len(tasks)}, two to eight times as high on {higher}, and lower on {below}"
     assert told in flat(PAGES["optimizer.md"])
+
+
+@pytest.mark.skipif(not results_of("ablation").exists(), reason="the runs side by side are not trained yet")
+def test_losses_of_optimizers_side_by_side_are_the_benchmarks():
+    losses, page = {}, PAGES["ablation.md"]
+    for row in benchmark("ablation")["runs"]:
+        losses.setdefault(row["run"]["optimizer"], {}).setdefault(row["run"]["task"], []).append(row["test_loss"])
+    table = page[page.index("| test loss, mean") :].split("\n\n")[0].splitlines()[2:]
+    assert [row[2:-2].split(" | ")[1:] for row in table] == [
+        [f"{statistics.fmean(of):.3f} ± {statistics.stdev(of):.3f}" for of in of_tasks.values()]
+        for of_tasks in losses.values()
+    ]
+    muon = losses["muon"]["language"]
+    below = [
+        sum(loss < other for loss, other in zip(losses[f"spectral_newton_{alpha}"]["language"], muon, strict=True))
+        for alpha in ("1.5", "2", "1")
+    ]
+    told = f"alpha = 1.5 is below Muon on {below[0]} of {len(muon)} seeds, alpha = 2 on {below[1]} and alpha = 1 on"
+    assert f"On characters, {told} {below[2]};" in flat(page)
+    gains = {
+        task: statistics.fmean(adamw) - statistics.fmean(losses["swapped"][task])
+        for task, adamw in losses["adamw"].items()
+    }
+    assert min(gains.values()) > 0
+    told = f"by {gains['language']:.2f} on characters and {gains['wrong_labels']:.2f} on wrong labels"
+    assert f"Its mean is below AdamW's on all three, {told}," in flat(page)
 
 
 def test_what_noise_does_is_the_benchmarks():

@@ -4,6 +4,7 @@ import doctest
 import json
 import math
 import re
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from examples.ablation import run as ablation  # noqa: E402
 from examples.ablation.peers import LayerRateAdamW, MuonWithAdamW, ScaleRates, scale_rates  # noqa: E402
-from examples.ablation.results import Result, Run, figure, report, table  # noqa: E402
+from examples.ablation.results import RESULTS, Result, Run, figure, report, table  # noqa: E402
 from examples.ablation.tasks import DigitsData, Language, LanguageData  # noqa: E402
+from examples.benchmarks.run import BENCHMARKS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
@@ -94,6 +96,23 @@ def test_the_swapped_arm_trains_spectral_newton_at_adamws_rate(tmp_path, monkeyp
     assert "AdamW" in old
     assert "0.003" in new
     assert "0.003" in old
+
+
+def test_a_tiny_ablation_writes_what_the_manual_reads(tmp_path, monkeypatch, capsys):
+    train = ablation.train
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setattr(ablation, "train", lambda *run, **of: train(*run, **of, extra=[*SMALL["language"], *SHORT]))
+    words = ["--task=language", "--optimizer=adamw", "--optimizer=sgd", "--seed=0", "--seed=1", "--jobs=1"]
+    _, _, *arguments = BENCHMARKS["ablation_cpu"].command("ablation_cpu", tmp_path)
+    assert ablation.main([*arguments, *words]) == 0
+    (written,) = tmp_path.glob("ablation_cpu.*")
+    found = json.loads(written.read_text())
+    assert found["environment"]["torch"] == torch.__version__
+    assert [(row["run"]["optimizer"], row["run"]["seed"]) for row in found["runs"]] == [
+        ("adamw", 0), ("adamw", 1), ("sgd", 0), ("sgd", 1)
+    ]  # fmt: skip
+    assert all(0 < row["test_loss"] < 10 and row["seconds"] > 0 for row in found["runs"])
+    assert f"{statistics.fmean(row['test_loss'] for row in found['runs'][:2]):.4f} ± " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -358,7 +377,7 @@ def test_the_report_is_printed_and_written(tmp_path, capsys, monkeypatch):
     assert "2.0000 ± 1.4142" in printed
     assert 'the figure needs matplotlib: pip install "lightning-spectral[plot]"' in printed
     assert "2.0000 ± 1.4142" in (tmp_path / "new" / "table.txt").read_text()
-    rows = json.loads((tmp_path / "new" / "results.json").read_text())
+    rows = json.loads((tmp_path / "new" / RESULTS).read_text())["runs"]
     assert rows[0]["run"] == {"task": "digits", "optimizer": "adamw", "seed": 0, "lr": 0.01, "factor": 1.0}
 
 
