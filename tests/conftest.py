@@ -5,6 +5,8 @@ import sys
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+# A run that ends after its test would leave sys.stdout with the write of a capture that is closed.
+os.environ.setdefault("WANDB_CONSOLE", "off")
 # pytest-xdist gives its workers a terminal of 80 columns.
 os.environ.pop("COLUMNS", None)
 
