@@ -44,8 +44,11 @@ STRIPS, SMALLEST_IN_STRIPS = 4, 128
 """Strips of rows that a Gram matrix is computed in on a CPU, and rows from which on: 5/8 of the flops, in 0.75 of the
 time from 128 x 1152 to 1024 x 1024, one thread."""
 
-MAX_EXPONENT = 126
-"""Of the power of two that scales a matrix: its inverse is still normal in float32."""
+PADDING = 8
+"""Columns added to a Gram matrix of 128 k rows: its own share few lines of the cache, at 2.5 times the time."""
+
+LARGEST_ENTRIES = 2.0**-126, 2.0**125
+"""Between which a matrix's largest entry is scaled to about 1: the power of two is still normal in float32."""
 
 
 def transfer(sigma: Tensor, *, alpha: float, damping: float) -> Tensor:
@@ -156,6 +159,9 @@ def transfer_batch(x_brn: Tensor, *, alpha: float, damping: float | Tensor, tole
     # A flat spectrum has the smallest ||A||_F, sqrt(r): where not even that will do, float32 need not be tried.
     if rounding_error(dtype, poles.at_zero / poles(math.sqrt(r)), 0.0) > budget:
         x_brn = x_brn.double()
+    # No eigenvalue exceeds the trace, so that most batches of one inverse need no look at theirs.
+    largest = r * (SMALLEST_DAMPING ** (-2 / alpha) if isinstance(damping, Tensor) else 1.0)
+    budget = budget if _rounding_bound(x_brn.dtype, poles, largest) > budget else math.inf
     u_brn, failed_b = _sum_of_inverses(x_brn, poles, budget, *_scales(alpha, damping))
     if bool(failed_b.any()):
         d_b = damping[failed_b] if isinstance(damping, Tensor) else damping
@@ -203,11 +209,9 @@ def rounding_budget(poles: ShiftedInverses, tolerance: float) -> float:
 
 def scaled_by_power_of_two(x_brn: Tensor) -> Tensor:
     """Scale each matrix to a largest entry of about 1, without rounding: squares of 1e25 overflow."""
-    entries = x_brn.flatten(1)
     # Two reductions, since neither the maximum norm nor a norm in float64 is vectorised on the CPU.
-    largest_b = torch.maximum(entries.amax(1), -entries.amin(1))
-    exponent_b = torch.frexp(largest_b).exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT)
-    return x_brn * torch.ldexp(torch.ones_like(largest_b), -exponent_b)[:, None, None]
+    largest_b = torch.maximum(x_brn.amax((1, 2)), -x_brn.amin((1, 2))).clamp_(*LARGEST_ENTRIES)
+    return x_brn * (torch.frexp(largest_b).mantissa / largest_b)[:, None, None]
 
 
 def _inverse_rms(trace_b: Tensor, r: int) -> Tensor:
@@ -216,67 +220,66 @@ def _inverse_rms(trace_b: Tensor, r: int) -> Tensor:
 
 
 def _gram(x_brn: Tensor) -> Tensor:
-    """Return X X^T, of which a half is the other's mirror image."""
+    """Return X X^T; of large ones on a CPU the upper half, and `PADDING` columns of zeros if they need them."""
     b, r, _ = x_brn.shape
     if r < SMALLEST_IN_STRIPS or x_brn.device.type != "cpu":
         return x_brn @ x_brn.mT
-    a_brr = x_brn.new_empty(b, r, r)
+    p = r + PADDING if r % SMALLEST_IN_STRIPS == 0 else r
+    a_bpp = x_brn.new_empty(b, p, p)
+    a_bpp[:, :, r:] = 0
     for i in range(STRIPS):
         first, end = r * i // STRIPS, r * (i + 1) // STRIPS
-        a_brr[:, first:end, :end] = x_brn[:, first:end] @ x_brn[:, :end].mT
-        a_brr[:, :first, first:end] = a_brr[:, first:end, :first].mT
-    return a_brr
+        torch.bmm(x_brn[:, first:end], x_brn[:, first:].mT, out=a_bpp[:, first:end, first:r])
+    return a_bpp
 
 
-def _normalised_gram(x_brn: Tensor, stretch: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return (stretch A, 1 / rms of sigma), with the Gram matrix A of X / rms, whose trace is r."""
-    a_brr = _gram(x_brn)
-    inverse_b = _inverse_rms(a_brr.diagonal(dim1=1, dim2=2).double().sum(1), x_brn.shape[1])
-    scale_b = (inverse_b.square() * stretch).to(a_brr.dtype)
-    return a_brr.mul_(scale_b[:, None, None]), inverse_b.to(a_brr.dtype)
+def _norm(a_bpp: Tensor) -> Tensor:
+    """Return ||A||_F from the upper half: above lambda_1, and tight where it matters, near rank one."""
+    diagonal_b = torch.linalg.vector_norm(a_bpp.diagonal(dim1=1, dim2=2), dim=1)
+    return torch.hypot(diagonal_b, math.sqrt(2) * torch.linalg.matrix_norm(a_bpp.triu(1)))
 
 
 def _sum_of_inverses(
-    x_brn: Tensor,
-    poles: ShiftedInverses,
-    budget: float,
-    stretch: float | Tensor = 1.0,
-    height: float | Tensor = 1.0,
+    x_brn: Tensor, poles: ShiftedInverses, budget: float, stretch: float | Tensor = 1.0, height: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return the update and a mask of the batch that failed: no factorisation, or rounding over the budget."""
-    a_brr, inverse_b = _normalised_gram(x_brn, stretch)
-    largest_b = torch.linalg.matrix_norm(a_brr)  # above lambda_1, and tight where it matters, near rank one
-    watched = _may_round_off(x_brn.dtype, poles, largest_b, budget)
+    r = x_brn.shape[1]
+    a_bpp = _gram(x_brn)
+    diagonal_bp = a_bpp.diagonal(dim1=1, dim2=2)
+    inverse_b = _inverse_rms(diagonal_bp.sum(1, dtype=torch.float64), r).to(a_bpp.dtype)
+    a_bpp.mul_((inverse_b.square() * stretch)[:, None, None])
+    largest_b = _norm(a_bpp) if budget < math.inf else inverse_b
+    watched = budget < math.inf and bool((_rounding_bound(x_brn.dtype, poles, largest_b) > budget).any())
     estimate = _RoundingEstimate(x_brn @ _signs(x_brn.shape[2], x_brn.dtype, x_brn.device)) if watched else None
-    singular_b = torch.zeros_like(inverse_b, dtype=torch.bool)
-    diagonal_br = a_brr.diagonal(dim1=1, dim2=2).clone()
-    s_brr = None
+    unshifted_bp = diagonal_bp.clone()
+    failed_b, s_brr = torch.zeros_like(inverse_b, dtype=torch.bool), None
     for weight, shift in zip(poles.weights, poles.shifts, strict=True):
-        a_brr.diagonal(dim1=1, dim2=2).copy_(diagonal_br + shift)
-        factor_brr, info_b = torch.linalg.cholesky_ex(a_brr)
-        singular_b = singular_b | (info_b > 0)
+        torch.add(unshifted_bp, shift, out=diagonal_bp)
+        factor_bpp, info_b = torch.linalg.cholesky_ex(a_bpp.mT)  # the half that it reads
+        failed_b |= info_b > 0
         # cholesky_inverse raises on a zero there, whatever the rest of the batch.
-        factor_brr.diagonal(dim1=1, dim2=2).masked_fill_(singular_b[:, None], 1.0)
-        inverse_brr = torch.cholesky_inverse(factor_brr)
+        factor_bpp.diagonal(dim1=1, dim2=2).masked_fill_(failed_b[:, None], 1.0)
+        inverse_brr = torch.cholesky_inverse(factor_bpp)[:, :r, :r]
         if estimate is not None:
             estimate.add(weight, inverse_brr)
-        s_brr = inverse_brr.mul_(weight) if s_brr is None else s_brr.add_(inverse_brr, alpha=weight)
+        if s_brr is None:
+            s_brr = inverse_brr if weight == 1 else inverse_brr.mul_(weight)
+        else:
+            s_brr.add_(inverse_brr, alpha=weight)
     assert s_brr is not None
-    s_brr.diagonal(dim1=1, dim2=2).add_(poles.constant)
-    failed_b = singular_b
+    if poles.constant:
+        s_brr.diagonal(dim1=1, dim2=2).add_(poles.constant)
     if estimate is not None:
         error_b = rounding_error(x_brn.dtype, *estimate.of(s_brr, largest_b, inverse_b, poles))
-        failed_b = singular_b | ~(error_b <= budget)
-    scale_b = (inverse_b * height).to(s_brr.dtype).masked_fill(singular_b, math.nan)
-    return s_brr.mul_(scale_b[:, None, None]) @ x_brn, failed_b
+        failed_b |= ~(error_b <= budget)
+    return torch.bmm(s_brr.mul_((inverse_b * height)[:, None, None]), x_brn), failed_b
 
 
-def _may_round_off(dtype: torch.dtype, poles: ShiftedInverses, largest_b: Tensor, budget: float) -> bool:
-    """Return whether the rounding needs an estimate: with several inverses, or one whose bounds exceed it."""
-    if budget == math.inf or len(poles.shifts) > 1:
-        return budget < math.inf
-    bound_b = rounding_error(dtype, poles.at_zero / poles(largest_b), largest_b / poles.shifts[0])
-    return bool((bound_b > budget).any())
+def _rounding_bound(dtype: torch.dtype, poles: ShiftedInverses, largest: Any) -> Any:
+    """Return what `rounding_error` is at most with eigenvalues up to this one; infinite for several inverses."""
+    if len(poles.shifts) > 1:
+        return largest + math.inf
+    return rounding_error(dtype, poles.at_zero / poles(largest), largest / poles.shifts[0])
 
 
 class _RoundingEstimate:
@@ -310,11 +313,7 @@ def _signs(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def transfer_by_eigenvalues(
-    x_brn: Tensor,
-    *,
-    alpha: float,
-    damping: float | Tensor,
-    normalize: Normalize = "rms",
+    x_brn: Tensor, *, alpha: float, damping: float | Tensor, normalize: Normalize = "rms"
 ) -> Tensor:
     """Return the reference Q f(lambda) Q^T X_hat with the eigenvalues of the Gram matrix, in float64."""
     x64_brn = x_brn.double()
