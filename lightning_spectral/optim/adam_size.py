@@ -77,28 +77,36 @@ def size_units(
         states: with ``mean_square`` and ``step``, which are written to.
         group: with ``momentum`` and ``nesterov``.
     """
-    squares = [_squares(*each) for each in zip(grads, shapes, shardings, layouts, strict=True)]
+    parts = [part_sizes(*each) for each in zip(shapes, layouts, strict=True)]
+    squares = [_squares(*each) for each in zip(grads, shapes, shardings, parts, strict=True)]
     _sum_over_ranks(squares, shardings)
-    for square, shape, layout in zip(squares, shapes, layouts, strict=True):
-        dim, sizes = part_sizes(shape, layout)
-        counts = [size * (shape.numel() // shape[dim]) for size in sizes]
+    counts = []
+    for square, shape, (dim, sizes) in zip(squares, shapes, parts, strict=True):
+        counts.append(shape.numel() // shape[dim] * sizes[0])
         # Only parts of different sizes take a copy to the device.
-        alike = len(set(counts)) == 1
-        square.div_(counts[0] if alike else torch.tensor(counts, dtype=square.dtype, device=square.device))
-        square.clamp_(max=LARGEST)
+        if len(set(sizes)) > 1:
+            square.mul_(sizes[0] / square.new_tensor(sizes))
+    torch._foreach_div_(squares, counts)
+    torch._foreach_clamp_max_(squares, LARGEST)
     averages, steps = ([state[key] for state in states] for key in ("mean_square", "step"))
     torch._foreach_lerp_(averages, squares, 1 - BETA2)
     torch._foreach_add_(steps, 1)
-    corrected = torch._foreach_div(averages, _weights(BETA2, steps))
-    later = torch._foreach_add(steps, 1) if group["nesterov"] else steps
-    units = torch._foreach_mul(torch._foreach_sqrt(corrected), _weights(group["momentum"], later))
-    return list(torch._foreach_reciprocal(units))
+    times = [step.expand_as(average) for step, average in zip(steps, averages, strict=True)]
+    units, kinds = list(averages), [(average.device, average.dtype) for average in averages]
+    for kind in set(kinds):
+        places = [i for i, other in enumerate(kinds) if other == kind]
+        v, t = (torch.cat([x[i] for i in places]) for x in (averages, times))
+        flat = (1 - torch.pow(BETA2, t)).div_(v).sqrt_()
+        flat.div_(1 - torch.pow(group["momentum"], t + 1 if group["nesterov"] else t))
+        for i, unit in zip(places, torch.split(flat, [len(averages[i]) for i in places]), strict=True):
+            units[i] = unit
+    return units
 
 
 def adam_rms(m_brn: Tensor, unit_b: Tensor) -> Tensor:
     """Return rms = min(1, RMS(M) unit) of each matrix; 1 where both are too small for float32."""
     rms_b: Tensor = torch.linalg.vector_norm(m_brn, dim=(1, 2)) / math.sqrt(m_brn.shape[1] * m_brn.shape[2])
-    return torch.nan_to_num(rms_b * unit_b.to(rms_b.dtype), nan=1.0).clamp(max=1.0)
+    return (rms_b * unit_b.to(rms_b.dtype)).nan_to_num_(nan=1.0).clamp_(max=1.0)
 
 
 def noise_damping(rms_b: Tensor) -> Tensor:
@@ -110,17 +118,9 @@ def _dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _weights(decay: float, steps: Sequence[Tensor]) -> list[Tensor]:
-    """Return 1 - decay^t, the weights that an average which began at zero sums to."""
-    weights = list(torch._foreach_pow(decay, list(steps)))
-    torch._foreach_neg_(weights)
-    torch._foreach_add_(weights, 1)
-    return weights
-
-
-def _squares(grad: Tensor, shape: torch.Size, sharding: Sharding | None, layout: Layout) -> Tensor:
+def _squares(grad: Tensor, shape: torch.Size, sharding: Sharding | None, parts: tuple[int, list[int]]) -> Tensor:
     """Return (parts,) sums of squares of this rank's entries."""
-    dim, sizes = part_sizes(shape, layout)
+    dim, sizes = parts
     lines: Tensor
     if len(sizes) == 1:
         lines = torch.linalg.vector_norm(grad, dtype=_dtype(grad)).square()

@@ -142,7 +142,8 @@ def descend(target: Tensor, update: Tensor, lr: float | Tensor) -> None:
 
 def _batch_updates(batch: Sequence[MatrixBlock]) -> Tensor:
     group = batch[0].group
-    m_brn = torch.stack([_wide(matrix.momentum.flatten(1), matrix.tall) for matrix in batch])
+    momenta = [_wide(matrix.momentum.flatten(1), matrix.tall) for matrix in batch]
+    m_brn = torch.stack(momenta) if len(batch) > 1 else momenta[0][None].contiguous()
     m_brn = m_brn.to(compute_dtype(m_brn.dtype))
     rms, damping = group["update_rms"], group["damping"]
     if needs_size(group):
@@ -170,9 +171,9 @@ def update_scales(u_brn: Tensor, *, rms: float | Tensor, max_gain: float) -> Ten
     r, n = u_brn.shape[1:]
     row_br = torch.linalg.vector_norm(u_brn, dim=2)
     frobenius_b = torch.linalg.vector_norm(row_br, dim=1)
-    longest_b = row_br.argmax(1)
-    v_bn1 = u_brn[torch.arange(len(u_brn), device=u_brn.device), longest_b, :, None]
-    y_br1 = u_brn @ v_bn1
-    spectral_b = torch.linalg.vector_norm(u_brn.mT @ y_br1, dim=(1, 2)) / torch.linalg.vector_norm(y_br1, dim=(1, 2))
-    largest_b = torch.maximum(frobenius_b / math.sqrt(r), spectral_b / max_gain)
+    longest_b11 = row_br.argmax(1)[:, None, None]
+    # Rows times matrices: batched products with columns take 4 to 20 times as long on a CPU.
+    y_b1r = torch.bmm(u_brn.gather(1, longest_b11.expand(-1, 1, n)), u_brn.mT)
+    norms = [torch.linalg.vector_norm(product, dim=(1, 2)) for product in (torch.bmm(y_b1r, u_brn), y_b1r)]
+    largest_b = torch.maximum(frobenius_b / math.sqrt(r), norms[0] / norms[1] / max_gain)
     return torch.where(frobenius_b > 0, rms * math.sqrt(n) / largest_b, 0.0)

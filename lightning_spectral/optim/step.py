@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -113,10 +114,9 @@ def are_finite(grads: Sequence[Tensor]) -> list[bool]:
         norms.setdefault(norm.device, []).append((i, norm))
     finite = [True] * len(grads)
     for of_device in norms.values():
-        flags = torch.stack([norm.isfinite() for _, norm in of_device]).tolist()
-        for (i, _), flag in zip(of_device, flags, strict=True):
+        for (i, _), norm in zip(of_device, torch.stack([norm for _, norm in of_device]).tolist(), strict=True):
             # A norm that overflowed says nothing about the entries.
-            finite[i] = flag or bool(grads[i].isfinite().all())
+            finite[i] = math.isfinite(norm) or bool(grads[i].isfinite().all())
     return finite
 
 
