@@ -59,6 +59,7 @@ class LossProperties:
 
     Attributes:
         obstacle: why the columns method does not give the Hessian; empty if it does.
+        is_deep: whether most of the network lies behind the layers, so that a column takes a product with it, too.
         is_linear: whether the loss is piecewise linear in each layer, so that its Hessian is zero.
         outputs: per sample, at the cut; 0 where they are not known.
         parts: of the outputs, as of a sample's views, which one backward pass may serve.
@@ -68,6 +69,7 @@ class LossProperties:
     """
 
     obstacle: str
+    is_deep: bool
     is_linear: bool
     outputs: int
     parts: int
@@ -91,7 +93,8 @@ class LossProperties:
         known = problem.samples and all(shape is not None for shape in shapes)
         outputs = sum(shape.numel() for shape in shapes if shape is not None) // (problem.samples or 1) if known else 0
         return cls(
-            obstacle=_obstacle(seen, problem.samples, outputs),
+            obstacle=_obstacle(seen, problem.samples),
+            is_deep=len(seen.cut.head) > seen.n_nodes // 2 and outputs > EXACT_COLUMNS,
             is_linear=is_piecewise_linear(seen),
             outputs=outputs,
             parts=parts_of(shapes, problem.samples or 1),
@@ -122,7 +125,7 @@ class LossProperties:
         return min(max(4, round(ratio**2 * len(self.windows) / (self.samples or 1))), largest)
 
 
-def _obstacle(seen: SeenLayers, samples: int | None, outputs: int) -> str:
+def _obstacle(seen: SeenLayers, samples: int | None) -> str:
     if samples is None:
         return "the tensors of the batch share no leading dimension, so samples cannot be told apart"
     if not seen.calls:
@@ -130,8 +133,6 @@ def _obstacle(seen: SeenLayers, samples: int | None, outputs: int) -> str:
     if len(seen.cut.inside) < len(seen.calls):
         names = seen.cut.operations or seen.cut.name_head()
         return f"{names} {'are' if ', ' in names else 'is'} not piecewise linear"
-    if len(seen.cut.head) > seen.n_nodes // 2 and outputs > EXACT_COLUMNS:
-        return "most of the network lies behind the layers"
     return ""
 
 
@@ -156,10 +157,12 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
             else f"{passes} backward passes for all layers"
         )
         why = f"ggn: every operation after the layers is piecewise linear up to the head, {text}{unseen}"
-        choices.append((COLUMN * n + 1 + rest, "ggn", f"{why}; exact would take {exact_why}"))
-    elif properties.windows and (properties.samples or 0) >= FEWEST_SAMPLES:
+        of_column = COLUMN + (JOINT_PRODUCT if properties.is_deep else 0)
+        choices.append((of_column * n + 1 + rest, "ggn", f"{why}; exact would take {exact_why}"))
+    because = properties.obstacle or ("most of the network lies behind the layers" if properties.is_deep else "")
+    if because and properties.windows and (properties.samples or 0) >= FEWEST_SAMPLES:
         n = properties.sketch_products
-        why = f"sketch: {properties.obstacle}; about {n} joint products{unseen}; exact would take {exact_why}"
+        why = f"sketch: {because}; about {n} joint products{unseen}; exact would take {exact_why}"
         # Of few layers, what has no noise is worth twice the time.
         worth = 2 if len(properties.windows) <= FEW_LAYERS else 1
         choices.append((worth * (JOINT_PRODUCT * n + 2 + rest), "sketch", why))

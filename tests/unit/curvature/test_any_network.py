@@ -319,6 +319,27 @@ def test_a_pass_of_one_output_serves_all_views_that_share_no_row(name, monkeypat
     assert 0 <= len(passes) - (outputs if apart else outputs * views) <= 3
 
 
+def test_views_below_a_long_loss_take_columns_where_a_sketch_refuses():
+    torch.manual_seed(0)
+    net = nn.Sequential(relu_net(width=40, n_out=40), nn.ReLU(), relu_net(40, width=40, n_out=24)).double()
+    batch = tuple(torch.randn(32, 8, dtype=torch.float64) for _ in range(2))
+
+    def long(model, batch):
+        a, b = (model(x) for x in batch)
+        for _ in range(20):
+            a, b = torch.tanh(a), torch.tanh(b)
+        return contrast(a, b)
+
+    found, expected = (measure_spectra(net, batch, long, curvature=c) for c in ("auto", "exact"))
+    assert found.chosen.startswith("ggn")
+    assert "24 if the loss couples samples" in found.chosen
+    assert "no sketch" in found.chosen
+    assert found.check_error < 1e-8
+    for name, layer in expected.layers.items():
+        assert found.layers[name].method == "ggn"
+        torch.testing.assert_close(found.layers[name].h, layer.h, rtol=1e-8, atol=1e-12)
+
+
 # --- layers that are used several times
 
 

@@ -877,7 +877,7 @@ def test_an_operation_without_second_derivative_stops_the_layers_before_it_alone
 def test_auto_does_not_believe_columns_that_fail_their_check(monkeypatch):
     model, batch = PIECEWISE_LINEAR[0].build()
     expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=3)
-    monkeypatch.setattr(select, "_obstacle", lambda seen, samples, outputs: "")
+    monkeypatch.setattr(select, "_obstacle", lambda seen, samples: "")
     monkeypatch.setitem(estimation.CHOICES, "ggn", lambda: select.CheckedGGN(as_hessian=False))
     gelu, gelu_batch = Case("", gelu_mlp, many(), cross_entropy).build()
     found = measure_spectra(gelu, gelu_batch, cross_entropy, top_k=3)
