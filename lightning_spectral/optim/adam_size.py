@@ -80,9 +80,8 @@ def size_units(
     parts = [part_sizes(*each) for each in zip(shapes, layouts, strict=True)]
     squares = [_squares(*each) for each in zip(grads, shapes, shardings, parts, strict=True)]
     _sum_over_ranks(squares, shardings)
-    counts = []
-    for square, shape, (dim, sizes) in zip(squares, shapes, parts, strict=True):
-        counts.append(shape.numel() // shape[dim] * sizes[0])
+    counts = [shape.numel() // shape[dim] * sizes[0] for shape, (dim, sizes) in zip(shapes, parts, strict=True)]
+    for square, (_, sizes) in zip(squares, parts, strict=True):
         # Only parts of different sizes take a copy to the device.
         if len(set(sizes)) > 1:
             square.mul_(sizes[0] / square.new_tensor(sizes))
@@ -121,9 +120,8 @@ def _dtype(tensor: Tensor) -> torch.dtype:
 def _squares(grad: Tensor, shape: torch.Size, sharding: Sharding | None, parts: tuple[int, list[int]]) -> Tensor:
     """Return (parts,) sums of squares of this rank's entries."""
     dim, sizes = parts
-    lines: Tensor
     if len(sizes) == 1:
-        lines = torch.linalg.vector_norm(grad, dtype=_dtype(grad)).square()
+        lines: Tensor = torch.linalg.vector_norm(grad, dtype=_dtype(grad)).square()
         return lines[None]
     others = [i for i in range(grad.ndim) if i != dim]
     lines = torch.linalg.vector_norm(grad, dim=others, dtype=_dtype(grad)).square()

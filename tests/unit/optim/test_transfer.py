@@ -98,6 +98,19 @@ def test_the_upper_half_of_a_gram_matrix_in_strips_is_the_products(shape):
     assert not found[:, :, r:].any()
 
 
+@pytest.mark.parametrize("shape", [(3, 256, 256), (2, 129, 140)])
+@pytest.mark.parametrize("factorised", [True, False])
+def test_nearly_square_matrices_take_no_inverse(shape, factorised, monkeypatch):
+    monkeypatch.setattr(torch, "cholesky_inverse", None)
+    if not factorised:
+        monkeypatch.setattr(torch.linalg, "cholesky_ex", no_factorisation)
+    x = torch.randn(shape, dtype=torch.float64)
+    x[0] = 0
+    found = transfer_batch(x, alpha=2.0, damping=0.03, tolerance=1e-2)
+    assert not found[0].any()
+    torch.testing.assert_close(found[1:], by_svd(x[1:], 2.0, 0.03))
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_damping_for_each_matrix_of_a_batch(dtype, alpha, monkeypatch):
