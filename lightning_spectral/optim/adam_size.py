@@ -95,9 +95,9 @@ def size_units(
     for kind in set(kinds):
         places = [i for i, other in enumerate(kinds) if other == kind]
         v, t = (torch.cat([x[i] for i in places]) for x in (averages, times))
-        flat = (1 - torch.pow(BETA2, t)).div_(v).sqrt_()
-        flat.div_(1 - torch.pow(group["momentum"], t + 1 if group["nesterov"] else t))
-        for i, unit in zip(places, torch.split(flat, [len(averages[i]) for i in places]), strict=True):
+        flat = torch.rsub(torch.pow(BETA2, t), 1).div_(v).sqrt_()
+        flat.div_(torch.rsub(torch.pow(group["momentum"], t.add(1) if group["nesterov"] else t), 1))
+        for i, unit in zip(places, flat.split_with_sizes([averages[i].numel() for i in places]), strict=True):
             units[i] = unit
     return units
 
