@@ -5,8 +5,6 @@ import sys
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
-# A run that ends after its test would leave sys.stdout with the write of a capture that is closed.
-os.environ.setdefault("WANDB_CONSOLE", "off")
 # pytest-xdist gives its workers a terminal of 80 columns.
 os.environ.pop("COLUMNS", None)
 
@@ -67,9 +65,12 @@ def current_folder(tmp_path_factory):
     os.chdir(before)
 
 
-@pytest.fixture(autouse=True)
-def no_wandb_run_left():
-    """A logger of the next test would go on with the run of this one."""
+@pytest.hookimpl(hookwrapper=True)
+def pytest_pyfunc_call():
+    """End W&B's run: a logger of the next test would go on with it.
+
+    Before the fixtures end: W&B gives sys.stdout the write of the capture in which the run began, and it must be open.
+    """
     yield
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
