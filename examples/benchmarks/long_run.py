@@ -134,10 +134,10 @@ class Run:
 
 
 RUNS = {
-    "csv": Run(False, "auto"),
+    "csv": Run(False, "ggn"),
     "csv, no probe": Run(False, ""),
     "csv, exact": Run(False, "exact"),
-    "wandb": Run(True, "auto"),
+    "wandb": Run(True, "ggn"),
     "wandb, no probe": Run(True, ""),
 }
 
@@ -148,7 +148,7 @@ def run(name: str, steps: int, scalars: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     chosen, watch = RUNS[name], Watch()
     options = {"every_n_steps": 1, "min_probes": 0, "top_k": 4, "gradient_samples": None}
-    probe = SpectralProbe(**options, curvature=chosen.curvature or "auto")
+    probe = SpectralProbe(**options, curvature=chosen.curvature or "ggn")
     logging: pl.Callback = probe if chosen.curvature else Scalars(scalars)
     with tempfile.TemporaryDirectory() as folder:
         offline = offline_wandb_run("long_run", name, Path(folder)) if chosen.wandb else None
