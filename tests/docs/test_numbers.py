@@ -6,7 +6,7 @@ import re
 import statistics
 
 import pytest
-from manual import MANUAL, PAGES, README, benchmark, cells_of, flat, results_of
+from manual import MANUAL, PAGES, README, benchmark, cells_of, flat
 from reports import layer, report
 
 from lightning_spectral import SpectralProbe
@@ -155,7 +155,6 @@ def test_losses_of_small_tasks_are_the_benchmarks():
     assert told in flat(PAGES["optimizer.md"])
 
 
-@pytest.mark.skipif(not results_of("ablation").exists(), reason="the runs side by side are not trained yet")
 def test_losses_of_optimizers_side_by_side_are_the_benchmarks():
     losses, page = {}, PAGES["ablation.md"]
     for row in benchmark("ablation")["runs"]:
