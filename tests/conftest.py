@@ -2,6 +2,7 @@ import gc
 import inspect
 import os
 import sys
+from importlib.metadata import version
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -9,14 +10,6 @@ os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.pop("COLUMNS", None)
 
 import pytest
-import torch
-from torch.distributed import fsdp
-from trust import every_fit_trusted
-from world import World
-
-from lightning_spectral import SpectralProbe
-
-torch.set_num_threads(1)
 
 SHARDED = [
     "distributed/test_gathering.py",
@@ -35,7 +28,7 @@ COSTLY = [
     "started",
     "built",
 ]
-LEFT_OUT = [] if hasattr(fsdp, "fully_shard") else SHARDED
+LEFT_OUT = SHARDED if [*map(int, version("torch").split(".")[:2])] < [2, 6] else []
 collect_ignore = ["helpers", *LEFT_OUT]
 
 
@@ -84,6 +77,8 @@ def plain_probes(request, monkeypatch):
     Else the clock would decide how many probes there are, and noise how many batches they take.
     """
     if "integration" in request.path.parts or "unit" in request.path.parts:
+        from lightning_spectral import SpectralProbe
+
         init = inspect.unwrap(SpectralProbe.__init__)
         monkeypatch.setattr(init, "__kwdefaults__", init.__kwdefaults__ | {"gradient_samples": None, "min_probes": 0})
 
@@ -91,18 +86,24 @@ def plain_probes(request, monkeypatch):
 @pytest.fixture
 def trusting():
     """Every fit passes the rule of trust, which those of tiny networks seldom do."""
+    from trust import every_fit_trusted
+
     with every_fit_trusted():
         yield
 
 
 @pytest.fixture(autouse=True)
 def seeded():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def world_of_two():
     """Two ranks for the whole run."""
+    from world import World
+
     world = World(2)
     yield world
     world.close()
@@ -111,15 +112,31 @@ def world_of_two():
 @pytest.fixture(scope="session")
 def world_of_three():
     """Three ranks for the whole run."""
+    from world import World
+
     world = World(3)
     yield world
     world.close()
 
 
+def pytest_collectstart():
+    """Import Lightning before the tests' modules, and not in the process that starts the workers.
+
+    `typing` keeps of two unions the one it meets first: after `float | int` Lightning's command line takes
+    `limit_train_batches=1` for all of them.
+    """
+    gc.disable()
+    import pytorch_lightning  # noqa: F401
+
+
 def pytest_collection_finish():
-    """Leave what has been imported out of every later collection of garbage: a third of the tests' time."""
+    """Leave what has been imported out of every collection of garbage: a third of the tests' time."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 # Around all others, since pytest-xdist's own reads the marks.

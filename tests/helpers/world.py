@@ -7,6 +7,7 @@ error in a rank, and a call that does not end in time, end the world; the next c
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib
 import multiprocessing
 import os
@@ -22,7 +23,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torch", "pytorch_lightning", "torchmetrics", "lightning_spectral", "pytest", "wandb"]
+PRELOADED = [
+    "torch",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "pytorch_lightning",
+    "torchmetrics",
+    "lightning_spectral.callbacks",
+    "lightning_spectral.measure",
+    "lightning_spectral.plan",
+    "pytest",
+    "wandb",
+]
 """Modules that the process from which ranks are forked imports once."""
 
 GRACE_SECONDS = 10
@@ -118,6 +131,8 @@ def free_port():
 def serve(rank, n, port, pipe, path):
     """Run in a rank: call what is sent until None is."""
     sys.path[:] = path
+    # What has been imported is left out of collections of garbage, of which a failing measurement asks for several.
+    gc.freeze()
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n}
     # The name that torchrun gives to its runs tells Lightning that the ranks have been started.
     os.environ.update({key: str(value) for key, value in {**address, "TORCHELASTIC_RUN_ID": "test"}.items()})
