@@ -1,9 +1,14 @@
-"""Text for messages: names joined, reasons grouped, the line of an error that says something."""
+"""Text for messages: names joined, reasons grouped, the name that was meant."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ParamSpec
+
+Arguments = ParamSpec("Arguments")
 
 NAMES_SHOWN = 6
 """How many layers a message names."""
@@ -17,6 +22,24 @@ def did_you_mean(name: str, candidates: Iterable[str], most: int = 1) -> str:
     """
     close = difflib.get_close_matches(name, list(candidates), most)
     return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def known_keywords(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """Return a constructor that refuses a keyword it does not take with the nearest one that it does.
+
+    Its signature stays. Python itself suggests one from 3.13 on.
+    """
+    names = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        for name in kwargs.keys() - names.keys():
+            owner = init.__qualname__.rpartition(".")[0]
+            hint = did_you_mean(name, names) or f"see help({owner})"
+            raise TypeError(f"{owner} has no option {name}; {hint}")
+        init(*args, **kwargs)
+
+    return checked
 
 
 def group_by_reason(failed: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+from lightning_spectral._messages import known_keywords
 from lightning_spectral._validation import flag, positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, overrides, process_group_of
 from lightning_spectral.callbacks.alerts import WarnOnce
@@ -17,7 +18,7 @@ from lightning_spectral.callbacks.probe_log import CallbackMetrics, ProbeLog
 from lightning_spectral.callbacks.probe_trigger import ProbeTrigger
 from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
-from lightning_spectral.callbacks.run_config import known_keywords, run_config
+from lightning_spectral.callbacks.run_config import run_config
 from lightning_spectral.callbacks.safe_measurement import SafeMeasurement, attempt
 from lightning_spectral.callbacks.step_probe import StepProbe, step_parts
 from lightning_spectral.callbacks.swap import SwapOptimizer

@@ -1,36 +1,13 @@
-"""Arguments of a probe: their names, and as plain values for the configuration of a run."""
+"""Arguments of a probe as plain values, for the configuration of a run."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_spectral._messages import did_you_mean
 from lightning_spectral._version import __version__
-
-Arguments = ParamSpec("Arguments")
-
-
-def known_keywords(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Return a constructor that refuses a keyword it does not take with the nearest one that it does.
-
-    Its signature stays. Python itself suggests one from 3.13 on.
-    """
-    names = inspect.signature(init).parameters
-
-    @functools.wraps(init)
-    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        for name in kwargs.keys() - names.keys():
-            owner = init.__qualname__.rpartition(".")[0]
-            hint = did_you_mean(name, names) or f"see help({owner})"
-            raise TypeError(f"{owner} has no option {name}; {hint}")
-        init(*args, **kwargs)
-
-    return checked
 
 
 def run_config(arguments: Mapping[str, Any]) -> dict[str, Any]:

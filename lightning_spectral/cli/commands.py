@@ -209,10 +209,10 @@ def _workspace(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
-        Path(options.output).mkdir(parents=True, exist_ok=True)
         # Loading Lightning takes seconds, which --help should not.
         from lightning_spectral.demo.run import run
 
+        Path(options.output).mkdir(parents=True, exist_ok=True)
         run(options.output)
     except (ImportError, OSError) as error:
         return _fail("demo", error)

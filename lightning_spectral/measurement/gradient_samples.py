@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_spectral._validation import positive_int
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
@@ -58,6 +58,12 @@ def batches_to_measure(
         if isinstance(batch, DataLoader):
             device = next((parameter.device for parameter in model.parameters()), None)
             return first_batches(batch, n_batches, model, device=device, samples=of_rank)
+        if isinstance(batch, Dataset) or (isinstance(batch, list | tuple | dict) and not batch):
+            what = "a data set" if isinstance(batch, Dataset) else "empty"
+            raise ValueError(
+                f"batch must be what the loss takes, or a DataLoader; this {type(batch).__name__} is {what}: give "
+                "DataLoader(dataset, batch_size=...), or one of its batches"
+            )
         if n_batches > 1:
             raise ValueError(f"n_batches={n_batches} needs a DataLoader as batch, got {type(batch).__name__}")
         if of_rank is None or (batch_size(batch) or 0) <= of_rank:

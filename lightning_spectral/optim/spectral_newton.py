@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_spectral._messages import known_keywords
 from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import SpectralWarning
@@ -105,9 +106,8 @@ class SpectralNewton(Optimizer):
             all; a group; null: none. It is not part of the state.
 
     Raises:
-        ValueError: if an option is out of range; or a parameter is complex, not initialised, flattened (FSDP1,
-            DeepSpeed), or split in two dimensions of a mesh.
-        ValueError: at a step, if an option of a group was edited out of range meanwhile.
+        ValueError: if an option is out of range, also at a step, of a group edited meanwhile; or a parameter is
+            complex, not initialised, flattened (FSDP1, DeepSpeed), or split in two dimensions of a mesh.
         RuntimeError: at a step, if a gradient is sparse, or a matrix was flattened meanwhile.
 
     Source: arXiv 2606.02596 (T and its use), 2602.17080 (a scalar for AdamW's size); the normaliser, the cap and the
@@ -121,6 +121,7 @@ class SpectralNewton(Optimizer):
 
     _alpha_expected = False
 
+    @known_keywords
     def __init__(
         self,
         params: Iterable[Any],

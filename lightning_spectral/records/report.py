@@ -188,8 +188,9 @@ class SpectralReport:
             ValueError: if the data is no report, or one of another version, older or newer; of data that only looks
                 like one, any of `_serialization.UNREADABLE`.
         """
-        if data.get("format") != FORMAT:
-            raise ValueError(f"expected a {FORMAT} of version {FORMAT_VERSION}, got the format {data.get('format')!r}")
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            got = f"the format {data.get('format')!r}" if isinstance(data, Mapping) else f"a {type(data).__name__}"
+            raise ValueError(f"expected a {FORMAT} of version {FORMAT_VERSION}, got {got}")
         if data.get("version") != FORMAT_VERSION:
             raise ValueError(
                 f"expected a {FORMAT} of version {FORMAT_VERSION}, got one of version {data.get('version')!r}: "
@@ -206,9 +207,19 @@ class SpectralReport:
 
     @classmethod
     def from_json(cls, source: str | Path) -> SpectralReport:
-        """Invert `to_json`, of JSON text or of the path of a file with it."""
-        text = source if isinstance(source, str) and source.lstrip().startswith("{") else None
-        return cls.from_dict(json.loads(Path(source).read_text(encoding="utf-8") if text is None else text))
+        """Invert `to_json`, of JSON text or of the path of a file with it.
+
+        Raises:
+            ValueError: if it is not JSON, or as in `from_dict`; names the file.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith(("{", "["))
+        text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+        try:
+            return cls.from_dict(json.loads(text))
+        except ValueError as error:
+            what = "" if is_text else f"{source}: "
+            is_json = not isinstance(error, json.JSONDecodeError)
+            raise ValueError(f"{what}{error if is_json else f'expected JSON, {error}'}") from error
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row per layer: name, kind, shape, every logged quantity, alpha by quarter, rank model and note."""

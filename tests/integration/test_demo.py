@@ -236,3 +236,11 @@ def test_command_line_without_scikit_learn(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "run", missing)
     assert main(["demo"]) == 2
     assert capsys.readouterr().err.startswith("lightning-spectral demo: the digits need scikit-learn")
+
+
+def test_a_demo_without_its_packages_leaves_no_folder(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "lightning_spectral.demo.run", None)
+    assert main(["demo"]) == 2
+    assert "lightning_spectral.demo.run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

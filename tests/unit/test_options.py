@@ -8,8 +8,9 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 
-from lightning_spectral import SpectralProbe, measure_spectra
+from lightning_spectral import SpectralNewton, SpectralProbe, measure_spectra
 from lightning_spectral._validation import flag, one_of, optional_positive_int, positive_int
 from lightning_spectral.cli.arguments import OPTION_NAMES, PYTHON_ONLY, add_options, options_of
 from lightning_spectral.curvature import METHODS as CURVATURE_METHODS
@@ -152,6 +153,12 @@ def test_a_probe_suggests_the_keyword_that_was_meant():
     with pytest.raises(TypeError, match=r"^SpectralProbe has no option colour; see help\(SpectralProbe\)$"):
         SpectralProbe(colour="red")
     assert next(iter(inspect.signature(SpectralProbe).parameters)) == "every_n_steps"
+
+
+def test_an_optimizer_suggests_the_keyword_that_was_meant():
+    with pytest.raises(TypeError, match=r"^SpectralNewton has no option betas; did you mean adamw_betas\?$"):
+        SpectralNewton([torch.nn.Parameter(torch.ones(3, 3))], betas=(0.9, 0.99))
+    assert list(inspect.signature(SpectralNewton).parameters)[:3] == ["params", "lr", "alpha"]
 
 
 def test_guards_return_what_they_checked():

@@ -105,6 +105,17 @@ def test_data_that_is_no_report(data):
         SpectralReport.from_dict(data)
 
 
+def test_a_file_that_is_no_report_is_named(tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "text.json").write_text("hello")
+    with pytest.raises(ValueError, match=r"list\.json: expected a lightning-spectral-report .*, got a list$"):
+        SpectralReport.from_json(tmp_path / "list.json")
+    with pytest.raises(ValueError, match=r"text\.json: expected JSON, Expecting value"):
+        SpectralReport.from_json(tmp_path / "text.json")
+    with pytest.raises(ValueError, match=r"^expected a lightning-spectral-report .*, got a list$"):
+        SpectralReport.from_json("[1]")
+
+
 @pytest.mark.parametrize("version", [2, 99, None])
 def test_a_report_of_another_version(full, version):
     data = full.to_dict() | {"version": version}
