@@ -58,10 +58,9 @@ def batches_to_measure(
         if isinstance(batch, DataLoader):
             device = next((parameter.device for parameter in model.parameters()), None)
             return first_batches(batch, n_batches, model, device=device, samples=of_rank)
-        if isinstance(batch, Dataset) or (isinstance(batch, list | tuple | dict) and not batch):
-            what = "a data set" if isinstance(batch, Dataset) else "empty"
+        if isinstance(batch, Dataset):
             raise ValueError(
-                f"batch must be what the loss takes, or a DataLoader; this {type(batch).__name__} is {what}: give "
+                f"batch must be what the loss takes, or a DataLoader, got the data set {type(batch).__name__}: give "
                 "DataLoader(dataset, batch_size=...), or one of its batches"
             )
         if n_batches > 1:

@@ -358,8 +358,10 @@ def test_a_group_is_a_dict():
     ],
 )
 def test_parameters_without_names_that_look_like_look_ups_are_warned_about(model, shapes):
-    with pytest.warns(SpectralWarning, match=rf"shape {shapes} look like embeddings or heads.*SpectralNewton.groups"):
+    warning = rf"shape {shapes} look like embeddings or heads.*SpectralNewton.groups"
+    with pytest.warns(SpectralWarning, match=warning) as told:
         SpectralNewton(model.parameters())
+    assert told[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SpectralNewton(SpectralNewton.groups(model))
