@@ -44,6 +44,7 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS: dict[str, Benchmark] = {
+    "optimizer_step_no_bfloat16_cpu": Benchmark("optimizer_step.py", 2, ("--no-bfloat16", "--only", "spectral_newton")),
     "overhead_cpu": Benchmark("overhead.py", 2),
     "shared_step_cpu": Benchmark("shared_step.py", 3),
     "optimizer_step_cpu": Benchmark("optimizer_step.py", 5),

@@ -59,6 +59,7 @@ def test_what_other_networks_and_programs_cost_is_the_benchmarks(name, of, then)
     [
         ("flops, alpha = 2", "spectral_newton", "flops_of_muon"),
         ("**SpectralNewton, alpha = 2", "spectral_newton", "of_muon"),
+        ("the same, where Muon has no bfloat16", "no_bfloat16", "of_muon"),
         ("a step of fixed size", "spectral_newton_fixed_size", "of_muon"),
         ("alpha = 1.5, d = 0.01", "spectral_newton_alpha_1.5", "of_muon"),
         ("alpha = 1, d = 0.03", "spectral_newton_alpha_1", "of_muon"),
@@ -69,7 +70,8 @@ def test_what_other_networks_and_programs_cost_is_the_benchmarks(name, of, then)
     ],
 )
 def test_what_an_optimizers_step_costs_is_the_benchmarks(row, arm, figure):
-    sizes = benchmark("optimizer_step")["figures"].values()
+    name, arm = ("optimizer_step_no_bfloat16", "spectral_newton") if arm == "no_bfloat16" else ("optimizer_step", arm)
+    sizes = benchmark(name)["figures"].values()
     page = PAGES["optimizer.md"]
     table = page[page.index("## What a step costs") : page.index("## In distributed training")]
     (shown,) = [line[2:-2].split(" | ") for line in table.splitlines() if line.startswith(f"| {row}")]
@@ -178,6 +180,55 @@ def test_losses_of_optimizers_side_by_side_are_the_benchmarks():
     assert min(gains.values()) > 0
     told = f"by {gains['language']:.2f} on characters and {gains['wrong_labels']:.2f} on wrong labels"
     assert f"Its mean is below AdamW's on all three, {told}," in flat(page)
+
+
+def digits(x):
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def span(values, text):
+    return " to ".join(dict.fromkeys(map(text, values)))
+
+
+def test_how_the_cost_grows_is_the_benchmarks():
+    told = benchmark("scaling")
+    arms = {name: arm for name, arm in told["figures"].items() if "exponents" in arm}
+    for name, arm in arms.items():
+        sizes = [point[arm["varied"]] for point in arm["points"]]
+        time, memory = (arm["exponents"][of]["exponent"] for of in ("steps", "bytes"))
+        assert cells_of(name, "methods.md") == [f"{sizes[0]} to {sizes[-1]}", f"{time:.2f}", f"{memory:.2f}"]
+    (low, high), (least, most) = (told["measured_over_planned"][of] for of in ("steps", "bytes"))
+    assert (
+        f"time is {low:.2f} to {high:.2f} times what is planned, and memory {least:.2f} to {most:.2f} times" in METHODS
+    )
+    one, two = told["figures"]["ranks"]["points"]
+    step = two["step_seconds"] / one["step_seconds"]
+    shares = f"{told['figures']['ranks']['of_one']:.2f} of one's, where a training step took {step:.2f}"
+    assert shares in flat(PAGES["distributed.md"])
+
+
+def test_what_is_predicted_of_large_networks_is_the_benchmarks():
+    for name, plan in benchmark("scaling")["figures"]["predictions"].items():
+        of_shards = plan["sharded"]
+        assert cells_of(name, "methods.md") == [
+            str(plan["layers"]),
+            span(plan["products"], str),
+            span(plan["steps"], lambda x: f"{x:.2g}"),
+            f"{plan['bytes']['peak'] / 1e9:,.0f} GB",
+            f"{digits(plan['sent_bytes'] / 1e9)} GB",
+            f"{of_shards['bytes']['peak'] / 1e9:,.0f} GB",
+            f"{digits(of_shards['sent_bytes'] / 1e9)} GB",
+        ]
+
+
+def test_memory_of_long_runs_is_the_benchmarks():
+    grown = {name: run["growth"] for name, run in benchmark("long_run")["figures"].items()}
+    csv, wandb, no_csv, no_wandb = (
+        f"{grown[name]['memory_mb']:.2f}" for name in ("csv", "wandb", "csv, no probe", "wandb, no probe")
+    )
+    told = f"grew by {csv} MB with CSVLogger and {wandb} MB with W&B offline, and by {no_csv} and {no_wandb} MB where"
+    assert told in flat(PAGES["faults.md"])
+    assert all(run["graphs"] == run["files"] == 0 for run in grown.values())
 
 
 def test_what_noise_does_is_the_benchmarks():
