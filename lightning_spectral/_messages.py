@@ -25,10 +25,7 @@ def did_you_mean(name: str, candidates: Iterable[str], most: int = 1) -> str:
 
 
 def known_keywords(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Return a constructor that refuses a keyword it does not take with the nearest one that it does.
-
-    Its signature stays. Python itself suggests one from 3.13 on.
-    """
+    """Return a constructor that answers a keyword it does not take with the nearest that it does."""
     names = inspect.signature(init).parameters
 
     @functools.wraps(init)

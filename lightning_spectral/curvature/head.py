@@ -269,7 +269,7 @@ class _Softmax:
 
 
 def parts_of(shapes: Sequence[torch.Size | None], samples: int) -> int:
-    """Return how many outputs of one shape each sample has, as of its views: in tensors of their own, or in one."""
+    """Return how many views of a sample there are outputs of: in tensors of their own, or in one."""
     first = shapes[0] if len(set(shapes)) == 1 else None
     return len(shapes) * max(first[0] // samples, 1) if first else 1
 

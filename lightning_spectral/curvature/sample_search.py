@@ -91,10 +91,9 @@ def move_network(
 
 
 def split_samples(moved: MovedNetwork, most: int) -> tuple[DirectionGraph, Head] | None:
-    """Return a moved network, and its head, in which every part of a sample's outputs is a sample.
+    """Return a moved network, and its head, in which each view of a sample is a sample: a pass serves all of them.
 
-    The views of a sample, be they rows of one call or calls of their own, share no row at any layer: a backward pass of
-    one output each then serves all of them. None where no cut has parts of up to ``most`` outputs, or they share rows.
+    None where no cut has views of up to ``most`` outputs, or they share rows of a layer.
     """
     graph = moved.graph
     for kind in ("product_cut", "outer_cut"):

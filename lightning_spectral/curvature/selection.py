@@ -59,10 +59,10 @@ class LossProperties:
 
     Attributes:
         obstacle: why the columns method does not give the Hessian; empty if it does.
-        is_deep: whether most of the network lies behind the layers, so that a column takes a product with it, too.
+        is_deep: whether most of the network lies behind the layers.
         is_linear: whether the loss is piecewise linear in each layer, so that its Hessian is zero.
         outputs: per sample, at the cut; 0 where they are not known.
-        parts: of the outputs, as of a sample's views, which one backward pass may serve.
+        parts: views that these are of.
         windows: directions of each layer that can be moved at its output.
         unseen: directions of all other layers together.
         samples: in all; None where the batch does not tell.

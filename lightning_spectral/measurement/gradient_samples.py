@@ -60,8 +60,7 @@ def batches_to_measure(
             return first_batches(batch, n_batches, model, device=device, samples=of_rank)
         if isinstance(batch, Dataset):
             raise ValueError(
-                f"batch must be what the loss takes, or a DataLoader, got the data set {type(batch).__name__}: give "
-                "DataLoader(dataset, batch_size=...), or one of its batches"
+                f"batch is the data set {type(batch).__name__}: give a batch of it, or DataLoader(dataset, batch_size)"
             )
         if n_batches > 1:
             raise ValueError(f"n_batches={n_batches} needs a DataLoader as batch, got {type(batch).__name__}")

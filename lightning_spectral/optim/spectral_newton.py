@@ -16,11 +16,11 @@ from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind
+from lightning_spectral.optim.carry_over import check_own_state, check_parts, restore_numbers
 from lightning_spectral.optim.ddp import Sharing, check_process_group
 from lightning_spectral.optim.measured_alpha import INITIAL_ALPHA, MeasuredAlpha, mean_alpha_used, update_averages
 from lightning_spectral.optim.model_groups import ADAMW_NAMES, model_groups, warn_of_look_ups
 from lightning_spectral.optim.param_groups import add_missing, check_group, drop_foreign, fill_group, split_group
-from lightning_spectral.optim.state_checks import check_own_state, check_parts, restore_numbers
 from lightning_spectral.optim.step import ParameterStep, agree_on_steps, complete_states, mesh_scope, update
 
 

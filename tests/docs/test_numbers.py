@@ -182,45 +182,6 @@ def test_losses_of_optimizers_side_by_side_are_the_benchmarks():
     assert f"Its mean is below AdamW's on all three, {told}," in flat(page)
 
 
-def digits(x):
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
-def span(values, text):
-    return " to ".join(dict.fromkeys(map(text, values)))
-
-
-def test_how_the_cost_grows_is_the_benchmarks():
-    told = benchmark("scaling")
-    arms = {name: arm for name, arm in told["figures"].items() if "exponents" in arm}
-    for name, arm in arms.items():
-        sizes = [point[arm["varied"]] for point in arm["points"]]
-        time, memory = (arm["exponents"][of]["exponent"] for of in ("steps", "bytes"))
-        assert cells_of(name, "methods.md") == [f"{sizes[0]} to {sizes[-1]}", f"{time:.2f}", f"{memory:.2f}"]
-    (low, high), (least, most) = (told["measured_over_planned"][of] for of in ("steps", "bytes"))
-    assert (
-        f"time is {low:.2f} to {high:.2f} times what is planned, and memory {least:.2f} to {most:.2f} times" in METHODS
-    )
-    one, two = told["figures"]["ranks"]["points"]
-    step = two["step_seconds"] / one["step_seconds"]
-    shares = f"{told['figures']['ranks']['of_one']:.2f} of one's, where a training step took {step:.2f}"
-    assert shares in flat(PAGES["distributed.md"])
-
-
-def test_what_is_predicted_of_large_networks_is_the_benchmarks():
-    for name, plan in benchmark("scaling")["figures"]["predictions"].items():
-        of_shards = plan["sharded"]
-        assert cells_of(name, "methods.md") == [
-            str(plan["layers"]),
-            span(plan["products"], str),
-            span(plan["steps"], lambda x: f"{x:.2g}"),
-            f"{plan['bytes']['peak'] / 1e9:,.0f} GB",
-            f"{digits(plan['sent_bytes'] / 1e9)} GB",
-            f"{of_shards['bytes']['peak'] / 1e9:,.0f} GB",
-            f"{digits(of_shards['sent_bytes'] / 1e9)} GB",
-        ]
-
-
 def test_memory_of_long_runs_is_the_benchmarks():
     grown = {name: run["growth"] for name, run in benchmark("long_run")["figures"].items()}
     csv, wandb, no_csv, no_wandb = (

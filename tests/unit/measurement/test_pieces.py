@@ -316,7 +316,7 @@ def test_several_batches_are_averaged_by_their_samples():
         (DataLoader(TensorDataset(*batch_of(8)), batch_size=4), 3, "3 batches were asked for, and the .* has 2"),
         (batch_of(8), 2, "n_batches=2 needs a DataLoader as batch, got tuple"),
         (batch_of(8), 0, "n_batches must be a whole number of at least 1, got 0"),
-        (TensorDataset(*batch_of(8)), 1, r"got the data set TensorDataset: give DataLoader\(dataset, batch_size"),
+        (TensorDataset(*batch_of(8)), 1, "batch is the data set TensorDataset: give a batch of it, or DataLoader"),
     ],
 )  # fmt: skip
 def test_bad_batches(batch, n_batches, message):

@@ -105,15 +105,11 @@ def test_data_that_is_no_report(data):
         SpectralReport.from_dict(data)
 
 
-def test_a_file_that_is_no_report_is_named(tmp_path):
+def test_a_file_that_is_no_report(tmp_path):
     (tmp_path / "list.json").write_text("[1]")
-    (tmp_path / "text.json").write_text("hello")
-    with pytest.raises(ValueError, match=r"list\.json: expected a lightning-spectral-report .*, got a list$"):
-        SpectralReport.from_json(tmp_path / "list.json")
-    with pytest.raises(ValueError, match=r"text\.json: expected JSON, Expecting value"):
-        SpectralReport.from_json(tmp_path / "text.json")
-    with pytest.raises(ValueError, match=r"^expected a lightning-spectral-report .*, got a list$"):
-        SpectralReport.from_json("[1]")
+    for source in (tmp_path / "list.json", "[1]"):
+        with pytest.raises(ValueError, match=r"^expected a lightning-spectral-report .*, got a list$"):
+            SpectralReport.from_json(source)
 
 
 @pytest.mark.parametrize("version", [2, 99, None])
