@@ -204,8 +204,10 @@ def _sample_of_rows(call: LayerCall, once: Tensor, scaled: Tensor, samples: int)
     energy = one.square().sum(1)
     ratio = (one * other).sum(1) / energy.where(energy > 0, 1)
     sample = ratio.round()
-    apart = (other - sample[:, None] * one).norm(dim=1) > 1e-3 * other.norm(dim=1)
-    if bool((apart & (energy > 0)).any()) or float(sample.max()) > samples:
+    same = (other - sample[:, None] * one).norm(dim=1) <= 1e-3 * other.norm(dim=1)
+    # The mean of two samples may be near a third one: not so near, unless rounding is in the way.
+    same &= ((ratio - sample).abs() < 0.1) & (sample <= samples)
+    if not bool(same.all()):
         return None
     # A row that the output does not depend on may count as anyone's.
     return (sample.long() - 1).clamp(min=0)
