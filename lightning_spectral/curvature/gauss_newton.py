@@ -121,7 +121,9 @@ class GGNCurvature:
         """Return h by the head's eigenvectors; if it couples samples, or if that is cheaper, by its outputs."""
         graph, head = moved.graph, moved.head
         columns = head.exact_columns() if apart else []
-        split = split_samples(moved, (len(columns) if apart else head.outputs) - SPLIT_COLUMNS)
+        passes = len(columns) if apart else head.outputs
+        # A classifier's few columns are not worth a look.
+        split = None if apart and passes <= EXACT_COLUMNS else split_samples(moved, passes - SPLIT_COLUMNS)
         if split is not None or not apart:
             return _through_head(*(split or (graph, head)))
         moments = {name: _Moments() for name in graph.names}

@@ -99,8 +99,10 @@ def split_samples(moved: MovedNetwork, most: int) -> tuple[DirectionGraph, Head]
     for kind in ("product_cut", "outer_cut"):
         cut: GraphCut = getattr(graph, kind)
         parts = parts_of([output_shape(edge.node, edge.output_nr) for edge in cut.edges], graph.samples)
+        if parts == 1 or cut.is_nested:
+            continue
         head = Head(graph.loss, cut, parts * graph.samples, apart=True)
-        if parts > 1 and not cut.is_nested and head.outputs <= most:
+        if head.outputs <= most:
             break
     else:
         return None

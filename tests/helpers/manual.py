@@ -34,8 +34,4 @@ def cells_of(row, page):
 
 def benchmark(name):
     """Return the committed results of a benchmark."""
-    return json.loads(results_of(name).read_text(encoding="utf-8"))
-
-
-def results_of(name):
-    return ROOT / "examples/benchmarks/results" / f"{name}_cpu.json"
+    return json.loads((ROOT / "examples/benchmarks/results" / f"{name}_cpu.json").read_text(encoding="utf-8"))

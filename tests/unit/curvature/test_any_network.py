@@ -301,7 +301,7 @@ VIEWS = {
     "in_turn": (in_turn, lambda: relu_net(n_out=9), 9, 2, True),
     "calls": (barlow_twins, lambda: relu_net(n_out=9), 9, 2, True),
     "joined": (joined, lambda: relu_net(n_out=9), 9, 2, True),
-    "three": (lambda m, b: triplet(m, b), lambda: relu_net(n_out=9), 9, 3, True),
+    "three": (lambda m, b: triplet(m, b) ** 2, lambda: relu_net(n_out=9), 9, 3, True),
     "wide": (joined, lambda: relu_net(n_out=70), 70, 2, True),
     "towers": (lambda m, b: contrast(m.one(b[0]), m.other(b[1])), Towers, 6, 2, True),
     "trunk": (of_trunk, Trunk, 6, 2, False),
