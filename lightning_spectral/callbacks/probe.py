@@ -14,7 +14,6 @@ from lightning_spectral.callbacks.alerts import WarnOnce
 from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, transfer_alphas, warn_of_unmeasured
 from lightning_spectral.callbacks.batch_source import BatchChoice, BatchSource
 from lightning_spectral.callbacks.log_selection import LogSelection
-from lightning_spectral.callbacks.probe_log import CallbackMetrics, ProbeLog
 from lightning_spectral.callbacks.probe_trigger import ProbeTrigger
 from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
@@ -174,10 +173,8 @@ class SpectralProbe(AnyCallback):
         self.trigger = ProbeTrigger(every_n_steps, self.budget, self.source, self._warn_once)
         self.logged = LogSelection(log_layers, log_quantities, self.options.parts | step_parts(step), self._warn_once)
         outputs, config = from_arguments(OutputOptions, arguments), run_config(arguments)
-        self.outputs = ReportWriter(prefix, outputs, config, self.logged.layers, self._warn_once)
-        self.monitored = CallbackMetrics()
-        self.probe_log = ProbeLog(self.budget, self.logged, self.outputs, self.monitored)
-        self.step_probe = StepProbe(step, self.options, loss_fn, self.probe_log, self._warn_once)
+        self.outputs = ReportWriter(prefix, outputs, config, self.logged, self.budget, self._warn_once)
+        self.step_probe = StepProbe(step, self.options, loss_fn, self.outputs, self._warn_once)
         self._history: deque[SpectralReport] = deque(maxlen=positive_int("history_size", history_size))
         self.last_report: SpectralReport | None = None
         """Last report, also after a resume; None before the first probe."""
@@ -225,7 +222,7 @@ class SpectralProbe(AnyCallback):
         """Check what depends on the module before the first step: patterns without a layer, the loss, the strategy."""
         self._warn_once.muted = not trainer.is_global_zero
         if not self.trigger.is_resumed:
-            self.monitored.values = {}
+            self.outputs.monitored = {}
         self.trigger.prepare(trainer)
         try:
             self.trigger.group = process_group_of(trainer)
@@ -249,7 +246,6 @@ class SpectralProbe(AnyCallback):
         """Start the clock, and warn of matrices of alpha="probe" that are not measured."""
         self.trigger.start(trainer)
         self.outputs.start(trainer)
-        self.monitored.publish(trainer)
         if not self.trigger.off:
             self.step_probe.start(trainer, pl_module, self.trigger.group)
             warn_of_unmeasured(probe_alpha_optimizers(trainer), pl_module, self.options, self._warn_once)
@@ -264,7 +260,7 @@ class SpectralProbe(AnyCallback):
             alphas = transfer_alphas(None, probe_alpha_optimizers(trainer), pl_module, self.options, self.logged.layers)
             self._finish(trainer, pl_module, self._measure(trainer, pl_module, batches, 0), alphas)
         self.trigger.end()
-        self.probe_log.close(trainer, step, self.last_report)
+        self.outputs.close(trainer, step, self.last_report)
         self.budget.stop()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -295,7 +291,7 @@ class SpectralProbe(AnyCallback):
             "swap": self.swap.state_dict() or None,
             "probes": self.probes,
             "failed_probes": self.failed_probes,
-            "monitored": dict(self.monitored.values),
+            "monitored": dict(self.outputs.monitored),
             "last_report": None if self.last_report is None else self.last_report.to_dict(),
         }
 
@@ -304,7 +300,7 @@ class SpectralProbe(AnyCallback):
         self.trigger.load_state_dict(state_dict)
         if state_dict.get("swap"):
             self.swap.load_state_dict(state_dict["swap"])
-        self.monitored.values = dict(state_dict.get("monitored", {}))
+        self.outputs.monitored = dict(state_dict.get("monitored", {}))
         self.probes, self.failed_probes = state_dict.get("probes", 0), state_dict.get("failed_probes", 0)
         self.last_report = saved_report(state_dict.get("last_report"), self._warn_once)
         self.trigger.follow(self.last_report)
@@ -324,4 +320,4 @@ class SpectralProbe(AnyCallback):
         self.trigger.finish(module, step, report)
         # The final weights, which no step follows, share the charts of the others.
         later = self.step_probe.keys(report)
-        self.probe_log.write(trainer, step, self.history, counts, report=report, alphas=alphas, later=later)
+        self.outputs.write(trainer, step, self.history, counts, report=report, alphas=alphas, later=later)

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_spectral._validation import positive_int
 from lightning_spectral.callbacks._lightning import TrainingPass, optimizer_steps, repeats_batch, to_device, total_steps
 from lightning_spectral.callbacks.batch_source import FIRST_BATCHES, BatchSource
-from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, BudgetAdvice, TimeBudget
+from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, TimeBudget, too_short_for_two
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
 from lightning_spectral.errors import text_of
 from lightning_spectral.isolation.batch_tree import batch_size
@@ -35,7 +35,6 @@ class ProbeTrigger:
     ) -> None:
         self.every_n_steps = None if every_n_steps is None else positive_int("every_n_steps", every_n_steps)
         self.budget, self.source, self.warn = budget, source, warn
-        self.advice = BudgetAdvice(budget, warn)
         self.reset()
 
     def reset(self) -> None:
@@ -84,7 +83,6 @@ class ProbeTrigger:
         self._first_step = optimizer_steps(trainer)
         self.budget.total_steps = total_steps(trainer)
         self.budget.start(self._first_step)
-        self.advice.start()
         in_epoch = trainer.num_training_batches
         if self._of_one_step(trainer) and in_epoch < self.source.n_batches:
             self.warn(
@@ -108,8 +106,8 @@ class ProbeTrigger:
                 "training ended before there were the batches that a probe takes "
                 f"({self.source.describe_size()}): there was none"
             )
-        elif self.every_n_steps is None:
-            self.advice.end()
+        elif self.every_n_steps is None and self.budget.probes == 1:
+            self.warn(too_short_for_two(self.budget))
 
     def is_due(self, step: int) -> bool:
         """Return whether to probe before this step by the schedule; the same on all ranks."""
@@ -126,8 +124,6 @@ class ProbeTrigger:
         self.budget.record_step(step)
         if self.every_n_steps is None and step >= self.budget.next_look:
             self.budget.total_steps = total_steps(trainer, self.budget.step_seconds(step))
-        if self.every_n_steps is None:
-            self.advice.judge(step)
         if self.source.samples is None and self._of_one_step(trainer):
             # An epoch's end cut the last step's micro-batches short; a probe takes those of one step.
             self.source.reset()
@@ -219,7 +215,6 @@ class ProbeTrigger:
         self.is_pending, self._seconds = False, 0.0
         self.source.finish()
         self._has_aim = False
-        self.advice.report = report
         self.follow(report)
 
     def follow(self, report: SpectralReport | None) -> None:

@@ -1,33 +1,31 @@
-"""`ReportWriter`: a probe's report in loggers, with figures and tables, in the run's folder and in the terminal."""
+"""`ReportWriter`: a probe's report in loggers, for callbacks to monitor, in the run's folder and in the terminal."""
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
+import torch
 
 from lightning_spectral._validation import flag, optional_positive_int
-from lightning_spectral.callbacks._lightning import rank_zero_info
 from lightning_spectral.callbacks.alerts import Alerts
-from lightning_spectral.callbacks.log_selection import SUMMARIZED, charts
+from lightning_spectral.callbacks.log_selection import SUMMARIZED, LogSelection, charts
 from lightning_spectral.callbacks.report_file import ReportFile
+from lightning_spectral.callbacks.terminal import closing_line, log_above_bar, print_above_bar
+from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.numerics.statistics import evenly
+from lightning_spectral.records.log_keys import former_key
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report import figures
 from lightning_spectral.report.page.build import write_page
 from lightning_spectral.report.runs.read import read_run
-from lightning_spectral.report.terminal.formatting import width_for
-from lightning_spectral.report.terminal.tables import print_report
 from lightning_spectral.report.trackers import Row, Tracker, tracker_of
 
 logger = logging.getLogger(__name__)
@@ -74,10 +72,11 @@ class OutputOptions:
 
 
 class ReportWriter:
-    """Write each report to the loggers of a Trainer, the run's folder and the terminal, on rank 0.
+    """Write each probe, and the step after it, on rank 0, and give callbacks of all ranks their values to monitor.
 
-    Args:
-        layers: names of all layers -> those shown one by one.
+    Attributes:
+        monitored: key -> its last value, in `trainer.callback_metrics`. A NaN does not replace the value before it:
+            EarlyStopping ends training at a NaN, and a probe that fails must not. A key without a value is absent.
     """
 
     def __init__(
@@ -85,12 +84,14 @@ class ReportWriter:
         prefix: str,
         options: OutputOptions,
         config: Mapping[str, Any],
-        layers: Callable[[Sequence[str]], list[str]],
+        selection: LogSelection,
+        budget: TimeBudget,
         warn: Callable[[str], None],
     ) -> None:
-        self.prefix, self.options, self.layers, self.warn = _check_prefix(prefix), options, layers, warn
-        self.config = dict(config)
+        self.prefix, self.options, self.warn = _check_prefix(prefix), options, warn
+        self.config, self.selection, self.budget = dict(config), selection, budget
         self.file = ReportFile(prefix, warn)
+        self.monitored: dict[str, float] = {}
         self._reset()
 
     def _reset(self) -> None:
@@ -100,8 +101,9 @@ class ReportWriter:
         self._alerts = Alerts(self.prefix)
 
     def start(self, trainer: Any) -> None:
-        """Begin a run: write the probe's options into its configuration."""
+        """Begin a run: write the probe's options into its configuration, and publish what a checkpoint held."""
         self._reset()
+        self._publish(trainer, {})
         self.file.start(trainer)
         if trainer.is_global_zero:
             self._configure(trainer)
@@ -125,38 +127,49 @@ class ReportWriter:
         self,
         trainer: Any,
         step: int,
-        scalars: dict[str, float],
-        extra: dict[str, float] | None = None,
+        history: Sequence[SpectralReport],
+        counts: tuple[int, int],
         *,
-        report: SpectralReport | None = None,
-        history: Sequence[SpectralReport] = (),
-        probes: int = 0,
-        later: Iterable[str] = (),
+        report: SpectralReport | None,
+        alphas: Mapping[str, float],
+        later: Sequence[str],
     ) -> None:
-        """Write a probe's results.
+        """Write a probe.
 
         Args:
-            extra: full keys -> values, with charts if any are left.
+            counts: number of probes since the start, with this one, and of those that failed.
+            alphas: full keys -> values, with charts if any are left.
             later: keys without a prefix that `write_later` adds, with which these share the charts.
         """
-        if not trainer.is_global_zero:
-            return
-        names = {key: f"{self.prefix}/{key}" for key in (*scalars, *later)} | {key: key for key in extra or {}}
-        keys = [*scalars, *(extra or {}), *later]
-        self._charted = [names[key] for key in charts(keys, self.options.wandb_charts)]
-        row = self._row(trainer, step, {names[key]: value for key, value in (scalars | (extra or {})).items()})
-        if report is not None:
-            self._configure(trainer, report)
-            row = self._with_media(row, report, history, probes)
-        self._write(row)
-        if report is None:
-            return
+        started = self.budget.clock()
+        scalars = self.selection.scalars(report) | {
+            "failed_probes": float(counts[1]),
+            "probe_seconds": self.budget.last_seconds,
+            "probe_overhead": self.budget.overhead,
+        }
+        if trainer.is_global_zero:
+            names = {key: f"{self.prefix}/{key}" for key in (*scalars, *later)} | {key: key for key in alphas}
+            shown = charts([*scalars, *alphas, *later], self.options.wandb_charts)
+            self._charted = [names[key] for key in shown]
+            row = self._row(trainer, step, {names[key]: value for key, value in {**scalars, **alphas}.items()})
+            if report is None:
+                self._write(row)
+            else:
+                self._write_report(trainer, row, report, history, counts[0] - 1)
+        self._publish(trainer, scalars)
+        self.budget.extend_probe(self.budget.clock() - started)
+
+    def _write_report(
+        self, trainer: Any, row: Row, report: SpectralReport, history: Sequence[SpectralReport], earlier: int
+    ) -> None:
+        self._configure(trainer, report)
+        self._write(self._with_media(row, report, history, earlier))
         if self.options.keep_reports:
             self.file.append(trainer, report)
             for tracker in self._trackers:
                 tracker.keep_growing(self.file.path)
         every = self.options.print_every
-        if every is not None and (probes - 1) % every == 0:
+        if every is not None and earlier % every == 0:
             self._print(trainer, report)
 
     def write_later(
@@ -166,12 +179,21 @@ class ReportWriter:
 
         Args:
             step: optimizer steps before the probe, so that no logger's axis goes back.
+            scalars: keys without a prefix -> values.
+            measurement: of the step after the probe.
         """
-        if not trainer.is_global_zero:
-            return
-        self._write(self._row(trainer, step, {f"{self.prefix}/{key}": value for key, value in scalars.items()}))
-        if measurement is not None and self.options.keep_reports:
-            self.file.append(trainer, measurement)
+        if trainer.is_global_zero:
+            self._write(self._row(trainer, step, {f"{self.prefix}/{key}": value for key, value in scalars.items()}))
+            if measurement is not None and self.options.keep_reports:
+                self.file.append(trainer, measurement)
+        self._publish(trainer, scalars)
+
+    def _publish(self, trainer: Any, scalars: Mapping[str, float]) -> None:
+        former = {name: value for key, value in scalars.items() if (name := former_key(key))}
+        values = {f"{self.prefix}/{key}": value for key, value in {**former, **scalars}.items()}
+        self.monitored |= {key: value for key, value in values.items() if math.isfinite(value)}
+        # `LightningModule.log` raises before the first batch of a resumed run.
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self.monitored.items()})
 
     def _row(self, trainer: Any, step: int, logged: Mapping[str, float]) -> Row:
         self._trackers_of(trainer)
@@ -185,15 +207,21 @@ class ReportWriter:
             for title, text in alerts:
                 tracker.alert(title, text)
 
-    def end(self, trainer: Any, report: SpectralReport | None) -> None:
-        """Give the run's files to the trackers that keep them, and print the last report where that is wanted."""
-        if trainer.is_global_zero:
-            self._keep_files()
+    def close(self, trainer: Any, step: int, report: SpectralReport | None) -> None:
+        """Write what there was when training has ended: the share of the whole run, files, a table, a line."""
+        budget = self.budget
+        if budget.probes and budget.last_step != step:
+            # The last probe's row has the share up to that step.
+            self.write_later(trainer, step, {"probe_overhead": budget.overhead})
         prints = self.options.print_end
         if prints is None:
             prints = not trainer.loggers and trainer.progress_bar_callback is not None
-        if prints and report is not None and report is not self._printed and trainer.is_global_zero:
-            self._print(trainer, report)
+        if trainer.is_global_zero:
+            self._keep_files()
+            if prints and report is not None and report is not self._printed:
+                self._print(trainer, report)
+        if budget.probes:
+            log_above_bar(trainer, closing_line(self.prefix, budget, step, report, self.file.path))
 
     def _keep_files(self) -> None:
         trackers = [tracker for tracker in self._trackers if tracker.files]
@@ -219,13 +247,13 @@ class ReportWriter:
     def _print(self, trainer: Any, report: SpectralReport) -> None:
         self._printed = report
         try:
-            print_above_bar(trainer, report, self.prefix, self.layers(list(report.layers)))
+            print_above_bar(trainer, report, self.prefix, self.selection.layers(list(report.layers)))
         except Exception as error:
             self.warn(f"the table of the last probe could not be printed: {error}")
 
-    def _with_media(self, row: Row, report: SpectralReport, history: Sequence[SpectralReport], probes: int) -> Row:
+    def _with_media(self, row: Row, report: SpectralReport, history: Sequence[SpectralReport], earlier: int) -> Row:
         every = self.options.log_figures_every
-        if every is not None and (probes - 1) % every == 0 and self._any_takes("figures", "log_figures_every"):
+        if every is not None and earlier % every == 0 and self._any_takes("figures", "log_figures_every"):
             row = replace(row, figures=self._figures(report, history))
         if self.options.log_tables and self._any_takes("tables", "log_tables"):
             row = replace(row, table=self._table(report), lines=alpha_by_depth(history))
@@ -279,38 +307,3 @@ def alpha_by_depth(history: Sequence[SpectralReport]) -> dict[str, tuple[list[fl
             places, alphas = zip(*points, strict=True)
             lines[f"step {history[i].step}"] = (list(places), list(alphas))
     return lines
-
-
-def print_above_bar(trainer: Any, report: SpectralReport, title: str, layers: Sequence[str]) -> None:
-    """Print a report above the Trainer's progress bar without breaking the bar; without one, just print it."""
-    bar, live = trainer.progress_bar_callback, _live_console(trainer)
-    terminal = live or Console()
-    text = io.StringIO()
-    console = Console(
-        file=text, force_terminal=terminal.is_terminal, width=width_for(terminal), no_color=terminal.no_color
-    )
-    print_report(report, title, layers=layers, console=console)
-    if isinstance(live, Console):
-        # A line cut to the width of the bar would lose its figures.
-        live.print(Text.from_ansi(text.getvalue()), soft_wrap=True)
-    elif hasattr(bar, "train_progress_bar"):
-        # The bar's own `print` is silent once the bar is closed, as it may be when training ends.
-        bar.train_progress_bar.write(text.getvalue())
-    elif bar is not None:
-        bar.print(text.getvalue())
-    else:
-        print(text.getvalue())
-
-
-def log_above_bar(trainer: Any, text: str) -> None:
-    """Log a line as Lightning does its own; above a bar of rich, into whose line the logger would write."""
-    live = _live_console(trainer)
-    if isinstance(live, Console):
-        rank_zero_info(trainer, text, lambda line: live.print(Text(line), soft_wrap=True))
-    else:
-        rank_zero_info(trainer, text)
-
-
-def _live_console(trainer: Any) -> Any:
-    """Return the terminal that a bar of rich draws in; None without one."""
-    return getattr(getattr(trainer.progress_bar_callback, "progress", None), "console", None)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lightning_spectral._validation import flag
-from lightning_spectral.callbacks.probe_log import ProbeLog
+from lightning_spectral.callbacks.report_writer import ReportWriter
 from lightning_spectral.callbacks.safe_measurement import attempt
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
@@ -48,7 +48,7 @@ class StepProbe:
 
     Args:
         wanted: True; False; or None, where it can be done.
-        log: of the probe, with the time budget in which the measurement counts.
+        outputs: of the probe, with the time budget in which the measurement counts.
 
     Attributes:
         off: why steps are not measured in this run; empty while they are.
@@ -60,13 +60,13 @@ class StepProbe:
         wanted: bool | None,
         options: Options,
         loss_fn: LossFunction | None,
-        log: ProbeLog,
+        outputs: ReportWriter,
         warn: Callable[[str], None],
     ) -> None:
         self.wanted, self.loss_fn = flag("step", wanted, none=True), loss_fn
         # Of the samples of the curvature alone.
         self.options = replace(options, gradient_samples=None)
-        self.log, self.warn = log, warn
+        self.outputs, self.warn = outputs, warn
         self.off = "step=False" if wanted is False else ""
         self.last: StepMeasurement | None = None
         self._group: SingleProcess = SINGLE_PROCESS
@@ -116,17 +116,17 @@ class StepProbe:
         if pending is None or trainer.global_step == pending.global_step:
             return
         self._pending = None
-        budget = self.log.budget
+        budget = self.outputs.budget
         synchronize(module.parameters())
         started = budget.clock()
         self.last = self._measure(module, pending)
         nothing = dict.fromkeys(self.keys(pending.report), float("nan"))
         scalars = nothing if self.last is None else nothing | self.last.scalars(self._layers(pending.report))
-        self.log.write_later(trainer, pending.step, scalars, self.last)
+        self.outputs.write_later(trainer, pending.step, scalars, self.last)
         budget.extend_probe(budget.clock() - started)
 
     def _layers(self, report: SpectralReport) -> list[str]:
-        return self.log.selection.step_layers(list(report.layers))
+        return self.outputs.selection.step_layers(list(report.layers))
 
     def _copies(self, module: Any, batches: Sequence[Any]) -> tuple[Weights, Sequence[Any]]:
         if not isinstance(batches, CpuBatches):

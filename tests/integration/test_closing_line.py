@@ -17,7 +17,8 @@ from tiny import Repeated, Tiny, batch_of, fit_tiny
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralProbe
-from lightning_spectral.callbacks.probe_log import closing_line
+from lightning_spectral.callbacks import report_writer
+from lightning_spectral.callbacks.terminal import closing_line
 from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.report import read_run
 
@@ -38,7 +39,7 @@ def budget_of(probes, seconds, wall):
 @pytest.fixture
 def lines(monkeypatch):
     told = []
-    monkeypatch.setattr("lightning_spectral.callbacks.probe_log.log_above_bar", lambda trainer, text: told.append(text))
+    monkeypatch.setattr(report_writer, "log_above_bar", lambda trainer, text: told.append(text))
     return told
 
 

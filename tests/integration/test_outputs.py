@@ -494,12 +494,12 @@ def test_a_terminal_that_fails_is_told(monkeypatch):
 
 def test_only_the_first_process_logs_and_prints(capsys):
     class Rank:
-        is_global_zero, loggers, progress_bar_callback = False, [DummyLogger()], None
+        is_global_zero, loggers, progress_bar_callback, callback_metrics = False, [DummyLogger()], None, {}
 
     probe = SpectralProbe(print_every=1, print_end=True)
     measured = report(layer("a"), step=0)
-    probe.outputs.write(Rank(), 0, {"loss": 1.0}, report=measured, history=[measured], probes=1)
-    probe.outputs.end(Rank(), measured)
+    probe.outputs.write(Rank(), 0, [measured], (1, 0), report=measured, alphas={}, later=[])
+    probe.outputs.close(Rank(), 0, measured)
     assert not capsys.readouterr().out
 
 

@@ -40,7 +40,7 @@ def as_dicts(reports):
 def trainer_in(folder, *loggers, **options):
     return SimpleNamespace(
         loggers=list(loggers), default_root_dir=str(folder), fast_dev_run=False, is_global_zero=True,
-        progress_bar_callback=None, **options,
+        progress_bar_callback=None, callback_metrics={}, **options,
     )  # fmt: skip
 
 
@@ -104,7 +104,8 @@ def test_other_ranks_write_nothing(tmp_path):
     for is_zero, files in ((False, []), (True, ["spectra.jsonl"])):
         trainer = trainer_in(tmp_path)
         trainer.is_global_zero = is_zero
-        SpectralProbe().outputs.write(trainer, 0, {"loss": 1.0}, report=measured, history=[measured], probes=1)
+        write = SpectralProbe().outputs.write
+        write(trainer, 0, [measured], (1, 0), report=measured, alphas={}, later=[])
         assert files_below(tmp_path) == files
 
 

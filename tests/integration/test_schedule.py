@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
-import reports
 import torch
 import torch.nn.functional as F
 from modules import ConvNet, ProbeRows, fit
@@ -17,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_spectral import SpectralProbe, SpectralWarning, measure_spectra
-from lightning_spectral.callbacks.time_budget import BudgetAdvice, TimeBudget
+from lightning_spectral.callbacks.time_budget import TimeBudget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -252,49 +250,6 @@ def test_a_probe_that_exceeds_the_whole_budget_is_told_once(monkeypatch, steps):
     assert "together they may take 5 % of the time (max_overhead=0.05). For a curve set max_samples (but not " in text
     assert text.endswith("or train longer: from 33 minutes on there are two")
     assert probe.probes == 1
-
-
-@pytest.mark.parametrize(
-    ("chosen", "samples", "says"),
-    [
-        ("ggn: piecewise linear", 64, "(about 32 of 64)"),
-        ("ggn: piecewise linear", 16, "(but not below 32)"),
-        ("sketch: GELU", 64, "(but not below 32)"),
-        ("exact: GELU, and 16 samples are too few for a sketch", 16, "(32 or more, for a sketch, which is faster)"),
-        ("exact: GELU, and a sketch does not pay for 2 of the layers", 64, "(but not below 32)"),
-    ],
-)
-def test_fewer_samples_are_advised_only_where_they_cost_less(chosen, samples, says):
-    clock, told = Clock(), []
-    budget = TimeBudget(0.1, 0, clock)
-    budget.start(0)
-    budget.total_steps = 18
-    clock.now += 2.0
-    budget.record_probe(0, 2.0)
-    advice = BudgetAdvice(budget, told.append)
-    advice.report = replace(reports.report(reports.layer("a")), chosen=chosen, curvature_samples=samples)
-    clock.now += 3.0
-    advice.judge(3)
-    assert not told
-    clock.now += 1.0
-    # Of 18 steps of a second each, 2 s are a tenth with them: half of what two probes would take.
-    advice.judge(4)
-    advice.judge(5)
-    advice.end()
-    assert len(told) == 1
-    assert f"set max_samples {says}, fewer layers" in told[0]
-
-
-def test_no_such_warning_where_the_run_is_long_enough():
-    clock, told = Clock(), []
-    budget = TimeBudget(0.1, 0, clock)
-    budget.start(0)
-    budget.total_steps = 40
-    clock.now += 2.0
-    budget.record_probe(0, 2.0)
-    clock.now += 4.0
-    BudgetAdvice(budget, told.append).judge(4)
-    assert not told
 
 
 def test_no_such_warning_at_fixed_steps(monkeypatch, recwarn):
@@ -593,20 +548,7 @@ def test_a_loaders_batches_pass_the_modules_hooks_and_the_precision():
     same(probe.last_report, spectra_of((x.double() / 10, y), start))
 
 
-def test_how_many_samples_would_fit_is_told_where_the_cost_goes_with_them(monkeypatch):
-    costly(monkeypatch, 50.0)
-    probe = SpectralProbe(top_k=3, max_overhead=0.8)
-    monkeypatch.setattr(TimeBudget, "wall_seconds", 60.0)
-    trainer = pl.Trainer(
-        max_steps=3, max_epochs=-1, callbacks=[probe], logger=False, accelerator="cpu",
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
-    data = DataLoader(Numbered(size=64), batch_size=None)
-    with pytest.warns(SpectralWarning, match=r"set max_samples \(about \d+ of 64\)"):
-        trainer.fit(Tiny(), data)
-
-
-def test_a_run_with_a_probe_at_its_beginning_alone_is_told(monkeypatch):
+def test_a_run_with_a_probe_at_its_beginning_alone_is_told():
     clock = Clock()
 
     class Timed(SpectralProbe):

@@ -503,5 +503,6 @@ def test_the_budget_holds_with_steps_that_take_long(monkeypatch):
     probe.budget.clock = lambda: now[0]
     fit(Slow(), [probe], data=Repeated(batch_of()), batch_size=None, steps=300)
     assert probe.probes > 3
-    assert probe.budget.probe_seconds == pytest.approx(0.5 * probe.probes)
+    # 0.2 of the probe, 0.3 of its logging and 0.3 of the step after it.
+    assert probe.budget.probe_seconds == pytest.approx(0.8 * probe.probes)
     assert probe.budget.overhead <= 0.1

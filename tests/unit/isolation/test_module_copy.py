@@ -458,6 +458,6 @@ def test_a_probe_that_was_off_is_on_again_in_the_next_fit():
 
 def test_processes_measure_alike_and_the_first_one_logs():
     class Rank:
-        is_global_zero, loggers = False, ["never asked"]
+        is_global_zero, loggers, callback_metrics = False, ["never asked"], {}
 
-    SpectralProbe().outputs.write(Rank(), 0, {"loss": 1.0})
+    SpectralProbe().outputs.write(Rank(), 0, [], (1, 1), report=None, alphas={}, later=[])
