@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from lightning_spectral.report.figures.ticks import LINE, log_ticks, name_ticks,
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from lightning_spectral.report.figures.canvas import Result
 
 
 NEGATIVE, MISSING = "#D55E00", "#BBBBBB"
@@ -31,19 +32,6 @@ LABELS = {
 }
 
 
-@overload
-def plot_spectrum_heatmap(
-    report: SpectralReport,
-    quantity: Literal["sigma", "h"] = "sigma",
-    *,
-    width: float = ...,
-    dark: bool = ...,
-    title: bool = ...,
-) -> Figure: ...
-@overload
-def plot_spectrum_heatmap(
-    report: SpectralReport, quantity: Literal["sigma", "h"] = "sigma", *, ax: Axes, dark: bool = ..., title: bool = ...
-) -> Axes: ...
 def plot_spectrum_heatmap(
     report: SpectralReport,
     quantity: Literal["sigma", "h"] = "sigma",
@@ -51,8 +39,8 @@ def plot_spectrum_heatmap(
     width: float = WIDTH,
     dark: bool = False,
     title: bool = True,
-    ax: Axes | None = None,
-) -> Figure | Axes:
+    ax: Result | None = None,
+) -> Result:
     """Draw log10 of sigma_k or h_k, a row per layer in the order of the network, a column per direction k.
 
     Negative h are vermilion. What was not measured, is zero, or lies at or below the noise floor is grey; where a
@@ -89,7 +77,7 @@ def plot_spectrum_heatmap(
         drawing.legend(
             [style.patch_handle(text, color=c) for number, c, text in keys if bool((classes_lk == number).any())]
         )
-    return drawing.figure if ax is None else ax
+    return drawing.shown(ax)
 
 
 def heat(report: SpectralReport, quantity: Literal["sigma", "h"]) -> tuple[Tensor, Tensor]:
@@ -106,14 +94,6 @@ def heat(report: SpectralReport, quantity: Literal["sigma", "h"]) -> tuple[Tenso
     return values_lk, classes_lk
 
 
-@overload
-def plot_transfer_functions(
-    report: SpectralReport, *, damping: float = ..., width: float = ..., dark: bool = ..., title: bool = ...
-) -> Figure: ...
-@overload
-def plot_transfer_functions(
-    report: SpectralReport, *, damping: float = ..., ax: Axes, dark: bool = ..., title: bool = ...
-) -> Axes: ...
 def plot_transfer_functions(
     report: SpectralReport,
     *,
@@ -121,8 +101,8 @@ def plot_transfer_functions(
     width: float = WIDTH,
     dark: bool = False,
     title: bool = True,
-    ax: Axes | None = None,
-) -> Figure | Axes:
+    ax: Result | None = None,
+) -> Result:
     """Draw T(sigma_hat) = sigma_hat / (sigma_hat^alpha + d), a curve per layer with its own alpha, and its sigma_hat.
 
     sigma_hat = sigma sqrt(r) / ||G||_F, as `SpectralNewton` scales it, r = groups min(m / groups, n). A report holds
@@ -149,7 +129,7 @@ def plot_transfer_functions(
         drawing.title(f"Transfer functions, d = {damping:g}", [report], note)
         keys = style.kind_handles((layer.kind for layer in layers), line=True)
         drawing.legend([*keys, style.line_handle(":", "α = 1, d = 0")])
-    return drawing.figure if ax is None else ax
+    return drawing.shown(ax)
 
 
 def sigma_hat(layer: LayerSpectrum) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from lightning_spectral.report.figures.ticks import NAME_LENGTH, log_ticks, name
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from lightning_spectral.report.figures.canvas import Result
 
 TRANSFER_BAND = 0.1
 """Largest transfer error within the band."""
@@ -32,15 +33,9 @@ EARLIER = 0.35
 """Opacity of the layers of all reports but the last."""
 
 
-@overload
 def plot_alpha_by_depth(
-    report: SpectralReport, *, width: float = ..., dark: bool = ..., title: bool = ...
-) -> Figure: ...
-@overload
-def plot_alpha_by_depth(report: SpectralReport, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
-def plot_alpha_by_depth(
-    report: SpectralReport, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Axes | None = None
-) -> Figure | Axes:
+    report: SpectralReport, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Result | None = None
+) -> Result:
     """Draw the exponent alpha of each layer in the order of the network, with its standard error.
 
     Colour and marker are the layer's kind, hollow where its fit is not to be trusted. The grey band is alpha from 1.85
@@ -77,16 +72,12 @@ def plot_alpha_by_depth(
         drawing.legend(
             [*style.kind_handles(layer.kind for layer in fitted), *hollow_handle(fitted), *marks, band, *signal]
         )
-    return drawing.figure if ax is None else ax
+    return drawing.shown(ax)
 
 
-@overload
-def plot_transfer_identity(reports: Reports, *, width: float = ..., dark: bool = ..., title: bool = ...) -> Figure: ...
-@overload
-def plot_transfer_identity(reports: Reports, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
 def plot_transfer_identity(
-    reports: Reports, *, width: float = 4.0, dark: bool = False, title: bool = True, ax: Axes | None = None
-) -> Figure | Axes:
+    reports: Reports, *, width: float = 4.0, dark: bool = False, title: bool = True, ax: Result | None = None
+) -> Result:
     """Draw the decay s of the curvature against alpha gamma, its value by the transfer relation, a point per layer.
 
     On the line s = alpha gamma; the band holds transfer errors abs(s - alpha gamma) / abs(s) up to 10 %. Hollow
@@ -109,18 +100,12 @@ def plot_transfer_identity(
         drawing.title("Transfer relation s = α γ", history, _transfer_note([layer for _, _, layer, _ in points]))
         band = style.patch_handle("error up to 10 %", color=style.ink(), alpha=0.12)
         drawing.legend([*_keys(history, points), style.line_handle("-", "s = α γ"), band])
-    return drawing.figure if ax is None else ax
+    return drawing.shown(ax)
 
 
-@overload
 def plot_participation_ratio(
-    reports: Reports, *, width: float = ..., dark: bool = ..., title: bool = ...
-) -> Figure: ...
-@overload
-def plot_participation_ratio(reports: Reports, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
-def plot_participation_ratio(
-    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Axes | None = None
-) -> Figure | Axes:
+    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Result | None = None
+) -> Result:
     """Draw the participation ratio of the curvature against alpha gamma, with the zeta bound and that of a window.
 
     The solid line is zeta(alpha gamma)^2 / zeta(2 alpha gamma), infinite up to alpha gamma = 1; the dashed one is what
@@ -143,7 +128,7 @@ def plot_participation_ratio(
             style.say(axes, "no layer has a fit of α and γ")
         drawing.title("Participation ratio of curvature, zeta bound", history)
         drawing.legend([*_keys(history, points), *curves])
-    return drawing.figure if ax is None else ax
+    return drawing.shown(ax)
 
 
 def draw_alpha_band(axes: Axes) -> Artist:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures.style import DARK, STYLE
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from typing_extensions import TypeVar
+
+    # What a figure's function returns: the axes it is given, or without any a figure.
+    Result = TypeVar("Result", bound="Figure | Axes | Sequence[Axes]", default="Figure")
 
 MIN_WIDTH = 3.25
 """Inches: a column of a two-column paper."""
@@ -45,6 +49,10 @@ class Canvas:
     def panels(self, rows: int = 1, columns: int = 1, **options: Any) -> list[Axes]:
         """Return the axes to draw on, the caller's or a grid of new ones."""
         return list(self.given) or list(self.figure.subplots(rows, columns, squeeze=False, **options).flat)
+
+    def shown(self, ax: Result | None) -> Result:
+        """Return the caller's axes, or the figure where there are none."""
+        return cast("Result", self.figure if ax is None else ax)
 
     def title(self, text: str, reports: Sequence[SpectralReport], note: str = "") -> None:
         """Write what is shown, and below it when and how that was measured; the figure grows by it.
@@ -94,7 +102,7 @@ def canvas(
     *,
     dark: bool = False,
     title: bool = True,
-    ax: Axes | Sequence[Axes] | None = None,
+    ax: Any = None,
     panels: int = 1,
 ) -> Iterator[Canvas]:
     """Yield what to draw on, in the style of `style.py` and in no other.
@@ -129,12 +137,12 @@ def canvas(
             figure.draw_without_rendering()
 
 
-def room(axes: Axes | None, width: float) -> float:
+def room(ax: Any, width: float) -> float:
     """Return the inches that a figure's width leaves for an abscissa, or that the caller's axes are wide."""
-    return width - 0.7 if axes is None else _inches(axes)
+    return width - 0.7 if ax is None else _inches(ax)
 
 
-def _given(ax: Axes | Sequence[Axes] | None, count: int) -> tuple[Axes, ...]:
+def _given(ax: Any, count: int) -> tuple[Axes, ...]:
     """Return the caller's axes, or raise TypeError."""
     from matplotlib.axes import Axes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
@@ -28,7 +28,8 @@ from lightning_spectral.report.palette import MODEL_STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from lightning_spectral.report.figures.canvas import Result
 
 NO_MODEL = "#BBBBBB"
 """Colour of layers with too few values for any rank model."""
@@ -37,20 +38,14 @@ MOST_MARKERS = 25
 """Most markers on the thick line of a median, about: more would hide each other."""
 
 
-@overload
-def plot_alpha_over_training(
-    reports: Reports | Mapping[str, Reports], *, width: float = ..., dark: bool = ..., title: bool = ...
-) -> Figure: ...
-@overload
-def plot_alpha_over_training(reports: Reports, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
 def plot_alpha_over_training(
     reports: Reports | Mapping[str, Reports],
     *,
     width: float = WIDTH,
     dark: bool = False,
     title: bool = True,
-    ax: Axes | None = None,
-) -> Figure | Axes:
+    ax: Result | None = None,
+) -> Result:
     """Draw the exponent alpha over the steps: a thin line per layer, and the median of each kind of layer thick.
 
     Points of fits to trust are filled, those of the others hollow, and medians are over fits to trust alone: a thick
@@ -69,7 +64,7 @@ def plot_alpha_over_training(
     if isinstance(reports, Mapping):
         if ax is not None:
             raise ValueError("several runs take a panel per kind of layer, and ax is one; leave it out")
-        return plot_runs_side_by_side(reports, width=width, dark=dark, title=title)
+        return cast("Result", plot_runs_side_by_side(reports, width=width, dark=dark, title=title))
     history = style.all_reports(reports)
     x, label = style.positions(history)
     with canvas(width, 2.8, dark=dark, title=title, ax=ax) as drawing:
@@ -92,20 +87,12 @@ def plot_alpha_over_training(
         fitted = [layer for r in history for layer in r.layers.values() if not math.isnan(layer.alpha.exponent)]
         kinds = [layer.kind for layer in fitted]
         drawing.legend([*style.kind_handles(kinds, line=True), *hollow_handle(fitted), band])
-    return drawing.figure if ax is None else ax
+    return drawing.shown(ax)
 
 
-@overload
 def plot_scale_over_training(
-    reports: Reports, *, width: float = ..., dark: bool = ..., title: bool = ...
-) -> Figure: ...
-@overload
-def plot_scale_over_training(
-    reports: Reports, *, ax: Sequence[Axes], dark: bool = ..., title: bool = ...
-) -> Sequence[Axes]: ...
-def plot_scale_over_training(
-    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Sequence[Axes] | None = None
-) -> Figure | Sequence[Axes]:
+    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Result | None = None
+) -> Result:
     """Draw the largest curvature h and the largest singular value sigma of each layer over the steps, on log axes.
 
     An exponent does not tell how sharp the loss is: this does. A thin line per layer, and the median of each kind
@@ -122,18 +109,12 @@ def plot_scale_over_training(
         axes.set_xlabel(label)
         drawing.title("Largest curvature and singular value over training, medians by kind", history)
         drawing.legend(style.kind_handles(kinds, line=True))
-    return drawing.figure if ax is None else ax
+    return drawing.shown(ax)
 
 
-@overload
 def plot_rank_models_over_training(
-    reports: Reports, *, width: float = ..., dark: bool = ..., title: bool = ...
-) -> Figure: ...
-@overload
-def plot_rank_models_over_training(reports: Reports, *, ax: Axes, dark: bool = ..., title: bool = ...) -> Axes: ...
-def plot_rank_models_over_training(
-    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Axes | None = None
-) -> Figure | Axes:
+    reports: Reports, *, width: float = WIDTH, dark: bool = False, title: bool = True, ax: Result | None = None
+) -> Result:
     """Draw which rank model describes how many layers' gradient spectra, stacked over the steps.
 
     The model of a layer is that with the lowest BIC (`fit_rank_models`); the fractions are of all layers of the
@@ -156,7 +137,7 @@ def plot_rank_models_over_training(
         drawing.title("Rank models of the gradient spectra, by BIC", history)
         look = {"edgecolor": style.ground()}
         drawing.legend([style.patch_handle(name, facecolor=c, hatch=hatch, **look) for name, c, hatch, _ in bands])
-    return drawing.figure if ax is None else ax
+    return drawing.shown(ax)
 
 
 Band = tuple[str, str, str, list[float]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from lightning_spectral.report.palette import MODEL_STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from lightning_spectral.report.figures.canvas import Result
 
 MAX_PANELS = 12
 """Most panels of a figure; three in a row fill a page."""
@@ -53,14 +54,6 @@ BAND_MOST = 0.6
 Layers = str | Sequence[str] | None
 
 
-@overload
-def plot_power_law(
-    report: SpectralReport, layers: Layers = None, *, width: float = ..., dark: bool = ..., title: bool = ...
-) -> Figure: ...
-@overload
-def plot_power_law(
-    report: SpectralReport, layers: Layers = None, *, ax: Axes, dark: bool = ..., title: bool = ...
-) -> Axes: ...
 def plot_power_law(
     report: SpectralReport,
     layers: Layers = None,
@@ -68,8 +61,8 @@ def plot_power_law(
     width: float = WIDTH,
     dark: bool = False,
     title: bool = True,
-    ax: Axes | None = None,
-) -> Figure | Axes:
+    ax: Result | None = None,
+) -> Result:
     """Draw curvature h_k against singular value sigma_k, a panel per layer, with the fitted line h ~ sigma^alpha.
 
     The shaded band is the 95 % confidence band of the line (`line_and_band`), left out, as the heading says, where it
@@ -100,17 +93,9 @@ def plot_power_law(
         keys += [style.line_handle("-", "fit")] if "fit" in drawn else []
         keys += [style.patch_handle("95 % band", color=style.ink(), alpha=0.15)] if "band" in drawn else []
         drawing.legend(keys, abscissa="singular value σ (loss per unit of weight)")
-    return drawing.figure if ax is None else ax
+    return drawing.shown(ax)
 
 
-@overload
-def plot_rank_profiles(
-    report: SpectralReport, layers: Layers = None, *, width: float = ..., dark: bool = ..., title: bool = ...
-) -> Figure: ...
-@overload
-def plot_rank_profiles(
-    report: SpectralReport, layers: Layers = None, *, ax: Axes, dark: bool = ..., title: bool = ...
-) -> Axes: ...
 def plot_rank_profiles(
     report: SpectralReport,
     layers: Layers = None,
@@ -118,8 +103,8 @@ def plot_rank_profiles(
     width: float = WIDTH,
     dark: bool = False,
     title: bool = True,
-    ax: Axes | None = None,
-) -> Figure | Axes:
+    ax: Result | None = None,
+) -> Result:
     """Draw singular values sigma_k against their rank k, a panel per layer, with the three rank models.
 
     The model with the lowest BIC is drawn thick and named, with the difference of the next one's BIC to its own.
@@ -140,7 +125,7 @@ def plot_rank_profiles(
         drawing.title("Gradient spectra and rank models, by BIC", [report], note)
         models = [style.line_handle(look.dash, look.name, style.model_colour(look)) for look in MODEL_STYLE.values()]
         drawing.legend([*style.kind_handles(layer.kind for layer in selected), *models], abscissa="rank k")
-    return drawing.figure if ax is None else ax
+    return drawing.shown(ax)
 
 
 def choose_layers(report: SpectralReport, layers: Layers, *, one: bool = False) -> tuple[list[LayerSpectrum], str]:
