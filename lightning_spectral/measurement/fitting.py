@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ from lightning_spectral.errors import MeasurementError, SecondDerivativeError
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.directions import Directions
 from lightning_spectral.measurement.kronecker_factors import KroneckerResult
-from lightning_spectral.measurement.layer_fit import Part, alignment_part, fit_layer, fraction_part, intervals_part
+from lightning_spectral.measurement.layer_fit import fit_layer, points_of_alpha
 from lightning_spectral.measurement.objective import Objective
+from lightning_spectral.numerics.bootstrap import exponent_intervals
 from lightning_spectral.numerics.gradient_noise import UNKNOWN_NOISE
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.options import Options
+from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerMeasurement, LayerSpectrum
-from lightning_spectral.records.on_request import WeightSpectrum
+from lightning_spectral.records.on_request import CurvatureFraction, WeightSpectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,14 +146,24 @@ def _fit(
         note=failed.get(name, ""),
         alignment_note=why if options.alignment and name not in factors.factors else "",
     )
-    parts: dict[str, Part] = {}
+    spectrum = fit_layer(measurement)
+    usable, used = spectrum.sigma > spectrum.noise_floor, points_of_alpha(spectrum, spectrum.alpha)
+    parts: dict[str, Any] = {}
     if weights is not None:
-        spectrum = WeightSpectrum.of(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
-        parts["weights"] = lambda points: spectrum
+        parts["weights"] = WeightSpectrum.of(weights, top_k=options.top_k, groups=layer.groups, eps=eps)
     if options.bootstrap:
-        parts["intervals"] = intervals_part(options.bootstrap)
+        points = spectrum.sigma[usable], spectrum.h[usable]
+        parts["intervals"] = exponent_intervals(*points, used=used[usable], draws=options.bootstrap)
     if options.curvature_fraction:
-        parts["fraction"] = fraction_part(raw.traces.h.get(name), raw.traces.failed.get(name, ""))
+        draws, note = raw.traces.h.get(name), raw.traces.failed.get(name, "")
+        parts["fraction"] = (
+            CurvatureFraction.missing(note or spectrum.note)
+            if draws is None
+            else CurvatureFraction.of(draws, spectrum.h, shape=layer.shape, h_stderr=spectrum.h_stderr, note=note)
+        )
     if name in factors.factors:
-        parts["alignment"] = alignment_part(factors.factors[name], factors.per_sample)
-    return fit_layer(measurement, parts)
+        parts["alignment"] = LayerAlignment.from_factors(
+            factors.factors[name], spectrum.sigma, spectrum.h,
+            used=used, h_stderr=spectrum.h_stderr, per_sample=factors.per_sample,
+        )  # fmt: skip
+    return replace(spectrum, **parts)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from lightning_spectral.numerics.bootstrap import exponent_intervals
 from lightning_spectral.numerics.gradient_noise import noise_bias
 from lightning_spectral.numerics.power_law import (
     MIN_POINTS,
@@ -21,68 +18,16 @@ from lightning_spectral.numerics.power_law import (
     with_bias,
 )
 from lightning_spectral.numerics.statistics import directions_holding, entropy_rank, participation_ratio, zeta_bound
-from lightning_spectral.records.alignment import KroneckerFactors, LayerAlignment
 from lightning_spectral.records.layer_spectrum import EQUAL, NOISE, LayerMeasurement, LayerSpectrum, fit_alpha
-from lightning_spectral.records.on_request import CurvatureFraction
 
 
-@dataclass(frozen=True, eq=False)
-class LayerPoints:
-    """Points of a layer's fits.
-
-    Attributes:
-        sigma, h, h_stderr: (K,) as measured; h is NaN where sigma is rounding noise.
-        usable: (K,) mask of the singular values above the noise floor.
-        used: (K,) mask of the points that alpha is fitted to.
-        shape: (m, n) of the matrix.
-        note: reason for a missing alpha; empty where there is one.
-    """
-
-    sigma: Tensor
-    h: Tensor
-    h_stderr: Tensor
-    usable: Tensor
-    used: Tensor
-    shape: tuple[int, int]
-    note: str
+def points_of_alpha(layer: LayerMeasurement | LayerSpectrum, alpha: PowerLawFit) -> Tensor:
+    """Return (K,) which directions of a layer its alpha is fitted to."""
+    return (layer.sigma > layer.noise_floor) & (layer.h > 0) & (EQUAL not in alpha.dropped)
 
 
-Part = Callable[[LayerPoints], Any]
-"""Function from the points of a layer's fits to an optional part of its spectrum."""
-
-
-def intervals_part(draws: int) -> Part:
-    """Return what computes ``intervals`` from this many draws."""
-    return lambda points: exponent_intervals(
-        points.sigma[points.usable], points.h[points.usable], used=points.used[points.usable], draws=draws
-    )
-
-
-def fraction_part(draws: Tensor | None, note: str = "") -> Part:
-    """Return what computes ``fraction`` from draws (N,) of z^T H z; without any, ``note`` says why."""
-
-    def part(points: LayerPoints) -> CurvatureFraction:
-        if draws is None:
-            return CurvatureFraction.missing(note or points.note)
-        return CurvatureFraction.of(draws, points.h, shape=points.shape, h_stderr=points.h_stderr, note=note)
-
-    return part
-
-
-def alignment_part(factors: KroneckerFactors, per_sample: float = 1.0) -> Part:
-    """Return what computes ``alignment``; arguments as of `LayerAlignment.from_factors`."""
-    return lambda points: LayerAlignment.from_factors(
-        factors, points.sigma, points.h, used=points.used, h_stderr=points.h_stderr, per_sample=per_sample
-    )
-
-
-def fit_layer(measured: LayerMeasurement, parts: Mapping[str, Part] | None = None) -> LayerSpectrum:
-    """Fit all that is fitted to a layer, and compute its optional parts from the same points.
-
-    Args:
-        measured: singular values and curvatures.
-        parts: ``weights``, ``intervals``, ``fraction``, ``alignment``: those asked for, each a function of the points.
-    """
+def fit_layer(measured: LayerMeasurement) -> LayerSpectrum:
+    """Fit all that is fitted to a layer's singular values and curvatures."""
     sigma, floor = measured.sigma, measured.noise_floor
     h_stderr, spectrum = cast(Tensor, measured.h_stderr), cast(Tensor, measured.spectrum)
     usable = sigma > floor
@@ -91,23 +36,14 @@ def fit_layer(measured: LayerMeasurement, parts: Mapping[str, Part] | None = Non
     energy = sigma[usable].square()
     bias = noise_bias(measured.gradient_noise.signal)
     alpha = with_bias(fit_alpha(sigma, measured.h, h_stderr, floor), bias)
-    used = usable & (measured.h > 0) & (EQUAL not in alpha.dropped)
+    used = points_of_alpha(measured, alpha)
     gamma = fit_rank_decay(sigma, exclude=noise)
     h = torch.where(usable, measured.h, torch.full_like(measured.h, float("nan")))
     s = fit_rank_decay(h, exclude=noise)
     product = alpha.exponent * gamma.exponent
     note = measured.note or _explain(alpha, sigma, measured.h[usable])
-    points = LayerPoints(sigma, h, h_stderr, usable, used, measured.shape, note)
     return LayerSpectrum(
-        name=measured.name,
-        kind=measured.kind,
-        shape=measured.shape,
-        groups=measured.groups,
-        sigma=sigma,
-        h=h,
-        h_stderr=h_stderr,
-        method=measured.method,
-        noise_floor=floor,
+        **(vars(measured) | {"h": h, "note": note}),
         alpha=alpha,
         alpha_theil_sen=theil_sen_slope(log_points(sigma[used], measured.h[used])),
         alpha_bias=bias,
@@ -127,12 +63,7 @@ def fit_layer(measured: LayerMeasurement, parts: Mapping[str, Part] | None = Non
         n_usable=int(usable.sum()),
         n_negative=int((h[usable] < 0).sum()),
         n_repeated=_count_repeated(sigma[usable], floor),
-        spectrum=spectrum,
         rank_models=fit_rank_models(spectrum[spectrum > floor]),
-        gradient_noise=measured.gradient_noise,
-        note=note,
-        alignment_note=measured.alignment_note,
-        **{name: part(points) for name, part in (parts or {}).items()},
     )
 
 

@@ -1,9 +1,13 @@
 """Layers fitted to numbers, without a network."""
 
+from dataclasses import replace
+
 import torch
 
-from lightning_spectral.measurement.layer_fit import alignment_part, fit_layer, intervals_part
+from lightning_spectral.measurement.layer_fit import fit_layer, points_of_alpha
+from lightning_spectral.numerics.bootstrap import exponent_intervals
 from lightning_spectral.numerics.power_law import noise_floor
+from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerMeasurement
 
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -13,9 +17,12 @@ def fit_numbers(sigma, h, *, shape, groups=1, eps=FLOAT32, bootstrap=None, facto
     """The spectrum of a layer with these singular values and curvatures."""
     floor = noise_floor(sigma, shape, groups, eps)
     measured = LayerMeasurement(sigma=sigma, h=h, shape=shape, groups=groups, noise_floor=floor, **facts)
-    parts = {}
+    spectrum = fit_layer(measured)
+    usable, used = spectrum.sigma > spectrum.noise_floor, points_of_alpha(spectrum, spectrum.alpha)
+    sigma, h, parts = spectrum.sigma, spectrum.h, {}
     if bootstrap:
-        parts["intervals"] = intervals_part(bootstrap)
+        parts["intervals"] = exponent_intervals(sigma[usable], h[usable], used=used[usable], draws=bootstrap)
     if factors is not None:
-        parts["alignment"] = alignment_part(factors, per_sample)
-    return fit_layer(measured, parts)
+        options = {"h_stderr": spectrum.h_stderr, "per_sample": per_sample}
+        parts["alignment"] = LayerAlignment.from_factors(factors, sigma, h, used=used, **options)
+    return replace(spectrum, **parts)
