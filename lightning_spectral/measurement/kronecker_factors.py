@@ -15,11 +15,10 @@ from lightning_spectral.curvature.products import Block
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.errors import MeasurementError, is_out_of_memory
-from lightning_spectral.isolation.devices import release_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.estimation import Evaluation, Window
 from lightning_spectral.measurement.factor_sums import FactorSums, InputMoment
-from lightning_spectral.measurement.micro_batches import TRIES, MicroBatch, halve
+from lightning_spectral.measurement.micro_batches import MicroBatch, within_memory
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.records.alignment import KroneckerFactors
 
@@ -30,7 +29,7 @@ TOO_LARGE = (
     "out of memory; measure fewer samples (max_samples), or fewer layers (layers): C_A and C_delta of a layer are "
     "matrices of its width, whatever top_k"
 )
-"""Reason why there are no Kronecker factors after `TRIES`."""
+"""Reason why there are no Kronecker factors."""
 
 OTHER_CALL = "one of its uses is a look-up, takes a part of it, is of a stack, or does not reach the loss"
 
@@ -68,26 +67,24 @@ def kronecker_factors(evaluation: Evaluation, directions: Window, *, wanted: boo
         return KroneckerResult({}, {})
     if objective.samples is None:
         return KroneckerResult({}, dict.fromkeys(directions, UNKNOWN_SAMPLES))
-    micro_batches, first = evaluation.micro_batches, evaluation.first
-    for _ in range(TRIES):
+
+    def factors(max_size: int | None) -> KroneckerResult:
+        micro_batches, first = evaluation.micro_batches, evaluation.first
+        if max_size is not None:
+            if first is not None:
+                first.release()
+            micro_batches, first = objective.cut(max_size), None
         try:
             return _factors(objective, micro_batches, first, directions)
         except Exception as error:
-            if not is_out_of_memory(error):
-                why = f"{type(error).__name__}: {str(error)[:200]}"
-                return KroneckerResult({}, dict.fromkeys(directions, why))
-        if first is not None:
-            first.release()
-        release_memory(objective.parameters.values())
-        _, smaller = halve(objective, objective.largest(micro_batches) if micro_batches else 0)
-        if smaller is None:
-            break
-        try:
-            micro_batches = objective.cut(smaller)
-        except MeasurementError:
-            break
-        first = objective.differentiable(micro_batches[0]) if micro_batches else None
-    return KroneckerResult({}, dict.fromkeys(directions, TOO_LARGE))
+            if is_out_of_memory(error):
+                raise
+            return KroneckerResult({}, dict.fromkeys(directions, f"{type(error).__name__}: {str(error)[:200]}"))
+
+    try:
+        return within_memory(objective, None, factors)
+    except MeasurementError:
+        return KroneckerResult({}, dict.fromkeys(directions, TOO_LARGE))
 
 
 def _factors(

@@ -8,11 +8,10 @@ from the values of the losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +22,8 @@ from lightning_spectral.isolation.devices import release_memory
 
 if TYPE_CHECKING:
     from lightning_spectral.measurement.objective import Objective
+
+T = TypeVar("T")
 
 SUM_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Relative tolerance for sum_i w_i L_i = L, by compute dtype.
@@ -99,66 +100,38 @@ def _candidates(parts: Sequence[LossValue], micro_batches: Sequence[MicroBatch],
     return candidates
 
 
-class Attempt:
-    """One try: a context that ends without an error where memory runs out inside.
-
-    Args:
-        max_size: samples of the largest micro-batch to measure by; None: full batches.
-        failures: what earlier tries used.
-    """
-
-    def __init__(self, max_size: int | None, failures: Sequence[str]) -> None:
-        self.max_size, self.out_of_memory = max_size, False
-        self._failures = failures
-
-    def __enter__(self) -> Attempt:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        """Note that memory ran out; let other errors pass, with the reason for smaller micro-batches."""
-        self.out_of_memory = error is not None and is_out_of_memory(error)
-        if self._failures and isinstance(error, MeasurementError) and not self.out_of_memory:
-            raise MeasurementError(
-                f"out of memory with {self._failures[0]}, and no smaller micro-batches: {error}"
-            ) from None
-        return self.out_of_memory
-
-
-def attempts(objective: Objective, max_size: int | None) -> Iterator[Attempt]:
-    """Yield tries until one ends with memory left.
+def within_memory(objective: Objective, max_size: int | None, measure: Callable[[int | None], T]) -> T:
+    """Return what ``measure`` returns, given half as large a size of micro-batches each time that memory runs out.
 
     Args:
         max_size: samples of the largest micro-batch in the first try; None: full batches.
+        measure: function of the size.
+
+    Raises:
+        MeasurementError: if memory runs out in `TRIES`, or batches cannot be cut further.
     """
     failures: list[str] = []
-    while len(failures) < TRIES:
-        attempt = Attempt(max_size, failures)
-        yield attempt
-        if not attempt.out_of_memory:
-            return
-        largest, smaller = halve(objective, objective.size_in_use if objective.full_batches() else 0)
+    while True:
+        try:
+            return measure(max_size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                if failures and isinstance(error, MeasurementError):
+                    text = f"out of memory with {failures[0]}, and no smaller micro-batches: {error}"
+                    raise MeasurementError(text) from None
+                raise
+        # Here the error, whose frames hold memory, is gone.
+        own = objective.size_in_use if objective.full_batches() else 0, objective.divisible
+        sizes, divisible = zip(*objective.group.all_gather_object(own), strict=True)
+        largest = largest_size(sizes)
         failures.append(f"{largest or 'all'} samples at once")
         release_memory(objective.parameters.values())
-        if smaller is None:
-            break
-        max_size = smaller
-    raise MeasurementError(
-        f"out of memory with {', with '.join(failures)}; measure fewer samples (max_samples), fewer layers (layers), "
-        "or set micro_batch_size"
-    )
-
-
-def halve(objective: Objective, size: int | None) -> tuple[int | None, int | None]:
-    """Return the largest size that any rank used, and half of it; None for what is not known or cannot be cut.
-
-    Args:
-        size: samples of the largest micro-batch on this rank; None: not known.
-    """
-    sizes, divisible = zip(*objective.group.all_gather_object((size, objective.divisible)), strict=True)
-    largest = largest_size(sizes)
-    return largest, math.ceil(largest / 2) if largest is not None and largest > 1 and all(divisible) else None
+        if largest is None or largest <= 1 or not all(divisible) or len(failures) == TRIES:
+            raise MeasurementError(
+                f"out of memory with {', with '.join(failures)}; measure fewer samples (max_samples), fewer layers "
+                "(layers), or set micro_batch_size"
+            )
+        max_size = math.ceil(largest / 2)
 
 
 def largest_size(sizes: Sequence[int | None]) -> int | None:

@@ -18,11 +18,12 @@ from lightning_spectral.measurement.fitting import RawMeasurement, fit_layers, o
 from lightning_spectral.measurement.gradients import ObjectiveGradients, cut_for_gradient, gradient_parts, sum_gradients
 from lightning_spectral.measurement.kronecker_factors import kronecker_factors
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
-from lightning_spectral.measurement.micro_batches import MicroBatch, attempts
+from lightning_spectral.measurement.micro_batches import MicroBatch, within_memory
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.setup import NetworkCopy, isolated_copy, select_layers, set_up_objective
 from lightning_spectral.measurement.train_mode import other_loss_in_training
 from lightning_spectral.measurement.watch import Watch
+from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.options import Options
 from lightning_spectral.records.report import SpectralReport
@@ -57,9 +58,9 @@ def run_measurement(
         _prepared(model, batches, options, loss_fn, batch_idx, group) as (copy, layers, objective),
     ):
         watch.names(copy.module, objective.layers)
-        for attempt in attempts(objective, options.micro_batch_size):
-            with attempt:
-                raw = measure(objective, options, attempt.max_size, n_batches, watch)
+        raw = within_memory(
+            objective, options.micro_batch_size, lambda size: measure(objective, options, size, n_batches, watch)
+        )
         raw.raise_if_nothing_measured(len(layers.layers) - len(raw.directions.skipped))
         in_training = other_loss_in_training(objective, copy.module) if compare_modes and options.mode == "eval" else ""
         spectra, micro_batch_size = fit_layers(objective, raw, options)
@@ -103,13 +104,15 @@ def measure_noise_scale(
 ) -> float:
     """Return the noise scale, in samples, of the median layer's gradient; NaN where it cannot be told."""
     with _prepared(model, batches, options, loss_fn, batch_idx, group) as (_, _, objective):
-        for attempt in attempts(objective, options.micro_batch_size):
-            with attempt:
-                micro_batches = objective.cut(attempt.max_size)
-                gradients = sum_gradients(objective, micro_batches)
-                parts = gradient_parts(objective, gradients, micro_batches, options)
-                noise = noise_of_layers(gradients, parts.norms, objective)
-    return median(of_layer.noise_scale for of_layer in noise.values())
+
+        def noise(max_size: int | None) -> dict[str, GradientNoise]:
+            micro_batches = objective.cut(max_size)
+            gradients = sum_gradients(objective, micro_batches)
+            parts = gradient_parts(objective, gradients, micro_batches, options)
+            return noise_of_layers(gradients, parts.norms, objective)
+
+        of_layers = within_memory(objective, options.micro_batch_size, noise)
+    return median(of_layer.noise_scale for of_layer in of_layers.values())
 
 
 @contextmanager

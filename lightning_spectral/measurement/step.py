@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lightning_spectral.layers.names import unwrapped
 from lightning_spectral.measurement.estimation import SMALL_BYTES, Evaluation
 from lightning_spectral.measurement.gradients import sum_gradients
 from lightning_spectral.measurement.loss import LossFunction, resolve_loss
-from lightning_spectral.measurement.micro_batches import MicroBatch, attempts
+from lightning_spectral.measurement.micro_batches import MicroBatch, within_memory
 from lightning_spectral.measurement.objective import Objective
 from lightning_spectral.measurement.setup import (
     NetworkCopy,
@@ -105,9 +106,8 @@ def measure_step(
             held = {name: names[id(leaf)] for name, leaf in copy.leaves(layers).items() if id(leaf) in names}
             products = StepProducts(delta, [(layers[name], parameter) for name, parameter in held.items()])
         objective = set_up_objective(copy_before, loss, batches, layers, options, group, leaves)
-        for attempt in attempts(objective, options.micro_batch_size):
-            with attempt:
-                micro_batches, curvatures = _measure(objective, products, attempt.max_size)
+        measure = partial(_measure, objective, products)
+        micro_batches, curvatures = within_memory(objective, options.micro_batch_size, measure)
         moved = set_up_objective(copy_after, loss, batches, layers, options, group, leaves)
         loss_after = _loss(moved, micro_batches)
     (loss_before,) = curvatures.h[LOSS].tolist()
