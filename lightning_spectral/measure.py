@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from lightning_spectral._messages import group_by_reason
-from lightning_spectral.distributed.process_group import SINGLE_PROCESS, DistributedGroup
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, joint_group
 from lightning_spectral.errors import SecondDerivativeError, SpectralWarning
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, MatrixLayer, find_layers, matrix_parameters
@@ -111,7 +111,7 @@ def measure_spectra(
     torch.Size([5])
     """
     options = from_arguments(Options, locals())
-    group = SINGLE_PROCESS if process_group is None else DistributedGroup(process_group)
+    group = SINGLE_PROCESS if process_group is None else joint_group(process_group)
     batches = batches_to_measure(batch, n_batches, model, options, loss_fn, group)
     report = run_measurement(model, batches, options, loss_fn, n_batches=n_batches, group=group)
     for text in report.problems():

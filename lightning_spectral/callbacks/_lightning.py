@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_spectral.distributed.process_group import SINGLE_PROCESS, DistributedGroup, SingleProcess
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, Group, joint_group
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.measurement.loader_batches import length_of, unused_copy
 
@@ -158,7 +158,7 @@ def to_device(trainer: Any, module: Any, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(before(batch, dataloader_idx=0), dataloader_idx=0)
 
 
-def process_group_of(trainer: Any) -> SingleProcess:
+def process_group_of(trainer: Any) -> Group:
     """Return the group of all ranks of a Trainer, each with its share of the batches.
 
     Raises:
@@ -177,7 +177,7 @@ def process_group_of(trainer: Any) -> SingleProcess:
             f"{strategy} has {trainer.world_size} processes that do not talk through torch.distributed, so that they "
             "cannot measure together; train with strategy='ddp'"
         )
-    return DistributedGroup()
+    return joint_group()
 
 
 def repeats_batch(trainer: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_spectral._validation import optional_positive_int, positive_int
-from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.distributed.process_group import Group
 from lightning_spectral.isolation.batch_tree import batch_size, take_samples
 from lightning_spectral.measurement.gradient_samples import samples_for_aim
 from lightning_spectral.measurement.loader_batches import (
@@ -136,7 +136,7 @@ class BatchSource:
         self._batches.append(batch)
 
     def batches(
-        self, batch: Any, module: nn.Module, to_device: Callable[[Any], Any], group: SingleProcess
+        self, batch: Any, module: nn.Module, to_device: Callable[[Any], Any], group: Group
     ) -> Sequence[Any] | None:
         """Return the batches to measure; None until there are enough.
 
@@ -153,9 +153,7 @@ class BatchSource:
             self.collect(batch)
         return self._batches if self._is_loaded or self._is_full else None
 
-    def _read(
-        self, loader: Iterable[Any], module: nn.Module, to_device: Callable[[Any], Any], group: SingleProcess
-    ) -> None:
+    def _read(self, loader: Iterable[Any], module: nn.Module, to_device: Callable[[Any], Any], group: Group) -> None:
         inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
         samplers = (getattr(loader, "sampler", None), inner)
         # In training each rank has a loader of its own.

@@ -11,7 +11,7 @@ from lightning_spectral._validation import positive_int
 from lightning_spectral.callbacks._lightning import TrainingPass, optimizer_steps, repeats_batch, to_device, total_steps
 from lightning_spectral.callbacks.batch_source import FIRST_BATCHES, BatchSource
 from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, TimeBudget, too_short_for_two
-from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, Group
 from lightning_spectral.errors import text_of
 from lightning_spectral.isolation.batch_tree import batch_size
 from lightning_spectral.isolation.devices import synchronize
@@ -40,7 +40,7 @@ class ProbeTrigger:
     def reset(self) -> None:
         """Begin a run, before a checkpoint is loaded."""
         self.off = self._batch_error = ""
-        self.group: SingleProcess = SINGLE_PROCESS
+        self.group: Group = SINGLE_PROCESS
         self.is_resumed = self.is_pending = self._is_over = False
         self._first_step = 0
         self._step: int | None = None

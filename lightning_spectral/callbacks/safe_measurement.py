@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.distributed.process_group import Group
 from lightning_spectral.errors import first_line
 from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.measurement.loss import LossFunction
@@ -53,7 +53,7 @@ class SafeMeasurement:
         batch_idx: int,
         step: int,
         n_batches: int,
-        group: SingleProcess,
+        group: Group,
     ) -> SpectralReport | None:
         """Return the report of a measurement before a step; None if it failed."""
         where: dict[str, Any] = {"batch_idx": batch_idx, "n_batches": n_batches, "group": group}
@@ -71,7 +71,7 @@ class SafeMeasurement:
         self._chosen = report.chosen
         return report
 
-    def noise_scale(self, module: Any, batch_idx: int, group: SingleProcess, batches: Sequence[Any]) -> float:
+    def noise_scale(self, module: Any, batch_idx: int, group: Group, batches: Sequence[Any]) -> float:
         """Return the noise scale of the gradient of batches; NaN where it cannot be told."""
         where: dict[str, Any] = {"batch_idx": batch_idx, "group": group}
         measure = partial(measure_noise_scale, module, batches, self.options, self.loss_fn, **where)

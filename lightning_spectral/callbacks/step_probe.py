@@ -11,7 +11,7 @@ from lightning_spectral._validation import flag
 from lightning_spectral.callbacks.report_writer import ReportWriter
 from lightning_spectral.callbacks.safe_measurement import attempt
 from lightning_spectral.distributed.dtensor import is_dtensor
-from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, Group
 from lightning_spectral.isolation.batch_tree import FirstSamples
 from lightning_spectral.isolation.devices import synchronize
 from lightning_spectral.isolation.sandbox import copy_batch
@@ -69,10 +69,10 @@ class StepProbe:
         self.outputs, self.warn = outputs, warn
         self.off = "step=False" if wanted is False else ""
         self.last: StepMeasurement | None = None
-        self._group: SingleProcess = SINGLE_PROCESS
+        self._group: Group = SINGLE_PROCESS
         self._pending: _Pending | None = None
 
-    def start(self, trainer: Any, module: Any, group: SingleProcess) -> None:
+    def start(self, trainer: Any, module: Any, group: Group) -> None:
         """Begin a run: decide whether its steps can be measured, alike on all ranks."""
         self._group, self._pending = group, None
         if self.wanted is False:

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from lightning_spectral._torch_private import is_composable_state
-from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.distributed.process_group import Group
 
 COMMUNICATION = ("torch.distributed", "torch._C._distributed_c10d")
 """Where the classes live that hold a network's ranks together."""
 
 
-def shards_of(model: nn.Module, group: SingleProcess) -> list[Any]:
+def shards_of(model: nn.Module, group: Group) -> list[Any]:
     """Return the parameters and buffers that are shards, in the model's order, resharded."""
     for module in model.modules():
         if is_fully_sharded(type(module)):

@@ -8,7 +8,7 @@ another way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -29,120 +29,38 @@ COMMUNICATION = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 """Namespaces of the operations by which ranks communicate."""
 
 
-class Step:
-    """Step of a measurement: `with group.step() as step`.
-
-    Where its body raises on one rank, all ranks raise at its end. What the body gives to `send` is all-gathered.
-    """
-
-    received: Sequence[Any] = ()
-    """After the step: what each rank sent, by rank; None for a rank that sent nothing."""
-
-    def __init__(self) -> None:
-        self._value: Any = None
-
-    def send(self, value: object) -> None:
-        """Give all ranks a value, through pickle, which must not fail."""
-        self._value = value
-
-    def __enter__(self) -> Step:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.received = [self._value]
-
-
-class SingleProcess:
-    """One process that measures alone, with the interface of a group of one rank."""
-
-    rank = 0
-    size = 1
-    members: Sequence[int] = (0,)
-    in_step = True
-    """State of being within a step, at whose end the ranks meet."""
-
-    def step(self, *, watched: bool = False) -> Step:
-        """Return a context in which each rank works alone; if its body raises on any rank, all ranks raise at its end.
-
-        Args:
-            watched: raise, on several ranks, if the body communicates.
-        """
-        return Step()
-
-    def meeting(self, serve: Callable[[], None]) -> AbstractContextManager[None]:
-        """Call ``serve`` at the end of every step inside, on each rank, whether or not the step failed there.
-
-        Ranks that are still in the step may then exchange what they need with this one, until all are done.
-        """
-        return nullcontext()
-
-    def all_gather_int(self, number: int, device: torch.device) -> list[int]:
-        """Return the numbers of all ranks, sent from a device."""
-        return [number]
-
-    def reduce(self, tensor: Tensor, rank: int) -> None:
-        """Sum ``tensor`` over all ranks into ``rank``. Its contents on other ranks are undefined afterwards."""
-
-    def all_gather_object(self, value: T) -> list[T]:
-        """Return the values of all ranks. They go through pickle, which must not fail."""
-        return [value]
-
-    def gather_object(self, value: T, rank: int) -> list[T] | None:
-        """Return the values of all ranks on ``rank``, None on the others."""
-        return [value]
-
-    def reduce_to_owners(self, owners: Mapping[str, int], tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Sum each tensor over all ranks into its owner, and return those that this rank owns.
-
-        Args:
-            owners: name -> rank, for the names of all ranks in one order.
-            tensor: name -> this rank's tensor, or zeros of its shape where it has none.
-        """
-        return {name: tensor(name) for name in owners}
-
-    def broadcast_from_owners(
-        self, values: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]
-    ) -> dict[str, list[Tensor]]:
-        """Broadcast every owner's tensors to all ranks: name -> tensors."""
-        return {name: list(values[name]) for name in owners if name in values}
-
-    def broadcast_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Broadcast the first rank's tensors to all ranks: those of names with one shape and dtype on all of them."""
-        return dict(tensors)
-
-
-SINGLE_PROCESS = SingleProcess()
-
-
-class DistributedGroup(SingleProcess):
-    """Ranks of a process group. All must make the same calls in the same order.
+class Group:
+    """Ranks that measure together: all must make the same calls in the same order. Alone, a process talks to none.
 
     Args:
+        rank, size: of this process among them, and their number.
         group: of torch.distributed, with a backend for the device of the tensors; None: all ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.members = range(self.size) if group is None else dist.get_process_group_ranks(group)
-        self.in_step = False
+    def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> None:
+        self.rank, self.size, self.group = rank, size, group
+        self.members: Sequence[int] = range(size) if group is None else dist.get_process_group_ranks(group)
+        # Whether this rank is within a step, at whose end the ranks meet.
+        self.in_step = size == 1
         self.serve: Callable[[], None] | None = None
-        if self.rank < 0:
-            raise ValueError("process_group: this process is not in the group, so it has no part in the measurement")
 
     def step(self, *, watched: bool = False) -> Step:
         """Return a context in which each rank works alone; if its body raises on any rank, all ranks raise at its end.
 
         Running out of memory anywhere comes first, else the lowest rank's error. The error is of the same class on all
         ranks: this package's own classes, ValueError and MemoryError as they are, everything else as ProcessError.
+
+        Args:
+            watched: raise, on several ranks, if the body communicates.
         """
-        return _JointStep(self, watched)
+        return Step(self, watched)
 
     @contextmanager
     def meeting(self, serve: Callable[[], None]) -> Iterator[None]:
-        """Call ``serve`` at the end of every step inside, on each rank, whether or not the step failed there."""
+        """Call ``serve`` at the end of every step inside, on each of several ranks, whether or not the step failed.
+
+        Ranks that are still in the step may then exchange what they need with this one, until all are done.
+        """
         self.serve = serve
         try:
             yield
@@ -151,6 +69,8 @@ class DistributedGroup(SingleProcess):
 
     def all_gather_int(self, number: int, device: torch.device) -> list[int]:
         """Return the numbers of all ranks, sent from a device."""
+        if self.size == 1:
+            return [number]
         own = torch.tensor([number], device=device)
         gathered = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(gathered, own, group=self.group)
@@ -158,22 +78,32 @@ class DistributedGroup(SingleProcess):
 
     def reduce(self, tensor: Tensor, rank: int) -> None:
         """Sum ``tensor`` over all ranks into ``rank``. Its contents on other ranks are undefined afterwards."""
-        dist.reduce(tensor, self._global(rank), group=self.group)
+        if self.size > 1:
+            dist.reduce(tensor, self._global(rank), group=self.group)
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Return the values of all ranks."""
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value, group=self.group)
+        """Return the values of all ranks. They go through pickle, which must not fail."""
+        gathered: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
     def gather_object(self, value: T, rank: int) -> list[T] | None:
         """Return the values of all ranks on ``rank``, None on the others."""
-        gathered: list[Any] | None = [None] * self.size if rank == self.rank else None
-        dist.gather_object(value, gathered, self._global(rank), group=self.group)
+        gathered: list[Any] | None = [value] * self.size if rank == self.rank else None
+        if self.size > 1:
+            dist.gather_object(value, gathered, self._global(rank), group=self.group)
         return gathered
 
     def reduce_to_owners(self, owners: Mapping[str, int], tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Sum each tensor over all ranks into its owner, and return those that this rank owns."""
+        """Sum each tensor over all ranks into its owner, and return those that this rank owns.
+
+        Args:
+            owners: name -> rank, for the names of all ranks in one order.
+            tensor: name -> this rank's tensor, or zeros of its shape where it has none.
+        """
+        if self.size == 1:
+            return {name: tensor(name) for name in owners}
         owned: dict[str, Tensor] = {}
         for rank in range(self.size):
             names = [name for name, owner in owners.items() if owner == rank]
@@ -193,6 +123,8 @@ class DistributedGroup(SingleProcess):
         self, values: Mapping[str, Sequence[Tensor]], owners: Mapping[str, int]
     ) -> dict[str, list[Tensor]]:
         """Broadcast every owner's tensors to all ranks: name -> tensors."""
+        if self.size == 1:
+            return {name: list(values[name]) for name in owners if name in values}
         layouts = self.all_gather_object(
             {name: [(t.shape, t.dtype, t.device) for t in tensors] for name, tensors in values.items()}
         )
@@ -215,6 +147,8 @@ class DistributedGroup(SingleProcess):
 
     def broadcast_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Broadcast the first rank's tensors to all ranks: those of names with one shape and dtype on all of them."""
+        if self.size == 1:
+            return dict(tensors)
         layouts = self.all_gather_object({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
         alike = [name for name in layouts[0] if all(layout.get(name) == layouts[0][name] for layout in layouts)]
         own = {name: [tensors[name]] for name in alike} if self.rank == 0 else {}
@@ -224,11 +158,37 @@ class DistributedGroup(SingleProcess):
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
-class _JointStep(Step):
-    def __init__(self, group: DistributedGroup, watched: bool) -> None:
-        super().__init__()
-        self._group = group
-        self._watch = _NoCommunication() if watched else nullcontext()  # type: ignore[no-untyped-call]
+SINGLE_PROCESS = Group()
+
+
+def joint_group(group: dist.ProcessGroup | None = None) -> Group:
+    """Return the ranks of a process group; None: all ranks.
+
+    Raises:
+        ValueError: if this process is not in it.
+    """
+    if dist.get_rank(group) < 0:
+        raise ValueError("process_group: this process is not in the group, so it has no part in the measurement")
+    return Group(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+class Step:
+    """Step of a measurement: `with group.step() as step`.
+
+    Where its body raises on one rank, all ranks raise at its end. What the body gives to `send` is all-gathered.
+    """
+
+    received: Sequence[Any] = ()
+    """After the step: what each rank sent, by rank; None for a rank that sent nothing."""
+
+    def __init__(self, group: Group, watched: bool) -> None:
+        self._group, self._value = group, None
+        watches = watched and group.size > 1
+        self._watch = _NoCommunication() if watches else nullcontext()  # type: ignore[no-untyped-call]
+
+    def send(self, value: Any) -> None:
+        """Give all ranks a value, through pickle, which must not fail."""
+        self._value = value
 
     def __enter__(self) -> Step:
         self._group.in_step = True
@@ -239,6 +199,9 @@ class _JointStep(Step):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._watch.__exit__(kind, error, traceback)
+        if self._group.size == 1:
+            self.received = [self._value]
+            return
         self._group.in_step = False
         # An interrupt is of this rank alone.
         if error is not None and not isinstance(error, Exception):

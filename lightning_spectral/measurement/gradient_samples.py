@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_spectral._validation import positive_int
-from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, Group
 from lightning_spectral.isolation.batch_tree import batch_size, take_samples
 from lightning_spectral.measurement.loader_batches import first_batches
 from lightning_spectral.measurement.loss import LossFunction
@@ -42,7 +42,7 @@ def batches_to_measure(
     model: nn.Module,
     options: Options,
     loss_fn: LossFunction | None = None,
-    group: SingleProcess = SINGLE_PROCESS,
+    group: Group = SINGLE_PROCESS,
 ) -> Sequence[Any]:
     """Return the batches of this rank: the one, or those of a loader that hold ``gradient_samples``, on the CPU.
 
@@ -76,7 +76,7 @@ def enough_batches(
     model: nn.Module,
     options: Options,
     loss_fn: LossFunction | None = None,
-    group: SingleProcess = SINGLE_PROCESS,
+    group: Group = SINGLE_PROCESS,
 ) -> Sequence[Any]:
     """Return the batches that hold ``gradient_samples``, or with "auto" as many as the noise of the first asks for.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.curvature import DifferentiableLoss, LossValue, SampleRange, loss_value
-from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, Group
 from lightning_spectral.errors import MeasurementError, first_line, is_out_of_memory
 from lightning_spectral.isolation.batch_tree import FirstSamples, batch_size, divisible, has_tensors, take_samples
 from lightning_spectral.isolation.replay import InitialState, ReplayedLoss
@@ -67,7 +67,7 @@ class Objective:
         initial_state: InitialState,
         *,
         copy_batch: Callable[[Any], Any] = lambda batch: batch,
-        group: SingleProcess = SINGLE_PROCESS,
+        group: Group = SINGLE_PROCESS,
         sizes: Sequence[Sequence[int | None]] | None = None,
         reducer: GradientReducer | None = None,
         in_use: SizeInUse | None = None,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_spectral.curvature.selection import PRODUCT
-from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, Group
 from lightning_spectral.layers.matrices import LayerSet, with_seen_kinds
 from lightning_spectral.measurement.directions import leading_directions, noise_of_layers
 from lightning_spectral.measurement.estimation import Evaluation, estimate_curvature, estimate_trace, wants_graph
@@ -38,7 +38,7 @@ def run_measurement(
     batch_idx: int = 0,
     n_batches: int | None = None,
     compare_modes: bool = True,
-    group: SingleProcess = SINGLE_PROCESS,
+    group: Group = SINGLE_PROCESS,
 ) -> SpectralReport:
     """Measure gradient spectrum and curvature along it, of every layer; one joint result for all ranks of ``group``.
 
@@ -100,7 +100,7 @@ def measure_noise_scale(
     loss_fn: LossFunction | None = None,
     *,
     batch_idx: int = 0,
-    group: SingleProcess = SINGLE_PROCESS,
+    group: Group = SINGLE_PROCESS,
 ) -> float:
     """Return the noise scale, in samples, of the median layer's gradient; NaN where it cannot be told."""
     with _prepared(model, batches, options, loss_fn, batch_idx, group) as (_, _, objective):
@@ -122,7 +122,7 @@ def _prepared(
     options: Options,
     loss_fn: LossFunction | None,
     batch_idx: int,
-    group: SingleProcess,
+    group: Group,
 ) -> Iterator[tuple[NetworkCopy, LayerSet, Objective]]:
     """Yield the isolated copy of a model, its layers to measure and their objective."""
     with isolated_copy(model, options.mode, options.precision, group) as copy:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.distributed.dtensor import shards_of
-from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.distributed.process_group import Group
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.batch_tree import FirstSamples
 from lightning_spectral.isolation.held_state import HeldState
@@ -71,7 +71,7 @@ class NetworkCopy:
 
 
 @contextmanager
-def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: SingleProcess) -> Iterator[NetworkCopy]:
+def isolated_copy(model: nn.Module, mode: Mode, precision: Precision, group: Group) -> Iterator[NetworkCopy]:
     """Yield a copy of a model, the same on all ranks; all traces of what happens on it are gone at the end."""
     original = unwrapped(model)
     with ExitStack() as stack:
@@ -132,7 +132,7 @@ def _dtypes_of(module: nn.Module) -> set[torch.dtype]:
 
 
 @contextmanager
-def _sharded_weights(model: nn.Module, dtype: torch.dtype, group: SingleProcess) -> Iterator[OnDemandWeights | None]:
+def _sharded_weights(model: nn.Module, dtype: torch.dtype, group: Group) -> Iterator[OnDemandWeights | None]:
     with group.step() as step:
         shards = shards_of(model, group)
         step.send([(tuple(shard.shape), str(shard.dtype)) for shard in shards])
@@ -152,7 +152,7 @@ def _sharded_weights(model: nn.Module, dtype: torch.dtype, group: SingleProcess)
         yield weights
 
 
-def first_buffers(module: nn.Module, buffers: Mapping[str, Tensor], group: SingleProcess) -> dict[str, Tensor]:
+def first_buffers(module: nn.Module, buffers: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
     """Return the first rank's buffers: DDP gives them to all ranks with the next step, and until then they differ.
 
     Buffers of other shapes on other ranks, such as a cache that grows with the sequences seen, are left out.
@@ -183,7 +183,7 @@ def set_up_objective(
     batches: Sequence[Any],
     layers: Mapping[str, MatrixLayer],
     options: Options,
-    group: SingleProcess,
+    group: Group,
     parameters: Mapping[str, Tensor] | None = None,
 ) -> Objective:
     """Return the objective over the batches of all ranks.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.curvature import LOSS, STEP, Curvatures, StepProducts
 from lightning_spectral.distributed.dtensor import is_dtensor
-from lightning_spectral.distributed.process_group import SINGLE_PROCESS, SingleProcess
+from lightning_spectral.distributed.process_group import SINGLE_PROCESS, Group
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.isolation.held_state import UNINITIALIZED
 from lightning_spectral.layers.names import unwrapped
@@ -77,7 +77,7 @@ def measure_step(
     before: Weights,
     after: Weights | None = None,
     batch_idx: int = 0,
-    group: SingleProcess = SINGLE_PROCESS,
+    group: Group = SINGLE_PROCESS,
 ) -> StepMeasurement:
     """Measure the step from the weights ``before`` to those ``after``; one joint result for all ranks of ``group``.
 

@@ -16,7 +16,7 @@ from lightning_spectral import (
     top_singular_triplets,
 )
 from lightning_spectral.distributed.assignment import assign_owners
-from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.distributed.process_group import Group
 from lightning_spectral.numerics.gradient_noise import GradientPart, gradient_noise
 
 WORLD = 3
@@ -280,7 +280,7 @@ def test_owners_share_evenly():
 
 
 def test_one_process_has_everything():
-    one = SingleProcess()
+    one = Group()
     assert one.all_gather_object("x") == ["x"]
     assert one.gather_object(2, 0) == [2]
     values = {"a": torch.ones(2)}

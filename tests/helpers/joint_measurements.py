@@ -320,7 +320,7 @@ def measure_odd_groups(rank, n):
     model, batch = network("smooth")
     result["batch of one"] = attempt(lambda: run_measurement(
         model, [batch] if rank == 1 else [], Options(curvature="exact", **FEW_OF_ONE), coupled,
-        group=processes.DistributedGroup(),
+        group=processes.joint_group(),
     ))  # fmt: skip
     pair = dist.new_group([0, 1])
     model, batch = network("conv")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral._torch_private import outside_all_modes
-from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.distributed.process_group import Group
 from lightning_spectral.errors import is_out_of_memory
 
 DONE, FULL = -1, -2
@@ -33,7 +33,7 @@ class RequestRounds:
             would leave the others waiting.
     """
 
-    def __init__(self, group: SingleProcess, device: torch.device, room: Callable[[], object]) -> None:
+    def __init__(self, group: Group, device: torch.device, room: Callable[[], object]) -> None:
         self._group, self._device, self._room = group, device, room
         self._exchanges: list[Exchange] = []
 
@@ -98,7 +98,7 @@ class GradientReducer:
     """
 
     def __init__(
-        self, leaves: Iterable[Tensor], owners: Mapping[int, int], group: SingleProcess, rounds: RequestRounds
+        self, leaves: Iterable[Tensor], owners: Mapping[int, int], group: Group, rounds: RequestRounds
     ) -> None:
         self.owners, self._group, self._rounds = owners, group, rounds
         self._leaves = {rounds.register(partial(self._exchange, leaf)): leaf for leaf in leaves}

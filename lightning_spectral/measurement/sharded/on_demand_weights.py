@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_spectral._torch_private import TorchDispatchMode, storage_key
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.distributed.dtensor import gathered_together, is_within
-from lightning_spectral.distributed.process_group import SingleProcess
+from lightning_spectral.distributed.process_group import Group
 from lightning_spectral.isolation.interrupts import function_mode
 from lightning_spectral.measurement.sharded.gradient_reduction import GradientReducer, RequestRounds
 from lightning_spectral.numerics.matmul_precision import at_least
@@ -103,7 +103,7 @@ class OnDemandWeights(TorchDispatchMode):
     """
 
     def __init__(
-        self, shards: Iterable[Any], together: Mapping[str, Sequence[int]], group: SingleProcess, dtype: torch.dtype
+        self, shards: Iterable[Any], together: Mapping[str, Sequence[int]], group: Group, dtype: torch.dtype
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._group = group
@@ -268,7 +268,7 @@ class _ByPointer(TorchFunctionMode):
 
 @contextmanager
 def on_demand_weights(
-    model: nn.Module, shards: Sequence[Any], group: SingleProcess, dtype: torch.dtype
+    model: nn.Module, shards: Sequence[Any], group: Group, dtype: torch.dtype
 ) -> Iterator[OnDemandWeights]:
     """Yield stand-ins for the parameters and buffers of a model that are shards.
 
