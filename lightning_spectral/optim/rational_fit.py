@@ -66,6 +66,8 @@ def fit_poles(alpha: float, damping: float, largest: float, tolerance: float) ->
     """
     if alpha == 2:
         return ShiftedInverses(0.0, (1.0,), (damping,), 0.0)
+    if abs(2 / alpha * math.log(damping)) > 200:
+        return None  # float64 does not hold the squares
     problem = _Problem.of(alpha, damping, largest)
     for count in range(1, MAX_POLES + 1):
         parameters, error = problem.fit(count, tolerance)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral._validation import number
-from lightning_spectral.numerics.matmul_precision import exact_products
+from lightning_spectral.numerics.matmul_precision import at_least, exact_products
 from lightning_spectral.optim.rational_fit import ShiftedInverses, fit_poles
 
 Normalize = Literal["rms", "none"]
@@ -46,9 +46,6 @@ STRIPS, SMALLEST_IN_STRIPS = 4, 128
 PADDING = 8
 """Columns added to a Gram matrix of 128 k rows: its own share few lines of the cache, at 2.5 times the time."""
 
-LARGEST_ENTRIES = 2.0**-126, 2.0**125
-"""Between which a matrix's largest entry is scaled to about 1: the power of two is still normal in float32."""
-
 
 def transfer(sigma: Tensor, *, alpha: float, damping: float) -> Tensor:
     """Return T(sigma; alpha, d) = sigma / (sigma^alpha + d) (arXiv 2606.02596, its Spectral Newton).
@@ -59,6 +56,7 @@ def transfer(sigma: Tensor, *, alpha: float, damping: float) -> Tensor:
     return sigma / (sigma**alpha + damping)
 
 
+@torch.no_grad()
 def spectral_transfer(
     matrix: Tensor,
     *,
@@ -80,6 +78,7 @@ def spectral_transfer(
 
     A matrix whose update would lose more than the tolerance to float32 (large lambda_1 / d) is done in float64. That
     needs one look at the result, which waits for the device. Limits of `exact`: singular values below 1e-8 sigma_1.
+    No gradient flows through it.
 
     Args:
         matrix: (..., m, n), real; half precision is computed in float32.
@@ -107,8 +106,7 @@ def spectral_transfer(
         raise ValueError(f"normalize must be 'rms' or 'none', got {normalize!r}")
     if matrix.ndim < 2 or not matrix.is_floating_point():
         raise ValueError(f"need real matrices (..., m, n), got {matrix.dtype} of shape {tuple(matrix.shape)}")
-    if not bool(matrix.isfinite().all()):
-        bad = int((~matrix.isfinite()).sum())
+    if bad := int((~matrix.isfinite()).sum()):
         raise ValueError(f"{bad} of {matrix.numel()} entries are NaN or infinite; a singular value needs finite ones")
     if matrix.numel() == 0:
         return matrix.clone()
@@ -117,7 +115,7 @@ def spectral_transfer(
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
     x_brn = wide.reshape(-1, *wide.shape[-2:])
-    x_brn = x_brn if x_brn.dtype in (torch.float32, torch.float64) else x_brn.float()
+    x_brn = x_brn.to(at_least(x_brn.dtype, torch.float32))
     with exact_products(x_brn.device.type):
         if exact or normalize == "none":
             u_brn = transfer_by_eigenvalues(x_brn, alpha=alpha, damping=damping, normalize=normalize)
@@ -159,7 +157,7 @@ def transfer_batch(x_brn: Tensor, *, alpha: float, damping: float | Tensor, tole
         x_brn = x_brn.double()
     # No eigenvalue exceeds the trace, so that most batches of one inverse need no look at theirs.
     largest = r * (SMALLEST_DAMPING ** (-2 / alpha) if isinstance(damping, Tensor) else 1.0)
-    budget = budget if _rounding_bound(x_brn.dtype, poles, largest) > budget else math.inf
+    budget = budget if _may_round_off(x_brn.dtype, poles, largest, budget) else math.inf
     u_brn, failed_b = _sum_of_inverses(x_brn, poles, budget, *_scales(alpha, damping))
     if bool(failed_b.any()):
         d_b = damping[failed_b] if isinstance(damping, Tensor) else damping
@@ -184,11 +182,9 @@ def _scales(alpha: float, damping: float | Tensor) -> tuple[float | Tensor, floa
 
 
 def _in_float64(x_brn: Tensor, poles: ShiftedInverses, alpha: float, damping: float | Tensor) -> Tensor:
-    u_brn, failed_b = _sum_of_inverses(x_brn.double(), poles, math.inf, *_scales(alpha, damping))
-    if bool(failed_b.any()):
-        d_b = damping[failed_b] if isinstance(damping, Tensor) else damping
-        u_brn[failed_b] = transfer_by_eigenvalues(x_brn[failed_b], alpha=alpha, damping=d_b).double()
-    return u_brn
+    x_brn = x_brn.double()
+    u_brn, failed_b = _sum_of_inverses(x_brn, poles, math.inf, *_scales(alpha, damping))
+    return transfer_by_eigenvalues(x_brn, alpha=alpha, damping=damping) if bool(failed_b.any()) else u_brn
 
 
 def rounding_error(dtype: torch.dtype, spill: Any, shift: Any) -> Any:
@@ -208,7 +204,8 @@ def rounding_budget(poles: ShiftedInverses, tolerance: float) -> float:
 def scaled_by_power_of_two(x_brn: Tensor) -> Tensor:
     """Scale each matrix to a largest entry of about 1, without rounding: squares of 1e25 overflow."""
     # Two reductions, since neither the maximum norm nor a norm in float64 is vectorised on the CPU.
-    largest_b = torch.maximum(x_brn.amax((1, 2)), -x_brn.amin((1, 2))).clamp_(*LARGEST_ENTRIES)
+    tiny = torch.finfo(x_brn.dtype).tiny  # of which, and of 0.5 / tiny, the power of two is still normal
+    largest_b = torch.maximum(x_brn.amax((1, 2)), -x_brn.amin((1, 2))).clamp_(tiny, 0.5 / tiny)
     return x_brn * (torch.frexp(largest_b).mantissa / largest_b)[:, None, None]
 
 
@@ -247,7 +244,7 @@ def _sum_of_inverses(
     inverse_b = _inverse_rms(diagonal_bp.sum(1, dtype=torch.float64), r).to(a_bpp.dtype)
     a_bpp.mul_((inverse_b.square() * stretch)[:, None, None])
     largest_b = _norm(a_bpp) if budget < math.inf else inverse_b
-    watched = budget < math.inf and bool((_rounding_bound(x_brn.dtype, poles, largest_b) > budget).any())
+    watched = budget < math.inf and _may_round_off(x_brn.dtype, poles, largest_b, budget)
     estimate = _RoundingEstimate(x_brn @ _signs(x_brn.shape[2], x_brn.dtype, x_brn.device)) if watched else None
     unshifted_bp = diagonal_bp.clone()
     failed_b, s_brr = torch.zeros_like(inverse_b, dtype=torch.bool), None
@@ -274,16 +271,16 @@ def _sum_of_inverses(
     if poles.constant:
         s_brr.diagonal(dim1=1, dim2=2).add_(poles.constant)
     if estimate is not None:
-        error_b = rounding_error(x_brn.dtype, *estimate.of(s_brr, largest_b, inverse_b, poles))
-        failed_b |= ~(error_b <= budget)
+        failed_b |= ~(estimate.of(s_brr, largest_b, inverse_b, poles) <= budget)
     return torch.bmm(s_brr.mul_((inverse_b * height)[:, None, None]), x_brn), failed_b
 
 
-def _rounding_bound(dtype: torch.dtype, poles: ShiftedInverses, largest: Any) -> Any:
-    """Return what `rounding_error` is at most with eigenvalues up to this one; infinite for several inverses."""
+def _may_round_off(dtype: torch.dtype, poles: ShiftedInverses, largest: Any, budget: float) -> bool:
+    """Return whether `rounding_error` may exceed a budget with eigenvalues up to this: of several inverses, always."""
     if len(poles.shifts) > 1:
-        return largest + math.inf
-    return rounding_error(dtype, poles.at_zero / poles(largest), largest / poles.shifts[0])
+        return True
+    exceeds = rounding_error(dtype, poles.at_zero / poles(largest), largest / poles.shifts[0]) > budget
+    return bool(exceeds.any() if isinstance(exceeds, Tensor) else exceeds)
 
 
 class _RoundingEstimate:
@@ -299,13 +296,13 @@ class _RoundingEstimate:
     def add(self, weight: float, inverse_brr: Tensor) -> None:
         self.slope_brp.add_(inverse_brr @ (inverse_brr @ self.x_z_brp), alpha=weight)
 
-    def of(self, f_brr: Tensor, largest_b: Tensor, inverse_b: Tensor, poles: ShiftedInverses) -> tuple[Tensor, Tensor]:
-        """Return (spill, shift) of each matrix; 0 for one of zeros."""
+    def of(self, f_brr: Tensor, largest_b: Tensor, inverse_b: Tensor, poles: ShiftedInverses) -> Tensor:
+        """Return the error of each matrix; 0 for one of zeros."""
         value_b = torch.linalg.vector_norm(f_brr @ self.x_z_brp, dim=(1, 2))
         slope_b = torch.linalg.vector_norm(self.slope_brp, dim=(1, 2))
-        size_b = value_b * inverse_b / math.sqrt(PROBES)
-        spill_b = poles.at_zero * math.sqrt(f_brr.shape[1]) / size_b
-        return torch.where(value_b > 0, spill_b, 0.0), torch.where(value_b > 0, largest_b * slope_b / value_b, 0.0)
+        spill_b = poles.at_zero * math.sqrt(f_brr.shape[1] * PROBES) / (value_b * inverse_b)
+        error_b: Tensor = rounding_error(f_brr.dtype, spill_b, largest_b * slope_b / value_b)
+        return torch.where(value_b > 0, error_b, 0.0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -61,9 +61,9 @@ def test_update_is_that_of_an_svd(shape, spectrum):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, 3.0])
-@pytest.mark.parametrize("scale", [1e25, 1e-25, 1e30, 1e-35])
+@pytest.mark.parametrize("scale", [1e25, 1e-25, 1e30, 1e-35, 1e200, 1e-200, 1e305, 1e-300])
 def test_scale_of_the_gradient_does_not_matter(alpha, scale):
-    x = matrix((20, 30), "power_law", torch.float32)
+    x = matrix((20, 30), "power_law", torch.float32 if 1e-38 < scale < 1e38 else torch.float64)
     found = spectral_transfer(scale * x, alpha=alpha, damping=0.1)
     assert error(found, spectral_transfer(x, alpha=alpha, damping=0.1).double()) < 1e-4
 
@@ -233,6 +233,15 @@ def test_autocast_and_reduced_precision_do_not_reach_it(monkeypatch):
     assert seen == [(False, False)]
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("shape", [(8, 12), (128, 128)])
+def test_a_weight_is_taken_as_a_number(shape, alpha):
+    weight = torch.nn.Parameter(torch.randn(shape))
+    found = spectral_transfer(weight, alpha=alpha, damping=0.1)
+    assert not found.requires_grad
+    assert torch.equal(found, spectral_transfer(weight.detach(), alpha=alpha, damping=0.1))
+
+
 def test_no_random_number_of_the_user_is_drawn():
     before = torch.get_rng_state()
     spectral_transfer(torch.ones(4, 4321), alpha=1.0, damping=0.1)  # a width that no other call has cached
@@ -254,6 +263,13 @@ def test_sums_of_inverses_are_positive_and_as_good_as_asked(alpha, largest, tole
         assert wrong <= 1.02 * tolerance
         assert poles.error <= tolerance
         assert poles.at_zero == pytest.approx(float(poles(x)[0]))
+
+
+@pytest.mark.parametrize(("alpha", "d"), [(0.005, 10.0), (1.0, 1e300), (1.0, 1e-300), (0.5, 1e-90)])
+def test_dampings_beyond_any_sum_go_by_eigenvalues(alpha, d):
+    assert fit_poles(alpha, d, 16.0, 7e-3) is None
+    x = matrix((8, 12), "power_law")
+    torch.testing.assert_close(spectral_transfer(x, alpha=alpha, damping=d), by_svd(x, alpha, d))
 
 
 def test_more_poles_than_pay_are_not_used():
