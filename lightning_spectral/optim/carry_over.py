@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_spectral._torch_private import LAST_RATES, schedulers_in
 from lightning_spectral.distributed.dtensor import is_dtensor
+from lightning_spectral.numerics.matmul_precision import at_least
 
 STRUCTURE = ("update", "layouts")
 """Options that decide which state a parameter has."""
@@ -166,9 +168,8 @@ def _rebind(scheduler: Any, old: Optimizer, new: Optimizer, sources: Sequence[in
     n = len(old.param_groups)
     for name, value in vars(scheduler).items():
         if name in (*RATES, *PER_GROUP) and isinstance(value, (list, tuple)) and len(value) == n:
-            scaled = factors if name in RATES else [1] * len(factors)
             scheduler.__dict__[name] = [
-                value[j] * factor if name in RATES else value[j] for j, factor in zip(sources, scaled, strict=True)
+                value[j] * factor if name in RATES else value[j] for j, factor in zip(sources, factors, strict=True)
             ]
         elif name in FLOORS:
             scheduler.__dict__[name] = value * factors[0]
@@ -248,14 +249,14 @@ def check_parts(states: Mapping[Tensor, Mapping[str, Any]], name: str) -> None:
 def restore_numbers(
     states: Mapping[Tensor, dict[str, Any]], own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
 ) -> None:
-    """Put counts and mean squares back as they were saved.
+    """Put counts and mean squares back as they were saved, in at least float32.
 
     torch casts them to the parameter's type on loading, and bfloat16 counts no further than 256.
     """
     saved = (state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"])
     own = (parameter for group in own_groups for parameter in group["params"])
     for parameter, state in zip(own, saved, strict=True):
+        dtype = at_least(parameter.dtype, torch.float32)
         for key in ("skipped", "mean_square", *(["step"] if "mean_square" in state else [])):
             if key in state:
-                device = states[parameter]["skipped" if key == "skipped" else "mean_square"].device
-                states[parameter][key] = state[key].to(device, copy=True)
+                states[parameter][key] = state[key].to(parameter.device, dtype, copy=True)

@@ -85,8 +85,11 @@ def split_group(group: Mapping[str, Any], adamw_names: Sequence[str]) -> list[di
 def fill_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the group with every option of its update, resolved and checked."""
     update, params = group["update"], group["params"]
-    for key, value in defaults.items():
-        group.setdefault(key, value)
+    for key, default in defaults.items():
+        value = group.setdefault(key, default)
+        if isinstance(value, Tensor):
+            # Schedulers write into the rate of each group.
+            group[key] = value.detach().clone().squeeze()
     if update == "adamw":
         _fill_adamw(group)
     elif update == "spectral":
@@ -200,9 +203,10 @@ def _check_spectral(group: Mapping[str, Any]) -> None:
 
 
 def _check_at_least_zero(name: str, value: Any) -> None:
-    # One on a device would be waited for.
     if not isinstance(value, Tensor):
         number(name, value, lambda x: 0 <= x < math.inf, "be at least 0")
+    elif value.ndim:  # its value is not read: a device would be waited for
+        raise ValueError(f"{name} must be a number or a tensor without dimensions, got {value}")
 
 
 def _is_rate(value: Any) -> bool:

@@ -255,8 +255,8 @@ class SpectralNewton(Optimizer):
         """Add parameters, split into matrices and the rest unless the group has ``update``."""
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, got {type(param_group).__name__}")
-        for part in split_group(param_group, param_group.get("adamw_names", self.defaults["adamw_names"])):
-            group = fill_group(part, self.defaults)
+        parts = split_group(param_group, param_group.get("adamw_names", self.defaults["adamw_names"]))
+        for group in [fill_group(part, self.defaults) for part in parts]:
             group["name"] = self._unused_name(group.get("name", group["update"]))
             super().add_param_group(group)
             drop_foreign(group)

@@ -227,6 +227,9 @@ def test_parameters_can_be_added():
     assert len(optimizer.state) == 12
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": more[0].weight})
+    with pytest.raises(ValueError, match="adamw_lr must be at least 0, got -1"):
+        optimizer.add_param_group({"params": mlp().parameters(), "adamw_lr": -1})
+    assert len(optimizer.param_groups) == 4
 
 
 def flattened(mark):
@@ -245,6 +248,7 @@ MATRIX = nn.Parameter(torch.ones(3, 3))
         ([MATRIX], {"lr": "1e-3"}, ValueError, "lr must be at least 0, got '1e-3'"),
         ([MATRIX], {"lr": None}, ValueError, "lr must be at least 0, got None"),
         ([MATRIX], {"lr": math.nan}, ValueError, "lr must be at least 0, got nan"),
+        ([MATRIX], {"lr": torch.ones(2)}, ValueError, "lr must be a number or a tensor without dimensions, got"),
         ([MATRIX], {"nesterov": "yes"}, ValueError, "nesterov must be True or False, got 'yes'"),
         ([MATRIX], {"alpha": "probe", "alpha_range": "ab"}, ValueError, "alpha_range must be two exponents"),
         ([MATRIX], {"alpha": "probe", "alpha_momentum": 1}, ValueError, r"alpha_momentum must lie in \[0, 1\), got 1"),
@@ -312,6 +316,7 @@ def test_bad_options(params, options, error, message):
         (0, "update", "adamw", "there is no 'betas', which is set when a group is added"),
         (0, "update", "sgd", "update must be one of 'spectral', 'adamw', got 'sgd'"),
         (0, "params", [], "params were edited; add_param_group adds parameters"),
+        (1, "lr", torch.ones(1), r"lr must be a number or a tensor without dimensions, got tensor\(\[1"),
         (1, "lr", -1.0, "lr must be at least 0, got -1.0"),
         (1, "betas", (0.9,), r"betas must be two numbers in \[0, 1\), got \(0.9,\)"),
         (1, "eps", "x", "eps must be at least 0, got 'x'"),

@@ -76,6 +76,27 @@ def test_counts_survive_a_checkpoint_in_bfloat16():
     assert (optimizer.skipped_updates, other.skipped_updates) == (1002, 1001)
 
 
+@pytest.mark.parametrize("after", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("before", [torch.float64, torch.float32, torch.bfloat16])
+def test_state_goes_on_in_another_type(before, after):
+    weights = [nn.Parameter(torch.zeros(4, 6, dtype=dtype)) for dtype in (before, after)]
+    optimizer, other = (SpectralNewton([weight], lr=0.1) for weight in weights)
+    for weight in weights:
+        weight.grad = torch.eye(4, 6, dtype=weight.dtype)
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    weights[0].detach().zero_()
+    for each in (optimizer, other):
+        each.step()
+    torch.testing.assert_close(weights[1], weights[0].to(after), rtol=1e-2, atol=1e-6)
+    fresh = SpectralNewton([weights[1]])
+    fresh.step()
+    sizes = [
+        {key: optimizer.state[weights[1]][key].dtype for key in ("mean_square", "step")} for optimizer in (other, fresh)
+    ]
+    assert sizes[0] == sizes[1]
+
+
 def test_state_of_an_earlier_version_is_completed():
     model = mlp()
     optimizer = SpectralNewton(model.parameters())
@@ -138,6 +159,16 @@ def test_one_schedule_scales_both_rates():
     optimizer.step()
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.005]
+
+
+def test_a_tensor_as_rate_is_scheduled_once_for_each_group():
+    rate = torch.tensor([0.1])
+    optimizer = SpectralNewton(mlp().parameters(), lr=rate)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for _ in range(2):
+        scheduler.step(1.0)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
+    assert float(rate) == pytest.approx(0.1)
 
 
 def test_one_cycle():

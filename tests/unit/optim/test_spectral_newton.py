@@ -444,15 +444,16 @@ def test_compiled_step():
 
 def test_tensor_learning_rate():
     results = []
-    for lr in (0.1, torch.tensor(0.1)):
+    for lr in (0.1, torch.tensor(0.1), torch.tensor([0.1])):
         torch.manual_seed(1)
         weights = weights_of(SHAPES, torch.float32)
         optimizer = SpectralNewton([{"params": weights, "lr": lr}])
         set_grads(weights)
         optimizer.step()
         results.append(weights)
-    for a, b in zip(*results, strict=True):
+    for a, b, c in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
 
 
 def test_sparse_gradients_are_refused():
