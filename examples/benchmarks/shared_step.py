@@ -53,9 +53,7 @@ def share(optimizer: SpectralNewton, n: int) -> float:
     """Of the flops, what the busiest of n processes has."""
     (group,) = optimizer.param_groups
     pieces = [piece for i, p in enumerate(group["params"]) for piece in matrix_blocks(p.data, p.data, group, i)]
-    loads = [0] * n
-    for piece, owner in zip(pieces, sharing.assign_by_cost(pieces, n), strict=True):
-        loads[owner] += piece.cost
+    loads = [sum(piece.cost for piece in of_rank) for of_rank in sharing.shares_by_cost(pieces, n)]
     return max(loads) / sum(loads)
 
 

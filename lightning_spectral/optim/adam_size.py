@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral._torch_private import not_compiled
+from lightning_spectral.numerics.matmul_precision import at_least
 from lightning_spectral.optim.placement import STACK, Layout, Sharding
 from lightning_spectral.optim.transfer import SMALLEST_DAMPING
 
@@ -35,7 +36,7 @@ def needs_size(group: Mapping[str, Any]) -> bool:
 def size_state(parameter: Tensor, layout: Layout) -> dict[str, Tensor]:
     """Return v of each matrix of a parameter, and the number of its steps, before the first."""
     _, sizes = part_sizes(parameter.shape, layout)
-    step = torch.zeros((), dtype=_dtype(parameter), device=parameter.device)
+    step = torch.zeros((), dtype=at_least(parameter.dtype, torch.float32), device=parameter.device)
     return {"mean_square": step.new_zeros(len(sizes)), "step": step}
 
 
@@ -113,18 +114,13 @@ def noise_damping(rms_b: Tensor) -> Tensor:
     return rms_b.square().clamp(min=SMALLEST_DAMPING)
 
 
-def _dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _squares(grad: Tensor, shape: torch.Size, sharding: Sharding | None, parts: tuple[int, list[int]]) -> Tensor:
     """Return (parts,) sums of squares of this rank's entries."""
     dim, sizes = parts
-    if len(sizes) == 1:
-        lines: Tensor = torch.linalg.vector_norm(grad, dtype=_dtype(grad)).square()
+    others = None if len(sizes) == 1 else [i for i in range(grad.ndim) if i != dim]
+    lines: Tensor = torch.linalg.vector_norm(grad, dim=others, dtype=at_least(grad.dtype, torch.float32)).square()
+    if others is None:
         return lines[None]
-    others = [i for i in range(grad.ndim) if i != dim]
-    lines = torch.linalg.vector_norm(grad, dim=others, dtype=_dtype(grad)).square()
     if sharding is not None and sharding.dim == dim:
         whole = lines.new_zeros(shape[dim])
         start = sum(sharding.counts[: dist.get_rank(sharding.group)])

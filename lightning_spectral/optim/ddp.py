@@ -17,14 +17,8 @@ from torch import Tensor
 from lightning_spectral._torch_private import may_step_alone, not_compiled
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.distributed.dtensor import is_dtensor
-from lightning_spectral.optim.matrix_update import (
-    MAX_BATCH_NUMEL,
-    MatrixBlock,
-    compute_dtype,
-    compute_updates,
-    descend,
-    spectral_step,
-)
+from lightning_spectral.numerics.matmul_precision import at_least
+from lightning_spectral.optim.matrix_update import MAX_BATCH_NUMEL, MatrixBlock, compute_updates, descend, spectral_step
 from lightning_spectral.optim.placement import row_counts
 
 if TYPE_CHECKING:
@@ -83,9 +77,10 @@ def agree(states: Sequence[GradientState], scope: Scope, device: torch.device) -
     return list(zip(extremes[0].tolist(), (-extremes[1]).tolist(), strict=True))
 
 
-def assign_by_cost(items: Sequence[_Item], n: int) -> list[int]:
-    """Return the rank of each item, for n ranks."""
-    return list(assign_owners({i: item.cost for i, item in enumerate(items)}, n).values())
+def shares_by_cost(items: Sequence[Item], n: int) -> list[list[Item]]:
+    """Return the items of each of n ranks."""
+    owners = assign_owners({i: item.cost for i, item in enumerate(items)}, n)
+    return [[items[i] for i, owner in owners.items() if owner == rank] for rank in range(n)]
 
 
 def balanced_rounds(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
@@ -109,7 +104,8 @@ def shared_step(matrices: Sequence[MatrixBlock], group: ProcessGroup) -> None:
     small = []
     for matrix in matrices:
         if is_shared(matrix.target.shape[0], matrix.numel):
-            kinds.setdefault((compute_dtype(matrix.momentum.dtype), matrix.target.device), []).append(matrix)
+            dtype = at_least(matrix.momentum.dtype, torch.float32)
+            kinds.setdefault((dtype, matrix.target.device), []).append(matrix)
         else:
             small.append(matrix)
     spectral_step(small)
@@ -126,9 +122,7 @@ def is_shared(m: int, numel: int) -> bool:
 def _step_round(matrices: Sequence[MatrixBlock], group: ProcessGroup, dtype: torch.dtype, device: torch.device) -> None:
     """Compute this rank's share and all-gather, each share padded to the largest."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
-    shares: list[list[MatrixBlock]] = [[] for _ in range(n)]
-    for matrix, owner in zip(matrices, assign_by_cost(matrices, n), strict=True):
-        shares[owner].append(matrix)
+    shares = shares_by_cost(matrices, n)
     longest = max(sum(matrix.numel for matrix in share) for share in shares)
     own = torch.zeros(longest, dtype=dtype, device=device)
     places = dict(zip(map(id, shares[rank]), _parts(own, shares[rank]), strict=True))

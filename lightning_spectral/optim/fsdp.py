@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral._torch_private import not_compiled
-from lightning_spectral.optim.ddp import assign_by_cost, balanced_rounds
-from lightning_spectral.optim.matrix_update import compute_dtype, compute_updates, descend, matrix_blocks, matrix_cost
+from lightning_spectral.numerics.matmul_precision import at_least
+from lightning_spectral.optim.ddp import balanced_rounds, shares_by_cost
+from lightning_spectral.optim.matrix_update import compute_updates, descend, matrix_blocks, matrix_cost
 from lightning_spectral.optim.placement import Sharding, row_counts
 
 if TYPE_CHECKING:
@@ -49,21 +50,19 @@ def sharded_step(matrices: Sequence[ShardedMatrix]) -> None:
     for matrix in matrices:
         key = (matrix.sharding.group, matrix.momentum.dtype, matrix.momentum.device)
         kinds.setdefault(key, []).append(matrix)
-    for (group, dtype, _), of_kind in kinds.items():
+    for (group, *_), of_kind in kinds.items():
         for part in balanced_rounds(of_kind, dist.get_world_size(group)):
-            _step_round(part, group, dtype)
+            _step_round(part, group)
 
 
-def _step_round(matrices: Sequence[ShardedMatrix], group: ProcessGroup, dtype: torch.dtype) -> None:
+def _step_round(matrices: Sequence[ShardedMatrix], group: ProcessGroup) -> None:
     """Send the parts of each matrix to its owner, and those of its update back."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
-    shares: list[list[ShardedMatrix]] = [[] for _ in range(n)]
-    for matrix, owner in zip(matrices, assign_by_cost(matrices, n), strict=True):
-        shares[owner].append(matrix)
-    own, device = shares[rank], matrices[0].momentum.device
+    shares = shares_by_cost(matrices, n)
+    own, like = shares[rank], matrices[0].momentum.new_empty(0)
     sent = [[matrix.momentum for matrix in share] for share in shares]
     shapes = [[matrix.sharding.part(k) for matrix in own] for k in range(n)]
-    received = _exchange(sent, shapes, torch.empty(0, dtype=dtype, device=device), group)
+    received = _exchange(sent, shapes, like, group)
     full_momenta = [torch.cat(parts, matrix.sharding.dim) for matrix, *parts in zip(own, *received, strict=True)]
     updates = _full_updates(own, full_momenta)
     split = [
@@ -71,14 +70,14 @@ def _step_round(matrices: Sequence[ShardedMatrix], group: ProcessGroup, dtype: t
     ]
     sent = [[parts[k] for parts in split] for k in range(n)]
     shapes = [[matrix.sharding.part(rank) for matrix in share] for share in shares]
-    returned = _exchange(sent, shapes, torch.empty(0, dtype=compute_dtype(dtype), device=device), group)
+    returned = _exchange(sent, shapes, like.to(at_least(like.dtype, torch.float32)), group)
     for share, parts in zip(shares, returned, strict=True):
         for matrix, part in zip(share, parts, strict=True):
             descend(matrix.target, part, matrix.group["lr"])
 
 
 def _full_updates(matrices: Sequence[ShardedMatrix], momenta: Sequence[Tensor]) -> list[Tensor]:
-    updates = [torch.empty_like(momentum, dtype=compute_dtype(momentum.dtype)) for momentum in momenta]
+    updates = [torch.empty_like(momentum, dtype=at_least(momentum.dtype, torch.float32)) for momentum in momenta]
     blocks = [
         block
         for matrix, update, momentum in zip(matrices, updates, momenta, strict=True)

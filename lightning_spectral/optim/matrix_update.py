@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral._torch_private import not_compiled
-from lightning_spectral.numerics.matmul_precision import exact_products
+from lightning_spectral.numerics.matmul_precision import at_least, exact_products
 from lightning_spectral.optim.adam_size import ADAM, NOISE, adam_rms, needs_size, noise_damping
 from lightning_spectral.optim.measured_alpha import alpha_used
 from lightning_spectral.optim.placement import blocks
@@ -74,23 +74,18 @@ def matrix_cost(m: int, numel: int) -> int:
     return min(m, numel // m) * numel
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that matrix functions of this dtype are computed in."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
-
-
 def momentum_step(
-    parameters: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], group: Mapping[str, Any]
+    parameters: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: Mapping[str, Any]
 ) -> Sequence[Tensor]:
     """Set B <- mu B + (1 - mu) G and W <- (1 - lr weight_decay) W; return M = mu B + (1 - mu) G (or B).
 
     Entry by entry, so that each may be the part of a parameter that this rank holds.
     """
     mu = group["momentum"]
-    torch._foreach_lerp_(list(buffers), list(grads), 1 - mu)
-    updates = torch._foreach_lerp(list(grads), list(buffers), mu) if group["nesterov"] else buffers
+    torch._foreach_lerp_(buffers, grads, 1 - mu)
+    updates = torch._foreach_lerp(grads, buffers, mu) if group["nesterov"] else buffers
     if group["weight_decay"] != 0:
-        torch._foreach_mul_(list(parameters), 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
     return updates
 
 
@@ -144,7 +139,7 @@ def _batch_updates(batch: Sequence[MatrixBlock]) -> Tensor:
     group = batch[0].group
     momenta = [_wide(matrix.momentum.flatten(1), matrix.tall) for matrix in batch]
     m_brn = torch.stack(momenta) if len(batch) > 1 else momenta[0][None].contiguous()
-    m_brn = m_brn.to(compute_dtype(m_brn.dtype))
+    m_brn = m_brn.to(at_least(m_brn.dtype, torch.float32))
     rms, damping = group["update_rms"], group["damping"]
     if needs_size(group):
         adam_b = adam_rms(m_brn, torch.stack([matrix.unit for matrix in batch if matrix.unit is not None]))

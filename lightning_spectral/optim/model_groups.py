@@ -15,7 +15,7 @@ from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.layers.kinds import Kind, infer_kinds
 from lightning_spectral.layers.matrices import MatrixLayer, NoMatrixError, find_layers
 from lightning_spectral.layers.names import check_module, plain_names
-from lightning_spectral.optim.placement import STACK, Layout, whole_layout
+from lightning_spectral.optim.placement import STACK, Layout
 
 ALPHA_BY_KIND: dict[str, float] = {
     "conv": 2.0,
@@ -173,7 +173,4 @@ def _layout(layers: Sequence[MatrixLayer], parameter: Tensor) -> Layout | None:
             return None  # depthwise: each filter by itself, with no matrix structure
     if min(rows) < 2 or first.shape[1] < 2:
         return None
-    layout = whole_layout()
-    layout["input_first"] = first.groups if first.transposed else 0
-    layout["rows"] = rows if len(rows) > 1 else []
-    return layout
+    return Layout(input_first=first.groups if first.transposed else 0, rows=rows if len(rows) > 1 else [])

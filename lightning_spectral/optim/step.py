@@ -107,10 +107,10 @@ def update(steps: Iterable[ParameterStep], states: Mapping[Tensor, dict[str, Any
         sharded_step(sharded)
 
 
-def are_finite(grads: Sequence[Tensor]) -> list[bool]:
+def are_finite(grads: list[Tensor]) -> list[bool]:
     """Return whether all entries of each gradient are finite; one look at each device."""
     norms: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    for i, norm in enumerate(torch._foreach_norm(list(grads)) if grads else []):
+    for i, norm in enumerate(torch._foreach_norm(grads) if grads else []):
         norms.setdefault(norm.device, []).append((i, norm))
     finite = [True] * len(grads)
     for of_device in norms.values():
@@ -135,18 +135,14 @@ def agree_on_steps(steps: Sequence[ParameterStep]) -> tuple[list[ParameterStep],
     by_scope: dict[Scope, list[int]] = {}
     for k, step in enumerate(steps):
         by_scope.setdefault(step.scope, []).append(k)
-    extremes = [(0, 0)] * len(steps)
+    taken: dict[int, ParameterStep] = {}
+    skipped: dict[int, ParameterStep] = {}
     for scope, places in by_scope.items():
         agreed = agree([states[k] for k in places], scope, exchange_device(steps[places[0]].parameter))
-        for k, extreme in zip(places, agreed, strict=True):
-            extremes[k] = extreme
-    taken = [step for step, (low, _) in zip(steps, extremes, strict=True) if low == GradientState.FINITE]
-    skipped = [
-        step
-        for step, (low, high) in zip(steps, extremes, strict=True)
-        if low < GradientState.FINITE and high > GradientState.NONE
-    ]
-    return taken, skipped
+        for k, (low, high) in zip(places, agreed, strict=True):
+            if high > GradientState.NONE:
+                (taken if low == GradientState.FINITE else skipped)[k] = steps[k]
+    return [taken[k] for k in sorted(taken)], [skipped[k] for k in sorted(skipped)]
 
 
 def mesh_scope(parameter: Any) -> Scope:
@@ -165,13 +161,13 @@ def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def adamw_step(
-    parameters: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any]
+    parameters: list[Tensor], grads: list[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any]
 ) -> None:
     """Step as `torch.optim.AdamW` does, with the group's lr, betas, eps and weight_decay."""
     beta1, beta2 = group["betas"]
     adamw(
-        list(parameters),
-        list(grads),
+        parameters,
+        grads,
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],

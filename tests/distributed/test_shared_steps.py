@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_spectral import SpectralNewton
-from lightning_spectral.optim.ddp import SMALLEST, assign_by_cost, balanced_rounds, is_shared
+from lightning_spectral.optim.ddp import SMALLEST, balanced_rounds, is_shared, shares_by_cost
 from lightning_spectral.optim.placement import Layout, blocks, row_counts
 
 BY_ANY = [*optimizer_ddp.BY_ANY, *optimizer_fsdp.BY_ANY]
@@ -41,8 +41,7 @@ def items(*costs):
     [((8, 7, 6, 5, 4), 2, [17, 13]), ((5, 5, 5, 5, 5), 3, [10, 10, 5]), ((9,), 3, [9, 0, 0]), ((), 2, [0, 0])],
 )
 def test_the_costliest_go_first_to_the_least_loaded(costs, n, loads):
-    owners = assign_by_cost(items(*costs), n)
-    assert [sum(c for c, owner in zip(costs, owners, strict=True) if owner == k) for k in range(n)] == loads
+    assert [sum(item.cost for item in share) for share in shares_by_cost(items(*costs), n)] == loads
 
 
 def test_a_round_holds_something_for_every_process(monkeypatch):
