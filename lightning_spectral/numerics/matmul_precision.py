@@ -32,6 +32,15 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Return where matrices are factorised, in float64 if need be: the device, or the CPU for Apple's GPUs.
+
+    >>> exact_device(torch.device("cuda:1")), exact_device(torch.device("mps"))
+    (device(type='cuda', index=1), device(type='cpu'))
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def dot(a: Tensor, b: Tensor) -> float:
     """Return the inner product of two tensors."""
     return float((a * b).sum(dtype=accumulation_dtype(a)))

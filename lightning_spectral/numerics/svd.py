@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,17 +119,20 @@ def singular_values(matrix: Tensor, *, groups: int = 1) -> Tensor:
 def gram_eigenvalues(gram_gnn: Tensor) -> Tensor:
     """Return eigenvalues (g, n) of Gram matrices (g, n, n), decreasing; rounding leaves no negative ones.
 
-    On the device of the matrices, or on the CPU where its solver is missing or fails.
-
     >>> gram_eigenvalues(torch.diag(torch.tensor([1.0, 4.0]))[None]).tolist()
     [[4.0, 1.0]]
     """
+    values: Tensor = solve_symmetric(torch.linalg.eigvalsh, gram_gnn)
+    return values.flip(-1).clamp(min=0)
+
+
+def solve_symmetric(solver: Callable[[Tensor], Any], gram_gnn: Tensor) -> Any:
+    """Return what `torch.linalg.eigvalsh` or `eigh` gives, from the CPU where the device has none or it fails."""
     try:
-        values: Tensor = torch.linalg.eigvalsh(gram_gnn.cpu() if gram_gnn.device.type == "mps" else gram_gnn)
+        return solver(gram_gnn.cpu() if gram_gnn.device.type == "mps" else gram_gnn)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # Eigenvalues that repeat can stop a GPU's solver.
-        values = torch.linalg.eigvalsh(gram_gnn.cpu())
-    return values.flip(-1).clamp(min=0)
+        return solver(gram_gnn.cpu())
 
 
 def _blocks(matrix: Tensor, groups: int) -> Tensor:

@@ -106,7 +106,7 @@ def size_units(
 def adam_rms(m_brn: Tensor, unit_b: Tensor) -> Tensor:
     """Return rms = min(1, RMS(M) unit) of each matrix; 1 where both are too small for float32."""
     rms_b: Tensor = torch.linalg.vector_norm(m_brn, dim=(1, 2)) / math.sqrt(m_brn.shape[1] * m_brn.shape[2])
-    return (rms_b * unit_b.to(rms_b.dtype)).nan_to_num_(nan=1.0).clamp_(max=1.0)
+    return (rms_b * unit_b.to(rms_b)).nan_to_num_(nan=1.0).clamp_(max=1.0)
 
 
 def noise_damping(rms_b: Tensor) -> Tensor:

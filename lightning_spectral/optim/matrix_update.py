@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral._torch_private import not_compiled
-from lightning_spectral.numerics.matmul_precision import at_least, exact_products
+from lightning_spectral.numerics.matmul_precision import at_least, exact_device, exact_products
 from lightning_spectral.optim.adam_size import ADAM, NOISE, adam_rms, needs_size, noise_damping
 from lightning_spectral.optim.measured_alpha import alpha_used
 from lightning_spectral.optim.placement import blocks
@@ -139,7 +139,7 @@ def _batch_updates(batch: Sequence[MatrixBlock]) -> Tensor:
     group = batch[0].group
     momenta = [_wide(matrix.momentum.flatten(1), matrix.tall) for matrix in batch]
     m_brn = torch.stack(momenta) if len(batch) > 1 else momenta[0][None].contiguous()
-    m_brn = m_brn.to(at_least(m_brn.dtype, torch.float32))
+    m_brn = m_brn.to(exact_device(m_brn.device), at_least(m_brn.dtype, torch.float32))
     rms, damping = group["update_rms"], group["damping"]
     if needs_size(group):
         adam_b = adam_rms(m_brn, torch.stack([matrix.unit for matrix in batch if matrix.unit is not None]))
@@ -148,7 +148,7 @@ def _batch_updates(batch: Sequence[MatrixBlock]) -> Tensor:
     u_brn = transfer_batch(m_brn, alpha=batch[0].alpha, damping=damping, tolerance=group["tolerance"])
     if rms is not None:
         u_brn.mul_(update_scales(u_brn, rms=rms, max_gain=group["max_gain"])[:, None, None])
-    return u_brn
+    return u_brn.to(batch[0].target.device)
 
 
 def _wide(matrix: Tensor, tall: bool) -> Tensor:

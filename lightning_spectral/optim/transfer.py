@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_spectral._validation import number
-from lightning_spectral.numerics.matmul_precision import at_least, exact_products
+from lightning_spectral.numerics.matmul_precision import at_least, exact_device, exact_products
+from lightning_spectral.numerics.svd import solve_symmetric
 from lightning_spectral.optim.rational_fit import ShiftedInverses, fit_poles
 
 Normalize = Literal["rms", "none"]
@@ -115,13 +116,13 @@ def spectral_transfer(
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
     x_brn = wide.reshape(-1, *wide.shape[-2:])
-    x_brn = x_brn.to(at_least(x_brn.dtype, torch.float32))
+    x_brn = x_brn.to(exact_device(x_brn.device), at_least(x_brn.dtype, torch.float32))
     with exact_products(x_brn.device.type):
         if exact or normalize == "none":
             u_brn = transfer_by_eigenvalues(x_brn, alpha=alpha, damping=damping, normalize=normalize)
         else:
             u_brn = transfer_batch(x_brn, alpha=alpha, damping=damping, tolerance=tolerance)
-    u = u_brn.reshape(wide.shape).to(matrix.dtype)
+    u = u_brn.reshape(wide.shape).to(matrix)
     return u.mT if tall else u
 
 
@@ -321,7 +322,7 @@ def transfer_by_eigenvalues(
     if normalize == "rms":
         x64_brn = scaled_by_power_of_two(x64_brn)
         x64_brn = x64_brn * _inverse_rms(x64_brn.square().sum((1, 2)), x_brn.shape[1])[:, None, None]
-    lambda_br, q_brr = torch.linalg.eigh(x64_brn @ x64_brn.mT)
+    lambda_br, q_brr = (x.to(x64_brn) for x in solve_symmetric(torch.linalg.eigh, x64_brn @ x64_brn.mT))
     f_br = 1 / (lambda_br.clamp_min(0) ** (alpha / 2) + (damping[:, None] if isinstance(damping, Tensor) else damping))
     s_brr = (q_brr * f_br[:, None, :]) @ q_brr.mT
     return torch.bmm(s_brr, x64_brn).to(x_brn.dtype)

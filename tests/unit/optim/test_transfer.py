@@ -205,6 +205,22 @@ def test_what_has_no_factorisation_goes_by_eigenvalues(monkeypatch):
         assert error(spectral_transfer(x, alpha=alpha, damping=0.1), by_svd(x, alpha, 0.1)) < 1e-6
 
 
+@pytest.mark.parametrize("alpha", [2.0, 3.0])
+def test_a_solver_that_fails_is_tried_on_the_cpu(alpha, monkeypatch):
+    x, tries, real = matrix((10, 20), "rank_deficient"), [], torch.linalg.eigh
+
+    def eigh(gram):
+        tries.append(gram)
+        if len(tries) == 1:
+            raise torch.linalg.LinAlgError("repeated eigenvalues")
+        return real(gram)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", no_factorisation)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    torch.testing.assert_close(spectral_transfer(x, alpha=alpha, damping=0.1), by_svd(x, alpha, 0.1))
+    assert len(tries) == 2
+
+
 def reduced_products():
     """Whether CUDA may use TF32 in float32 products, in the words of the installed torch."""
     matmul = torch.backends.cuda.matmul
