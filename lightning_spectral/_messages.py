@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ParamSpec
-
-Arguments = ParamSpec("Arguments")
+from collections.abc import Iterable, Mapping, Sequence
 
 NAMES_SHOWN = 6
 """How many layers a message names."""
@@ -22,21 +17,6 @@ def did_you_mean(name: str, candidates: Iterable[str], most: int = 1) -> str:
     """
     close = difflib.get_close_matches(name, list(candidates), most)
     return f"did you mean {' or '.join(close)}?" if close else ""
-
-
-def known_keywords(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Return a constructor that answers a keyword it does not take with the nearest that it does."""
-    names = inspect.signature(init).parameters
-
-    @functools.wraps(init)
-    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        for name in kwargs.keys() - names.keys():
-            owner = init.__qualname__.rpartition(".")[0]
-            hint = did_you_mean(name, names) or f"see help({owner})"
-            raise TypeError(f"{owner} has no option {name}; {hint}")
-        init(*args, **kwargs)
-
-    return checked
 
 
 def group_by_reason(failed: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from lightning_spectral._messages import known_keywords
 from lightning_spectral._validation import flag, positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps, overrides, process_group_of
 from lightning_spectral.callbacks.alerts import WarnOnce
@@ -19,7 +18,7 @@ from lightning_spectral.callbacks.report_file import saved_report
 from lightning_spectral.callbacks.report_writer import OutputOptions, ReportWriter
 from lightning_spectral.callbacks.run_config import run_config
 from lightning_spectral.callbacks.safe_measurement import SafeMeasurement, attempt
-from lightning_spectral.callbacks.step_probe import StepProbe, step_parts
+from lightning_spectral.callbacks.step_probe import StepProbe
 from lightning_spectral.callbacks.swap import SwapOptimizer
 from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, MIN_PROBES, TimeBudget
 from lightning_spectral.errors import MeasurementError
@@ -28,6 +27,7 @@ from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import LayerSelection, NoMatrixError, find_layers
 from lightning_spectral.measurement.loss import LossFunction, checked_loss_fn, resolve_loss
 from lightning_spectral.options import Mode, Options, Precision, from_arguments
+from lightning_spectral.records.log_keys import STEP_CURVATURE
 from lightning_spectral.records.report import SpectralReport
 
 
@@ -117,7 +117,6 @@ class SpectralProbe(AnyCallback):
     (True, False, None)
     """
 
-    @known_keywords
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -171,7 +170,8 @@ class SpectralProbe(AnyCallback):
         self.budget = TimeBudget(max_overhead, min_probes)
         self.source = BatchSource(batch, n_batches, fixed_samples, gradient_samples, gradient_samples_max)
         self.trigger = ProbeTrigger(every_n_steps, self.budget, self.source, self._warn_once)
-        self.logged = LogSelection(log_layers, log_quantities, self.options.parts | step_parts(step), self._warn_once)
+        parts = self.options.parts | (set() if step is False else {STEP_CURVATURE.part})
+        self.logged = LogSelection(log_layers, log_quantities, parts, self._warn_once)
         outputs, config = from_arguments(OutputOptions, arguments), run_config(arguments)
         self.outputs = ReportWriter(prefix, outputs, config, self.logged, self.budget, self._warn_once)
         self.step_probe = StepProbe(step, self.options, loss_fn, self.outputs, self._warn_once)

@@ -157,11 +157,6 @@ class StepProbe:
         return replace(measurement, step=pending.step)
 
 
-def step_parts(wanted: bool | None) -> frozenset[str]:
-    """Return the part of the logged quantities that steps add, if they may be measured."""
-    return frozenset() if wanted is False else frozenset({STEP_CURVATURE.part})
-
-
 def obstacle(trainer: Any, module: Any) -> str:
     """Return why the steps of a training cannot be measured; empty if they can."""
     name = type(module).__name__

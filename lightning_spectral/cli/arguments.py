@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn
 
-from lightning_spectral._messages import did_you_mean
 from lightning_spectral.options import Options
 
 PYTHON_TO_OPTIONS = {
@@ -27,24 +26,10 @@ class Parser(argparse.ArgumentParser):
         """End with status 2."""
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and refuse an unknown option here, where the command's options are known, to suggest the closest."""
-        parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self.error(_unknown(unknown[0], sorted(set(re.findall(r"(?<![\w-])--[\w-]+", self.format_usage())))))
-        return parsed, unknown
-
 
 def print_note(command: str, text: object) -> None:
     """Print a line of a command to standard error."""
     print(f"lightning-spectral {command}: {text}", file=sys.stderr)
-
-
-def _unknown(word: str, options: Sequence[str]) -> str:
-    if not word.startswith("-"):
-        return f"{word!r} is not an argument"
-    name = word.partition("=")[0]
-    return ", ".join(filter(None, (f"there is no option {name}", did_you_mean(name, options))))
 
 
 def in_options(text: str, names: Sequence[str]) -> str:

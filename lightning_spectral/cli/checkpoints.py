@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_spectral._messages import join_names
 from lightning_spectral.cli.import_paths import SourceError, import_object
@@ -91,55 +89,28 @@ class Checkpoint:
         if self.key is not None and callable(hook := getattr(model, "on_load_checkpoint", None)):
             hook(self.content)
         state = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
-        own = model.state_dict()
         if prefix and not state:
             raise SourceError(
                 f"--prefix {prefix}: no name in {self.path} begins so; it has {join_names([*self.state])}"
             )
-        if wrong := _wrong_shapes(own, state):
-            raise SourceError(f"--checkpoint {self.path}: {join_names(wrong)}; is the model of the same size?")
-        missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+        try:
+            missing, unexpected = model.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            # The first line says that there are errors, each of the others names one.
+            wrong = join_names([line.strip(" \t.") for line in str(error).splitlines()[1:]])
+            raise SourceError(f"--checkpoint {self.path}: {wrong}; is the model of the same size?") from error
         parts = {"it lacks": missing, "the model lacks": unexpected}
         what = ", and ".join(f"{who} {join_names(names)}" for who, names in parts.items() if names)
-        if what and (strict or len(missing) == len(own)):
-            raise SourceError(f"--checkpoint {self.path}: {what}; {_remedy(own, self.state, missing)}")
-        model.load_state_dict(state, strict=False)
+        if what and (strict or len(unexpected) == len(state)):
+            raise SourceError(
+                f"--checkpoint {self.path}: {what}; --prefix takes weights that were saved within another module, "
+                "--no-strict loads what is in both"
+            )
         return what
 
 
 def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and any(isinstance(x, Tensor) for x in value.values())
-
-
-def _wrong_shapes(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    pairs = ((name, own[name], state[name]) for name in own if name in state)
-    return [
-        f"{name} is {tuple(saved.shape)} in the checkpoint and {tuple(parameter.shape)} in the model"
-        for name, parameter, saved in pairs
-        if isinstance(parameter, Tensor) and isinstance(saved, Tensor)
-        if not is_lazy(parameter) and parameter.shape != saved.shape
-    ]
-
-
-def _remedy(own: Mapping[str, Any], state: Mapping[str, Any], missing: Sequence[str]) -> str:
-    """Return the remedy for names that do not match."""
-    if prefix := _common_prefix(own, state):
-        return f"with --prefix {prefix} all of the model's names are found"
-    if prefix := _common_prefix(state, own):
-        return f"its names are those of the model's {prefix.removesuffix('.')}: give that module as --model"
-    if len(missing) == len(own):
-        return "no name is in both: is it another network's?"
-    return "--no-strict loads what is in both"
-
-
-def _common_prefix(names: Iterable[str], longer: Iterable[str]) -> str:
-    """Return the prefix with which all of the names are among the longer ones, or an empty text."""
-    names = set(names)
-    counts = Counter(
-        long[:end] for long in longer for end in range(1, len(long)) if long[end - 1] == "." and long[end:] in names
-    )
-    prefix, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
-    return prefix if count == len(names) else ""
 
 
 def build_model(path: str, checkpoint: Checkpoint | None = None) -> nn.Module:

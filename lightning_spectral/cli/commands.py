@@ -81,7 +81,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] in LIGHTNING_COMMANDS:
         return _lightning(words, from_command_line=arguments is None)
     options = parser.parse_args(words)
-    return {"demo": _demo, "report": _report, "workspace": _workspace}.get(options.command, _measure_or_plan)(options)
+    try:
+        _run(options)
+    except Exception as error:
+        if not hasattr(options, "traceback"):
+            if not isinstance(error, (ValueError, ImportError, OSError)):
+                raise
+            return _fail(options.command, error)
+        # The user's model, data and loss may raise anything.
+        if options.traceback:
+            raise
+        if isinstance(error, ValueError) or type(error).__module__.startswith("lightning_spectral"):
+            return _fail(options.command, in_options(" ".join(str(error).split()), OPTION_NAMES))
+        from lightning_spectral.errors import first_line
+
+        return _fail(options.command, f"{first_line(error)} (--traceback shows where)")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "demo":
+        # Loading Lightning takes seconds, which --help should not.
+        from lightning_spectral.demo.run import run
+
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+        run(options.output)
+        return
+    if options.command in ("measure", "plan"):
+        _import_from_here()
+        from lightning_spectral.cli.measure_command import run_measure, run_plan
+
+        (run_measure if options.command == "measure" else run_plan)(options)
+        return
+    from lightning_spectral.cli import report_command
+
+    (report_command.run if options.command == "report" else report_command.save_workspace)(options)
 
 
 def _add_measure(commands: Any) -> None:
@@ -163,60 +197,6 @@ def _add_workspace(commands: Any) -> None:
     workspace.add_argument("project", metavar="ENTITY/PROJECT", help="user or team, and its project")
     workspace.add_argument("--name", default="lightning-spectral", help="of the view (%(default)s)")
     workspace.add_argument("--prefix", default="spectral", help="of the probe's keys (%(default)s)")
-
-
-def _measure_or_plan(options: argparse.Namespace) -> int:
-    """Run a command on the user's model, data and loss, which may raise anything; an error is one line."""
-    _import_from_here()
-    from lightning_spectral.cli.measure_command import run_measure, run_plan
-    from lightning_spectral.errors import first_line
-
-    try:
-        (run_measure if options.command == "measure" else run_plan)(options)
-    except Exception as error:
-        if options.traceback:
-            raise
-        if isinstance(error, ValueError) or type(error).__module__.startswith("lightning_spectral"):
-            return _fail(options.command, in_options(" ".join(str(error).split()), OPTION_NAMES))
-        return _fail(options.command, f"{first_line(error)} (--traceback shows where)")
-    return 0
-
-
-def _report(options: argparse.Namespace) -> int:
-    from lightning_spectral.cli.report_command import run
-    from lightning_spectral.report.runs.run import RunError
-
-    try:
-        run(options)
-    except (RunError, ImportError) as error:
-        return _fail("report", error)
-    return 0
-
-
-def _workspace(options: argparse.Namespace) -> int:
-    from lightning_spectral.cli.report_command import save_workspace
-    from lightning_spectral.errors import first_line
-
-    try:
-        save_workspace(options)
-    except (ValueError, ImportError) as error:
-        return _fail("workspace", error)
-    except Exception as error:
-        # What W&B raises without a login or a network is of many classes.
-        return _fail("workspace", f"W&B took no view: {first_line(error)}")
-    return 0
-
-
-def _demo(options: argparse.Namespace) -> int:
-    try:
-        # Loading Lightning takes seconds, which --help should not.
-        from lightning_spectral.demo.run import run
-
-        Path(options.output).mkdir(parents=True, exist_ok=True)
-        run(options.output)
-    except (ImportError, OSError) as error:
-        return _fail("demo", error)
-    return 0
 
 
 def _import_from_here() -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_spectral._messages import did_you_mean
 from lightning_spectral._validation import positive_int
 from lightning_spectral.errors import first_line
 from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
@@ -24,31 +23,14 @@ class SourceError(ValueError):
 
 
 def import_object(path: str, option: str) -> Any:
-    """Return the object that ``pkg.module:name`` names."""
-    module, colon, name = path.partition(":")
-    if not colon:
-        module, _, name = path.rpartition(".")
-    if not module or not name:
-        raise SourceError(f"{option} must be an import path such as pkg.module:name, got {path!r}")
+    """Return the object that ``pkg.module:name`` or ``pkg.module.name`` names."""
     try:
-        value = importlib.import_module(module)
+        return pkgutil.resolve_name(path if ":" in path else ":".join(path.rsplit(".", 1)))
     except Exception as error:
-        if is_missing(error, module):
-            raise SourceError(
-                f"{option} {path}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}"
-            ) from error
-        raise SourceError(f"{option} {path}: importing {module} failed ({first_line(error)})") from error
-    for part in name.split("."):
-        if not hasattr(value, part):
-            hint = did_you_mean(part, dir(value), 3)
-            raise SourceError("; ".join(filter(None, (f"{option} {path}: {module} has no {name!r}", hint))))
-        value = getattr(value, part)
-    return value
-
-
-def is_missing(error: Exception, module: str) -> TypeGuard[ModuleNotFoundError]:
-    """Return whether importing a module failed because it, or a package that it is in, is not there."""
-    return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        raise SourceError(
+            f"{option} must be an import path such as pkg.module:name, of what is installed or in "
+            f"{os.getcwd()}, got {path!r} ({first_line(error)})"
+        ) from error
 
 
 def batch_reader(path: str, n_batches: int, model: nn.Module) -> Callable[[int | None], list[Any]]:

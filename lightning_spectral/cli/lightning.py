@@ -21,7 +21,7 @@ from lightning_spectral._messages import did_you_mean
 from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
 from lightning_spectral.callbacks._lightning import lightning_cli, package_of
 from lightning_spectral.cli.checkpoints import load_option
-from lightning_spectral.cli.import_paths import SourceError, import_object, is_missing
+from lightning_spectral.cli.import_paths import SourceError, import_object
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class NamedGroups(_LightningCLI):
         """Instantiate all but an optimizer that has groups."""
         automatic = self.auto_configure_optimizers
         optimizer = self._of_command(self.config).get("optimizer")
-        grouped = automatic and callable(getattr(_imported(_class_path(optimizer)), "groups", None))
+        grouped = automatic and callable(getattr(_named(_class_path(optimizer)), "groups", None))
         self.auto_configure_optimizers = automatic and not grouped
         try:
             super().instantiate_classes()
@@ -72,7 +72,7 @@ class NamedGroups(_LightningCLI):
     def _configure_with_groups(self) -> None:
         options = self._of_command(self.config_init)
         optimizer_options, scheduler_options = options["optimizer"], options.get("lr_scheduler")
-        make = _imported(optimizer_options["class_path"])
+        make = _named(optimizer_options["class_path"])
 
         def configure_optimizers(module: Any) -> Any:
             optimizer = make(make.groups(module), **_init_args(optimizer_options))
@@ -80,7 +80,7 @@ class NamedGroups(_LightningCLI):
             logger.info("%s of the command line, groups %s", make.__name__, ", ".join(map(str, names)))
             scheduler = None
             if scheduler_options:
-                scheduler = _imported(scheduler_options["class_path"])(optimizer, **_init_args(scheduler_options))
+                scheduler = _named(scheduler_options["class_path"])(optimizer, **_init_args(scheduler_options))
             return self.configure_optimizers(module, optimizer, scheduler)
 
         self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
@@ -184,17 +184,6 @@ def _class_path(options: Any) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def _imported(path: str | None) -> Any:
-    """Return the object that an import path names, or None."""
-    module, _, name = (path or "").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name, None) if module else None
-    except ModuleNotFoundError as error:
-        if is_missing(error, module):
-            return None
-        raise
-
-
 def _init_args(options: Any) -> dict[str, Any]:
     return dict((options.get("init_args") or {}).items())
 
@@ -234,9 +223,10 @@ def _module(path: str) -> Any:
         return None
 
 
-def _named(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(_module(module), name, None)
+def _named(path: str | None) -> Any:
+    """Return the object that an import path names, or None."""
+    module, _, name = (path or "").rpartition(".")
+    return getattr(_module(module), name, None) if module else None
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

@@ -20,10 +20,13 @@ from lightning_spectral.measurement.loader_batches import CpuBatches
 from lightning_spectral.measurement.pipeline import run_measurement
 from lightning_spectral.options import Options
 from lightning_spectral.plan.fake_run import weightless
-from lightning_spectral.plan.planner import Plan, plan_quietly
+from lightning_spectral.plan.planner import Plan, plan_spectra
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report import print_report, run_of, write_page
 from lightning_spectral.report.terminal.plan_tables import print_plan
+
+UNPLANNED = ("weight_spectra", "bootstrap")
+"""Options of a measurement that `plan_spectra` does not take."""
 
 
 def run_measure(arguments: argparse.Namespace) -> None:
@@ -95,58 +98,33 @@ def _moved(model: nn.Module, device: str) -> torch.device:
 
 def run_plan(arguments: argparse.Namespace) -> None:
     """Print the plan of a measurement, and write it to a file if one is named."""
-    plan = plan_model(
-        arguments.model,
-        arguments.data,
-        shapes=arguments.batch_shape,
-        loss=arguments.loss,
-        checkpoint=arguments.checkpoint,
-        options=options_of(arguments),
-        n_batches=arguments.n_batches,
-        world_size=arguments.world_size,
-        sharded=arguments.sharded,
-    )
+    plan = plan_checkpoint(arguments)
     print_plan(plan, every_layer=arguments.all)
     if arguments.json:
         print(plan.to_json(arguments.json))
 
 
-def plan_model(
-    model: str,
-    data: str | None = None,
-    *,
-    shapes: Sequence[str] = (),
-    loss: str | None = None,
-    checkpoint: str | Path | None = None,
-    options: Options | None = None,
-    n_batches: int = 1,
-    world_size: int = 1,
-    sharded: bool = False,
-) -> Plan:
-    """Return what the command `measure` would do and cost; the model is made without its weights.
-
-    Args:
-        data: import path of batches, of which the shapes of the first one count.
-        shapes: of a batch in place of data, see `shaped_batch`.
-        checkpoint: file whose hyper-parameters the model is made with.
-    """
-    if data is not None and shapes:
+def plan_checkpoint(arguments: argparse.Namespace) -> Plan:
+    """Plan the measurement of a model, which is made without its weights."""
+    if arguments.data is not None and arguments.batch_shape:
         raise SourceError("--data and --batch-shape: give one of them")
-    loss_fn = named_loss(loss)
-    saved = None if checkpoint is None else Checkpoint.read(checkpoint)
+    loss_fn = named_loss(arguments.loss)
+    saved = None if arguments.checkpoint is None else Checkpoint.read(arguments.checkpoint)
     try:
         with weightless():
-            network = build_model(model, saved)
+            network = build_model(arguments.model, saved)
     except SourceError as error:
         if not any(words in str(error) for words in ("meta tensor", "meta device")):
             raise
         raise SourceError(
             f"{error}; a plan makes the model without its weights, whose values it seems to read"
         ) from error
-    batch = shaped_batch(shapes) if shapes else None if data is None else batch_reader(data, 1, network)(None)[0]
-    return plan_quietly(
-        network, batch, loss_fn, options or Options(), n_batches=n_batches, world_size=world_size, sharded=sharded
-    )
+    batch = shaped_batch(arguments.batch_shape) if arguments.batch_shape else None
+    if arguments.data is not None:
+        batch = batch_reader(arguments.data, 1, network)(None)[0]
+    asked = {name: value for name, value in vars(options_of(arguments)).items() if name not in UNPLANNED}
+    ranks = {name: getattr(arguments, name) for name in ("n_batches", "world_size", "sharded")}
+    return plan_spectra(network, batch, loss_fn, **asked, **ranks)
 
 
 def shaped_batch(shapes: Sequence[str]) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_spectral.cli.arguments import print_note
+from lightning_spectral.errors import first_line
 from lightning_spectral.report.page.build import is_page, write_page
 from lightning_spectral.report.runs.run import RunError
 from lightning_spectral.report.runs.several import differences, named_path, read_runs
@@ -62,7 +63,12 @@ def default_target(paths: Sequence[Path]) -> Path:
 def save_workspace(arguments: argparse.Namespace) -> None:
     """Make the view in W&B, which prints its address."""
     entity, project = project_of(arguments.project)
-    wandb_workspace(entity, project, name=arguments.name, prefix=arguments.prefix).save()
+    view = wandb_workspace(entity, project, name=arguments.name, prefix=arguments.prefix)
+    try:
+        view.save()
+    except Exception as error:
+        # Without a login or a network it is of many classes.
+        raise ValueError(f"W&B took no view: {first_line(error)}") from error
 
 
 def project_of(path: str) -> tuple[str, str]:

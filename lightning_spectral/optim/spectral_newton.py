@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_spectral._messages import known_keywords
 from lightning_spectral._torch_private import not_compiled
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.errors import SpectralWarning
@@ -121,7 +120,6 @@ class SpectralNewton(Optimizer):
 
     _alpha_expected = False
 
-    @known_keywords
     def __init__(
         self,
         params: Iterable[Any],

@@ -178,42 +178,28 @@ def plan_spectra(
     ('ggn', (9, 9), (10, 10))
     """
     options = from_arguments(Options, locals())
-    return plan_quietly(model, batch, loss_fn, options, n_batches=n_batches, world_size=world_size, sharded=sharded)
-
-
-def plan_quietly(
-    model: nn.Module,
-    batch: Any,
-    loss_fn: LossFunction | None,
-    options: Options,
-    *,
-    n_batches: int = 1,
-    world_size: int = 1,
-    sharded: bool = False,
-) -> Plan:
-    """Plan as `plan_spectra` does, with the options in one object."""
     positive_int("n_batches", n_batches)
     positive_int("world_size", world_size)
     if sharded and world_size == 1:
         raise ValueError("sharded: parameters are shards over several processes; set world_size")
     model = unwrapped(model)
-    layers = select_layers(model, options)
+    selection = select_layers(model, options)
     trace, hidden = None, list[str]()
     if isinstance(batch, DataLoader):
         batch = first_batches(batch, 1, model)[0]
     if batch is not None:
         try:
-            trace = trace_loss(model, batch, loss_fn, layers.layers, mode=options.mode, precision=options.precision)
+            trace = trace_loss(model, batch, loss_fn, selection.layers, mode=options.mode, precision=options.precision)
         except NeedsValuesError as error:
             hidden.append(f"what the graph of the loss tells: {error}")
-    estimate = Estimate(model, layers.layers, trace, options, n_batches, world_size, sharded)
+    estimate = Estimate(model, selection.layers, trace, options, n_batches, world_size, sharded)
     method, why, unknown = estimate.choice()
     return Plan(
         model=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=with_seen_kinds(layers.layers, {} if trace is None else trace.structure.kinds, options.kinds),
+        layers=with_seen_kinds(selection.layers, {} if trace is None else trace.structure.kinds, options.kinds),
         directions=estimate.directions,
-        skipped=layers.skipped,
+        skipped=selection.skipped,
         unreached=() if trace is None else trace.structure.unreached,
         method=method,
         why=why,

@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from cases import CASES, cross_entropy, mlp, token_loss, vectors
-from rich.console import Console
 from torch import nn
 
 from lightning_spectral import MeasurementError, measure_spectra
 from lightning_spectral.cli.commands import main
-from lightning_spectral.cli.import_paths import SourceError
-from lightning_spectral.cli.measure_command import plan_model, shaped_batch
+from lightning_spectral.cli.measure_command import shaped_batch
 from lightning_spectral.curvature import direction_graph, exact, sketch
 from lightning_spectral.demo.networks import CharacterGPT, DigitsResNet
 from lightning_spectral.layers.matrices import MatrixLayer, find_layers
@@ -25,7 +23,6 @@ from lightning_spectral.measurement import estimation
 from lightning_spectral.plan.cost_model import OVERHEAD, STEP_FLOPS, direction_count, part_count, sketch_products
 from lightning_spectral.plan.fake_run import LARGE_BUFFER, trace_loss, weightless
 from lightning_spectral.plan.planner import plan_spectra
-from lightning_spectral.report.terminal.plan_tables import print_plan
 
 K = 3
 """Directions that every gradient of the cases has above its noise floor."""
@@ -372,11 +369,9 @@ def test_the_command_prints_the_plan_and_writes_json(nets, capsys):
     assert "cannot be told: which method" in capsys.readouterr().out
 
 
-def test_names_are_printed_as_they_are(nets):
-    plan = plan_model("planned_nets:odd", shapes=["48x5", "48:int64"], loss="cross_entropy")
-    console = Console(width=100, record=True, file=open("out.txt", "w"))  # noqa: SIM115
-    print_plan(plan, every_layer=True, console=console)
-    assert "[red].weight" in console.export_text()
+def test_names_are_printed_as_they_are(nets, capsys):
+    assert main(["plan", "--model=planned_nets:odd", "--batch-shape", "48x5", "48:int64", *BASE[2:], "--all"]) == 0
+    assert "[red].weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -399,11 +394,13 @@ def test_errors_are_one_line(nets, capsys, arguments, told):
     assert error.count("\n") == 1
 
 
-def test_a_model_that_reads_its_weights_is_told(nets):
-    with pytest.raises(SourceError, match="makes the model without its weights, whose values it seems to read"):
-        plan_model("planned_nets:reading")
-    with pytest.raises(SourceError, match="no module"):
-        plan_model("nowhere:reading")
+READS_WEIGHTS = "makes the model without its weights, whose values it seems to read"
+
+
+@pytest.mark.parametrize(("model", "told"), [("planned_nets", READS_WEIGHTS), ("nowhere", "No module")])
+def test_a_model_that_reads_its_weights_is_told(nets, capsys, model, told):
+    assert main(["plan", f"--model={model}:reading"]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_batch_of_one_shape_is_a_tensor():
@@ -428,8 +425,7 @@ def test_an_exception_leaves_no_hook_and_no_mode_behind(nets):
     filters = list(warnings.filters)
     with pytest.raises(KeyError, match="lost"):
         fail_without_weights()
-    with pytest.raises(SourceError, match="whose values it seems to read"):
-        plan_model("planned_nets:reading")
+    assert main(["plan", "--model=planned_nets:reading"]) == 2
     assert warnings.filters == filters
     assert torch.equal(Large().weight, torch.ones(2))
     assert torch.equal(Large().mask, torch.ones(LARGE_BUFFER))
