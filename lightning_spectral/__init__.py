@@ -24,33 +24,22 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_spectral._version import __version__ as __version__
 
-_PUBLIC = {
-    "CurvatureDecay": "metrics",
-    "CurvatureExponent": "metrics",
-    "LayerAlignment": "records.alignment",
-    "LayerSpectrum": "records.layer_spectrum",
-    "MeasurementError": "errors",
-    "ProcessError": "errors",
-    "ParticipationRatio": "metrics",
-    "PowerLawFit": "numerics.power_law",
-    "RankDecay": "metrics",
-    "SecondDerivativeError": "errors",
-    "SingularTriplets": "numerics.svd",
-    "SpectralNewton": "optim.spectral_newton",
-    "SpectralProbe": "callbacks.probe",
-    "SpectralReport": "records.report",
-    "SpectralWarning": "errors",
-    "SwapOptimizer": "callbacks.swap",
-    "directional_curvature": "measure",
-    "fit_power_law": "numerics.power_law",
-    "fit_rank_decay": "numerics.power_law",
-    "fit_rank_models": "numerics.power_law",
-    "measure_spectra": "measure",
-    "participation_ratio": "numerics.statistics",
-    "spectral_transfer": "optim.transfer",
-    "top_singular_triplets": "numerics.svd",
-    "zeta_bound": "numerics.statistics",
+_NAMES = {
+    "callbacks.probe": ("SpectralProbe",),
+    "callbacks.swap": ("SwapOptimizer",),
+    "errors": ("MeasurementError", "ProcessError", "SecondDerivativeError", "SpectralWarning"),
+    "measure": ("directional_curvature", "measure_spectra"),
+    "metrics": ("CurvatureDecay", "CurvatureExponent", "ParticipationRatio", "RankDecay"),
+    "numerics.power_law": ("PowerLawFit", "fit_power_law", "fit_rank_decay", "fit_rank_models"),
+    "numerics.statistics": ("participation_ratio", "zeta_bound"),
+    "numerics.svd": ("SingularTriplets", "top_singular_triplets"),
+    "optim.spectral_newton": ("SpectralNewton",),
+    "optim.transfer": ("spectral_transfer",),
+    "records.alignment": ("LayerAlignment",),
+    "records.layer_spectrum": ("LayerSpectrum",),
+    "records.report": ("SpectralReport",),
 }
+_PUBLIC = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -48,13 +47,3 @@ class RandomStates:
         """Restore them, as often as needed."""
         for restore in self._restore:
             restore()
-
-
-@contextmanager
-def random_states_restored(model: nn.Module) -> Iterator[None]:
-    """Restore the random states at the end."""
-    states = RandomStates(model)
-    try:
-        yield
-    finally:
-        states.restore()

@@ -116,10 +116,10 @@ def _restorers(value: Any, original: Any, empty: list[Any]) -> list[Callable[[],
         is_plain = not isinstance(value, UNINITIALIZED) and value.layout is torch.strided
         return [_tensor(value, original)] if is_plain else []
     restorers = [_dict(vars(value))] if _has_attributes(value) else []
-    return [*restorers, *_of_container(value), *_of_generator(value), *_of_numpy(value)]
+    return [*restorers, *_of_contents(value), *_of_numpy(value)]
 
 
-def _of_container(value: Any) -> list[Callable[[], Any]]:
+def _of_contents(value: Any) -> list[Callable[[], Any]]:
     if isinstance(value, dict):
         return [_dict(value)]
     if isinstance(value, (list, deque)):
@@ -128,15 +128,9 @@ def _of_container(value: Any) -> list[Callable[[], Any]]:
         return [value.clear, partial(value.update, set(value))]
     if isinstance(value, types.CellType):
         return [partial(setattr, value, "cell_contents", value.cell_contents)]
-    return []
-
-
-def _of_generator(value: Any) -> list[Callable[[], Any]]:
     if isinstance(value, Generator):
         return [partial(value.set_state, value.get_state())]
-    if isinstance(value, random.Random):
-        return [partial(value.setstate, value.getstate())]
-    return []
+    return [partial(value.setstate, value.getstate())] if isinstance(value, random.Random) else []
 
 
 def _of_numpy(value: Any) -> list[Callable[[], Any]]:

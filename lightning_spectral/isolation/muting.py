@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -42,37 +42,14 @@ class NullLogger:
     __getitem__ = __enter__ = _itself
     __setattr__ = __delattr__ = __setitem__ = __delitem__ = __exit__ = _does_nothing
     __bool__ = __contains__ = __lt__ = __le__ = __gt__ = __ge__ = _is_false
-    __add__ = __sub__ = __mul__ = __matmul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _itself
-    __radd__ = __rsub__ = __rmul__ = __rmatmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _itself
-    __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = __rand__ = __ror__ = __rxor__ = _itself
-    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __copy__ = __deepcopy__ = _itself
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _itself
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _itself
+    __neg__ = __abs__ = __round__ = __or__ = __ror__ = __copy__ = __deepcopy__ = _itself
     # Else numpy would take it for an empty array.
     __array_ufunc__ = None
 
-    def __divmod__(self, other: Any) -> tuple[NullLogger, NullLogger]:
-        return self, self
-
-    __rdivmod__ = __divmod__
-
-    def __await__(self) -> Generator[Any, None, NullLogger]:
-        yield from ()
-        return self
-
-    async def __aenter__(self) -> NullLogger:
-        return self
-
-    async def __aexit__(self, *args: Any) -> None:
-        return None
-
-    __aiter__ = _itself
-
-    async def __anext__(self) -> Any:
-        raise StopAsyncIteration
-
     def __iter__(self) -> Iterator[Any]:
         return iter(())
-
-    __reversed__ = __iter__
 
     def __next__(self) -> Any:
         raise StopIteration
@@ -86,13 +63,10 @@ class NullLogger:
     def __len__(self) -> int:
         return 0
 
-    __int__ = __index__ = __trunc__ = __floor__ = __ceil__ = __len__
+    __int__ = __index__ = __len__
 
     def __float__(self) -> float:
         return 0.0
-
-    def __complex__(self) -> complex:
-        return 0j
 
     def __fspath__(self) -> str:
         if "folder" not in vars(self):

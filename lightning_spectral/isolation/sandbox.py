@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_spectral._torch_private import no_autocast_inside
 from lightning_spectral.distributed.dtensor import is_dtensor
 from lightning_spectral.isolation.batch_tree import map_leaves
-from lightning_spectral.isolation.devices import random_states_restored
+from lightning_spectral.isolation.devices import RandomStates
 from lightning_spectral.isolation.held_state import UNINITIALIZED, put_back
 from lightning_spectral.isolation.interrupts import HeldInterrupts
 from lightning_spectral.isolation.module_copy import Copier, ModuleCopy, copied_module
@@ -53,7 +53,7 @@ def isolated(
         interrupts = HeldInterrupts()
         stack.callback(interrupts.release)
         interrupts.take()
-        stack.enter_context(random_states_restored(model))
+        stack.callback(RandomStates(model).restore)
         stack.enter_context(_buffers_and_flags(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
