@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.measurement.loss import LossFunction
 
-OF_CLASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "nll_loss": F.nll_loss}
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+OF_CLASSES: dict[str, Loss] = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss")}
 """Losses of scores per class and the numbers of classes."""
 
-OF_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "binary_cross_entropy": F.binary_cross_entropy,
-    "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
-    "huber_loss": F.huber_loss,
-    "l1_loss": F.l1_loss,
-    "mse_loss": F.mse_loss,
-    "poisson_nll_loss": F.poisson_nll_loss,
-    "smooth_l1_loss": F.smooth_l1_loss,
-    "soft_margin_loss": F.soft_margin_loss,
+OF_VALUES: dict[str, Loss] = {
+    name: getattr(F, name)
+    for name in (
+        *("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss"),
+        *("poisson_nll_loss", "smooth_l1_loss", "soft_margin_loss"),
+    )
 }
 """Losses of values and targets of the same shape."""
 

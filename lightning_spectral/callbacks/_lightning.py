@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -140,15 +139,6 @@ class TrainingPass:
         """Yield the batches as the loaders give them."""
         batches = self._one if self._combined is None else (batch for batch, _, _ in self._combined)
         return itertools.islice(batches, None if math.isinf(self._most) else int(self._most))
-
-
-def rank_zero_info(trainer: Any, text: str, write: Callable[[str], object] | None = None) -> None:
-    """Log a line as Lightning does its own, on rank 0; with ``write``, write it there, if its own are shown."""
-    package = package_of(type(trainer))
-    if write is None:
-        importlib.import_module(f"{package}.utilities").rank_zero_info(text)
-    elif trainer.is_global_zero and logging.getLogger(f"{package}.utilities.rank_zero").isEnabledFor(logging.INFO):
-        write(text)
 
 
 def to_device(trainer: Any, module: Any, batch: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_spectral._validation import optional_positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps
 from lightning_spectral.errors import SpectralWarning
+from lightning_spectral.isolation.batch_tree import leaves, map_leaves
 from lightning_spectral.optim.carry_over import carried_groups, describe_rates, lost_options, rebind_scheduler
 
 logger = logging.getLogger(__name__)
@@ -162,14 +163,14 @@ class SwapOptimizer(AnyCallback):
 
     def _swap_in(self, configuration: Any, module: nn.Module) -> Any:
         """Return the result of configure_optimizers with the new optimizer in it."""
-        leaves = _leaves(configuration)
-        old = _only_optimizer([leaf for leaf in leaves if isinstance(leaf, Optimizer)])
+        parts = list(leaves(configuration))
+        old = _only_optimizer([part for part in parts if isinstance(part, Optimizer)])
         new = self._new_optimizer(old, module)
-        for leaf in leaves:
-            if getattr(leaf, "optimizer", None) is old:
-                rebind_scheduler(leaf, old, new)
+        for part in parts:
+            if getattr(part, "optimizer", None) is old:
+                rebind_scheduler(part, old, new)
         self._record_swap("before training")
-        return _replace(configuration, old, new)
+        return map_leaves(configuration, lambda part: new if part is old else part)
 
     def _swap_now(self, trainer: Any, module: nn.Module) -> None:
         if self.swapped:
@@ -226,24 +227,6 @@ def _only_optimizer(optimizers: list[Optimizer]) -> Optimizer:
             f"SwapOptimizer swaps one optimizer, and configure_optimizers gave {len(optimizers) or 'none'}"
         )
     return optimizers[0]
-
-
-def _leaves(value: Any) -> list[Any]:
-    """Return everything in nested lists, tuples and dicts."""
-    if isinstance(value, Mapping):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    if isinstance(value, (list, tuple)):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [value]
-
-
-def _replace(value: Any, old: Any, new: Any) -> Any:
-    """Return the same nesting with one object in another's place."""
-    if isinstance(value, Mapping):
-        return {key: _replace(item, old, new) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_replace(item, old, new) for item in value)
-    return new if value is old else value
 
 
 def _do_nothing() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import logging
 import os
 import shlex
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from lightning_spectral.callbacks._lightning import rank_zero_info
+from lightning_spectral.callbacks._lightning import package_of
 from lightning_spectral.callbacks.time_budget import TimeBudget
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.terminal.formatting import duration, fixed, percent, width_for
@@ -41,12 +43,12 @@ def print_above_bar(trainer: Any, report: SpectralReport, title: str, layers: Se
 
 
 def log_above_bar(trainer: Any, text: str) -> None:
-    """Log a line as Lightning does its own; above a bar of rich, into whose line the logger would write."""
-    live = _live_console(trainer)
-    if isinstance(live, Console):
-        rank_zero_info(trainer, text, lambda line: live.print(Text(line), soft_wrap=True))
-    else:
-        rank_zero_info(trainer, text)
+    """Log a line on rank 0 as Lightning does its own; above a bar of rich, into whose line the logger would write."""
+    live, utilities = _live_console(trainer), f"{package_of(type(trainer))}.utilities"
+    if not isinstance(live, Console):
+        importlib.import_module(utilities).rank_zero_info(text)
+    elif trainer.is_global_zero and logging.getLogger(f"{utilities}.rank_zero").isEnabledFor(logging.INFO):
+        live.print(Text(text), soft_wrap=True)
 
 
 def _live_console(trainer: Any) -> Any:

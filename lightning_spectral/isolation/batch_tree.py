@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,16 @@ def _leading_sizes(value: Any, path: str) -> dict[str, int]:
     for key, child in (_children(value) or {}).items():
         out |= _leading_sizes(child, f"{path}[{key!r}]")
     return out
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield the leaves of nested containers."""
+    children = _children(value)
+    if children is None:
+        yield value
+    else:
+        for child in children.values():
+            yield from leaves(child)
 
 
 def map_leaves(value: Any, function: Callable[[Any], Any], whole: type | tuple[type, ...] = ()) -> Any:

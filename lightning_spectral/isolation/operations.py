@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_spectral._torch_private import grouped_products, in_forward_mode, recomputed_inside
 from lightning_spectral.errors import is_out_of_memory
-from lightning_spectral.isolation.batch_tree import map_leaves
+from lightning_spectral.isolation.batch_tree import leaves, map_leaves
 from lightning_spectral.isolation.compositions import (
     RIGHT_SECOND,
     RIGHT_THIRD,
@@ -92,14 +92,8 @@ class MeasuredOperations(TorchFunctionMode):
 
     def _note_differentiated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note where the loss itself takes a second derivative that cannot be differentiated again."""
-        outputs: list[Tensor] = []
-
-        def note(leaf: Any) -> None:
-            if isinstance(leaf, Tensor):
-                outputs.append(leaf)
-
-        map_leaves((args[:1], kwargs.get("outputs")), note)
-        if wrong := wrong_twice(outputs):
+        outputs = leaves((args[:1], kwargs.get("outputs")))
+        if wrong := wrong_twice(output for output in outputs if isinstance(output, Tensor)):
             self._note_wrong_in_training(wrong)
 
     def _note_wrong_in_training(self, names: list[str]) -> None:
@@ -116,13 +110,8 @@ def in_one_precision(
 
     Of a function that writes to its first argument, or to ``out``, they have the precision of that.
     """
-    precisions: list[torch.dtype] = []
-
-    def note(leaf: Any) -> None:
-        if isinstance(leaf, Tensor) and (precision := _precision(leaf)) is not None:
-            precisions.append(precision)
-
-    map_leaves((args, kwargs), note)
+    found = [_precision(leaf) for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    precisions = [precision for precision in found if precision is not None]
     if len(set(precisions)) < 2:
         return None
     name = getattr(func, "__name__", "")

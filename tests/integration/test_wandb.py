@@ -247,7 +247,7 @@ def test_a_page_that_needs_plotly_is_left_out_with_a_note(tmp_path, monkeypatch,
     with caplog.at_level("INFO"):
         fit_tiny(SpectralProbe(every_n_steps=1), steps=1, logger=[WandbLogger(run)])
     assert run.saved == [(Path("spectra.jsonl"), "end"), (Path("spectra.jsonl"), "now")]
-    assert [r.getMessage() for r in caplog.records if "plotly" in r.getMessage()] == [
+    assert [r.getMessage() for r in caplog.records if "needs plotly:" in r.getMessage()] == [
         'the page of a run needs plotly: pip install "lightning-spectral[report]"'
     ]
 
