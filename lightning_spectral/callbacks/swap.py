@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +13,10 @@ from torch.optim import Optimizer
 
 from lightning_spectral._validation import optional_positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps
+from lightning_spectral.callbacks.terminal import log_above_bar
 from lightning_spectral.errors import SpectralWarning
 from lightning_spectral.isolation.batch_tree import leaves, map_leaves
 from lightning_spectral.optim.carry_over import carried_groups, describe_rates, lost_options, rebind_scheduler
-
-logger = logging.getLogger(__name__)
 
 UNSUPPORTED = ("FSDPStrategy", "DeepSpeed")
 """Parts of names of strategies that tie the optimizer to flattened parameters."""
@@ -169,7 +167,7 @@ class SwapOptimizer(AnyCallback):
         for part in parts:
             if getattr(part, "optimizer", None) is old:
                 rebind_scheduler(part, old, new)
-        self._record_swap("before training")
+        self._record_swap(module.trainer, "before training")
         return map_leaves(configuration, lambda part: new if part is old else part)
 
     def _swap_now(self, trainer: Any, module: nn.Module) -> None:
@@ -180,7 +178,7 @@ class SwapOptimizer(AnyCallback):
         for config in trainer.strategy.lr_scheduler_configs:
             rebind_scheduler(config.scheduler, old, new)
         trainer.strategy.optimizers = [new]
-        self._record_swap(f"before step {optimizer_steps(trainer)}")
+        self._record_swap(trainer, f"before step {optimizer_steps(trainer)}")
 
     def _new_optimizer(self, old: Optimizer, module: nn.Module) -> Optimizer:
         """Return the new optimizer, for the parameters of the old one, and warn of what has no counterpart in it."""
@@ -196,9 +194,9 @@ class SwapOptimizer(AnyCallback):
         self._description = f"{describe_rates(new)} takes the place of {describe_rates(old)}"
         return new
 
-    def _record_swap(self, when: str) -> None:
+    def _record_swap(self, trainer: Any, when: str) -> None:
         self.swapped = True
-        logger.info("%s: %s", when, self._description)
+        log_above_bar(trainer, f"SwapOptimizer, {when}: {self._description}")
 
 
 def _optimizer_class(option: str | type[Optimizer]) -> type[Optimizer]:

@@ -216,13 +216,14 @@ def test_an_argument_of_one_update_counts_for_its_groups_alone():
     assert found == {("spectral", 0.02, 0.1), ("adamw", 0.005, 0.2), ("adamw", 0.0005, 0.0)}
 
 
-def test_both_optimizers_and_their_rates_are_told(caplog):
-    with caplog.at_level("INFO", logger="lightning_spectral"):
-        fit(Grouped(), [SwapOptimizer("SGD", {"lr": 0.1})], steps=1)
-    assert (
-        "before training: SGD (lr 0.1, weight_decay 0.1; lr 0.01, weight_decay 0) takes the place of "
+def test_both_optimizers_and_their_rates_are_told(monkeypatch):
+    told = []
+    monkeypatch.setattr("lightning_spectral.callbacks.swap.log_above_bar", lambda trainer, text: told.append(text))
+    fit(Grouped(), [SwapOptimizer("SGD", {"lr": 0.1})], steps=1)
+    assert told == [
+        "SwapOptimizer, before training: SGD (lr 0.1, weight_decay 0.1; lr 0.01, weight_decay 0) takes the place of "
         "AdamW (lr 0.001, weight_decay 0.1; lr 0.0001, weight_decay 0)"
-    ) in caplog.text
+    ]
 
 
 class Betas(Grouped):
