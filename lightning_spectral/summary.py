@@ -112,7 +112,7 @@ def _exponent(layers: Sequence[LayerSpectrum]) -> str:
     if not good:
         return ""
     low, high = (f"{x.alpha.exponent:.2f} ({brief(x.name)})" for x in (good[0], good[-1]))
-    reach = f", from {low} to {high}" if len(good) > 1 else ""
+    reach = f", from {low} to {high}" if len(good) > 1 else f" ({brief(good[0].name)}, the only one)"
     middle = median([x.alpha.exponent for x in good])
     return f"The median alpha of the fits to trust is {middle:.2f}{reach}: {in_words(middle)}."
 

@@ -64,7 +64,11 @@ def _of(key: str, show: Callable[[float], str] = fixed) -> Cell:
 
 
 def _with_error(key: str, show: Callable[[float], str]) -> Cell:
-    return lambda layer: f"{show(_value(layer, key))} ± {show(_value(layer, f'{key}_stderr'))}"
+    return lambda layer: _plus_minus(_value(layer, key), _value(layer, f"{key}_stderr"), show)
+
+
+def _plus_minus(value: float, error: float, show: Callable[[float], str] = fixed) -> str:
+    return "-" if math.isnan(value) else f"{show(value)} ± {show(error)}"
 
 
 def _interval(key: str) -> Cell:
@@ -281,7 +285,7 @@ def _cells(layer: LayerSpectrum) -> dict[str, str]:
         layer.name,
         layer.kind,
         dimensions(layer.shape, layer.groups),
-        f"{fixed(layer.alpha.exponent)} ± {fixed(layer.alpha.stderr)} {mark}",
+        f"{_plus_minus(layer.alpha.exponent, layer.alpha.stderr)} {mark}",
         fixed(layer.alpha.r2),
         fixed(layer.gradient_noise.signal),
         fixed(layer.gamma.exponent),

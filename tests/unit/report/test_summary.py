@@ -80,7 +80,7 @@ def test_median_alpha_and_its_reach():
         "The median alpha of the fits to trust is 2.00, from 1.50 (low) to 2.50 (high): "
         "curvature grows about as the square of the gradient."
     )
-    assert "is 2.00: curvature" in said("The median alpha", layer("one"))
+    assert "is 2.00 (one, the only one): curvature" in said("The median alpha", layer("one"))
     assert said("The median alpha", cloud("a")) == ""
 
 
