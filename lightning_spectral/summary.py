@@ -28,6 +28,7 @@ def summary(report: Layers) -> list[str]:
     parts = (
         _trust,
         _clouds,
+        _sampled,
         _noise,
         _unmeasured,
         _exponent,
@@ -85,6 +86,23 @@ def _clouds(layers: Sequence[LayerSpectrum]) -> str:
     if not all(x.alpha.r2 < GOOD_FIT for x in clouds):
         why = "no straight line in log sigma, or few points, one alone or noise make it one"
     return f"Not to be trusted: {join_names(bad)}. There log h is {why}."
+
+
+def _sampled(layers: Sequence[LayerSpectrum]) -> str:
+    # Fits that only the sketch's errors may have spoilt; those of noisy gradients have a sentence of their own.
+    vague = [
+        x
+        for x in layers
+        if not trusted(x)
+        and not x.gradient_noise.signal < LEAST_SIGNAL
+        and (x.h_stderr > x.h.abs() / 4).sum() > len(x.h) / 2
+    ]
+    if not vague:
+        return ""
+    return (
+        f"In {len(vague)} of {len(layers)} layers, without an alpha to trust, the sketch's standard error is above a "
+        'quarter of h along most directions: more samples (max_samples, n_batches), or curvature="exact".'
+    )
 
 
 def _noise(layers: Sequence[LayerSpectrum]) -> str:

@@ -61,6 +61,15 @@ def test_few_points_and_large_errors_are_not_to_be_trusted_whatever_their_r2():
     assert not FitQuality(2.0, r2=1.0, points=4.0).trusted
 
 
+def test_errors_of_the_sketch_are_told_with_what_lowers_them():
+    text = said("In ", sampled("noisy", 4.0), sampled("other", 4.0), sampled("mild", 0.4), cloud("exact"))
+    assert text == (
+        "In 2 of 4 layers, without an alpha to trust, the sketch's standard error is above a quarter of h along most "
+        'directions: more samples (max_samples, n_batches), or curvature="exact".'
+    )
+    assert said("In ", sampled("mild", 0.4), cloud("exact")) == ""
+
+
 def sampled(name, relative):
     """Exact h, each with a standard error of so many times its size."""
     whole = layer(name)
