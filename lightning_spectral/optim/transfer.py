@@ -44,6 +44,9 @@ SMALLEST_ALPHA_OF_MANY = 0.5
 STRIPS, SMALLEST_IN_STRIPS = 4, 128
 """Strips of rows that half a Gram matrix is computed in on a CPU, and rows from which on: 5/8 of the flops."""
 
+COLUMNS_PER_ROW = 256
+"""From which on rounding grows with the columns: an update of 8 x 16384 was off by twice the tolerance."""
+
 PADDING = 8
 """Columns added to a Gram matrix of 128 k rows: its own share few lines of the cache, at 2.5 times the time."""
 
@@ -152,7 +155,7 @@ def transfer_batch(x_brn: Tensor, *, alpha: float, damping: float | Tensor, tole
     poles = _poles(float(alpha), damping, 2.0 ** max(4, (r - 1).bit_length()), FIT_SHARE * tolerance)
     if poles is None:
         return transfer_by_eigenvalues(x_brn, alpha=alpha, damping=damping)
-    budget = rounding_budget(poles, tolerance)
+    budget = rounding_budget(poles, tolerance) / max(1.0, x_brn.shape[2] / r / COLUMNS_PER_ROW)
     # A flat spectrum has the smallest ||A||_F, sqrt(r): where not even that will do, float32 need not be tried.
     if rounding_error(dtype, poles.at_zero / poles(math.sqrt(r)), 0.0) > budget:
         x_brn = x_brn.double()

@@ -60,6 +60,16 @@ def test_update_is_that_of_an_svd(shape, spectrum):
         assert error(found, by_svd(x, alpha, d)) <= (1e-6 if alpha == 2 else 1e-2), (alpha, d)
 
 
+@pytest.mark.parametrize("shape", [(4, 65536), (8, 4096), (8, 16384), (16, 5000)])
+def test_long_rows_of_nearly_one_direction(shape):
+    noise = torch.randn(shape)
+    for share in (1e-3, 3e-3, 1e-2):
+        for x in (1 + share * noise, torch.randn(1, shape[1]) + share * noise):
+            for alpha in (0.5, 1.0, 2.0):
+                found = spectral_transfer(x, alpha=alpha, damping=0.01, tolerance=1e-2)
+                assert error(found, by_svd(x, alpha, 0.01)) <= 1e-2, (share, alpha)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("scale", [1e25, 1e-25, 1e30, 1e-35, 1e200, 1e-200, 1e305, 1e-300])
 def test_scale_of_the_gradient_does_not_matter(alpha, scale):
