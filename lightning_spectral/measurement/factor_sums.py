@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lightning_spectral.curvature.ports import Port, SampleLayout, groups_of
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.conv_patches import Patches
 from lightning_spectral.numerics.matmul_precision import accumulation_dtype
-from lightning_spectral.numerics.second_moment import MAX_DENSE, Eigenvalues, SecondMoment
+from lightning_spectral.numerics.second_moment import MAX_DENSE, SecondMoment
 from lightning_spectral.numerics.statistics import entropy_rank
 from lightning_spectral.numerics.svd import SingularTriplets
 from lightning_spectral.records.alignment import KroneckerFactors
@@ -28,7 +29,6 @@ class InputMoment:
     def __init__(self, k: int) -> None:
         self.moment = SecondMoment(k)
         self._added: list[LayerCall] = []
-        self._eigenvalues: Eigenvalues | None = None
 
     def release(self) -> None:
         """Let go of the calls, whose outputs hold the graph of their micro-batch."""
@@ -49,11 +49,10 @@ class InputMoment:
             for rows in patches.unfolded():
                 self.moment.add(rows)
 
-    def eigenvalues(self) -> Eigenvalues:
-        """Return the eigenvalues of C_A."""
-        if self._eigenvalues is None:
-            self._eigenvalues = self.moment.eigenvalues()
-        return self._eigenvalues
+    @cached_property
+    def eigenvalues(self) -> tuple[Tensor, bool]:
+        """Eigenvalues of C_A, and whether all others are zero."""
+        return self.moment.eigenvalues()
 
 
 class FactorSums:
@@ -107,17 +106,17 @@ class FactorSums:
 
     def factors(self) -> KroneckerFactors:
         """Return means and eigenvalues."""
-        delta, a = self.outputs.eigenvalues(), self.inputs.eigenvalues()
+        (delta, all_delta), (a, all_a) = self.outputs.eigenvalues(), self.inputs.eigenvalues
         n = self.outputs.count
-        incomplete = [name for name, values in (("C_delta", delta), ("C_A", a)) if not values.complete]
+        incomplete = [name for name, complete in (("C_delta", all_delta), ("C_A", all_a)) if not complete]
         return KroneckerFactors(
             energy_delta=self.delta / n,
             energy_a=self.a / n,
             joint=self.both / n,
-            lambda_delta=self._of_directions(delta.values),
-            lambda_a=self._of_directions(a.values),
-            effective_rank_delta=_effective_rank(delta),
-            effective_rank_a=_effective_rank(a),
+            lambda_delta=self._of_directions(delta),
+            lambda_a=self._of_directions(a),
+            effective_rank_delta=_effective_rank(delta) if all_delta else float("nan"),
+            effective_rank_a=_effective_rank(a) if all_a else float("nan"),
             rows=n,
             note=f"only leading eigenvalues of {' and '.join(incomplete)} (over {MAX_DENSE} dimensions), so no "
             "effective rank; of several micro-batches they are lower bounds"
@@ -135,11 +134,8 @@ class FactorSums:
         return torch.tensor(values, dtype=torch.float64)
 
 
-def _effective_rank(eigenvalues: Eigenvalues) -> float:
-    if not eigenvalues.complete:
-        return float("nan")
-    ranks = torch.tensor([entropy_rank(values) for values in eigenvalues.values], dtype=torch.float64)
-    return float(ranks.nanmean())
+def _effective_rank(values_gr: Tensor) -> float:
+    return float(torch.tensor([entropy_rank(values) for values in values_gr], dtype=torch.float64).nanmean())
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -57,14 +57,10 @@ class PartNorms:
 
     def squared_norms(self, weight: float = 1.0) -> SquaredNorms:
         """Return the squared norms of weight times the gradients."""
-        by_device: dict[torch.device, list[str]] = {}
-        for name, norm in self._norms.items():
-            by_device.setdefault(norm.device, []).append(name)
-        values: dict[str, float] = {}
-        for names in by_device.values():
-            norms = torch.stack([self._norms[name] for name in names]).tolist()
-            values |= {name: (weight * norm) ** 2 for name, norm in zip(names, norms, strict=True)}
-        return SquaredNorms(self._share, {name: values.get(name, 0.0) for name in self._layers})
+        norms = list(self._norms.values())
+        values = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
+        squares = {name: (weight * norm) ** 2 for name, norm in zip(self._norms, values, strict=True)}
+        return SquaredNorms(self._share, {name: squares.get(name, 0.0) for name in self._layers})
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,39 +205,31 @@ def cut_for_gradient(objective: Objective, few: Objective, max_size: int | None)
     return objective.cut(max_size)
 
 
-@dataclass(frozen=True)
-class GradientParts:
-    """Disjoint parts of the gradients of an objective, over all ranks.
-
-    Attributes:
-        norms: of each part.
-        note: why there are none to compare; empty where there are.
-    """
-
-    norms: Sequence[SquaredNorms]
-    note: str = ""
-
-
 def gradient_parts(
     objective: Objective, gradients: ObjectiveGradients, micro_batches: Sequence[MicroBatch], options: Options
-) -> GradientParts:
-    """Return the parts that the gradients were summed from; those of a single one are taken out of it."""
+) -> tuple[Sequence[SquaredNorms], str]:
+    """Return the norms of the parts that the gradients were summed from, of all ranks, or why there are none.
+
+    Those of a single one are taken out of it.
+    """
     if len(gradients.parts) > 1:
-        return GradientParts(gradients.parts)
+        return gradients.parts, ""
     with objective.group.step(watched=True) as step:
         step.send(_cut(objective, gradients, micro_batches[0], options) if micro_batches else None)
-    of_ranks: list[GradientParts] = [parts for parts in step.received if parts is not None]
+    of_ranks: list[tuple[Sequence[SquaredNorms], str]] = [parts for parts in step.received if parts is not None]
     return of_ranks[0]
 
 
-def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch, options: Options) -> GradientParts:
+def _cut(
+    objective: Objective, gradients: ObjectiveGradients, full: MicroBatch, options: Options
+) -> tuple[Sequence[SquaredNorms], str]:
     """Return the parts of a batch that is all there is: by the rows of its one pass, else by a pass of each."""
     size = objective.samples_of(full)
     if not objective.has_tensors(full):
         # A loss of the weights alone has no sampling noise.
-        return GradientParts([])
+        return [], ""
     if objective.reducer is not None or not objective.divisible or size is None or size < 2:
-        return GradientParts([], "the gradient is that of one batch, which cannot be cut")
+        return [], "the gradient is that of one batch, which cannot be cut"
     micro_batches = cut_evenly(full.batch, size, min(size, PARTS))
     gradients_of_parts: list[PartNorms] = []
     losses: list[LossValue] = []
@@ -252,13 +240,13 @@ def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch, 
         except Exception as error:
             if is_out_of_memory(error) or interruption(error):
                 raise
-            return GradientParts([], f"the loss fails on a part of the batch alone ({first_line(error)})")
+            return [], f"the loss fails on a part of the batch alone ({first_line(error)})"
         losses.append(LossValue.of(loss.value, loss.trace))
         loss.release()
         if micro_batch is micro_batches[0]:
             names = [name for name in gradients.values if name not in gradients.skipped(options)]
             if by_rows := _norms_by_rows(objective, gradients, micro_batches, names, values, losses[0]):
-                return GradientParts(by_rows)
+                return by_rows, ""
         norms = PartNorms(objective.share_of(micro_batch), objective.layers, objective.parameters)
         for name, value in values.items():
             norms.add(name, value)
@@ -267,8 +255,8 @@ def _cut(objective: Objective, gradients: ObjectiveGradients, full: MicroBatch, 
     try:
         weights = infer_weights(gradients.loss, micro_batches, losses, objective.compute_dtype(dtypes))
     except NoSumError:
-        return GradientParts([], "the loss of the batch is no sum of those of its parts")
-    return GradientParts([part.squared_norms(w) for part, w in zip(gradients_of_parts, weights, strict=True)])
+        return [], "the loss of the batch is no sum of those of its parts"
+    return [part.squared_norms(w) for part, w in zip(gradients_of_parts, weights, strict=True)], ""
 
 
 def _norms_by_rows(

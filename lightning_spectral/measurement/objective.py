@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,6 @@ Loss = Callable[[Any], Any]
 """Function of a batch."""
 
 
-@dataclass
-class SizeInUse:
-    """Samples of the micro-batch that is, or was last, in memory; None where a batch does not tell."""
-
-    samples: int | None = None
-
-
 class Objective:
     """Mean, weighted by samples, of the losses of the batches of all ranks.
 
@@ -54,7 +47,6 @@ class Objective:
         initial_state: restored before each call of the loss.
         sizes: samples of each batch of each rank; None: those of this rank alone.
         reducer: sums gradients of weights in shards over the ranks as they are computed; None where there are none.
-        in_use: notes the size of micro-batches; of the objective that this one is a part of.
         unreached: why a layer has no gradient on any rank.
     """
 
@@ -70,22 +62,23 @@ class Objective:
         group: Group = SINGLE_PROCESS,
         sizes: Sequence[Sequence[int | None]] | None = None,
         reducer: GradientReducer | None = None,
-        in_use: SizeInUse | None = None,
         unreached: str = "the loss does not depend on it",
     ) -> None:
         self.layers, self.parameters, self.group, self.reducer = layers, parameters, group, reducer
-        self._loss, self._batches, self._copy_batch, self._initial_state = loss, batches, copy_batch, initial_state
-        self.sizes = batch_sizes(batches) if sizes is None else sizes[group.rank]
+        self._loss, self._copy_batch, self._initial_state, self.unreached = loss, copy_batch, initial_state, unreached
+        # One of this objective and of that of its first samples.
+        self._in_use: list[int | None] = [None]
+        self._take(batches, [batch_sizes(batches)] if sizes is None else sizes)
+
+    def _take(self, batches: Sequence[Any], sizes: Sequence[Sequence[int | None]]) -> None:
+        self._batches, self._sizes_by_rank, self.sizes = batches, sizes, sizes[self.group.rank]
         self.divisible = all(divisible(batch) for batch, size in zip(batches, self.sizes, strict=True) if size != 0)
-        self._sizes_by_rank = [self.sizes] if sizes is None else sizes
-        self.all_sizes = [size for of_rank in self._sizes_by_rank for size in of_rank]
+        self.all_sizes = [size for of_rank in sizes for size in of_rank]
         counts = [size for size in self.all_sizes if size is not None]
         self.samples = sum(counts) if len(counts) == len(self.all_sizes) else None
-        self._first_sample = sum(size or 0 for of_rank in self._sizes_by_rank[: group.rank] for size in of_rank)
-        self.unreached = unreached
+        self._first_sample = sum(size or 0 for of_rank in sizes[: self.group.rank] for size in of_rank)
         self._values: dict[MicroBatch, list[float]] = defaultdict(list)
         self._parts: dict[MicroBatch, LossValue] = {}
-        self._in_use = SizeInUse() if in_use is None else in_use
 
     def first(self, n_batches: int | None, max_samples: int | None) -> Objective:
         """Return the objective of the first batches alone, each cut; this one where that is all of it.
@@ -104,19 +97,9 @@ class Objective:
         ]
         if sizes == [list(of_rank) for of_rank in self._sizes_by_rank]:
             return self
-        return Objective(
-            self._loss,
-            FirstSamples(self._batches, max_samples, n_batches),
-            self.layers,
-            self.parameters,
-            self._initial_state,
-            copy_batch=self._copy_batch,
-            group=self.group,
-            sizes=sizes,
-            reducer=self.reducer,
-            in_use=self._in_use,
-            unreached=self.unreached,
-        )
+        first = copy.copy(self)
+        first._take(FirstSamples(self._batches, max_samples, n_batches), sizes)
+        return first
 
     def _is_sum(self) -> bool | None:
         """Return whether the loss of the first batch is a sum over samples; None where there are few samples."""
@@ -143,7 +126,7 @@ class Objective:
     def cut(self, max_size: int | None) -> list[MicroBatch]:
         """Return micro-batches of at most so many samples, None: full batches; raise on all ranks if on one."""
         full_batches = self.full_batches()
-        self._in_use.samples = self.largest(full_batches) if max_size is None else max_size
+        self._in_use[0] = self.largest(full_batches) if max_size is None else max_size
         with self.group.step(watched=True):
             return full_batches if max_size is None else self.micro_batches(max_size)
 
@@ -198,7 +181,7 @@ class Objective:
     @property
     def size_in_use(self) -> int | None:
         """Samples of the largest micro-batch that is, or was last, in memory."""
-        return self._in_use.samples
+        return self._in_use[0]
 
     def differentiable(self, micro_batch: MicroBatch, *, once: bool = False) -> DifferentiableLoss:
         """Return the loss of one micro-batch, to be differentiated; once, by operations that may be wrong twice."""
@@ -221,7 +204,7 @@ class Objective:
         Args:
             first: loss of the first of them, where its graph is there.
         """
-        self._in_use.samples = self.largest(micro_batches)
+        self._in_use[0] = self.largest(micro_batches)
         for micro_batch in micro_batches:
             yield micro_batch, first or self.differentiable(micro_batch)
             first = None

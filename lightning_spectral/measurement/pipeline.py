@@ -108,8 +108,8 @@ def measure_noise_scale(
         def noise(max_size: int | None) -> dict[str, GradientNoise]:
             micro_batches = objective.cut(max_size)
             gradients = sum_gradients(objective, micro_batches)
-            parts = gradient_parts(objective, gradients, micro_batches, options)
-            return noise_of_layers(gradients, parts.norms, objective)
+            norms, _ = gradient_parts(objective, gradients, micro_batches, options)
+            return noise_of_layers(gradients, norms, objective)
 
         of_layers = within_memory(objective, options.micro_batch_size, noise)
     return median(of_layer.noise_scale for of_layer in of_layers.values())
@@ -145,10 +145,10 @@ def measure(
     few = objective if options.gradient_samples is None else objective.first(n_batches, options.max_samples)
     micro_batches = cut_for_gradient(objective, few, max_size)
     gradients = _gradients(objective, micro_batches, options, max_size, for_curvature=few is objective)
-    parts = gradient_parts(objective, gradients, micro_batches, options)
+    norms, no_signal = gradient_parts(objective, gradients, micro_batches, options)
     gradient_seconds = time.perf_counter() - started
     watch.expect(gradient_seconds, PRODUCT * options.top_k * len(objective.layers))
-    directions = leading_directions(gradients, parts.norms, objective, options)
+    directions = leading_directions(gradients, norms, objective, options)
     n_products = sum(map(len, directions.usable.values())) + len(directions.usable) * (options.curvature_fraction or 0)
     watch.expect(time.perf_counter() - started, PRODUCT * n_products)
     loss, kinds = gradients.loss, gradients.kinds
@@ -182,7 +182,7 @@ def measure(
         micro_batch_sizes=(size, objective.size_in_use),
         curvature_samples=few.samples,
         gradient_seconds=gradient_seconds,
-        no_signal=parts.note,
+        no_signal=no_signal,
         notes=notes,
     )
 

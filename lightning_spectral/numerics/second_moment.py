@@ -5,8 +5,6 @@ Shapes: g groups, each with rows (r, n) of its own and a second moment C = sum x
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -25,19 +23,6 @@ PRODUCT_ENTRIES = 2**20
 """Entries of rows that are multiplied at a time; the products of chunks are summed in float64."""
 
 
-@dataclass(frozen=True, eq=False)
-class Eigenvalues:
-    """Eigenvalues of C, decreasing.
-
-    Attributes:
-        values: (g, r) in float64 on the CPU.
-        complete: whether all eigenvalues beyond these are zero.
-    """
-
-    values: Tensor
-    complete: bool
-
-
 class SecondMoment:
     """Second moment C of rows added in parts; it holds up to n rows as they are, and n x n numbers at most.
 
@@ -49,7 +34,7 @@ class SecondMoment:
 
     >>> moment = SecondMoment(k=1)
     >>> moment.add(torch.tensor([[[3.0, 0.0], [0.0, 1.0], [0.0, 1.0]]]))
-    >>> moment.eigenvalues().values
+    >>> moment.eigenvalues()[0]
     tensor([[3.0000, 0.6667]], dtype=torch.float64)
     """
 
@@ -96,8 +81,11 @@ class SecondMoment:
         moved._gram = None if self._gram is None else self._gram.to(device)
         return moved
 
-    def eigenvalues(self) -> Eigenvalues:
-        """Return all eigenvalues that are not zero, or the k leading ones."""
+    def eigenvalues(self) -> tuple[Tensor, bool]:
+        """Return eigenvalues (g, r), decreasing, in float64 on the CPU, and whether all beyond these are zero.
+
+        They are all that are not zero, or the k leading ones.
+        """
         complete = self.complete
         if self._gram is not None:
             values = gram_eigenvalues(self._gram)
@@ -110,7 +98,7 @@ class SecondMoment:
                 values = gram_eigenvalues(
                     gram(rows_grn.mT) if rows_grn.shape[1] < rows_grn.shape[2] else gram(rows_grn)
                 )
-        return Eigenvalues((values / max(self.count, 1)).cpu().double(), complete)
+        return (values / max(self.count, 1)).cpu().double(), complete
 
     def _add_gram(self, gram_gnn: Tensor) -> None:
         self._gram = gram_gnn if self._gram is None else self._gram.add_(gram_gnn)
