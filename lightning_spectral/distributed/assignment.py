@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
 import torch
@@ -34,24 +34,6 @@ def flat_by_dtype(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str,
         flat = torch.cat([tensor.flatten() for tensor in of_dtype.values()])
         flats.append((flat, {name: tensor.shape for name, tensor in of_dtype.items()}))
     return flats
-
-
-def split_bytes(
-    flat: Tensor, layout: Mapping[str, Sequence[tuple[torch.Size, torch.dtype, torch.device]]]
-) -> dict[str, list[Tensor]]:
-    """Return tensors from their bytes in a row."""
-    sizes = [shape.numel() * dtype.itemsize for specs in layout.values() for shape, dtype, _ in specs]
-    parts = iter(torch.split(flat, sizes))
-    # Cloned, since a view as a wider type must start at a multiple of its size.
-    return {
-        name: [next(parts).clone().view(dtype).view(shape) for shape, dtype, _ in specs]
-        for name, specs in layout.items()
-    }
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor in a row."""
-    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def local_device(device: torch.device) -> torch.device:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral._torch_private import TorchDispatchMode
-from lightning_spectral.distributed.assignment import as_bytes, flat_by_dtype, local_device, split_bytes
+from lightning_spectral.distributed.assignment import flat_by_dtype, local_device
 from lightning_spectral.errors import MeasurementError, ProcessError, is_out_of_memory, text_of
 
 T = TypeVar("T")
@@ -128,21 +129,23 @@ class Group:
         layouts = self.all_gather_object(
             {name: [(t.shape, t.dtype, t.device) for t in tensors] for name, tensors in values.items()}
         )
-        flats: dict[int, Tensor] = {}
+        merged: dict[str, list[Tensor]] = {}
         for rank, layout in enumerate(layouts):
-            if not (tensors := [spec for specs in layout.values() for spec in specs]):
+            if not layout:
                 continue
-            sizes = [shape.numel() * dtype.itemsize for shape, dtype, _ in tensors]
+            # Copies, since a weight in shards can be read within a step alone.
             with self.step():
-                flats[rank] = (
-                    torch.cat([as_bytes(t) for of_name in values.values() for t in of_name])
+                tensors = {
+                    name: [t.clone(memory_format=torch.contiguous_format) for t in values[name]]
                     if rank == self.rank
-                    else torch.empty(sum(sizes), dtype=torch.uint8, device=local_device(tensors[0][2]))
-                )
-            dist.broadcast(flats[rank], self._global(rank), group=self.group)
-        with self.step():
-            parts = [split_bytes(flat, layouts[rank]) for rank, flat in flats.items()]
-        merged = {name: tensors for part in parts for name, tensors in part.items()}
+                    else [torch.empty(shape, dtype=dtype, device=local_device(on)) for shape, dtype, on in specs]
+                    for name, specs in layout.items()
+                }
+            for t in chain.from_iterable(tensors.values()):
+                if t.numel():
+                    # As bytes, since not every backend takes every type.
+                    dist.broadcast(t.flatten().view(torch.uint8), self._global(rank), group=self.group)
+            merged |= tensors
         return {name: merged[name] for name in owners if name in merged}
 
     def broadcast_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -183,7 +183,7 @@ def broken(where):
 STEPS = {
     "the matrices of gradients": (MatrixLayer, "to_matrix"),
     "noise floors": (directions, "_count_above_noise"),
-    "what is shared": (processes, "split_bytes"),
+    "what is shared": (processes, "local_device"),
     "sums told": (FactorSums, "to_cpu"),
     "sums joined": (SecondMoment, "add_moment"),
 }
