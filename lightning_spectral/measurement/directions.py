@@ -13,7 +13,7 @@ from lightning_spectral.errors import MeasurementError, is_out_of_memory
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.measurement.gradients import ObjectiveGradients, SquaredNorms
 from lightning_spectral.measurement.objective import Objective
-from lightning_spectral.numerics.gradient_noise import GradientNoise, GradientPart, gradient_noise
+from lightning_spectral.numerics.gradient_noise import GradientNoise, gradient_noise
 from lightning_spectral.numerics.matmul_precision import accumulation_dtype
 from lightning_spectral.numerics.power_law import noise_floor
 from lightning_spectral.numerics.svd import SingularTriplets, singular_values, top_singular_triplets
@@ -118,7 +118,7 @@ def _reduced(
 
 def _noise(name: str, matrix: Tensor, parts: Sequence[SquaredNorms], objective: Objective) -> GradientNoise:
     norm = float(torch.linalg.vector_norm(matrix, dtype=accumulation_dtype(matrix)))
-    of_parts = [GradientPart(part.share, part.of_layers.get(name, 0.0)) for part in parts]
+    of_parts = [(part.share, part.of_layers.get(name, 0.0)) for part in parts]
     return gradient_noise(norm**2, of_parts, objective.samples)
 
 

@@ -5,21 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 NAN = float("nan")
-
-
-class GradientPart(NamedTuple):
-    """Part of a mean gradient G = sum_i c_i over disjoint parts of the samples.
-
-    Attributes:
-        share: s_i of the samples that it is of; the shares of all parts add up to 1.
-        squared_norm: |c_i|^2.
-    """
-
-    share: float
-    squared_norm: float
 
 
 @dataclass(frozen=True)
@@ -48,8 +35,8 @@ class GradientNoise:
 UNKNOWN_NOISE = GradientNoise()
 
 
-def gradient_noise(squared_norm: float, parts: Sequence[GradientPart], samples: int | None) -> GradientNoise:
-    """Estimate signal and noise scale of a mean gradient from the gradients of disjoint parts.
+def gradient_noise(squared_norm: float, parts: Sequence[tuple[float, float]], samples: int | None) -> GradientNoise:
+    """Estimate signal and noise scale of a mean gradient G = sum_i c_i from the terms of disjoint parts of the samples.
 
     With G_i = c_i / s_i the mean gradient of part i, E[sum_i s_i |G_i|^2] = |mu|^2 + n tr(Sigma) / B, so
 
@@ -61,29 +48,29 @@ def gradient_noise(squared_norm: float, parts: Sequence[GradientPart], samples: 
 
     Args:
         squared_norm: |G|^2.
-        parts: of G, without a sample in common.
+        parts: (s_i, |c_i|^2) of each part, s_i its share of the samples; the shares add up to 1.
         samples: B; None where it is not known.
 
     Source: the noise scale is the simple one of McCandlish et al., arXiv 1812.06162.
 
-    >>> noise = gradient_noise(1.0, [GradientPart(0.5, 0.5), GradientPart(0.5, 0.5)], samples=64)
+    >>> noise = gradient_noise(1.0, [(0.5, 0.5), (0.5, 0.5)], samples=64)
     >>> noise.signal, noise.noise_scale
     (0.0, inf)
     """
-    parts = [part for part in parts if part.share > 0]
+    parts = [(share, square) for share, square in parts if share > 0]
     n = len(parts)
     if n < 2 or not math.isfinite(squared_norm) or squared_norm <= 0:
         return GradientNoise(parts=n)
-    terms = [part.squared_norm / part.share for part in parts]
+    terms = [square / share for share, square in parts]
     noise = (math.fsum(terms) - squared_norm) / ((n - 1) * squared_norm)
     if not math.isfinite(noise):
         return GradientNoise(parts=n)
     signal = 1 - noise
     # Terms of unequal shares differ without any spread: what is compared is |G_i|^2.
-    norms = [part.squared_norm / part.share**2 for part in parts]
+    norms = [square / share**2 for share, square in parts]
     mean = math.fsum(norms) / n
     spread = math.sqrt(math.fsum((x - mean) ** 2 for x in norms) / (n - 1))
-    weight = math.sqrt(math.fsum(part.share**2 for part in parts))
+    weight = math.sqrt(math.fsum(share**2 for share, _ in parts))
     stderr = spread * weight / ((n - 1) * squared_norm)
     if samples is None:
         return GradientNoise(signal, stderr, parts=n)

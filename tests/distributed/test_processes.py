@@ -17,7 +17,7 @@ from lightning_spectral import (
 )
 from lightning_spectral.distributed.assignment import assign_owners
 from lightning_spectral.distributed.process_group import Group
-from lightning_spectral.numerics.gradient_noise import GradientPart, gradient_noise
+from lightning_spectral.numerics.gradient_noise import gradient_noise
 
 WORLD = 3
 
@@ -98,7 +98,7 @@ def test_the_noise_of_the_gradient_is_told_by_the_samples_of_each_process(result
             for rank, n in enumerate(joint.SIZES)
             if n
         ]
-        parts = [GradientPart(n / total, float(g.square().sum())) for n, g in zip(joint.SIZES, terms, strict=False)]
+        parts = [(n / total, float(g.square().sum())) for n, g in zip(joint.SIZES, terms, strict=False)]
         expected = gradient_noise(float(sum(terms).square().sum()), parts, total)
         assert layer.gradient_noise.parts == 2
         assert layer.gradient_noise.signal == pytest.approx(expected.signal, rel=1e-8)

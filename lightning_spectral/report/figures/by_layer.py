@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ def plot_alpha_by_depth(
         missing = [i for i, layer in enumerate(layers) if math.isnan(layer.alpha.exponent)]
         for i, layer in enumerate(layers):
             if i not in missing:
-                _alpha_point(axes, i, layer, size=4.5 if len(layers) <= 40 else 3.0)
+                look = {"markersize": 4.5 if len(layers) <= 40 else 3.0, "elinewidth": 0.8, **_look(layer)}
+                axes.errorbar(i, layer.alpha.exponent, layer.alpha.stderr, **look)
         # An empty line that is not clipped would upset the layout.
         if missing:
             edge = axes.get_xaxis_transform()
@@ -92,7 +93,7 @@ def plot_transfer_identity(
         ends = torch.linspace(low, high, 200)
         _identity_band(axes, ends)
         for x, y, layer, opacity in points:
-            _point(axes, x, y, layer, opacity)
+            axes.plot(x, y, alpha=opacity, **_look(layer))
         axes.set(xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="α γ", ylabel="decay s of the curvature")
         axes.locator_params(nbins=7)
         if not points:
@@ -119,7 +120,7 @@ def plot_participation_ratio(
         low, high = padded([0.9, 1.6, *(x for x, _, _, _ in points)])
         curves = _bounds(axes, [layer.alpha.n_used for _, _, layer, _ in points], low, high)
         for x, y, layer, opacity in points:
-            _point(axes, x, y, layer, opacity)
+            axes.plot(x, y, alpha=opacity, **_look(layer))
         top = 1.5 * max([10.0, *(y for _, y, _, _ in points)])
         axes.set(xlim=(low, high), yscale="log", ylim=(0.9, top), xlabel="α γ")
         axes.set_ylabel("PR of curvature (directions)")
@@ -156,15 +157,6 @@ def _draw_signal(axes: Axes, signals: Sequence[float]) -> list[Artist]:
     return [style.line_handle("-", "signal S, right", style.QUIET)]
 
 
-def _alpha_point(axes: Axes, i: int, layer: LayerSpectrum, size: float) -> None:
-    colour, marker = style.kind_style(layer.kind)
-    face = colour if trusted(layer) else style.ground()
-    axes.errorbar(
-        i, layer.alpha.exponent, layer.alpha.stderr, fmt=marker, color=colour, markerfacecolor=face,
-        markersize=size, elinewidth=0.8, label=layer.name,
-    )  # fmt: skip
-
-
 def _alpha_limits(layers: Sequence[LayerSpectrum]) -> tuple[float, float]:
     """Return limits around the exponents and the band; the part of an error bar beyond 1 may leave the axes."""
     ends = [*ALPHA_BAND]
@@ -195,10 +187,11 @@ def _points(reports: Sequence[SpectralReport], ordinate: Callable[[LayerSpectrum
     ]
 
 
-def _point(axes: Axes, x: float, y: float, layer: LayerSpectrum, opacity: float) -> None:
+def _look(layer: LayerSpectrum) -> dict[str, Any]:
+    """Return the look of a layer's point, hollow where its fit is not to be trusted."""
     colour, marker = style.kind_style(layer.kind)
     face = colour if trusted(layer) else style.ground()
-    axes.plot(x, y, marker, color=colour, markerfacecolor=face, alpha=opacity, label=layer.name)
+    return {"marker": marker, "linestyle": "none", "color": colour, "markerfacecolor": face, "label": layer.name}
 
 
 def _transfer_note(layers: Sequence[LayerSpectrum]) -> str:

@@ -125,7 +125,7 @@ def canvas(
     given = _given(ax, panels)
     with style.context(["default", {**STYLE, **(DARK if dark else {})}]):
         # Without pyplot, which would look for a display.
-        figure = _figure_of(given[0]) if given else PaperFigure(figsize=(width, height), layout="constrained")
+        figure = given[0].figure.figure if given else PaperFigure(figsize=(width, height), layout="constrained")
         yield Canvas(figure, given, title)
         for axes in given:
             for label in (axes.xaxis.label, axes.yaxis.label):
@@ -157,13 +157,8 @@ def _given(ax: Any, count: int) -> tuple[Axes, ...]:
     return axes
 
 
-def _figure_of(axes: Axes) -> Figure:
-    """Return the whole figure that axes are in."""
-    return axes.figure.figure
-
-
 def _inches(axes: Axes) -> float:
-    return float(axes.get_position().width * _figure_of(axes).get_figwidth())
+    return float(axes.get_position().width * axes.figure.figure.get_figwidth())
 
 
 def _wrapped(text: str, inches: float) -> list[str]:

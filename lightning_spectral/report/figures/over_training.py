@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
-from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
 from lightning_spectral.report.figures import style
 from lightning_spectral.report.figures.by_layer import draw_alpha_band, hollow_handle
@@ -102,7 +102,8 @@ def plot_scale_over_training(
     x, label = style.positions(history)
     with canvas(width, 3.9, dark=dark, title=title, ax=ax, panels=2) as drawing:
         kinds: list[str] = []
-        for axes, (read, name) in zip(drawing.panels(2, sharex=True), SCALES, strict=True):
+        quantities = {"largest h": attrgetter("h_max"), "largest σ": attrgetter("sigma_max")}
+        for axes, (name, read) in zip(drawing.panels(2, sharex=True), quantities.items(), strict=True):
             kinds += _scale_panel(axes, x, layer_series(history, read))
             axes.set_ylabel(name)
             whole_numbers(axes, x)
@@ -154,15 +155,7 @@ def model_bands(reports: Sequence[SpectralReport]) -> list[Band]:
     return [*bands, ("too few values", NO_MODEL, "", missing)] if any(missing) else bands
 
 
-SCALES: tuple[tuple[Callable[[LayerSpectrum], float], str], ...] = (
-    (lambda layer: layer.h_max, "largest h"),
-    (lambda layer: layer.sigma_max, "largest σ"),
-)
-"""Quantities of `plot_scale_over_training`, from above, and their labels."""
-
-
 def _thin(axes: Axes, x: Sequence[int], values: Sequence[float], kind: str) -> None:
-    """Draw the line of a layer."""
     axes.plot(x, values, color=style.kind_style(kind)[0], linewidth=0.6, alpha=0.45, label=kind)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from lightning_spectral._messages import group_by_reason, join_names, size_of
 from lightning_spectral.plan.cost_model import FACTOR, Cost
 from lightning_spectral.plan.planner import Plan
-from lightning_spectral.report.terminal.formatting import dimensions, literal
+from lightning_spectral.report.terminal.formatting import dimensions, literal, new_table
 
 PLAN_WIDTH = 100
 """Width that the tables need."""
@@ -56,7 +55,7 @@ def print_plan(plan: Plan, *, every_layer: bool = False, console: Console | None
 
 
 def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = new_table()
     for column in left:
         table.add_column(column, overflow="fold")
     for column in right:

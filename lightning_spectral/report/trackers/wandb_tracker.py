@@ -7,15 +7,11 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_spectral.layers.kinds import KINDS
 from lightning_spectral.records.log_keys import RANK_MODELS, STEP_CURVATURE, median_key
 from lightning_spectral.report.trackers.tracker import Row, Tracker, image
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 STEP = "trainer/global_step"
 """Axis in W&B of all that Lightning's logger logs."""
@@ -42,7 +38,11 @@ class WandbTracker(Tracker):
         }
         media: dict[str, Any] = {}
         with self.warn_on_error(" figures"):
-            media |= {f"{row.prefix}/figures/{name}": _wandb_image(figure) for name, figure in row.figures.items()}
+            import wandb
+
+            media |= {
+                f"{row.prefix}/figures/{name}": wandb.Image(image(figure)) for name, figure in row.figures.items()
+            }
         with self.warn_on_error(" tables"):
             media |= _wandb_tables(row)
         if media:
@@ -101,12 +101,6 @@ class WandbTracker(Tracker):
             with self.warn_on_error(" which keys have charts"):
                 self.logger.experiment.define_metric(name, step_metric=STEP, step_sync=True, **options)
                 self._defined.add(key)
-
-
-def _wandb_image(figure: Figure) -> Any:
-    import wandb
-
-    return wandb.Image(image(figure))
 
 
 def _wandb_tables(row: Row) -> dict[str, Any]:

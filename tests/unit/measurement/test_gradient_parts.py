@@ -13,7 +13,7 @@ from torch import nn
 from lightning_spectral import measure_spectra
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measurement import gradients
-from lightning_spectral.numerics.gradient_noise import GradientPart, gradient_noise
+from lightning_spectral.numerics.gradient_noise import gradient_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
@@ -158,7 +158,7 @@ def twins(model, batch, loss, share):
     found = {}
     for name, of_layer in zip(layers, zip(*terms, strict=True), strict=True):
         of_parts = [(stop - start, sum(of_layer[start:stop])) for start, stop in BOUNDS]
-        parts = [GradientPart(n / SAMPLES, float(g.square().sum())) for n, g in of_parts]
+        parts = [(n / SAMPLES, float(g.square().sum())) for n, g in of_parts]
         found[name] = gradient_noise(float(sum(of_layer).square().sum()), parts, SAMPLES)
     return found
 

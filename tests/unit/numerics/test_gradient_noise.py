@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lightning_spectral.numerics.gradient_noise import GradientPart, gradient_noise, noise_bias
+from lightning_spectral.numerics.gradient_noise import gradient_noise, noise_bias
 
 
 def parts_of(gradients, sizes):
@@ -14,9 +14,7 @@ def parts_of(gradients, sizes):
     total = len(gradients)
     chunks = gradients.split(sizes)
     terms = [chunk.sum(0) / total for chunk in chunks]
-    return gradients.mean(0), [
-        GradientPart(n / total, float(c.square().sum())) for n, c in zip(sizes, terms, strict=True)
-    ]
+    return gradients.mean(0), [(n / total, float(c.square().sum())) for n, c in zip(sizes, terms, strict=True)]
 
 
 def samples(n, seed=0, dimension=40, signal=0.3):
@@ -80,7 +78,7 @@ def test_noise_alone_has_no_signal():
     mean, parts = parts_of(gradients, [8] * 8)
     noise = gradient_noise(float(mean @ mean), parts, 64)
     assert abs(noise.signal) < 3 * noise.signal_stderr
-    opposite = gradient_noise(1e-6, [GradientPart(0.5, 1.0), GradientPart(0.5, 1.0)], 64)
+    opposite = gradient_noise(1e-6, [(0.5, 1.0), (0.5, 1.0)], 64)
     assert opposite.signal < 0
     assert opposite.noise_scale == math.inf
 
@@ -89,9 +87,9 @@ def test_noise_alone_has_no_signal():
     ("squared", "parts"),
     [
         (1.0, []),
-        (1.0, [GradientPart(1.0, 1.0)]),
-        (0.0, [GradientPart(0.5, 0.0)] * 2),
-        (math.nan, [GradientPart(0.5, math.nan)] * 2),
+        (1.0, [(1.0, 1.0)]),
+        (0.0, [(0.5, 0.0)] * 2),
+        (math.nan, [(0.5, math.nan)] * 2),
     ],
 )
 def test_what_cannot_be_told_is_nan(squared, parts):
@@ -102,7 +100,7 @@ def test_what_cannot_be_told_is_nan(squared, parts):
 
 
 def test_without_a_number_of_samples_there_is_a_signal_and_no_scale():
-    noise = gradient_noise(1.0, [GradientPart(0.5, 0.3), GradientPart(0.5, 0.3)], None)
+    noise = gradient_noise(1.0, [(0.5, 0.3), (0.5, 0.3)], None)
     assert noise.signal == pytest.approx(0.8)
     assert math.isnan(noise.noise_scale)
 
