@@ -13,14 +13,7 @@ from lightning_spectral._validation import optional_positive_int, positive_int
 from lightning_spectral.distributed.process_group import Group
 from lightning_spectral.isolation.batch_tree import batch_size, take_samples
 from lightning_spectral.measurement.gradient_samples import samples_for_aim
-from lightning_spectral.measurement.loader_batches import (
-    ALL,
-    CpuBatches,
-    Share,
-    count_samples,
-    first_batches,
-    length_of,
-)
+from lightning_spectral.measurement.loader_batches import CpuBatches, count_samples, first_batches, length_of
 
 BatchChoice = Literal["train", "fixed"] | DataLoader[Any]
 CHOICES = ("train", "fixed")
@@ -158,9 +151,11 @@ class BatchSource:
         samplers = (getattr(loader, "sampler", None), inner)
         # In training each rank has a loader of its own.
         is_split = self.choice == "train" or any(isinstance(sampler, DistributedSampler) for sampler in samplers)
-        share = ALL if is_split else Share(group.rank, group.size)
+        rank, ranks = (0, 1) if is_split else (group.rank, group.size)
         samples = None if self.samples is None else math.ceil(self.samples / (group.size if is_split else 1))
-        self._batches = first_batches(loader, self._least, module, prepare=to_device, share=share, samples=samples)
+        self._batches = first_batches(
+            loader, self._least, module, prepare=to_device, rank=rank, ranks=ranks, samples=samples
+        )
         self._loaded_for, self._is_loaded = self.samples, True
 
     def _count(self, batch: Any) -> int:

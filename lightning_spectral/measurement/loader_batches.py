@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,16 +67,6 @@ class CpuBatches(Sequence[Any]):
         return len(self._copies)
 
 
-class Share(NamedTuple):
-    """Every so-many-th of a sequence: of a rank among the ranks that share it."""
-
-    rank: int
-    ranks: int
-
-
-ALL = Share(0, 1)
-
-
 def count_samples(batch: Any, option: str) -> int:
     """Return the samples of a batch."""
     size = batch_size(batch)
@@ -117,23 +107,24 @@ def first_batches(
     model: nn.Module,
     *,
     prepare: Callable[[Any], Any] = lambda batch: batch,
-    share: Share = ALL,
+    rank: int = 0,
+    ranks: int = 1,
     device: torch.device | None = None,
     samples: int | None = None,
 ) -> CpuBatches:
-    """Return the first batches of a loader, or a share of them, in the CPU's memory.
+    """Return the first batches of a loader, or a rank's share of them, in the CPU's memory.
 
     The loader may be in use: a copy of it is iterated, and all generators that it or ``prepare`` draws from are put
     back.
 
     Args:
         loader: a DataLoader, or several as ``loaders`` with a ``__copy__`` that applies `unused_copy` to each.
-        n: how many at least, of all shares.
+        n: how many at least, of all ranks.
         model: whose generators are put back too.
         prepare: what becomes of each batch before it is kept.
-        share: which of them to keep.
+        rank, ranks: of so many that share them, each keeps every so-many-th.
         device: where to give them back; None: where they were.
-        samples: read on until there are so many, of all shares, or the loader ends; None: n batches.
+        samples: read on until there are so many, of all ranks, or the loader ends; None: n batches.
     """
     states = RandomStates(model)
     parts = getattr(loader, "loaders", [loader])
@@ -141,7 +132,7 @@ def first_batches(
     batches, n_read, samples_read = CpuBatches(device=device), 0, 0
     try:
         for batch in unused_copy(loader):
-            if n_read % share.ranks == share.rank:
+            if n_read % ranks == rank:
                 batches.append(prepare(batch))
             n_read += 1
             if samples is not None:

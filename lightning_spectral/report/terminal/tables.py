@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -41,17 +42,6 @@ class Requested:
     caption: str
     measured: Callable[[LayerSpectrum], bool]
     columns: Mapping[str, Cell]
-
-    def table(self, layers: Iterable[LayerSpectrum], width: int) -> tuple[Table, str]:
-        """Return a row per layer within so many characters, dim where its fit is not to be trusted; and the caption."""
-        shown = list(layers)
-        columns = {"layer": [printable(layer.name) for layer in shown]}
-        columns |= {heading: [cell(layer) for layer in shown] for heading, cell in self.columns.items()}
-        table, omitted = fit_table(
-            columns, width, flexible="layer", least=REQUESTED_NAME_LEAST, expendable=list(self.columns)[:0:-1],
-            left=("layer",), dim=[not trusted(layer) for layer in shown],
-        )  # fmt: skip
-        return table, self.caption + omitted
 
 
 def _part(name: str) -> Callable[[LayerSpectrum], bool]:
@@ -143,6 +133,28 @@ REQUESTED = (
 """Tables in the order in which they are printed."""
 
 
+def _alpha(layer: LayerSpectrum) -> str:
+    mark = " " if trusted(layer) or math.isnan(layer.alpha.exponent) else "?"
+    return f"{_plus_minus(layer.alpha.exponent, layer.alpha.stderr)} {mark}"
+
+
+COLUMNS: dict[str, Cell] = {
+    "layer": lambda layer: layer.name,
+    "kind": lambda layer: layer.kind,
+    "shape": lambda layer: dimensions(layer.shape, layer.groups),
+    "alpha ± se": _alpha,
+    "r2": lambda layer: fixed(layer.alpha.r2),
+    "signal": lambda layer: fixed(layer.gradient_noise.signal),
+    "gamma": lambda layer: fixed(layer.gamma.exponent),
+    "s": lambda layer: fixed(layer.s.exponent),
+    "α·γ": lambda layer: fixed(layer.alpha_gamma),
+    "error": lambda layer: percent(layer.transfer_error),
+    "PR_h": lambda layer: fixed(layer.pr_curvature),
+    "zeta": lambda layer: fixed(layer.zeta_bound),
+    "points": lambda layer: f"{layer.alpha.n_used}/{len(layer.sigma)}",
+}
+"""Columns of the table of layers."""
+
 CAPTION = (
     "h ~ sigma^alpha, sigma ~ k^-gamma, h ~ rank^-s; error: |s - α·γ| / |s|; PR_h: directions that carry h, zeta: its "
     f"bound; signal: share of the squared gradient that is no sampling noise; ?: {DOUBTFUL}"
@@ -189,7 +201,11 @@ def print_report(
                 continue
             # A title of its own would be broken to the width of the table.
             console.print(requested.title, style="italic", soft_wrap=_wide(console), highlight=False)
-            _print_table(console, *requested.table(shown.layers.values(), console.width))
+            table, omitted = _table(
+                shown, {"layer": COLUMNS["layer"], **requested.columns}, console.width, left=("layer",),
+                least=REQUESTED_NAME_LEAST, expendable=list(requested.columns)[:0:-1],
+            )  # fmt: skip
+            _print_table(console, table, requested.caption + omitted)
         text = "median per kind of layer, over the fits to trust, beside the paper's"
     if left := len(report.layers) - len(shown.layers):
         console.print(f"{left} of {len(report.layers)} layers are not shown\n", style="dim")
@@ -235,13 +251,17 @@ def layer_table(report: SpectralReport, title: str = "", *, width: int | None = 
 
 def _layer_table(report: SpectralReport, title: str, width: int | None) -> tuple[Table, str]:
     """Return the table and its caption."""
-    rows = [_cells(layer) for layer in report.layers.values()]
-    columns = {heading: [printable(row[heading]) for row in rows] for heading in HEADINGS}
-    table, omitted = fit_table(
-        columns, width, flexible="layer", least=NAME_LEAST, expendable=LEAST_NEEDED, title=title,
-        left=("layer", "kind", "shape"), dim=[not trusted(layer) for layer in report.layers.values()],
-    )  # fmt: skip
+    table, omitted = _table(
+        report, COLUMNS, width, left=("layer", "kind", "shape"), least=NAME_LEAST, expendable=LEAST_NEEDED, title=title
+    )
     return table, CAPTION + other_methods(report) + omitted
+
+
+def _table(report: SpectralReport, columns: Mapping[str, Cell], width: int | None, **options: Any) -> tuple[Table, str]:
+    """Return a row per layer, dim where its fit is not to be trusted, and what a caption says of columns left out."""
+    layers = report.layers.values()
+    cells = {heading: [printable(cell(layer)) for layer in layers] for heading, cell in columns.items()}
+    return fit_table(cells, width, flexible="layer", dim=[not trusted(layer) for layer in layers], **options)
 
 
 def other_methods(report: SpectralReport) -> str:
@@ -271,29 +291,3 @@ def kind_table(report: SpectralReport, title: str = "", *, width: int | None = N
         columns, width, flexible=PAPER, least=PAPER_LEAST, expendable=KIND_LEAST_NEEDED, title=title,
         left=("kind", PAPER), wrap=True,
     )[0]  # fmt: skip
-
-
-HEADINGS = (
-    "layer", "kind", "shape", "alpha ± se", "r2", "signal", "gamma", "s", "α·γ", "error", "PR_h", "zeta", "points"
-)  # fmt: skip
-
-
-def _cells(layer: LayerSpectrum) -> dict[str, str]:
-    mark = " " if trusted(layer) or math.isnan(layer.alpha.exponent) else "?"
-    used, all_points = layer.alpha.n_used, len(layer.sigma)
-    cells = (
-        layer.name,
-        layer.kind,
-        dimensions(layer.shape, layer.groups),
-        f"{_plus_minus(layer.alpha.exponent, layer.alpha.stderr)} {mark}",
-        fixed(layer.alpha.r2),
-        fixed(layer.gradient_noise.signal),
-        fixed(layer.gamma.exponent),
-        fixed(layer.s.exponent),
-        fixed(layer.alpha_gamma),
-        percent(layer.transfer_error),
-        fixed(layer.pr_curvature),
-        fixed(layer.zeta_bound),
-        f"{used}/{all_points}",
-    )
-    return dict(zip(HEADINGS, cells, strict=True))
