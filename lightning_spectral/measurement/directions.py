@@ -148,7 +148,7 @@ def _of_rounding(
 
 
 def _zeros(layer: MatrixLayer, parameter: Tensor) -> Tensor:
-    """Return zeros in the gradient's matrix shape; only the parameter's shape is read."""
+    # Only the parameter's shape is read.
     shape = layer.to_matrix(torch.empty_like(parameter, device="meta"))
     return torch.zeros_like(shape, device=parameter.device)
 

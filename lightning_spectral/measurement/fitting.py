@@ -68,9 +68,8 @@ class RawMeasurement:
     def precision_notes(self) -> list[str]:
         """Limits to the precision of the measurement."""
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.narrow_dtypes))
-        return (
-            [f"the network casts to {names} by itself, and nothing measured is more precise than that"] if names else []
-        )
+        text = f"the network casts to {names} by itself, and nothing measured is more precise than that"
+        return [text] if names else []
 
     def raise_if_nothing_measured(self, n_layers: int) -> None:
         """Raise the reasons if all of so many layers failed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,7 +17,6 @@ from lightning_spectral.numerics.power_law import (
     fit_rank_models,
     log_points,
     theil_sen_slope,
-    with_bias,
 )
 from lightning_spectral.numerics.statistics import directions_holding, entropy_rank, participation_ratio, zeta_bound
 from lightning_spectral.records.layer_spectrum import EQUAL, NOISE, LayerMeasurement, LayerSpectrum, fit_alpha
@@ -35,7 +36,9 @@ def fit_layer(measured: LayerMeasurement) -> LayerSpectrum:
     positive = measured.h[usable & (measured.h > 0)]
     energy = sigma[usable].square()
     bias = noise_bias(measured.gradient_noise.signal)
-    alpha = with_bias(fit_alpha(sigma, measured.h, h_stderr, floor), bias)
+    alpha = fit_alpha(sigma, measured.h, h_stderr, floor)
+    if not math.isnan(bias):
+        alpha = replace(alpha, stderr=math.hypot(alpha.stderr, bias))
     used = points_of_alpha(measured, alpha)
     gamma = fit_rank_decay(sigma, exclude=noise)
     h = torch.where(usable, measured.h, torch.full_like(measured.h, float("nan")))
@@ -89,7 +92,6 @@ def _explain(alpha: PowerLawFit, sigma: Tensor, h: Tensor) -> str:
 
 
 def _count_repeated(sigma: Tensor, floor: float) -> int:
-    """Count the singular values that equal a neighbour to rounding."""
     equal = (sigma[:-1] - sigma[1:]) <= floor
     padding = torch.zeros(1, dtype=torch.bool)
     return int((torch.cat([equal, padding]) | torch.cat([padding, equal])).sum()) if len(sigma) > 1 else 0

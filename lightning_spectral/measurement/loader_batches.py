@@ -149,7 +149,6 @@ def first_batches(
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """Return the generators of a loader and of its samplers."""
     samplers = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     samplers.append(getattr(samplers[1], "sampler", None))
     generators = [getattr(part, "generator", None) for part in (loader, *samplers)]

@@ -124,7 +124,6 @@ def _prepared(
     batch_idx: int,
     group: Group,
 ) -> Iterator[tuple[NetworkCopy, LayerSet, Objective]]:
-    """Yield the isolated copy of a model, its layers to measure and their objective."""
     with isolated_copy(model, options.mode, options.precision, group) as copy:
         with group.step():
             layers = select_layers(copy.original, options)

@@ -121,7 +121,6 @@ def measure_step(
 
 
 def _leaves(copy: NetworkCopy, weights: Weights) -> dict[str, Tensor]:
-    """Return name -> the copy's parameter, of those that were trained before the step."""
     parameters = dict(copy.module.named_parameters())
     for name, value in weights.parameters.items():
         if is_dtensor(value):
@@ -179,7 +178,6 @@ def _measure(objective: Objective, products: StepProducts, max_size: int | None)
 
 
 def _loss(objective: Objective, micro_batches: Sequence[MicroBatch]) -> float:
-    """Return the value of the objective; NaN where that of a micro-batch is."""
     with objective.group.step(watched=True) as step:
         total = 0.0
         for micro_batch, loss in objective.losses(micro_batches):

@@ -221,7 +221,6 @@ def convolution_gradient(
 
 
 def _part(x: Tensor, slices: Sequence[slice]) -> Tensor:
-    """Slice the last dimensions."""
     index: tuple[Any, ...] = (..., *slices)
     return x[index]
 

@@ -156,11 +156,6 @@ def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tenso
     return replace(fit, stderr=math.sqrt(fit.stderr**2 + float(measured)))
 
 
-def with_bias(fit: PowerLawFit, bias: float) -> PowerLawFit:
-    """Add the square of an estimated bias of its exponent to a fit's squared standard error; NaN adds nothing."""
-    return fit if math.isnan(bias) else replace(fit, stderr=math.hypot(fit.stderr, bias))
-
-
 def theil_sen_slope(points: LogPoints) -> float:
     """Return the median of the slopes between all pairs of points with different abscissae; NaN of fewer than three.
 

@@ -213,7 +213,6 @@ class OnDemandWeights(TorchDispatchMode):
         return tensor
 
     def _used(self, values: Iterable[Any]) -> list[int]:
-        """Return the weights among these values."""
         used = []
         for value in values:
             if isinstance(value, Tensor):
@@ -302,7 +301,6 @@ def _is_unread(func: Any) -> bool:
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the arguments that an operation writes to."""
     schema = getattr(func, "_schema", None)
     arguments = [] if schema is None else list(schema.arguments)
     written = []

@@ -210,7 +210,6 @@ def _above_zero(values: Sequence[float]) -> list[float]:
 
 
 def _log_limits(axes: Axes, positive: Sequence[float]) -> None:
-    """Set limits and ticks of a log axis around values above 0."""
     low, high = (math.log10(end) for end in (min(positive), max(positive)))
     room = 0.07 * max(high - low, 0.3)
     bottom, top = 10 ** (low - room), 10 ** (high + room)

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.analysis import ALPHA_BAND, trusted
 from lightning_spectral.numerics.statistics import median
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.report.figures import style
 from lightning_spectral.report.figures.by_layer import draw_alpha_band, padded
 from lightning_spectral.report.figures.canvas import canvas
-from lightning_spectral.report.figures.style import (
-    WIDTH,
-    Reports,
-    all_reports,
-    in_order,
-    line_handle,
-    positions,
-    run_style,
-    say,
-)
+from lightning_spectral.report.figures.style import WIDTH, Reports
 from lightning_spectral.report.figures.ticks import literal, whole_numbers
 from lightning_spectral.report.palette import MOST_RUNS
 
@@ -49,9 +42,7 @@ def kind_medians(series: Series) -> dict[str, list[float]]:
     return {kind: [median(at) for at in zip(*of_kind, strict=True)] for kind, of_kind in kinds.items()}
 
 
-def alpha_of(layer: LayerSpectrum) -> float:
-    """Return alpha, NaN without a fit."""
-    return layer.alpha.exponent
+alpha_of: Callable[[LayerSpectrum], float] = attrgetter("alpha.exponent")
 
 
 def alpha_to_trust(layer: LayerSpectrum) -> float:
@@ -90,13 +81,13 @@ def plot_runs_side_by_side(
     """
     if not 1 <= len(runs) <= MOST_RUNS:
         raise ValueError(f"need 1 to {MOST_RUNS} runs, each a name and its reports, got {len(runs)}")
-    histories = {str(name): all_reports(reports) for name, reports in runs.items()}
+    histories = {str(name): style.all_reports(reports) for name, reports in runs.items()}
     everything = [report for history in histories.values() for report in history]
-    label = positions(everything)[1]
+    label = style.positions(everything)[1]
     xs = [_abscissae(history, label) for history in histories.values()]
     fits = [layer_series(history, alpha_of) for history in histories.values()]
     of_trust = [layer_series(history, alpha_to_trust) for history in histories.values()]
-    kinds = in_order(kind for series in fits for (_, kind), values in series.items() if finite([values]))
+    kinds = style.in_order(kind for series in fits for (_, kind), values in series.items() if finite([values]))
     columns = max(1, min(len(kinds), int(width / COLUMN)))
     rows = max(1, math.ceil(len(kinds) / columns))
     with canvas(width, 0.4 + ROW * rows, dark=dark, title=title) as drawing:
@@ -113,7 +104,7 @@ def plot_runs_side_by_side(
         for i, axes in enumerate(panels):
             axes.tick_params(labelbottom=i + columns >= len(kinds))
         if not kinds:
-            say(panels[0], "no layer of any run has a fit of α")
+            style.say(panels[0], "no layer of any run has a fit of α")
         drawing.ordinate("exponent α")
         note = f"{len(runs)} run{'s' * (len(runs) > 1)}"
         drawing.title("Curvature exponent α over training, medians by kind of the fits to trust", everything, note)
@@ -127,13 +118,12 @@ def _of_kind(series: Series, kind: str) -> Series:
 
 def _abscissae(history: Sequence[SpectralReport], label: str) -> list[int]:
     """Return the steps, or the numbers where some report of any run has no step."""
-    x, own = positions(history)
+    x, own = style.positions(history)
     return x if own == label else list(range(len(history)))
 
 
 def _draw_run(axes: Axes, x: Sequence[int], fits: Series, of_trust: Series, i: int) -> None:
-    """Draw the layers of a kind in one run, and their median."""
-    colour, marker, dash = run_style(i)
+    colour, marker, dash = style.run_style(i)
     for values in fits.values():
         axes.plot(x, values, color=colour, linewidth=0.6, alpha=0.35, label=str(i))
     for values in kind_medians(of_trust).values():
@@ -143,14 +133,13 @@ def _draw_run(axes: Axes, x: Sequence[int], fits: Series, of_trust: Series, i: i
 
 
 def _set_limits(axes: Axes, fits: Sequence[Series], of_trust: Sequence[Series]) -> None:
-    """Set the limits of all panels, which share them."""
     medians = [values for series in of_trust for values in kind_medians(series).values()]
     of_all, of_those = (finite(values for series in both for values in series.values()) for both in (fits, of_trust))
     alpha_limits(axes, of_all, of_those, finite(medians))
 
 
 def _run_handle(i: int, name: str) -> Any:
-    colour, marker, dash = run_style(i)
-    handle = line_handle(dash, literal(name), colour)
+    colour, marker, dash = style.run_style(i)
+    handle = style.line_handle(dash, literal(name), colour)
     handle.set(marker=marker, linewidth=1.6)
     return handle

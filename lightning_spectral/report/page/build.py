@@ -98,7 +98,6 @@ def runs_page(runs: Sequence[Run], *, title: str | None = None) -> str:
 def _fill(
     name: str, title: str, sources: Sequence[str], data: Any, summary: Sequence[str], texts: Mapping[str, str]
 ) -> str:
-    """Return the page of a template with its parts in their places."""
     compressed = gzip.compress(plotly_js().encode(), mtime=0)
     parts = {
         "title": html.escape(title),

@@ -14,16 +14,7 @@ from lightning_spectral.records.alignment import LayerAlignment
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 from lightning_spectral.records.log_keys import LAYER_KEYS, LoggedKey, median_key
 from lightning_spectral.records.report import SpectralReport
-from lightning_spectral.report.palette import (
-    INK,
-    KIND_STYLE,
-    MODEL_STYLE,
-    OTHER_STYLE,
-    PLOTLY_DASH,
-    RUN_DASHES,
-    RUN_STYLE,
-    SYMBOLS,
-)
+from lightning_spectral.report import palette
 from lightning_spectral.report.runs.run import Run, RunStep
 from lightning_spectral.report.runs.several import comparison, differences, options_of
 from lightning_spectral.report.terminal.tables import method_of, samples_of
@@ -67,14 +58,16 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
 
 def kind_looks(kinds: Iterable[str]) -> dict[str, list[str | None]]:
     """Return kind -> its colours on white and on dark, None for that of the text, and plotly's symbol."""
-    looks = {kind: KIND_STYLE.get(kind, OTHER_STYLE) for kind in kinds}
+    looks = {kind: palette.KIND_STYLE.get(kind, palette.OTHER_STYLE) for kind in kinds}
     return {
-        kind: [*[None if colour == INK else colour] * 2, SYMBOLS[marker]] for kind, (colour, marker) in looks.items()
+        kind: [*[None if colour == palette.INK else colour] * 2, palette.SYMBOLS[marker]]
+        for kind, (colour, marker) in looks.items()
     }
 
 
 MODEL_LOOKS = {
-    model: [style.name, style.on_white, style.on_dark, PLOTLY_DASH[style.dash]] for model, style in MODEL_STYLE.items()
+    model: [style.name, style.on_white, style.on_dark, palette.PLOTLY_DASH[style.dash]]
+    for model, style in palette.MODEL_STYLE.items()
 }
 """Rank model -> its name, its colours on white and on dark, and plotly's line."""
 
@@ -257,11 +250,11 @@ def runs_data(runs: Sequence[Run], *, limit: int = DATA_BYTES) -> dict[str, Any]
 def _run(i: int, run: Run, names: Sequence[str], keys: Sequence[LoggedKey], limit: int) -> dict[str, Any]:
     rows = [_row(step, names, keys) for step in run.steps]
     size = max(len(script_json(row)) for row in rows)
-    style = RUN_STYLE[i % len(RUN_STYLE)]
-    dash = PLOTLY_DASH[RUN_DASHES[i // len(RUN_STYLE) % len(RUN_DASHES)]]
+    style = palette.RUN_STYLE[i % len(palette.RUN_STYLE)]
+    dash = palette.PLOTLY_DASH[palette.RUN_DASHES[i // len(palette.RUN_STYLE) % len(palette.RUN_DASHES)]]
     return {
         "name": run.name,
-        "look": [style.on_white, style.on_dark, SYMBOLS[style.marker], dash],
+        "look": [style.on_white, style.on_dark, palette.SYMBOLS[style.marker], dash],
         "options": options_of(run),
         "probes": [rows[j] for j in evenly(len(rows), max(2, limit // size))],
     }

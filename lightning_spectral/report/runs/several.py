@@ -123,7 +123,6 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def _by_value(runs: Sequence[Run], values: Sequence[str]) -> str:
-    """Return each value with the runs that have it."""
     names: dict[str, list[str]] = {}
     for run, value in zip(runs, values, strict=True):
         names.setdefault(value, []).append(run.name)

@@ -64,7 +64,6 @@ def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 
 def _groups(plan: Plan) -> Table:
-    """Return a row per kind and shape."""
     table = _table(("kind", "shape"), ("layers", "directions each"))
     groups: dict[tuple[str, str, int], int] = {}
     for name, layer in plan.layers.items():
