@@ -201,20 +201,16 @@ def _scale_panel(axes: Axes, x: Sequence[int], by_layer: Series) -> list[str]:
         style.say(axes, "no layer has a value above 0")
         return []
     axes.set_yscale("log")
-    _log_limits(axes, shown)
+    low, high = math.log10(min(shown)), math.log10(max(shown))
+    room = 0.07 * max(high - low, 0.3)
+    bottom, top = 10 ** (low - room), 10 ** (high + room)
+    axes.set_ylim(bottom, top)
+    log_ticks(axes.yaxis, bottom, top, gap=0.12)
     return [kind for kind, values in layers if finite([values])]
 
 
 def _above_zero(values: Sequence[float]) -> list[float]:
     return [value if value > 0 else math.nan for value in values]
-
-
-def _log_limits(axes: Axes, positive: Sequence[float]) -> None:
-    low, high = (math.log10(end) for end in (min(positive), max(positive)))
-    room = 0.07 * max(high - low, 0.3)
-    bottom, top = 10 ** (low - room), 10 ** (high + room)
-    axes.set_ylim(bottom, top)
-    log_ticks(axes.yaxis, bottom, top, gap=0.12)
 
 
 def _cells(x: Sequence[int]) -> list[float]:

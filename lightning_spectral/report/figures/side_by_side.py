@@ -140,6 +140,4 @@ def _set_limits(axes: Axes, fits: Sequence[Series], of_trust: Sequence[Series]) 
 
 def _run_handle(i: int, name: str) -> Any:
     colour, marker, dash = style.run_style(i)
-    handle = style.line_handle(dash, literal(name), colour)
-    handle.set(marker=marker, linewidth=1.6)
-    return handle
+    return style.line_handle(dash, literal(name), colour, marker=marker, linewidth=1.6)

@@ -132,29 +132,21 @@ def in_order(kinds: Iterable[str]) -> list[str]:
 
 def kind_handles(kinds: Iterable[str], *, line: bool = False) -> list[Artist]:
     """Return keys to the kinds given, in the order of `KINDS`."""
-    from matplotlib.lines import Line2D
-
-    style: Dash = "-" if line else "none"
-    return [
-        Line2D([], [], color=colour, marker=marker, linestyle=style, label=literal(kind.replace("_", " ")))
-        for kind in in_order(kinds)
-        for colour, marker in [kind_style(kind)]
-    ]
+    looks = {literal(kind.replace("_", " ")): kind_style(kind) for kind in in_order(kinds)}
+    options: dict[str, Any] = {"dash": "-" if line else "none", "linewidth": 1.2}
+    return [line_handle(label=label, colour=c, marker=marker, **options) for label, (c, marker) in looks.items()]
 
 
 def mark_handle(marker: str, label: str, *, hollow: bool = False, opacity: float = 1.0) -> Artist:
     """Return a key to a marker that means the same in every colour."""
-    from matplotlib.lines import Line2D
-
-    look: dict[str, Any] = {"markerfacecolor": ground() if hollow else ink(), "alpha": opacity}
-    return Line2D([], [], color=ink(), marker=marker, linestyle="none", label=label, **look)
+    return line_handle("none", label, marker=marker, markerfacecolor=ground() if hollow else ink(), alpha=opacity)
 
 
-def line_handle(dash: Dash, label: str, colour: str | None = None) -> Artist:
+def line_handle(dash: Dash, label: str, colour: str | None = None, **look: Any) -> Artist:
     """Return a key to a line, in the colour of text where none is given."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=colour or ink(), linestyle=dash, linewidth=1.0, label=label)
+    return Line2D([], [], color=colour or ink(), linestyle=dash, label=label, **{"linewidth": 1.0, **look})
 
 
 def patch_handle(label: str, **look: Any) -> Artist:

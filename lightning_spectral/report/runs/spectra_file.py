@@ -10,7 +10,7 @@ than 1 kB. What was asked for besides (weights, intervals, fraction, alignment) 
 from __future__ import annotations
 
 import json
-import os
+import mmap
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -85,7 +85,7 @@ def append_step(path: str | Path, measurement: StepMeasurement) -> None:
 def _append(path: str | Path, data: dict[str, Any]) -> None:
     line = json.dumps(data, allow_nan=False, separators=(",", ":")).encode() + b"\n"
     with Path(path).open("ab", buffering=0) as file:
-        end = _end_of_lines(Path(path))
+        end = end_of_lines(Path(path))
         if end < file.tell():
             file.truncate(end)
         if (written := file.write(line)) < len(line):
@@ -217,14 +217,9 @@ def _place_of(path: str | Path, place: Line, line: bytes) -> Line:
     return replace(place, step=number, of_step=start[1] == STEP_FORMAT.encode())
 
 
-def _end_of_lines(path: Path, block: int = 1 << 16) -> int:
+def end_of_lines(path: Path) -> int:
     """Return the size of a file up to the end of its last whole line."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - block)
-            file.seek(start)
-            if (newline := file.read(end - start).rfind(b"\n")) >= 0:
-                return start + newline + 1
-            end = start
-    return 0
+    if not path.stat().st_size:
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(b"\n") + 1

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_spectral.report.runs.spectra_file import end_of_lines
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -45,7 +47,9 @@ class Row:
 
     def cells(self) -> list[list[Any]]:
         """Return the table without its heading; None for a number that is not finite."""
-        return [[_cell(value) for value in row.values()] for row in self.table]
+        return [
+            [None if isinstance(x, float) and not math.isfinite(x) else x for x in row.values()] for row in self.table
+        ]
 
     def columns(self) -> list[str]:
         """Return the table's heading."""
@@ -118,10 +122,6 @@ def image(figure: Figure) -> Any:
     return Image.open(file)
 
 
-def _cell(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class TensorBoardTracker(Tracker):
     """Figures as images, the table as text."""
 
@@ -170,7 +170,9 @@ class CSVTracker(Tracker):
         folder.mkdir(parents=True, exist_ok=True)
         heading = row.columns()
         path = _csv_file(folder / f"{row.prefix.replace('/', '_')}_layers.csv", heading)
-        new, cut = not _heading(path), _is_cut(path)
+        new = not _heading(path)
+        # The last line has no end after a full disk or a killed process.
+        cut = not new and end_of_lines(path) < path.stat().st_size
         with path.open("a", newline="", encoding="utf-8") as file:
             if cut:
                 file.write("\n")
@@ -191,15 +193,6 @@ def _heading(path: Path) -> list[str]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return next(csv.reader(file), [])
-
-
-def _is_cut(path: Path) -> bool:
-    """Return True if the last line has no end, after a full disk or a killed process."""
-    if not path.exists() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, io.SEEK_END)
-        return file.read(1) != b"\n"
 
 
 def _markdown(value: Any) -> str:
