@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import chain
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +28,18 @@ COMMUNICATION = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 """Namespaces of the operations by which ranks communicate."""
 
 
+class Step:
+    """Step of a measurement, that each rank takes alone: what it gives to `send` is all-gathered at its end."""
+
+    value: Any = None
+    received: Sequence[Any] = ()
+    """After the step: what each rank sent, by rank; None for a rank that sent nothing."""
+
+    def send(self, value: Any) -> None:
+        """Give all ranks a value, through pickle, which must not fail."""
+        self.value = value
+
+
 class Group:
     """Ranks that measure together: all must make the same calls in the same order. Alone, a process talks to none.
 
@@ -45,16 +55,47 @@ class Group:
         self.in_step = size == 1
         self.serve: Callable[[], None] | None = None
 
-    def step(self, *, watched: bool = False) -> Step:
-        """Return a context in which each rank works alone; if its body raises on any rank, all ranks raise at its end.
+    @contextmanager
+    def step(self, *, watched: bool = False) -> Iterator[Step]:
+        """Yield a step, in which each rank works alone; if it raises on any rank, all ranks raise at its end.
 
         Running out of memory anywhere comes first, else the lowest rank's error. The error is of the same class on all
         ranks: this package's own classes, ValueError and MemoryError as they are, everything else as ProcessError.
 
         Args:
-            watched: raise, on several ranks, if the body communicates.
+            watched: raise, on several ranks, if a rank communicates within.
         """
-        return Step(self, watched)
+        step = Step()
+        if self.size == 1:
+            yield step
+            step.received = [step.value]
+            return
+        failure: tuple[type[Exception], str] | None = None
+        cause: Exception | None = None
+        self.in_step = True
+        try:
+            with _NoCommunication() if watched else nullcontext():  # type: ignore[no-untyped-call]
+                yield step
+        except Exception as error:
+            failure = _as_told(error)
+            cause = None if failure[0] is MemoryError else error
+        finally:
+            # An interrupt is of this rank alone, and ends here.
+            self.in_step = False
+        if self.serve is not None:
+            self.serve()
+        gathered = self.all_gather_object((failure, None if failure else step.value))
+        failures = {rank: failed for rank, (failed, _) in enumerate(gathered) if failed is not None}
+        if failures:
+            rank = min(failures, key=lambda rank: (failures[rank][0] is not MemoryError, rank))
+            kind, text = failures[rank]
+            joint = kind(f"rank {rank}: {text}")
+            try:
+                raise joint from (cause if rank == self.rank else None)
+            finally:
+                # The traceback of the error in the step would keep the memory that ran out.
+                joint.__context__ = None
+        step.received = [value for _, value in gathered]
 
     @contextmanager
     def meeting(self, serve: Callable[[], None]) -> Iterator[None]:
@@ -175,82 +216,16 @@ def joint_group(group: dist.ProcessGroup | None = None) -> Group:
     return Group(dist.get_rank(group), dist.get_world_size(group), group)
 
 
-class Step:
-    """Step of a measurement: `with group.step() as step`.
-
-    Where its body raises on one rank, all ranks raise at its end. What the body gives to `send` is all-gathered.
-    """
-
-    received: Sequence[Any] = ()
-    """After the step: what each rank sent, by rank; None for a rank that sent nothing."""
-
-    def __init__(self, group: Group, watched: bool) -> None:
-        self._group, self._value = group, None
-        watches = watched and group.size > 1
-        self._watch = _NoCommunication() if watches else nullcontext()  # type: ignore[no-untyped-call]
-
-    def send(self, value: Any) -> None:
-        """Give all ranks a value, through pickle, which must not fail."""
-        self._value = value
-
-    def __enter__(self) -> Step:
-        self._group.in_step = True
-        self._watch.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._watch.__exit__(kind, error, traceback)
-        if self._group.size == 1:
-            self.received = [self._value]
-            return
-        self._group.in_step = False
-        # An interrupt is of this rank alone.
-        if error is not None and not isinstance(error, Exception):
-            return
-        if self._group.serve is not None:
-            self._group.serve()
-        failure = None if error is None else _Failure.of(error)
-        gathered = self._group.all_gather_object((failure, None if failure else self._value))
-        failures = {rank: failed for rank, (failed, _) in enumerate(gathered) if failed is not None}
-        if failures:
-            rank = min(failures, key=lambda rank: (failures[rank].kind is not MemoryError, rank))
-            cause = error if rank == self._group.rank and failures[rank].kind is not MemoryError else None
-            _raise(failures[rank].error(rank), cause)
-        self.received = [value for _, value in gathered]
-
-
-def _raise(error: Exception, cause: BaseException | None) -> None:
-    """Raise an error in place of the one that is handled, whose traceback would keep the memory that ran out."""
-    try:
-        raise error from cause
-    finally:
-        error.__context__ = None
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Error of one rank in the form that the others are told of it."""
-
-    kind: type[Exception]
-    text: str
-
-    @classmethod
-    def of(cls, error: Exception) -> _Failure:
-        text = text_of(error)
-        if is_out_of_memory(error):
-            return cls(MemoryError, f"out of memory: {text}")
-        # Other classes may take more than a text, or be unknown elsewhere.
-        if isinstance(error, MeasurementError):
-            own = type(error).__module__.partition(".")[0] == PACKAGE
-            return cls(type(error) if own else MeasurementError, text)
-        if isinstance(error, ValueError):
-            return cls(ValueError, text)
-        return cls(ProcessError, f"{type(error).__name__}: {text}")
-
-    def error(self, rank: int) -> Exception:
-        return self.kind(f"rank {rank}: {self.text}")
+def _as_told(error: Exception) -> tuple[type[Exception], str]:
+    """Return class and text of the error that the other ranks are told of."""
+    text = text_of(error)
+    if is_out_of_memory(error):
+        return MemoryError, f"out of memory: {text}"
+    # Other classes may take more than a text, or be unknown elsewhere.
+    if isinstance(error, MeasurementError):
+        own = type(error).__module__.partition(".")[0] == PACKAGE
+        return type(error) if own else MeasurementError, text
+    return (ValueError, text) if isinstance(error, ValueError) else (ProcessError, f"{type(error).__name__}: {text}")
 
 
 class _NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]

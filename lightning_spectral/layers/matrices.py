@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -292,8 +293,7 @@ def _select(
     return selected
 
 
-def _names_of(layer: MatrixLayer) -> set[str]:
-    return layer.names
+_names_of: Callable[[MatrixLayer], set[str]] = attrgetter("names")
 
 
 def matrix_direction(layer: MatrixLayer, u: Tensor, v: Tensor, like: Tensor) -> Tensor:
