@@ -11,7 +11,6 @@ slope owes to single points, no more.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,25 +49,22 @@ class Intervals:
     s: Interval
 
 
-def exponent_intervals(
-    sigma: Tensor, h: Tensor, *, draws: int, used: Tensor | None = None, level: float = LEVEL, seed: int = 0
-) -> Intervals:
+def exponent_intervals(sigma: Tensor, h: Tensor, *, draws: int, used: Tensor | None = None, seed: int = 0) -> Intervals:
     """Return bootstrap intervals of alpha, gamma and s of one layer.
 
     Args:
         sigma: (K,) singular values above the noise floor, in decreasing order.
         h: (K,) curvatures in the same order; s takes those that are positive.
         used: (K,) which points the fit of alpha used; None: those with positive h.
-        draws, level, seed: as in `slope_interval`.
+        draws, seed: as in `slope_interval`.
     """
     positive = h > 0
     used = positive if used is None else used
     sorted_h = h[positive].sort(descending=True).values
-    options: dict[str, Any] = {"draws": draws, "level": level, "seed": seed}
     return Intervals(
-        alpha=slope_interval(sigma[used].log(), h[used].log(), **options),
-        gamma=slope_interval(_minus_log_rank(len(sigma)), sigma.log(), **options),
-        s=slope_interval(_minus_log_rank(len(sorted_h)), sorted_h.log(), **options),
+        alpha=slope_interval(sigma[used].log(), h[used].log(), draws=draws, seed=seed),
+        gamma=slope_interval(_minus_log_rank(len(sigma)), sigma.log(), draws=draws, seed=seed),
+        s=slope_interval(_minus_log_rank(len(sorted_h)), sorted_h.log(), draws=draws, seed=seed),
     )
 
 

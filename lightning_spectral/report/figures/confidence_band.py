@@ -17,8 +17,8 @@ def fitted_points(layer: LayerSpectrum) -> Tensor:
     return (layer.sigma > layer.noise_floor) & (layer.h > 0) & layer.h.isfinite()
 
 
-def line_and_band(layer: LayerSpectrum, sigma: Tensor, *, level: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the fitted exp(intercept) sigma^alpha and the limits of its pointwise confidence band.
+def line_and_band(layer: LayerSpectrum, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the fitted exp(intercept) sigma^alpha and the limits of its pointwise 95 % confidence band.
 
     With x = log sigma, the line at x_0 is sum c_k log h_k over the fitted points, c_k = 1 / n + (x_0 - mean) (x_k -
     mean) / S_xx. Its variance is sum c_k^2 (RSS / (n - 2) + (h_stderr_k / h_k)^2), so that the slope's is
@@ -28,7 +28,6 @@ def line_and_band(layer: LayerSpectrum, sigma: Tensor, *, level: float = 0.95) -
 
     Args:
         sigma: (p,) where.
-        level: probability that the band holds the line at one sigma.
 
     Returns:
         (p,) the line, the lower and the upper limit.
@@ -40,7 +39,7 @@ def line_and_band(layer: LayerSpectrum, sigma: Tensor, *, level: float = 0.95) -
     variance = residual.square().sum() / (n - 2) + (layer.h_stderr[used] / layer.h[used]).square()
     x_0 = sigma.to(x).log()
     weights = 1 / n + torch.outer(x_0 - x.mean(), dx) / dx.square().sum()
-    half = student_quantile(level, n - 2) * (weights.square() @ variance).sqrt()
+    half = student_quantile(0.95, n - 2) * (weights.square() @ variance).sqrt()
     line = layer.alpha.intercept + layer.alpha.exponent * x_0
     return line.exp(), (line - half).exp(), (line + half).exp()
 

@@ -77,8 +77,8 @@ def plot_power_law(
         ValueError: if a pattern matches none of them.
     """
     selected, note = choose_layers(report, layers, one=ax is not None)
-    rows, columns = _grid(len(selected), width)
-    with canvas(width, _height(rows, HEADED_HEIGHT), dark=dark, title=title, ax=ax) as drawing:
+    rows, columns, height = _grid(len(selected), width, HEADED_HEIGHT)
+    with canvas(width, height, dark=dark, title=title, ax=ax) as drawing:
         marks: set[str] = set()
         panels = _panels(drawing, rows, columns, len(selected))
         for axes, layer in zip(panels, selected, strict=True):
@@ -117,8 +117,8 @@ def plot_rank_profiles(
         ValueError: if a pattern matches none of them.
     """
     selected, note = choose_layers(report, layers, one=ax is not None)
-    rows, columns = _grid(len(selected), width)
-    with canvas(width, _height(rows, PANEL_HEIGHT), dark=dark, title=title, ax=ax) as drawing:
+    rows, columns, height = _grid(len(selected), width, PANEL_HEIGHT)
+    with canvas(width, height, dark=dark, title=title, ax=ax) as drawing:
         for axes, layer in zip(_panels(drawing, rows, columns, len(selected)), selected, strict=True):
             _rank_profile(axes, layer, headed=drawing.headed)
         drawing.ordinate("singular value σ (loss per unit of weight)")
@@ -152,14 +152,11 @@ def rank_values(layer: LayerSpectrum) -> Tensor:
     return layer.spectrum[layer.spectrum > layer.noise_floor]
 
 
-def _grid(panels: int, width: float) -> tuple[int, int]:
+def _grid(panels: int, width: float, each: float) -> tuple[int, int, float]:
+    """Return rows, columns and inches of the height; of one row enough for the label of its ordinate."""
     columns = max(1, min(panels, int(width / PANEL)))
-    return math.ceil(panels / columns), columns
-
-
-def _height(rows: int, each: float) -> float:
-    """Return inches of the panels; of one row enough for the label of its ordinate."""
-    return max(0.1 + each * rows, 2.8)
+    rows = math.ceil(panels / columns)
+    return rows, columns, max(0.1 + each * rows, 2.8)
 
 
 def _panels(drawing: Canvas, rows: int, columns: int, count: int) -> list[Axes]:
