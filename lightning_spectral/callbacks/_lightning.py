@@ -44,17 +44,10 @@ else:
         """Callback of every Lightning package that is installed, so that every Trainer and CLI accepts it."""
 
 
-def jsonargparse_missing() -> str | None:
-    """Return how to install the dependency of LightningCLI if it is missing, else None."""
-    if find_spec("jsonargparse") is None:
-        return 'LightningCLI needs jsonargparse: pip install "lightning-spectral[cli]"'
-    return None
-
-
 def lightning_cli(package: str) -> type:
     """Return the LightningCLI of a package; raise ImportError without jsonargparse."""
-    if missing := jsonargparse_missing():
-        raise ImportError(missing)
+    if find_spec("jsonargparse") is None:
+        raise ImportError('LightningCLI needs jsonargparse: pip install "lightning-spectral[cli]"')
     return importlib.import_module(f"{package}.cli").LightningCLI  # type: ignore[no-any-return]
 
 

@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from lightning_spectral._messages import join_names
 from lightning_spectral.layers.matrices import MatrixLayer, find_layers
 from lightning_spectral.optim.measured_alpha import MeasuredAlpha
 from lightning_spectral.optim.spectral_newton import SpectralNewton
 from lightning_spectral.options import Options
 from lightning_spectral.records.log_keys import ALPHA_KEY
 from lightning_spectral.records.report import SpectralReport
-
-MAX_NAMES = 8
-"""Number of layers that a message names."""
 
 
 def probe_alpha_optimizers(trainer: Any) -> list[SpectralNewton]:
@@ -59,10 +57,16 @@ def warn_of_unmeasured(
     optimizers: Sequence[SpectralNewton], module: nn.Module, options: Options, warn: Callable[[str], None]
 ) -> None:
     """Warn of parameters of alpha="probe" that the options leave unmeasured."""
-    if names := unmeasured_parameters(optimizers, module, _measured_layers(module, options)):
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    measured = {id(parameters[layer.parameter]) for layer in _measured_layers(module, options).values()}
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group.get("alpha") == "probe"]
+    steps = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+    left = [names.get(id(x), "a parameter outside the module") for x in steps if id(x) not in measured]
+    if left:
         warn(
-            f"alpha='probe': {', '.join(names[:MAX_NAMES])}{' and others' * (len(names) > MAX_NAMES)} are "
-            "not measured, so their alpha stays as it is; choose them with layers, or leave them to AdamW"
+            f"alpha='probe': {join_names(left)} are not measured, so their alpha stays as it is; choose them with "
+            "layers, or leave them to AdamW"
         )
 
 
@@ -88,20 +92,3 @@ def write_alphas(
             measured.setdefault(parameters[layer.parameter], []).append(MeasuredAlpha(alpha, layer.rows))
     for optimizer in optimizers:
         optimizer.set_alpha(measured)
-
-
-def unmeasured_parameters(
-    optimizers: Iterable[SpectralNewton], module: nn.Module, layers: Mapping[str, MatrixLayer]
-) -> list[str]:
-    """Return the names of the parameters of alpha="probe" that belong to none of the layers."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    measured = {id(parameters[layer.parameter]) for layer in layers.values()}
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [
-        names.get(id(parameter), "a parameter outside the module")
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        if group.get("alpha") == "probe"
-        for parameter in group["params"]
-        if parameter.requires_grad and id(parameter) not in measured
-    ]

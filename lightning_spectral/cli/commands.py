@@ -207,10 +207,6 @@ def _import_from_here() -> None:
 
 def _lightning(arguments: Sequence[str], *, from_command_line: bool) -> int:
     _import_from_here()
-    from lightning_spectral.callbacks._lightning import jsonargparse_missing
-
-    if missing := jsonargparse_missing():
-        return _fail(arguments[0], missing)
     from lightning_spectral.cli.import_paths import SourceError
     from lightning_spectral.cli.lightning import run
 

@@ -137,7 +137,11 @@ def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
     path = named_model(arguments)
     # A short name is for LightningCLI to resolve, and so is a file of options.
     by_path = path is not None and "." in path and Path(path).suffix not in (".yaml", ".yml", ".json")
-    cli = spectral_cli(package_of(import_object(path, "--model") if path and by_path else None))
+    model = import_object(path, "--model") if path and by_path else None
+    try:
+        cli = spectral_cli(package_of(model))
+    except ImportError as error:
+        raise SourceError(str(error)) from error
     # Under `python -m` argparse would take the name of the file that is run.
     program = "lightning-spectral"
     parser_kwargs = {"prog": program, "exit_on_error": False, arguments[0]: {"usage": USAGE, "exit_on_error": False}}

@@ -22,10 +22,11 @@ from torch import nn
 from trust import every_fit_trusted
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning
-from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, unmeasured_parameters, write_alphas
+from lightning_spectral.callbacks.alpha_transfer import probe_alpha_optimizers, warn_of_unmeasured, write_alphas
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.optim.measured_alpha import MeasuredAlpha
+from lightning_spectral.options import Options
 
 LR = 1e-2
 
@@ -196,8 +197,9 @@ def test_matrices_that_the_probe_does_not_measure_are_named():
     model = TiedLM()
     optimizer = SpectralNewton(model.parameters(), alpha="probe")
     model.block.down.requires_grad_(False)
-    layers = find_layers(model, layers=["block.*"]).layers
-    assert unmeasured_parameters([optimizer], model, layers) == ["tokens.weight"]
+    told = []
+    warn_of_unmeasured([optimizer], model, Options(layers=["block.*"]), told.append)
+    assert [text.partition(" are not measured")[0] for text in told] == ["alpha='probe': tokens.weight"]
     with pytest.warns(SpectralWarning, match=r"alpha='probe': tokens.weight are not measured.*choose them with layers"):
         trained(GPT, Given(1.5), params=lambda m: m.parameters(), steps=1)
 
