@@ -27,26 +27,6 @@ Quantity = Literal["exponent", "stderr", "r2"]
 QUANTITIES: tuple[Quantity, ...] = ("exponent", "stderr", "r2")
 
 
-def pooled_fit(sums: Tensor, n_points: int, n_fits: int) -> dict[Quantity, Tensor]:
-    """Fit one slope, and an intercept for each fit, by least squares over the points of several fits.
-
-    With X, C, Y the sums over all fits of dx^2, dx dy and dy^2, the deviations from the fit's own means:
-    exponent = C / X, RSS = Y - C^2 / X, stderr = sqrt(RSS / (n_points - n_fits - 1) / X), r2 = 1 - RSS / Y.
-
-    Args:
-        sums: (3,) X, C, Y.
-        n_points: points in the fits.
-        n_fits: how many there are.
-
-    Returns:
-        Each NaN where there is no fit, r2 also where the ordinates of each are equal.
-    """
-    xx, xy, yy = sums
-    # Of points on a line the difference leaves rounding noise, which may be negative.
-    rss = (yy - xy.square() / xx).clamp(min=0)
-    return {"exponent": xy / xx, "stderr": (rss / (n_points - n_fits - 1) / xx).sqrt(), "r2": 1 - rss / yy}
-
-
 class _SpectralMetric(Metric):
     """Sums and counts of spectra that keep their precision when the module around them is cast."""
 
@@ -144,8 +124,18 @@ class _PooledExponent(_SpectralMetric):
         self.quantity: Quantity = quantity
 
     def compute(self) -> Tensor:
-        """Return the exponent over all updates, its standard error or its r2, as a float64 scalar."""
-        return pooled_fit(getattr(self, self._sums_name), self.points, self.updates_used)[self.quantity]
+        """Return the exponent over all updates, its standard error or its r2, as a float64 scalar.
+
+        With X, C, Y the sums over all updates of dx^2, dx dy and dy^2, the deviations from the update's own means:
+        exponent = C / X, RSS = Y - C^2 / X, stderr = sqrt(RSS / (points - updates - 1) / X), r2 = 1 - RSS / Y; r2 is
+        NaN where the ordinates of each update are equal.
+        """
+        xx, xy, yy = getattr(self, self._sums_name)
+        # Of points on a line the difference leaves rounding noise, which may be negative.
+        rss = (yy - xy.square() / xx).clamp(min=0)
+        stderr = (rss / (self.points - self.updates_used - 1) / xx).sqrt()
+        values: dict[Quantity, Tensor] = {"exponent": xy / xx, "stderr": stderr, "r2": 1 - rss / yy}
+        return values[self.quantity]
 
     def _add_points(self, points: LogPoints) -> None:
         terms = centred_sums(points)

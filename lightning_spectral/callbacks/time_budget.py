@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lightning_spectral._validation import positive_int
+from lightning_spectral._validation import number, positive_int
 from lightning_spectral.report.terminal.formatting import duration
 
 MAX_OVERHEAD = 0.05
@@ -58,9 +58,8 @@ class TimeBudget:
         min_probes: int = MIN_PROBES,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if not isinstance(max_overhead, (int, float)) or not 0 < max_overhead < 1:
-            raise ValueError(f"max_overhead must be a share of wall time, between 0 and 1, got {max_overhead!r}")
-        self.max_overhead = float(max_overhead)
+        rule = "be a share of wall time, between 0 and 1"
+        self.max_overhead = float(number("max_overhead", max_overhead, lambda share: 0 < share < 1, rule))
         self.min_probes = positive_int("min_probes", min_probes, 0)
         self.clock = clock
         self.total_steps = math.inf

@@ -45,7 +45,9 @@ class InitialState:
         copied_from = originals or {}
         tensors = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, UNINITIALIZED)]
         self._tensors = [t for t in tensors if copied_from.get(id(t), t) is not None]
-        self._values = [_value(t, copied_from.get(id(t))) for t in self._tensors]
+        originals_of = (copied_from.get(id(t)) for t in self._tensors)
+        pairs = zip(self._tensors, originals_of, strict=True)
+        self._values = [t.detach().clone() if original is None else original.detach() for t, original in pairs]
         self._restore = restore
         self.held = HeldState(held, map(id, (*module.parameters(), *module.buffers())))
         self.raised = frozenset(raised)
@@ -74,10 +76,6 @@ class InitialState:
         # The tensors do not hold the values yet.
         other._called = True
         return other
-
-
-def _value(tensor: Tensor, original: Tensor | None) -> Tensor:
-    return tensor.detach().clone() if original is None else original.detach()
 
 
 class ReplayedLoss:
