@@ -199,7 +199,7 @@ class LayerSpectrum:
     def scalars(self) -> dict[str, float]:
         """Return the logged quantities of `LAYER_KEYS` by name, without those of parts that were not asked for."""
         parts = {"", *self.parts}
-        return {key.name: float(key.value(self)) for key in LAYER_KEYS if key.part in parts}
+        return {key.name: key.value(self) for key in LAYER_KEYS if key.part in parts}
 
     def __repr__(self) -> str:
         (m, n), fit, doubt = self.shape, self.alpha, self.fit_quality.doubt

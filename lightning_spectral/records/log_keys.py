@@ -6,13 +6,12 @@ another's path, since MLflow's file store makes a folder of one and a file of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from lightning_spectral.numerics.power_law import RankModel
-from lightning_spectral.records.alignment import LayerAlignment
 
 if TYPE_CHECKING:
     from lightning_spectral.records.layer_spectrum import LayerSpectrum
@@ -26,7 +25,7 @@ class LoggedKey:
 
     Attributes:
         name, meaning: of the quantity.
-        value: function that reads it from a spectrum, which must hold the part.
+        path: of the attribute of a spectrum that it is.
         median: True where its median over layers is logged.
         part: optional part of a spectrum that it belongs to; empty for what is always measured.
         of_fit: True where it means little of a layer whose alpha is not to be trusted, so that its median is over fits
@@ -35,79 +34,73 @@ class LoggedKey:
 
     name: str
     meaning: str
-    value: Callable[[Any], float]
+    path: str = ""
     median: bool = False
     part: str = ""
     of_fit: bool = True
 
-
-def _aligned(name: str, meaning: str, value: Callable[[LayerAlignment], float], *, of_fit: bool = True) -> LoggedKey:
-    """Return a key that reads a layer's alignment; NaN where that was asked for and is not to be had."""
-
-    def read(layer: LayerSpectrum) -> float:
-        return float("nan") if layer.alignment is None else value(layer.alignment)
-
-    return LoggedKey(name, meaning, read, median=True, part="alignment", of_fit=of_fit)
+    def value(self, layer: LayerSpectrum) -> float:
+        """Return it of a spectrum; NaN where its part is not there."""
+        if self.part and getattr(layer, self.part) is None:
+            return float("nan")
+        return float(attrgetter(self.path)(layer))
 
 
 _of_trusted = partial(LoggedKey, median=True)
 _of_all = partial(LoggedKey, median=True, of_fit=False)
+_aligned = partial(LoggedKey, median=True, part="alignment")
 
 LAYER_KEYS: tuple[LoggedKey, ...] = (
-    _of_trusted("alpha", "slope of log h on log sigma", lambda x: x.alpha.exponent),
-    LoggedKey("alpha_stderr", "standard error of alpha", lambda x: x.alpha.stderr),
-    _of_all("r2_alpha", "r2 of the fit of alpha", lambda x: x.alpha.r2),
-    LoggedKey("alpha_theil_sen", "median slope of log h on log sigma", lambda x: x.alpha_theil_sen),
-    LoggedKey("alpha_bias", "what sampling noise adds to alpha, estimated", lambda x: x.alpha_bias),
-    _of_all("signal", "share of the squared gradient that is no sampling noise", lambda x: x.gradient_noise.signal),
-    LoggedKey("signal_stderr", "standard error of signal", lambda x: x.gradient_noise.signal_stderr),
-    _of_all(
-        "noise_scale", "samples at which half of the squared gradient is noise", lambda x: x.gradient_noise.noise_scale
-    ),
-    LoggedKey("noise_scale_stderr", "standard error of noise_scale", lambda x: x.gradient_noise.noise_scale_stderr),
-    _of_all("sigma_max", "largest sigma", lambda x: x.sigma_max),
-    _of_all("h_max", "largest h", lambda x: x.h_max),
-    _of_trusted("gamma", "minus the slope of log sigma_k on log k", lambda x: x.gamma.exponent),
-    LoggedKey("r2_gamma", "r2 of the fit of gamma", lambda x: x.gamma.r2),
-    _of_trusted("s", "minus the slope of log sorted positive h on log rank", lambda x: x.s.exponent),
-    LoggedKey("r2_s", "r2 of the fit of s", lambda x: x.s.r2),
-    _of_trusted("transfer_error", "abs(s - alpha gamma) / abs(s)", lambda x: x.transfer_error),
-    _of_trusted("pr_curvature", "participation ratio of positive h", lambda x: x.pr_curvature),
-    _of_trusted("pr_gradient", "participation ratio of sigma^2", lambda x: x.pr_gradient),
-    _of_trusted("zeta_bound", "zeta(alpha gamma)^2 / zeta(2 alpha gamma)", lambda x: x.zeta_bound),
-    _of_trusted("zeta_bound_window", "zeta bound of the window", lambda x: x.zeta_bound_window),
-    LoggedKey("negative_curvature", "directions with h < 0", lambda x: x.n_negative),
-    LoggedKey("points", "points in the fit of alpha", lambda x: x.alpha.n_used),
-    _of_all("rank_margin", "BIC of the runner-up minus the winner's", lambda x: x.rank_models.margin),
-    LoggedKey("alpha_low", "lower end of alpha's interval", lambda x: x.intervals.alpha.low, part="intervals"),
-    LoggedKey("alpha_high", "upper end of alpha's interval", lambda x: x.intervals.alpha.high, part="intervals"),
-    LoggedKey("gamma_low", "lower end of gamma's interval", lambda x: x.intervals.gamma.low, part="intervals"),
-    LoggedKey("gamma_high", "upper end of gamma's interval", lambda x: x.intervals.gamma.high, part="intervals"),
-    LoggedKey("s_low", "lower end of s's interval", lambda x: x.intervals.s.low, part="intervals"),
-    LoggedKey("s_high", "upper end of s's interval", lambda x: x.intervals.s.high, part="intervals"),
-    _of_all("gamma_weight", "gamma of the weights", lambda x: x.weights.gamma.exponent, part="weights"),
-    _of_all("s_weight", "s of the weights", lambda x: x.weights.s.exponent, part="weights"),
-    LoggedKey("r2_s_weight", "r2 of the fit of s_weight", lambda x: x.weights.s.r2, part="weights"),
-    LoggedKey("hessian_trace", "trace of the Hessian block", lambda x: x.fraction.trace, part="fraction"),
-    LoggedKey(
-        "hessian_trace_stderr", "standard error of the trace", lambda x: x.fraction.trace_stderr, part="fraction"
-    ),
-    _of_all("curvature_fraction", "sum of h over the trace", lambda x: x.fraction.value, part="fraction"),
-    LoggedKey("curvature_fraction_stderr", "standard error of it", lambda x: x.fraction.stderr, part="fraction"),
-    _of_all("curvature_over_random", "mean h over tr H / (m n)", lambda x: x.fraction.over_random, part="fraction"),
-    _aligned("beta", "slope of log(Lambda_delta_k Lambda_A_k) on log sigma", lambda x: x.beta.exponent),
-    _aligned("phi", "slope of log Phi_k on log sigma", lambda x: x.phi.exponent),
-    _aligned("chi_slope", "slope of log chi_k on log sigma", lambda x: x.chi_slope.exponent),
-    _aligned("chi", "median of chi_k = h_k / h_kron_k over k", lambda x: x.median_chi),
+    _of_trusted("alpha", "slope of log h on log sigma", "alpha.exponent"),
+    LoggedKey("alpha_stderr", "standard error of alpha", "alpha.stderr"),
+    _of_all("r2_alpha", "r2 of the fit of alpha", "alpha.r2"),
+    LoggedKey("alpha_theil_sen", "median slope of log h on log sigma", "alpha_theil_sen"),
+    LoggedKey("alpha_bias", "what sampling noise adds to alpha, estimated", "alpha_bias"),
+    _of_all("signal", "share of the squared gradient that is no sampling noise", "gradient_noise.signal"),
+    LoggedKey("signal_stderr", "standard error of signal", "gradient_noise.signal_stderr"),
+    _of_all("noise_scale", "samples at which half of the squared gradient is noise", "gradient_noise.noise_scale"),
+    LoggedKey("noise_scale_stderr", "standard error of noise_scale", "gradient_noise.noise_scale_stderr"),
+    _of_all("sigma_max", "largest sigma", "sigma_max"),
+    _of_all("h_max", "largest h", "h_max"),
+    _of_trusted("gamma", "minus the slope of log sigma_k on log k", "gamma.exponent"),
+    LoggedKey("r2_gamma", "r2 of the fit of gamma", "gamma.r2"),
+    _of_trusted("s", "minus the slope of log sorted positive h on log rank", "s.exponent"),
+    LoggedKey("r2_s", "r2 of the fit of s", "s.r2"),
+    _of_trusted("transfer_error", "abs(s - alpha gamma) / abs(s)", "transfer_error"),
+    _of_trusted("pr_curvature", "participation ratio of positive h", "pr_curvature"),
+    _of_trusted("pr_gradient", "participation ratio of sigma^2", "pr_gradient"),
+    _of_trusted("zeta_bound", "zeta(alpha gamma)^2 / zeta(2 alpha gamma)", "zeta_bound"),
+    _of_trusted("zeta_bound_window", "zeta bound of the window", "zeta_bound_window"),
+    LoggedKey("negative_curvature", "directions with h < 0", "n_negative"),
+    LoggedKey("points", "points in the fit of alpha", "alpha.n_used"),
+    _of_all("rank_margin", "BIC of the runner-up minus the winner's", "rank_models.margin"),
+    LoggedKey("alpha_low", "lower end of alpha's interval", "intervals.alpha.low", part="intervals"),
+    LoggedKey("alpha_high", "upper end of alpha's interval", "intervals.alpha.high", part="intervals"),
+    LoggedKey("gamma_low", "lower end of gamma's interval", "intervals.gamma.low", part="intervals"),
+    LoggedKey("gamma_high", "upper end of gamma's interval", "intervals.gamma.high", part="intervals"),
+    LoggedKey("s_low", "lower end of s's interval", "intervals.s.low", part="intervals"),
+    LoggedKey("s_high", "upper end of s's interval", "intervals.s.high", part="intervals"),
+    _of_all("gamma_weight", "gamma of the weights", "weights.gamma.exponent", part="weights"),
+    _of_all("s_weight", "s of the weights", "weights.s.exponent", part="weights"),
+    LoggedKey("r2_s_weight", "r2 of the fit of s_weight", "weights.s.r2", part="weights"),
+    LoggedKey("hessian_trace", "trace of the Hessian block", "fraction.trace", part="fraction"),
+    LoggedKey("hessian_trace_stderr", "standard error of the trace", "fraction.trace_stderr", part="fraction"),
+    _of_all("curvature_fraction", "sum of h over the trace", "fraction.value", part="fraction"),
+    LoggedKey("curvature_fraction_stderr", "standard error of it", "fraction.stderr", part="fraction"),
+    _of_all("curvature_over_random", "mean h over tr H / (m n)", "fraction.over_random", part="fraction"),
+    _aligned("beta", "slope of log(Lambda_delta_k Lambda_A_k) on log sigma", "alignment.beta.exponent"),
+    _aligned("phi", "slope of log Phi_k on log sigma", "alignment.phi.exponent"),
+    _aligned("chi_slope", "slope of log chi_k on log sigma", "alignment.chi_slope.exponent"),
+    _aligned("chi", "median of chi_k = h_k / h_kron_k over k", "alignment.median_chi"),
     _aligned(
         "concentration_ratio",
         "mean of products over product of means, median over k",
-        lambda x: x.concentration_ratio,
+        "alignment.concentration_ratio",
         of_fit=False,
     ),
-    _aligned("effective_rank_a", "exp(entropy) of C_A's eigenvalues", lambda x: x.effective_rank_a, of_fit=False),
+    _aligned("effective_rank_a", "exp(entropy) of C_A's eigenvalues", "alignment.effective_rank_a", of_fit=False),
     _aligned(
-        "effective_rank_delta", "exp(entropy) of C_delta's eigenvalues", lambda x: x.effective_rank_delta, of_fit=False
+        "effective_rank_delta", "exp(entropy) of C_delta's eigenvalues", "alignment.effective_rank_delta", of_fit=False
     ),
 )
 """Quantities of each layer, in the order in which they are logged."""
@@ -115,7 +108,6 @@ LAYER_KEYS: tuple[LoggedKey, ...] = (
 STEP_CURVATURE = LoggedKey(
     "step_curvature",
     "share of the curvature along the optimizer's step, Delta_l^T (H Delta)_l / Delta^T H Delta",
-    lambda share: float(share),
     part="step",
 )
 """Quantity of each layer that is measured after the step, and so is of a `StepMeasurement` and of no spectrum."""
