@@ -1,22 +1,11 @@
-"""Text for messages: names joined, reasons grouped, the name that was meant."""
+"""Text for messages: names joined, reasons grouped, bytes as people write them."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 NAMES_SHOWN = 6
 """How many layers a message names."""
-
-
-def did_you_mean(name: str, candidates: Iterable[str], most: int = 1) -> str:
-    """Return a question with the names nearest to one that there is not; nothing where none is near.
-
-    >>> did_you_mean("every_n_step", ["every_n_steps", "top_k"]), did_you_mean("colour", ["top_k"])
-    ('did you mean every_n_steps?', '')
-    """
-    close = difflib.get_close_matches(name, list(candidates), most)
-    return f"did you mean {' or '.join(close)}?" if close else ""
 
 
 def group_by_reason(failed: Mapping[str, str]) -> list[str]:

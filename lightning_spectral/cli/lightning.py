@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import inspect
 import logging
@@ -14,8 +15,6 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import yaml
-
-from lightning_spectral._messages import did_you_mean
 
 # LightningCLI resolves short names of imported classes alone.
 from lightning_spectral.callbacks import SpectralProbe, SwapOptimizer
@@ -216,8 +215,8 @@ def suggestion(message: str) -> str:
         subtypes = message.partition("Subtypes:")[2].partition("\n")[0]
         bases = [_named(path) for match in BASE.findall(subtypes) for path in match if path]
         candidates = {cls.__name__ for base in bases if isinstance(base, type) for cls in _subclasses(base)}
-    hint = did_you_mean(name, sorted(candidates), 2)
-    return f"\n{hint}" if hint else ""
+    close = difflib.get_close_matches(name, sorted(candidates), 2)
+    return f"\ndid you mean {' or '.join(close)}?" if close else ""
 
 
 def _module(path: str) -> Any:
