@@ -57,16 +57,24 @@ def isolated(
         stack.enter_context(_buffers_and_flags(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_no_autocast({p.device.type for p in model.parameters()} | {"cpu"}))
+        # The caller's autocast, and any that the network opens by itself.
+        for device_type in {p.device.type for p in model.parameters()} | {"cpu"}:
+            if torch.amp.is_autocast_available(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(no_autocast_inside())
         # No other attention kernel, and no cuDNN recurrence, has a second derivative.
         stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
         stack.enter_context(full_float32())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(_eager())
+        # Compiled graphs have no second derivative. Without torch._dynamo loaded nothing is compiled, and loading it
+        # takes seconds.
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         copy = stack.enter_context(copied_module(model, stand_ins, PRECISIONS[precision]))
         _raise_precision(copy.module, PRECISIONS[precision])
-        stack.enter_context(_default_dtype(copy.module))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        _set_default_dtype(copy.module)
         if mode == "eval" or not model.training:
             copy.module.train(mode == "train")
         interrupts.release()
@@ -93,19 +101,12 @@ def _raise_precision(module: nn.Module, dtype: torch.dtype) -> None:
             part.__dict__["_dtype"] = torch.promote_types(part.__dict__["_dtype"], dtype)
 
 
-@contextmanager
-def _default_dtype(module: nn.Module) -> Iterator[None]:
-    """Create tensors in the dtype of a float64 network, as Lightning's precision "64-true" does."""
-    before = torch.get_default_dtype()
-    floating = {p.dtype for p in module.parameters() if p.is_floating_point()}
-    try:
-        if floating == {torch.float64}:
-            torch.set_default_dtype(torch.float64)
-        elif before in (torch.float16, torch.bfloat16):
-            torch.set_default_dtype(torch.float32)
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _set_default_dtype(module: nn.Module) -> None:
+    """Have tensors created in the dtype of a float64 network, as Lightning's precision "64-true" does."""
+    if {p.dtype for p in module.parameters() if p.is_floating_point()} == {torch.float64}:
+        torch.set_default_dtype(torch.float64)
+    elif torch.get_default_dtype() in (torch.float16, torch.bfloat16):
+        torch.set_default_dtype(torch.float32)
 
 
 @contextmanager
@@ -127,25 +128,3 @@ def _buffers_and_flags(model: nn.Module) -> Iterator[None]:
             with suppress(RuntimeError):
                 if not torch.equal(buffer, value):
                     put_back(buffer, value)
-
-
-@contextmanager
-def _no_autocast(device_types: set[str]) -> Iterator[None]:
-    """Disable the caller's autocast and any that the network opens by itself."""
-    with ExitStack() as stack:
-        for device_type in device_types:
-            if torch.amp.is_autocast_available(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.enter_context(no_autocast_inside())
-        yield
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """Run compiled code eagerly: compiled graphs have no second derivative."""
-    # Without torch._dynamo loaded nothing is compiled, and loading it takes seconds.
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
