@@ -125,16 +125,12 @@ class TimeBudget:
         c = self.next_seconds
         return self.last_step is None or self.probe_seconds + c <= self.share * (self.wall_seconds + c)
 
-    def training_seconds(self, step: int) -> float:
-        """Return the time of the whole run without its probes, as it looks at this step; NaN before it can be told."""
-        return self.wall_seconds - self.probe_seconds + (self.total_steps - step) * self.step_seconds(step)
-
     def probes_to_come(self, step: int) -> int:
         """Return how many probes are to come at least, with that of the final weights; all before times are known.
 
-        With R the `training_seconds`, there is room for n where P + n c <= F (R + P + n c).
+        With R the time of the whole run without its probes, there is room for n where P + n c <= F (R + P + n c).
         """
-        training = self.training_seconds(step)
+        training = self.wall_seconds - self.probe_seconds + (self.total_steps - step) * self.step_seconds(step)
         asked = self.min_probes + 1 - self.probes
         if math.isnan(training) or not math.isfinite(self.total_steps):
             return asked
