@@ -52,9 +52,6 @@ def mean_and_error(draws: Sequence[Draw]) -> tuple[dict[str, Tensor], dict[str, 
 NOISE_OF_ALPHA = 0.25
 """Share of alpha from which on its standard error makes it noise."""
 
-NOISE_SHARE = 0.1
-"""Share of alpha's own standard error that the noise of h may add to it."""
-
 
 def is_precise(
     triplets: Mapping[str, SingularTriplets],
@@ -63,19 +60,13 @@ def is_precise(
     target: float,
     share: float = 1.0,
 ) -> bool:
-    """Return whether more draws are not worth their time, in the median layer.
+    """Return whether more draws are not worth their time: the standard error that h gives alpha in the median layer.
 
-    The standard error that h gives alpha is below the target, or below twice that and adds less than `NOISE_SHARE` to
-    the one that the scatter of the points gives it, of which the noise itself is a part. Other micro-batches of the
-    batch, of which these are a ``share`` of the samples, average this one's noise with theirs.
+    Other micro-batches of the batch, of which these are a ``share`` of the samples, average this one's noise with
+    theirs.
     """
-    precise = []
-    for name, of_layer in triplets.items():
-        fit, noise = _alpha_and_noise(of_layer, h[name], stderr[name])
-        if not math.isnan(fit.exponent):
-            own = math.sqrt(max(fit.stderr**2 - noise**2, 0.0))
-            noise *= math.sqrt(share)
-            precise.append(noise <= max(target, min(own * math.sqrt((1 + NOISE_SHARE) ** 2 - 1), 2 * target)))
+    found = [_alpha_and_noise(of_layer, h[name], stderr[name]) for name, of_layer in triplets.items()]
+    precise = [noise * math.sqrt(share) <= target for fit, noise in found if not math.isnan(fit.exponent)]
     return bool(precise) and 2 * sum(precise) >= len(precise)
 
 

@@ -47,7 +47,7 @@ LEAST_COLUMNS = 8
 RANDOM_COLUMNS = 40
 """Random columns at most."""
 
-TARGET_ERROR = 0.01
+TARGET_ERROR = 0.02
 """Standard error of alpha, from that of h, below which no further column is worth its time."""
 
 
@@ -60,7 +60,7 @@ class GGNCurvature:
     Args:
         exact_columns: outputs per sample up to which all columns are taken.
         random_columns: how many random ones otherwise, at most.
-        target_error: stop before that, once h's noise adds less than this, or less than a tenth, to alpha's error.
+        target_error: stop before that, once the standard error that h gives alpha is below it in the median layer.
         seed: of the random signs.
         as_hessian: refuse a network of which Gauss-Newton is not the Hessian.
 

@@ -628,6 +628,27 @@ def test_hadamard_rows_are_orthogonal():
     assert set(h.unique().tolist()) == {-1, 1}
 
 
+def test_signs_of_more_channels_than_samples_are_orthogonal_in_groups(monkeypatch):
+    """Two independent rows of signs over 32 samples have a product of 32 in the mean square."""
+    seen, make = [], sketch_module._Products.__init__
+
+    def noted(self, *args):
+        make(self, *args)
+        seen.append(self._signs(40).double())
+
+    monkeypatch.setattr(sketch_module._Products, "__init__", noted)
+    model, batch = Case("", gelu_mlp, many(35), cross_entropy).build()
+    measure_spectra(model, batch, cross_entropy, curvature="sketch", top_k=3)
+    (signs,) = seen
+    assert signs.shape == (40, 35)
+    assert set(signs.unique().tolist()) == {-1, 1}
+    squares = (signs @ signs.T).square()
+    # The last 3 of 35 samples fill no block.
+    assert squares[:32, :32].fill_diagonal_(0).max() <= 9
+    assert squares[32:, 32:].fill_diagonal_(0).max() <= 9
+    assert 16 < squares[:32, 32:].mean() < 64
+
+
 def unknown_loss(model, batch):
     return (model(batch[0]) - 1).abs().mean()
 
