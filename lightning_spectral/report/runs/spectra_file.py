@@ -132,9 +132,12 @@ def index_lines(path: str | Path) -> tuple[list[Line], str]:
     lines: list[Line] = []
     offset = 0
     for number, line in enumerate(_lines(path), start=1):
-        if not line.endswith(b"\n"):
+        is_whole = line.endswith(b"\n")
+        # A long line tells its kind without its end: JSON of another kind is not torn.
+        if is_whole or len(line) > _HEAD_BYTES:
+            placed = _place_of(path, Line(number, offset, None), line)
+        if not is_whole:
             return lines, f"its last line, {number}, is torn and left out: the run was killed or the disk was full"
-        placed = _place_of(path, Line(number, offset, None), line)
         while lines and _replaces(placed, lines[-1]):
             lines.pop()
         lines.append(placed)
@@ -206,7 +209,8 @@ def _place_of(path: str | Path, place: Line, line: bytes) -> Line:
     step = start and _STEP.match(line[:_HEAD_BYTES], start.end())
     if not start or not step:
         raise RunError(
-            f"{path}: line {place.number} is not of a file that a SpectralProbe wrote, such as spectra.jsonl"
+            f"{path}: line {place.number} is not of a file that a SpectralProbe wrote, such as spectra.jsonl; "
+            "JSON of one report is read by SpectralReport.from_json"
         )
     if int(start[2]) != FORMAT_VERSION:
         raise RunError(
