@@ -94,12 +94,14 @@ class Checkpoint:
                 f"--prefix {prefix}: no name in {self.path} begins so; it has {join_names([*self.state])}"
             )
         try:
-            missing, unexpected = model.load_state_dict(state, strict=False)
+            # A method of the user's may return nothing.
+            missing, unexpected = model.load_state_dict(state, strict=False) or ([], [])
         except RuntimeError as error:
-            # The first line says that there are errors, each of the others names one.
-            wrong = join_names([line.strip(" \t.") for line in str(error).splitlines()[1:]])
+            # torch's first line says that there are errors, each of the others names one; a hook's is all there is.
+            head, *lines = str(error).splitlines()
+            wrong = join_names([line.strip(" \t.") for line in lines or [head]])
             raise SourceError(f"--checkpoint {self.path}: {wrong}; is the model of the same size?") from error
-        parts = {"it lacks": missing, "the model lacks": unexpected}
+        parts: dict[str, list[str]] = {"it lacks": missing, "the model lacks": unexpected}
         what = ", and ".join(f"{who} {join_names(names)}" for who, names in parts.items() if names)
         if what and (strict or len(unexpected) == len(state)):
             raise SourceError(

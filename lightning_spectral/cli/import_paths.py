@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ class SourceError(ValueError):
 
 def import_object(path: str, option: str) -> Any:
     """Return the object that ``pkg.module:name`` or ``pkg.module.name`` names."""
+    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     try:
-        return pkgutil.resolve_name(path if ":" in path else ":".join(path.rsplit(".", 1)))
+        return attrgetter(name)(importlib.import_module(module))
     except Exception as error:
         raise SourceError(
             f"{option} must be an import path such as pkg.module:name, of what is installed or in "

@@ -246,7 +246,7 @@ class _Products:
         size = min(1 << (channels - 1).bit_length(), 1 << (total.bit_length() - 1))
         blocked = total // size * size
         signs = torch.randint(0, 2, (channels, total), generator=self.generator) * 2 - 1
-        for group in signs.split(size):
+        for group in torch.split(signs, size):
             rows = torch.randperm(size, generator=self.generator)[: len(group)]
             group[:, :blocked] = group[0, :blocked] * _hadamard(size)[rows].repeat(1, blocked // size)
         order = torch.randperm(total, generator=self.generator)

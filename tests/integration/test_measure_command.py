@@ -283,6 +283,29 @@ def test_weights_of_another_network_are_refused(nets):
         Checkpoint.read("w.pt").load_into(nets["small"](), strict=False)
 
 
+def test_what_loads_weights_in_a_way_of_its_own_does_so(nets, monkeypatch):
+    class Own(torch.nn.Linear):
+        def load_state_dict(self, state, strict=True):
+            super().load_state_dict(state)
+
+    model, weights = Own(2, 2), torch.nn.Linear(2, 2).state_dict()
+    torch.save(weights, "w.pt")
+    assert Checkpoint.read("w.pt").load_into(model) == ""
+    assert model.weight.equal(weights["weight"])
+
+    def refuse(self, *args, **options):
+        raise RuntimeError("weights of version 1; convert them")
+
+    monkeypatch.setattr(Own, "load_state_dict", refuse)
+    with pytest.raises(SourceError, match=r"--checkpoint w.pt: weights of version 1; convert them"):
+        Checkpoint.read("w.pt").load_into(model)
+
+
+def test_a_file_whose_name_is_no_word_of_python_is_a_module_too(nets, tmp_path):
+    (tmp_path / "1-nets.py").write_text(NETS)
+    assert import_object("1-nets:small", "--model")(9)[0].out_features == 9
+
+
 class Code:
     """Runs when it is unpickled."""
 
@@ -304,7 +327,9 @@ WRONG = {
     ),
     "no submodule": (["--model=torch.nowhere:net"], "(ModuleNotFoundError: No module named 'torch.nowhere')"),
     "no name": (["--model=nets_here:smal"], "'nets_here:smal' (AttributeError: module 'nets_here' has no attribute"),
-    "no path": (["--model=small"], "got 'small' (ModuleNotFoundError: No module named 'small')"),
+    "no path": (["--model=small"], "import path such as pkg.module:name, of what is installed or in "),
+    "a module alone": (["--model=nets_here"], "import path such as pkg.module:name, of what is installed or in "),
+    "no name in it": (["--data=nets_here:"], "--data must be an import path such as pkg.module:name"),
     "needs more": (["--model=needy:net"], "got 'needy:net' (ModuleNotFoundError: No module named 'a_package"),
     "fails": (["--model=crooked:net"], "got 'crooked:net' (ZeroDivisionError: division by zero)"),
     "no model": (["--model=nets_here:number"], "--model nets_here:number is a int, and no module"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lightning_spectral.layers.names import shortened
 
@@ -57,28 +57,6 @@ def log_ticks(axis: Axis, low: float, high: float, *, gap: float) -> None:
             ticks.append(float(value))
     axis.set_ticks(ticks, [_plain(value) for value in ticks])
     axis.set_ticks([], minor=True)
-
-
-def log_axis(
-    axes: Axes, name: Literal["x", "y"], values: Sequence[float], *, below: float, above: float, gap: float
-) -> None:
-    """Set limits and ticks of a logarithmic axis around values above 0, and no tick where there is none.
-
-    Args:
-        below, above: room at the ends, as fractions of what the values span.
-        gap: as of `log_ticks`.
-    """
-    axis = axes.xaxis if name == "x" else axes.yaxis
-    if not values:
-        axis.set_ticks([])
-        axis.set_ticks([], minor=True)
-        return
-    low, high = math.log10(min(values)), math.log10(max(values))
-    # Where all values are equal, or nearly so, a tenth of a decade is shown around them.
-    middle, span = (low + high) / 2, max(high - low, 0.1)
-    ends = 10 ** (middle - span * (0.5 + below)), 10 ** (middle + span * (0.5 + above))
-    axes.set(**{f"{name}lim": ends})
-    log_ticks(axis, *ends, gap=gap)
 
 
 def whole_numbers(axes: Axes, x: Sequence[int], *, most: int = 10) -> None:
