@@ -141,7 +141,8 @@ def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tenso
     """Add the errors of a fit's ordinates to the standard error of its exponent.
 
     The slope is sum w_i log y_i with w_i = (log x_i - mean) / sum (log x - mean)^2, so independent errors of y add
-    sum (w_i stderr_i / y_i)^2 to its variance.
+    sum w_i^2 log(1 + (stderr_i / y_i)^2) to its variance: that of the logarithm of a log-normal value, which is
+    (stderr_i / y_i)^2 where it is small. Where y_i is positive by chance, that would be without bound.
 
     Args:
         fit: of y on x.
@@ -152,8 +153,8 @@ def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tenso
         return fit
     log_x = x[used].log()
     dx = log_x - log_x.mean()
-    measured = (dx / dx.square().sum() * y_stderr[used] / y[used]).square().sum()
-    return replace(fit, stderr=math.sqrt(fit.stderr**2 + float(measured)))
+    w, relative = dx / dx.square().sum(), y_stderr[used] / y[used]
+    return replace(fit, stderr=math.sqrt(fit.stderr**2 + float((w.square() * relative.square().log1p()).sum())))
 
 
 def theil_sen_slope(points: LogPoints) -> float:

@@ -921,6 +921,22 @@ def test_ordinate_errors_enter_the_standard_error_of_a_slope():
     assert fit.stderr == pytest.approx(torch.tensor(slopes).std().item(), rel=0.1)
 
 
+def test_the_standard_error_holds_where_a_point_lies_in_its_noise():
+    """The smallest of ten has an error as large as itself: what is left of it by chance may be a thousandth."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.arange(1, 11, dtype=torch.float64)
+    error, z, stated = torch.ones(10, dtype=torch.float64), [], []
+    for _ in range(2000):
+        y = x**2 + error * torch.randn(10, generator=generator, dtype=torch.float64)
+        fit = fit_power_law(x, y)
+        stated.append(with_ordinate_errors(replace(fit, stderr=0.0), x, y, error, y > 0).stderr)
+        z.append(abs(fit.exponent - 2) / stated[-1])
+    z = torch.tensor(z)
+    assert 0.6 < (z < 1).double().mean() < 0.76
+    assert (z < 2).double().mean() > 0.87
+    assert max(stated) < 1.5
+
+
 def dropout_mlp():
     return nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
 
