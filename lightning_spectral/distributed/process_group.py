@@ -78,7 +78,8 @@ class Group:
                 yield step
         except Exception as error:
             failure = _as_told(error)
-            cause = None if failure[0] is MemoryError else error
+            # A StopIteration as cause is what contextlib would raise in place of the joint error.
+            cause = None if failure[0] is MemoryError or isinstance(error, StopIteration) else error
         finally:
             # An interrupt is of this rank alone, and ends here.
             self.in_step = False

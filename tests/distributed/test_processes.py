@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_spectral import (
+    ProcessError,
     SpectralReport,
     SpectralWarning,
     directional_curvature,
@@ -277,6 +278,13 @@ def test_owners_share_evenly():
     loads = [sum(costs[name] for name, owner in owners.items() if owner == rank) for rank in (0, 1)]
     assert sorted(loads) == [8.0, 10.0]
     assert list(owners) == list(costs)
+
+
+def test_an_iterator_that_ends_within_a_step_is_an_error_of_the_step(monkeypatch):
+    of_two = Group(0, 2)
+    monkeypatch.setattr(of_two, "all_gather_object", lambda value: [value, (None, None)])
+    with pytest.raises(ProcessError, match="rank 0: StopIteration"), of_two.step():
+        next(iter(()))
 
 
 def test_one_process_has_everything():
