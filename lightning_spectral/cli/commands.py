@@ -80,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words and words[0] in LIGHTNING_COMMANDS:
         return _lightning(words, from_command_line=arguments is None)
-    options = parser.parse_args(words)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        # The help of the command, and not of all of them, has its options.
+        parser.prog += f" {options.command}"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         _run(options)
     except Exception as error:

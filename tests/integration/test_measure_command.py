@@ -387,11 +387,8 @@ def test_what_is_wrong_is_said_in_one_line(nets, capsys, case):
     ("arguments", "says"),
     [
         (["measure", "--modell=x"], "measure: error: the following arguments are required: --model, --data; see lig"),
-        (
-            [*BASE, "--topk=3"],
-            "lightning-spectral: error: unrecognized arguments: --topk=3; see lightning-spectral --",
-        ),
-        (["demo", "here"], "lightning-spectral: error: unrecognized arguments: here; see lightning-spectral --help\n"),
+        ([*BASE, "--topk=3"], "measure: error: unrecognized arguments: --topk=3; see lightning-spectral measure --he"),
+        (["demo", "here"], "demo: error: unrecognized arguments: here; see lightning-spectral demo --help\n"),
         ([*BASE, "--top-k=x"], "measure: error: argument --top-k: invalid int value: 'x'; see"),
         (["mesure"], ": error: argument command: invalid choice: 'mesure'"),
     ],
