@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from lightning_spectral._validation import optional_positive_int
 from lightning_spectral.callbacks._lightning import AnyCallback, optimizer_steps
 from lightning_spectral.callbacks.terminal import log_above_bar
 from lightning_spectral.errors import SpectralWarning
-from lightning_spectral.isolation.batch_tree import leaves, map_leaves
 from lightning_spectral.optim.carry_over import carried_groups, describe_rates, lost_options, rebind_scheduler
 
 UNSUPPORTED = ("FSDPStrategy", "DeepSpeed")
@@ -161,14 +160,15 @@ class SwapOptimizer(AnyCallback):
 
     def _swap_in(self, configuration: Any, module: nn.Module) -> Any:
         """Return the result of configure_optimizers with the new optimizer in it."""
-        parts = list(leaves(configuration))
+        parts: list[Any] = []
+        _map_parts(configuration, parts.append)
         old = _only_optimizer([part for part in parts if isinstance(part, Optimizer)])
         new = self._new_optimizer(old, module)
         for part in parts:
             if getattr(part, "optimizer", None) is old:
                 rebind_scheduler(part, old, new)
         self._record_swap(module.trainer, "before training")
-        return map_leaves(configuration, lambda part: new if part is old else part)
+        return _map_parts(configuration, lambda part: new if part is old else part)
 
     def _swap_now(self, trainer: Any, module: nn.Module) -> None:
         if self.swapped:
@@ -225,6 +225,13 @@ def _only_optimizer(optimizers: list[Optimizer]) -> Optimizer:
             f"SwapOptimizer swaps one optimizer, and configure_optimizers gave {len(optimizers) or 'none'}"
         )
     return optimizers[0]
+
+
+def _map_parts(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a configuration with ``function`` of its parts. A scheduler may be a dataclass with the optimizer."""
+    if isinstance(value, Mapping):
+        return {key: _map_parts(item, function) for key, item in value.items()}
+    return [_map_parts(item, function) for item in value] if isinstance(value, (list, tuple)) else function(value)
 
 
 def _do_nothing() -> None:

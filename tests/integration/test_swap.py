@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -292,6 +294,35 @@ def test_every_form_of_configured_optimizers(returned):
     if returned == "pair":
         assert module.trail[5][1][0] < module.trail[0][1][0]
     assert "configure_optimizers" not in module.__dict__
+
+
+@dataclass
+class Halving:
+    """Scheduler of the user's own, which is a container of the optimizer as well."""
+
+    optimizer: Any
+    steps: int = 0
+
+    def step(self):
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] /= 2
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def test_a_scheduler_that_is_a_dataclass_follows():
+    class Own(Module):
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step()
+
+    module = Own(scheduler=Halving)
+    fit(module, [SwapOptimizer("AdamW", {"lr": 0.02})], steps=3)
+    assert module.trail == [("AdamW", [0.02 / 2**k]) for k in range(1, 4)]
 
 
 def test_plateau_and_floors_follow():
