@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,25 @@ class Checkpoint:
         parts: dict[str, list[str]] = {"it lacks": missing, "the model lacks": unexpected}
         what = ", and ".join(f"{who} {join_names(names)}" for who, names in parts.items() if names)
         if what and (strict or len(unexpected) == len(state)):
-            raise SourceError(
-                f"--checkpoint {self.path}: {what}; --prefix takes weights that were saved within another module, "
-                "--no-strict loads what is in both"
-            )
+            raise SourceError(f"--checkpoint {self.path}: {what}; {_remedy([*model.state_dict()], [*self.state])}")
         return what
+
+
+def _remedy(own: Sequence[str], saved: Sequence[str]) -> str:
+    """Return the remedy for the model's own names and those of a checkpoint, which differ."""
+    if prefix := _prefix(own, saved):
+        return f"with --prefix {prefix} all of the model's names are found"
+    if prefix := _prefix(saved, own):
+        return f"its names are those of the model's {prefix.removesuffix('.')}: give that module as --model"
+    if not {*own} & {*saved}:
+        return "no name is in both: is it another network's?"
+    return "--no-strict loads what is in both"
+
+
+def _prefix(names: Sequence[str], longer: Sequence[str]) -> str:
+    """Return what stands before all of the names in the longer ones, an empty text if nothing does."""
+    ends = (long.removesuffix(names[0]) for long in longer if names and long.endswith(f".{names[0]}"))
+    return next((prefix for prefix in ends if {prefix + name for name in names} <= {*longer}), "")
 
 
 def _is_state(value: Any) -> bool:

@@ -225,5 +225,5 @@ def end_of_lines(path: Path) -> int:
     """Return the size of a file up to the end of its last whole line."""
     if not path.stat().st_size:
         return 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
         return content.rfind(b"\n") + 1
