@@ -153,8 +153,13 @@ def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tenso
         return fit
     log_x = x[used].log()
     dx = log_x - log_x.mean()
-    w, relative = dx / dx.square().sum(), y_stderr[used] / y[used]
-    return replace(fit, stderr=math.sqrt(fit.stderr**2 + float((w.square() * relative.square().log1p()).sum())))
+    measured = ((dx / dx.square().sum()).square() * log_variance(y[used], y_stderr[used])).sum()
+    return replace(fit, stderr=math.sqrt(fit.stderr**2 + float(measured)))
+
+
+def log_variance(y: Tensor, y_stderr: Tensor) -> Tensor:
+    """Return the variance of log y, log(1 + (stderr / y)^2), as of a log-normal y."""
+    return (y_stderr / y).square().log1p()
 
 
 def theil_sen_slope(points: LogPoints) -> float:

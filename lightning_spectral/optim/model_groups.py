@@ -84,7 +84,7 @@ def warn_of_look_ups(groups: Sequence[Mapping[str, Any]]) -> None:
             "meant, and get the matrix update, since parameters without names do not tell them apart; pass "
             "SpectralNewton.groups(model) as params",
             SpectralWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -497,7 +497,7 @@ def test_the_method_chosen_agrees_with_exact_products(name):
         for layer, reference in zip(report.layers.values(), expected.layers.values(), strict=True):
             known = (layer.h_stderr > 0) & reference.h.isfinite()
             within += (((layer.h - reference.h) / layer.h_stderr)[known].abs() < 1.96).tolist()
-    assert sum(within) >= 0.8 * len(within) > 40
+    assert sum(within) >= 0.8 * len(within) > 30
 
 
 def singular_values(gradients):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_spectral.numerics.power_law import log_variance
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
 
 
@@ -21,7 +22,7 @@ def line_and_band(layer: LayerSpectrum, sigma: Tensor) -> tuple[Tensor, Tensor, 
     """Return the fitted exp(intercept) sigma^alpha and the limits of its pointwise 95 % confidence band.
 
     With x = log sigma, the line at x_0 is sum c_k log h_k over the fitted points, c_k = 1 / n + (x_0 - mean) (x_k -
-    mean) / S_xx. Its variance is sum c_k^2 (RSS / (n - 2) + (h_stderr_k / h_k)^2), so that the slope's is
+    mean) / S_xx. Its variance is sum c_k^2 (RSS / (n - 2) + log(1 + (h_stderr_k / h_k)^2)), so that the slope's is
     `PowerLawFit.stderr` squared, the errors of sampled h included, what the gradient's sampling noise may add to alpha
     left out. The band is t standard deviations to both sides, t the quantile of Student's distribution with n - 2
     degrees of freedom.
@@ -36,7 +37,7 @@ def line_and_band(layer: LayerSpectrum, sigma: Tensor) -> tuple[Tensor, Tensor, 
     x, y = layer.sigma[used].log(), layer.h[used].log()
     dx, n = x - x.mean(), len(x)
     residual = y - layer.alpha.intercept - layer.alpha.exponent * x
-    variance = residual.square().sum() / (n - 2) + (layer.h_stderr[used] / layer.h[used]).square()
+    variance = residual.square().sum() / (n - 2) + log_variance(layer.h[used], layer.h_stderr[used])
     x_0 = sigma.to(x).log()
     weights = 1 / n + torch.outer(x_0 - x.mean(), dx) / dx.square().sum()
     half = student_quantile(0.95, n - 2) * (weights.square() @ variance).sqrt()

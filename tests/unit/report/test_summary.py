@@ -48,8 +48,8 @@ def test_fits_not_to_be_trusted_come_worst_first():
 
 
 def test_few_points_and_large_errors_are_not_to_be_trusted_whatever_their_r2():
-    """A line through 3 of 20 points, and one whose h is known to its own size, both with an r2 of 1."""
-    few, noisy, short = layer("few", negative=17), sampled("noisy", 4.0), layer("short", negative=15)
+    """A line through 3 of 20 points, and one whose h is lost in its noise, both with an r2 of 1."""
+    few, noisy, short = layer("few", negative=17), sampled("noisy", 40.0), layer("short", negative=15)
     assert min(x.alpha.r2 for x in (few, noisy, short)) > 0.999
     assert (few.alpha.n_used, short.alpha.n_used) == (3, 5)
     assert [trusted(x) for x in (few, noisy, short, sampled("mild", 0.4))] == [False, False, True, True]
@@ -62,7 +62,7 @@ def test_few_points_and_large_errors_are_not_to_be_trusted_whatever_their_r2():
 
 
 def test_errors_of_the_sketch_are_told_with_what_lowers_them():
-    text = said("In ", sampled("noisy", 4.0), sampled("other", 4.0), sampled("mild", 0.4), cloud("exact"))
+    text = said("In ", sampled("noisy", 40.0), sampled("other", 40.0), sampled("mild", 0.4), cloud("exact"))
     assert text == (
         "In 2 of 4 layers, without an alpha to trust, the sketch's standard error is above a quarter of h along most "
         'directions: more samples (max_samples, n_batches), or curvature="exact".'
