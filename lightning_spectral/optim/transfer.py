@@ -327,4 +327,4 @@ def transfer_by_eigenvalues(
         x64_brn = x64_brn * _inverse_rms(x64_brn.square().sum((1, 2)), x_brn.shape[1])[:, None, None]
     lambda_br, q_brr = (x.to(x64_brn) for x in solve_symmetric(torch.linalg.eigh, x64_brn @ x64_brn.mT))
     f_br = 1 / (lambda_br.clamp_min(0) ** (alpha / 2) + (damping[:, None] if isinstance(damping, Tensor) else damping))
-    return ((q_brr * f_br[:, None, :]) @ q_brr.mT @ x64_brn).to(x_brn.dtype)
+    return torch.bmm((q_brr * f_br[:, None, :]) @ q_brr.mT, x64_brn).to(x_brn.dtype)
