@@ -89,7 +89,7 @@ def _clouds(layers: Sequence[LayerSpectrum]) -> str:
 
 
 def _sampled(layers: Sequence[LayerSpectrum]) -> str:
-    # Fits that only the sketch's errors may have spoilt; those of noisy gradients have a sentence of their own.
+    # Fits that only the errors of h may have spoilt; those of noisy gradients have a sentence of their own.
     vague = [
         x
         for x in layers
@@ -100,8 +100,8 @@ def _sampled(layers: Sequence[LayerSpectrum]) -> str:
     if not vague:
         return ""
     return (
-        f"In {len(vague)} of {len(layers)} layers, without an alpha to trust, the sketch's standard error is above a "
-        'quarter of h along most directions: more samples (max_samples, n_batches), or curvature="exact".'
+        f"In {len(vague)} of {len(layers)} layers, without an alpha to trust, h is known to no better than a quarter "
+        'along most directions: more samples (max_samples, n_batches), or curvature="exact".'
     )
 
 

@@ -60,10 +60,9 @@ def is_precise(
     target: float,
     share: float = 1.0,
 ) -> bool:
-    """Return whether more draws are not worth their time: the standard error that h gives alpha in the median layer.
+    """Return whether the standard error that h gives alpha is at most the target in the median layer.
 
-    Other micro-batches of the batch, of which these are a ``share`` of the samples, average this one's noise with
-    theirs.
+    Other micro-batches of the batch, of which this one has a ``share`` of the samples, average its noise with theirs.
     """
     found = [_alpha_and_noise(of_layer, h[name], stderr[name]) for name, of_layer in triplets.items()]
     precise = [noise * math.sqrt(share) <= target for fit, noise in found if not math.isnan(fit.exponent)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.block_lanczos import leading_triplets
+from lightning_spectral.numerics.matmul_precision import exact_device
 
 LANCZOS_SIDE = 512
 """Shorter side of a matrix from which on block Lanczos beats the full SVD, measured for k = 20."""
@@ -129,7 +130,7 @@ def gram_eigenvalues(gram_gnn: Tensor) -> Tensor:
 def solve_symmetric(solver: Callable[[Tensor], Any], gram_gnn: Tensor) -> Any:
     """Return what `torch.linalg.eigvalsh` or `eigh` gives, from the CPU where the device has none or it fails."""
     try:
-        return solver(gram_gnn.cpu() if gram_gnn.device.type == "mps" else gram_gnn)
+        return solver(gram_gnn.to(exact_device(gram_gnn.device)))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # Eigenvalues that repeat can stop a GPU's solver.
         return solver(gram_gnn.cpu())

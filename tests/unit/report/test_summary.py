@@ -64,7 +64,7 @@ def test_few_points_and_large_errors_are_not_to_be_trusted_whatever_their_r2():
 def test_errors_of_the_sketch_are_told_with_what_lowers_them():
     text = said("In ", sampled("noisy", 40.0), sampled("other", 40.0), sampled("mild", 0.4), cloud("exact"))
     assert text == (
-        "In 2 of 4 layers, without an alpha to trust, the sketch's standard error is above a quarter of h along most "
+        "In 2 of 4 layers, without an alpha to trust, h is known to no better than a quarter along most "
         'directions: more samples (max_samples, n_batches), or curvature="exact".'
     )
     assert said("In ", sampled("mild", 0.4), cloud("exact")) == ""
