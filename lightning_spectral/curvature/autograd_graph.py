@@ -216,6 +216,10 @@ def outer_cut(dependence: Dependence, products: Iterable[Node], *, grow: bool = 
         inputs = _inputs(node, dependence)
         grown[node] |= bool(inputs) and dependence.is_linear(node, ALLOWED) and all(grown[n] for n, _ in inputs)
     below = below if all(grown.values()) else grown
-    head = [node for node, is_below in below.items() if not is_below]
     edges = _edges(dependence, below)
+    # What grew above a tensor that is at the cut all the same goes back to the head.
+    while above := [node for node in _above_another(dependence, below, edges) if node not in inside]:
+        below |= dict.fromkeys(above, False)
+        edges = _edges(dependence, below)
+    head = [node for node, is_below in below.items() if not is_below]
     return GraphCut(list(edges.values()), head, frozenset(), "", bool(_above_another(dependence, below, edges)))
