@@ -12,7 +12,7 @@ where one backward pass of x_c gives x_bc^T y_bk for all layers, samples and dir
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -126,11 +126,16 @@ class GGNCurvature:
         split = None if apart and passes <= EXACT_COLUMNS else split_samples(moved, passes - SPLIT_COLUMNS)
         if split is not None or not apart:
             return _through_head(*(split or (graph, head)))
-        moments = {name: _Moments() for name in graph.names}
-        for column in columns:
-            _add(moments, moved, column)
-        # Of a head without curvature there is no column.
-        return _zeros(graph.triplets) | {name: x.total().cpu() for name, x in moments.items() if x.count}
+        return sum_of_columns(moved, columns)
+
+
+def sum_of_columns(moved: MovedNetwork, columns: Iterable[Column]) -> dict[str, Tensor]:
+    """Return (K,) h of every layer, by columns whose sum is the head's Hessian."""
+    moments = {name: _Moments() for name in moved.graph.names}
+    for column in columns:
+        _add(moments, moved, column)
+    # Of a head without curvature there is no column.
+    return _zeros(moved.graph.triplets) | {name: x.total().cpu() for name, x in moments.items() if x.count}
 
 
 def _through_head(graph: DirectionGraph, head: Head) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from lightning_spectral.curvature.gauss_newton import COUPLED_OUTPUTS, EXACT_COL
 from lightning_spectral.curvature.head import parts_of
 from lightning_spectral.curvature.problem import Curvature, Curvatures, DifferentiableLoss
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
-from lightning_spectral.curvature.sketch import FEWEST_SAMPLES, SketchCurvature, sketch_products
+from lightning_spectral.curvature.sketch import FEWEST_SAMPLES, SketchCurvature, columns_for, sketch_products
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 
@@ -27,6 +27,9 @@ NOISE_PER_CHANNEL = 0.1
 
 ALPHA_PER_NOISE = 1.6
 """Standard error of alpha of K curvatures, times sqrt(K) over their relative noise, where log sigma spreads by 0.6."""
+
+REST = 0.5
+"""The same of a product of what columns leave, relative to that of all: a quarter to once."""
 
 ALPHA_ERROR = 0.03
 """Standard error of alpha, from the noise of h, that a choice is made for."""
@@ -66,6 +69,7 @@ class LossProperties:
         windows: directions of each layer that can be moved at its output.
         unseen: directions of all other layers together.
         samples: in all; None where the batch does not tell.
+        sketch_columns: backward passes that a sketch takes beside its products.
     """
 
     obstacle: str
@@ -76,6 +80,7 @@ class LossProperties:
     windows: tuple[int, ...]
     unseen: int
     samples: int | None
+    sketch_columns: int = 0
 
     @classmethod
     def of(cls, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> LossProperties:
@@ -101,6 +106,7 @@ class LossProperties:
             windows=tuple(windows[name] for name in seen.calls),
             unseen=sum(windows[name] for name in seen.unseen),
             samples=samples,
+            sketch_columns=columns_for(outputs, nested=cut.is_nested) if outputs else 0,
         )
 
     @property
@@ -120,9 +126,10 @@ class LossProperties:
         Each of P products has a relative noise of `NOISE_PER_CHANNEL` * sqrt(layers * ranks / samples) and reads
         ranks of K directions, so that h's is `NOISE_PER_CHANNEL` * sqrt(layers * K / (samples * P)).
         """
-        ratio = NOISE_PER_CHANNEL * ALPHA_PER_NOISE / ALPHA_ERROR
-        largest = sketch_products(self.windows, self.samples)[1]
-        return min(max(4, round(ratio**2 * len(self.windows) / (self.samples or 1))), largest)
+        ratio = NOISE_PER_CHANNEL * ALPHA_PER_NOISE / ALPHA_ERROR * (REST if self.sketch_columns else 1)
+        least = 2 if self.sketch_columns else 4
+        largest = sketch_products(self.windows, self.samples, self.sketch_columns)[1]
+        return min(max(least, round(ratio**2 * len(self.windows) / (self.samples or 1))), largest)
 
 
 def _obstacle(seen: SeenLayers, samples: int | None) -> str:
@@ -161,11 +168,12 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
         choices.append((of_column * n + 1 + rest, "ggn", f"{why}; exact would take {exact_why}"))
     because = properties.obstacle or ("most of the network lies behind the layers" if properties.is_deep else "")
     if because and properties.windows and (properties.samples or 0) >= FEWEST_SAMPLES:
-        n = properties.sketch_products
-        why = f"sketch: {because}; about {n} joint products{unseen}; exact would take {exact_why}"
+        n, columns = properties.sketch_products, properties.sketch_columns
+        passes = f"{columns} backward passes and " if columns else ""
+        why = f"sketch: {because}; {passes}about {n} joint products{unseen}; exact would take {exact_why}"
         # Of few layers, what has no noise is worth twice the time.
         worth = 2 if len(properties.windows) <= FEW_LAYERS else 1
-        choices.append((worth * (JOINT_PRODUCT * n + 2 + rest), "sketch", why))
+        choices.append((worth * (JOINT_PRODUCT * n + COLUMN * columns + 2 + rest), "sketch", why))
     choices.sort(key=lambda choice: choice[0])
     if choices[0][1] == "exact":
         reason = _why_exact(properties, [(steps, name) for steps, name, _ in choices[1:]])

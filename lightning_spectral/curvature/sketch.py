@@ -14,6 +14,9 @@ interact, so its own terms are complete. What keeps the rest small:
   the weight w_k that an error of log h_k has in the slope of log h on log sigma. Errors of h_i through h_j then have
   variance proportional to h_i^2 w_j / w_i, and these amplitudes have the smallest sum of w_i^2 var(log h_i), the
   variance of alpha.
+- With z the network's output and g the loss's gradient in it, the Hessian is J^T (d2L / dz2) J + sum_z g_z d2z. Along
+  gradients the first part is the larger one, the more so the better the network is trained. Of few outputs it comes
+  from a backward pass each, without noise, and products are of the second part alone: of <g, z> with g held.
 - Standard errors come from what the draws differ by. Where there are so few channels that a product for each of them
   costs no more, or fewer than 4 samples, there is one: the few signs would often agree by chance, and the error not
   show.
@@ -31,6 +34,8 @@ from torch import Tensor
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.draws import Draw, is_precise, mean_and_error
 from lightning_spectral.curvature.exact import measured_exactly, with_unseen
+from lightning_spectral.curvature.gauss_newton import sum_of_columns
+from lightning_spectral.curvature.head import Head
 from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange
 from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
@@ -39,10 +44,13 @@ from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 
 DRAWS = 6
-"""Up to how often all directions are measured."""
+"""Up to how often all directions are measured; twice as often where columns take a part, by half the products."""
 
 PRODUCTS = 12
 """Products after which no other draw is made; of B < 32 samples, sqrt(32 / B) times as many."""
+
+COLUMNS, COLUMN = 10, 0.4
+"""Up to how many outputs per sample backward passes take their part, and the time of one, in that of a product."""
 
 TARGET_ERROR = 0.04
 """Standard error of alpha, from that of h, below which no further draw is worth its time.
@@ -50,8 +58,8 @@ TARGET_ERROR = 0.04
 A tenth of what the sampling noise of a batch gives alpha anyway; half of all errors are then below 0.027.
 """
 
-LEAST_RANKS, RANKS = 2, 10
-"""How many directions of a layer share a product: with 10 of 20 a draw is two products."""
+LEAST_RANKS, RANKS, RANKS_OF_REST = 2, 10, 20
+"""How many directions of a layer share a product: with 10 of 20 a draw is two products, with all of them one."""
 
 FEWEST_SAMPLES = 4
 """Below it the signs of samples agree too often to tell channels apart."""
@@ -63,28 +71,39 @@ WEIGHT_FLOOR = 0.3
 """Of the mean weight, what a direction in the middle of the fit, where it has none, still gets."""
 
 
-def ranks_for(n_layers: int, samples: int) -> int:
-    """Return how many directions of each layer share a product: three channels for each sample, from 2 to 10."""
-    return min(max(CHANNELS_PER_SAMPLE * samples // max(n_layers, 1), LEAST_RANKS), RANKS)
+def columns_for(outputs: int, *, nested: bool) -> int:
+    """Return how many backward passes take the Gauss-Newton part of h, which leaves products the rest; 0: no split.
+
+    Args:
+        outputs: per sample.
+        nested: whether the loss depends on what is inside the network, beside its output.
+    """
+    return outputs if outputs <= COLUMNS and not nested else 0
 
 
-def draws_for(windows: Sequence[int], samples: int, ranks: int, draws: int) -> int:
-    """Return how many draws at most: as many as `PRODUCTS` allows, and no fewer than 2."""
+def ranks_for(n_layers: int, samples: int, columns: int = 0) -> int:
+    """Return how many directions of each layer share a product: three channels for each sample, within bounds."""
+    most = RANKS_OF_REST if columns else RANKS
+    return min(max(CHANNELS_PER_SAMPLE * samples // max(n_layers, 1), LEAST_RANKS), most)
+
+
+def draws_for(windows: Sequence[int], samples: int, ranks: int, draws: int, columns: int = 0) -> int:
+    """Return how many draws at most: as many as `PRODUCTS` allows beside the columns, and no fewer than 2."""
     of_draw = max(math.ceil(max(windows, default=0) / ranks), 1)
-    products = PRODUCTS * math.sqrt(max(1.0, 32 / max(samples, 1)))
-    return min(draws, max(2, int(products / of_draw)))
+    products = PRODUCTS * math.sqrt(max(1.0, 32 / max(samples, 1))) - COLUMN * columns
+    return min(2 * draws if columns else draws, max(2, int(products / of_draw)))
 
 
-def sketch_products(windows: Sequence[int], samples: int | None) -> tuple[int, int]:
+def sketch_products(windows: Sequence[int], samples: int | None, columns: int = 0) -> tuple[int, int]:
     """Return the joint products of a sketch, at least and at most; of unknown samples those of many.
 
-    >>> sketch_products([20, 10], 256)
-    (4, 12)
+    >>> sketch_products([20, 10], 256), sketch_products([20, 10], 256, columns=10)
+    ((4, 12), (2, 8))
     """
     samples = samples or 256
-    ranks = ranks_for(len(windows), samples)
+    ranks = ranks_for(len(windows), samples, columns)
     of_draw = math.ceil(max(windows, default=0) / ranks)
-    return 2 * of_draw, draws_for(windows, samples, ranks, DRAWS) * of_draw
+    return 2 * of_draw, draws_for(windows, samples, ranks, DRAWS, columns) * of_draw
 
 
 @dataclass(frozen=True)
@@ -94,10 +113,11 @@ class SketchCurvature:
     Layers that cannot be moved at their outputs are measured by double backward.
 
     Args:
-        draws: up to how often to measure each direction, at least 2; the noise falls with the square root.
+        draws: up to how often to measure each direction, at least 2, twice that where columns take a part of h; the
+            noise falls with the square root.
         target_error: stop before that, once the standard error that h gives alpha is below it in the median layer.
         ranks: directions of a layer that share one product; None: so many that a product has three channels for
-            each sample, from 2 to 10. With twice as many a draw costs half, and its noise is 1.4 times as large.
+            each sample, from 2 to 10, or 20. With twice as many a draw costs half, and its noise is 1.4 times as large.
         seed: of the signs.
 
     Raises:
@@ -135,35 +155,46 @@ class SketchCurvature:
 
     def _measure(self, moved: MovedNetwork, problem: DifferentiableLoss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Draw as often as it takes."""
-        if not moved.head.keeps_samples_apart():
+        head = moved.head
+        if not head.keeps_samples_apart():
             raise MeasurementError(f"the loss couples samples; {INTERACT}")
-        products = _Products(moved, problem.place or SampleRange(0, moved.graph.samples), self.seed)
+        columns = 0 if head.is_flat else columns_for(head.outputs, nested=head.cut.is_nested)
+        place = problem.place or SampleRange(0, moved.graph.samples)
+        products = _Products(moved, place, self.seed, head if columns else None)
         windows = [len(t) for t in products.triplets.values()]
-        ranks = self.ranks or ranks_for(len(windows), products.place.total)
-        n_draws = draws_for(windows, products.place.total, ranks, self.draws)
-        few = products.place.total < FEWEST_SAMPLES or products.directions <= 3 * products.of_draw(ranks)
+        ranks = self.ranks or ranks_for(len(windows), place.total, columns)
+        n_draws = draws_for(windows, place.total, ranks, self.draws, columns)
+        by_columns = sum_of_columns(moved, head.exact_columns() if columns else ())
+        few = place.total < FEWEST_SAMPLES or products.directions <= 3 * products.of_draw(ranks)
         if few:
-            return products.one_by_one(), {}
+            return _sum(by_columns, products.one_by_one()), {}
         # Other micro-batches of the batch average this one's error with theirs.
-        share = products.samples / products.place.total
+        share = products.samples / place.total
         draws: list[Draw] = []
         for _ in range(n_draws):
             draws.append(products.draw(ranks))
             if len(draws) > 1:
-                h, stderr = mean_and_error(draws)
+                mean, stderr = mean_and_error(draws)
+                h = _sum(by_columns, mean)
                 if is_precise(products.triplets, h, stderr, self.target_error, share):
                     break
         return h, stderr
 
 
 class _Products:
-    """Hessian-vector products with the amplitudes of all directions, on one retained graph."""
+    """Hessian-vector products with the amplitudes of all directions, on one retained graph.
 
-    def __init__(self, moved: MovedNetwork, place: SampleRange, seed: int) -> None:
+    Args:
+        head: leave out the part of the Hessian that bends in this head; None: of the whole loss.
+    """
+
+    def __init__(self, moved: MovedNetwork, place: SampleRange, seed: int, head: Head | None = None) -> None:
         graph = self.graph = moved.graph
         self.samples, self.place, self.generator = graph.samples, place, torch.Generator().manual_seed(seed)
         self.triplets, self.e = graph.triplets, list(graph.e.values())
-        gradients = torch.autograd.grad(graph.loss, self.e, create_graph=True, allow_unused=True)
+        ends = [graph.loss] if head is None else list(head.edges)
+        held = None if head is None else [g.detach() for g in head.gradients]
+        gradients = torch.autograd.grad(ends, self.e, held, create_graph=True, allow_unused=True)
         self.bent = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
         self.amplitude = {name: torch.ones(len(t), dtype=torch.float64) for name, t in self.triplets.items()}
         for (name, triplets), g in zip(self.triplets.items(), gradients, strict=True):
@@ -251,6 +282,10 @@ class _Products:
             group[:, :blocked] = group[0, :blocked] * _hadamard(size)[rows].repeat(1, blocked // size)
         order = torch.randperm(total, generator=self.generator)
         return signs[:, order[self.place.first : self.place.first + self.samples]]
+
+
+def _sum(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: h + other[name] for name, h in one.items()}
 
 
 def _weight(sigma: Tensor) -> Tensor:

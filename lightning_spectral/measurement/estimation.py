@@ -149,7 +149,8 @@ def _without_noise(
     """Measure layers again whose alpha would be noise, where they are few."""
     noisy = [name for name in noisy_layers(directions, curvatures) if name not in curvatures.methods]
     noisy = [name for name in noisy if bool(curvatures.h[name].isfinite().any())]
-    affordable = JOINT_PRODUCT * sketch_products(properties.windows, properties.samples)[1] / PRODUCT / 2
+    most = sketch_products(properties.windows, properties.samples)[1]
+    affordable = JOINT_PRODUCT * most / PRODUCT / 2
     if not noisy or sum(len(directions[name]) for name in noisy) > affordable:
         return curvatures
     again = evaluation.measure(ExactCurvature(), {name: directions[name] for name in noisy})

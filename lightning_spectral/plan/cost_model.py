@@ -184,7 +184,8 @@ def count_passes(
         gradients += checked
         products += checked
     elif moved:
-        columns, joint = (1, 1), sketch_products(tapped, samples)
+        of_output = structure.loss.sketch_columns if structure is not None else 0
+        columns, joint = (1 + of_output,) * 2, sketch_products(tapped, samples, of_output)
         gradients += 1
     gradients += bool(apart) and method != "exact"
     forwards = moved + (1 + micro_batches_given) * (parts > 1)
