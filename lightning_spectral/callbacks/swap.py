@@ -31,8 +31,9 @@ class SwapOptimizer(AnyCallback):
     from the start.
 
     Args:
-        optimizer: a class, its import path, or a name in torch.optim. If the class has a function ``groups(model)``, as
-            `SpectralNewton` has, its groups are what it is given, else the list of parameters.
+        optimizer: a class, its import path, or a name: "SpectralNewton", or one in torch.optim. If the class has a
+            function ``groups(model)``, as `SpectralNewton` has, its groups are what it is given, else the list of
+            parameters.
         init_args: its other arguments; without ``lr`` the configured rates hold, whatever the two optimizers' scales.
         at_step: swap before this optimizer step, counted from 0; None: before training.
         at_epoch: or before the first step of this epoch.
@@ -202,7 +203,9 @@ class SwapOptimizer(AnyCallback):
 def _optimizer_class(option: str | type[Optimizer]) -> type[Optimizer]:
     target: Any = option
     if isinstance(option, str):
-        module, _, name = option.rpartition(".")
+        # A name alone, as for the --optimizer of `lightning-spectral fit`.
+        path = "lightning_spectral.SpectralNewton" if option == "SpectralNewton" else option
+        module, _, name = path.rpartition(".")
         try:
             target = getattr(importlib.import_module(module) if module else torch.optim, name)
         except (ImportError, AttributeError) as error:

@@ -428,6 +428,10 @@ def test_strategies_that_own_the_parameters_are_refused(name):
     SwapOptimizer("AdamW").setup(trainer, Module(), "validate")
 
 
+def test_spectral_newton_is_known_by_its_name():
+    assert SwapOptimizer("SpectralNewton").optimizer_class is SpectralNewton
+
+
 def test_a_class_will_do():
     assert SwapOptimizer(AdamW).optimizer_class is AdamW
 
