@@ -9,6 +9,7 @@ import inspect
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
@@ -97,7 +98,12 @@ class _Checked(NamedGroups):
 
     def instantiate_classes(self) -> None:
         """Instantiate all, and see that there is data."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if refusal := _own_refusal(error):
+                raise SourceError(refusal) from error
+            raise
         hook, model = DATA_HOOKS.get(self.subcommand or ""), type(self.model)
         if hook and self.datamodule is None and _is_lightnings(model, hook):
             raise SourceError(
@@ -165,6 +171,18 @@ def named_model(arguments: Sequence[str]) -> str | None:
     options, _ = parser.parse_known_args(list(arguments))
     paths = [options.model, *(_model_in(config) for config in reversed(options.config))]
     return next((path for path in paths if path), None)
+
+
+def _own_refusal(error: BaseException) -> str:
+    """Return what a part of this package says of its options, in an error that a parser makes of it; else nothing."""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = list(traceback.walk_tb(cause.__traceback__))
+        module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+        if isinstance(cause, ValueError) and module.startswith("lightning_spectral."):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 def _is_lightnings(model: type, method: str) -> bool:

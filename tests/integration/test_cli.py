@@ -68,6 +68,13 @@ class Lazy(Words):
     def configure_model(self):
         self.hidden = nn.Linear(8, 8)
 
+class Impatient(pl.Callback):
+    """Refuse what it was given."""
+
+    def __init__(self):
+        raise ValueError("no patience")
+
+
 class Tell(pl.Callback):
     """Print what the optimizer holds."""
 
@@ -395,6 +402,30 @@ def test_a_command_without_data_or_optimizer_is_one_line(package, capsys):
     *_, last = capsys.readouterr().err.splitlines()
     assert last.endswith("name one with --optimizer, or give Words a method configure_optimizers")
     main([*words(package), "--model=words.Empty", "--optimizer=SGD", "--data=words.Data"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (
+            "--trainer.callbacks+=SpectralProbe --trainer.callbacks.top_k=2",
+            "top_k must be a whole number of at least 3, the points that a fit needs, got 2",
+        ),
+        (
+            "--trainer.callbacks+=SwapOptimizer --trainer.callbacks.optimizer=torch.nn.Linear",
+            "optimizer must be a class of optimizers, got 'torch.nn.Linear'",
+        ),
+    ],
+)
+def test_what_this_package_refuses_is_one_line(package, capsys, wrong, says):
+    assert main([*words(package), "--optimizer=SGD", *wrong.split()]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == f"lightning-spectral fit: {says}"
+
+
+def test_what_others_refuse_is_theirs_to_say(package):
+    with pytest.raises(ValueError, match="patience"):
+        main([*words(package), "--optimizer=SGD", "--trainer.callbacks+=words.Impatient"])
 
 
 def test_without_jsonargparse_the_command_names_the_extra(capsys, monkeypatch):
