@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -223,7 +223,7 @@ def suggestion(message: str) -> str:
     if found is None:
         return ""
     module, _, name = found[1].rpartition(".")
-    candidates: Iterable[str]
+    candidates: Collection[str]
     if option := OPTION.search(message):
         cls = _named(found[1])
         name, candidates = option[1], list(inspect.signature(cls).parameters) if callable(cls) else []
@@ -233,6 +233,9 @@ def suggestion(message: str) -> str:
         subtypes = message.partition("Subtypes:")[2].partition("\n")[0]
         bases = [_named(path) for match in BASE.findall(subtypes) for path in match if path]
         candidates = {cls.__name__ for base in bases if isinstance(base, type) for cls in _subclasses(base)}
+    if name in candidates:
+        # What is refused is its value, or another class of the union's.
+        return ""
     close = difflib.get_close_matches(name, sorted(candidates), 2)
     return f"\ndid you mean {' or '.join(close)}?" if close else ""
 

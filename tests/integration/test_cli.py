@@ -391,6 +391,14 @@ def test_what_nothing_resembles_is_answered_with_nothing():
     assert suggestion("Problem with given class_path 'nowhere.Thing'") == ""
 
 
+def test_an_option_that_is_there_is_no_typo():
+    refused = [
+        "Problem with given class_path 'lightning_spectral.SpectralProbe':\n  Expected a <class 'int'>. Got value: abc",
+        "Problem with given class_path 'pytorch_lightning.Callback':\n  Option 'max_samples' is not accepted",
+    ]
+    assert suggestion("\n".join(refused)) == ""
+
+
 def test_a_command_without_data_or_optimizer_is_one_line(package, capsys):
     assert main([*words(package), "--model=words.Empty", "--optimizer=SGD"]) == 2
     *_, last = capsys.readouterr().err.splitlines()
