@@ -138,7 +138,10 @@ class StepProbe:
     def _measure(self, module: Any, pending: _Pending) -> StepMeasurement | None:
         # Where memory ran out on one rank alone, none must wait for it.
         kept = self._group.all_gather_object(pending.weights is not None)
-        if pending.weights is None or not all(kept):
+        if pending.weights is None:
+            # Why was said when they were not kept.
+            return None
+        if not all(kept):
             self.warn(f"{_failure(pending.step)}: rank {kept.index(False)} could not keep the weights before it")
             return None
         # Where the probe cut its batches, memory was enough for micro-batches of that size.

@@ -452,13 +452,13 @@ def test_a_second_fit_and_a_resume_measure_their_own_steps(tmp_path):
     assert [step for step, _ in third.steps] == [4]
 
 
-@pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
-def test_memory_that_runs_out_for_the_copy_costs_that_step(monkeypatch):
+def test_memory_that_runs_out_for_the_copy_costs_that_step(monkeypatch, recwarn):
     def fails(module):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("lightning_spectral.callbacks.step_probe.Weights.copied", fails)
     trainer = fit_tiny(probe := SpectralProbe(every_n_steps=1, top_k=3), steps=2, logger=[rows := ProbeRows()])
+    assert len([w for w in recwarn if "was not measured" in str(w.message)]) == 1
     assert (trainer.global_step, probe.failed_probes) == (2, 0)
     assert all(math.isnan(value) for _, row in rows.steps for value in row.values())
 
