@@ -24,6 +24,14 @@ OptionsT = TypeVar("OptionsT")
 MIN_TOP_K = 3
 """Points that a fit needs, `numerics.power_law.MIN_POINTS`, whose import loads torch."""
 
+OPTION_OF_PART = {
+    "weights": "weight_spectra",
+    "intervals": "bootstrap",
+    "fraction": "curvature_fraction",
+    "alignment": "alignment",
+}
+"""Part of a `LayerSpectrum` that is measured on request -> the option that asks for it."""
+
 
 def _option(
     default: Any, text: str, *, metavar: str | None = None, choices: Sequence[str] | None = None, by_rank: bool = False
@@ -160,10 +168,4 @@ class Options:
     @property
     def parts(self) -> frozenset[str]:
         """Parts of a `LayerSpectrum` that are measured on request, and were asked for."""
-        requested = {
-            "weights": self.weight_spectra,
-            "intervals": bool(self.bootstrap),
-            "fraction": bool(self.curvature_fraction),
-            "alignment": self.alignment,
-        }
-        return frozenset(part for part, wanted in requested.items() if wanted)
+        return frozenset(part for part, option in OPTION_OF_PART.items() if getattr(self, option))

@@ -6,7 +6,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from lightning_spectral.options import Options
+from lightning_spectral.options import OPTION_OF_PART
 from lightning_spectral.records import log_keys
 from lightning_spectral.records.log_keys import (
     ALPHA_KEY,
@@ -17,15 +17,11 @@ from lightning_spectral.records.log_keys import (
     STEP_KEYS,
 )
 
-ON_REQUEST = {"weight_spectra": True, "bootstrap": 2, "curvature_fraction": 2, "alignment": True}
-"""Options that ask for quantities, each with a value that does."""
-
 
 def table() -> str:
     """Return the keys as a Markdown table: key, meaning, whether its median is logged, and the option it needs."""
-    option_of = {part: name for name, value in ON_REQUEST.items() for part in Options(**{name: value}).parts}
     rows = [
-        (f"spectral/{key.name}/<layer>", key.meaning, key.median, f"`{option_of[key.part]}`" if key.part else "")
+        (f"spectral/{key.name}/<layer>", key.meaning, key.median, f"`{OPTION_OF_PART[key.part]}`" if key.part else "")
         for key in LAYER_KEYS
     ]
     rows += [(f"spectral/{name}", meaning, False, "") for name, meaning in (REPORT_KEYS | PROBE_KEYS).items()]

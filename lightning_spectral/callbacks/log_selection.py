@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lightning_spectral.layers.names import check_matches, check_selection, layer_names, select
 from lightning_spectral.numerics.statistics import evenly
+from lightning_spectral.options import OPTION_OF_PART
 from lightning_spectral.records.log_keys import LAYER_KEYS, REPORT_KEYS, STEP_CURVATURE
 from lightning_spectral.records.report import SpectralReport
 
@@ -71,9 +72,10 @@ class LogSelection:
                 f"there are {', '.join(_PART_OF)}"
             )
         if missing := [name for name in names if name not in available]:
+            part = _PART_OF[missing[0]]
             raise ValueError(
-                f"log_quantities: {missing[0]!r} is measured on request, by an option that the manual's table of "
-                "logged keys names, and was not asked for"
+                f"log_quantities: {missing[0]!r} is measured on request, and was not asked for with the option "
+                f"{OPTION_OF_PART.get(part, part)}"
             )
         return frozenset(names)
 

@@ -96,7 +96,11 @@ def test_quantities_asked_for_are_logged_of_each_layer():
     ("options", "says"),
     [
         ({"log_quantities": "beauty"}, "log_quantities must be 'auto', 'all' or names of quantities, got 'beauty'"),
-        ({"log_quantities": ["alpha", "beta"]}, "log_quantities: 'beta' is measured on request"),
+        (
+            {"log_quantities": ["alpha", "alpha_low"]},
+            "log_quantities: 'alpha_low' is measured on request, and was not asked for with the option bootstrap",
+        ),
+        ({"log_quantities": "step_curvature", "step": False}, "was not asked for with the option step"),
         ({"log_figures_every": 0}, "log_figures_every must be None or a whole number of at least 1, got 0"),
         ({"print_every": 1.5}, "print_every must be None or a whole number of at least 1, got 1.5"),
         ({"wandb_charts": True}, "wandb_charts must be None or a whole number of at least 1, got True"),
