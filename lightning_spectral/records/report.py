@@ -255,6 +255,14 @@ class SpectralReport:
         return f"SpectralReport({len(self.layers)} layers{where}, loss {self.loss:.4g}, median alpha {alpha:.3g})"
 
 
+def check_report(report: object) -> None:
+    """Raise TypeError for what is no report, such as `probe.last_report` of a probe that has not measured."""
+    if report is None:
+        raise TypeError("there is no report: the probe has not measured, and its warnings say why")
+    if not isinstance(report, SpectralReport):
+        raise TypeError(f"need one SpectralReport, such as probe.last_report, got {type(report).__name__}")
+
+
 def _row(layer: LayerSpectrum) -> dict[str, Any]:
     quartiles = {f"alpha_q{i}": fit.exponent for i, fit in enumerate(layer.alpha_quartiles, 1)}
     return {

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.layers.kinds import KINDS
-from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.records.report import SpectralReport, check_report
 from lightning_spectral.report.figures.ticks import literal
 from lightning_spectral.report.palette import INK, KIND_STYLE, OTHER_STYLE, RUN_DASHES, RUN_STYLE, Dash, ModelStyle
 
@@ -90,8 +90,7 @@ def _is_dark() -> bool:
 
 def one_report(report: SpectralReport) -> SpectralReport:
     """Return the report, or raise ValueError saying why it holds no layers."""
-    if not isinstance(report, SpectralReport):
-        raise TypeError(f"need one SpectralReport, such as probe.last_report, got {type(report).__name__}")
+    check_report(report)
     if not report.layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(report.skipped.items())[:3])
         raise ValueError(f"the report holds no layers to draw{f' ({why})' if why else ''}")

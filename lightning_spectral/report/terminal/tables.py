@@ -14,7 +14,7 @@ from lightning_spectral._messages import group_by_reason
 from lightning_spectral.analysis import DOUBTFUL, compare_kinds, trusted
 from lightning_spectral.layers.names import brief
 from lightning_spectral.records.layer_spectrum import LayerSpectrum
-from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.records.report import SpectralReport, check_report
 from lightning_spectral.report.terminal.formatting import (
     WHOLE_WIDTH,
     dimensions,
@@ -188,6 +188,7 @@ def print_report(
         layers: names of those that get a row; None: all.
         console: where to print; None: the terminal.
     """
+    check_report(report)
     if console is None:
         console = Console()
         console.width = width_for(console)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_spectral import measure_spectra
-from lightning_spectral.report.terminal.tables import other_methods
+from lightning_spectral.report.terminal.tables import other_methods, print_report
 
 
 class SquaredWeight(nn.Module):
@@ -36,3 +36,10 @@ def test_the_caption_names_layers_that_another_method_measured():
     assert other_methods(report) == "; squared: measured by exact"
     alone = measure_spectra(SquaredWeight(), batch, loss, curvature="exact", top_k=4)
     assert other_methods(alone) == ""
+
+
+def test_what_is_no_report_is_told():
+    with pytest.raises(TypeError, match="there is no report: the probe has not measured, and its warnings say why"):
+        print_report(None)
+    with pytest.raises(TypeError, match=r"need one SpectralReport, such as probe\.last_report, got list"):
+        print_report([])
