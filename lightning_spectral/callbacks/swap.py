@@ -130,8 +130,9 @@ class SwapOptimizer(AnyCallback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn if training ended before the swap."""
         if not self.swapped:
+            when = f"at_epoch={self.at_epoch}" if self.at_step is None else f"at_step={self.at_step}"
             warnings.warn(
-                f"training ended before at_step={self.at_step}, at_epoch={self.at_epoch}: no optimizer was swapped",
+                f"training ended before {when}: no optimizer was swapped",
                 SpectralWarning,
                 stacklevel=2,
             )

@@ -437,8 +437,10 @@ def test_a_class_will_do():
 
 
 def test_a_swap_that_never_came_is_told():
-    with pytest.warns(SpectralWarning, match="training ended before at_step=500, at_epoch=None: no optimizer was"):
+    with pytest.warns(SpectralWarning, match="training ended before at_step=500: no optimizer was"):
         fit(Module(), [SwapOptimizer(AdamW, at_step=500)], steps=3)
+    with pytest.warns(SpectralWarning, match="training ended before at_epoch=9: no optimizer was"):
+        fit(Module(), [SwapOptimizer(AdamW, at_epoch=9)], steps=3)
 
 
 @pytest.mark.parametrize(
