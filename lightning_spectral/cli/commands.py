@@ -29,8 +29,8 @@ LightningModule, which gets the checkpoint's hyper_parameters and whose training
 
 --data may be a DataLoader, a LightningDataModule (its training data), an iterator of batches, or one batch, or
 return one of these. With a loss of torch.nn.functional a batch is (inputs, targets), or a mapping with its
-targets under labels, target or y. For cross_entropy of sequences, logits are (N, T, classes) and targets
-(N, T); a batch of tokens (N, T) alone is text, each of whose tokens is predicted from those before it.
+targets under labels, label, targets, target or y. For cross_entropy of sequences, logits are (N, T, classes) and
+targets (N, T); a batch of tokens (N, T) alone is text, each of whose tokens is predicted from those before it.
 
 Checkpoints are read with weights_only=True: nothing in them is executed. --model, --data and --loss are
 imported, which executes their modules.

@@ -10,9 +10,9 @@ import torch
 from lightning_spectral import SpectralReport, measure_spectra
 from lightning_spectral.cli.arguments import LOSS_EXAMPLES
 from lightning_spectral.cli.checkpoints import Checkpoint, build_model
-from lightning_spectral.cli.commands import main
+from lightning_spectral.cli.commands import MEASURE_EPILOG, main
 from lightning_spectral.cli.import_paths import SourceError, batch_reader, import_object, named_loss
-from lightning_spectral.functional import FUNCTIONAL_LOSSES, functional_loss
+from lightning_spectral.functional import FUNCTIONAL_LOSSES, TARGETS, functional_loss
 from lightning_spectral.plan.planner import FEWER_SAMPLES
 
 NETS = """
@@ -211,6 +211,10 @@ def test_a_seed_gives_the_same_measurement(nets):
         assert main([*BASE, "--loss=cross_entropy", f"--seed={seed}"]) == 0
         found.append(SpectralReport.from_json("spectra/spectra.json").loss)
     assert found[0] == found[1] != found[2]
+
+
+def test_targets_in_the_help_are_those_of_the_code():
+    assert f"targets under {', '.join(TARGETS[:-1])} or {TARGETS[-1]}." in MEASURE_EPILOG
 
 
 def test_losses_in_the_help_are_those_of_the_code():
