@@ -465,9 +465,9 @@ def test_rows_are_those_of_the_layers_logged(capsys):
     out = printed(capsys, SpectralProbe(log_layers=["net.2"], print_end=True), None)
     assert "net.2" in out
     assert "net.0" not in out
-    assert "1 of 2 layers are not shown" in out
+    assert "layers not shown: 1 of 2" in out
     out = printed(capsys, SpectralProbe(log_layers="none", print_end=True), None)
-    assert "2 of 2 layers are not shown" in out
+    assert "layers not shown: 2 of 2" in out
     assert re.search(r"^ head +\d/1 ", out, re.MULTILINE)
 
 

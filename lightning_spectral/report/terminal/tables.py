@@ -209,7 +209,7 @@ def print_report(
             _print_table(console, table, requested.caption + omitted)
         text = "median per kind of layer, over the fits to trust, beside the paper's"
     if left := len(report.layers) - len(shown.layers):
-        console.print(f"{left} of {len(report.layers)} layers are not shown\n", style="dim")
+        console.print(f"layers not shown: {left} of {len(report.layers)}\n", style="dim")
     console.print(kind_table(report, text, width=console.width))
     for problem in report.problems():
         console.print(literal(problem), style="yellow", soft_wrap=True)
