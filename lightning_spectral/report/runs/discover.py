@@ -124,7 +124,8 @@ def _newest(folder: Path, files: Sequence[Path], prefix: str | None) -> RunFile:
     newest = max(named, key=lambda file: (file.stat().st_mtime, natural_sort_key(file)))
     if len(probes := [str(file) for file in named if file.parent == newest.parent]) > 1:
         raise RunError(f"{newest.parent} holds several probes, name the file of one: {join_names(sorted(probes))}")
-    return RunFile(SPECTRA, newest, f", the newest of {len(named)} runs in {folder}" if len(named) > 1 else "")
+    runs = len({file.parent for file in named})
+    return RunFile(SPECTRA, newest, f", the newest of {runs} runs in {folder}" if runs > 1 else "")
 
 
 def _is_log(file: Path) -> bool:

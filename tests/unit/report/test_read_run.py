@@ -98,8 +98,12 @@ def test_of_several_runs_the_newest_is_taken_and_said(log, capsys):
         run = read_run([log.parent])
         assert len(run.steps) == n
         assert run.sources == (f"spectra file {newest}, the newest of 2 runs in {log.parent}",)
+    # A second probe makes no run of its own.
+    second = write(other.parent, name="spectra-second.jsonl")
+    os.utime(second, (0, 0))
     assert main(["report", str(log.parent)]) == 0
     assert f"read spectra file {newest}, the newest of 2 runs in {log.parent}\n" in capsys.readouterr().err
+    second.unlink()
     assert len(read_run([other]).steps) == 1
     os.utime(other, (newest.stat().st_mtime,) * 2)
     assert len(read_run([log.parent]).steps) == 1
