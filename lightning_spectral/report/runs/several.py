@@ -138,7 +138,9 @@ def _against(first: Run, other: Run) -> str:
     before, after = _alphas(first), _alphas(other)
     changes = sorted(after[name] - before[name] for name in after if name in before)
     if not changes:
-        return f"{other.name} against {first.name}: no layer has an alpha to trust in both."
+        shared = first.steps[-1].report.layers.keys() & other.steps[-1].report.layers.keys()
+        why = "no layer has an alpha to trust in both" if shared else "they have no layer in common"
+        return f"{other.name} against {first.name}: {why}."
     higher, n = sum(change > 0 for change in changes), len(changes)
     return (
         f"{other.name} against {first.name}: the last alpha is higher in {higher} of {n} layers to trust in both; the "

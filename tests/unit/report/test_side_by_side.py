@@ -122,8 +122,11 @@ def test_sentences_compare_last_alphas_to_trust_in_both():
         "two against one: the last alpha is higher in 0 of 2 layers to trust in both; the change is -0.25 in the "
         "median, from -0.50 to 0.00."
     ]
-    assert comparison([first, run_of([report(dead("z"))], "none")]) == [
+    assert comparison([first, run_of([report(dead("a"))], "none")]) == [
         "none against one: no layer has an alpha to trust in both."
+    ]
+    assert comparison([first, run_of([report(layer("z"))], "other")]) == [
+        "other against one: they have no layer in common."
     ]
 
 
