@@ -73,6 +73,11 @@ def output_shape(node: Any, number: int) -> torch.Size | None:
     return torch.Size(shape) if all(isinstance(size, int) for size in shape) else None
 
 
+def is_complex(node: Any) -> bool:
+    """Return whether an output of a node of the graph is complex."""
+    return any(output.dtype.is_complex for output in getattr(node, "_input_metadata", ()))
+
+
 def log_softmax_result(node: Any) -> tuple[Tensor, int] | None:
     """Return what a log-softmax node of the graph gave, and over which dimension; None where it does not tell."""
     result, dim = getattr(node, "_saved_result", None), getattr(node, "_saved_dim", None)

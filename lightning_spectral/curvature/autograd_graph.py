@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_spectral._autograd import operation, reachable
-from lightning_spectral._torch_private import trained_on_batch_statistics
+from lightning_spectral._torch_private import is_complex, trained_on_batch_statistics
 
 # Linear in each input alone; piecewise so for the second group. Names as autograd gives them, without the version.
 LINEAR = frozenset([
@@ -78,6 +78,9 @@ class Dependence:
     def is_linear(self, node: Node, allowed: frozenset[str]) -> bool:
         """Return whether an operation is one of the allowed, or multilinear in the leaves."""
         name, inputs = operation(node), self.inputs(node)
+        # The head's Hessian is of real outputs, and the size of a complex number is not piecewise linear.
+        if is_complex(node):
+            return False
         if name in allowed:
             return True
         if name in BATCH_NORM:

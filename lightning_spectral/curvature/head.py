@@ -17,7 +17,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lightning_spectral._autograd import operation
 from lightning_spectral._torch_private import log_softmax_result
 from lightning_spectral.curvature.autograd_graph import LINEAR, Dependence, GraphCut
-from lightning_spectral.curvature.ports import SampleLayout, sample_layouts
+from lightning_spectral.curvature.custom_functions import watch_custom_functions
+from lightning_spectral.curvature.ports import REMEDY, SampleLayout, sample_layouts
+from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.matmul_precision import accumulation_dtype
 
 DENSE = 2**26
@@ -56,7 +58,11 @@ class Head:
         self.loss, self.cut, self.samples, self.apart = loss, cut, samples, apart
         # A loss that is itself a product with a parameter is its own output.
         self.edges: Sequence[GradientEdge] = cut.edges or [get_gradient_edge(loss)]
-        gradients = torch.autograd.grad(loss, list(self.edges), create_graph=True)
+        with watch_custom_functions(loss) as custom:
+            gradients = torch.autograd.grad(loss, list(self.edges), create_graph=True)
+        if custom.cut:
+            names = ", ".join(sorted(set(custom.cut.values())))
+            raise MeasurementError(f"the loss holds custom autograd functions that cut derivatives ({names}); {REMEDY}")
         self.gradients = list(gradients)
         self.shapes = [g.shape for g in gradients]
         of_each = samples // len(self.shapes) if apart else samples
@@ -126,12 +132,14 @@ class Head:
 
     def keeps_samples_apart(self) -> bool:
         """Return whether what is done to the outputs of half of the samples shows at no other, in H x."""
-        half = half_of(self.samples)
         x = self.by_sample(self.random_signs(torch.Generator().manual_seed(0)))
-        moved = self.by_sample(self.product(self.as_outputs(x * half.to(x)[:, None])))
-        # What is not finite at a sample, as of a norm at zero, is so whatever is done to the others.
-        others = moved[~half.to(moved.device)]
-        return not bool(others[others.isfinite()].any())
+        for half in halves_of(self.samples):
+            moved = self.by_sample(self.product(self.as_outputs(x * half.to(x)[:, None])))
+            # What is not finite at a sample, as of a norm at zero, is so whatever is done to the others.
+            others = moved[~half.to(moved.device)]
+            if bool(others[others.isfinite()].any()):
+                return False
+        return True
 
     def eigenvectors(self) -> tuple[Tensor, Tensor]:
         """Return (B, r) eigenvalues of every sample's Hessian, the largest first, and (B, C, r) eigenvectors.
@@ -272,6 +280,13 @@ def parts_of(shapes: Sequence[torch.Size | None], samples: int) -> int:
     """Return how many views of a sample there are outputs of: in tensors of their own, or in one."""
     first = shapes[0] if len(set(shapes)) == 1 else None
     return len(shapes) * max(first[0] // samples, 1) if first else 1
+
+
+def halves_of(samples: int) -> Iterator[Tensor]:
+    """Yield (B,) which samples are in a half; any two samples are apart in one of them, at least."""
+    rank = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+    for bit in range(max((samples - 1).bit_length(), 1)):
+        yield (rank >> bit) % 2 == 0
 
 
 def half_of(samples: int) -> Tensor:

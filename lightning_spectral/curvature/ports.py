@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
+from lightning_spectral.errors import MeasurementError
 from lightning_spectral.layers.matrices import MatrixLayer
 from lightning_spectral.numerics.matmul_precision import accumulation_dtype
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -321,5 +322,12 @@ def convolved(call: LayerCall, a: Tensor, layer: MatrixLayer, shape: torch.Size,
 
 
 def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
-    """Return (K,) the block of rows in which each u_k lies."""
+    """Return (K,) the block of rows in which each u_k lies.
+
+    Raises:
+        MeasurementError: if one lies in several.
+    """
+    u = triplets.u.reshape(layer.groups, -1, len(triplets))
+    if layer.groups > 1 and bool(((u != 0).any(1).sum(0) > 1).any()):
+        raise MeasurementError(f"{layer.name}: a direction reaches several groups of channels; {REMEDY}")
     return triplets.u.abs().argmax(0) // (layer.shape[0] // layer.groups)

@@ -13,10 +13,13 @@ from lightning_spectral._autograd import operation
 from lightning_spectral._torch_private import output_shape
 from lightning_spectral.curvature.autograd_graph import VIEWS, Dependence, GraphCut, find_cut, outer_cut
 from lightning_spectral.curvature.problem import DifferentiableLoss
-from lightning_spectral.curvature.products import LayerCall
+from lightning_spectral.curvature.products import TRANSPOSED, LayerCall
+from lightning_spectral.layers.matrices import MatrixLayer
 
 NO_PRODUCT = "no product of it with activations was seen"
 OTHER_USE = "it is also used in another way than multiplied with activations"
+BY_ITSELF = "it is multiplied with itself, or with a part of itself as bias"
+OTHER_LAYOUT = "it is applied in another layout than its layer's, as a convolution's filters are in a transposed one"
 IN_CHECKPOINT = "it is applied to what it gave before, within a checkpoint"
 
 
@@ -87,7 +90,9 @@ def _see_layers(problem: DifferentiableLoss, names: Sequence[str]) -> SeenLayers
     for name in names:
         leaf = id(problem.parameters[name])
         recorded = problem.trace.calls.get(leaf, [])
-        numbered = {i: c for i, c in enumerate(recorded) if c.edge is not None and c.edge.node in dependence.masks}
+        reached = {i: c for i, c in enumerate(recorded) if c.edge is not None and c.edge.node in dependence.masks}
+        # Where a view of it was taken without a gradient, a product does not depend on it.
+        numbered = {i: c for i, c in reached.items() if _products_at(c, uses[leaf])}
         own = list(numbered.values())
         covered = set().union(*(_products_at(call, uses[leaf]) for call in own)) if own else set()
         bit = dependence.bits[leaf]
@@ -96,6 +101,10 @@ def _see_layers(problem: DifferentiableLoss, names: Sequence[str]) -> SeenLayers
             unseen[name] = NO_PRODUCT
         elif uses[leaf] - covered:
             unseen[name] = OTHER_USE
+        elif any(sum(_shows(n, leaf) for n, _ in node.next_functions) > 1 for node in covered):
+            unseen[name] = BY_ITSELF
+        elif not all(_fits(call, problem.layers[name]) for call in own):
+            unseen[name] = OTHER_LAYOUT
         elif is_nested and problem.trace.hooked:
             unseen[name] = IN_CHECKPOINT
         else:
@@ -153,6 +162,23 @@ def _uses(dependence: Dependence, shapes: Mapping[int, torch.Size] | None = None
             if n in views and views[n] != made_of:
                 uses[views[n]].add(node)
     return uses
+
+
+def _shows(node: Node | None, leaf: int) -> bool:
+    """Return whether what a node gives is a leaf, or a view of it."""
+    while node is not None and not hasattr(node, "variable"):
+        inputs = [n for n, _ in node.next_functions if n is not None]
+        node = inputs[0] if operation(node) in VIEWS and len(inputs) == 1 else None
+    return node is not None and id(node.variable) == leaf
+
+
+def _fits(call: LayerCall, layer: MatrixLayer) -> bool:
+    """Return whether a call takes a parameter for the matrix that its layer is."""
+    if not call.is_convolution:
+        return not (layer.transposed and call.parameter.ndim > 2)
+    is_transposed, groups = call.function in TRANSPOSED, call.options.get("groups", 1)
+    is_batch = call.input.ndim == call.parameter.ndim
+    return is_batch and not layer.stack and is_transposed == layer.transposed and groups == layer.groups
 
 
 def _products_at(call: LayerCall, uses: set[Node]) -> set[Node]:

@@ -108,7 +108,7 @@ def omission_notes(
     too_few = isinstance(asked, int) and samples is not None and samples < asked
     return [
         *([f"gradient_samples: {asked} were asked for, and there are {samples}"] if too_few else []),
-        *([f"signal: {raw.no_signal}; several batches tell it (gradient_samples)"] if raw.no_signal else []),
+        *([f"signal: {raw.no_signal}; several batches tell it (n_batches)"] if raw.no_signal else []),
         *(note for note in raw.traces.notes if note not in raw.curvatures.notes),
         *(f"curvature_fraction: {text}" for text in group_by_reason(raw.traces.failed)),
         *(f"spectrum_top_k: {text}" for text in group_by_reason(raw.directions.truncated)),

@@ -213,11 +213,11 @@ class SpectralNewton(Optimizer):
         """Take measured exponents into the averages of the groups with alpha="probe".
 
         Args:
-            measured: parameter -> its exponent, or what was measured on some of its rows. Parameters of other groups,
-                and of other optimizers, are left out.
+            measured: parameter -> its exponent, or what was measured on some of its rows. NaN, and parameters of other
+                groups and of other optimizers, are left out.
 
         Raises:
-            ValueError: if no group has alpha="probe".
+            ValueError: if no group has alpha="probe"; TypeError for a key that is no parameter.
 
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = SpectralNewton(model.parameters(), alpha="probe")
@@ -228,7 +228,9 @@ class SpectralNewton(Optimizer):
         if not self.takes_alpha:
             raise ValueError("set_alpha needs alpha='probe', and no group has it; group['alpha'] holds their exponents")
         self.expect_alpha()
-        fits = {p: [MeasuredAlpha(x)] if isinstance(x, (int, float)) else x for p, x in measured.items()}
+        if others := [p for p in measured if not isinstance(p, Tensor)]:
+            raise TypeError(f"set_alpha takes parameters (model.get_parameter(name)) as keys, got {others[0]!r}")
+        fits = {p: x if isinstance(x, Sequence) else [MeasuredAlpha(float(x))] for p, x in measured.items()}
         for group in self.param_groups:
             if group.get("alpha") == "probe":
                 update_averages(fits, group)

@@ -386,6 +386,11 @@ def test_bad_options(options, message):
 def test_bad_calls():
     with pytest.raises(ValueError, match="set_alpha needs alpha='probe', and no group has it"):
         SpectralNewton([MATRIX]).set_alpha({MATRIX: 1.5})
+    optimizer = SpectralNewton([MATRIX], alpha="probe")
+    with pytest.raises(TypeError, match=r"takes parameters \(model.get_parameter\(name\)\) as keys, got '0.weight'"):
+        optimizer.set_alpha({"0.weight": 1.5})
+    optimizer.set_alpha({MATRIX: torch.tensor(1.5)})
+    assert optimizer.alpha_of(MATRIX) == 1.5
     weight = nn.Parameter(torch.ones(6, 3))
     layouts = [{"input_first": 0, "rows": [3, 3]}]
     optimizer = SpectralNewton([{"params": [weight], "update": "spectral", "layouts": layouts}], alpha="probe")

@@ -531,6 +531,113 @@ def test_products_as_people_write_them(name, act):
         twin.check_columns()
 
 
+class Uses(nn.Module):
+    """Layers of one matrix each, used in one way and then another; ``rows`` wide."""
+
+    def __init__(self, use, *shape, act=torch.tanh):
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(0.3 * torch.randn(*shape)) for _ in range(3))
+        self.head, self.use, self.act = nn.Linear(8, 5), use, act
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = self.act(self.use(x, weight))
+        return self.head(x.flatten(2).mean(2) if x.ndim > 2 else x)
+
+
+def without_gradient(x, weight):
+    with torch.no_grad():
+        constant = weight.view(8, 8)
+    return F.linear(x, weight) + F.linear(x.roll(1, 1), constant)
+
+
+USES = {
+    "weight and bias": (lambda x, w: F.linear(x, w[:, :-1], w[:, -1]), (8, 9), (16, 8)),
+    "addmm": (lambda x, w: torch.addmm(w[:, 0], x, w[:, 1:].T), (8, 9), (16, 8)),
+    "a view without a gradient": (without_gradient, (8, 8), (16, 8)),
+    "conv1d of a parameter": (lambda x, w: F.conv1d(x, w, padding=1), (8, 8, 3), (16, 8, 6)),
+}
+
+
+@pytest.mark.parametrize("method", ["auto", "ggn", "sketch"])
+@pytest.mark.parametrize("name", USES)
+def test_a_matrix_that_meets_itself_or_is_no_layers(name, method):
+    use, weight, x = USES[name]
+    act = torch.relu if method == "ggn" else torch.tanh
+    batch = torch.randn(*x), torch.randint(0, 5, (16,))
+    model = Uses(use, *weight, act=act).double()
+    found = measure_spectra(model, (batch[0].double(), batch[1]), cross_entropy, top_k=4, curvature=method)
+    expected = measure_spectra(model, (batch[0].double(), batch[1]), cross_entropy, top_k=4, curvature="exact")
+    agrees(found, expected)
+
+
+def orthogonal(model, batch):
+    gram = model[2].weight @ model[2].weight.T
+    return cross_entropy(model, batch) + (gram - torch.eye(16, dtype=gram.dtype)).square().sum()
+
+
+@pytest.mark.parametrize("method", ["auto", "ggn", "sketch"])
+def test_a_penalty_of_a_product_of_a_matrix_with_itself(method):
+    act = nn.ReLU if method == "ggn" else nn.Tanh
+    model = nn.Sequential(nn.Linear(8, 16), act(), nn.Linear(16, 16), act(), nn.Linear(16, 16), act(), nn.Linear(16, 5))
+    batch = torch.randn(16, 8).double(), torch.randint(0, 5, (16,))
+    found = measure_spectra(model.double(), batch, orthogonal, top_k=8, curvature=method)
+    agrees(found, measure_spectra(model, batch, orthogonal, top_k=8, curvature="exact"))
+
+
+class TiedConvolutions(nn.Module):
+    """An autoencoder that goes back by the filters it came by."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        h = F.conv_transpose2d(torch.tanh(self.first(x)), self.first.weight, padding=1)
+        return self.last(torch.tanh(h))
+
+
+class OneByOne(nn.Module):
+    """Images that are convolved without a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(3, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.stack([torch.tanh(self.conv(image.flatten(1))) for image in x]).mean(2))
+
+
+@pytest.mark.parametrize("method", ["auto", "sketch"])
+@pytest.mark.parametrize("make", [lambda: TiedConvolutions(3), lambda: TiedConvolutions(6), OneByOne])
+def test_filters_in_another_layout(make, method):
+    model, x = make().double(), torch.randn(8, 3, 4, 4).double()
+    batch = x, (torch.randn(8, 3).double() if isinstance(model, OneByOne) else x)
+    found = measure_spectra(model, batch, mse, top_k=3, curvature=method)
+    agrees(found, measure_spectra(model, batch, mse, top_k=3, curvature="exact"))
+
+
+MAGNITUDES = {
+    "abs": torch.abs,
+    "angle": torch.angle,
+    "conj": lambda z: (z * z.conj()).real,
+    "view": lambda z: torch.view_as_real(z).square().sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", MAGNITUDES)
+@pytest.mark.parametrize("method", ["auto", "ggn"])
+def test_complex_numbers_are_above_the_cut(name, method):
+    def loss(model, batch):
+        z = model(batch[0]) * torch.exp(1j * torch.arange(5, dtype=batch[0].dtype))
+        return MAGNITUDES[name](z.cumsum(1)).mean()
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)).double()
+    batch = torch.randn(16, 8).double(), torch.randint(0, 5, (16,))
+    found = measure_spectra(model, batch, loss, top_k=4, curvature=method)
+    agrees(found, measure_spectra(model, batch, loss, top_k=4, curvature="exact"))
+
+
 class Conv1D(nn.Module):
     """The linear layer of GPT-2 in transformers, with its weight as (in, out)."""
 

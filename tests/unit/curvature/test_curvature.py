@@ -6,7 +6,7 @@ from cases import CASES, Case, cross_entropy, mlp, vectors
 from torch import nn
 from twins import block_triplets, dense_hessian, gradient, matrix_entries
 
-from lightning_spectral import SingularTriplets, directional_curvature, measure_spectra
+from lightning_spectral import MeasurementError, SingularTriplets, directional_curvature, measure_spectra
 from lightning_spectral.layers.matrices import find_layers
 
 
@@ -56,6 +56,16 @@ def test_directional_curvature_along_given_directions():
     hessian = dense_hessian(model, batch, cross_entropy, "0.weight")
     directions = torch.einsum("mk,nk->kmn", u, v).flatten(1)
     torch.testing.assert_close(h["0.weight"], torch.einsum("ki,ij,kj->k", directions, hessian, directions))
+
+
+@pytest.mark.parametrize("method", ["ggn", "sketch"])
+def test_directions_that_reach_several_groups_are_for_exact_products_alone(method):
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2), torch.nn.Flatten(), torch.nn.Linear(32, 5)).double()
+    batch = torch.randn(6, 4, 4, 4).double(), torch.randint(0, 5, (6,))
+    directions = {"0.weight": SingularTriplets(torch.randn(8, 2).double(), torch.ones(2), torch.randn(18, 2).double())}
+    assert directional_curvature(model, batch, directions, cross_entropy)["0.weight"].isfinite().all()
+    with pytest.raises(MeasurementError, match=r"0\.weight: a direction reaches several groups.*use curvature='exact'"):
+        directional_curvature(model, batch, directions, cross_entropy, method=method)
 
 
 def test_directional_curvature_of_a_whole_fused_projection_and_of_a_part():

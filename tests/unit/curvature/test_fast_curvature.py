@@ -195,6 +195,18 @@ def test_random_columns_have_the_hessian_of_the_head_as_mean(name, is_dense, mon
     assert any(column.partner is not None for column in draws) or bool((torch.linalg.eigvalsh(dense) > -1e-9).all())
 
 
+@pytest.mark.parametrize("pair", [(0, 1), (2, 3), (0, 3), (4, 5)])
+def test_a_head_that_couples_two_samples_alone_shows_it(pair):
+    leaf = Z.clone().requires_grad_()
+    output = 1.0 * leaf
+    z_hat = F.normalize(output, dim=1)
+    linked = torch.zeros(6, 6, dtype=torch.float64)
+    linked[pair] = 1
+    value = output.square().sum() + (linked * (z_hat @ z_hat.T)).sum()
+    head = Head(value, find_cut(Dependence(value.grad_fn, {id(leaf)}), {"": [output.grad_fn]}), 6)
+    assert not head.keeps_samples_apart()
+
+
 def test_a_head_that_couples_samples_shows_it():
     head, _, _ = head_of("hard")
     assert head.keeps_samples_apart()
@@ -966,6 +978,30 @@ def test_an_operation_without_second_derivative_stops_the_layers_before_it_alone
     assert report.chosen.startswith("exact: 20 products; no sketch: scaled_dot_product_flash_attention_for_cpu has ")
     with pytest.raises(SecondDerivativeError, match=r"flash_attention_for_cpu has no second .*layers=.* loss_fn"):
         measure_spectra(model, batch, cross_entropy, curvature="sketch", top_k=4)
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """A loss whose backward pass scales a gradient that it brings along, as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx, z, y):
+        ctx.save_for_backward((z.softmax(1) - F.one_hot(y, z.shape[1])) / len(y))
+        return F.cross_entropy(z, y)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("method", ["auto", "ggn"])
+def test_a_head_that_cuts_the_second_derivative_is_not_taken_for_flat(method):
+    def loss(model, batch):
+        z = model(batch[0])
+        return FusedCrossEntropy.apply(z, batch[1]) + 0.1 * z.square().mean()
+
+    model, batch = PIECEWISE_LINEAR[0].build()
+    with pytest.raises((MeasurementError, SecondDerivativeError), match=r"custom autograd function.*FusedCrossEntropy"):
+        measure_spectra(model, batch, loss, curvature=method, top_k=3)
 
 
 def test_auto_does_not_believe_columns_that_fail_their_check(monkeypatch):
