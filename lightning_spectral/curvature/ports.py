@@ -322,11 +322,7 @@ def convolved(call: LayerCall, a: Tensor, layer: MatrixLayer, shape: torch.Size,
 
 
 def groups_of(layer: MatrixLayer, triplets: SingularTriplets) -> Tensor:
-    """Return (K,) the block of rows in which each u_k lies.
-
-    Raises:
-        MeasurementError: if one lies in several.
-    """
+    """Return (K,) the block of rows in which each u_k lies; MeasurementError if one lies in several."""
     u = triplets.u.reshape(layer.groups, -1, len(triplets))
     if layer.groups > 1 and bool(((u != 0).any(1).sum(0) > 1).any()):
         raise MeasurementError(f"{layer.name}: a direction reaches several groups of channels; {REMEDY}")

@@ -20,6 +20,7 @@ NO_PRODUCT = "no product of it with activations was seen"
 OTHER_USE = "it is also used in another way than multiplied with activations"
 BY_ITSELF = "it is multiplied with itself, or with a part of itself as bias"
 OTHER_LAYOUT = "it is applied in another layout than its layer's, as a convolution's filters are in a transposed one"
+UNBATCHED = "a convolution without a dimension for samples"
 IN_CHECKPOINT = "it is applied to what it gave before, within a checkpoint"
 
 
@@ -103,8 +104,8 @@ def _see_layers(problem: DifferentiableLoss, names: Sequence[str]) -> SeenLayers
             unseen[name] = OTHER_USE
         elif any(sum(_shows(n, leaf) for n, _ in node.next_functions) > 1 for node in covered):
             unseen[name] = BY_ITSELF
-        elif not all(_fits(call, problem.layers[name]) for call in own):
-            unseen[name] = OTHER_LAYOUT
+        elif misfit := next(filter(None, (_misfit(call, problem.layers[name]) for call in own)), ""):
+            unseen[name] = misfit
         elif is_nested and problem.trace.hooked:
             unseen[name] = IN_CHECKPOINT
         else:
@@ -172,13 +173,14 @@ def _shows(node: Node | None, leaf: int) -> bool:
     return node is not None and id(node.variable) == leaf
 
 
-def _fits(call: LayerCall, layer: MatrixLayer) -> bool:
-    """Return whether a call takes a parameter for the matrix that its layer is."""
+def _misfit(call: LayerCall, layer: MatrixLayer) -> str:
+    """Return why a call does not take a parameter for the matrix that its layer is; empty if it does."""
     if not call.is_convolution:
-        return not (layer.transposed and call.parameter.ndim > 2)
-    is_transposed, groups = call.function in TRANSPOSED, call.options.get("groups", 1)
-    is_batch = call.input.ndim == call.parameter.ndim
-    return is_batch and not layer.stack and is_transposed == layer.transposed and groups == layer.groups
+        return OTHER_LAYOUT if layer.transposed and call.parameter.ndim > 2 else ""
+    if call.input.ndim != call.parameter.ndim:
+        return UNBATCHED
+    same = (call.function in TRANSPOSED, call.options.get("groups", 1)) == (layer.transposed, layer.groups)
+    return OTHER_LAYOUT if layer.stack or not same else ""
 
 
 def _products_at(call: LayerCall, uses: set[Node]) -> set[Node]:

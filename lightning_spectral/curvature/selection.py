@@ -136,7 +136,7 @@ def _obstacle(seen: SeenLayers, samples: int | None) -> str:
     if samples is None:
         return "the tensors of the batch share no leading dimension, so samples cannot be told apart"
     if not seen.calls:
-        return "no layer is multiplied with activations in a way that is seen"
+        return f"no layer can be moved at its output: {'; '.join(dict.fromkeys(seen.unseen.values()))}"
     if len(seen.cut.inside) < len(seen.calls):
         names = seen.cut.operations or seen.cut.name_head()
         return f"{names} {'are' if ', ' in names else 'is'} not piecewise linear"
@@ -218,7 +218,10 @@ def _check(problem: DifferentiableLoss, directions: Mapping[str, SingularTriplet
     if not names:
         return float("nan")
     name = names[len(names) // 2]
-    exact = ExactCurvature()(problem.of([name]), {name: directions[name].first(1)}).h[name][0]
+    checked = ExactCurvature()(problem.of([name]), {name: directions[name].first(1)})
+    if name in checked.failed:
+        raise MeasurementError(f"the columns cannot be checked: {checked.failed[name]}")
+    exact = checked.h[name][0]
     difference = float((curvatures.h[name][0] - exact).abs())
     if name in curvatures.stderr:
         difference = max(0.0, difference - 4 * float(curvatures.stderr[name][0]))

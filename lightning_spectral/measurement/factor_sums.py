@@ -66,8 +66,6 @@ class FactorSums:
 
     def add(self, call: LayerCall, delta: Tensor, scale: float, shape: torch.Size) -> None:
         """Add one call and the gradient in its output, times ``scale``."""
-        if call.is_convolution and call.input.ndim != len(shape):
-            raise ValueError("a convolution without a dimension for samples")
         delta = _at_least_float32(delta) * (scale * call.scale)
         # Which rows are of which sample does not matter here.
         raised = replace(call, input=_at_least_float32(call.input), scale=1.0)
