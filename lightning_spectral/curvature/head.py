@@ -28,6 +28,9 @@ DENSE = 2**26
 INDEFINITE = 1e-3
 """Share of the largest curvature along signs below which a negative one is taken for rounding."""
 
+APART = 1e-4
+"""Relative difference that is no other sample's doing; of what vanishes, the same squared of the largest."""
+
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative tolerance for two products with the head's Hessian to be the same."""
 
@@ -131,15 +134,16 @@ class Head:
         ]
 
     def keeps_samples_apart(self) -> bool:
-        """Return whether what is done to the outputs of half of the samples shows at no other, in H x."""
+        """Return whether H x scales sample by sample with x: by powers of two, another for each of any 16 samples."""
+        rank = torch.randperm(self.samples, generator=torch.Generator().manual_seed(0))
+        scale = 2.0 ** (rank % 16)[:, None].to(self.device)
         x = self.by_sample(self.random_signs(torch.Generator().manual_seed(0)))
-        for half in halves_of(self.samples):
-            moved = self.by_sample(self.product(self.as_outputs(x * half.to(x)[:, None])))
-            # What is not finite at a sample, as of a norm at zero, is so whatever is done to the others.
-            others = moved[~half.to(moved.device)]
-            if bool(others[others.isfinite()].any()):
-                return False
-        return True
+        once, scaled = (self.by_sample(self.product(self.as_outputs(x * s))) for s in (torch.ones_like(scale), scale))
+        # What is not finite at a sample, as of a norm at zero, is so whatever is done to the others.
+        finite = once.isfinite() & scaled.isfinite()
+        expected = (once * scale).where(finite, 0)
+        bound = APART * expected.abs().amax(1, keepdim=True) + APART**2 * expected.abs().max()
+        return bool(((scaled - expected).abs() <= bound)[finite].all())
 
     def eigenvectors(self) -> tuple[Tensor, Tensor]:
         """Return (B, r) eigenvalues of every sample's Hessian, the largest first, and (B, C, r) eigenvectors.
@@ -280,13 +284,6 @@ def parts_of(shapes: Sequence[torch.Size | None], samples: int) -> int:
     """Return how many views of a sample there are outputs of: in tensors of their own, or in one."""
     first = shapes[0] if len(set(shapes)) == 1 else None
     return len(shapes) * max(first[0] // samples, 1) if first else 1
-
-
-def halves_of(samples: int) -> Iterator[Tensor]:
-    """Yield (B,) which samples are in a half; any two samples are apart in one of them, at least."""
-    rank = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
-    for bit in range(max((samples - 1).bit_length(), 1)):
-        yield (rank >> bit) % 2 == 0
 
 
 def half_of(samples: int) -> Tensor:

@@ -106,7 +106,9 @@ def omission_notes(
     partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
     asked, samples = options.gradient_samples, objective.samples
     too_few = isinstance(asked, int) and samples is not None and samples < asked
+    whole = options.max_samples is not None and any(size is None for size in objective.sizes)
     return [
+        *(["max_samples: a batch whose tensors share no leading dimension is measured whole"] if whole else []),
         *([f"gradient_samples: {asked} were asked for, and there are {samples}"] if too_few else []),
         *([f"signal: {raw.no_signal}; several batches tell it (n_batches)"] if raw.no_signal else []),
         *(note for note in raw.traces.notes if note not in raw.curvatures.notes),

@@ -113,7 +113,12 @@ def test_samples_that_cannot_be_counted_are_an_error_where_they_are_asked_for():
 
     with pytest.raises(MeasurementError, match="gradient_samples: the tensors of the batch share no leading dimension"):
         measure_spectra(model, loader, loss, gradient_samples=16)
-    assert measure_spectra(model, loader, loss, gradient_samples="auto").n_samples is None
+    report = measure_spectra(model, loader, loss, gradient_samples="auto", max_samples=4)
+    assert (report.n_samples, report.curvature_samples) == (None, None)
+    assert report.warnings[0] == "max_samples: a batch whose tensors share no leading dimension is measured whole"
+    assert not any(
+        "max_samples" in text for text in measure_spectra(model, loader, loss, gradient_samples="auto").warnings
+    )
 
 
 def test_a_loss_across_samples_keeps_its_batch_for_the_curvature():
