@@ -60,13 +60,14 @@ def is_precise(
     target: float,
     share: float = 1.0,
 ) -> bool:
-    """Return whether the standard error that h gives alpha is at most the target in the median layer.
+    """Return whether the standard error that h gives alpha is at most the target in the median layer that has one.
 
     Other micro-batches of the batch, of which this one has a ``share`` of the samples, average its noise with theirs.
     """
-    found = [_alpha_and_noise(of_layer, h[name], stderr[name]) for name, of_layer in triplets.items()]
+    drawn = [name for name in triplets if bool(stderr[name].any())]
+    found = [_alpha_and_noise(triplets[name], h[name], stderr[name]) for name in drawn]
     precise = [noise * math.sqrt(share) <= target for fit, noise in found if not math.isnan(fit.exponent)]
-    return bool(precise) and 2 * sum(precise) >= len(precise)
+    return not drawn or (bool(precise) and 2 * sum(precise) >= len(precise))
 
 
 def noisy_layers(triplets: Mapping[str, SingularTriplets], curvatures: Curvatures) -> list[str]:

@@ -92,3 +92,16 @@ def block_triplets(matrix: torch.Tensor, groups: int, k: int):
             direction[g * rows : (g + 1) * rows] = torch.outer(u[:, i], vh[i])
             found.append((float(sigma[i]), direction))
     return sorted(found, key=lambda pair: -pair[0])[:k]
+
+
+def z_scores(found, expected, rtol=1e-6):
+    """Errors of h over their standard errors; what has none is as expected, to ``rtol`` of the largest of a layer."""
+    scores = []
+    for name, layer in expected.items():
+        other = found[name]
+        drawn, known = other.h_stderr > 0, layer.h.isfinite()
+        certain = known & ~drawn
+        atol = rtol * float(layer.h.abs().nan_to_num().max())
+        torch.testing.assert_close(other.h[certain], layer.h[certain], rtol=rtol, atol=atol)
+        scores.append(((other.h - layer.h) / other.h_stderr)[drawn & known])
+    return torch.cat(scores)

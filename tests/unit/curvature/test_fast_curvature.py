@@ -25,6 +25,7 @@ from cases import (
 from modules import ConvNet, fit
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
+from twins import z_scores
 
 from lightning_spectral import MeasurementError, SecondDerivativeError, SpectralProbe, SpectralWarning, measure_spectra
 from lightning_spectral import options as options_module
@@ -312,7 +313,7 @@ def test_a_layer_applied_to_what_it_gave_is_left_to_other_methods():
     found = measure_spectra(model, batch, cross_entropy, **options)
     assert found.chosen.startswith("sketch: Addmm is not piecewise linear; ")
     drawn = measure_spectra(model, batch, cross_entropy, curvature="sketch", **options)
-    assert z_scores(drawn, expected).abs().max() < 6
+    assert z_scores(drawn.layers, expected.layers).abs().max() < 6
     columns = measure_spectra(model, batch, cross_entropy, curvature="ggn", **options)
     rest = {name: layer for name, layer in expected.layers.items() if name != "twice.weight"}
     close(columns, replace(expected, layers=rest), 1e-9)
@@ -326,7 +327,7 @@ def test_an_output_that_is_written_on_in_place_can_be_aligned_and_sketched():
     report = measure_spectra(model, batch, token_loss, curvature="sketch", top_k=4, alignment=True)
     expected = measure_spectra(model, batch, token_loss, curvature="exact", top_k=4)
     assert not any(layer.alignment_note for layer in report.layers.values())
-    assert z_scores(report, expected).abs().max() < 6
+    assert z_scores(report.layers, expected.layers).abs().max() < 6
     # As torch gives it, the output has left the graph.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "_is_view", lambda self: False)
@@ -378,21 +379,12 @@ def tokens_relu():
     return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 11))
 
 
-def z_scores(found, expected):
-    out = []
-    for name, layer in expected.layers.items():
-        spectrum = found.layers[name]
-        sampled = spectrum.h_stderr > 0
-        out.append(((spectrum.h - layer.h) / spectrum.h_stderr)[sampled & layer.h.isfinite()])
-    return torch.cat(out)
-
-
 def test_random_columns_agree_within_their_standard_errors(monkeypatch):
     model, batch = Case("tokens", tokens_relu, sequences, token_loss).build()
     expected = measure_spectra(model, batch, token_loss, curvature="exact", top_k=6)
     with_method(monkeypatch, GGNCurvature(exact_columns=0, random_columns=400))
     found = measure_spectra(model, batch, token_loss, curvature="test", top_k=6)
-    scores = z_scores(found, expected)
+    scores = z_scores(found.layers, expected.layers)
     assert len(scores) == 12
     assert scores.abs().max() < 4
     layer = found.layers["1.weight"]
@@ -541,7 +533,7 @@ def test_layers_of_few_directions_beside_layers_of_many(ranks, monkeypatch):
     if ranks == 1:
         close(found, expected, 1e-9)
     else:
-        assert z_scores(found, expected).abs().max() < 6
+        assert z_scores(found.layers, expected.layers).abs().max() < 6
 
 
 def test_columns_do_not_depend_on_what_else_is_measured():
@@ -599,7 +591,7 @@ def test_sketch_scales_by_the_samples_gradients_whatever_the_loss(loss, monkeypa
     without_limit(monkeypatch)
     expected = measure_spectra(model, batch, loss, curvature="exact", top_k=4)
     with_method(monkeypatch, SketchCurvature(draws=40, target_error=0))
-    assert z_scores(measure_spectra(model, batch, loss, curvature="test", top_k=4), expected).abs().max() < 4
+    assert z_scores(measure_spectra(model, batch, loss, curvature="test", top_k=4).layers, expected.layers).abs().max() < 4
 
 
 X = 3 * torch.randn(40, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
