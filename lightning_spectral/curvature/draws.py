@@ -60,7 +60,9 @@ def is_precise(
     target: float,
     share: float = 1.0,
 ) -> bool:
-    """Return whether the standard error that h gives alpha is at most the target in the median layer that has one.
+    """Return whether the standard error that h gives alpha is at most the target in the median layer.
+
+    Layers without noise do not count, nor those without a fit; where no layer has noise, it is.
 
     Other micro-batches of the batch, of which this one has a ``share`` of the samples, average its noise with theirs.
     """
@@ -75,7 +77,7 @@ def noisy_layers(triplets: Mapping[str, SingularTriplets], curvatures: Curvature
     noisy = []
     for name, stderr in curvatures.stderr.items():
         fit, noise = _alpha_and_noise(triplets[name], curvatures.h[name], stderr)
-        if not noise <= abs(fit.exponent) * NOISE_OF_ALPHA:
+        if bool(stderr.any()) and not noise <= abs(fit.exponent) * NOISE_OF_ALPHA:
             noisy.append(name)
     return noisy
 

@@ -95,6 +95,8 @@ class GGNCurvature:
             raise MeasurementError("the samples cannot be told apart where the network stops being piecewise linear")
         if head.cut.is_nested:
             raise MeasurementError(f"the loss depends on what is inside the network, beside its output; {REMEDY}")
+        if head.is_complex:
+            raise MeasurementError(f"the network's output is complex; {REMEDY}")
         if head.is_flat:
             return _zeros(graph.triplets), {}
         apart = head.keeps_samples_apart()

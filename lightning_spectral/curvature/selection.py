@@ -29,7 +29,7 @@ ALPHA_PER_NOISE = 1.6
 """Standard error of alpha of K curvatures, times sqrt(K) over their relative noise, where log sigma spreads by 0.6."""
 
 REST = 0.5
-"""The same of a product of what columns leave, relative to that of all: a quarter to once."""
+"""Noise of a product of what columns leave, relative to that of a product of all: a twentieth to once."""
 
 ALPHA_ERROR = 0.03
 """Standard error of alpha, from the noise of h, that a choice is made for."""
@@ -127,8 +127,8 @@ class LossProperties:
         ranks of K directions, so that h's is `NOISE_PER_CHANNEL` * sqrt(layers * K / (samples * P)).
         """
         ratio = NOISE_PER_CHANNEL * ALPHA_PER_NOISE / ALPHA_ERROR * (REST if self.sketch_columns else 1)
-        least = 2 if self.sketch_columns else 4
-        largest = sketch_products(self.windows, self.samples, self.sketch_columns)[1]
+        least, largest = sketch_products(self.windows, self.samples, self.sketch_columns)
+        least = least if self.sketch_columns else max(least, 4)
         return min(max(least, round(ratio**2 * len(self.windows) / (self.samples or 1))), largest)
 
 

@@ -44,7 +44,7 @@ from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
 
 DRAWS = 6
-"""Up to how often all directions are measured; twice as often where columns take a part, by half the products."""
+"""Up to how often all directions are measured; twice as often where columns take a part, within `PRODUCTS`."""
 
 PRODUCTS = 12
 """Products after which no other draw is made; of B < 32 samples, sqrt(32 / B) times as many."""
@@ -158,7 +158,7 @@ class SketchCurvature:
         head = moved.head
         if not head.keeps_samples_apart():
             raise MeasurementError(f"the loss couples samples; {INTERACT}")
-        columns = 0 if head.is_flat else columns_for(head.outputs, nested=head.cut.is_nested)
+        columns = 0 if head.is_flat or head.is_complex else columns_for(head.outputs, nested=head.cut.is_nested)
         place = problem.place or SampleRange(0, moved.graph.samples)
         products = _Products(moved, place, self.seed, head if columns else None)
         windows = [len(t) for t in products.triplets.values()]

@@ -185,7 +185,7 @@ def count_passes(
         products += checked
     elif moved:
         of_output = structure.loss.sketch_columns if structure is not None else 0
-        columns, joint = (1 + of_output,) * 2, sketch_products(tapped, samples, of_output)
+        columns, joint = (1, 1 + of_output), sketch_products(tapped, samples, of_output)
         gradients += 1
     gradients += bool(apart) and method != "exact"
     forwards = moved + (1 + micro_batches_given) * (parts > 1)

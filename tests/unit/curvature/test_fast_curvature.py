@@ -35,10 +35,11 @@ from lightning_spectral.curvature import selection as select
 from lightning_spectral.curvature import sketch as sketch_module
 from lightning_spectral.curvature.activations import cheap_twin
 from lightning_spectral.curvature.autograd_graph import Dependence, find_cut
-from lightning_spectral.curvature.draws import Draw, mean_and_error
+from lightning_spectral.curvature.draws import Draw, mean_and_error, noisy_layers
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.gauss_newton import GGNCurvature
 from lightning_spectral.curvature.head import Head
+from lightning_spectral.curvature.problem import Curvatures
 from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS
 from lightning_spectral.layers.matrices import find_layers
@@ -591,7 +592,9 @@ def test_sketch_scales_by_the_samples_gradients_whatever_the_loss(loss, monkeypa
     without_limit(monkeypatch)
     expected = measure_spectra(model, batch, loss, curvature="exact", top_k=4)
     with_method(monkeypatch, SketchCurvature(draws=40, target_error=0))
-    assert z_scores(measure_spectra(model, batch, loss, curvature="test", top_k=4).layers, expected.layers).abs().max() < 4
+    assert (
+        z_scores(measure_spectra(model, batch, loss, curvature="test", top_k=4).layers, expected.layers).abs().max() < 4
+    )
 
 
 X = 3 * torch.randn(40, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
@@ -677,6 +680,80 @@ def test_columns_and_products_of_the_rest_add_up_to_the_hessian(loss, columns, m
     with_method(monkeypatch, SketchCurvature(ranks=1))
     close(measure_spectra(model, batch, loss, curvature="test", top_k=3), expected, 1e-9)
     assert taken == [columns or 0]
+
+
+class ComplexOutput(nn.Module):
+    """The last product is with a complex matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh())
+        self.last = nn.Parameter(torch.randn(4, 3, dtype=torch.complex128))
+
+    def forward(self, x):
+        return self.net(x).to(torch.complex128) @ self.last
+
+
+def magnitude(model, batch):
+    return (model(batch[0]).abs().square() + model(batch[0]).real.exp()).mean()
+
+
+def test_of_complex_outputs_columns_take_no_part(monkeypatch):
+    model, batch = ComplexOutput().double(), many()()
+    batch = batch[0].double(), batch[1]
+    layers = ["net.0.weight", "net.2.weight"]
+    expected = measure_spectra(model, batch, magnitude, curvature="exact", top_k=3, layers=layers)
+    with_method(monkeypatch, SketchCurvature(ranks=1))
+    close(measure_spectra(model, batch, magnitude, curvature="test", top_k=3, layers=layers), expected, 1e-9)
+    with pytest.raises(MeasurementError, match="the network's output is complex"):
+        measure_spectra(model, batch, magnitude, curvature="ggn", top_k=3, layers=layers)
+
+
+class HalfHead(nn.Module):
+    """A network whose last layer computes in half precision, of itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.last = nn.Sequential(nn.Linear(6, 16), nn.Tanh()), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return F.linear(self.net(x).half(), self.last.weight.half(), self.last.bias.half())
+
+
+def test_a_loss_in_half_precision_keeps_its_samples_apart():
+    """Second derivatives of the mean of many samples are subnormal there."""
+    torch.manual_seed(0)
+    model, batch = HalfHead(), (torch.randn(256, 6), torch.randint(0, 5, (256,)))
+    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4)
+    found = measure_spectra(model, batch, cross_entropy, curvature="sketch", top_k=4)
+    assert found.layers["net.0.weight"].method == "sketch"
+    assert (z_scores(found.layers, expected.layers, rtol=1e-2).abs() < 6).all()
+
+
+def test_a_sample_without_curvature_makes_h_nan_and_no_error():
+    model, (x, y) = Case("", smooth_net, many(), lambda m, b: m(b[0]).norm(dim=1).mean()).build()
+    with torch.no_grad():
+        model[2].bias.zero_()
+        model[0].bias.zero_()
+        x[3] = 0
+    report = measure_spectra(model, (x, y), lambda m, b: m(b[0]).norm(dim=1).mean(), curvature="sketch", top_k=3)
+    assert all(bool(layer.h.isnan().all()) for layer in report.layers.values())
+
+
+def test_what_auto_expects_of_a_sketch_is_no_less_than_it_does():
+    windows = (20,) * 13
+    for samples in (16, 32, 64, 1024):
+        for columns in (0, 5):
+            properties = select.LossProperties("", False, False, 5, 1, windows, 0, samples, columns)
+            least, most = sketch_module.sketch_products(windows, samples, columns)
+            assert least <= properties.sketch_products <= most
+
+
+def test_a_layer_without_noise_is_no_noise_whatever_its_fit():
+    triplets = {"a": SingularTriplets(torch.eye(3), torch.tensor([3.0, 2.0, 1.0]), torch.eye(3))}
+    h, none = {"a": -torch.ones(3).double()}, {"a": torch.zeros(3).double()}
+    assert noisy_layers(triplets, Curvatures(h, "sketch", stderr=none)) == []
+    assert noisy_layers(triplets, Curvatures(h, "sketch", stderr={"a": none["a"] + 0.1})) == ["a"]
 
 
 def test_what_columns_leave_is_less_noisy(monkeypatch):

@@ -90,7 +90,7 @@ def test_a_plan_counts_what_a_measurement_does(name, method, counted):
     assert counted["directions"] == (apart + checks) * pieces
     least, most = cost.columns
     # Of a softmax there is one less than of outputs, which values tell.
-    least -= plan.method == "ggn" or least > 1
+    least -= plan.method == "ggn"
     assert least * pieces <= counted["columns"] <= most * pieces
     least, most = (products - apart - checks for products in cost.products)
     assert least * pieces <= counted["products"] <= most * pieces
