@@ -161,7 +161,7 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
         text = (
             "no pass, the loss is piecewise linear and its Hessian zero"
             if properties.is_linear
-            else f"{passes} backward passes for all layers"
+            else f"{passes} backward pass{'' if n == 1 else 'es'} for all layers"
         )
         why = f"ggn: every operation after the layers is piecewise linear up to the head, {text}{unseen}"
         of_column = COLUMN + (JOINT_PRODUCT if properties.is_deep else 0)
@@ -169,7 +169,7 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
     because = properties.obstacle or ("most of the network lies behind the layers" if properties.is_deep else "")
     if because and properties.windows and (properties.samples or 0) >= FEWEST_SAMPLES:
         n, columns = properties.sketch_products, properties.sketch_columns
-        passes = f"{columns} backward passes and " if columns else ""
+        passes = f"{columns} backward pass{'' if columns == 1 else 'es'} and " if columns else ""
         why = f"sketch: {because}; {passes}about {n} joint products{unseen}; exact would take {exact_why}"
         # Of few layers, what has no noise is worth twice the time.
         worth = 2 if len(properties.windows) <= FEW_LAYERS else 1
