@@ -178,7 +178,7 @@ def says_what_to_look_at(text, net):
     options = inspect.signature(measure_spectra).parameters.keys() - {"model", "batch"}
     words = "|".join(map(re.escape, [*options, *dict(net.named_parameters(remove_duplicate=False))]))
     remedies = "use|give|pass|set|reduce|measure|needs"
-    return bool(re.search(rf"\b({words})\b|\b({remedies}) |^the loss |its gradient is zero$", text))
+    return bool(re.search(rf"\b({words})\b|\b({remedies}) |^the loss |its gradient is (zero$|rounding: )", text))
 
 
 class Trained(pl.LightningModule):
