@@ -106,7 +106,7 @@ def omission_notes(
     partly = {name: f"alignment: {x.alignment.note}" for name, x in spectra.items() if x.alignment and x.alignment.note}
     asked, samples = options.gradient_samples, objective.samples
     too_few = isinstance(asked, int) and samples is not None and samples < asked
-    whole = options.max_samples is not None and any(size is None for size in objective.sizes)
+    whole = options.max_samples is not None and None in objective.all_sizes
     return [
         *(["max_samples: a batch whose tensors share no leading dimension is measured whole"] if whole else []),
         *([f"gradient_samples: {asked} were asked for, and there are {samples}"] if too_few else []),
