@@ -48,7 +48,7 @@ COLUMNS_PER_ROW = 256
 """From which on rounding grows with the columns: an update of 8 x 16384 was off by twice the tolerance."""
 
 PADDING = 8
-"""Columns added to a Gram matrix of 128 k rows: its own share few lines of the cache, at 2.5 times the time."""
+"""Columns added to a Gram matrix of 128 k rows: its inverse shares few lines of the cache, at 2.5 times the time."""
 
 
 def transfer(sigma: Tensor, *, alpha: float, damping: float) -> Tensor:
@@ -218,14 +218,15 @@ def _inverse_rms(trace_b: Tensor, r: int) -> Tensor:
     return torch.where(trace_b > 0, math.sqrt(r) * trace_b.rsqrt(), 0.0)
 
 
-def _gram(x_brn: Tensor) -> Tensor:
-    """Return X X^T; of large ones on a CPU the upper half, and `PADDING` columns of zeros if they need them."""
+def _gram(x_brn: Tensor, *, to_invert: bool) -> Tensor:
+    """Return X X^T; of large ones on a CPU the upper half, and `PADDING` columns of zeros if an inverse needs them."""
     b, r, _ = x_brn.shape
     if r < SMALLEST_IN_STRIPS or x_brn.device.type != "cpu":
         return x_brn @ x_brn.mT
-    p = r + PADDING if r % SMALLEST_IN_STRIPS == 0 else r
+    p = r + PADDING if to_invert and r % SMALLEST_IN_STRIPS == 0 else r
     a_bpp = x_brn.new_empty(b, p, p)
-    a_bpp[:, :, r:] = 0
+    if p > r:
+        a_bpp[:, :, r:] = 0
     for i in range(STRIPS):
         first, end = r * i // STRIPS, r * (i + 1) // STRIPS
         torch.bmm(x_brn[:, first:end], x_brn[:, first:].mT, out=a_bpp[:, first:end, first:r])
@@ -242,14 +243,17 @@ def _sum_of_inverses(
     x_brn: Tensor, poles: ShiftedInverses, budget: float, stretch: float | Tensor = 1.0, height: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return the update and a mask of the batch that failed: no factorisation, or rounding over the budget."""
-    r = x_brn.shape[1]
-    a_bpp = _gram(x_brn)
+    r, n = x_brn.shape[1:]
+    # One inverse of a nearly square matrix: two triangular systems take 0.7 to 0.9 of the time.
+    one_inverse = len(poles.shifts) == 1 and poles.constant == 0
+    by_solves = one_inverse and x_brn.device.type == "cpu" and r > SMALLEST_IN_STRIPS and n < 1.25 * r
+    a_bpp = _gram(x_brn, to_invert=not by_solves)
     diagonal_bp = a_bpp.diagonal(dim1=1, dim2=2)
     inverse_b = _inverse_rms(diagonal_bp.sum(1, dtype=torch.float64), r).to(a_bpp.dtype)
     a_bpp.mul_((inverse_b.square() * stretch)[:, None, None])
     largest_b = _norm(a_bpp) if budget < math.inf else inverse_b
     watched = budget < math.inf and _may_round_off(x_brn.dtype, poles, largest_b, budget)
-    estimate = _RoundingEstimate(x_brn @ _signs(x_brn.shape[2], x_brn.dtype, x_brn.device)) if watched else None
+    estimate = _RoundingEstimate(x_brn @ _signs(n, x_brn.dtype, x_brn.device)) if watched else None
     unshifted_bp = diagonal_bp.clone()
     failed_b, s_brr = torch.zeros_like(inverse_b, dtype=torch.bool), None
     for weight, shift in zip(poles.weights, poles.shifts, strict=True):
@@ -258,19 +262,14 @@ def _sum_of_inverses(
         failed_b |= info_b > 0
         # cholesky_inverse raises on a zero there, whatever the rest of the batch.
         factor_bpp.diagonal(dim1=1, dim2=2).masked_fill_(failed_b[:, None], 1.0)
-        if not watched and poles.constant == 0 and x_brn.device.type == "cpu" and 128 < r <= x_brn.shape[2] < 1.25 * r:
-            # One inverse of a nearly square matrix: two triangular systems take 0.8 to 0.9 of the time.
-            factor_brr = factor_bpp[:, :r, :r]
-            half_bnr = torch.linalg.solve_triangular(factor_brr.mT, x_brn.mT, upper=True, left=False)
-            u_bnr = torch.linalg.solve_triangular(factor_brr, half_bnr, upper=False, left=False)
+        if by_solves and not watched:
+            u_bnr = torch.linalg.solve_triangular(factor_bpp.mT, x_brn.mT, upper=True, left=False)
+            torch.linalg.solve_triangular(factor_bpp, u_bnr, upper=False, left=False, out=u_bnr)
             return u_bnr.mT.mul_((inverse_b * height)[:, None, None]), failed_b
         inverse_brr = torch.cholesky_inverse(factor_bpp)[:, :r, :r]
         if estimate is not None:
             estimate.add(weight, inverse_brr)
-        if s_brr is None:
-            s_brr = inverse_brr if weight == 1 else inverse_brr.mul_(weight)
-        else:
-            s_brr.add_(inverse_brr, alpha=weight)
+        s_brr = inverse_brr.mul_(weight) if s_brr is None else s_brr.add_(inverse_brr, alpha=weight)
     assert s_brr is not None
     if poles.constant:
         s_brr.diagonal(dim1=1, dim2=2).add_(poles.constant)

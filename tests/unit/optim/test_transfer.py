@@ -100,9 +100,10 @@ def test_batched_over_leading_dimensions(alpha, d):
 
 
 @pytest.mark.parametrize("shape", [(2, 128, 150), (1, 131, 131), (3, 261, 300), (2, 127, 200)])
-def test_the_upper_half_of_a_gram_matrix_in_strips_is_the_products(shape):
+@pytest.mark.parametrize("to_invert", [True, False])
+def test_the_upper_half_of_a_gram_matrix_in_strips_is_the_products(shape, to_invert):
     x, r = torch.randn(shape, dtype=torch.float64), shape[1]
-    found, expected = module._gram(x), x @ x.mT
+    found, expected = module._gram(x, to_invert=to_invert), x @ x.mT
     torch.testing.assert_close(found[:, :r, :r].triu(), expected.triu())
     torch.testing.assert_close(module._norm(found), torch.linalg.matrix_norm(expected))
     assert not found[:, :, r:].any()
