@@ -83,7 +83,10 @@ def _explain(alpha: PowerLawFit, sigma: Tensor, h: Tensor) -> str:
             "number under the root"
         )
     if len(h) and not bool(h.any()):
-        return "its Hessian is zero: give a smooth loss_fn"
+        return (
+            "its Hessian is zero: the loss is piecewise linear (give a smooth loss_fn), or saturated, as where "
+            "training diverged"
+        )
     if EQUAL in alpha.dropped:
         return "all sigma are equal to rounding, so h has no slope against them"
     if not len(h):

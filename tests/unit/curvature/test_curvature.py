@@ -95,7 +95,7 @@ def test_directions_that_do_not_fit(directions, message):
 
 def test_loss_linear_in_a_matrix_has_zero_curvature():
     model = nn.Linear(4, 4, bias=False).double()
-    with pytest.warns(UserWarning, match="its Hessian is zero: give a smooth loss_fn"):
+    with pytest.warns(UserWarning, match="its Hessian is zero: the loss is piecewise linear .give a smooth loss_fn."):
         report = measure_spectra(
             model, torch.randn(9, 4).double(), lambda m, x: m(x).sum(0) @ torch.arange(4.0).double()
         )

@@ -10,7 +10,10 @@ from lightning_spectral import measure_spectra
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
 NAN = "h is NaN: the loss has no finite second derivative, as of a norm or a square root at zero"
-ZERO = "its Hessian is zero: give a smooth loss_fn"
+ZERO = (
+    "its Hessian is zero: the loss is piecewise linear (give a smooth loss_fn), or saturated, as where training "
+    "diverged"
+)
 
 
 class Beside(nn.Module):
@@ -118,6 +121,17 @@ def test_a_piecewise_linear_loss_of_a_piecewise_linear_network_has_no_hessian():
     assert set(report.failed.values()) == {ZERO}
     assert report.problems() == [f"0.weight, 2.weight, 4.weight: {ZERO}"]
     assert "no pass" in report.chosen
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_a_smooth_loss_that_is_saturated_is_not_said_to_be_none(activation):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), activation(), nn.Linear(16, 6))
+    with torch.no_grad():
+        net[2].weight.mul_(1e6)
+    batch = torch.randn(48, 12), torch.randint(0, 6, (48,))
+    report = measure_spectra(net, batch, lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+    assert report.failed["2.weight"] == ZERO
 
 
 def test_what_is_chosen_is_what_measured():
