@@ -259,7 +259,7 @@ class SpectralProbe(AnyCallback):
             # No step will be taken with the exponents of the final weights.
             alphas = transfer_alphas(None, probe_alpha_optimizers(trainer), pl_module, self.options, self.logged.layers)
             self._finish(trainer, pl_module, self._measure(trainer, pl_module, batches, 0), alphas)
-        self.trigger.end()
+        self.trigger.end(trainer)
         self.outputs.close(trainer, step, self.last_report)
         self.budget.stop()
 

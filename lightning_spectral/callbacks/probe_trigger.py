@@ -97,7 +97,7 @@ class ProbeTrigger:
         """Return whether a probe takes batches of one optimizer step alone."""
         return bool(1 < self.source.takes_per_probe <= trainer.accumulate_grad_batches)
 
-    def end(self) -> None:
+    def end(self, trainer: Any) -> None:
         """Warn when training has ended without a second probe, or while the first was waiting for its batches."""
         if self.off:
             return
@@ -106,7 +106,7 @@ class ProbeTrigger:
                 "training ended before there were the batches that a probe takes "
                 f"({self.source.describe_size()}): there was none"
             )
-        elif self.every_n_steps is None and self.budget.probes == 1:
+        elif self.every_n_steps is None and self.budget.probes == 1 and not trainer.fast_dev_run:
             self.warn(too_short_for_two(self.budget))
 
     def is_due(self, step: int) -> bool:

@@ -252,6 +252,13 @@ def test_a_probe_that_exceeds_the_whole_budget_is_told_once(monkeypatch, steps):
     assert probe.probes == 1
 
 
+@pytest.mark.parametrize("batches", [True, 3])
+def test_a_trial_of_a_few_batches_is_no_run_that_is_too_short(monkeypatch, recwarn, batches):
+    costly(monkeypatch, 50.0)
+    fit_numbered(SpectralProbe(top_k=3), steps=3, fast_dev_run=batches)
+    assert [text for w in recwarn if "one probe" in (text := str(w.message))] == []
+
+
 def test_no_such_warning_at_fixed_steps(monkeypatch, recwarn):
     costly(monkeypatch, 50.0)
     fit_numbered(SpectralProbe(top_k=3, every_n_steps=3), steps=6)
