@@ -96,6 +96,11 @@ class BatchSource:
         return self.choice == "fixed" and not self._is_full
 
     @property
+    def collects_samples(self) -> bool:
+        """True where each probe collects a number of samples from training."""
+        return self.choice == "train" and self.samples is not None
+
+    @property
     def _is_full(self) -> bool:
         if self.fixed_samples is not None:
             return self._samples >= self.fixed_samples

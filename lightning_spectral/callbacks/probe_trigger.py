@@ -122,6 +122,13 @@ class ProbeTrigger:
             return False
         self._step = step
         self.budget.record_step(step)
+        every, source = self.every_n_steps, self.source
+        # How many steps so many samples take is known of the batches alone.
+        if every is not None and self.is_pending and step % every == 0 and source.collects_samples:
+            self.warn(
+                f"a probe takes {source.describe_size()} of training, more than there are in every_n_steps={every} "
+                "steps, so probes come less often"
+            )
         if self.every_n_steps is None and step >= self.budget.next_look:
             self.budget.total_steps = total_steps(trainer, self.budget.step_seconds(step))
         if self.source.samples is None and self._of_one_step(trainer):

@@ -77,6 +77,17 @@ def test_a_number_of_samples_is_collected_from_the_probes_step_on():
         torch.testing.assert_close(probe.history[0].layers[name].h, layer.h, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(("batches", "steps"), [(3, [2, 6, 10]), (2, [1, 3, 5, 7, 9, 11])])
+def test_more_samples_than_there_are_between_two_probes_are_told_once(batches, steps, recwarn):
+    probe = SpectralProbe(every_n_steps=2, top_k=4, gradient_samples=batches * SIZE)
+    train(probe, Still(), steps=12)
+    assert [report.step for report in probe.history] == steps
+    assert [text for w in recwarn if "less often" in (text := str(w.message))] == [
+        "a probe takes gradient_samples=24 of training, more than there are in every_n_steps=2 steps, so probes come "
+        "less often"
+    ] * (batches == 3)
+
+
 def test_auto_takes_what_the_noise_of_the_first_batch_asks_for():
     module, probe = Still(), SpectralProbe(every_n_steps=50, top_k=4, gradient_samples="auto")
     train(probe, module, steps=30)
