@@ -90,16 +90,27 @@ def total_steps(trainer: Any, step_seconds: float = math.nan) -> float:
     if steps == trainer.max_steps and done and trainer.global_step:
         # Each of several optimizers takes a step per batch, and max_steps counts them all.
         steps *= done / float(trainer.global_step)
-    timers = [callback for callback in trainer.callbacks if _is_timer(callback)]
+    timers = [callback for callback in trainer.callbacks if _is_lightnings(callback, "Timer")]
     left = [seconds for timer in timers if (seconds := timer.time_remaining()) is not None]
     by_time: list[float] = [done + max(seconds, 0.0) / step_seconds for seconds in left if step_seconds > 0]
     return min([steps, *by_time])
 
 
-def _is_timer(callback: Any) -> bool:
-    """Return whether a callback is Lightning's `Timer`, of either package, and not one of the user's by that name."""
+def averages_after(trainer: Any, probe: Any, module: Any) -> list[str]:
+    """Return the callbacks after a probe that put averaged weights into the module when training has ended."""
+    names = []
+    for callback in itertools.dropwhile(lambda callback: callback is not probe, trainer.callbacks):
+        swa = _is_lightnings(callback, "StochasticWeightAveraging")
+        # With BatchNorm it does so before its last pass over the data.
+        if _is_lightnings(callback, "WeightAveraging") or (swa and not callback.pl_module_contains_batch_norm(module)):
+            names.append(type(callback).__name__)
+    return names
+
+
+def _is_lightnings(callback: Any, name: str) -> bool:
+    """Return whether a callback is Lightning's of this name, of either package, and not one of the user's by it."""
     lightnings = ("pytorch_lightning", "lightning")
-    return any(x.__name__ == "Timer" and x.__module__.split(".")[0] in lightnings for x in type(callback).__mro__)
+    return any(x.__name__ == name and x.__module__.split(".")[0] in lightnings for x in type(callback).__mro__)
 
 
 class TrainingPass:

@@ -223,7 +223,7 @@ class SpectralProbe(AnyCallback):
         self._warn_once.muted = not trainer.is_global_zero
         if not self.trigger.is_resumed:
             self.outputs.monitored = {}
-        self.trigger.prepare(trainer)
+        self.trigger.prepare(trainer, pl_module, self)
         try:
             self.trigger.group = process_group_of(trainer)
             loss = resolve_loss(pl_module, self.loss_fn)

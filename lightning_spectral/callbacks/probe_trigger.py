@@ -8,7 +8,14 @@ from functools import partial
 from typing import Any
 
 from lightning_spectral._validation import positive_int
-from lightning_spectral.callbacks._lightning import TrainingPass, optimizer_steps, repeats_batch, to_device, total_steps
+from lightning_spectral.callbacks._lightning import (
+    TrainingPass,
+    averages_after,
+    optimizer_steps,
+    repeats_batch,
+    to_device,
+    total_steps,
+)
 from lightning_spectral.callbacks.batch_source import FIRST_BATCHES, BatchSource
 from lightning_spectral.callbacks.time_budget import MAX_OVERHEAD, TimeBudget, too_short_for_two
 from lightning_spectral.distributed.process_group import SINGLE_PROCESS, Group
@@ -54,8 +61,8 @@ class ProbeTrigger:
         self.off = reason
         self.warn(f"SpectralProbe is off: {reason}")
 
-    def prepare(self, trainer: Any) -> None:
-        """Drop the last run's batches, and warn of options that contradict each other."""
+    def prepare(self, trainer: Any, module: Any, probe: Any) -> None:
+        """Drop the last run's batches; warn of options that contradict each other, and of callbacks after the probe."""
         if self.is_resumed and self.source.choice == "fixed":
             self.warn(
                 "batch='fixed' keeps the first batches after the resume, not those before it; "
@@ -73,6 +80,12 @@ class ProbeTrigger:
             self.warn(
                 f"a probe takes n_batches={n_batches} batches of training, more than there are in "
                 f"every_n_steps={every} steps, so probes come less often"
+            )
+
+        if self.budget.min_probes and (later := averages_after(trainer, probe, module)):
+            self.warn(
+                f"{later[0]} stands after the probe in the Trainer's callbacks, so the probe of the final weights sees "
+                "those that are not averaged; put the probe after it to measure the average"
             )
 
     def start(self, trainer: Any) -> None:

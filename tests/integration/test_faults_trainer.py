@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import math
 import warnings
 from datetime import timedelta
@@ -24,10 +25,12 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from tiny import Tiny
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import SpectralNewton, SpectralProbe, SpectralWarning, SwapOptimizer
+from lightning_spectral.callbacks._lightning import PACKAGES
 from lightning_spectral.callbacks.time_budget import TimeBudget
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
@@ -276,6 +279,48 @@ def test_weight_averaging_is_bit_identical(epochs):
     assert probe.probes > 2 * epochs - 1
     assert probe.failed_probes == 0
     assert_identical(*states)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("callback", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_averages_that_come_after_the_probe_of_the_final_weights_are_told(package, callback, recwarn):
+    lightning = importlib.import_module(package)
+    if not hasattr(lightning.callbacks, callback):
+        pytest.skip("of Lightning 2.6 and later")
+
+    class Linear(lightning.LightningModule):
+        def __init__(self, *between):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 8), *between, nn.Tanh(), nn.Linear(8, 5))
+
+        training_step, configure_optimizers = Tiny.training_step, Tiny.configure_optimizers
+
+    def told(module, *callbacks):
+        recwarn.clear()
+        trainer = lightning.Trainer(
+            max_epochs=3, callbacks=list(callbacks), accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(data(), 6))
+        return [text.partition(" ")[0] for w in recwarn if "that are not averaged" in (text := str(w.message))]
+
+    def averages():
+        cls = getattr(lightning.callbacks, callback)
+        return cls(1e-2, swa_epoch_start=1) if callback.startswith("Stochastic") else cls()
+
+    def probe(**options):
+        return SpectralProbe(every_n_steps=6, top_k=3, **{"min_probes": 1, **options})
+
+    assert told(Linear(), first := probe(), averages()) == [callback]
+    module = Linear()
+    assert told(module, averages(), second := probe()) == []
+    # The last report is of the weights that the run leaves.
+    batch = next(iter(DataLoader(data(), 6)))
+    assert second.last_report.loss == pytest.approx(module.training_step(batch, 0).item(), rel=1e-5)
+    assert first.last_report.step == second.last_report.step == 12
+    assert told(Linear(), probe(min_probes=0), averages()) == []
+    # With BatchNorm, SWA puts them in before its last pass over the data.
+    assert told(Linear(nn.BatchNorm1d(8)), probe(), averages()) == [callback] * (not callback.startswith("Stochastic"))
 
 
 def test_accumulation_that_changes_between_epochs():
