@@ -98,12 +98,7 @@ class _Checked(NamedGroups):
 
     def instantiate_classes(self) -> None:
         """Instantiate all, and see that there is data."""
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            if refusal := _own_refusal(error):
-                raise SourceError(refusal) from error
-            raise
+        super().instantiate_classes()
         hook, model = DATA_HOOKS.get(self.subcommand or ""), type(self.model)
         if hook and self.datamodule is None and _is_lightnings(model, hook):
             raise SourceError(
@@ -153,6 +148,11 @@ def run(arguments: Sequence[str], *, from_command_line: bool) -> None:
     try:
         # LightningCLI warns of arguments given beside those of the command line.
         cli(args=None if from_command_line else list(arguments), parser_kwargs=parser_kwargs)
+    except ValueError as error:
+        # Also in training: an optimizer, and what depends on the model, are checked when fitting starts.
+        if refusal := _own_refusal(error):
+            raise SourceError(refusal) from error
+        raise
     except argparse.ArgumentError as error:
         command = f"{program} {arguments[0]}"
         print(

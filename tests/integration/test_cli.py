@@ -423,6 +423,12 @@ def test_a_command_without_data_or_optimizer_is_one_line(package, capsys):
             "--trainer.callbacks+=SwapOptimizer --trainer.callbacks.optimizer=torch.nn.Linear",
             "optimizer must be a class of optimizers, got 'torch.nn.Linear'",
         ),
+        ("--optimizer=SpectralNewton --optimizer.alpha=-3", "alpha must be a finite number of at least 0, got -3.0"),
+        (
+            "--trainer.callbacks+=SpectralProbe --trainer.callbacks.layers+=nowhere.*",
+            "layers: 'nowhere.*' matches no layer; the layers are words.weight, hidden.0.weight, hidden.2.weight, "
+            "head.weight",
+        ),
     ],
 )
 def test_what_this_package_refuses_is_one_line(package, capsys, wrong, says):
