@@ -186,6 +186,15 @@ class SwapOptimizer(AnyCallback):
         """Return the new optimizer, for the parameters of the old one, and warn of what has no counterpart in it."""
         groups = carried_groups(old, self.optimizer_class, self.init_args, module)
         new = self.optimizer_class(groups, **self.init_args)
+        if type(new) is type(old) and not self.init_args:
+            name = type(new).__name__
+            warnings.warn(
+                f"SwapOptimizer puts a {name} of default options, but for its rates, in place of a {name}, which was "
+                "configured or put there by another SwapOptimizer, as by that of SpectralProbe(swap_optimizer=True); "
+                "one of them is enough",
+                SpectralWarning,
+                stacklevel=2,
+            )
         if lost := lost_options(old, new):
             warnings.warn(
                 f"{type(new).__name__} does not take over what {type(old).__name__} was configured with: "

@@ -18,6 +18,9 @@ from lightning_spectral.numerics.matmul_precision import at_least
 STRUCTURE = ("update", "layouts")
 """Options that decide which state a parameter has."""
 
+OWN = (*STRUCTURE, "kind")
+"""Options that SpectralNewton and its `groups` set by themselves."""
+
 CARRIED = ("lr", "weight_decay")
 BOOKKEEPING = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 
@@ -59,11 +62,14 @@ def carried_groups(
 
 def lost_options(old: Optimizer, new: Optimizer) -> list[str]:
     """Return what was configured for the groups of an optimizer that another one has no counterpart for."""
-    kept = {key for group in new.param_groups for key in group if key in CARRIED}
+    own = {*BOOKKEEPING, *OWN, *(key for group in new.param_groups for key in group if key in CARRIED)}
+    # Groups of SpectralNewton with unlike updates have unlike options.
+    first = {group.get("update"): group for group in reversed(old.param_groups)}
     lost = []
-    for key in dict.fromkeys(key for group in old.param_groups for key in group if key not in (*BOOKKEEPING, *kept)):
+    for key in dict.fromkeys(key for group in old.param_groups for key in group if key not in own):
         values = [group.get(key) for group in old.param_groups]
-        if any(value != values[0] for value in values) or (key in (*CARRIED, "maximize") and any(values)):
+        unlike = any(group.get(key) != first[group.get("update")].get(key) for group in old.param_groups)
+        if unlike or (key in (*CARRIED, "maximize") and any(values)):
             lost.append(f"{key} = {', '.join(map(str, dict.fromkeys(map(str, values))))}")
     return lost
 

@@ -252,6 +252,34 @@ def test_what_has_no_counterpart_is_warned_about_by_name(module, message):
         fit(module(), [SwapOptimizer(message.partition(" ")[0])], steps=1)
 
 
+class Newton(Module):
+    def configure_optimizers(self):
+        return SpectralNewton(SpectralNewton.groups(self), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("module", "callbacks"),
+    [
+        (Module, lambda: [SwapOptimizer(), SpectralProbe(swap_optimizer=True, every_n_steps=9, top_k=3)]),
+        (Newton, lambda: [SwapOptimizer()]),
+    ],
+    ids=["two swaps", "configured"],
+)
+def test_a_swap_for_the_optimizer_that_is_there_is_told_in_words(module, callbacks, recwarn):
+    fit(module(), callbacks(), steps=1)
+    (text,) = [text for w in recwarn if "SpectralNewton" in (text := str(w.message))]
+    assert text == (
+        "SwapOptimizer puts a SpectralNewton of default options, but for its rates, in place of a SpectralNewton, "
+        "which was configured or put there by another SwapOptimizer, as by that of SpectralProbe(swap_optimizer=True); "
+        "one of them is enough"
+    )
+
+
+def test_what_an_optimizer_sets_of_its_groups_is_not_what_was_configured(recwarn):
+    fit(Newton(), [SwapOptimizer("SGD")], steps=1)
+    assert [text for w in recwarn if "does not take over" in (text := str(w.message))] == []
+
+
 def test_what_is_frozen_at_the_swap_is_still_optimized_when_it_thaws():
     module = Module()
     module.net[0].weight.requires_grad_(False)
