@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.layers.kinds import KINDS
@@ -98,7 +98,12 @@ def one_report(report: SpectralReport) -> SpectralReport:
 
 
 def all_reports(reports: Reports) -> list[SpectralReport]:
-    """Return the reports in the order of their steps; raise ValueError where there are none."""
+    """Return the reports in the order of their steps; raise ValueError where there are none, TypeError for others."""
+    if isinstance(reports, (str, Mapping)) or not isinstance(reports, (SpectralReport, Iterable)):
+        raise TypeError(
+            "need one SpectralReport, or several as in probe.history, got "
+            f"{type(reports).__name__}; of several runs by name there is plot_alpha_over_training"
+        )
     history = [reports] if isinstance(reports, SpectralReport) else list(reports)
     if not history:
         raise ValueError(

@@ -292,6 +292,15 @@ def test_empty_history(name):
         ALL[name]([])
 
 
+@pytest.mark.parametrize("name", sorted(SEVERAL.keys() - {"alpha_over_training"}))
+@pytest.mark.parametrize("wrong", [lambda: {"a": network()}, lambda: network().layers, lambda: "last", lambda: None])
+def test_what_is_no_reports_is_named(name, wrong):
+    with pytest.raises(
+        TypeError, match=r"need one SpectralReport, or several as in probe\.history, got \w+; of several"
+    ):
+        ALL[name](wrong())
+
+
 @pytest.mark.parametrize("name", ONE)
 def test_a_list_where_one_report_is_drawn(name):
     with pytest.raises(TypeError, match=r"need one SpectralReport, such as probe\.last_report, got list"):
