@@ -216,6 +216,16 @@ def test_groups_hold_their_own_options_and_no_others():
     assert set(groups["adamw"]) == shared | {"betas", "eps"}
 
 
+@pytest.mark.parametrize("cycles", [True, False])
+def test_a_cycle_of_momentum_is_that_of_the_matrices_and_can_be_left_out(cycles):
+    net = mlp()
+    optimizer = SpectralNewton(SpectralNewton.groups(net), lr=1e-3)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10, cycle_momentum=cycles)
+    by_update = {group["update"]: group for group in optimizer.param_groups}
+    assert by_update["spectral"]["momentum"] == (0.95 if cycles else 0.9)
+    assert by_update["adamw"]["betas"] == (0.9, 0.999)
+
+
 def test_parameters_can_be_added():
     model, more = mlp(), mlp()
     optimizer = SpectralNewton(model.parameters())
