@@ -73,9 +73,8 @@ def other_loss_in_training(objective: Objective, module: nn.Module) -> str:
 def _difference(objective: Objective, module: nn.Module) -> str:
     micro_batch = objective.full_batches()[0]
     try:
-        with torch.no_grad(), _in_train_mode(module) as wrapped, warnings.catch_warnings():
-            # What the user's code warns of, it does in eval mode, too.
-            warnings.simplefilter("ignore")
+        # What the user's code warns of, it does in eval mode, too.
+        with torch.no_grad(), _in_train_mode(module) as wrapped, _without_warnings():
             in_training = _WithoutDropout()
             with function_mode(in_training):
                 trained = objective.value_of(micro_batch, wrapped)
@@ -121,3 +120,19 @@ def _in_train_mode(module: nn.Module) -> Iterator[Callable[[Loss], Loss]]:
     finally:
         for part, flag in flags:
             part.training = flag
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Ignore warnings, and leave Python's record of those that were shown.
+
+    After `warnings.catch_warnings` it shows each of them once more, in the user's loop at each measurement.
+    """
+    ignore = ("ignore", None, Warning, None, 0)
+    filters: Any = warnings.filters
+    filters.insert(0, ignore)
+    try:
+        yield
+    finally:
+        if ignore in filters:
+            filters.remove(ignore)

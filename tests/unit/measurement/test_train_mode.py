@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,3 +147,21 @@ def test_a_probe_says_it_once_and_computes_it_once():
     assert sum("in train mode" in str(warning.message) for warning in caught) == 1
     assert Counted.calls == 1
     assert probe.probes == 3
+
+
+def test_a_warning_that_was_shown_is_not_shown_again_at_each_measurement():
+    class Warns(nn.Linear):
+        def forward(self, x):
+            warnings.warn(f"in train mode: {self.training}", UserWarning, stacklevel=1)
+            return super().forward(x)
+
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Warns(8, 5)), torch.randn(24, 6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        before = list(warnings.filters)
+        for _ in range(3):
+            # A loss without a Hessian.
+            measure_spectra(net, x, lambda m, x: m(x).abs().mean())
+        assert warnings.filters == before
+    shown = [str(warning.message).partition(": ")[2] for warning in caught]
+    assert sorted(text[:22] for text in shown) == ["False", "its Hessian is zero: t"]
