@@ -72,14 +72,20 @@ def infer_weights(
     losses = [0.0 if part.normalizer == 0 else part.value for part in parts]
     tolerance = SUM_TOLERANCE[compute_dtype]
     apart = max(losses) - min(losses) >= SPREAD * max(abs(loss) for loss in losses)
+    fitting = []
     for weights in _candidates(parts, micro_batches, apart):
         terms = torch.tensor([w * x for w, x in zip(weights, losses, strict=True)], dtype=torch.float64)
         if abs(float(terms.sum()) - total) <= tolerance * max(abs(total), float(terms.abs().sum())):
-            return weights
-    if not apart:
+            fitting.append(weights)
+    # Losses that add up to zero do so as a sum and as a mean.
+    either = bool(fitting) and fitting[0] == [1.0] * len(parts) != fitting[-1]
+    if fitting and not either:
+        return fitting[0]
+    if either or not apart:
+        what = "add up to zero" if either else f"are equal ({losses[0]:.6g})"
         raise NoSumError(
-            f"micro_batch_size: the losses of the micro-batches are equal ({losses[0]:.6g}), so that their weights "
-            "cannot be told; measure the batch whole, or fewer samples of it (max_samples)"
+            f"micro_batch_size: the losses of the micro-batches {what}, so that their weights cannot be told; measure "
+            "the batch whole, or fewer samples of it (max_samples)"
         )
     raise NoSumError(
         f"micro_batch_size: the loss of the batch, {total:.6g}, is neither a mean nor the sum of those of its "

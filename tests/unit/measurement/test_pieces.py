@@ -159,6 +159,28 @@ def test_a_head_of_zeros_does_not_hide_the_weights_of_pieces(method):
     assert known.micro_batch_size == 24
 
 
+def test_losses_that_add_up_to_zero_do_not_tell_a_mean_from_a_sum():
+    """As those of a policy gradient, whose advantages have a mean of zero; the gradient is not zero."""
+
+    def policy(model, batch):
+        x, advantage = batch
+        log_p = model(x).log_softmax(1)[:, 0]
+        return -((log_p - log_p.detach()).exp() * advantage).mean()
+
+    x, _ = batch_of()
+    model, advantage = relu_mlp().double(), torch.arange(SAMPLES).double() - (SAMPLES - 1) / 2
+    with pytest.raises(
+        MeasurementError, match="micro_batch_size: the losses of the micro-batches add up to zero, so th"
+    ):
+        measure_spectra(model, (x, advantage), policy, curvature="exact", top_k=4, micro_batch_size=12)
+    expected = measure_spectra(model, (x, advantage), policy, curvature="exact", top_k=4)
+    found = measure_spectra(
+        model, (x, advantage), policy, curvature="exact", top_k=4, gradient_samples=SAMPLES, max_samples=12
+    )
+    for name, layer in expected.layers.items():
+        torch.testing.assert_close(found.layers[name].sigma, layer.sigma, rtol=1e-9, atol=1e-12)
+
+
 def test_pieces_whose_gradients_do_not_add_up_are_given_up(monkeypatch):
     model, batch = gelu_mlp().double(), batch_of()
     expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=4, micro_batch_size=SAMPLES)
