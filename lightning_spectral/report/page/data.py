@@ -45,6 +45,8 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
     keys = [key for key in LAYER_KEYS if not key.part or key.part in parts]
     first = run.steps[0].step, layers_of(reports[0])
     rows = [_probe(step, list(layers), keys, first) for step in run.steps]
+    for i, row in enumerate(rows):
+        row["summary"] += _step_scales(run.steps[: i + 1])
     spectra = [[_spectrum(report.layers.get(name)) for name in layers] for report in reports]
     shown, with_spectra = _thin(rows, spectra, limit)
     return {
@@ -123,6 +125,18 @@ def _probe(
         "winners": [(layer.rank_models.winner or "") if layer else "" for layer in layers],
         "notes": {name: note for name, layer in report.layers.items() if (note := _note(layer))},
     }
+
+
+def _step_scales(steps: Sequence[RunStep]) -> list[str]:
+    """Say what the best factor on the optimizer's step was after the last of several probes where it is known."""
+    scales = [(step.label, scale) for step in steps if step.update and not math.isnan(scale := step.update.scale)]
+    if not scales:
+        return []
+    (label, last), too_long = scales[-1], sum(scale < 0.5 for _, scale in scales)
+    return [
+        f"step/scale, the best factor on the optimizer's step, was {last:.2g} at {label}; it was below 1/2, where a "
+        f"step raises the loss of its batch, at {too_long} of {len(scales)} probes."
+    ]
 
 
 def _both(step: RunStep, layers: Sequence[LayerSpectrum | None], keys: Sequence[LoggedKey]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lightning_spectral.numerics.gradient_noise import GradientNoise
 from lightning_spectral.records.alignment import KroneckerFactors
 from lightning_spectral.records.log_keys import LAYER_KEYS
 from lightning_spectral.records.report import SpectralReport
+from lightning_spectral.records.step import StepMeasurement
 from lightning_spectral.report import RunError, run_of, write_page
 from lightning_spectral.report.page.build import PAGE_BYTES, SCRIPTS, is_page, page, plotly_js, runs_page
 from lightning_spectral.report.page.data import page_data, script_json
@@ -104,6 +105,27 @@ def test_data_is_the_reports():
     assert last["skipped"] == ["e: frozen"]
     assert "8 samples, eval mode, float32, curvature by exact" in last["facts"]
     assert "inf" in json.dumps(embedded(page(run_of([report(layer("a", alpha=0.5))], "x"))))
+
+
+def test_the_summary_has_the_scale_of_the_optimizers_step_up_to_the_probe():
+    """Of slopes that make it 2, 0.25 and NaN; no step follows the final weights."""
+    steps = run(0, 4, 8, 12).steps
+    curvatures = (1.0, 8.0, -1.0)
+    updates = [StepMeasurement(-2.0, curvature, {}, 1.0, 0.5) for curvature in curvatures]
+    shown = [replace(step, update=update) for step, update in zip(steps, [*updates, None], strict=True)]
+    data = embedded(page(replace(run(), steps=tuple(shown))))
+    said = (
+        "step/scale, the best factor on the optimizer's step, was {}; it was below 1/2, where a step raises the loss "
+        "of its batch, at {} probes."
+    )
+    after = said.format("0.25 at step 4", "1 of 2")
+    assert [probe["summary"][-1] for probe in data["probes"]] == [
+        said.format("2 at step 0", "0 of 1"),
+        after,
+        after,
+        after,
+    ]
+    assert not any("step/scale" in text for probe in embedded(page(run()))["probes"] for text in probe["summary"])
 
 
 def test_layers_that_come_and_go():
