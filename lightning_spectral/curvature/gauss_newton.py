@@ -12,7 +12,7 @@ where one backward pass of x_c gives x_bc^T y_bk for all layers, samples and dir
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +102,7 @@ class GGNCurvature:
         apart = head.keeps_samples_apart()
         few = head.outputs <= self.exact_columns or (head.outputs <= SIGNED_COLUMNS and head.is_indefinite())
         if few or not apart:
-            return self._by_all_outputs(moved, apart), {}
+            return by_all_outputs(moved, apart), {}
         moments = {name: _Moments() for name in graph.names}
         # Micro-batches of a batch draw signs of their own, so that their errors average out.
         first, total = (problem.place.first, problem.place.total) if problem.place else (0, graph.samples)
@@ -119,25 +119,30 @@ class GGNCurvature:
                 break
         return h, stderr
 
-    def _by_all_outputs(self, moved: MovedNetwork, apart: bool) -> dict[str, Tensor]:
-        """Return h by the head's eigenvectors; if it couples samples, or if that is cheaper, by its outputs."""
-        graph, head = moved.graph, moved.head
-        columns = head.exact_columns() if apart else []
-        passes = len(columns) if apart else head.outputs
-        # A classifier's few columns are not worth a look.
-        split = None if apart and passes <= EXACT_COLUMNS else split_samples(moved, passes - SPLIT_COLUMNS)
-        if split is not None or not apart:
-            return _through_head(*(split or (graph, head)))
-        return sum_of_columns(moved, columns)
 
+def by_all_outputs(moved: MovedNetwork, apart: bool) -> dict[str, Tensor]:
+    """Return (K,) h of every layer, without noise.
 
-def sum_of_columns(moved: MovedNetwork, columns: Iterable[Column]) -> dict[str, Tensor]:
-    """Return (K,) h of every layer, by columns whose sum is the head's Hessian."""
-    moments = {name: _Moments() for name in moved.graph.names}
+    By the head's eigenvectors; if it couples samples, or if that is cheaper, by its outputs.
+
+    Args:
+        apart: whether the head keeps samples apart.
+
+    Raises:
+        MeasurementError: if it does not, over more than `COUPLED_OUTPUTS`.
+    """
+    graph, head = moved.graph, moved.head
+    columns = head.exact_columns() if apart else []
+    passes = len(columns) if apart else head.outputs
+    # A classifier's few columns are not worth a look.
+    split = None if apart and passes <= EXACT_COLUMNS else split_samples(moved, passes - SPLIT_COLUMNS)
+    if split is not None or not apart:
+        return _through_head(*(split or (graph, head)))
+    moments = {name: _Moments() for name in graph.names}
     for column in columns:
         _add(moments, moved, column)
     # Of a head without curvature there is no column.
-    return _zeros(moved.graph.triplets) | {name: x.total().cpu() for name, x in moments.items() if x.count}
+    return _zeros(graph.triplets) | {name: x.total().cpu() for name, x in moments.items() if x.count}
 
 
 def _through_head(graph: DirectionGraph, head: Head) -> dict[str, Tensor]:

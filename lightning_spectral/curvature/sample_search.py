@@ -99,7 +99,8 @@ def split_samples(moved: MovedNetwork, most: int) -> tuple[DirectionGraph, Head]
     for kind in ("product_cut", "outer_cut"):
         cut: GraphCut = getattr(graph, kind)
         parts = parts_of([output_shape(edge.node, edge.output_nr) for edge in cut.edges], graph.samples)
-        if parts == 1 or cut.is_nested:
+        # Below another one may be what bends, whose part of the Hessian would be left out, or taken twice.
+        if parts == 1 or cut.is_nested or not set(moved.head.cut.head) <= set(cut.head):
             continue
         head = Head(graph.loss, cut, parts * graph.samples, apart=True)
         if head.outputs <= most:

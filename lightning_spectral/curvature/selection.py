@@ -120,6 +120,12 @@ class LossProperties:
         return self.outputs if self.outputs <= EXACT_COLUMNS else USUAL_COLUMNS
 
     @property
+    def coupled_passes(self) -> int:
+        """Backward passes if the loss couples samples, one for all views of a sample; 0: too many outputs for it."""
+        outputs = self.outputs // self.parts
+        return outputs if outputs <= COUPLED_OUTPUTS else 0
+
+    @property
     def sketch_products(self) -> int:
         """Joint products that a sketch takes for alpha to `ALPHA_ERROR`, two draws at least, all it makes at most.
 
@@ -155,9 +161,8 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
         n = properties.column_count
         passes = str(n)
         if properties.outputs > EXACT_COLUMNS:
-            coupled = properties.outputs // properties.parts
-            all_passes = f", or {coupled} if the loss couples samples,"
-            passes = f"about {n}{all_passes if coupled <= COUPLED_OUTPUTS else ''}"
+            all_passes = properties.coupled_passes
+            passes = f"about {n}{f', or {all_passes} if the loss couples samples,' if all_passes else ''}"
         text = (
             "no pass, the loss is piecewise linear and its Hessian zero"
             if properties.is_linear
@@ -170,7 +175,9 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
     if because and properties.windows and (properties.samples or 0) >= FEWEST_SAMPLES:
         n, columns = properties.sketch_products, properties.sketch_columns
         passes = f"{columns} backward pass{'' if columns == 1 else 'es'} and " if columns else ""
-        why = f"sketch: {because}; {passes}about {n} joint products{unseen}; exact would take {exact_why}"
+        all_passes = properties.coupled_passes if not columns else 0
+        beside = f", and {all_passes} backward passes if the loss couples samples" if all_passes else ""
+        why = f"sketch: {because}; {passes}about {n} joint products{beside}{unseen}; exact would take {exact_why}"
         # Of few layers, what has no noise is worth twice the time.
         worth = 2 if len(properties.windows) <= FEW_LAYERS else 1
         choices.append((worth * (JOINT_PRODUCT * n + COLUMN * columns + 2 + rest), "sketch", why))

@@ -16,7 +16,8 @@ interact, so its own terms are complete. What keeps the rest small:
   variance of alpha.
 - With z the network's output and g the loss's gradient in it, the Hessian is J^T (d2L / dz2) J + sum_z g_z d2z. Along
   gradients the first part is the larger one, the more so the better the network is trained. Of few outputs it comes
-  from a backward pass each, without noise, and products are of the second part alone: of <g, z> with g held.
+  from a backward pass each, without noise, and products are of the second part alone: of <g, z> with g held. So it does
+  where the loss couples samples, which the second part does not.
 - Standard errors come from what the draws differ by. Where there are so few channels that a product for each of them
   costs no more, or fewer than 4 samples, there is one: the few signs would often agree by chance, and the error not
   show.
@@ -34,7 +35,7 @@ from torch import Tensor
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.draws import Draw, is_precise, mean_and_error
 from lightning_spectral.curvature.exact import measured_exactly, with_unseen
-from lightning_spectral.curvature.gauss_newton import sum_of_columns
+from lightning_spectral.curvature.gauss_newton import by_all_outputs
 from lightning_spectral.curvature.head import Head
 from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange
@@ -156,18 +157,22 @@ class SketchCurvature:
     def _measure(self, moved: MovedNetwork, problem: DifferentiableLoss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Draw as often as it takes."""
         head = moved.head
-        if not head.keeps_samples_apart():
+        apart, splits = head.keeps_samples_apart(), not (head.is_flat or head.is_complex or head.cut.is_nested)
+        if not apart and not splits:
             raise MeasurementError(f"the loss couples samples; {INTERACT}")
-        columns = 0 if head.is_flat or head.is_complex else columns_for(head.outputs, nested=head.cut.is_nested)
+        # Of <g, z> with g held, samples are apart whatever the loss couples; its columns are more than any others.
+        columns = columns_for(head.outputs, nested=not splits) if apart else COLUMNS
+        by_columns = by_all_outputs(moved, apart) if columns else {}
+        if columns and moved.is_exact:
+            return by_columns, {}
         place = problem.place or SampleRange(0, moved.graph.samples)
         products = _Products(moved, place, self.seed, head if columns else None)
         windows = [len(t) for t in products.triplets.values()]
         ranks = self.ranks or ranks_for(len(windows), place.total, columns)
         n_draws = draws_for(windows, place.total, ranks, self.draws, columns)
-        by_columns = sum_of_columns(moved, head.exact_columns() if columns else ())
         few = place.total < FEWEST_SAMPLES or products.directions <= 3 * products.of_draw(ranks)
         if few:
-            return _sum(by_columns, products.one_by_one()), {}
+            return _sum(products.one_by_one(), by_columns), {}
         # Other micro-batches of the batch average this one's error with theirs.
         share = products.samples / place.total
         draws: list[Draw] = []
@@ -175,7 +180,7 @@ class SketchCurvature:
             draws.append(products.draw(ranks))
             if len(draws) > 1:
                 mean, stderr = mean_and_error(draws)
-                h = _sum(by_columns, mean)
+                h = _sum(mean, by_columns)
                 if is_precise(products.triplets, h, stderr, self.target_error, share):
                     break
         return h, stderr
@@ -285,7 +290,7 @@ class _Products:
 
 
 def _sum(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: h + other[name] for name, h in one.items()}
+    return {name: h + other[name] if name in other else h for name, h in one.items()}
 
 
 def _weight(sigma: Tensor) -> Tensor:
