@@ -361,6 +361,26 @@ def test_views_below_a_long_loss_take_columns_alone():
         torch.testing.assert_close(found.layers[name].h, layer.h, rtol=1e-8, atol=1e-12)
 
 
+class StepByStep(nn.Module):
+    """Logits (B, classes, steps), each of which depends on the steps before it; within, steps come first."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.enter, self.act, self.leave = nn.Linear(4, 5), act, nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.leave(self.act(self.enter(x.transpose(0, 1)).cumsum(0))).permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_as_many_steps_as_samples_are_not_taken_for_samples(n):
+    def steps():
+        return torch.randn(n, n, 4), torch.randint(0, 3, (n, n))
+
+    Twin(Case("relu", lambda: StepByStep(nn.ReLU()), steps, cross_entropy)).check_columns()
+    Twin(Case("tanh", lambda: StepByStep(nn.Tanh()), steps, cross_entropy)).check_products()
+
+
 # --- layers that are used several times
 
 
