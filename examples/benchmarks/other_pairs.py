@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.benchmarks.other_networks import ROWS, Batch, Network, cnn, digit_images, fitted, mlp
+from examples.benchmarks.other_sequences import ViT
 
 
 def two_views() -> Batch:
@@ -23,17 +24,23 @@ def two_views() -> Batch:
     return view(x), view(x)
 
 
+def info_nce(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of telling the two views of an image from all others."""
+    z = F.normalize(model(torch.cat([batch[0], batch[1]])), dim=1)
+    n = len(batch[0])
+    similar = (z @ z.T / 0.5).masked_fill(torch.eye(2 * n, dtype=torch.bool), float("-inf"))
+    return F.cross_entropy(similar, (torch.arange(2 * n) + n) % (2 * n))
+
+
 def simclr() -> Network:
-    """Train a CNN to tell the two views of an image from the others (InfoNCE)."""
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        z = F.normalize(model(torch.cat([batch[0], batch[1]])), dim=1)
-        n = len(batch[0])
-        similar = (z @ z.T / 0.5).masked_fill(torch.eye(2 * n, dtype=torch.bool), float("-inf"))
-        return F.cross_entropy(similar, (torch.arange(2 * n) + n) % (2 * n))
-
+    """Train a CNN by InfoNCE."""
     model = nn.Sequential(cnn(1, 64, norm=False), nn.ReLU(), nn.Linear(64, 32))
-    return fitted(model, two_views(), loss, 64)
+    return fitted(model, two_views(), info_nce, 64)
+
+
+def simclr_vit() -> Network:
+    """Train a vision transformer by InfoNCE."""
+    return fitted(ViT(32), two_views(), info_nce, 64, steps=60)
 
 
 class Siamese(nn.Module):
@@ -145,5 +152,6 @@ def vae() -> Network:
 
 
 NETWORKS: dict[str, Callable[[], Network]] = {
-    function.__name__: function for function in (simclr, simsiam, byol, barlow_twins, contrastive, triplet, vae)
+    function.__name__: function
+    for function in (simclr, simclr_vit, simsiam, byol, barlow_twins, contrastive, triplet, vae)
 }

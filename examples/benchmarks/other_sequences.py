@@ -241,15 +241,15 @@ def rnn_tanh() -> Network:
 class ViT(nn.Module):
     """Patches of 2 x 2 pixels, a token for the class, and three blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: int = 10) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, WIDTH, 2, stride=2)
         self.cls, self.positions = (nn.Parameter(torch.randn(1, n, WIDTH) * 0.02) for n in (1, 17))
         self.blocks = nn.Sequential(*[GPTBlock(WIDTH, HEADS, causal=False) for _ in range(3)])
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
+        """Return the outputs."""
         patches = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls.expand(len(x), -1, -1), patches], dim=1) + self.positions
         return self.head(self.norm(self.blocks(x))[:, 0])  # type: ignore[no-any-return]
