@@ -20,8 +20,8 @@ from lightning_spectral.optim.transfer import transfer_batch
 MAX_BATCH_NUMEL = 2**24
 """Entries of a batch of matrices: enough to fill a device, while the copies stay under 64 MiB each in float32."""
 
-CACHED_NUMEL = 2**20
-"""The same on a CPU, whose cache holds no more: a GPT's step takes 0.87 of the time of one with 2**24."""
+CACHED_NUMEL = 2**19
+"""The same on a CPU, whose cache holds no more: a GPT's step takes 0.88 of the time of one with 2**24."""
 
 
 @dataclass(frozen=True)
