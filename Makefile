@@ -62,9 +62,9 @@ paper: $(READY)
 benchmarks: $(READY)
 	$(BIN)/python examples/benchmarks/run.py
 
-# The pictures that tests/unit/report/test_figure_images.py compares with. Look at them before committing them.
+# The pictures that tests/integration/test_figure_images.py compares with. Look at them before committing them.
 baselines: $(READY)
-	$(BIN)/python tests/unit/report/test_figure_images.py
+	$(BIN)/python tests/integration/test_figure_images.py
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import CASES, Case, cross_entropy, mlp, vectors
 from modules import ConvNet, ProbeRows, fit
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from traces import measured
 from twins import dense_hessian, matrix_entries, second_derivative
 
 from lightning_spectral import SpectralProbe, measure_spectra
@@ -36,23 +36,6 @@ class Products(nn.Module):
 
 OTHERS = [Case("products", Products, vectors, cross_entropy)]
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def blocks(case, model, batch):
-    """layer name -> (layer, its Hessian block over the entries of its matrix)."""
-    found = find_layers(model, layers=lambda layer: True, fused_qkv=case.options.get("fused_qkv", ())).layers
-    out = {}
-    for name, layer in found.items():
-        train = case.options.get("mode") == "train"
-        hessian = dense_hessian(model, batch, case.loss, layer.parameter, train=train)
-        entries = matrix_entries(layer, model.get_parameter(layer.parameter).shape).flatten()
-        out[name] = layer, hessian[entries][:, entries]
-    return out
-
-
-def measured(case, model, batch, draws, **options):
-    options = {"layers": lambda layer: True, "curvature": "exact", "top_k": 4} | case.options | options
-    return measure_spectra(model, batch, case.loss, curvature_fraction=draws, **options)
 
 
 def signs(shape, generator):
@@ -99,40 +82,6 @@ def test_draws_are_second_derivatives_along_signs_of_each_sample(case: Case):
         assert fraction.trace_stderr == pytest.approx(float(draws.std()) / math.sqrt(2), rel=1e-6, abs=1e-12)
 
 
-@by_name
-def test_one_product_for_all_layers_is_unbiased_and_its_errors_are_calibrated(case: Case):
-    model, batch = case.build()
-    report = measured(case, model, batch, 200)
-    z = []
-    for name, (layer, block) in blocks(case, model, batch).items():
-        spectrum, fraction = report.layers[name], report.layers[name].fraction
-        z.append((fraction.trace - float(block.trace())) / fraction.trace_stderr)
-        h = spectrum.h[~spectrum.h.isnan()]
-        assert (fraction.n_draws, fraction.n_directions) == (200, len(h))
-        assert fraction.value == pytest.approx(float(h.sum()) / fraction.trace)
-        random = fraction.trace / (layer.shape[0] * layer.shape[1])
-        assert fraction.over_random == pytest.approx(float(h.mean()) / random)
-        assert fraction.stderr == pytest.approx(abs(fraction.value / fraction.trace) * fraction.trace_stderr)
-    z = torch.tensor(z)
-    assert z.abs().max() < 4
-    assert z.square().mean() < 4
-
-
-def test_standard_errors_are_calibrated_over_networks():
-    z = []
-    for seed in range(8):
-        torch.manual_seed(seed)
-        case = Case("mlp", mlp, lambda: None, cross_entropy)
-        model, batch = mlp().double(), (torch.randn(24, 6).double(), torch.randint(0, 5, (24,)))
-        report = measured(case, model, batch, 40)
-        for name, (_, block) in blocks(case, model, batch).items():
-            fraction = report.layers[name].fraction
-            z.append((fraction.trace - float(block.trace())) / fraction.trace_stderr)
-    z = torch.tensor(z)
-    assert 0.4 < z.square().mean() < 2.0
-    assert z.mean().abs() < 4 / len(z) ** 0.5
-
-
 def test_random_rank_one_directions_have_the_mean_curvature_of_the_trace():
     torch.manual_seed(0)
     hessian = torch.randn(12, 12, dtype=torch.float64)
@@ -142,35 +91,6 @@ def test_random_rank_one_directions_have_the_mean_curvature_of_the_trace():
     curvature = torch.einsum("bi,ij,bj->b", directions, hessian, directions)
     error = curvature.std() / len(curvature) ** 0.5
     assert (curvature.mean() - hessian.trace() / 12).abs() < 4 * error
-
-
-@pytest.mark.parametrize("size", [7, 24])
-@pytest.mark.parametrize("method", ["exact", "ggn", "sketch", "auto"])
-def test_pieces_and_batches_have_the_trace_of_the_mean_loss(size, method):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 5))
-    model, x, y = model.double(), torch.randn(40, 6).double(), torch.randint(0, 5, (40,))
-    case = Case("relu", None, None, cross_entropy)
-    loader = DataLoader(TensorDataset(x, y), 16)
-    z = []
-    for options in ({"micro_batch_size": size}, {"n_batches": 3}, {}):
-        batch = loader if "n_batches" in options else (x, y)
-        report = measured(case, model, batch, 20, curvature=method, **options)
-        for name, (_, block) in blocks(case, model, (x, y)).items():
-            fraction = report.layers[name].fraction
-            z.append((fraction.trace - float(block.trace())) / fraction.trace_stderr)
-    z = torch.tensor(z)
-    assert z.abs().max() < 4.5
-    assert z.square().mean() < 3
-
-
-def test_pieces_where_samples_have_one_z_differ_in_it():
-    case = next(case for case in CASES if case.name == "gpt_block_tied")
-    model, batch = case.build()
-    report = measured(case, model, batch, 60, micro_batch_size=2)
-    for name, (_, block) in blocks(case, model, batch).items():
-        fraction = report.layers[name].fraction
-        assert abs(fraction.trace - float(block.trace())) < 4.5 * fraction.trace_stderr
 
 
 def test_pieces_of_the_same_samples_differ_in_their_signs(monkeypatch):

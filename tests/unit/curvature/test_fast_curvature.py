@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from cases import (
     CASES,
-    Attention,
     Case,
     Frames,
-    TiedLM,
     cross_entropy,
     frames,
     images,
@@ -22,133 +20,36 @@ from cases import (
     token_loss,
     vectors,
 )
+from loss_heads import (
+    LOSSES,
+    Z,
+    head_of,
+)
+from micro_batches import gelu_mlp
 from modules import ConvNet, fit
 from pytorch_lightning.loggers.logger import DummyLogger
+from sketches import SKETCHED, many, sketched, with_method, without_limit
 from torch import nn
 from twins import z_scores
 
 from lightning_spectral import MeasurementError, SecondDerivativeError, SpectralProbe, SpectralWarning, measure_spectra
-from lightning_spectral import options as options_module
 from lightning_spectral.curvature import gauss_newton as ggn_module
-from lightning_spectral.curvature import head as head_module
 from lightning_spectral.curvature import selection as select
 from lightning_spectral.curvature import sketch as sketch_module
 from lightning_spectral.curvature.activations import cheap_twin
 from lightning_spectral.curvature.autograd_graph import Dependence, find_cut
-from lightning_spectral.curvature.draws import Draw, mean_and_error, noisy_layers
+from lightning_spectral.curvature.draws import noisy_layers
 from lightning_spectral.curvature.forward_recorder import Recorder
 from lightning_spectral.curvature.gauss_newton import GGNCurvature
 from lightning_spectral.curvature.head import Head
 from lightning_spectral.curvature.problem import Curvatures
 from lightning_spectral.curvature.sketch import SketchCurvature, _hadamard
-from lightning_spectral.distributed.process_group import SINGLE_PROCESS
-from lightning_spectral.layers.matrices import find_layers
-from lightning_spectral.measure import directional_curvature
 from lightning_spectral.measurement import estimation
-from lightning_spectral.measurement.directions import leading_directions
-from lightning_spectral.measurement.gradients import PARTS, sum_gradients
-from lightning_spectral.measurement.setup import isolated_copy, set_up_objective
+from lightning_spectral.measurement.gradients import PARTS
 from lightning_spectral.numerics.power_law import fit_power_law, with_ordinate_errors
 from lightning_spectral.numerics.svd import SingularTriplets
-from lightning_spectral.options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
-
-Y = torch.tensor([0, 2, 4, 1, 3, 0])
-Z = torch.randn(6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-CLASSES = torch.tensor([0.5, 1.0, 2.0, 0.1, 1.5], dtype=torch.float64)
-SOFT = torch.rand(6, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64).softmax(1)
-PIXELS = torch.randn(3, 5, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-LABELS = torch.randint(0, 5, (3, 2, 2), generator=torch.Generator().manual_seed(5))
-
-IMAGE = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-MASK = (torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(8)) > 0.5).double()
-MANY = torch.randn(4, 30, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-
-
-def loss_call(function, target, **options):
-    """A weighted sum of the values of a loss, each with a weight of its own."""
-
-    def loss(z):
-        value = function(z, target, **options)
-        weights = torch.rand(value.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype) + 0.1
-        return (weights * value).sum()
-
-    return loss
-
-
-def focal(z):
-    log_p = z.log_softmax(1).gather(1, Y[:, None])[:, 0]
-    return (-((1 - log_p.exp()) ** 2) * log_p).mean()
-
-
-def dice(z):
-    p = z.sigmoid()
-    return (1 - 2 * (p * MASK).sum((1, 2, 3)) / (p + MASK).sum((1, 2, 3))).mean()
-
-
-def gaussian_nll(z):
-    return F.gaussian_nll_loss(z[:, :2], SOFT[:, :2], z[:, 2:4].exp())
-
-
-# name: input, loss of it
-LOSSES = {
-    "hard": (Z, loss_call(F.cross_entropy, Y)),
-    "sum": (Z, loss_call(F.cross_entropy, Y, reduction="sum")),
-    "none": (Z, loss_call(F.cross_entropy, Y, reduction="none")),
-    "weighted": (Z, loss_call(F.cross_entropy, Y, weight=CLASSES)),
-    "ignored": (Z, loss_call(F.cross_entropy, Y, ignore_index=4, weight=CLASSES)),
-    "smoothed": (Z, loss_call(F.cross_entropy, Y, label_smoothing=0.2, weight=CLASSES, ignore_index=0)),
-    "soft": (Z, loss_call(F.cross_entropy, SOFT)),
-    "soft_weighted_smoothed": (Z, loss_call(F.cross_entropy, SOFT, weight=CLASSES, label_smoothing=0.1)),
-    "pixels": (PIXELS, loss_call(F.cross_entropy, LABELS, ignore_index=1)),
-    "pixels_none": (PIXELS, loss_call(F.cross_entropy, LABELS, reduction="none", weight=CLASSES)),
-    "many_classes": (MANY, loss_call(F.cross_entropy, Y[:4])),
-    "bce": (Z, loss_call(F.binary_cross_entropy_with_logits, SOFT)),
-    "bce_weighted": (
-        Z,
-        loss_call(
-            F.binary_cross_entropy_with_logits, SOFT, weight=SOFT + 1, pos_weight=CLASSES, reduction="sum"
-        ),
-    ),
-    "bce_none": (Z, loss_call(F.binary_cross_entropy_with_logits, SOFT, reduction="none")),
-    "mse": (Z, loss_call(F.mse_loss, SOFT)),
-    "mse_sum": (PIXELS, loss_call(F.mse_loss, PIXELS.flip(0), reduction="sum")),
-    "mse_none": (Z, loss_call(F.mse_loss, SOFT, reduction="none")),
-    "mse_old": (Z, loss_call(F.mse_loss, SOFT, reduce=True)),
-    "mse_broadcast": (Z, loss_call(F.mse_loss, SOFT[:1])),
-    "mse_of_itself": (Z, lambda z: F.mse_loss(z, z.flip(1) ** 2)),
-    "negative": (Z, lambda z: -F.mse_loss(z, SOFT, reduction="none").sum(1) @ torch.linspace(-1, 1, 6).double()),
-    "nll": (Z, lambda z: F.nll_loss(z.log_softmax(1), Y, weight=CLASSES)),
-    "bce_of_sigmoid": (Z, lambda z: F.binary_cross_entropy(z.sigmoid(), SOFT)),
-    "huber": (Z, lambda z: F.huber_loss(z, SOFT, delta=0.5)),
-    "smooth_l1": (Z, lambda z: F.smooth_l1_loss(z, SOFT)),
-    "kl": (Z, lambda z: F.kl_div(z.log_softmax(1), SOFT, reduction="batchmean")),
-    "gaussian_nll": (Z, gaussian_nll),
-    "poisson_nll": (Z, lambda z: F.poisson_nll_loss(z, SOFT)),
-    "focal": (Z, focal),
-    "dice": (IMAGE, dice),
-    "squares": (Z, lambda z: ((z - SOFT) ** 2).mean()),
-    "two": (Z, lambda z: F.cross_entropy(z, Y) + 0.5 * F.mse_loss(z, SOFT) / 3),
-    "nested": (Z, lambda z: ((z - SOFT) ** 2).mean() + z.pow(4).mean()),
-    "squared": (Z[:1], lambda z: F.cross_entropy(z, Y[:1]) ** 2),
-}  # fmt: skip
-
-
-def head_of(name):
-    """(the head of the loss, a column in the loss's input by one in its tensors at the cut, the dense Hessian)."""
-    z, loss = LOSSES[name]
-    dense = torch.autograd.functional.hessian(loss, z).reshape(z.numel(), z.numel())
-    leaf = z.clone().requires_grad_()
-    output = 1.0 * leaf
-    value = loss(output)
-    head = Head(value, find_cut(Dependence(value.grad_fn, {id(leaf)}), {"": [output.grad_fn]}), len(z))
-    assert head.cut.inside == {""}
-
-    def at_input(x):
-        return torch.autograd.grad(head.edges, leaf, x, retain_graph=True)[0].flatten()
-
-    return head, at_input, dense
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -172,29 +73,6 @@ def test_a_softmax_takes_one_column_less_than_it_has_classes():
     assert len(head_of("negative")[0].exact_columns()) == 5
     assert head_of("negative")[0].is_indefinite()
     assert not head_of("hard")[0].is_indefinite()
-
-
-SOFTMAXES = ("weighted", "pixels", "many_classes", "nll", "kl", "soft")
-RANDOM = (*SOFTMAXES, "bce_weighted", "huber", "negative", "poisson_nll", "gaussian_nll", "focal", "dice", "two")
-
-
-@pytest.mark.parametrize("is_dense", [True, False])
-@pytest.mark.parametrize("name", RANDOM)
-def test_random_columns_have_the_hessian_of_the_head_as_mean(name, is_dense, monkeypatch):
-    """By the roots of small Hessians, and as those of large ones: of a softmax, elementwise, and of any other."""
-    if not is_dense:
-        monkeypatch.setattr(head_module, "DENSE", 0)
-    head, at_input, dense = head_of(name)
-    assert (head._softmax_blocks() is not None) == (name in SOFTMAXES)
-    columns = head.random_columns(torch.Generator().manual_seed(0))
-    draws = [next(columns) for _ in range(1500)]
-    assert all(column.sign is None for column in draws)
-    x = torch.stack([at_input(column.x) for column in draws])
-    partner = torch.stack([at_input(column.x if column.partner is None else column.partner) for column in draws])
-    products = x[:, :, None] * partner[:, None, :]
-    error = products.std(0) / math.sqrt(len(draws))
-    assert ((products.mean(0) - dense).abs() <= 4.8 * error + 1e-9 * dense.abs().max()).all()
-    assert any(column.partner is not None for column in draws) or bool((torch.linalg.eigvalsh(dense) > -1e-9).all())
 
 
 @pytest.mark.parametrize("pair", [(0, 1), (2, 3), (0, 3), (4, 5)])
@@ -371,11 +249,6 @@ def test_gauss_newton_of_a_network_that_is_not_piecewise_linear_is_j_h_j():
     )
 
 
-def with_method(monkeypatch, method):
-    monkeypatch.setitem(select.METHODS, "test", lambda: method)
-    monkeypatch.setattr(options_module, "METHODS", (*options_module.METHODS, "test"))
-
-
 def tokens_relu():
     return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 11))
 
@@ -404,90 +277,6 @@ def test_few_columns_per_token_are_taken_exactly():
     assert not found.layers["1.weight"].h_stderr.any()
 
 
-def gpt_like():
-    model = TiedLM()
-    model.head = nn.Linear(8, 11, bias=False)
-    return model
-
-
-SKETCHED = [
-    Case("gpt", gpt_like, lambda: (torch.randint(0, 11, (32, 7)), torch.randint(0, 11, (32, 7))), token_loss,
-         {"fused_qkv": ["*.qkv"]}),
-    Case("attention", Attention, lambda: (torch.randn(32, 4, 8), torch.randint(0, 5, (32,))), cross_entropy),
-    Case("cnn", CASES[5].model, lambda: (torch.randn(32, 4, 5, 5), torch.randint(0, 5, (32,))), cross_entropy),
-    Case("frames", lambda: Frames(nn.GELU()), frames(32), cross_entropy),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("case", "settings"),
-    [
-        (SKETCHED[0], {}),
-        (SKETCHED[0], {"ranks": 1}),
-        (SKETCHED[0], {"ranks": 4}),
-        (SKETCHED[1], {}),
-        (SKETCHED[2], {}),
-        (SKETCHED[3], {}),
-    ],
-    ids=lambda value: value.name if isinstance(value, Case) else str(value),
-)
-def test_sketch_is_unbiased_and_its_errors_are_calibrated(case, settings):
-    model, batch = case.build()
-    measured = {"top_k": 4, **case.options}
-    expected = measure_spectra(model, batch, case.loss, curvature="exact", **measured)
-    layers = find_layers(model, fused_qkv=measured.get("fused_qkv", ())).layers
-    mode = measured.get("mode", "eval")
-    estimates, errors = [], []
-    with isolated_copy(model, mode, "float32", SINGLE_PROCESS) as copy:
-        objective = set_up_objective(copy, case.loss, [batch], layers, Options(mode=mode), SINGLE_PROCESS)
-        gradients = sum_gradients(objective, objective.full_batches())
-        directions = leading_directions(gradients, [], objective, Options(top_k=4)).triplets
-        for seed in range(100 if "ranks" not in settings else 50):
-            found = SketchCurvature(seed=seed, **settings)(gradients.first, directions)
-            assert not found.methods
-            estimates.append(torch.cat([found.h[name] for name in layers]))
-            errors.append(torch.cat([found.stderr[name] for name in layers]))
-    truth = torch.cat([expected.layers[name].h for name in layers])
-    draws, errors = torch.stack(estimates), torch.stack(errors)
-    drawn = truth.isfinite() & (errors.amax(0) > 0)
-    certain = truth.isfinite() & ~drawn
-    torch.testing.assert_close(draws[:, certain], truth[certain].expand(len(draws), -1), rtol=1e-9, atol=1e-12)
-    bias = (draws.mean(0) - truth) / (draws.std(0) / math.sqrt(len(draws)))
-    assert bias[drawn].abs().max() < 4
-    coverage = ((draws - truth).abs() < 1.96 * errors)[:, drawn].double().mean()
-    assert 0.85 <= coverage <= 0.99
-
-
-def sketched(model, batch, top_k, seeds):
-    """Estimates and errors (seeds, directions) by seed, and what double backward finds."""
-    layers = find_layers(model).layers
-    expected = measure_spectra(model, batch, cross_entropy, curvature="exact", top_k=max(top_k, 3))
-    with isolated_copy(model, "eval", "float32", SINGLE_PROCESS) as copy:
-        objective = set_up_objective(copy, cross_entropy, [batch], layers, Options(), SINGLE_PROCESS)
-        gradients = sum_gradients(objective, objective.full_batches())
-        triplets = leading_directions(gradients, [], objective, Options(top_k=max(top_k, 3))).triplets
-        directions = {name: t.first(top_k) for name, t in triplets.items()}
-        found = [SketchCurvature(seed=seed)(gradients.first, directions) for seed in seeds]
-    h = torch.stack([torch.cat([f.h[name] for name in layers]) for f in found])
-    nothing = torch.zeros(top_k, dtype=torch.float64)
-    stderr = torch.stack([torch.cat([f.stderr.get(name, nothing) for name in layers]) for f in found])
-    return h, stderr, torch.cat([layer.h[:top_k] for layer in expected.layers.values()])
-
-
-def test_draws_that_agree_by_chance_state_an_error_all_the_same():
-    """With a sample and four channels draws often have the same signs: then each channel has a product of its own."""
-    model, batch = Case("", gelu_mlp, many(1), cross_entropy).build()
-    h, stderr, expected = sketched(model, batch, 1, range(20))
-    torch.testing.assert_close(h, expected.expand_as(h), rtol=1e-9, atol=1e-14)
-    assert not stderr.any()
-    model, batch = Case("", gelu_mlp, many(4), cross_entropy).build()
-    h, stderr, expected = sketched(model, batch, 1, range(400))
-    assert ((h - expected).abs() < 100 * stderr)[:, :3].all()
-    torch.testing.assert_close(h[:, 3], expected[3].expand(400), rtol=1e-9, atol=1e-14)  # the last layer, by columns
-    same = Draw({"a": torch.ones(2).double()}, {"a": torch.full((2,), 0.5).double()})
-    assert (mean_and_error([same, same])[1]["a"] > 0.1).all()
-
-
 def test_few_directions_are_measured_one_by_one():
     """Where three draws take as many products: three of one layer, a product each, but not of two."""
     model, (x, y) = Case("", gelu_mlp, many(16), cross_entropy).build()
@@ -498,23 +287,6 @@ def test_few_directions_are_measured_one_by_one():
     h, stderr, expected = sketched(model[6:], batch, 3, [0])
     torch.testing.assert_close(h[0], expected, rtol=1e-9, atol=1e-14)
     assert not stderr.any()
-
-
-def without_limit(monkeypatch):
-    """As many draws as are asked for, whatever products they take."""
-    monkeypatch.setattr(sketch_module, "PRODUCTS", 10**6)
-
-
-def test_more_draws_have_smaller_errors(monkeypatch):
-    without_limit(monkeypatch)
-    model, batch = SKETCHED[0].build()
-    errors = []
-    for draws in (8, 128):
-        with_method(monkeypatch, SketchCurvature(draws=draws, target_error=0))
-        found = measure_spectra(model, batch, token_loss, curvature="test", top_k=4)
-        stderr = torch.cat([layer.h_stderr for layer in found.layers.values()])
-        errors.append(stderr.square().mean().sqrt().item())
-    assert errors[1] == pytest.approx(errors[0] / 4, rel=0.3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, None])
@@ -569,21 +341,6 @@ def test_draws_end_at_the_target_error(monkeypatch):
 def test_options_of_the_sketch_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         SketchCurvature(**options)
-
-
-def test_sketch_along_directions_without_singular_values(monkeypatch):
-    model, batch = Case("", gelu_mlp, many(), cross_entropy).build()
-    axes = {
-        name: SingularTriplets(torch.eye(p.shape[0])[:, :3], torch.zeros(3), torch.eye(p.shape[1])[:, :3])
-        for name, p in model.named_parameters()
-        if p.ndim == 2
-    }
-    exact = directional_curvature(model, batch, axes, cross_entropy)
-    without_limit(monkeypatch)
-    with_method(monkeypatch, SketchCurvature(draws=400))
-    found = directional_curvature(model, batch, axes, cross_entropy, method="test")
-    exact_h, found_h = torch.cat(list(exact.values())), torch.cat(list(found.values()))
-    torch.testing.assert_close(found_h, exact_h, rtol=0, atol=0.1 * float(exact_h.max()))
 
 
 @pytest.mark.parametrize("loss", [lambda m, b: (m(b[0]) - 1).abs().mean(), lambda m, b: m(b[0]).pow(4).mean()])
@@ -815,12 +572,6 @@ def squared(model, batch):
     return cross_entropy(model, batch) ** 2
 
 
-def gelu_mlp():
-    return nn.Sequential(
-        nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 5)
-    )
-
-
 def bn_train():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
 
@@ -835,10 +586,6 @@ class Neighbours(nn.Module):
     def forward(self, x):
         h = self.first(x)
         return self.rest(torch.cat([h[:1], h[1:] + h[1:].mean(0)]))
-
-
-def many(n=48):
-    return lambda: (torch.randn(n, 6), torch.randint(0, 5, (n,)))
 
 
 INTERACT = r"samples depend on each other in the network \(BatchNorm in train mode, a graph\).*use curvature='exact'"

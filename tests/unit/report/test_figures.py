@@ -5,16 +5,15 @@ import math
 import pickle
 import re
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import reports
 import synthetic
 import torch
+from figure_table import ALL, ONE, REPORTS, SEVERAL, broken, deep, network
 
 from lightning_spectral import fit_rank_models, spectral_transfer, zeta_bound
 from lightning_spectral.analysis import trusted
@@ -29,37 +28,6 @@ from lightning_spectral.report.figures.ticks import NAME_LENGTH, log_ticks
 from lightning_spectral.report.palette import KIND_STYLE, MODEL_STYLE, MOST_RUNS, OTHER_STYLE, RUN_DASHES, RUN_STYLE
 
 matplotlib = pytest.importorskip("matplotlib")
-
-ONE = {
-    "power_law": figures.plot_power_law,
-    "alpha_by_depth": figures.plot_alpha_by_depth,
-    "rank_profiles": figures.plot_rank_profiles,
-    "spectrum_heatmap": figures.plot_spectrum_heatmap,
-    "transfer_functions": figures.plot_transfer_functions,
-}
-SEVERAL = {
-    "transfer_identity": figures.plot_transfer_identity,
-    "alpha_over_training": figures.plot_alpha_over_training,
-    "rank_models_over_training": figures.plot_rank_models_over_training,
-    "scale_over_training": figures.plot_scale_over_training,
-    "participation_ratio": figures.plot_participation_ratio,
-}
-ALL = ONE | SEVERAL
-network, deep, broken = (cache(make) for make in (synthetic.network, synthetic.deep, synthetic.broken))
-"""The same reports for all tests: a figure changes none."""
-
-REPORTS = {
-    "network": network,
-    "deep": deep,
-    "broken": broken,
-    "one layer": lambda: synthetic.report([synthetic.spectrum("head.weight", "head")]),
-    "only dead": lambda: synthetic.report([synthetic.dead("a"), synthetic.dead("b")], step=1),
-    "only negative": lambda: synthetic.report([synthetic.spectrum("a", negative=range(20))]),
-}
-FIGURES = [
-    ("network", 3.5), ("network", 6.0), ("deep", 3.5), ("deep", 6.0), ("broken", 3.5), ("one layer", 6.0),
-    ("one layer", 3.5), ("only dead", 6.0), ("only negative", 3.5),
-]  # fmt: skip
 
 
 @cache
@@ -97,35 +65,6 @@ def test_names_are_public(name):
     assert sorted(figures.__all__) == sorted(f"plot_{name}" for name in ALL)
 
 
-@pytest.mark.filterwarnings("error:constrained_layout", "error:Glyph")
-@pytest.mark.parametrize(("kind", "width"), FIGURES)
-@pytest.mark.parametrize("name", ALL)
-def test_every_report_makes_a_figure_with_its_text_inside_and_apart(name, kind, width):
-    figure = ALL[name](REPORTS[kind](), width=width)
-    assert isinstance(figure, matplotlib.figure.Figure)
-    assert figure.get_figwidth() == width
-    renderer, page = figure._get_renderer(), figure.bbox.padded(1)
-    texts = [figure._suptitle, *(figure.texts), *(text for legend in figure.legends for text in legend.get_texts())]
-    for axes in figure.axes:
-        texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            within = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-            ticks = [label for tick in within for label in (tick.label1, tick.label2) if label.get_visible()]
-            boxes = [label.get_window_extent(renderer) for label in ticks if label.get_text()]
-            assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes)), ticks
-            texts += ticks
-    for text in texts:
-        box = text.get_window_extent(renderer)
-        if text.get_text():
-            assert page.x0 <= box.x0 <= box.x1 <= page.x1, text
-            assert page.y0 <= box.y0 <= box.y1 <= page.y1, text
-    for part in (figure._suptitle, *figure.legends):
-        box = part.get_window_extent(renderer)
-        assert not any(box.overlaps(axes.get_tightbbox(renderer)) for axes in figure.axes), part
-        assert figure._supylabel is None or not box.overlaps(figure._supylabel.get_window_extent(renderer)), part
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_titles_say_step_and_method(name):
     report = synthetic.report([synthetic.spectrum("a")], step=7, curvature="auto", chosen="ggn: equal to the Hessian")
@@ -139,24 +78,6 @@ def test_titles_say_step_and_method(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_settings_are_neither_changed_nor_taken(name, tmp_path):
-    def pixels():
-        figure = ALL[name](network())
-        before = dict(matplotlib.rcParams)
-        figure.savefig(tmp_path / "figure.png", dpi=50)
-        assert dict(matplotlib.rcParams) == before
-        return matplotlib.image.imread(tmp_path / "figure.png")
-
-    plain = pixels()
-    odd = {
-        "axes.facecolor": "red", "figure.facecolor": "green", "text.color": "blue", "lines.linewidth": 9,
-        "xtick.labelsize": 30, "ytick.major.size": 20, "font.sans-serif": ["cmr10"], "axes.grid": True,
-    }  # fmt: skip
-    with matplotlib.rc_context(odd):
-        assert abs(pixels() - plain).max() <= 2 / 255
-
-
-@pytest.mark.parametrize("name", ALL)
 def test_white_and_opaque_or_dark(name):
     white, dark = of_network(name), ALL[name](network(), dark=True)
     assert white.get_facecolor() == (1, 1, 1, 1)
@@ -164,19 +85,6 @@ def test_white_and_opaque_or_dark(name):
     assert dark.get_facecolor()[3] == 1
     assert all(sum(axes.get_facecolor()[:3]) < 0.5 for axes in dark.axes)
     assert sum(matplotlib.colors.to_rgb(dark._suptitle.get_color())) > 2.5
-
-
-def test_neither_pyplot_nor_a_backend_is_needed():
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2] / 'helpers')!r})\n"
-        "import synthetic\n"
-        "from lightning_spectral.report import figures\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "figures.plot_alpha_by_depth(synthetic.network()).savefig(sys.argv[1])\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, "/dev/null"], capture_output=True, text=True, check=False)
-    assert "Error" not in done.stderr.replace("/dev/null", ""), done.stderr
 
 
 def test_a_notebook_shows_a_picture_in_the_figures_colours(tmp_path):

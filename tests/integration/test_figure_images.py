@@ -1,4 +1,4 @@
-"""Figures of made-up reports beside those in tests/baseline/, as pictures.
+"""Figures of made-up reports beside those in baseline/, as pictures.
 
 After a wanted change `make baselines` draws them anew; look at each before committing it.
 """
@@ -18,7 +18,7 @@ np = pytest.importorskip("numpy")
 BASELINE = Path(__file__).parent / "baseline"
 
 # Versions of matplotlib place and draw text differently, by more than a wrong colour makes.
-CONSTRAINTS = Path(__file__).parents[3] / "constraints.txt"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 DRAWN_WITH = re.search(r"^matplotlib==(\d+\.\d+)", CONSTRAINTS.read_text(), re.MULTILINE)[1]
 same_version = pytest.mark.skipif(
     not matplotlib.__version__.startswith(f"{DRAWN_WITH}."), reason=f"the pictures are matplotlib {DRAWN_WITH}'s"
