@@ -92,6 +92,13 @@ def trusting():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """Leave what earlier tests have kept (modules, caches) out of collections of garbage, of which many tests ask."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     import torch

@@ -105,9 +105,10 @@ def test_draws_that_agree_by_chance_state_an_error_all_the_same():
     torch.testing.assert_close(h, expected.expand_as(h), rtol=1e-9, atol=1e-14)
     assert not stderr.any()
     model, batch = Case("", gelu_mlp, many(4), cross_entropy).build()
-    h, stderr, expected = sketched(model, batch, 1, range(400))
+    h, stderr, expected = sketched(model, batch, 1, range(100))
+    # In 5 of these seeds all draws agree, and without the ratio of independent signs the error is nothing.
     assert ((h - expected).abs() < 100 * stderr)[:, :3].all()
-    torch.testing.assert_close(h[:, 3], expected[3].expand(400), rtol=1e-9, atol=1e-14)  # the last layer, by columns
+    torch.testing.assert_close(h[:, 3], expected[3].expand(100), rtol=1e-9, atol=1e-14)  # the last layer, by columns
     same = Draw({"a": torch.ones(2).double()}, {"a": torch.full((2,), 0.5).double()})
     assert (mean_and_error([same, same])[1]["a"] > 0.1).all()
 

@@ -7,6 +7,7 @@ import gzip
 import html
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -98,14 +99,13 @@ def runs_page(runs: Sequence[Run], *, title: str | None = None) -> str:
 def _fill(
     name: str, title: str, sources: Sequence[str], data: Any, summary: Sequence[str], texts: Mapping[str, str]
 ) -> str:
-    compressed = gzip.compress(plotly_js().encode(), mtime=0)
     parts = {
         "title": html.escape(title),
         "version": __version__,
         "summary": "".join(f"<li>{html.escape(sentence)}</li>" for sentence in summary),
         "sources": html.escape("; ".join(sources)),
         "style": _asset("page.css"),
-        "plotly": base64.b64encode(compressed).decode(),
+        "plotly": _compressed(plotly_js()),
         "data": script_json(data),
         "scripts": "\n".join(_asset(f"{script}.js") for script in SCRIPTS[name]),
         **{key: html.escape(text) for key, text in texts.items()},
@@ -113,6 +113,12 @@ def _fill(
     template = _asset("frame.html").replace("<!--=main-->", _asset(f"{name}.html"))
     # In one pass: what is put in may look like a place to put something.
     return re.sub(r"<!--=(\w+)-->|/\*=(\w+)\*/", lambda match: parts[match.group(1) or match.group(2)], template)
+
+
+@lru_cache(maxsize=1)
+def _compressed(script: str) -> str:
+    """Return a script as text that the page unpacks; kept, since it is the same in every page and most of its time."""
+    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
 
 
 def _asset(name: str) -> str:
