@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from reports import layer, report
+
+from lightning_spectral.report.runs.spectra_file import append_report
 
 
 def run_python(code, *arguments):
@@ -71,3 +74,16 @@ def test_importing_loads_nothing_heavy_beyond_torch():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["['lightning_spectral'] []", "['lightning_spectral']"]
+
+
+def test_reading_needs_neither_lightning_nor_wandb_nor_plotly(tmp_path):
+    for step in (0, 4, 8):
+        append_report(tmp_path / "spectra.jsonl", report(layer("a"), step=step))
+    (tmp_path / "metrics.csv").write_text("step,spectral/alpha_median\n0,2.0\n")
+    done = run_python(
+        "import sys\n"
+        "for name in ('pytorch_lightning', 'lightning', 'wandb', 'plotly'):\n    sys.modules[name] = None\n"
+        "from lightning_spectral.report import read_run\n"
+        f"print(len(read_run([{str(tmp_path)!r}]).steps))"
+    )
+    assert done.stdout.strip() == "3", done.stderr

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 
@@ -459,17 +458,3 @@ def test_help_and_unknown_options(capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
-
-
-def test_reading_needs_neither_lightning_nor_wandb_nor_plotly(log):
-    done = subprocess.run(
-        [
-            sys.executable, "-c",
-            "import sys\n"
-            "for name in ('pytorch_lightning', 'lightning', 'wandb', 'plotly'):\n    sys.modules[name] = None\n"
-            "from lightning_spectral.report import read_run\n"
-            f"print(len(read_run([{str(log)!r}]).steps))",
-        ],
-        capture_output=True, text=True, check=False, env=os.environ,
-    )  # fmt: skip
-    assert done.stdout.strip() == "3", done.stderr
