@@ -31,11 +31,11 @@ OPTIONS = {"top_k": 3, "precision": "float64"}
 
 
 class Deep(nn.Module):
-    """Many layers of one size."""
+    """Layers of one size: more than may be whole at a time, and no more, since each is gathered for each pass."""
 
-    def __init__(self):
+    def __init__(self, depth=3):
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5)))
+        self.layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(depth)))
         self.head = nn.Linear(16, 5)
 
     def forward(self, x):
@@ -218,7 +218,7 @@ def check_methods(rank, n, folder):
         most, total, largest, gradients = at_most(measure)
         # The head's weight and bias are held together, or two of the largest.
         assert most <= 2 * largest + 16 * 8
-        assert total > 5 * largest
+        assert total > 3 * largest
         assert gradients < 100
     whole, sharded = pair
     exact = measured(whole, own_batch(rank), curvature="exact")
@@ -228,13 +228,14 @@ def check_methods(rank, n, folder):
 
 def check_what_is_planned(rank, n, folder):
     nothing_stays()
-    whole, sharded = models(Deep)
+    # Of a shorter one as much as all weights may be whole at a time.
+    whole, sharded = models(lambda: Deep(5))
     sizes = (48,) * n
     joined = torch.zeros(sum(sizes), 16, dtype=torch.float64), torch.zeros(sum(sizes), dtype=torch.long)
     made, real_gather, real_reserve = [], gathering._Weight.gather, gathering.OnDemandWeights.reserve
     gathering.OnDemandWeights.reserve = lambda weights: made.append(weights) or real_reserve(weights)
     for method in ("exact", "ggn"):
-        options = OPTIONS | {"curvature": method, "micro_batch_size": 8}
+        options = OPTIONS | {"curvature": method, "micro_batch_size": 16}
         gathered = 0
 
         def gather(weight, mine):
@@ -344,7 +345,7 @@ def check_no_room_in_one(rank, n, folder):
     nothing_stays()
     pair = models(Deep)
     # In the forward pass, while gradients are summed, and in later passes.
-    for calls in (5, 15, 20):
+    for calls in (3, 10, 14):
         with full(rank, calls) as came:
             # Taken up again on pieces half as large.
             check_same(pair, own_batch(rank), curvature="ggn")
@@ -383,7 +384,7 @@ def check_no_room_in_the_middle(rank, n, folder):
     """Of a process that asks, and of one without samples that takes part; the others do not wait for it."""
     nothing_stays()
     pair = models(Deep)
-    for call in (7, 30, 50):
+    for call in (5, 20, 34):
         for sizes in ((5, 13, 3), (13, 0, 9)):
             with no_room(rank, call) as came:
                 check_same(pair, own_batch(rank, sizes), curvature="ggn")
@@ -470,7 +471,7 @@ def check_shards_in_some(rank, n, folder):
         fully_shard(model, mesh=DeviceMesh("cpu", [0]))
     else:
         DeviceMesh("cpu", [0])
-    with pytest.raises(ValueError, match=r"rank 1 holds 0 parameters and buffers as shards .*, and rank 0 holds 12"):
+    with pytest.raises(ValueError, match=r"rank 1 holds 0 parameters and buffers as shards .*, and rank 0 holds 8"):
         measured(model, own_batch(rank))
 
 

@@ -15,7 +15,8 @@ from pytorch_lightning.loggers import CSVLogger
 
 from lightning_spectral import SpectralProbe, measure_spectra
 
-STEPS = 30
+STEPS = 15
+"""Two epochs and a half, or with accumulated gradients seven: what a probe leaves shows at the next batch."""
 
 
 class Recorder(pl.Callback):
@@ -76,7 +77,7 @@ def test_training_is_bit_identical(module_class, accumulate, curvature, mode, tm
     probe = SpectralProbe(every_n_steps=5, top_k=4, curvature=curvature, mode=mode)
     plain = train_plain(module_class, accumulate)
     probed = train(module_class, accumulate, tmp_path, [probe])
-    assert (probe.probes, probe.failed_probes) == (6, 0)
+    assert (probe.probes, probe.failed_probes) == (3, 0)
     assert len(plain[0]) >= STEPS
     assert_identical(plain[0], probed[0])
     assert_identical(plain[1], probed[1])
@@ -88,7 +89,7 @@ def test_training_is_bit_identical(module_class, accumulate, curvature, mode, tm
 @pytest.mark.parametrize("curvature", ["exact", "auto"])
 def test_training_is_bit_identical_with_all_that_is_measured_on_request(curvature, tmp_path):
     extras = {"spectrum_top_k": 8, "weight_spectra": True, "bootstrap": 20, "curvature_fraction": 2}
-    probe = SpectralProbe(every_n_steps=10, top_k=4, curvature=curvature, **extras)
+    probe = SpectralProbe(every_n_steps=5, top_k=4, curvature=curvature, **extras)
     plain = train_plain(GPT, 1)
     probed = train(GPT, 1, tmp_path, [probe])
     assert (probe.probes, probe.failed_probes) == (3, 0)

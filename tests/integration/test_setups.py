@@ -440,7 +440,13 @@ def run(name, probed, curvature="auto"):
     return built
 
 
-@pytest.mark.parametrize("name", SETUPS)
+by_setup = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"setup_{name}")) for name in SETUPS]
+)
+"""The tests of a setup read the same trainings, in one worker."""
+
+
+@by_setup
 def test_training_is_bit_identical_with_and_without_a_probe(name):
     plain, probed = run(name, False), run(name, True)
     assert (plain.probe.probes, probed.probe.probes, probed.probe.failed_probes) == (0, 3, 0)
@@ -466,7 +472,7 @@ def assert_close(report, expected, rel):
         torch.testing.assert_close(layer.h, reference.h, rtol=rel, atol=atol, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", SETUPS)
+@by_setup
 def test_a_report_is_that_of_the_float32_weights_before_the_step(name):
     setup, found = SETUPS[name], run(name, True, "exact")
     dtype = torch.float64 if setup.probe.get("precision") == "float64" else torch.float32
@@ -483,7 +489,7 @@ def test_a_report_is_that_of_the_float32_weights_before_the_step(name):
             assert layer.noise_floor == pytest.approx(layer.sigma[0].item() * max(layer.shape) * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("name", SETUPS)
+@by_setup
 def test_the_method_chosen_agrees_with_exact_products(name):
     chosen, exact = run(name, True), run(name, True, "exact")
     sampled = [layer.h_stderr.any() for report in chosen.probe.history for layer in report.layers.values()]
