@@ -9,21 +9,13 @@ from lightning_spectral.curvature.autograd_graph import Dependence, find_cut
 from lightning_spectral.curvature.head import Head
 
 Y = torch.tensor([0, 2, 4, 1, 3, 0])
-
 Z = torch.randn(6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
 CLASSES = torch.tensor([0.5, 1.0, 2.0, 0.1, 1.5], dtype=torch.float64)
-
 SOFT = torch.rand(6, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64).softmax(1)
-
 PIXELS = torch.randn(3, 5, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-
 LABELS = torch.randint(0, 5, (3, 2, 2), generator=torch.Generator().manual_seed(5))
-
 IMAGE = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-
 MASK = (torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(8)) > 0.5).double()
-
 MANY = torch.randn(4, 30, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
 

@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cases import (
-    CASES,
-    Attention,
-    Case,
-    Frames,
-    TiedLM,
-    cross_entropy,
-    frames,
-    token_loss,
-)
+from cases import CASES, Attention, Case, Frames, TiedLM, cross_entropy, frames, token_loss
 from torch import nn
 
 from lightning_spectral import measure_spectra

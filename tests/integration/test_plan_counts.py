@@ -11,9 +11,7 @@ from lightning_spectral.measurement import estimation
 from lightning_spectral.plan.planner import plan_spectra
 
 NETWORKS = {case.name: lambda case=case: (*case.build(torch.float32), case.loss) for case in CASES}
-
 NETWORKS |= {"resnet": resnet, "gpt": gpt}
-
 OPTIONS = {case.name: case.options for case in CASES}
 
 

@@ -7,14 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from cases import (
-    Case,
-    cross_entropy,
-    token_loss,
-)
-from loss_heads import (
-    head_of,
-)
+from cases import Case, cross_entropy, token_loss
+from loss_heads import head_of
 from micro_batches import batch_of, gelu_mlp
 from sketches import SKETCHED, many, sketched, with_method, without_limit
 from torch import nn
@@ -36,7 +30,6 @@ from lightning_spectral.options import Options
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_spectral.errors.SpectralWarning")
 
 SOFTMAXES = ("weighted", "pixels", "many_classes", "nll", "kl", "soft")
-
 RANDOM = (*SOFTMAXES, "bce_weighted", "huber", "negative", "poisson_nll", "gaussian_nll", "focal", "dice", "two")
 
 

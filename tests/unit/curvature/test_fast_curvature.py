@@ -8,23 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    CASES,
-    Case,
-    Frames,
-    cross_entropy,
-    frames,
-    images,
-    mse,
-    sequences,
-    token_loss,
-    vectors,
-)
-from loss_heads import (
-    LOSSES,
-    Z,
-    head_of,
-)
+from cases import CASES, Case, Frames, cross_entropy, frames, images, mse, sequences, token_loss, vectors
+from loss_heads import LOSSES, Z, head_of
 from micro_batches import gelu_mlp
 from modules import ConvNet, fit
 from pytorch_lightning.loggers.logger import DummyLogger
