@@ -29,7 +29,7 @@ INDEFINITE = 1e-3
 """Share of the largest curvature along signs below which a negative one is taken for rounding."""
 
 APART = 1e-3
-"""Share of the largest entry of H x that is no other sample's doing: products of a half-precision head underflow."""
+"""Share of the largest entry that is no other sample's doing: products in half precision underflow."""
 
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative tolerance for two products with the head's Hessian to be the same."""
@@ -139,15 +139,11 @@ class Head:
         ]
 
     def keeps_samples_apart(self) -> bool:
-        """Return whether H x scales sample by sample with x: by 16 powers of two, of which 1 in 16 pairs share one."""
-        rank = torch.randperm(self.samples, generator=torch.Generator().manual_seed(0))
-        scale = 2.0 ** (rank % 16)[:, None].to(self.device)
+        """Return whether H x scales sample by sample with x."""
+        scale = scales(self.samples).to(self.device)
         x = self.by_sample(self.random_signs(torch.Generator().manual_seed(0)))
         once, scaled = (self.by_sample(self.product(self.as_outputs(x * s))) for s in (torch.ones_like(scale), scale))
-        # What is not finite at a sample, as of a norm at zero, is so whatever is done to the others.
-        finite = once.isfinite() & scaled.isfinite()
-        largest = once.where(finite, 0).abs().max()
-        return bool(((scaled - once * scale).abs() <= APART * largest * scale)[finite].all())
+        return scales_by_sample(once, scaled, scale)
 
     def eigenvectors(self) -> tuple[Tensor, Tensor]:
         """Return (B, r) eigenvalues of every sample's Hessian, the largest first, and (B, C, r) eigenvectors.
@@ -289,6 +285,22 @@ def parts_of(shapes: Sequence[torch.Size | None], samples: int) -> int:
     """Return how many views of a sample there are outputs of: in tensors of their own, or in one."""
     first = shapes[0] if len(set(shapes)) == 1 else None
     return len(shapes) * max(first[0] // samples, 1) if first else 1
+
+
+def scales(samples: int) -> Tensor:
+    """Return (B, 1) powers of two, which scale without rounding, in random order: 1 in 16 pairs share one."""
+    rank = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+    return 2.0 ** (rank % 16)[:, None]
+
+
+def scales_by_sample(once: Tensor, scaled: Tensor, scale: Tensor) -> bool:
+    """Return whether what depends linearly on values of samples, (B, ...), scales sample by sample with them.
+
+    What is not finite at a sample, as of a norm at zero, is so whatever is done to the others.
+    """
+    finite = once.isfinite() & scaled.isfinite()
+    largest = once.where(finite, 0).abs().max()
+    return bool(((scaled - once * scale).abs() <= APART * largest * scale)[finite].all())
 
 
 def half_of(samples: int) -> Tensor:

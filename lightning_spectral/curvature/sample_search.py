@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_spectral._torch_private import output_shape
 from lightning_spectral.curvature.autograd_graph import GraphCut
 from lightning_spectral.curvature.direction_graph import DirectionGraph
-from lightning_spectral.curvature.head import Head, half_of, parts_of
+from lightning_spectral.curvature.head import Head, parts_of, scales, scales_by_sample
 from lightning_spectral.curvature.ports import REMEDY, SampleLayout, joint_layouts
 from lightning_spectral.curvature.problem import DifferentiableLoss
 from lightning_spectral.curvature.products import LayerCall
@@ -147,29 +147,21 @@ class _Search:
 
 
 def _mixed(graph: DirectionGraph, head: Head) -> list[str]:
-    """Return the layers at which the outputs of half of the samples show at another sample.
+    """Return the layers at which a sample's outputs show at another one: what comes back does not scale by sample.
 
-    Of several guesses of where the samples are in the output, that with the fewest of them is kept; they are told by
-    the other half, too, since where times are taken for samples the first ones do not show at later ones.
+    Of several guesses of where the samples are in the output, that with the fewest of them is kept.
     """
-    half = half_of(graph.samples)
-    halves = [half] if head.guessed_layouts(1) is None else [half, ~half]
+    scale = scales(graph.samples).to(head.device)
     best, layouts, number = graph.names, head.layouts, 0
     while best and (guess := head.guessed_layouts(number)) is not None:
         head.layouts, number = guess, number + 1
-        shown = {name for half in halves for name in _shown_beside(graph, head, half)}
-        if len(shown) < len(best):
-            best, layouts = [name for name in graph.names if name in shown], guess
+        x = torch.rand(graph.samples, head.outputs, generator=torch.Generator().manual_seed(0)).to(head.device) + 1
+        once, scaled = (graph.columns(head.edges, head.as_outputs(seed)) for seed in (x, x * scale))
+        mixed = [name for name, t in once.items() if not scales_by_sample(t, scaled[name], scale.to(t))]
+        if len(mixed) < len(best):
+            best, layouts = mixed, guess
     head.layouts = layouts
     return best
-
-
-def _shown_beside(graph: DirectionGraph, head: Head, half: Tensor) -> list[str]:
-    """Return the layers at which the outputs of these samples (B,) show at another one."""
-    x = torch.rand(graph.samples, head.outputs, generator=torch.Generator().manual_seed(0)) + 1
-    readings = graph.columns(head.edges, head.as_outputs(x.to(head.device) * half.to(head.device)[:, None]))
-    others = {name: t[~half.to(t.device)] for name, t in readings.items()}
-    return [name for name, t in others.items() if bool(t[t.isfinite()].any())]
 
 
 def _follow(head: Head, calls: Mapping[str, Sequence[LayerCall]]) -> dict[str, list[SampleLayout]]:
