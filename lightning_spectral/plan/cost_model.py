@@ -32,6 +32,9 @@ OVERHEAD = 1.4
 FACTOR = 3.0
 """Factor within which the time of a probe is planned; for networks of width 96 and more the benchmark found 2."""
 
+SAMPLE_COLUMNS = 2
+"""Columns that tell whether samples interact."""
+
 Count = tuple[int, int]
 """Number of passes, at least and at most; the values of the loss decide."""
 
@@ -177,15 +180,18 @@ def count_passes(
     gradients, products = 1 + (not reuses_graph), sum(directions[name] for name in apart)
     columns, joint, moved = (0, 0), (0, 0), bool(tapped) and method != "exact"
     if method == "ggn" and tapped:
-        # One more column tells whether samples interact.
         n = structure.loss.outputs if structure is not None else RANDOM_COLUMNS
-        exact = (1 + n if structure is not None else 2, 1 + n)
-        columns = (1 + LEAST_COLUMNS, 1 + RANDOM_COLUMNS) if structure and n > EXACT_COLUMNS else exact
+        exact = (n if structure is not None else 1, n)
+        of_head = (LEAST_COLUMNS, RANDOM_COLUMNS) if structure and n > EXACT_COLUMNS else exact
+        columns = _add(of_head, (SAMPLE_COLUMNS,) * 2)
         gradients += checked
         products += checked
     elif moved:
         of_output = structure.loss.sketch_columns if structure is not None else 0
-        columns, joint = (1, 1 + of_output), sketch_products(tapped, samples, of_output)
+        columns = (SAMPLE_COLUMNS, SAMPLE_COLUMNS + of_output)
+        # Columns leave nothing of a piecewise-linear network to products.
+        alone = structure is not None and of_output and not structure.loss.obstacle
+        joint = (0, 0) if alone else sketch_products(tapped, samples, of_output)
         gradients += 1
     gradients += bool(apart) and method != "exact"
     forwards = moved + (1 + micro_batches_given) * (parts > 1)

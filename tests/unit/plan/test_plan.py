@@ -109,7 +109,7 @@ def test_without_a_batch_it_tells_what_the_network_tells():
     assert any("piecewise linear" in text for text in plan.unknown)
     assert plan.costs["exact"].products == (4 * 16 + 11,) * 2
     assert plan.costs["sketch"].products == (4, 12)
-    assert plan.costs["ggn"].columns == (2, 41)
+    assert plan.costs["ggn"].columns == (3, 42)
     assert plan_spectra(model, curvature="exact").method == "exact"
 
 
@@ -279,7 +279,7 @@ def test_the_command_prints_the_plan_and_writes_json(nets, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "Sequential: 64 parameters, 2 matrices to measure" in printed
     assert "curvature by ggn: every operation after the layers is piecewise linear" in printed
-    assert "ggn * 1 5 1" in printed
+    assert "ggn * 1 6 1" in printed
     assert (
         "over 2 processes each measures 1/2 of the samples and takes the singular triplets of 1/2 of the layers"
         in printed
