@@ -287,7 +287,7 @@ def test_the_command_prints_the_plan_and_writes_json(nets, capsys):
     with open("plan.json") as file:
         found = json.load(file)
     assert (found["method"], found["samples"]) == ("ggn", 48)
-    assert found["costs"]["ggn"]["columns"] == [5, 5]
+    assert found["costs"]["ggn"]["columns"] == [6, 6]
     assert found["costs"]["exact"]["products"] == [8, 8]
     assert main([*BASE, "--data=planned_nets:pair", "--all", "--top-k=4"]) == 0
     printed = capsys.readouterr().out
