@@ -290,15 +290,16 @@ def parts_of(shapes: Sequence[torch.Size | None], samples: int) -> int:
 def scales(samples: int) -> Tensor:
     """Return (B, 1) powers of two, which scale without rounding, in random order: 1 in 16 pairs share one."""
     rank = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
-    return 2.0 ** (rank % 16)[:, None]
+    return 2.0 ** (rank % 16 - 8)[:, None]
 
 
 def scales_by_sample(once: Tensor, scaled: Tensor, scale: Tensor) -> bool:
     """Return whether what depends linearly on values of samples, (B, ...), scales sample by sample with them.
 
-    What is not finite at a sample, as of a norm at zero, is so whatever is done to the others.
+    What is not finite at a sample, as of a norm at zero, is so whatever is done to the others; what overflows when it
+    is scaled, in half precision, does not show that it does.
     """
-    finite = once.isfinite() & scaled.isfinite()
+    finite = once.isfinite()
     largest = once.where(finite, 0).abs().max()
     return bool(((scaled - once * scale).abs() <= APART * largest * scale)[finite].all())
 

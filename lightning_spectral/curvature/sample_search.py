@@ -6,7 +6,7 @@ samples do not interact in the network. A layout that shows anything else is wro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,21 +73,34 @@ def move_network(
         graph = DirectionGraph(problem, seen, directions, layouts, search.samples)
         cut = graph.cut() if is_linear else None
         cut = cut if cut is not None and len(cut.inside) == len(layouts) else None
-        is_exact, head = cut is not None, None
-        if cut is not None and cut.edges:
-            head = Head(graph.loss, cut, problem.samples)
-        if head is None or head.layouts is None or (not nearest and not graph.outer_cut.is_nested):
-            is_exact = cut is not None and (not cut.edges or not nearest)
-            head = Head(graph.loss, graph.outer_cut, problem.samples)
-        mixed = _mixed(graph, head)
-        if mixed and head.cut is cut:
-            # There samples may be in another order, as those of packed sequences are.
-            head, is_exact = Head(graph.loss, graph.outer_cut, problem.samples), False
-            mixed = _mixed(graph, head)
-        if not mixed:
-            return MovedNetwork(graph, head, is_exact, seen.unseen | search.lost)
+        mixed = graph.names
+        for head in _heads(graph, cut, problem.samples, nearest):
+            mixed_here = _mixed(graph, head)
+            if not mixed_here:
+                is_exact = cut is not None and set(cut.head) <= set(head.cut.head)
+                return MovedNetwork(graph, head, is_exact, seen.unseen | search.lost)
+            mixed = min(mixed, mixed_here, key=len)
         search.reject(mixed)
     raise MeasurementError(INTERACT)
+
+
+def _heads(graph: DirectionGraph, cut: GraphCut | None, samples: int, nearest: bool) -> Iterator[Head]:
+    """Yield the heads to try, above ever lower cuts: what lies between may put samples in another order, or mix them.
+
+    Packed sequences do the one, a mean over the batch the other.
+    """
+    cuts = [graph.outer_cut, graph.product_cut]
+    if cut is not None and cut.edges and (nearest or graph.outer_cut.is_nested):
+        cuts = [cut, *cuts]
+    seen = []
+    for each in cuts:
+        edges = {(edge.node, edge.output_nr) for edge in each.edges}
+        if edges in seen:
+            continue
+        seen.append(edges)
+        head = Head(graph.loss, each, samples)
+        if head.layouts is not None or each is graph.product_cut:
+            yield head
 
 
 def split_samples(moved: MovedNetwork, most: int) -> tuple[DirectionGraph, Head] | None:

@@ -115,9 +115,12 @@ class Twin:
     def _gauss_newton(self, parameter: str, part: tuple[torch.Tensor, ...]) -> torch.Tensor:
         at, value = as_function(self.net, part, self._output, parameter, train=self.train)
         jacobian = torch.autograd.functional.jacobian(at, value).reshape(-1, value.numel())
-        z = at(value).detach()
-        outer = torch.autograd.functional.hessian(lambda z: criterion(self.case.loss, z, *part[1:]), z)
-        return jacobian.T @ outer.reshape(z.numel(), z.numel()) @ jacobian
+        z = at(value).detach().requires_grad_()
+        (g,) = torch.autograd.grad(criterion(self.case.loss, z, *part[1:]), z, create_graph=True)
+        # Column by column: a dense Hessian of many outputs takes gigabytes.
+        columns = [column.reshape(z.shape) for column in jacobian.T]
+        bent = [torch.autograd.grad(g, z, x, retain_graph=True)[0] if g.requires_grad else 0 * x for x in columns]
+        return jacobian.T @ torch.stack(bent).flatten(1).T
 
     def _loss(self, net: Net, part: tuple[torch.Tensor, ...]) -> torch.Tensor:
         torch.set_rng_state(self.random)
