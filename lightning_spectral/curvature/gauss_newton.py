@@ -24,7 +24,7 @@ from lightning_spectral.curvature.exact import measured_exactly, with_unseen
 from lightning_spectral.curvature.head import Column, Head
 from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
-from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network, split_samples
+from lightning_spectral.curvature.sample_search import MovedNetwork, move_network, split_samples
 from lightning_spectral.curvature.seen_layers import SeenLayers, see_layers
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -148,7 +148,9 @@ def by_all_outputs(moved: MovedNetwork, apart: bool) -> dict[str, Tensor]:
 def _through_head(graph: DirectionGraph, head: Head) -> dict[str, Tensor]:
     """Return h with y read off at each output, and y^T H y taken through the head, which may couple samples."""
     if head.outputs > COUPLED_OUTPUTS:
-        raise MeasurementError(f"the loss couples samples, over {head.outputs} outputs of each; {INTERACT}")
+        raise MeasurementError(
+            f"the loss couples samples over {head.outputs} outputs of each, more than {COUPLED_OUTPUTS}; {REMEDY}"
+        )
     y: dict[str, list[Tensor]] = {name: [] for name in graph.names}
     for c in range(head.outputs):
         one = torch.zeros(graph.samples, head.outputs, device=head.device)

@@ -36,10 +36,10 @@ from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.draws import Draw, is_precise, mean_and_error
 from lightning_spectral.curvature.exact import measured_exactly, with_unseen
 from lightning_spectral.curvature.gauss_newton import by_all_outputs
-from lightning_spectral.curvature.head import Head
+from lightning_spectral.curvature.head import Head, parts_of
 from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange
-from lightning_spectral.curvature.sample_search import INTERACT, MovedNetwork, move_network
+from lightning_spectral.curvature.sample_search import MovedNetwork, move_network
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.errors import MeasurementError
 from lightning_spectral.numerics.svd import SingularTriplets
@@ -120,6 +120,7 @@ class SketchCurvature:
         ranks: directions of a layer that share one product; None: so many that a product has three channels for
             each sample, from 2 to 10, or 20. With twice as many a draw costs half, and its noise is 1.4 times as large.
         seed: of the signs.
+        cheap: refuse a loss that couples samples over more outputs than there are directions.
 
     Raises:
         ValueError: for an option out of range.
@@ -131,6 +132,7 @@ class SketchCurvature:
     target_error: float = TARGET_ERROR
     ranks: int | None = None
     seed: int = 0
+    cheap: bool = False
     name: str = "sketch"
     differentiates_gradients: bool = False
     memory: float = 7.5
@@ -159,7 +161,10 @@ class SketchCurvature:
         head = moved.head
         apart, splits = head.keeps_samples_apart(), not (head.is_flat or head.is_complex or head.cut.is_nested)
         if not apart and not splits:
-            raise MeasurementError(f"the loss couples samples; {INTERACT}")
+            raise MeasurementError(f"the loss couples samples, and is no function of the outputs alone; {REMEDY}")
+        passes = head.outputs // parts_of(head.shapes, moved.graph.samples)
+        if not apart and self.cheap and passes >= sum(map(len, moved.graph.triplets.values())):
+            raise MeasurementError(f"the loss couples samples, which takes {passes} backward passes")
         # Of <g, z> with g held, samples are apart whatever the loss couples; its columns are more than any others.
         columns = columns_for(head.outputs, nested=not splits) if apart else COLUMNS
         by_columns = by_all_outputs(moved, apart) if columns else {}

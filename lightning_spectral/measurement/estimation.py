@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +30,11 @@ SMALL_BYTES = 2**28
 SAME_GRADIENT = {torch.float32: 1e-3, torch.float64: 1e-7}
 """Relative tolerance for the gradients of micro-batches to add up to that of their batch, by compute dtype."""
 
-CHOICES: dict[str, Callable[[], Curvature]] = {"ggn": CheckedGGN, "sketch": SketchCurvature, "exact": ExactCurvature}
+CHOICES: dict[str, Callable[[], Curvature]] = {
+    "ggn": CheckedGGN,
+    "sketch": partial(SketchCurvature, cheap=True),
+    "exact": ExactCurvature,
+}
 """What "auto" chooses among."""
 
 Window = Mapping[str, SingularTriplets]

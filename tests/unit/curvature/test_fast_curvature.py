@@ -625,12 +625,39 @@ def squared_with_hidden(model, batch):
 
 @pytest.mark.parametrize(
     ("net", "loss", "reason"),
-    [(smooth_net, squared_with_hidden, ""), (wide_net, squared, ", over 150 outputs of each")],
+    [
+        (smooth_net, squared_with_hidden, ", and is no function of the outputs alone"),
+        (wide_net, squared, " over 150 outputs of each, more than 128"),
+    ],
 )
 def test_a_sketch_refuses_a_loss_that_couples_samples_if_it_depends_on_hidden_units_or_many_outputs(net, loss, reason):
     model, batch = Case("", net, many(), loss).build()
-    with pytest.raises(MeasurementError, match=f"the loss couples samples{reason}; {INTERACT}"):
+    with pytest.raises(MeasurementError, match=f"the loss couples samples{reason}; use curvature='exact'"):
         measure_spectra(model, batch, loss, curvature="sketch")
+
+
+def test_auto_takes_exact_where_passes_of_what_a_loss_couples_are_more_than_products():
+    net = nn.Sequential(nn.Linear(40, 60), nn.GELU(), nn.Linear(60, 60), nn.GELU(), nn.Linear(60, 30))
+    batch = (torch.randn(64, 40), torch.randint(0, 5, (64,)))
+    found = measure_spectra(net, batch, squared, top_k=8)
+    assert "no sketch: the loss couples samples, which takes 30 backward passes" in found.chosen
+    assert all(layer.method == "exact" for layer in found.layers.values())
+    found = measure_spectra(net, batch, squared, top_k=12)
+    assert found.chosen.startswith("sketch")
+
+
+def test_a_loss_in_float16_that_couples_samples_is_seen_to():
+    """Products with its Hessian overflow where samples are scaled by much."""
+
+    def loss(model, batch):
+        a, b = (F.normalize(model(x).half(), dim=1) for x in batch)
+        return F.cross_entropy(a @ b.T / 0.07, torch.arange(len(a))).float()
+
+    model, batch = relu_mlp(), tuple(torch.randn(32, 6) for _ in range(2))
+    expected = measure_spectra(model, batch, loss, curvature="exact", top_k=3)
+    found = measure_spectra(model, batch, loss, curvature="ggn", top_k=3)
+    for name, layer in expected.layers.items():
+        torch.testing.assert_close(found.layers[name].h, layer.h, rtol=0.02, atol=0.02 * float(layer.h.abs().max()))
 
 
 @pytest.mark.parametrize("method", ["ggn", "sketch"])

@@ -134,17 +134,19 @@ def test_a_smooth_loss_that_is_saturated_is_not_said_to_be_none(activation):
     assert report.failed["2.weight"] == ZERO
 
 
-def test_what_is_chosen_is_what_measured():
+@pytest.mark.parametrize(("weight", "method"), [(0, "sketch"), (0.1, "exact")])
+def test_what_is_chosen_is_what_measured(weight, method):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8))
 
     def contrast(m, b):
         first, second = (F.normalize(m(x), dim=1) for x in b)
-        return F.cross_entropy(first @ second.T / 0.1, torch.arange(len(first)))
+        beside = weight * m[0](b[0]).tanh().mean() if weight else 0
+        return F.cross_entropy(first @ second.T / 0.1, torch.arange(len(first))) + beside
 
     report = measure_spectra(net, (torch.randn(40, 16), torch.randn(40, 16)), contrast)
-    assert {layer.method for layer in report.layers.values()} == {"exact"}
-    assert report.chosen.startswith("exact")
+    assert {layer.method for layer in report.layers.values()} == {method}
+    assert report.chosen.startswith(method)
     assert "use curvature='exact'" not in report.chosen
     assert report.check_error != report.check_error
 
