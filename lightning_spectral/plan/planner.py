@@ -175,7 +175,7 @@ def plan_spectra(
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)).to("meta")
     >>> plan = plan_spectra(model, torch.zeros(64, 8), lambda m, x: torch.nn.functional.mse_loss(m(x), x), top_k=5)
     >>> plan.method, plan.costs["ggn"].columns, plan.costs["exact"].products
-    ('ggn', (9, 9), (10, 10))
+    ('ggn', (10, 10), (10, 10))
     """
     options = from_arguments(Options, locals())
     positive_int("n_batches", n_batches)

@@ -297,6 +297,7 @@ def test_averages_that_come_after_the_probe_of_the_final_weights_are_told(packag
 
     def told(module, *callbacks):
         recwarn.clear()
+        warnings.simplefilter("always")
         trainer = lightning.Trainer(
             max_epochs=3, callbacks=list(callbacks), accelerator="cpu", logger=False, enable_progress_bar=False,
             enable_model_summary=False, enable_checkpointing=False,
