@@ -98,7 +98,7 @@ class BatchSource:
     @property
     def collects_samples(self) -> bool:
         """True where each probe collects a number of samples from training."""
-        return self.choice == "train" and self.samples is not None
+        return self.choice == "train" and self._asked_samples is not None
 
     @property
     def _is_full(self) -> bool:

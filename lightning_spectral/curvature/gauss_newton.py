@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_spectral.curvature.direction_graph import DirectionGraph
 from lightning_spectral.curvature.draws import PRIOR_COUNT, is_precise
 from lightning_spectral.curvature.exact import measured_exactly, with_unseen
-from lightning_spectral.curvature.head import Column, Head
+from lightning_spectral.curvature.head import Column, Head, parts_of
 from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss
 from lightning_spectral.curvature.sample_search import MovedNetwork, move_network, split_samples
@@ -100,6 +100,8 @@ class GGNCurvature:
         if head.is_flat:
             return _zeros(graph.triplets), {}
         apart = head.keeps_samples_apart()
+        if self.as_hessian and not apart:
+            refuse_dear_coupling(graph, head)
         few = head.outputs <= self.exact_columns or (head.outputs <= SIGNED_COLUMNS and head.is_indefinite())
         if few or not apart:
             return by_all_outputs(moved, apart), {}
@@ -143,6 +145,13 @@ def by_all_outputs(moved: MovedNetwork, apart: bool) -> dict[str, Tensor]:
         _add(moments, moved, column)
     # Of a head without curvature there is no column.
     return _zeros(graph.triplets) | {name: x.total().cpu() for name, x in moments.items() if x.count}
+
+
+def refuse_dear_coupling(graph: DirectionGraph, head: Head) -> None:
+    """Raise MeasurementError for a head that couples samples over as many outputs as there are directions, or more."""
+    passes = head.outputs // parts_of(head.shapes, graph.samples)
+    if passes >= sum(map(len, graph.triplets.values())):
+        raise MeasurementError(f"the loss couples samples, which takes {passes} backward passes")
 
 
 def _through_head(graph: DirectionGraph, head: Head) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ class Head:
 
     def keeps_samples_apart(self) -> bool:
         """Return whether H x scales sample by sample with x."""
-        scale = scales(self.samples).to(self.device)
+        scale = powers_of_two(self.samples).to(self.device)
         x = self.by_sample(self.random_signs(torch.Generator().manual_seed(0)))
         once, scaled = (self.by_sample(self.product(self.as_outputs(x * s))) for s in (torch.ones_like(scale), scale))
         return scales_by_sample(once, scaled, scale)
@@ -287,28 +287,18 @@ def parts_of(shapes: Sequence[torch.Size | None], samples: int) -> int:
     return len(shapes) * max(first[0] // samples, 1) if first else 1
 
 
-def scales(samples: int) -> Tensor:
+def powers_of_two(samples: int) -> Tensor:
     """Return (B, 1) powers of two, which scale without rounding, in random order: 1 in 16 pairs share one."""
     rank = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
-    return 2.0 ** (rank % 16 - 8)[:, None]
+    return 2.0 ** (rank * max(16 // samples, 1) % 16 - 8)[:, None]
 
 
 def scales_by_sample(once: Tensor, scaled: Tensor, scale: Tensor) -> bool:
     """Return whether what depends linearly on values of samples, (B, ...), scales sample by sample with them.
 
-    What is not finite at a sample, as of a norm at zero, is so whatever is done to the others; what overflows when it
-    is scaled, in half precision, does not show that it does.
+    What is not finite at a sample, as of a norm at zero, is so whatever is done to the others; what overflows when
+    scaled, in half precision, counts as not scaling.
     """
     finite = once.isfinite()
     largest = once.where(finite, 0).abs().amax() if once.numel() else 0.0
     return bool(((scaled - once * scale).abs() <= APART * largest * scale)[finite].all())
-
-
-def half_of(samples: int) -> Tensor:
-    """Return (B,) which samples are in a random half, the same one at each call.
-
-    Not one sample alone, which may be the only one that is tied to no other (a node without neighbours).
-    """
-    half = torch.zeros(samples, dtype=torch.bool)
-    half[torch.randperm(samples, generator=torch.Generator().manual_seed(0))[: max(samples // 2, 1)]] = True
-    return half

@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_spectral._messages import group_by_reason
 from lightning_spectral.curvature.custom_functions import custom_functions, unverified
 from lightning_spectral.curvature.direction_graph import DirectionGraph
-from lightning_spectral.curvature.head import half_of
+from lightning_spectral.curvature.head import powers_of_two, scales_by_sample
 from lightning_spectral.curvature.ports import move_by_sample
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, Gradients, together_or_alone
 from lightning_spectral.curvature.sample_search import INTERACT, move_network
@@ -80,9 +80,8 @@ class HutchinsonTrace:
         # Any direction shows where the samples are.
         leading = {name: directions[name].first(1) for name in seen.calls}
         moves = _Moves(move_network(problem, seen, leading, nearest=False).graph, _generator(self.seed, problem))
-        half = half_of(moves.graph.samples)
         scale = {name: self._scale(name) for name in moves.graph.names}
-        moves.check_samples_apart({name: half * scale[name] for name in scale}, ~half)
+        moves.check_samples_apart(scale)
         draws = []
         for _ in range(self.draws):
             pairs = moves.draw({name: torch.tensor(scale[name]) for name in scale})
@@ -142,13 +141,19 @@ class _Moves:
         self.edges = [call.edge for name in graph.names for call in graph.calls[name] if call.edge is not None]
         self.gradients = torch.autograd.grad(graph.loss, self.edges, create_graph=True)
 
-    def check_samples_apart(self, scales: Mapping[str, Tensor], rest: Tensor) -> None:
-        """Raise MeasurementError unless what is done to the samples that have a scale shows at none of the rest."""
-        for name, pairs in self.draw(scales).items():
-            for (_, product), call, layout in zip(pairs, self.graph.calls[name], self.graph.layouts[name], strict=True):
-                rows = product if call.is_convolution else call.to_rows(product)
-                rows = rows.reshape(call.lead.numel(), -1)
-                if bool(rows[layout.spread(rest[:, None]).squeeze(1).to(rows.device)].any()):
+    def check_samples_apart(self, scales: Mapping[str, float]) -> None:
+        """Raise MeasurementError unless what comes back scales sample by sample with the moves."""
+        powers, state = powers_of_two(self.graph.samples), self.generator.get_state()
+        once = self.draw({name: torch.tensor(scale) for name, scale in scales.items()})
+        self.generator.set_state(state)
+        scaled = self.draw({name: powers[:, 0] * scale for name, scale in scales.items()})
+        for name, calls in self.graph.calls.items():
+            for i, (call, layout) in enumerate(zip(calls, self.graph.layouts[name], strict=True)):
+                one, other = (
+                    (product if call.is_convolution else call.to_rows(product)).reshape(call.lead.numel(), -1)
+                    for product in (once[name][i][1], scaled[name][i][1])
+                )
+                if not scales_by_sample(one, other, layout.spread(powers).to(one)):
                     raise MeasurementError(INTERACT)
 
     def draw(self, scales: Mapping[str, Tensor]) -> dict[str, list[tuple[Tensor, Tensor]]]:

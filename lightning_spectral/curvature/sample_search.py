@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_spectral._torch_private import output_shape
 from lightning_spectral.curvature.autograd_graph import GraphCut
 from lightning_spectral.curvature.direction_graph import DirectionGraph
-from lightning_spectral.curvature.head import Head, parts_of, scales, scales_by_sample
+from lightning_spectral.curvature.head import Head, parts_of, powers_of_two, scales_by_sample
 from lightning_spectral.curvature.ports import REMEDY, SampleLayout, joint_layouts
 from lightning_spectral.curvature.problem import DifferentiableLoss
 from lightning_spectral.curvature.products import LayerCall
@@ -99,7 +99,7 @@ def _heads(graph: DirectionGraph, cut: GraphCut | None, samples: int, nearest: b
             continue
         seen.append(edges)
         head = Head(graph.loss, each, samples)
-        if head.layouts is not None or each is graph.product_cut:
+        if head.layouts is not None:
             yield head
 
 
@@ -112,7 +112,8 @@ def split_samples(moved: MovedNetwork, most: int) -> tuple[DirectionGraph, Head]
     for kind in ("product_cut", "outer_cut"):
         cut: GraphCut = getattr(graph, kind)
         parts = parts_of([output_shape(edge.node, edge.output_nr) for edge in cut.edges], graph.samples)
-        # Below another one may be what bends, whose part of the Hessian would be left out, or taken twice.
+        # Between this head and a cut that is not below it may lie what bends, whose part of the Hessian would be left
+        # out, or taken twice.
         if parts == 1 or cut.is_nested or not set(moved.head.cut.head) <= set(cut.head):
             continue
         head = Head(graph.loss, cut, parts * graph.samples, apart=True)
@@ -164,7 +165,7 @@ def _mixed(graph: DirectionGraph, head: Head) -> list[str]:
 
     Of several guesses of where the samples are in the output, that with the fewest of them is kept.
     """
-    scale = scales(graph.samples).to(head.device)
+    scale = powers_of_two(graph.samples).to(head.device)
     best, layouts, number = graph.names, head.layouts, 0
     while best and (guess := head.guessed_layouts(number)) is not None:
         head.layouts, number = guess, number + 1

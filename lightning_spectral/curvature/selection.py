@@ -176,6 +176,7 @@ def choose(properties: LossProperties) -> list[tuple[str, str]]:
         n, columns = properties.sketch_products, properties.sketch_columns
         passes = f"{columns} backward pass{'' if columns == 1 else 'es'} and " if columns else ""
         all_passes = properties.coupled_passes if not columns else 0
+        all_passes = all_passes if all_passes < properties.n_directions else 0
         beside = f", and {all_passes} backward passes if the loss couples samples" if all_passes else ""
         why = f"sketch: {because}; {passes}about {n} joint products{beside}{unseen}; exact would take {exact_why}"
         # Of few layers, what has no noise is worth twice the time.

@@ -16,8 +16,8 @@ interact, so its own terms are complete. What keeps the rest small:
   variance of alpha.
 - With z the network's output and g the loss's gradient in it, the Hessian is J^T (d2L / dz2) J + sum_z g_z d2z. Along
   gradients the first part is the larger one, the more so the better the network is trained. Of few outputs it comes
-  from a backward pass each, without noise, and products are of the second part alone: of <g, z> with g held. So it does
-  where the loss couples samples, which the second part does not.
+  from a backward pass each, without noise, and products are of the second part alone: of <g, z> with g held. The same
+  split serves a loss that couples samples: the coupling is all in the first part.
 - Standard errors come from what the draws differ by. Where there are so few channels that a product for each of them
   costs no more, or fewer than 4 samples, there is one: the few signs would often agree by chance, and the error not
   show.
@@ -35,8 +35,8 @@ from torch import Tensor
 from lightning_spectral.curvature.custom_functions import custom_functions
 from lightning_spectral.curvature.draws import Draw, is_precise, mean_and_error
 from lightning_spectral.curvature.exact import measured_exactly, with_unseen
-from lightning_spectral.curvature.gauss_newton import by_all_outputs
-from lightning_spectral.curvature.head import Head, parts_of
+from lightning_spectral.curvature.gauss_newton import by_all_outputs, refuse_dear_coupling
+from lightning_spectral.curvature.head import Head
 from lightning_spectral.curvature.ports import REMEDY
 from lightning_spectral.curvature.problem import Curvatures, DifferentiableLoss, SampleRange
 from lightning_spectral.curvature.sample_search import MovedNetwork, move_network
@@ -120,7 +120,7 @@ class SketchCurvature:
         ranks: directions of a layer that share one product; None: so many that a product has three channels for
             each sample, from 2 to 10, or 20. With twice as many a draw costs half, and its noise is 1.4 times as large.
         seed: of the signs.
-        cheap: refuse a loss that couples samples over more outputs than there are directions.
+        cheap: refuse a loss that couples samples over as many outputs as there are directions, or more.
 
     Raises:
         ValueError: for an option out of range.
@@ -161,11 +161,12 @@ class SketchCurvature:
         head = moved.head
         apart, splits = head.keeps_samples_apart(), not (head.is_flat or head.is_complex or head.cut.is_nested)
         if not apart and not splits:
-            raise MeasurementError(f"the loss couples samples, and is no function of the outputs alone; {REMEDY}")
-        passes = head.outputs // parts_of(head.shapes, moved.graph.samples)
-        if not apart and self.cheap and passes >= sum(map(len, moved.graph.triplets.values())):
-            raise MeasurementError(f"the loss couples samples, which takes {passes} backward passes")
-        # Of <g, z> with g held, samples are apart whatever the loss couples; its columns are more than any others.
+            why = "of complex outputs" if head.is_complex else "and is no function of the outputs alone"
+            raise MeasurementError(f"the loss couples samples, {why}; {REMEDY}")
+        if self.cheap and not apart:
+            refuse_dear_coupling(moved.graph, head)
+        # Of <g, z> with g held, samples are apart whatever the loss couples. Such columns take the largest share of
+        # the budget of products.
         columns = columns_for(head.outputs, nested=not splits) if apart else COLUMNS
         by_columns = by_all_outputs(moved, apart) if columns else {}
         if columns and moved.is_exact:

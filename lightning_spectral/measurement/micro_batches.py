@@ -77,8 +77,9 @@ def infer_weights(
         terms = torch.tensor([w * x for w, x in zip(weights, losses, strict=True)], dtype=torch.float64)
         if abs(float(terms.sum()) - total) <= tolerance * max(abs(total), float(terms.abs().sum())):
             fitting.append(weights)
-    # Losses that add up to zero do so as a sum and as a mean.
-    either = bool(fitting) and fitting[0] == [1.0] * len(parts) != fitting[-1]
+    # Losses that add up to zero do so as a sum and as a mean; where all are zero, so is their gradient.
+    ones = [1.0] * len(parts)
+    either = any(losses) and bool(fitting) and fitting[0] == ones and fitting[-1] != ones
     if fitting and not either:
         return fitting[0]
     if either or not apart:

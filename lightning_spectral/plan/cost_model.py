@@ -206,8 +206,8 @@ def count_passes(
 
 
 def add_trace(passes: Mapping[str, Count], draws: int, parts: int) -> dict[str, Count]:
-    """Add the passes of ``curvature_fraction``: a product per draw, and one that tells whether samples interact."""
-    extra = {"gradient": 2, "forward": int(parts > 1), "joint product": draws + 1}
+    """Add the passes of ``curvature_fraction``: a product per draw, and two that tell whether samples interact."""
+    extra = {"gradient": 2, "forward": int(parts > 1), "joint product": draws + 2}
     return {kind: _add(passes.get(kind, (0, 0)), (extra.get(kind, 0),) * 2) for kind in {**passes, **extra}}
 
 

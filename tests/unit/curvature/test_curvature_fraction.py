@@ -227,6 +227,17 @@ def test_a_loss_that_cannot_be_called_again_keeps_its_curvatures():
         assert "at a second call" in layer.fraction.note
 
 
+@pytest.mark.parametrize("pair", [(0, 1), (1, 0), (2, 3), (0, 3)])
+def test_a_pair_that_the_loss_ties_has_one_z_for_both(pair):
+    """With signs of their own the trace of what ties them would be missing."""
+    model, (i, j) = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), pair
+    case = Case("", lambda: model, None, lambda m, b: 3 * (m(b)[i] * m(b)[j]).sum() + m(b).pow(2).mean())
+    batch = torch.randn(4, 4).double()
+    for layer in measured(case, model, batch, 300).layers.values():
+        block = dense_hessian(model, batch, case.loss, layer.name)
+        assert abs(layer.fraction.trace - float(block.trace())) < 5 * layer.fraction.trace_stderr + 1e-9
+
+
 def test_a_loss_linear_in_a_layer_has_no_trace():
     model = nn.Linear(4, 4, bias=False).double()
     report = measure_spectra(

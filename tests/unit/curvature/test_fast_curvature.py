@@ -644,6 +644,10 @@ def test_auto_takes_exact_where_passes_of_what_a_loss_couples_are_more_than_prod
     assert all(layer.method == "exact" for layer in found.layers.values())
     found = measure_spectra(net, batch, squared, top_k=12)
     assert found.chosen.startswith("sketch")
+    net[1] = net[3] = nn.ReLU()
+    found = measure_spectra(net, batch, squared, top_k=8)
+    assert "no ggn: the loss couples samples, which takes 30 backward passes" in found.chosen
+    assert measure_spectra(net, batch, squared, top_k=12).chosen.startswith("ggn")
 
 
 def test_a_loss_in_float16_that_couples_samples_is_seen_to():

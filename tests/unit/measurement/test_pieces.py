@@ -157,6 +157,17 @@ def test_a_head_of_zeros_does_not_hide_the_weights_of_pieces(method):
     assert known.micro_batch_size == 24
 
 
+def test_losses_that_are_all_zero_are_a_sum_as_well_as_a_mean():
+    """As those of samples that a margin satisfies."""
+    model = relu_mlp().double()
+
+    def satisfied(model, batch):
+        return F.relu(model(batch[0]) - 100).mean()
+
+    report = measure_spectra(model, batch_of(), satisfied, curvature="exact", top_k=4, micro_batch_size=12)
+    assert report.micro_batch_size == 12
+
+
 def test_losses_that_add_up_to_zero_do_not_tell_a_mean_from_a_sum():
     """As those of a policy gradient, whose advantages have a mean of zero; the gradient is not zero."""
 

@@ -46,7 +46,7 @@ def test_the_time_of_a_measurement_is_the_sum_of_its_passes():
     assert cost.steps == pytest.approx((cost.extra + least, cost.extra + most), rel=1e-12)
     assert cost.extra > plan_spectra(*gpt()[:2], token_loss).costs["sketch"].extra > 0
     plain = plan_spectra(*gpt()[:2], token_loss, max_samples=24, n_batches=2).costs[plan.method]
-    assert cost.products == tuple(n + 4 + 1 for n in plain.products)
+    assert cost.products == tuple(n + 4 + 2 for n in plain.products)
     assert cost.memory.factors > 0
 
 
