@@ -63,6 +63,7 @@ class GGNCurvature:
         target_error: stop before that, once the standard error that h gives alpha is below it in the median layer.
         seed: of the random signs.
         as_hessian: refuse a network of which Gauss-Newton is not the Hessian.
+        cheap: refuse a loss that couples samples over as many outputs as there are directions, or more.
 
     Raises:
         MeasurementError: when called, if samples interact within the network, or the batch does not tell their number.
@@ -73,6 +74,7 @@ class GGNCurvature:
     target_error: float = TARGET_ERROR
     seed: int = 0
     as_hessian: bool = False
+    cheap: bool = False
     name: str = "ggn"
     differentiates_gradients: bool = False
     memory: float = 2.7
@@ -100,7 +102,7 @@ class GGNCurvature:
         if head.is_flat:
             return _zeros(graph.triplets), {}
         apart = head.keeps_samples_apart()
-        if self.as_hessian and not apart:
+        if self.cheap and not apart:
             refuse_dear_coupling(graph, head)
         few = head.outputs <= self.exact_columns or (head.outputs <= SIGNED_COLUMNS and head.is_indefinite())
         if few or not apart:

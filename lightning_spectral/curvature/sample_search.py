@@ -58,7 +58,7 @@ def move_network(
 
     Args:
         nearest: take the cut nearest to the loss, if the network is piecewise linear below it; else its output, behind
-            the last product with a parameter.
+            the last product with a parameter. Lower ones follow where samples are not apart at these.
     """
     if problem.samples is None:
         raise MeasurementError(

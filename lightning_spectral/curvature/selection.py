@@ -207,6 +207,7 @@ class CheckedGGN(GGNCurvature):
     """
 
     as_hessian: bool = True
+    cheap: bool = True
 
     def __call__(self, problem: DifferentiableLoss, directions: Mapping[str, SingularTriplets]) -> Curvatures:
         """Measure, and check."""

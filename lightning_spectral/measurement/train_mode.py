@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,7 +129,8 @@ def _without_warnings() -> Iterator[None]:
 
     After `warnings.catch_warnings` it shows each of them once more, in the user's loop at each measurement.
     """
-    ignore = ("ignore", None, Warning, None, 0)
+    # The pattern tells it from a filter that the user's code sets meanwhile.
+    ignore = ("ignore", re.compile(""), Warning, None, 0)
     filters: Any = warnings.filters
     filters.insert(0, ignore)
     try:

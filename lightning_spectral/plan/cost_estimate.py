@@ -35,8 +35,8 @@ WITHOUT_BATCH = (
     "how much memory the graphs take, and what singular triplets cost beside a training step, without a batch",
 )
 IN_VALUES = (
-    "what shows in values alone: whether samples interact, whether Gauss-Newton passes its check, whether the loss is "
-    "a mean or a sum over samples, and how many draws a sketch takes"
+    "what shows in values alone: whether samples interact or are coupled by the loss, whether Gauss-Newton passes its "
+    "check, whether the loss is a mean or a sum over samples, and how many draws a sketch takes"
 )
 
 

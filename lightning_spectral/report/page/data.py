@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_spectral._messages import group_by_reason
@@ -45,8 +45,8 @@ def page_data(run: Run, *, limit: int = DATA_BYTES) -> dict[str, Any]:
     keys = [key for key in LAYER_KEYS if not key.part or key.part in parts]
     first = run.steps[0].step, layers_of(reports[0])
     rows = [_probe(step, list(layers), keys, first) for step in run.steps]
-    for i, row in enumerate(rows):
-        row["summary"] += _step_scales(run.steps[: i + 1])
+    for row, sentences in zip(rows, _step_scales(run.steps), strict=True):
+        row["summary"] += sentences
     spectra = [[_spectrum(report.layers.get(name)) for name in layers] for report in reports]
     shown, with_spectra = _thin(rows, spectra, limit)
     return {
@@ -127,16 +127,18 @@ def _probe(
     }
 
 
-def _step_scales(steps: Sequence[RunStep]) -> list[str]:
-    """Say what the best factor on the optimizer's step was after the last of several probes where it is known."""
-    scales = [(step.label, scale) for step in steps if step.update and not math.isnan(scale := step.update.scale)]
-    if not scales:
-        return []
-    (label, last), too_long = scales[-1], sum(scale < 0.5 for _, scale in scales)
-    return [
-        f"step/scale, the best factor on the optimizer's step, was {last:.2g} at {label}; it was below 1/2, where a "
-        f"step raises the loss of its batch, at {too_long} of {len(scales)} probes."
-    ]
+def _step_scales(steps: Sequence[RunStep]) -> Iterator[list[str]]:
+    """Yield for each probe what the best factor on the optimizer's step was at the last one up to it that knows it."""
+    sentences: list[str] = []
+    known = too_long = 0
+    for step in steps:
+        if step.update and not math.isnan(scale := step.update.scale):
+            known, too_long = known + 1, too_long + (scale < 0.5)
+            sentences = [
+                f"step/scale, the best factor on the optimizer's step, was {scale:.2g} at {step.label}; it was below "
+                f"1/2, where a step raises the loss of its batch, at {too_long} of {known} probes."
+            ]
+        yield sentences
 
 
 def _both(step: RunStep, layers: Sequence[LayerSpectrum | None], keys: Sequence[LoggedKey]) -> dict[str, Any]:
