@@ -34,10 +34,10 @@ def needs_size(group: Mapping[str, Any]) -> bool:
 
 
 def size_state(parameter: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Return v of each matrix of a parameter, and the number of its steps, before the first."""
+    """Return v of each matrix of a parameter, and the number of its steps, on the CPU as AdamW's, before the first."""
     _, sizes = part_sizes(parameter.shape, layout)
-    step = torch.zeros((), dtype=at_least(parameter.dtype, torch.float32), device=parameter.device)
-    return {"mean_square": step.new_zeros(len(sizes)), "step": step}
+    v = torch.zeros(len(sizes), dtype=at_least(parameter.dtype, torch.float32), device=parameter.device)
+    return {"mean_square": v, "step": torch.zeros((), dtype=torch.float32, device="cpu")}
 
 
 def part_sizes(shape: Sequence[int], layout: Layout) -> tuple[int, list[int]]:
@@ -91,15 +91,11 @@ def size_units(
     averages, steps = ([state[key] for state in states] for key in ("mean_square", "step"))
     torch._foreach_lerp_(averages, squares, 1 - BETA2)
     torch._foreach_add_(steps, 1)
-    times = [step.expand_as(average) for step, average in zip(steps, averages, strict=True)]
-    units, kinds = list(averages), [(average.device, average.dtype) for average in averages]
-    for kind in set(kinds):
-        places = [i for i, other in enumerate(kinds) if other == kind]
-        v, t = (torch.cat([x[i] for i in places]) for x in (averages, times))
-        flat = torch.rsub(torch.pow(BETA2, t), 1).div_(v).sqrt_()
-        flat.div_(torch.rsub(torch.pow(group["momentum"], t.add(1) if group["nesterov"] else t), 1))
-        for i, unit in zip(places, flat.split_with_sizes([averages[i].numel() for i in places]), strict=True):
-            units[i] = unit
+    mu, ahead = group["momentum"], int(group["nesterov"])
+    corrections = [math.sqrt(1 - BETA2**t) / (1 - mu ** (t + ahead)) for t in map(float, steps)]
+    units: list[Tensor] = list(torch._foreach_sqrt(averages))
+    torch._foreach_reciprocal_(units)
+    torch._foreach_mul_(units, corrections)
     return units
 
 

@@ -255,14 +255,14 @@ def check_parts(states: Mapping[Tensor, Mapping[str, Any]], name: str) -> None:
 def restore_numbers(
     states: Mapping[Tensor, dict[str, Any]], own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
 ) -> None:
-    """Put counts and mean squares back as they were saved, in at least float32.
+    """Put counts, on the CPU, and mean squares back as they were saved, in at least float32.
 
     torch casts them to the parameter's type on loading, and bfloat16 counts no further than 256.
     """
     saved = (state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"])
     own = (parameter for group in own_groups for parameter in group["params"])
     for parameter, state in zip(own, saved, strict=True):
-        dtype = at_least(parameter.dtype, torch.float32)
-        for key in ("skipped", "mean_square", *(["step"] if "mean_square" in state else [])):
-            if key in state:
-                states[parameter][key] = state[key].to(parameter.device, dtype, copy=True)
+        places = {"skipped": ("cpu", torch.float32), "step": ("cpu", torch.float32)}
+        places["mean_square"] = (parameter.device, at_least(parameter.dtype, torch.float32))
+        for key in places.keys() & state.keys():
+            states[parameter][key] = state[key].to(*places[key], copy=True)
