@@ -32,18 +32,30 @@ class RandomStates:
     def __init__(self, model: nn.Module) -> None:
         devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
         numpy = sys.modules.get("numpy")
-        self._restore: list[Callable[[], Any]] = [partial(random.setstate, random.getstate())]
-        self._restore.append(partial(torch.set_rng_state, torch.get_rng_state()))
+        generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+            (random.getstate, random.setstate),
+            (torch.get_rng_state, torch.set_rng_state),
+        ]
         if numpy:
-            self._restore.append(partial(numpy.random.set_state, numpy.random.get_state()))
+            generators.append((numpy.random.get_state, numpy.random.set_state))
         for device in devices:
             backend = torch.get_device_module(device)
-            if device.type == "mps":
-                self._restore.append(partial(backend.set_rng_state, backend.get_rng_state()))
-            else:
-                self._restore.append(partial(backend.set_rng_state, backend.get_rng_state(device), device))
+            where = {} if device.type == "mps" else {"device": device}
+            generators.append((partial(backend.get_rng_state, **where), partial(backend.set_rng_state, **where)))
+        self._states = [(get, put, get()) for get, put in generators]
 
     def restore(self) -> None:
         """Restore them, as often as needed."""
-        for restore in self._restore:
-            restore()
+        for _, put, state in self._states:
+            put(state)
+
+    def moved(self) -> bool:
+        """Return whether a number was drawn since."""
+        return not all(_are_equal(get(), state) for get, _, state in self._states)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple):
+        return all(map(_are_equal, one, other))
+    equal = one == other
+    return bool(equal if isinstance(equal, bool) else equal.all())

@@ -36,6 +36,8 @@ TRACKERS = (
 )  # fmt: skip
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
+# Most of what modules hold: nothing can be written on it.
+ATOMS = (type(None), bool, int, float, str)
 # What a class may define to take its copying into its own hands.
 COPY_METHODS = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
@@ -124,6 +126,8 @@ class Copier:
         """Return the copy of a value; ``path`` names it where it cannot be copied."""
         if id(value) in self.memo:
             return self.memo[id(value)]
+        if type(value) in ATOMS:
+            return value
         if isinstance(value, SHARED_TYPES) or (is_communication(type(value)) and not isinstance(value, nn.Module)):
             if isinstance(value, STATEFUL_TYPES):
                 self.kept += shared_state(value, path)

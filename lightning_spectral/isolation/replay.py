@@ -69,6 +69,10 @@ class InitialState:
                 put_back(tensor, value)
         self._called = True
 
+    def drawn(self) -> bool:
+        """Return whether the evaluation since has drawn random numbers."""
+        return self._random.moved()
+
     def replaced(self, values: Mapping[int, Tensor]) -> InitialState:
         """Return the state with other values of some weights and buffers, by their ids; nothing may write on them."""
         other = copy.copy(self)

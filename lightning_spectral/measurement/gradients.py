@@ -245,8 +245,9 @@ def _cut(
         loss.release()
         if micro_batch is micro_batches[0]:
             names = [name for name in gradients.values if name not in gradients.skipped(options)]
-            if by_rows := _norms_by_rows(objective, gradients, micro_batches, names, values, losses[0]):
-                return by_rows, ""
+            by_rows = _norms_by_rows(objective, gradients, micro_batches, names, values, losses[0])
+            if by_rows or objective.draws:
+                return by_rows, "" if by_rows else "the loss draws random numbers, others for a part than for the batch"
         norms = PartNorms(objective.share_of(micro_batch), objective.layers, objective.parameters)
         for name, value in values.items():
             norms.add(name, value)

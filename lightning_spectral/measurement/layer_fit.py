@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -65,7 +66,7 @@ def fit_layer(measured: LayerMeasurement) -> LayerSpectrum:
         zeta_bound_window=zeta_bound(product, len(positive)),
         n_usable=int(usable.sum()),
         n_negative=int((h[usable] < 0).sum()),
-        n_repeated=_count_repeated(sigma[usable], floor),
+        n_repeated=_count_repeated(sigma[usable].tolist(), floor),
         rank_models=fit_rank_models(spectrum[spectrum > floor]),
     )
 
@@ -94,7 +95,6 @@ def _explain(alpha: PowerLawFit, sigma: Tensor, h: Tensor) -> str:
     return f"too few directions above the noise floor with h > 0: a fit of alpha needs {MIN_POINTS}"
 
 
-def _count_repeated(sigma: Tensor, floor: float) -> int:
-    equal = (sigma[:-1] - sigma[1:]) <= floor
-    padding = torch.zeros(1, dtype=torch.bool)
-    return int((torch.cat([equal, padding]) | torch.cat([padding, equal])).sum()) if len(sigma) > 1 else 0
+def _count_repeated(sigma: list[float], floor: float) -> int:
+    equal = [a - b <= floor for a, b in pairwise(sigma)]
+    return sum(before or after for before, after in zip([False, *equal], [*equal, False], strict=True))

@@ -174,6 +174,11 @@ class Objective:
         return has_tensors(self._batches[micro_batch.batch])
 
     @property
+    def draws(self) -> bool:
+        """True where the loss, as it was computed last, drew random numbers."""
+        return self._initial_state.drawn()
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the report should know of the operations that the loss was computed with."""
         return tuple(self._initial_state.operations.notes)

@@ -1,14 +1,20 @@
 """Power laws and rank models of spectra, as pure functions in float64.
 
+Of the dozen fits of a layer, each of few points, an operation on a tensor costs more than all of a sum, so points are
+lists of numbers.
+
 Source: A. Calvo, Spectral Asymptotics of Neural Network Loss Landscapes, arXiv 2606.02596 (2026).
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from itertools import combinations
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -79,29 +85,28 @@ class RankModels:
 
 
 class LogPoints(NamedTuple):
-    """Points of a fit in logarithms, (n,) abscissae and ordinates, and how many were left out for which reason."""
+    """Points of a fit in logarithms, n abscissae and ordinates, and how many were left out for which reason."""
 
-    x: Tensor
-    y: Tensor
+    x: list[float]
+    y: list[float]
     dropped: Mapping[str, int]
 
 
 def log_points(x: Values, y: Values, exclude: Mapping[str, Tensor] | None = None) -> LogPoints:
     """Return what `fit_power_law` fits: log x and log y of the usable points."""
-    x_n, y_n = as_vector(x, "x"), as_vector(y, "y")
-    if x_n.shape != y_n.shape:
-        raise ValueError(f"x and y must have one length, got {len(x_n)} and {len(y_n)}")
-    keep, dropped = _usable(x_n, y_n, exclude or {})
-    return LogPoints(x_n[keep].log(), y_n[keep].log(), dropped)
+    xs, ys = as_list(x, "x"), as_list(y, "y")
+    if len(xs) != len(ys):
+        raise ValueError(f"x and y must have one length, got {len(xs)} and {len(ys)}")
+    kept, dropped = _usable(xs, ys, exclude or {})
+    return LogPoints([math.log(xs[i]) for i in kept], [math.log(ys[i]) for i in kept], dropped)
 
 
 def rank_points(values: Values, exclude: Mapping[str, Tensor] | None = None) -> LogPoints:
     """Return what `fit_rank_decay` fits: -log rank, and the log of the usable values in decreasing order."""
-    values_n = as_vector(values, "values")
-    keep, dropped = _usable(values_n, values_n, exclude or {})
-    usable = values_n[keep].sort(descending=True).values
-    ranks = torch.arange(1, len(usable) + 1, dtype=torch.float64, device=usable.device)
-    return LogPoints(-ranks.log(), usable.log(), dropped)
+    numbers = as_list(values, "values")
+    kept, dropped = _usable(numbers, numbers, exclude or {})
+    logs = [math.log(value) for value in sorted((numbers[i] for i in kept), reverse=True)]
+    return LogPoints([-math.log(rank) for rank in range(1, len(logs) + 1)], logs, dropped)
 
 
 def centred_sums(points: LogPoints) -> tuple[float, float, float]:
@@ -151,10 +156,11 @@ def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tenso
     """
     if math.isnan(fit.exponent) or not bool(y_stderr.any()):
         return fit
-    log_x = x[used].log()
-    dx = log_x - log_x.mean()
-    measured = ((dx / dx.square().sum()).square() * log_variance(y[used], y_stderr[used])).sum()
-    return replace(fit, stderr=math.sqrt(fit.stderr**2 + float(measured)))
+    points = list(zip(x[used].tolist(), y[used].tolist(), y_stderr[used].tolist(), strict=True))
+    dx = _centred([math.log(point[0]) for point in points]).deviations
+    xx = math.fsum(d * d for d in dx)
+    measured = math.fsum((d / xx) ** 2 * math.log1p((e / y) ** 2) for d, (_, y, e) in zip(dx, points, strict=True))
+    return replace(fit, stderr=math.sqrt(fit.stderr**2 + measured))
 
 
 def log_variance(y: Tensor, y_stderr: Tensor) -> Tensor:
@@ -169,11 +175,8 @@ def theil_sen_slope(points: LogPoints) -> float:
     """
     if len(points.x) < MIN_POINTS:
         return float("nan")
-    i, j = torch.triu_indices(len(points.x), len(points.x), offset=1)
-    run, rise = points.x[j] - points.x[i], points.y[j] - points.y[i]
-    slopes = (rise / run)[run != 0]
-    # `quantile` gives the mean of the middle two, as `median` does not.
-    return float(slopes.quantile(0.5)) if len(slopes) else float("nan")
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(zip(*points[:2], strict=True), 2) if a[0] != b[0]]
+    return statistics.median(slopes) if slopes else float("nan")
 
 
 def fit_rank_decay(values: Values, *, exclude: Mapping[str, Tensor] | None = None) -> PowerLawFit:
@@ -209,17 +212,15 @@ def fit_rank_models(sigma: Values) -> RankModels:
     >>> fit_rank_models([2.0**-k for k in range(8)]).winner
     'exponential'
     """
-    values = as_vector(sigma, "sigma")
-    keep, dropped = _usable(values, values, {})
-    log_sigma = values[keep].sort(descending=True).values.log()
-    n = len(log_sigma)
+    points = rank_points(sigma)
+    log_sigma, n = torch.tensor(points.y, dtype=torch.float64), len(points.y)
     k = torch.arange(1, n + 1, dtype=torch.float64)
     designs = rank_designs(k)
     fits = {name: _rank_model(columns, log_sigma) for name, columns in designs.items()}
     bic = {name: fit.bic for name, fit in fits.items()}
     ranking: list[RankModel] = sorted((name for name in designs if not math.isnan(bic[name])), key=bic.__getitem__)
     winner = ranking[0] if ranking else None
-    return RankModels(winner, bic, fits, n, sum(dropped.values()))
+    return RankModels(winner, bic, fits, n, sum(points.dropped.values()))
 
 
 def rank_designs(k: Tensor) -> dict[RankModel, list[Tensor]]:
@@ -241,25 +242,29 @@ def noise_floor(sigma: Tensor, shape: tuple[int, int], groups: int, eps: float) 
     return largest * max(shape[0] // groups, shape[1]) * eps
 
 
-def as_vector(values: Values, name: str) -> Tensor:
-    """Return values as a float64 vector on the CPU; raise ValueError unless they have one dimension."""
+def as_list(values: Values, name: str) -> list[float]:
+    """Return values as numbers in float64; raise ValueError unless they have one dimension."""
     # Lists are read in float64 at once: torch's default would round them to float32 first.
-    vector = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
-    vector = vector.detach().to("cpu", torch.float64)
+    vector = values.detach() if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
     if vector.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {tuple(vector.shape)}")
-    return vector
+    return cast(list[float], vector.to("cpu", torch.float64).tolist())
 
 
-def _usable(x: Tensor, y: Tensor, exclude: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
-    """Return which points can be fitted, and how many cannot for which reason."""
-    reasons = dict(exclude)
-    reasons["not finite"] = ~(x.isfinite() & y.isfinite())
-    reasons["not positive"] = ~((x > 0) & (y > 0))
-    masks_rn = torch.stack(list(reasons.values()))
-    earlier_rn = masks_rn.cumsum(0)
-    counts = (masks_rn & (earlier_rn == 1)).sum(1).tolist()
-    return earlier_rn[-1] == 0, {reason: count for reason, count in zip(reasons, counts, strict=True) if count}
+def _usable(x: list[float], y: list[float], exclude: Mapping[str, Tensor]) -> tuple[list[int], dict[str, int]]:
+    """Return the places of the points that can be fitted, and how many cannot for which reason."""
+    # Most masks leave nothing out.
+    masks = {reason: mask.tolist() for reason, mask in exclude.items() if mask.any()}
+    counts = dict.fromkeys([*masks, "not finite", "not positive"], 0)
+    kept = []
+    for i, (a, b) in enumerate(zip(x, y, strict=True)):
+        if masks and (excluded := [reason for reason, mask in masks.items() if mask[i]]):
+            counts[excluded[0]] += 1
+        elif 0 < a < math.inf and 0 < b < math.inf:
+            kept.append(i)
+        else:
+            counts["not positive" if math.isfinite(a) and math.isfinite(b) else "not finite"] += 1
+    return kept, {reason: count for reason, count in counts.items() if count}
 
 
 def _least_squares(points: LogPoints) -> PowerLawFit:
@@ -290,12 +295,10 @@ class _Centred(NamedTuple):
     differ: bool
 
 
-def _centred(vector: Tensor) -> _Centred:
-    # Of the dozen fits of a layer, each of few points, an operation on a tensor costs more than all of a sum.
-    values = vector.tolist()
+def _centred(values: list[float]) -> _Centred:
     mean = math.fsum(values) / len(values) if values else 0.0
     deviations = [value - mean for value in values]
-    rounding = len(values) * torch.finfo(torch.float64).eps * max(1.0, *map(abs, values), 0.0)
+    rounding = len(values) * sys.float_info.epsilon * max(1.0, *map(abs, values), 0.0)
     return _Centred(mean, deviations, any(abs(deviation) > rounding for deviation in deviations))
 
 
@@ -316,6 +319,6 @@ def _rank_model(columns: list[Tensor], log_sigma: Tensor) -> RankModelFit:
     coefficients = torch.linalg.solve_triangular(r_pp, (q_np.T @ log_sigma)[:, None], upper=True)[:, 0]
     rss = float((log_sigma - design_np @ coefficients).square().sum())
     # An exact fit leaves rounding noise, which would decide between nested models; below it all fits are equal.
-    rounding = n * (n * torch.finfo(torch.float64).eps * float(log_sigma.abs().max().clamp(min=1))) ** 2
+    rounding = n * (n * sys.float_info.epsilon * float(log_sigma.abs().max().clamp(min=1))) ** 2
     bic = n * math.log(max(rss, rounding) / n) + p * math.log(n)
     return RankModelFit(tuple(coefficients.tolist()), rss, bic)

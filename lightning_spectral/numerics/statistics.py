@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import cast
 
 import torch
-from torch import Tensor
 
-from lightning_spectral.numerics.power_law import Values, as_vector
+from lightning_spectral.numerics.power_law import Values, as_list
 
 
 def median(values: Iterable[float]) -> float:
@@ -44,7 +44,7 @@ def participation_ratio(values: Values) -> float:
     3.0
     """
     p = _shares(values)
-    return float("nan") if p is None else 1.0 / float(p.square().sum())
+    return 1.0 / math.fsum(share * share for share in p) if p else math.nan
 
 
 def entropy_rank(values: Values) -> float:
@@ -54,7 +54,7 @@ def entropy_rank(values: Values) -> float:
     2.0
     """
     p = _shares(values)
-    return float("nan") if p is None else math.exp(-float(torch.special.xlogy(p, p).sum()))
+    return math.exp(-math.fsum(share * math.log(share) for share in p if share)) if p else math.nan
 
 
 def directions_holding(values: Values, share: float) -> int:
@@ -66,11 +66,9 @@ def directions_holding(values: Values, share: float) -> int:
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
     p = _shares(values)
-    if p is None:
-        return 0
-    held = p.sort(descending=True).values.cumsum(0)
     # A sum of shares that is short of `share` by rounding alone counts as reaching it.
-    return min(int((held < share * (1 - 1e-12)).sum()) + 1, len(p))
+    held = accumulate(sorted(p, reverse=True))
+    return min(sum(total < share * (1 - 1e-12) for total in held) + 1, len(p))
 
 
 def zeta_bound(s: float, n: int | None = None) -> float:
@@ -91,7 +89,8 @@ def zeta_bound(s: float, n: int | None = None) -> float:
     if math.isnan(s) or (n is not None and n < 1):
         return float("nan")
     if n is not None:
-        return participation_ratio((-s * torch.arange(1, n + 1, dtype=torch.float64).log()).softmax(0))
+        logs = [-s * math.log(rank) for rank in range(1, n + 1)]
+        return participation_ratio([math.exp(log - max(logs[0], logs[-1])) for log in logs])
     if s <= 1:
         return float("inf")
     exponents = torch.tensor([s, 2 * s], dtype=torch.float64)
@@ -99,11 +98,10 @@ def zeta_bound(s: float, n: int | None = None) -> float:
     return cast(float, zeta_s**2 / zeta_2s)
 
 
-def _shares(values: Values) -> Tensor | None:
+def _shares(values: Values) -> list[float]:
     """Return the positive finite values over their sum, scaled first so that 1e-200 and 1e200 keep their digits."""
-    vector = as_vector(values, "values")
-    positive = vector[vector.isfinite() & (vector > 0)]
-    if not len(positive):
-        return None
-    scaled = positive / positive.max()
-    return scaled / scaled.sum()
+    positive = [value for value in as_list(values, "values") if 0 < value < math.inf]
+    largest = max(positive, default=1.0)
+    scaled = [value / largest for value in positive]
+    total = math.fsum(scaled)
+    return [value / total for value in scaled]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,6 +216,23 @@ def test_random_numbers_of_samples_are_those_of_the_whole_batch():
     report = measure_spectra(model, batch, shaken, curvature="exact", top_k=3)
     assert all(layer.gradient_noise.parts == 8 for layer in report.layers.values())
     assert not any(text.startswith("signal") for text in report.warnings)
+
+
+@pytest.mark.parametrize(
+    "draw", [torch.randn, lambda n: torch.tensor(random.random()), lambda n: torch.tensor(numpy.random.rand())]
+)
+def test_a_part_that_draws_other_numbers_is_not_followed_by_more(draw):
+    """Samples that do not begin with the first draws, or all share one that goes with their number."""
+
+    def shaken(z, y):
+        shift = draw(len(y) + 1)
+        return F.cross_entropy(z * (shift[-len(y) :, None] if shift.ndim else 1 + shift / len(y)), y)
+
+    model, batch = gelu_mlp().double(), batch_of(SAMPLES)
+    report, passes = measured(model, batch, shaken, curvature="exact")
+    assert passes == 1
+    (text,) = report.warnings
+    assert text.startswith("signal: the loss draws random numbers, others for a part than for the batch; ")
 
 
 class CentredByBatch(nn.Module):
