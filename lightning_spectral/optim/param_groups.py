@@ -110,14 +110,6 @@ def drop_foreign(group: dict[str, Any]) -> None:
         group.pop(key, None)
 
 
-def add_missing(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Add options that a state of an earlier version does not have."""
-    own = ("lr", "weight_decay", *(SPECTRAL if group.get("update") == "spectral" else ()))
-    for key in own:
-        if defaults.get(key, "auto") != "auto":
-            group.setdefault(key, defaults[key])
-
-
 def _fill_adamw(group: dict[str, Any]) -> None:
     for key, argument in ADAMW.items():
         if group[argument] is not None:

@@ -19,7 +19,7 @@ from lightning_spectral.optim.carry_over import check_own_state, check_parts, re
 from lightning_spectral.optim.ddp import Sharing, check_process_group
 from lightning_spectral.optim.measured_alpha import INITIAL_ALPHA, MeasuredAlpha, mean_alpha_used, update_averages
 from lightning_spectral.optim.model_groups import ADAMW_NAMES, model_groups, warn_of_look_ups
-from lightning_spectral.optim.param_groups import add_missing, check_group, drop_foreign, fill_group, split_group
+from lightning_spectral.optim.param_groups import check_group, drop_foreign, fill_group, split_group
 from lightning_spectral.optim.step import ParameterStep, agree_on_steps, complete_states, mesh_scope, update
 
 
@@ -321,10 +321,3 @@ class SpectralNewton(Optimizer):
         process_group = self._sharing.process_group
         kept = process_group if process_group in (None, "world") else "auto"
         return {**super().__getstate__(), "_sharing": Sharing(kept)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            # An option of states saved before it was dropped.
-            group.pop("capturable", None)
-            add_missing(group, self.defaults)

@@ -97,20 +97,6 @@ def test_state_goes_on_in_another_type(before, after):
     assert sizes[0] == sizes[1]
 
 
-def test_state_of_an_earlier_version_is_completed():
-    model = mlp()
-    optimizer = SpectralNewton(model.parameters())
-    state = copy.deepcopy(optimizer.state_dict())
-    for group in state["param_groups"]:
-        for key in ("tolerance", "max_gain"):
-            group.pop(key, None)
-        group["capturable"] = False
-    optimizer.load_state_dict(state)
-    assert not any("capturable" in group for group in optimizer.param_groups)
-    assert [group.get("max_gain") for group in optimizer.param_groups] == [4.0, None]
-    train(model, optimizer, 1, 0)
-
-
 class Homemade(torch.optim.Optimizer):
     def __init__(self, params):
         super().__init__(params, {"lr": 0.1, "trust": 3})
