@@ -114,6 +114,7 @@ ARMS: dict[str, Arm] = {
     "muon": Arm(MuonWithAdamW, MUON_LIKE, {"weight_decay": 0.01}),
     "muon_momentum_0.85": Arm(MuonWithAdamW, MUON_LIKE, {"weight_decay": 0.01, "momentum": 0.85}),
     "spectral_newton": Arm(SpectralNewton, ADAM_LIKE),
+    "adam_size_d_0.1": Arm(SpectralNewton, ADAM_LIKE, {"damping": 0.1}),
     "adam_size_alpha_1.5_d_0.01": Arm(SpectralNewton, ADAM_LIKE, {"alpha": 1.5, "damping": 0.01}),
     "fixed_size": Arm(SpectralNewton, MUON_LIKE, FIXED_SIZE),
     "fixed_size_momentum_0.85": Arm(SpectralNewton, MUON_LIKE, {**FIXED_SIZE, "momentum": 0.85}),
