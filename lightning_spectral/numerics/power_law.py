@@ -9,11 +9,9 @@ Source: A. Calvo, Spectral Asymptotics of Neural Network Loss Landscapes, arXiv 
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -175,8 +173,13 @@ def theil_sen_slope(points: LogPoints) -> float:
     """
     if len(points.x) < MIN_POINTS:
         return float("nan")
-    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(zip(*points[:2], strict=True), 2) if a[0] != b[0]]
-    return statistics.median(slopes) if slopes else float("nan")
+    # Of all pairs there are too many for a loop.
+    x, y = torch.tensor(points[:2], dtype=torch.float64)
+    i, j = torch.triu_indices(len(x), len(x), offset=1)
+    run, rise = x[j] - x[i], y[j] - y[i]
+    slopes = (rise / run)[run != 0]
+    # `quantile` gives the mean of the middle two, as `median` does not.
+    return float(slopes.quantile(0.5)) if len(slopes) else float("nan")
 
 
 def fit_rank_decay(values: Values, *, exclude: Mapping[str, Tensor] | None = None) -> PowerLawFit:
