@@ -154,10 +154,10 @@ def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tenso
     """
     if math.isnan(fit.exponent) or not bool(y_stderr.any()):
         return fit
-    points = list(zip(x[used].tolist(), y[used].tolist(), y_stderr[used].tolist(), strict=True))
-    dx = _centred([math.log(point[0]) for point in points]).deviations
+    dx = _centred([math.log(value) for value in x[used].tolist()]).deviations
     xx = math.fsum(d * d for d in dx)
-    measured = math.fsum((d / xx) ** 2 * math.log1p((e / y) ** 2) for d, (_, y, e) in zip(dx, points, strict=True))
+    variances = log_variance(y[used], y_stderr[used]).tolist()
+    measured = math.fsum((d / xx) ** 2 * variance for d, variance in zip(dx, variances, strict=True))
     return replace(fit, stderr=math.sqrt(fit.stderr**2 + measured))
 
 

@@ -907,6 +907,12 @@ def test_ordinate_errors_enter_the_standard_error_of_a_slope():
     assert fit.stderr == pytest.approx(torch.tensor(slopes).std().item(), rel=0.1)
 
 
+def test_an_ordinate_error_beyond_all_measure_is_an_infinite_one():
+    x, y = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), torch.tensor([1e-180, 4.0, 16.0], dtype=torch.float64)
+    error, used = torch.tensor([1e20, 0.0, 0.0], dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+    assert with_ordinate_errors(fit_power_law(x, y), x, y, error, used).stderr == math.inf
+
+
 def test_the_standard_error_holds_where_a_point_lies_in_its_noise():
     """The smallest of ten has an error as large as itself: what is left of it by chance may be a thousandth."""
     generator = torch.Generator().manual_seed(0)
