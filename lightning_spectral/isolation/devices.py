@@ -49,13 +49,16 @@ class RandomStates:
         for _, put, state in self._states:
             put(state)
 
-    def moved(self) -> bool:
-        """Return whether a number was drawn since."""
-        return not all(_are_equal(get(), state) for get, _, state in self._states)
+    def now(self) -> list[Any]:
+        """Return the states as they are by now."""
+        return [get() for get, _, _ in self._states]
 
 
-def _are_equal(one: Any, other: Any) -> bool:
-    if isinstance(one, tuple):
-        return all(map(_are_equal, one, other))
+def are_equal(one: Any, other: Any) -> bool:
+    """Return whether states of generators, nested in any way, are the same."""
+    if isinstance(one, dict):
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, (tuple, list)):
+        return all(map(are_equal, one, other))
     equal = one == other
     return bool(equal if isinstance(equal, bool) else equal.all())

@@ -69,9 +69,9 @@ class InitialState:
                 put_back(tensor, value)
         self._called = True
 
-    def drawn(self) -> bool:
-        """Return whether the evaluation since has drawn random numbers."""
-        return self._random.moved()
+    def random_states(self) -> list[Any]:
+        """Return the states of the random generators after the last evaluation."""
+        return self._random.now()
 
     def replaced(self, values: Mapping[int, Tensor]) -> InitialState:
         """Return the state with other values of some weights and buffers, by their ids; nothing may write on them."""

@@ -115,13 +115,10 @@ class Evaluation:
         return float(difference.norm() / expected.norm()) <= tolerance
 
 
-def wants_graph(method: str, samples: int | None) -> bool:
-    """Return whether the method of that name goes on from the graph of the gradients of so many samples.
-
-    "auto" does where they cannot be told apart, None, so that only double backward is left.
-    """
+def wants_graph(method: str) -> bool:
+    """Return whether the method of that name goes on from the graph of the gradients."""
     named = check_method(method)
-    return samples is None if named is None else named.differentiates_gradients
+    return named is not None and named.differentiates_gradients
 
 
 def estimate_curvature(evaluation: Evaluation, directions: Window, method: str) -> Curvatures:

@@ -14,6 +14,7 @@ from lightning_spectral.curvature import DifferentiableLoss, LossValue, graph_ki
 from lightning_spectral.curvature.ports import CallRows
 from lightning_spectral.curvature.seen_layers import see_layers
 from lightning_spectral.errors import first_line, is_out_of_memory
+from lightning_spectral.isolation.devices import are_equal
 from lightning_spectral.isolation.interrupts import interruption
 from lightning_spectral.layers.kinds import Kind
 from lightning_spectral.layers.matrices import MatrixLayer
@@ -230,6 +231,8 @@ def _cut(
         return [], ""
     if objective.reducer is not None or not objective.divisible or size is None or size < 2:
         return [], "the gradient is that of one batch, which cannot be cut"
+    # Where the loss draws as many numbers of a part as of the batch, none of them is a sample's.
+    after_whole = objective.random_states()
     micro_batches = cut_evenly(full.batch, size, min(size, PARTS))
     gradients_of_parts: list[PartNorms] = []
     losses: list[LossValue] = []
@@ -246,8 +249,8 @@ def _cut(
         if micro_batch is micro_batches[0]:
             names = [name for name in gradients.values if name not in gradients.skipped(options)]
             by_rows = _norms_by_rows(objective, gradients, micro_batches, names, values, losses[0])
-            if by_rows or objective.draws:
-                return by_rows, "" if by_rows else "the loss draws random numbers, others for a part than for the batch"
+            if by_rows or not are_equal(objective.random_states(), after_whole):
+                return by_rows, "" if by_rows else "the loss draws other random numbers for a part than for the batch"
         norms = PartNorms(objective.share_of(micro_batch), objective.layers, objective.parameters)
         for name, value in values.items():
             norms.add(name, value)

@@ -173,10 +173,9 @@ class Objective:
         """Return whether there is anything in the batch of a micro-batch that could be samples."""
         return has_tensors(self._batches[micro_batch.batch])
 
-    @property
-    def draws(self) -> bool:
-        """True where the loss, as it was computed last, drew random numbers."""
-        return self._initial_state.drawn()
+    def random_states(self) -> list[Any]:
+        """Return the states of the random generators after the loss that was computed last."""
+        return self._initial_state.random_states()
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -200,7 +200,7 @@ def _gradients(
         objective,
         micro_batches,
         keep_graph=for_curvature
-        and wants_graph(options.curvature, objective.samples)
+        and wants_graph(options.curvature)
         and (max_size is not None or not objective.divisible),
         outputs=for_curvature and options.alignment and objective.samples is not None,
         norms=norms,

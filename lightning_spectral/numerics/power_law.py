@@ -1,7 +1,7 @@
 """Power laws and rank models of spectra, as pure functions in float64.
 
-Of the dozen fits of a layer, each of few points, an operation on a tensor costs more than all of a sum, so points are
-lists of numbers.
+Points are lists of numbers: of a layer's dozen fits, each of some twenty points, an operation on a tensor costs more
+than all of a sum.
 
 Source: A. Calvo, Spectral Asymptotics of Neural Network Loss Landscapes, arXiv 2606.02596 (2026).
 """
@@ -157,7 +157,8 @@ def with_ordinate_errors(fit: PowerLawFit, x: Tensor, y: Tensor, y_stderr: Tenso
     dx = _centred([math.log(value) for value in x[used].tolist()]).deviations
     xx = math.fsum(d * d for d in dx)
     variances = log_variance(y[used], y_stderr[used]).tolist()
-    measured = math.fsum((d / xx) ** 2 * variance for d, variance in zip(dx, variances, strict=True))
+    # A point at the mean does not move the slope, whatever its error.
+    measured = math.fsum((d / xx) ** 2 * variance for d, variance in zip(dx, variances, strict=True) if d)
     return replace(fit, stderr=math.sqrt(fit.stderr**2 + measured))
 
 
@@ -256,6 +257,9 @@ def as_list(values: Values, name: str) -> list[float]:
 
 def _usable(x: list[float], y: list[float], exclude: Mapping[str, Tensor]) -> tuple[list[int], dict[str, int]]:
     """Return the places of the points that can be fitted, and how many cannot for which reason."""
+    for reason, mask in exclude.items():
+        if len(mask) != len(x):
+            raise ValueError(f"exclude must have a flag for each of {len(x)} points, got {len(mask)} for {reason!r}")
     # Most masks leave nothing out.
     masks = {reason: mask.tolist() for reason, mask in exclude.items() if mask.any()}
     counts = dict.fromkeys([*masks, "not finite", "not positive"], 0)

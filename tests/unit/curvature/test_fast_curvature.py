@@ -907,10 +907,13 @@ def test_ordinate_errors_enter_the_standard_error_of_a_slope():
     assert fit.stderr == pytest.approx(torch.tensor(slopes).std().item(), rel=0.1)
 
 
-def test_an_ordinate_error_beyond_all_measure_is_an_infinite_one():
-    x, y = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), torch.tensor([1e-180, 4.0, 16.0], dtype=torch.float64)
-    error, used = torch.tensor([1e20, 0.0, 0.0], dtype=torch.float64), torch.ones(3, dtype=torch.bool)
-    assert with_ordinate_errors(fit_power_law(x, y), x, y, error, used).stderr == math.inf
+@pytest.mark.parametrize("point", [0, 1, 2])
+def test_an_ordinate_error_beyond_all_measure_is_an_infinite_one_but_at_the_mean(point):
+    x, y = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), torch.tensor([1.0, 4.0, 15.0], dtype=torch.float64)
+    y[point], error, used = 1e-180, torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+    error[point] = 1e20
+    fit = fit_power_law(x, y)
+    assert with_ordinate_errors(fit, x, y, error, used).stderr == (fit.stderr if point == 1 else math.inf)
 
 
 def test_the_standard_error_holds_where_a_point_lies_in_its_noise():

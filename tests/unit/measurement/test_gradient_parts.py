@@ -13,6 +13,7 @@ from micro_batches import batch_of, gelu_mlp
 from torch import nn
 
 from lightning_spectral import measure_spectra
+from lightning_spectral.isolation.devices import RandomStates, are_equal
 from lightning_spectral.layers.matrices import find_layers
 from lightning_spectral.measurement import gradients
 from lightning_spectral.numerics.gradient_noise import gradient_noise
@@ -218,21 +219,46 @@ def test_random_numbers_of_samples_are_those_of_the_whole_batch():
     assert not any(text.startswith("signal") for text in report.warnings)
 
 
-@pytest.mark.parametrize(
-    "draw", [torch.randn, lambda n: torch.tensor(random.random()), lambda n: torch.tensor(numpy.random.rand())]
-)
-def test_a_part_that_draws_other_numbers_is_not_followed_by_more(draw):
-    """Samples that do not begin with the first draws, or all share one that goes with their number."""
+def test_a_part_that_draws_other_numbers_is_not_followed_by_more():
+    """Samples do not begin with the first draws."""
 
     def shaken(z, y):
-        shift = draw(len(y) + 1)
-        return F.cross_entropy(z * (shift[-len(y) :, None] if shift.ndim else 1 + shift / len(y)), y)
+        return F.cross_entropy(z * torch.randn(len(y) + 1)[-len(y) :, None], y)
 
-    model, batch = gelu_mlp().double(), batch_of(SAMPLES)
-    report, passes = measured(model, batch, shaken, curvature="exact")
+    report, passes = measured(gelu_mlp().double(), batch_of(SAMPLES), shaken, curvature="exact")
     assert passes == 1
     (text,) = report.warnings
-    assert text.startswith("signal: the loss draws random numbers, others for a part than for the batch; ")
+    assert text.startswith("signal: the loss draws other random numbers for a part than for the batch; ")
+
+
+@pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random, numpy.random.random])
+def test_numbers_that_are_drawn_once_for_all_samples_leave_the_parts_their_passes(draw):
+    """As a coin that leaves a layer out, beside a matrix that one pass does not tell."""
+
+    def shaken(z, y):
+        return mean(z * (1 + draw()), y)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), AlsoAdded(8, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    report, passes = measured(model, batch_of(SAMPLES), shaken, curvature="exact")
+    assert passes == 8
+    assert all(layer.gradient_noise.parts == 8 for layer in report.layers.values())
+
+
+@pytest.mark.parametrize("generator", ["MT19937", "PCG64", "Philox", "SFC64"])
+def test_states_of_each_of_numpys_generators_are_compared(generator):
+    before = numpy.random.get_bit_generator()
+    numpy.random.set_bit_generator(getattr(numpy.random, generator)(0))
+    try:
+        states = RandomStates(nn.Linear(2, 2))
+        first = states.now()
+        assert are_equal(first, states.now())
+        numpy.random.random()
+        assert not are_equal(first, states.now())
+        states.restore()
+        assert are_equal(first, states.now())
+    finally:
+        numpy.random.set_bit_generator(before)
 
 
 class CentredByBatch(nn.Module):

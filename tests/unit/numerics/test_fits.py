@@ -194,3 +194,9 @@ def test_abscissae_that_differ_by_rounding_have_no_slope():
     assert math.isnan(equal.alpha.exponent)
     assert equal.n_repeated == 8
     assert "equal to rounding" in equal.note
+
+
+@pytest.mark.parametrize("flags", [[False] * 3, [False, False, False, False, True]])
+def test_a_mask_has_a_flag_for_each_point(flags):
+    with pytest.raises(ValueError, match=r"exclude must have a flag for each of 4 points, got \d for 'late'"):
+        fit_power_law([1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0], exclude={"late": torch.tensor(flags)})

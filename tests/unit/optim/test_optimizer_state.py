@@ -16,6 +16,8 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 
 from lightning_spectral import SpectralNewton
+from lightning_spectral.optim.adam_size import size_state
+from lightning_spectral.optim.placement import whole_layout
 
 
 def train(model, optimizer, steps, seed):
@@ -252,3 +254,8 @@ def test_lightning_cli_builds_it_from_a_config(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"--optimizer\.(init_args\.)?max_gain\b", printed)
     assert "how many times the spectral norm" in " ".join(printed.split())
+
+
+def test_steps_are_counted_on_the_cpu_wherever_the_weights_are():
+    state = size_state(torch.empty(4, 6, device="meta"), whole_layout())
+    assert (state["step"].device.type, state["mean_square"].device.type) == ("cpu", "meta")
