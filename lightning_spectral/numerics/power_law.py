@@ -257,10 +257,8 @@ def as_list(values: Values, name: str) -> list[float]:
 
 def _usable(x: list[float], y: list[float], exclude: Mapping[str, Tensor]) -> tuple[list[int], dict[str, int]]:
     """Return the places of the points that can be fitted, and how many cannot for which reason."""
-    for reason, mask in exclude.items():
-        if len(mask) != len(x):
-            raise ValueError(f"exclude must have a flag for each of {len(x)} points, got {len(mask)} for {reason!r}")
-    # Most masks leave nothing out.
+    if wrong := [(len(mask), reason) for reason, mask in exclude.items() if len(mask) != len(x)]:
+        raise ValueError(f"exclude must have a flag for each of {len(x)} points, got {wrong[0][0]} for {wrong[0][1]!r}")
     masks = {reason: mask.tolist() for reason, mask in exclude.items() if mask.any()}
     counts = dict.fromkeys([*masks, "not finite", "not positive"], 0)
     kept = []

@@ -116,12 +116,12 @@ def test_losses_of_the_grid_are_the_benchmarks():
 def test_losses_at_adamws_own_rate_are_the_benchmarks():
     results = benchmark("train")
     rates = {row["task"]: row["lr"] for row in results["summary"] if row["arm"] == "adamw"}
-    seeds, steps = results["environment"]["tuning_seeds"], {"language": 600, "noisy_pixels": 255, "wrong_labels": 510}
+    seeds = results["environment"]["tuning_seeds"]
 
     def losses(*words):
         found = [
             [r["val"] for r in results["runs"] if r["recipe"] in words and r["task"] == task and r["lr"] == lr
-             and r["seed"] in seeds[task] and r["steps"] == steps[task]]
+             and r["seed"] in seeds[task]]
             for task, lr in rates.items()
         ]  # fmt: skip
         assert [len(of) for of in found] == [len(of) for of in seeds.values()]
